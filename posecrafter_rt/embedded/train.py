@@ -1,0 +1,82 @@
+"""Train the embedded base from nothing: `python -m posecrafter_rt.embedded.train OUTPUT`.
+
+Layer 4, training only: draws people, trains the autoencoder, then the denoiser, and writes an SD-format folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import AutoencoderKL, DDIMScheduler
+
+from posecrafter_rt.embedded.architecture import SCHEDULER, SIZE
+from posecrafter_rt.embedded.corpus import draw_clips, load_photographs
+from posecrafter_rt.embedded.text import build_text_encoder, write_tokenizer
+from posecrafter_rt.embedded.train_denoiser import Corpus, Denoiser, encode_corpus, train_denoiser
+from posecrafter_rt.embedded.train_vae import train_vae
+
+
+def log(message: str) -> None:
+    """Progress goes to standard error, with the time of day."""
+    print(time.strftime("%H:%M:%S"), message, file=sys.stderr, flush=True)
+
+
+def save_base(folder: Path, denoiser: Denoiser, vae: AutoencoderKL) -> None:
+    """Write unet/, controlnet/, vae/, text_encoder/ and scheduler/ in half precision, as diffusers lays them out."""
+    for name, model in (
+        ("unet", denoiser.image_unet), ("controlnet", denoiser.image_controlnet),
+        ("vae", vae), ("text_encoder", denoiser.text_encoder),
+    ):  # fmt: skip
+        state = {key: value.half().contiguous() for key, value in model.state_dict().items()}
+        model.save_pretrained(folder / name, state_dict=state, safe_serialization=True)
+    DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    index = {"_class_name": "StableDiffusionControlNetPipeline", "_diffusers_version": "0.30.0",
+             "controlnet": ["diffusers", "ControlNetModel"], "scheduler": ["diffusers", "DDIMScheduler"],
+             "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+             "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+             "feature_extractor": [None, None], "safety_checker": [None, None]}  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def main(
+    output: Annotated[Path, typer.Argument(help="folder to write; it also keeps the stages' results")],
+    clips: Annotated[int, typer.Option(help="identities to draw")] = 6000,
+    vae_minutes: float = 20.0,
+    denoiser_minutes: float = 70.0,
+    seed: int = 0,
+    norm_scope: str = "frame",
+) -> None:
+    """Train the embedded base. Finished stages are kept in OUTPUT and not repeated."""
+    torch.set_flush_denormal(True)
+    output.mkdir(parents=True, exist_ok=True)
+    log(f"drawing {clips} people")
+    drawn = draw_clips(clips, 4, SIZE, seed)
+    if not (output / "vae" / "config.json").exists():
+        vae = train_vae(drawn, load_photographs(), vae_minutes * 60, seed, log)
+        vae.save_pretrained(output / "vae")
+    vae = AutoencoderKL.from_pretrained(output / "vae").eval().to(memory_format=torch.channels_last)
+    tokenizer = write_tokenizer(output / "tokenizer")
+    corpus_path = output / "corpus.pt"
+    if corpus_path.exists():
+        corpus = Corpus(**torch.load(corpus_path, weights_only=False))
+    else:
+        corpus = encode_corpus(drawn, vae, tokenizer, log)
+        torch.save(vars(corpus), corpus_path, pickle_protocol=4)
+    del drawn
+    torch.manual_seed(seed)
+    denoiser = Denoiser(build_text_encoder(tokenizer), norm_scope)  # type: ignore[arg-type]
+    trained = train_denoiser(
+        corpus, denoiser, denoiser_minutes * 60, seed, log, lambda averaged: save_base(output, averaged, vae)
+    )
+    save_base(output, trained, vae)
+    log(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

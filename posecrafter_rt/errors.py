@@ -1,0 +1,55 @@
+"""The exception tree: what is wrong (with the value seen) and what to do about it.
+
+Layer 0: imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+
+class PoseCrafterError(Exception):
+    """Base of every error that a user can cause or mend.
+
+    Args:
+        message: what is wrong, naming the value seen.
+        hint: what to do next; a command where one mends it.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ShapeError(PoseCrafterError, ValueError):
+    """Tensors or arrays whose shapes or dtypes do not fit together."""
+
+
+class PoseError(PoseCrafterError, ValueError):
+    """Keypoints that cannot be read, are not finite, or do not describe a pose."""
+
+
+class VideoError(PoseCrafterError):
+    """A video or image that cannot be read or written."""
+
+
+class CheckpointError(PoseCrafterError):
+    """A tuned checkpoint or weight file that cannot be used."""
+
+
+class ModelError(PoseCrafterError):
+    """A base model, ControlNet or VAE that cannot be found or loaded."""
+
+
+class EngineFolderError(PoseCrafterError):
+    """An engine folder that is incomplete, altered, or built for something else."""
+
+
+class BackendUnavailable(PoseCrafterError):
+    """An explicitly requested backend, device or optional dependency that cannot run here."""
+
+
+class OutputExists(PoseCrafterError):
+    """A file that the user made would be overwritten; needs `--force`."""
+
+
+class DiskFull(PoseCrafterError):
+    """A write failed for lack of space; nothing half-written is left behind."""

@@ -1,0 +1,250 @@
+"""Deterministic DDIM: the schedule, inversion of one latent and sampling (Eq. 4; method steps 2 and 5).
+
+Layer 1: torch, no networks; the denoiser is a callable, so that eager modules and engines look alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posecrafter_rt.errors import ModelError, PoseCrafterError, ShapeError
+
+Denoise = Callable[[Tensor, int, int], Tensor]
+"""(latents, index into `timesteps(num_inference_steps)`, timestep) -> noise prediction, the shape of latents."""
+
+Coefficients = tuple[float, float]
+"""One step is `c_latents * latents + c_prediction * noise_pred`."""
+
+_CHOICES = {
+    "beta_schedule": ("scaled_linear", "linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+}
+_UNSUPPORTED = ("rescale_betas_zero_snr", "clip_sample", "thresholding", "trained_betas")
+
+
+@dataclass(frozen=True)
+class DDIMSchedule:
+    """Noise levels and timesteps of a diffusion model, as a diffusers scheduler config states them.
+
+    A step goes from the noise level of timestep t to that of t - num_train_timesteps // num_inference_steps; a negative
+    timestep means the clean end, whose level is 1 (`set_alpha_to_one`) or that of timestep 0. Inversion walks the
+    sampler's own steps backwards, so it ends exactly at the sampler's first timestep for every step count and spacing.
+
+    This is diffusers' `DDIMScheduler` with eta = 0 and, for leading and trailing spacing, its `DDIMInverseScheduler`.
+    Where diffusers differs: its inverse has no linspace spacing and clips the sample unless told otherwise; its
+    trailing table has one entry too many, timestep -1, at step counts where 1000 / n rounds badly (61, 103, ...); and
+    leading spacing at 1000 steps with offset 1 reads past the end of its noise levels (here it is refused).
+    Raises: ModelError for a setting this runtime does not have.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    set_alpha_to_one: bool = True
+    steps_offset: int = 0
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ModelError(
+                    f"the scheduler's {name} is {getattr(self, name)!r}", hint=f"supported are {', '.join(choices)}"
+                )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> DDIMSchedule:
+        """Read a diffusers scheduler config (`scheduler/scheduler_config.json`), whichever sampler it names.
+
+        Absent keys take diffusers' defaults for DDIM, except `clip_sample`, which makes no sense for latents and is
+        taken as false. Keys that do not bear on deterministic DDIM are passed over.
+        Raises: ModelError for a setting this runtime does not have.
+        """
+        for name in _UNSUPPORTED:
+            if config.get(name):
+                raise ModelError(
+                    f"the scheduler's {name} is set, which is not supported", hint=f"use a base model without {name}"
+                )
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in config.items() if name in known})
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """The noise levels: float32 (num_train_timesteps,), 1 - share of noise variance, falling; on the CPU."""
+        return torch.cumprod(1.0 - self._betas(), dim=0)
+
+    def _betas(self) -> Tensor:
+        # In float32 throughout, so that the levels are bit for bit those that diffusers trains and samples with.
+        if self.beta_schedule == "linear":
+            return torch.linspace(self.beta_start, self.beta_end, self.num_train_timesteps, dtype=torch.float32)
+        if self.beta_schedule == "scaled_linear":
+            roots = (self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps)
+            return torch.linspace(*roots, dtype=torch.float32) ** 2
+
+        def level(time: float) -> float:
+            return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        count = self.num_train_timesteps
+        betas = [min(1 - level((i + 1) / count) / level(i / count), 0.999) for i in range(count)]
+        return torch.tensor(betas, dtype=torch.float32)
+
+    def timesteps(self, num_inference_steps: int) -> np.ndarray:
+        """The sampler's timesteps, noisiest first.
+
+        Args: num_inference_steps: 1..num_train_timesteps.
+        Returns: int64 (num_inference_steps,), descending, each in 0..num_train_timesteps - 1.
+        Raises: PoseCrafterError for a step count that the schedule cannot hold.
+        """
+        count, total = num_inference_steps, self.num_train_timesteps
+        if not 1 <= count <= total:
+            raise PoseCrafterError(f"{count} denoising steps were asked for", hint=f"give 1 to {total}")
+        if self.timestep_spacing == "linspace":
+            table = np.linspace(0, total - 1, count).round()[::-1].astype(np.int64)
+        elif self.timestep_spacing == "leading":
+            table = np.arange(count)[::-1].astype(np.int64) * (total // count) + self.steps_offset
+        else:
+            # Cut to length, because arange appends an entry where the ratio's rounding leaves a remainder.
+            table = np.round(np.arange(total, 0, -total / count)[:count]).astype(np.int64) - 1
+        if table[0] >= total:
+            raise PoseCrafterError(
+                f"{count} denoising steps with offset {self.steps_offset} start at timestep {table[0]}, but the model "
+                f"knows 0 to {total - 1}",
+                hint="use fewer denoising steps",
+            )
+        return table
+
+    def sampling_pairs(self, num_inference_steps: int) -> np.ndarray:
+        """Timesteps (from, to) of every sampling step, in order: int64 (num_inference_steps, 2); `to` < 0 is clean."""
+        starts = self.timesteps(num_inference_steps)
+        return np.stack([starts, starts - self.num_train_timesteps // num_inference_steps], axis=1)
+
+    def inversion_pairs(self, num_inference_steps: int) -> np.ndarray:
+        """Timesteps (from, to) of every inversion step, in order: the sampling steps walked backwards.
+
+        The model is asked at `to`, the noisier end, as diffusers' inverse scheduler and ControlVideo ask it.
+        Returns: int64 (num_inference_steps, 2); `from` < 0 is clean; the last `to` is the sampler's first timestep.
+        """
+        return np.ascontiguousarray(self.sampling_pairs(num_inference_steps)[::-1, ::-1])
+
+    def sampling_coefficients(self, num_inference_steps: int) -> list[Coefficients]:
+        """What `ddim_step` needs for every sampling step, in order."""
+        return [self._coefficients(*pair) for pair in self.sampling_pairs(num_inference_steps).tolist()]
+
+    def inversion_coefficients(self, num_inference_steps: int) -> list[Coefficients]:
+        """What `ddim_step` needs for every inversion step, in order."""
+        return [self._coefficients(*pair) for pair in self.inversion_pairs(num_inference_steps).tolist()]
+
+    def _coefficients(self, start: int, end: int) -> Coefficients:
+        """Of x' = sqrt(a') x_0 + sqrt(1 - a') eps, with x_0 and eps written out in the latents and the prediction."""
+        signal, noise = self._scales(start)
+        next_signal, next_noise = self._scales(end)
+        if self.prediction_type == "epsilon":  # x_0 = (x - noise * eps) / signal
+            return next_signal / signal, next_noise - next_signal * noise / signal
+        # x_0 = signal * x - noise * v, eps = noise * x + signal * v
+        return next_signal * signal + next_noise * noise, next_noise * signal - next_signal * noise
+
+    def _scales(self, timestep: int) -> tuple[float, float]:
+        """(sqrt(a), sqrt(1 - a)) at a timestep; a negative one is the clean end."""
+        level = 1.0 if timestep < 0 and self.set_alpha_to_one else float(self.alphas_cumprod[max(timestep, 0)])
+        return math.sqrt(level), math.sqrt(1.0 - level)
+
+
+def ddim_step(latents: Tensor, noise_pred: Tensor, coefficients: Coefficients) -> Tensor:
+    """One DDIM step, sampling or inversion: c_latents * latents + c_prediction * noise_pred.
+
+    Args: latents: any shape, fp32 or wider; noise_pred: the same shape, any float dtype; coefficients: Python floats.
+    Returns: dtype of latents, new tensor.
+    Raises: ShapeError if the shapes differ.
+    """
+    if noise_pred.shape != latents.shape:
+        raise ShapeError(
+            f"the denoiser gave {tuple(noise_pred.shape)} for latents of {tuple(latents.shape)}",
+            hint="the denoiser must return one prediction per latent",
+        )
+    scale, weight = coefficients
+    return torch.add(latents * scale, noise_pred.to(latents.dtype), alpha=weight)
+
+
+@torch.no_grad()
+def ddim_invert(
+    denoise: Denoise,
+    latents: Tensor,
+    schedule: DDIMSchedule,
+    num_inference_steps: int,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Carry clean latents to the noise that sampling would turn into them (Eq. 4).
+
+    x_to = sqrt(a_to) x_0 + sqrt(1 - a_to) eps, with x_0 from x_from, and eps asked at (x_from, to).
+    Args:
+        denoise: the noise prediction; gets latents in their own dtype.
+        latents: (f, 4, h, w), VAE-scaled, any float dtype. The arithmetic runs in fp32, or wider where they are wider.
+        schedule: noise levels and timesteps.
+        num_inference_steps: of the sampler that the noise is for.
+        progress: called with (steps done, steps in all) after each.
+    Returns: the latents at the sampler's first timestep, dtype and shape of latents, new tensor.
+    Raises: PoseCrafterError for an impossible step count; ShapeError if the prediction has another shape.
+    """
+    coefficients = schedule.inversion_coefficients(num_inference_steps)
+    timesteps = schedule.timesteps(num_inference_steps).tolist()
+    state = latents.to(_arithmetic_dtype(latents))
+    for done, step in enumerate(coefficients):
+        index = num_inference_steps - 1 - done
+        state = ddim_step(state, denoise(state.to(latents.dtype), index, timesteps[index]), step)
+        if progress is not None:
+            progress(done + 1, num_inference_steps)
+    return state.to(latents.dtype)
+
+
+@torch.no_grad()
+def ddim_sample(
+    denoise: Denoise,
+    latents: Tensor,
+    schedule: DDIMSchedule,
+    num_inference_steps: int,
+    *,
+    start_step: int = 0,
+    on_step: Callable[[int, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Denoise latents deterministically (DDIM, eta = 0).
+
+    x_to = sqrt(a_to) x_0 + sqrt(1 - a_to) eps, with x_0 from x_from, and eps asked at (x_from, from).
+    Args:
+        denoise: the noise prediction; gets latents in their own dtype.
+        latents: (f, 4, h, w) at the noise level of `start_step`, any float dtype. Arithmetic as in `ddim_invert`.
+        schedule: noise levels and timesteps.
+        num_inference_steps: steps of the whole schedule.
+        start_step: the first step to do, 0..num_inference_steps; steps before it count as done.
+        on_step: called before step i (counted from 0) with (i, latents in the arithmetic's dtype); what it returns is
+            denoised in their place. The latent edit at step tau is the hook's doing at i = tau - 1.
+    Returns: clean latents, dtype and shape of latents.
+    Raises: PoseCrafterError for an impossible step count or start; ShapeError if the prediction has another shape.
+    """
+    coefficients = schedule.sampling_coefficients(num_inference_steps)
+    timesteps = schedule.timesteps(num_inference_steps).tolist()
+    if not 0 <= start_step <= num_inference_steps:
+        raise PoseCrafterError(
+            f"sampling was to start at step {start_step} of {num_inference_steps}",
+            hint=f"give 0 to {num_inference_steps}",
+        )
+    state = latents.to(_arithmetic_dtype(latents))
+    for index in range(start_step, num_inference_steps):
+        if on_step is not None:
+            state = on_step(index, state).to(state.dtype)
+        state = ddim_step(state, denoise(state.to(latents.dtype), index, timesteps[index]), coefficients[index])
+    return state.to(latents.dtype)
+
+
+def _arithmetic_dtype(latents: Tensor) -> torch.dtype:
+    return torch.promote_types(latents.dtype, torch.float32)

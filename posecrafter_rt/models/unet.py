@@ -1,0 +1,159 @@
+"""The inflated U-Net: SD 1.5's image U-Net over a clip, with key-frame and temporal attention.
+
+Layer 3: weights and names are diffusers'; the path of a clip through them is here and in `blocks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from posecrafter_rt.errors import ModelError, ShapeError
+from posecrafter_rt.models.blocks import (
+    ClipContext,
+    NormScope,
+    assign_slices,
+    checkpointed,
+    group_norm,
+    resnet_forward,
+    transformer_forward,
+)
+
+UNSUPPORTED_OPTIONS = ("class_embed_type", "addition_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "dual_cross_attention")
+
+
+class ClipDenoiser(nn.Module):
+    """What the U-Net and the ControlNet share: tables, down blocks and mid block over a clip.
+
+    The children of the diffusers model become this module's children, so every parameter keeps its diffusers name.
+    """
+
+    def __init__(self, image_model: nn.Module, norm_scope: NormScope) -> None:
+        super().__init__()
+        for option in UNSUPPORTED_OPTIONS:
+            if getattr(image_model.config, option, None):
+                raise ModelError(f"the network uses {option}, which no Stable Diffusion 1.x model does",
+                                 "use a Stable Diffusion 1.5 base and a ControlNet 1.1 for it")  # fmt: skip
+        for name, child in image_model.named_children():
+            self.add_module(name, child)
+        self.config = image_model.config
+        self.norm_scope: NormScope = norm_scope
+        self.time_width, self.kv_width = assign_slices(self.resnets(), self.transformer_blocks())
+
+    def resnets(self) -> Iterator[ResnetBlock2D]:
+        """Every residual block, in the order of the packed timestep table."""
+        return (module for module in self.modules() if isinstance(module, ResnetBlock2D))
+
+    def transformer_blocks(self) -> Iterator[BasicTransformerBlock]:
+        """Every transformer block, in the order of the packed text keys and values."""
+        return (module for module in self.modules() if isinstance(module, BasicTransformerBlock))
+
+    def time_projections(self, timesteps: Tensor) -> Tensor:
+        """All that depends on the timestep alone. timesteps: (S,) → (S, T), one row a timestep."""
+        dtype = self.conv_in.weight.dtype
+        embedding = nn.functional.silu(self.time_embedding(self.time_proj(timesteps).to(dtype)))
+        return torch.cat([resnet.time_emb_proj(embedding) for resnet in self.resnets()], dim=-1)
+
+    def text_kv(self, encoder_hidden_states: Tensor) -> Tensor:
+        """All that depends on the prompt alone. (G, tokens, D) → (G, tokens, K): each layer's keys, then its values."""
+        return torch.cat(
+            [project(encoder_hidden_states) for block in self.transformer_blocks()
+             for project in (block.attn2.to_k, block.attn2.to_v)], dim=-1)  # fmt: skip
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute residual and transformer blocks in the backward pass instead of keeping their activations."""
+        for module in (self, *self.modules()):
+            if not isinstance(module, (Attention, ResnetBlock2D)):
+                module.gradient_checkpointing = True
+
+    def _run(self, function, module: nn.Module, hidden_states: Tensor, context: ClipContext) -> Tensor:
+        return checkpointed(self, function, module, hidden_states, context)
+
+    def _down(self, hidden_states: Tensor, context: ClipContext) -> list[Tensor]:
+        samples = [hidden_states]
+        for block in self.down_blocks:
+            attentions = getattr(block, "attentions", [None] * len(block.resnets))
+            for resnet, attention in zip(block.resnets, attentions, strict=True):
+                hidden_states = self._run(resnet_forward, resnet, hidden_states, context)
+                if attention is not None:
+                    hidden_states = transformer_forward(attention, hidden_states, context)
+                samples.append(hidden_states)
+            for downsampler in block.downsamplers or ():
+                hidden_states = downsampler(hidden_states)
+                samples.append(hidden_states)
+        return samples
+
+    def _mid(self, hidden_states: Tensor, context: ClipContext) -> Tensor:
+        first, *rest = self.mid_block.resnets
+        hidden_states = self._run(resnet_forward, first, hidden_states, context)
+        for attention, resnet in zip(self.mid_block.attentions, rest, strict=True):
+            hidden_states = transformer_forward(attention, hidden_states, context)
+            hidden_states = self._run(resnet_forward, resnet, hidden_states, context)
+        return hidden_states
+
+    def _context(self, latents: Tensor, time_projections: Tensor, text_kv: Tensor) -> ClipContext:
+        if latents.shape[0] % text_kv.shape[0]:
+            raise ShapeError(f"{latents.shape[0]} frames do not divide into {text_kv.shape[0]} prompts")
+        return ClipContext(text_kv.shape[0], time_projections, text_kv, self.norm_scope)
+
+
+class VideoUNet(ClipDenoiser):
+    """SD 1.5's U-Net inflated to clips (METHOD: key-frame attention everywhere, temporal in its down and up blocks)."""
+
+    def __init__(
+        self, image_unet: UNet2DConditionModel, norm_scope: NormScope = "frame", *, temporal_attention: bool = True
+    ) -> None:
+        super().__init__(image_unet, norm_scope)
+        for block in (*self.down_blocks, *self.up_blocks) if temporal_attention else ():
+            for attention in getattr(block, "attentions", ()):
+                for transformer_block in attention.transformer_blocks:
+                    _add_temporal_attention(transformer_block)
+
+    def forward(
+        self,
+        latents: Tensor,
+        time_projections: Tensor,
+        text_kv: Tensor,
+        down_block_additional_residuals: Sequence[Tensor] = (),
+        mid_block_additional_residual: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the noise of a clip; frame 0 of each group is its key frame.
+
+        Args: latents: (G·F, 4, h, w). time_projections: (G or 1, T) from `time_projections`. text_kv: (G, tokens, K).
+            down_block_additional_residuals, mid_block_additional_residual: what the ControlNet returned.
+        Returns: noise_pred (G·F, 4, h, w).
+        """
+        context = self._context(latents, time_projections, text_kv)
+        samples = self._down(self.conv_in(latents), context)
+        hidden_states = self._mid(samples[-1], context)
+        if mid_block_additional_residual is not None:
+            hidden_states = hidden_states + mid_block_additional_residual
+            samples = [sample + extra for sample, extra in zip(samples, down_block_additional_residuals, strict=True)]
+        for block in self.up_blocks:
+            attentions = getattr(block, "attentions", [None] * len(block.resnets))
+            for resnet, attention in zip(block.resnets, attentions, strict=True):
+                hidden_states = torch.cat([hidden_states, samples.pop()], dim=1)
+                hidden_states = self._run(resnet_forward, resnet, hidden_states, context)
+                if attention is not None:
+                    hidden_states = transformer_forward(attention, hidden_states, context)
+            for upsampler in block.upsamplers or ():
+                hidden_states = upsampler(hidden_states, samples[-1].shape[-2:])
+        hidden_states = nn.functional.silu(group_norm(self.conv_norm_out, hidden_states, context))
+        return self.conv_out(hidden_states)
+
+
+def _add_temporal_attention(block: BasicTransformerBlock) -> None:
+    """attn_temp starts as a copy of attn1, and conv_temp at zero: the inflated U-Net begins as the image U-Net."""
+    attn = block.attn1
+    block.attn_temp = Attention(attn.to_q.in_features, heads=attn.heads, dim_head=attn.inner_dim // attn.heads)
+    if not attn.to_q.weight.is_meta:
+        block.attn_temp.load_state_dict(attn.state_dict())
+    block.conv_temp = nn.Linear(attn.to_q.in_features, attn.to_q.in_features)  # a 1×1 convolution over tokens
+    nn.init.zeros_(block.conv_temp.weight)
+    nn.init.zeros_(block.conv_temp.bias)

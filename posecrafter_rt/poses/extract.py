@@ -1,0 +1,158 @@
+"""Keypoints from a video, by a detector in a process of its own.
+
+Layer 1: numpy and `video_io`; the detectors' own packages clash with ours and with each other, hence the process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from posecrafter_rt.errors import BackendUnavailable, PoseError
+from posecrafter_rt.poses import _extract_worker as worker
+from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
+from posecrafter_rt.poses.layouts import NUM_WHOLEBODY_POINTS, from_mediapipe, from_wholebody
+from posecrafter_rt.poses.tracking import follow_person
+
+# Detectors miss hands and faces in small pictures; 576 is what they were seen to need on 176 x 144 video.
+_DETECTION_SHORT_SIDE_PX = 576
+_NUM_LOG_LINES = 20
+_INSTALL_HINT = "pip install 'posecrafter-rt[poses]'"
+
+
+def extract_poses(  # noqa: PLR0913 - one keyword for each option of the command
+    video_path: str | PathLike[str],
+    *,
+    detector: str = "auto",
+    weights: str | PathLike[str] | None = None,
+    device: str = "cpu",
+    python: str | PathLike[str] | None = None,
+    person: int | None = None,
+    upscale: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PoseSequence:
+    """Detect one person's whole-body keypoints in every frame of a video.
+
+    Args:
+        video_path: any video that `video_io` reads.
+        detector: `dwpose` (rtmlib), `mediapipe`, or `auto`: the first of the two that can run.
+        weights: folder with yolox_l.onnx and dw-ll_ucoco_384.onnx; None lets rtmlib download its own. MediaPipe brings
+            its own.
+        device: `cpu` or `cuda` (DWPose only).
+        python: interpreter whose environment has the detector; None takes this one.
+        person: which of several people in the first frame, counted from 0; None takes the largest.
+        upscale: frames are enlarged this many times for detection; None takes the smallest whole number that brings the
+            short side to 576 pixels.
+        progress: called with (frames done, all frames).
+    Returns: one pose per frame, in pixels of the video; a frame where the person was not found is all zeros.
+    Raises:
+        PoseError: nobody in any frame, or no such person.
+        BackendUnavailable: the detector cannot run; the message says why.
+        VideoError: the video cannot be read.
+    """
+    if detector not in ("auto", *worker.DETECTORS):
+        raise BackendUnavailable(f"there is no detector {detector!r}", hint="take auto, dwpose or mediapipe")
+    from posecrafter_rt.video_io import read_video
+
+    video = read_video(video_path)
+    height, width = video.frames.shape[1:3]
+    if upscale is None:
+        upscale = -(-_DETECTION_SHORT_SIDE_PX // min(height, width))
+    arguments = ["--detector", detector, "--device", device, "--height", str(height), "--width", str(width)]
+    arguments += ["--upscale", str(upscale)] + (["--weights", str(weights)] if weights is not None else [])
+    people = _detect(video.frames, str(python or sys.executable), arguments, progress)
+    tracked = follow_person(people, source=str(video_path), person=person, allow_missing=True)
+    return PoseSequence(tracked, (height, width), video.fps)
+
+
+def _detect(
+    frames: np.ndarray, python: str, arguments: list[str], progress: Callable[[int, int], None] | None
+) -> list[np.ndarray]:
+    """Per frame the people in it, float32 (P, 134, 3)."""
+    with tempfile.TemporaryDirectory(prefix="posecrafter-") as folder:
+        output = Path(folder) / "keypoints.npz"
+        command = [python, str(Path(worker.__file__)), *arguments, "--output", str(output)]
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
+        except OSError as error:
+            raise BackendUnavailable(f"the interpreter {python} cannot be started: {error.strerror}") from error
+        listener = _Listener(process, len(frames), progress)
+        try:
+            listener.start()
+            _feed(process, frames)
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            listener.join()
+        listener.raise_for_status(process.returncode)
+        with np.load(output) as result:
+            return _split(result["points"], result["frames"], int(result["num_frames"]))
+
+
+def _feed(process: subprocess.Popen[bytes], frames: np.ndarray) -> None:
+    assert process.stdin is not None
+    try:
+        with process.stdin as pipe:
+            for frame in frames:
+                pipe.write(np.ascontiguousarray(frame).data)
+    except BrokenPipeError:
+        # The worker has ended; what it said on stderr tells why.
+        return
+
+
+class _Listener(threading.Thread):
+    """Reads the worker's stderr, so that neither process waits for the other."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], num_frames: int, progress: Callable[[int, int], None] | None
+    ) -> None:
+        super().__init__(daemon=True)
+        self._stream = process.stderr
+        self._num_frames = num_frames
+        self._progress = progress
+        self._errors: dict[str, str] = {}
+        self._log: list[str] = []
+
+    def run(self) -> None:
+        assert self._stream is not None
+        with self._stream as stream:
+            for line in stream:
+                self._hear(line.decode("utf-8", errors="replace").rstrip())
+
+    def _hear(self, line: str) -> None:
+        kind, _, value = line.partition(" ")
+        if kind == worker.PROGRESS:
+            if self._progress is not None:
+                self._progress(int(value), self._num_frames)
+        elif kind in (worker.UNAVAILABLE, worker.FAILED):
+            self._errors[kind] = value
+        elif kind != worker.DETECTOR and line:
+            self._log = [*self._log, line][-_NUM_LOG_LINES:]
+
+    def raise_for_status(self, status: int) -> None:
+        """Raises what the worker reported, or that it died."""
+        if worker.UNAVAILABLE in self._errors:
+            raise BackendUnavailable(f"no pose detector: {self._errors[worker.UNAVAILABLE]}", hint=_INSTALL_HINT)
+        if status != 0:
+            reason = self._errors.get(worker.FAILED) or "\n".join(self._log) or "it said nothing"
+            raise PoseError(f"the pose detector failed with status {status}: {reason}")
+
+
+def _split(points: np.ndarray, frames: np.ndarray, num_frames: int) -> list[np.ndarray]:
+    if len(points) == 0:
+        return [np.zeros((0, NUM_KEYPOINTS, 3), np.float32)] * num_frames
+    convert = from_wholebody if points.shape[1] == NUM_WHOLEBODY_POINTS else from_mediapipe
+    keypoints = convert(points)
+    # SimCC scores overshoot 1 a little.
+    keypoints[..., 2] = np.clip(keypoints[..., 2], 0.0, 1.0)
+    return [keypoints[frames == index] for index in range(num_frames)]

@@ -1,0 +1,101 @@
+"""Choosing one person among several, and following them from frame to frame.
+
+Layer 1: numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from posecrafter_rt.errors import PoseError
+from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, NUM_KEYPOINTS
+
+# How far a person may move between two frames, in lengths of their own longer side, before it is somebody else.
+_FARTHEST_STEP = 0.75
+
+
+def follow_person(
+    frames: Sequence[np.ndarray], *, source: str, person: int | None = None, allow_missing: bool = False
+) -> np.ndarray:
+    """Pick one person in the first frame that has any, and follow them.
+
+    In each next frame the person continues as whoever is nearest: the mean distance over the body and face points that
+    both have. Where the frames ever show several people, somebody farther than 0.75 of the person's own size (more
+    after frames without them) is somebody else, so that the track ends rather than jumps.
+    Args:
+        frames: per frame the people in it, (P, 134, 3) with P >= 0: x, y in pixels of one canvas, confidence.
+        source: what the frames come from, for messages.
+        person: index among the people of the first frame that has any; None takes the largest.
+        allow_missing: a frame without the person is all zeros instead of an error.
+    Returns: float32 (N, 134, 3).
+    Raises: PoseError: nobody in any frame, no such person, or (unless allowed) a frame without the person.
+    """
+    people = [frame[(frame[..., 2] > 0).any(axis=1)] if len(frame) else frame for frame in frames]
+    counts = [len(frame) for frame in people]
+    if not any(counts):
+        raise PoseError(f"{source}: no person in any of {len(frames)} frames", hint="is the person in the picture?")
+    first = next(index for index, count in enumerate(counts) if count)
+    if first > 0 and not allow_missing:
+        raise _missing(source, 0, counts[0])
+    tracked = np.zeros((len(frames), NUM_KEYPOINTS, 3), np.float32)
+    tracked[first] = last = _pick(people[first], person, source, first)
+    seen = first
+    for index in range(first + 1, len(frames)):
+        chosen = _nearest(people[index], last, steps=index - seen, is_alone=max(counts) == 1)
+        if chosen is not None:
+            tracked[index] = last = chosen
+            seen = index
+        elif not allow_missing:
+            raise _missing(source, index, counts[index])
+    return tracked
+
+
+def _pick(people: np.ndarray, person: int | None, source: str, frame: int) -> np.ndarray:
+    if person is None:
+        return people[int(np.argmax([np.prod(_extent(one)) for one in people]))]
+    if not 0 <= person < len(people):
+        raise PoseError(
+            f"{source}: person {person} was asked for, but frame {frame} has {len(people)}",
+            hint=f"persons are counted from 0; the last is {len(people) - 1}",
+        )
+    return people[person]
+
+
+def _nearest(people: np.ndarray, last: np.ndarray, steps: int, is_alone: bool) -> np.ndarray | None:
+    if len(people) == 0:
+        return None
+    distances = [_distance(one, last) for one in people]
+    nearest = int(np.argmin(distances))
+    if not is_alone and distances[nearest] > _FARTHEST_STEP * steps * max(_extent(last)):
+        return None
+    return people[nearest]
+
+
+def _usable(keypoints: np.ndarray) -> np.ndarray:
+    usable = keypoints[:, 2] >= CONFIDENCE_THRESHOLD
+    return usable if usable.any() else keypoints[:, 2] > 0
+
+
+def _extent(keypoints: np.ndarray) -> np.ndarray:
+    """Width and height in pixels of the box around the usable points, at least 1 each."""
+    return np.maximum(np.ptp(keypoints[_usable(keypoints), :2], axis=0), 1.0)
+
+
+def _distance(one: np.ndarray, other: np.ndarray) -> float:
+    usable, other_usable = _usable(one), _usable(other)
+    shared = usable & other_usable
+    shared[BODY.stop : FACE.start] = False
+    shared[FACE.stop :] = False
+    if shared.any():
+        return float(np.linalg.norm(one[shared, :2] - other[shared, :2], axis=1).mean())
+    return float(np.linalg.norm(one[usable, :2].mean(axis=0) - other[other_usable, :2].mean(axis=0)))
+
+
+def _missing(source: str, frame: int, count: int) -> PoseError:
+    others = f" ({count} other{'s' * (count != 1)} there)" if count else ""
+    return PoseError(
+        f"{source}: frame {frame} does not show the person{others}",
+        hint="cut the frame out, or fill it in from its neighbours; frames are counted from 0",
+    )

@@ -1,0 +1,114 @@
+"""Names, dimensions and element types of every network's tensors: one contract for engines and export.
+
+Layer 0: a leaf; no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+NETWORK_NAMES = (
+    "text_encoder", "prompt_kv", "time_tables", "pose_embedding", "vae_encoder", "vae_decoder", "controlnet", "unet",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes that fix every network's tensor shapes, read once from the base model.
+
+    vae_scale_factor: pixels per latent pixel. time_widths, kv_widths: packed table widths of (U-Net, ControlNet).
+    residuals: (channels, downscale) of each ControlNet down residual; mid_residual: the same of the mid residual.
+    """
+
+    latent_channels: int
+    vae_scale_factor: int
+    text_tokens: int
+    text_channels: int
+    pose_channels: int
+    time_widths: tuple[int, int]
+    kv_widths: tuple[int, int]
+    residuals: tuple[tuple[int, int], ...]
+    mid_residual: tuple[int, int]
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this, so that every U-Net level halves evenly."""
+        return self.vae_scale_factor * max(scale for _, scale in self.residuals)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers, for a manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Architecture:
+        """The inverse of `to_json`."""
+
+        def frozen(value: Any) -> Any:
+            return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+        return cls(**{key: frozen(value) for key, value in data.items()})
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor. dims: an int is fixed; "frames", "groups", "steps" and "height/s", "width/s" are free."""
+
+    name: str
+    dims: tuple[int | str, ...]
+    dtype: str = "float"  # "float": fp32 at the engine's boundary whatever runs inside; or "int64"
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """One network's inputs and outputs, in the order of its forward."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def residual_names(num_residuals: int) -> list[str]:
+    """Names of the ControlNet residuals, down to mid."""
+    return [f"down_block_residual_{index}" for index in range(num_residuals)] + ["mid_block_residual"]
+
+
+def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
+    """The contract of every network of a base with this architecture.
+
+    Free dimensions: `frames` (G·F), `groups` (G: prompts, or 1), `steps`, `height` and `width` in pixels;
+    "height/8" is the height divided by 8. All floating-point tensors cross the boundary as float32.
+    """
+    scale = arch.vae_scale_factor
+    h, w = f"height/{scale}", f"width/{scale}"
+    latents = TensorSpec("latents", ("frames", arch.latent_channels, h, w))
+    pixels = ("frames", 3, "height", "width")
+    text = TensorSpec("encoder_hidden_states", ("groups", arch.text_tokens, arch.text_channels))
+    time_u, time_c = arch.time_widths
+    kv_u, kv_c = arch.kv_widths
+    residuals = tuple(
+        TensorSpec(name, ("frames", channels, f"height/{scale * down}", f"width/{scale * down}"))
+        for name, (channels, down) in zip(
+            residual_names(len(arch.residuals)), (*arch.residuals, arch.mid_residual), strict=True
+        )
+    )
+    pose = TensorSpec("pose_embeddings", ("frames", arch.pose_channels, h, w))
+
+    def tables(time: int, kv: int) -> tuple[TensorSpec, TensorSpec]:
+        return (TensorSpec("time_projections", (1, time)), TensorSpec("text_kv", ("groups", arch.text_tokens, kv)))
+
+    specs = (
+        NetworkSpec("text_encoder", (TensorSpec("input_ids", ("groups", arch.text_tokens), "int64"),), (text,)),
+        NetworkSpec("prompt_kv", (text,), (TensorSpec("unet_text_kv", ("groups", arch.text_tokens, kv_u)),
+                                           TensorSpec("controlnet_text_kv", ("groups", arch.text_tokens, kv_c)))),
+        NetworkSpec("time_tables", (TensorSpec("timesteps", ("steps",), "int64"),),
+                    (TensorSpec("unet_time_projections", ("steps", time_u)),
+                     TensorSpec("controlnet_time_projections", ("steps", time_c)))),
+        NetworkSpec("pose_embedding", (TensorSpec("controlnet_cond", pixels),), (pose,)),
+        NetworkSpec("vae_encoder", (TensorSpec("pixels", pixels),), (latents,)),
+        NetworkSpec("vae_decoder", (latents,), (TensorSpec("pixels", pixels),)),
+        NetworkSpec("controlnet", (latents, *tables(time_c, kv_c), pose, TensorSpec("conditioning_scale", (1,))),
+                    residuals),
+        NetworkSpec("unet", (latents, *tables(time_u, kv_u), *residuals), (TensorSpec("noise_pred", latents.dims),)),
+    )  # fmt: skip
+    return {spec.name: spec for spec in specs}

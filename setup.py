@@ -1,0 +1,139 @@
+"""Builds `posecrafter_rt._native` where a compiler is found, and maps kernels/ and export/ into the package.
+
+Packaging: every other setting is in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+PACKAGES = [
+    "posecrafter_rt",
+    "posecrafter_rt.cli",
+    "posecrafter_rt.demo",
+    "posecrafter_rt.embedded",
+    "posecrafter_rt.engines",
+    "posecrafter_rt.evaluate",
+    "posecrafter_rt.export",
+    "posecrafter_rt.kernels",
+    "posecrafter_rt.method",
+    "posecrafter_rt.models",
+    "posecrafter_rt.ops",
+    "posecrafter_rt.poses",
+    "posecrafter_rt.runtime",
+    "posecrafter_rt.serve",
+]
+PACKAGE_DIR = {"posecrafter_rt.kernels": "kernels", "posecrafter_rt.export": "export"}
+CUDA_ARCHS = ("80", "86", "89", "90")  # plus PTX of the last, for what comes after
+# Contraction off: the CPU and CUDA paths and the reference then agree bit for bit.
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart", "static", "-Xcompiler", "-fPIC"]
+
+
+class BuildError(Exception):
+    """A compiler or toolkit that is missing or refuses the sources."""
+
+
+def find_nvcc() -> str | None:
+    """The path of nvcc, or None. POSECRAFTER_CUDA=0 looks for none; =1 raises BuildError where there is none."""
+    wish = os.environ.get("POSECRAFTER_CUDA", "")
+    if wish == "0":
+        return None
+    roots = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    nvcc = next((found for root in roots if (found := shutil.which("nvcc", path=f"{root}/bin"))), shutil.which("nvcc"))
+    if nvcc is None and wish == "1":
+        raise BuildError("POSECRAFTER_CUDA=1, but no nvcc on PATH or in CUDA_HOME")
+    return nvcc
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Those of CUDA_ARCHS that this nvcc knows."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known.split()]
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """nvcc's flags: machine code for every arch, and PTX of the newest."""
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def cuda_library_dir(nvcc: str) -> str:
+    """The folder that holds libcudart_static.a, beside the real nvcc (PATH may hold a wrapper that only names it)."""
+    dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"_HERE_=(.*)", dryrun)
+    root = Path(top.group(1)).parent if top else Path(nvcc).resolve().parent.parent
+    folders = [root / "lib64", root / "lib", root / "targets" / "x86_64-linux" / "lib"]
+    found = next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
+    if found is None:
+        raise BuildError(f"libcudart_static.a is not below {root}")
+    return str(found)
+
+
+class BuildNative(build_ext):
+    """Compiles the extension, with CUDA where nvcc is; without a compiler the package installs and uses the reference."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:  # every compiler has exceptions of its own; none may stop a pure install
+            if os.environ.get("POSECRAFTER_CUDA") == "1":
+                raise
+            print(f"posecrafter-rt: built without native operators ({error}); the reference is used", file=sys.stderr)
+            self.extensions = []
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        ext.include_dirs.append(pybind11.get_include())
+        is_unix = self.compiler.compiler_type == "unix"
+        ext.extra_compile_args = [*CXX_FLAGS, *self.openmp()] if is_unix else ["/std:c++17", "/O2", "/fp:precise"]
+        ext.extra_link_args = self.openmp() if is_unix else []
+        nvcc = find_nvcc() if is_unix else None
+        if nvcc is not None:
+            self.add_cuda(ext, nvcc)
+        super().build_extension(ext)
+
+    def openmp(self) -> list[str]:
+        """The OpenMP flag where the compiler takes it (Apple's does not)."""
+        probe = Path(self.build_temp) / "openmp.cpp"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+        command = [*self.compiler.compiler_so, "-fopenmp", "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+        taken = subprocess.run(command, capture_output=True).returncode == 0
+        return ["-fopenmp"] if taken else []
+
+    def add_cuda(self, ext: Extension, nvcc: str) -> None:
+        """Compile the .cu file with nvcc and hang its object and the static CUDA runtime on the extension."""
+        archs = cuda_archs(nvcc)
+        target = Path(self.build_temp) / "affine_warp_paste_cuda.o"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.spawn([nvcc, *NVCC_FLAGS, *gencode(archs), "-c", "csrc/affine_warp_paste.cu", "-o", str(target)])
+        names = " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"])
+        ext.define_macros += [("POSECRAFTER_CUDA", None), ("POSECRAFTER_CUDA_ARCHS", f'"{names}"')]
+        ext.extra_objects.append(str(target))
+        ext.library_dirs.append(cuda_library_dir(nvcc))
+        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+
+
+if __name__ == "__main__":
+    native = Extension(
+        "posecrafter_rt._native",
+        ["csrc/affine_warp_paste.cpp", "csrc/bindings.cpp"],
+        depends=["csrc/affine_warp_paste.h", "csrc/affine_warp_paste.cu"],
+        language="c++",
+    )
+    setup(
+        packages=PACKAGES,
+        package_dir=PACKAGE_DIR,
+        ext_modules=[native],
+        cmdclass={"build_ext": BuildNative},
+    )
