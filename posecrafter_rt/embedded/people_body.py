@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import cv2
 import numpy as np
 
-from posecrafter_rt.embedded.people_draw import Light, clip_box, fill, limb, smooth, stroke, to_fixed
+from posecrafter_rt.embedded.people_draw import Frame, Light, fill, limb, pillow, smooth, stroke
 
 
 @dataclass
@@ -58,7 +57,7 @@ _FAN = np.array([-0.75, -0.16, 0.0, 0.13, 0.28])
 
 
 def hand_points(wrist: np.ndarray, angle: float, scale: float, mirror: float, arm: ArmPose) -> np.ndarray:
-    """21 hand points in pixels; the hand points along (sin angle, cos angle) and `mirror` is +1 if the thumb is at -x."""
+    """21 hand points in pixels; the hand points along (sin angle, cos angle) `mirror` +1 puts the thumb at -x."""
     points = np.zeros((21, 2))
     for finger in range(5):
         place = _ROOTS[finger].copy()
@@ -68,7 +67,9 @@ def hand_points(wrist: np.ndarray, angle: float, scale: float, mirror: float, ar
         points[1 + 4 * finger] = place
         for joint in range(3):
             bend += curl * 0.75
-            place = place + _SEGMENTS[finger, joint] * np.cos(bend * 0.95) * np.array([np.sin(heading), np.cos(heading)])
+            place = place + _SEGMENTS[finger, joint] * np.cos(bend * 0.95) * np.array(
+                [np.sin(heading), np.cos(heading)]
+            )
             points[2 + 4 * finger + joint] = place
     points[:, 0] *= mirror
     cosine, sine = np.cos(angle), np.sin(angle)
@@ -82,10 +83,22 @@ def draw_hand(image: np.ndarray, points: np.ndarray, skin: np.ndarray, scale: fl
     colour = skin * tone
     wrist = points[0]
     axis = points[9] - wrist
-    side = np.array([-axis[1], axis[0]]) / (np.linalg.norm(axis) + 1e-6) * np.sign(
-        np.cross(np.append(axis, 0), np.append(points[17] - points[5], 0))[2] + 1e-9)
-    palm = np.stack([wrist - side * 2.4 * scale, points[1], points[5], points[9], points[13], points[17],
-                     wrist + side * 2.4 * scale])
+    side = (
+        np.array([-axis[1], axis[0]])
+        / (np.linalg.norm(axis) + 1e-6)
+        * np.sign(np.cross(np.append(axis, 0), np.append(points[17] - points[5], 0))[2] + 1e-9)
+    )
+    palm = np.stack(
+        [
+            wrist - side * 2.4 * scale,
+            points[1],
+            points[5],
+            points[9],
+            points[13],
+            points[17],
+            wrist + side * 2.4 * scale,
+        ]
+    )
     middle = palm.mean(0)
     fill(image, smooth(middle + (palm - middle) * 1.12), colour * 0.93)
     fill(image, smooth(middle + (palm - middle) * 0.7), colour * 1.02, 0.6)
@@ -114,13 +127,17 @@ def skeleton(shape: BodyShape, pose: BodyPose, neck: np.ndarray, scale: float) -
     left = neck + across * half - down * pose.shrug[1] * scale
     hip_half = 9.5 * shape.girth * (0.4 + 0.6 * np.cos(pose.yaw)) * scale
     waist = neck + 50.0 * scale * down
-    joints = {"right_arm": _arm_joints(right, -1.0, pose.right_arm, scale),
-              "left_arm": _arm_joints(left, 1.0, pose.left_arm, scale)}
+    joints = {
+        "right_arm": _arm_joints(right, -1.0, pose.right_arm, scale),
+        "left_arm": _arm_joints(left, 1.0, pose.left_arm, scale),
+    }
     for name, side, index in (("right_leg", -1.0, 0), ("left_leg", 1.0, 1)):
         hip = waist + side * across * hip_half
         angle = pose.stance[index]
         knee = hip + 42.0 * scale * np.array([side * np.sin(angle), np.cos(angle)])
-        ankle = knee + 40.0 * scale * np.array([side * np.sin(angle - pose.knees[index]), np.cos(angle - pose.knees[index])])
+        ankle = knee + 40.0 * scale * np.array(
+            [side * np.sin(angle - pose.knees[index]), np.cos(angle - pose.knees[index])]
+        )
         toe = ankle + scale * np.array([[side * 4.0, 9.0], [side * 7.5, 7.0], [-side * 0.5, 4.0]])
         joints[name] = np.concatenate([np.stack([hip, knee, ankle]), toe])
     for name, mirror in (("right_hand", 1.0), ("left_hand", -1.0)):
@@ -140,14 +157,29 @@ def draw_legs(image: np.ndarray, joints: dict[str, np.ndarray], shape: BodyShape
         leg = joints[name]
         if leg[0, 1] > image.shape[0] + 20 * scale:
             continue
-        fill(image, smooth(np.stack([leg[5] + [0, -1 * scale], leg[5] + [0, 2 * scale], leg[3] + [0, 2 * scale],
-                                     leg[4] + [0, 2 * scale], leg[4] + [0, -1 * scale], leg[2] + [3 * scale, -3 * scale],
-                                     leg[2] - [3 * scale, 3 * scale]])), shape.shoes)
+        fill(
+            image,
+            smooth(
+                np.stack(
+                    [
+                        leg[5] + [0, -1 * scale],
+                        leg[5] + [0, 2 * scale],
+                        leg[3] + [0, 2 * scale],
+                        leg[4] + [0, 2 * scale],
+                        leg[4] + [0, -1 * scale],
+                        leg[2] + [3 * scale, -3 * scale],
+                        leg[2] - [3 * scale, 3 * scale],
+                    ]
+                )
+            ),
+            shape.shoes,
+        )
         limb(image, leg[:3], np.array([8.6, 6.2, 4.6]) * scale * shape.girth, shape.trousers, light)
 
 
-def draw_torso(image: np.ndarray, joints: dict[str, np.ndarray], shape: BodyShape, cloth: np.ndarray, scale: float,
-               light: Light) -> None:
+def draw_torso(
+    image: np.ndarray, joints: dict[str, np.ndarray], shape: BodyShape, cloth: np.ndarray, scale: float, light: Light
+) -> None:
     """The shirt: cloth texture on a smooth outline, shaded as if inflated."""
     neck, across, down, right, left = joints["frame"]
     hips = 0.5 * (joints["right_leg"][0] + joints["left_leg"][0])
@@ -155,79 +187,105 @@ def draw_torso(image: np.ndarray, joints: dict[str, np.ndarray], shape: BodyShap
     base = neck - down * 6.5 * scale
     span, thick = np.linalg.norm(left - right) / 2, 4.6 * scale * shape.girth
     slope = across * span
-    outline = np.stack([
-        base + across * 5.6 * scale, neck + slope * 0.62 - down * 4.4 * scale, left + across * 2.4 * scale - down * 3.2 * scale,
-        left + across * thick * 1.15 + down * 4.5 * scale, left - across * 0.2 * thick + down * 14 * scale,
-        hips + hip_half * 0.93 - down * 16 * scale, hips + hip_half + down * 4 * scale, hips - hip_half + down * 4 * scale,
-        hips - hip_half * 0.93 - down * 16 * scale, right + across * 0.2 * thick + down * 14 * scale,
-        right - across * thick * 1.15 + down * 4.5 * scale, right - across * 2.4 * scale - down * 3.2 * scale,
-        neck - slope * 0.62 - down * 4.4 * scale, base - across * 5.6 * scale])
-    outline = smooth(outline, 5)
-    box = clip_box(outline, image.shape, 2)
-    if box is None:
-        return
-    x0, y0, x1, y1 = box
-    width, height = x1 - x0, y1 - y0
-    mask = np.zeros((height, width), np.uint8)
-    cv2.fillPoly(mask, [to_fixed(outline - [x0, y0])], 255, cv2.LINE_AA, 3)
-    shade = _inflate(outline - [x0, y0], (height, width), scale, light)
-    unit = cloth.shape[0] / (58.0 * scale)  # the texture spans 58 cm
-    centre = (cloth.shape[1] / 2) - (neck - [x0, y0]) @ np.stack([across, across], 1) * unit
-    inverse = np.array([[across[0] * unit, across[1] * unit, centre[0]],
-                        [down[0] * unit, down[1] * unit, 20.0 - (neck - [x0, y0]) @ down * unit]])
-    texture = cv2.warpAffine(cloth, inverse, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                             borderMode=cv2.BORDER_REFLECT)
-    part = image[y0:y1, x0:x1]
-    shaded = np.clip(texture * shade, 0, 255).astype(np.uint8)
-    cv2.copyTo(shaded, (mask > 127).astype(np.uint8), part)
+    outline = np.stack(
+        [
+            base + across * 5.6 * scale,
+            neck + slope * 0.62 - down * 4.4 * scale,
+            left + across * 2.4 * scale - down * 3.2 * scale,
+            left + across * thick * 1.15 + down * 4.5 * scale,
+            left - across * 0.2 * thick + down * 14 * scale,
+            hips + hip_half * 0.93 - down * 16 * scale,
+            hips + hip_half + down * 4 * scale,
+            hips - hip_half + down * 4 * scale,
+            hips - hip_half * 0.93 - down * 16 * scale,
+            right + across * 0.2 * thick + down * 14 * scale,
+            right - across * thick * 1.15 + down * 4.5 * scale,
+            right - across * 2.4 * scale - down * 3.2 * scale,
+            neck - slope * 0.62 - down * 4.4 * scale,
+            base - across * 5.6 * scale,
+        ]
+    )
+    pillow(
+        image, smooth(outline, 5), cloth, light, Frame(neck, down, 9.0 * scale, 20.0, cloth.shape[0] / (58.0 * scale))
+    )
 
 
-def _inflate(outline: np.ndarray, size: tuple[int, int], scale: float, light: Light) -> np.ndarray:
-    """Colour factors (H, W, 3) of a pillow with this outline, worked out at a quarter of the size."""
-    small_h, small_w = size[0] // 4 + 1, size[1] // 4 + 1
-    pad = 12
-    mask = np.zeros((small_h + 2 * pad, small_w + 2 * pad), np.float32)
-    cv2.fillPoly(mask, [to_fixed(outline / 4 + pad)], 1.0, cv2.LINE_8, 3)
-    height = cv2.GaussianBlur(mask, (0, 0), max(0.9 * scale, 0.6)) + cv2.GaussianBlur(mask, (0, 0), max(0.4 * scale, 0.5))
-    gx, gy = cv2.Sobel(height, cv2.CV_32F, 1, 0), cv2.Sobel(height, cv2.CV_32F, 0, 1)
-    steep = 0.55 * scale
-    normals = np.stack([-gx * steep, -gy * steep, np.ones_like(gx)], -1)
-    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
-    shade = light.shade(normals).astype(np.float32)[pad:-pad, pad:-pad]
-    return cv2.resize(shade, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-
-
-def draw_neck(image: np.ndarray, joints: dict[str, np.ndarray], top: np.ndarray, skin: np.ndarray, shape: BodyShape,
-              scale: float, light: Light) -> None:
+def draw_neck(
+    image: np.ndarray,
+    joints: dict[str, np.ndarray],
+    top: np.ndarray,
+    skin: np.ndarray,
+    shape: BodyShape,
+    scale: float,
+    light: Light,
+) -> None:
     """Neck and collar; `top` is the pixel under the jaw where the neck meets the head."""
     neck, across, down, _, _ = joints["frame"]
     base = neck - down * 3.5 * scale
-    half = 5.7 * scale * (0.9 + 0.1 * shape.girth)
+    half = 5.35 * scale * (0.9 + 0.1 * shape.girth)
     collar_depth = {"crew": 2.4, "vee": 9.0, "shirt": 7.0}[shape.collar]
     tone = light.shade(np.array([0.0, 0.35, 0.94]))
-    rim = np.stack([base - across * 6.6 * scale - down * 3.4 * scale, base - across * 4.0 * scale,
-                    base + down * collar_depth * scale, base + across * 4.0 * scale,
-                    base + across * 6.6 * scale - down * 3.4 * scale, base - down * 4.5 * scale])
+    rim = np.stack(
+        [
+            base - across * 6.6 * scale - down * 3.4 * scale,
+            base - across * 4.0 * scale,
+            base + down * collar_depth * scale,
+            base + across * 4.0 * scale,
+            base + across * 6.6 * scale - down * 3.4 * scale,
+            base - down * 4.5 * scale,
+        ]
+    )
     fill(image, smooth(rim, 4), skin * tone * 0.96)
     limb(image, np.stack([base + down * 0.5 * scale, top]), np.array([half * 1.06, half * 0.98]), skin * 0.93, light)
-    under = np.stack([top - across * half * 0.98, top + across * half * 0.98, top + across * half * 0.7 + down * 3.6 * scale,
-                      top + down * 5.0 * scale, top - across * half * 0.7 + down * 3.6 * scale])
+    under = np.stack(
+        [
+            top - across * half * 0.98,
+            top + across * half * 0.98,
+            top + across * half * 0.7 + down * 3.6 * scale,
+            top + down * 5.0 * scale,
+            top - across * half * 0.7 + down * 3.6 * scale,
+        ]
+    )
     fill(image, smooth(under, 3), skin * tone * 0.52, 0.5)
     edge = smooth(rim[:5], 4, closed=False)
     colour = shape.shirt * (0.72 if shape.collar != "shirt" else 1.12) * tone
     stroke(image, edge, colour, 1.5 * scale if shape.collar != "shirt" else 2.6 * scale, 0.9)
 
 
-def draw_arm(image: np.ndarray, joints: dict[str, np.ndarray], name: str, shape: BodyShape, skin: np.ndarray, scale: float,
-             light: Light) -> None:
-    """One arm ("right" or "left"), sleeve and hand."""
-    chain = joints[f"{name}_arm"]
+def draw_upper_arm(
+    image: np.ndarray,
+    chain: np.ndarray,
+    shape: BodyShape,
+    paints: tuple[np.ndarray, np.ndarray],
+    scale: float,
+    light: Light,
+) -> None:
+    """Shoulder to elbow; `paints` are the skin colour (3,) and the sleeve's cloth (T, T, 3)."""
+    skin, cloth = paints
     girth = shape.girth * scale
-    draw_hand(image, joints[f"{name}_hand"], skin, scale, light)
-    bare = skin if shape.sleeve == "short" else shape.shirt
-    limb(image, chain[1:], np.array([4.1, 2.9]) * girth, bare, light)
+    bone = np.stack([0.94 * chain[0] + 0.06 * chain[1], chain[1]])
     if shape.sleeve == "short":
-        limb(image, chain[:2], np.array([4.4, 4.0]) * girth, skin, light)
-        limb(image, np.stack([chain[0], 0.4 * chain[0] + 0.6 * chain[1]]), np.array([5.4, 5.3]) * girth, shape.shirt, light)
+        limb(image, bone, np.array([4.7, 4.0]) * girth, skin, light)
+        limb(image, np.stack([bone[0], 0.4 * bone[0] + 0.6 * bone[1]]), np.array([5.2, 5.4]) * girth, cloth, light)
     else:
-        limb(image, chain[:2], np.array([5.5, 4.5]) * girth, shape.shirt, light)
+        limb(image, bone, np.array([5.2, 4.5]) * girth, cloth, light)
+
+
+def draw_forearm(
+    image: np.ndarray,
+    chain: np.ndarray,
+    hand: np.ndarray,
+    shape: BodyShape,
+    paints: tuple[np.ndarray, np.ndarray],
+    scale: float,
+    light: Light,
+) -> None:
+    """Elbow to finger tips; `paints` are the skin colour (3,) and the sleeve's cloth (T, T, 3)."""
+    skin, cloth = paints
+    girth = shape.girth * scale
+    if chain[1:, 1].min() < image.shape[0] + 20 * scale:
+        draw_hand(image, hand, skin, scale, light)
+    if shape.sleeve == "short":
+        limb(image, chain[1:], np.array([4.0, 2.7]) * girth, skin, light)
+    else:
+        limb(image, chain[1:], np.array([4.5, 3.3]) * girth, cloth, light)

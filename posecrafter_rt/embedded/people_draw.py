@@ -44,8 +44,12 @@ def _spline(num_points: int, steps: int, closed: bool) -> np.ndarray:
         ids = [j % num_points for j in ids] if closed else [min(max(j, 0), num_points - 1) for j in ids]
         for k in range(steps):
             t = k / steps
-            w = (-0.5 * t**3 + t**2 - 0.5 * t, 1.5 * t**3 - 2.5 * t**2 + 1, -1.5 * t**3 + 2 * t**2 + 0.5 * t,
-                 0.5 * t**3 - 0.5 * t**2)
+            w = (
+                -0.5 * t**3 + t**2 - 0.5 * t,
+                1.5 * t**3 - 2.5 * t**2 + 1,
+                -1.5 * t**3 + 2 * t**2 + 0.5 * t,
+                0.5 * t**3 - 0.5 * t**2,
+            )
             for j, wj in zip(ids, w, strict=True):
                 weights[i * steps + k, j] += wj
     if not closed:
@@ -83,8 +87,9 @@ def stroke(image: np.ndarray, line: np.ndarray, colour: np.ndarray, width: float
     x0, y0, x1, y1 = box
     part = image[y0:y1, x0:x1]
     top = part.copy()
-    cv2.polylines(top, [to_fixed(line - [x0, y0])], False, tuple(float(c) for c in colour), width_px, cv2.LINE_AA,
-                  _SHIFT)
+    cv2.polylines(
+        top, [to_fixed(line - [x0, y0])], False, tuple(float(c) for c in colour), width_px, cv2.LINE_AA, _SHIFT
+    )
     image[y0:y1, x0:x1] = cv2.addWeighted(top, alpha, part, 1 - alpha, 0.0)
 
 
@@ -97,8 +102,9 @@ def clip_box(points: np.ndarray, shape: tuple[int, ...], margin: int) -> tuple[i
     return None if x1 <= x0 or y1 <= y0 else (x0, y0, x1, y1)
 
 
-def grid_quads(pixels: np.ndarray, turned: np.ndarray, albedo: np.ndarray, light: Light,
-               cull: bool = True, gloss: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def grid_quads(
+    pixels: np.ndarray, turned: np.ndarray, albedo: np.ndarray, light: Light, cull: bool = True, gloss: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Shade a vertex grid. Returns quads (Q, 4, 2) int32 fixed point, colours (Q, 3), depths (Q,), unsorted."""
     du = turned[:-1, 1:] - turned[:-1, :-1] + turned[1:, 1:] - turned[1:, :-1]
     dv = turned[1:, :-1] - turned[:-1, :-1] + turned[1:, 1:] - turned[:-1, 1:]
@@ -128,27 +134,75 @@ def paint_quads(image: np.ndarray, quads: np.ndarray, colours: np.ndarray, depth
         draw(image, quad, colour, 8, _SHIFT)
 
 
-def limb(image: np.ndarray, joints: np.ndarray, widths: np.ndarray, colour: np.ndarray, light: Light) -> None:
-    """A rounded limb through (N, 2) joints with (N,) half widths: nested outlines give the shading of a cylinder."""
-    points = np.concatenate([joints[:1] + 0.02 * (joints[:1] - joints[1:2]), joints])[1:]
-    curve, radius = smooth(points, 4, closed=False), smooth(np.asarray(widths, float)[:, None], 4, closed=False)
+def limb(image: np.ndarray, joints: np.ndarray, widths: np.ndarray, paint: np.ndarray, light: Light) -> None:
+    """A rounded limb through (N, 2) joints with (N,) half widths; `paint` is a colour (3,) or a cloth (T, T, 3)."""
+    curve, radius = smooth(joints, 4, closed=False), smooth(np.asarray(widths, float)[:, None], 4, closed=False)
     tangent = np.gradient(curve, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True) + 1e-6
     normal = np.stack([-tangent[:, 1], tangent[:, 0]], 1)
-    across = np.sin(np.linspace(-np.pi / 2, np.pi / 2, 9))[:, None, None]  # 9 stripes along the limb
-    points2 = curve[None] + normal[None] * radius[None] * across
-    ends = ((curve[0], radius[0, 0]), (curve[-1], radius[-1, 0]))
-    for centre, r in ends:
-        cv2.circle(image, tuple(int(c) for c in to_fixed(centre)), max(1, int(r * (1 << _SHIFT))),
-                   _as_colour(colour * light.shade(np.array([0.0, 0.0, 1.0])) * 0.93), -1, cv2.LINE_AA, _SHIFT)
-    for i in range(8):
-        a = 0.5 * (across[i, 0, 0] + across[i + 1, 0, 0])
-        d = np.sqrt(1 - a * a)
-        mean_normal = normal[len(normal) // 2]
-        shade = light.shade(np.array([mean_normal[0] * a, mean_normal[1] * a, d]))
-        strip = np.concatenate([points2[i], points2[i + 1][::-1]])
-        cv2.fillPoly(image, [to_fixed(strip)], _as_colour(colour * shade), cv2.LINE_AA, _SHIFT)
+    arc = np.linspace(-np.pi / 2, np.pi / 2, 7)[1:-1, None]
+    start = curve[0] - radius[0] * (np.cos(arc) * tangent[0] + np.sin(arc) * normal[0])
+    end = curve[-1] + radius[-1] * (np.cos(arc) * tangent[-1] + np.sin(arc) * normal[-1])
+    outline = np.concatenate([curve + normal * radius, end[::-1], (curve - normal * radius)[::-1], start[::-1]])
+    axis = joints[-1] - joints[0]
+    axis = axis / (np.linalg.norm(axis) + 1e-6)
+    pillow(image, outline, paint, light, Frame(joints[0], axis, float(np.max(widths)), 26.0))
 
 
-def _as_colour(colour: np.ndarray) -> tuple[float, ...]:
-    return tuple(float(c) for c in np.clip(colour, 0, 255))
+@dataclass(frozen=True)
+class Frame:
+    """How a pillow's cloth lies: origin and downward axis in pixels, thickness in pixels, cloth offset in texels."""
+
+    origin: np.ndarray
+    down: np.ndarray
+    thickness: float
+    offset: float = 20.0
+    texels: float = 1.0  # texels per pixel
+
+
+def pillow(image: np.ndarray, outline: np.ndarray, paint: np.ndarray, light: Light, frame: Frame) -> None:
+    """Fill an outline with a colour (3,) or cloth (T, T, 3), shaded as if inflated, with soft edges."""
+    box = clip_box(outline, image.shape, 2)
+    if box is None:
+        return
+    x0, y0, x1, y1 = box
+    size = (y1 - y0, x1 - x0)
+    mask = np.zeros(size, np.uint8)
+    cv2.fillPoly(mask, [to_fixed(outline - [x0, y0])], 255, cv2.LINE_AA, _SHIFT)
+    shade = _inflate(outline - [x0, y0], size, frame.thickness, light)
+    if paint.ndim == 1:
+        shaded = np.clip(shade * paint.astype(np.float32), 0, 255)
+    else:
+        down, across = frame.down * frame.texels, np.array([frame.down[1], -frame.down[0]]) * frame.texels
+        origin = frame.origin - [x0, y0]
+        matrix = np.array(
+            [
+                [across[0], across[1], paint.shape[1] / 2 - origin @ across],
+                [down[0], down[1], frame.offset - origin @ down],
+            ]
+        )
+        texture = cv2.warpAffine(
+            paint, matrix, size[::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT
+        )
+        shaded = np.clip(shade * texture, 0, 255)
+    part = image[y0:y1, x0:x1]
+    cv2.copyTo(shaded.astype(np.uint8), cv2.compare(mask, 127, cv2.CMP_GT), part)
+
+
+def _inflate(outline: np.ndarray, size: tuple[int, int], thickness: float, light: Light) -> np.ndarray:
+    """Colour factors (H, W, 3) of a pillow with this outline, worked out at a fraction of the size."""
+    step, pad = (4 if thickness > 16 else 2), 8
+    shape = (size[0] // step + 1 + 2 * pad, size[1] // step + 1 + 2 * pad)
+    mask = np.zeros(shape, np.float32)
+    cv2.fillPoly(mask, [to_fixed(outline / step + pad)], 1.0, cv2.LINE_8, _SHIFT)
+    sigma = max(0.42 * thickness / step, 0.5)
+    height = cv2.GaussianBlur(mask, (0, 0), sigma)
+    steep = -0.62 * sigma
+    normals = np.empty((*shape, 3), np.float32)
+    normals[..., 0], normals[..., 1] = cv2.Sobel(height, cv2.CV_32F, 1, 0), cv2.Sobel(height, cv2.CV_32F, 0, 1)
+    normals[..., :2] *= steep
+    normals[..., 2] = 1.0
+    normals /= np.sqrt((normals**2).sum(-1, keepdims=True))
+    shade = light.shade(normals).astype(np.float32)[pad : shape[0] - pad, pad : shape[1] - pad]
+    shade = cv2.resize(shade, (shade.shape[1] * step, shade.shape[0] * step), interpolation=cv2.INTER_LINEAR)
+    return shade[: size[0], : size[1]]

@@ -44,6 +44,7 @@ class HeadShape:
     beard: float = 0.0  # 0 none .. 1 full
     glasses: str = "none"  # none, thin, thick, dark
     cap: np.ndarray = field(default_factory=lambda: np.array([40.0, 60.0, 110.0]))
+    strands: float = 0.8  # contrast of the locks
     texture_seed: int = 0
 
 
@@ -112,8 +113,8 @@ def _relief(shape: HeadShape, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     def bump(cx: float, cy: float, sx: float, sy: float) -> np.ndarray:
         return np.exp(-(((x - cx) / sx) ** 2) - ((y - cy) / sy) ** 2)
 
-    ridge = np.interp(y, [-1.8, 0.0, 2.4, 4.3, 5.0, 5.6], [0.0, 0.7, 1.7, 2.9, 1.6, 0.0]) * shape.nose
-    width = np.interp(y, [-1.0, 1.0, 4.4, 5.4], [0.75, 0.8, 1.25, 1.5]) * (0.6 + 0.4 * shape.nose)
+    ridge = np.interp(y, [-1.8, 0.0, 2.4, 4.3, 5.0, 5.6], [0.0, 0.55, 1.5, 2.7, 1.6, 0.0]) * shape.nose
+    width = np.interp(y, [-1.0, 1.0, 4.4, 5.4], [1.0, 1.15, 1.45, 1.6]) * (0.6 + 0.4 * shape.nose)
     depth = ridge * np.exp(-((x / width) ** 2))
     depth += 0.8 * shape.nose * (bump(-1.55, 4.6, 0.7, 0.7) + bump(1.55, 4.6, 0.7, 0.7))
     eye_x = 3.15 * shape.eye_gap
@@ -162,7 +163,7 @@ def _eye_xy(shape: HeadShape, pose: HeadPose) -> np.ndarray:
 
 def _mouth_xy(shape: HeadShape, pose: HeadPose) -> np.ndarray:
     half = 2.35 * shape.mouth_width * (1 + 0.22 * pose.smile - 0.16 * pose.mouth_open)
-    corner = 7.65 - 0.45 * pose.smile + 0.35 * pose.mouth_open
+    corner = 7.5 - 0.5 * pose.smile + 0.35 * pose.mouth_open
     drop, upper = 1.75 * pose.mouth_open, 0.95 * shape.lip_thickness * (1 - 0.2 * pose.smile)
     lower = 1.15 * shape.lip_thickness * (1 - 0.15 * pose.smile)
     middle, lift = 7.55, 0.25 * pose.mouth_open
@@ -172,15 +173,19 @@ def _mouth_xy(shape: HeadShape, pose: HeadPose) -> np.ndarray:
     bend = 1 - np.abs(np.array([0.62, 0.27, 0.0, -0.27, -0.62]))
     bottom = middle + drop * (0.55 + 0.45 * bend) + lower * np.array([0.68, 0.96, 1.0, 0.96, 0.68])
     bottom += (corner - middle) * np.array([0.4, 0.1, 0, 0.1, 0.4])
-    outer = np.concatenate([
-        np.stack([half * f, top], 1), [[half, corner]],
-        np.stack([half * np.array([0.62, 0.27, 0.0, -0.27, -0.62]), bottom], 1),
-    ])
+    outer = np.concatenate(
+        [
+            np.stack([half * f, top], 1),
+            [[half, corner]],
+            np.stack([half * np.array([0.62, 0.27, 0.0, -0.27, -0.62]), bottom], 1),
+        ]
+    )
     g = np.array([-0.86, -0.33, 0.0, 0.33, 0.86])
     inner_top = np.array([corner, middle - lift, middle - lift + 0.08, middle - lift, corner])
     inner_bottom = middle + drop * np.array([0.92, 1.0, 0.92]) + 0.06
-    inner = np.concatenate([np.stack([half * g, inner_top], 1),
-                            np.stack([half * np.array([0.33, 0.0, -0.33]), inner_bottom], 1)])
+    inner = np.concatenate(
+        [np.stack([half * g, inner_top], 1), np.stack([half * np.array([0.33, 0.0, -0.33]), inner_bottom], 1)]
+    )
     return np.concatenate([outer, inner])
 
 
@@ -194,11 +199,22 @@ def landmarks(shape: HeadShape, pose: HeadPose, project: Projector) -> tuple[np.
     jaw = _rings(shape, jaw_y, np.concatenate([np.full(9, -np.pi / 2), np.full(8, np.pi / 2)]))
     nose_y = np.array([-0.4, 1.1, 2.6, 4.1])
     bridge = np.stack([np.zeros(4), nose_y], 1)
-    base = np.stack([np.array([-1.7, -0.85, 0.0, 0.85, 1.7]) * (0.5 + 0.5 * shape.nose),
-                     np.array([5.15, 5.4, 5.55, 5.4, 5.15])], 1)
+    base = np.stack(
+        [np.array([-1.7, -0.85, 0.0, 0.85, 1.7]) * (0.5 + 0.5 * shape.nose), np.array([5.15, 5.4, 5.55, 5.4, 5.15])], 1
+    )
     mouth = _mouth_xy(shape, pose)
-    front = _on_face(shape, np.concatenate([_brow_xy(shape, pose), bridge, base, _eye_xy(shape, pose),
-                                            np.stack([mouth[:, 0], np.minimum(mouth[:, 1], 9.0)], 1)]))
+    front = _on_face(
+        shape,
+        np.concatenate(
+            [
+                _brow_xy(shape, pose),
+                bridge,
+                base,
+                _eye_xy(shape, pose),
+                np.stack([mouth[:, 0], np.minimum(mouth[:, 1], 9.0)], 1),
+            ]
+        ),
+    )
     front[-20:, 1] = mouth[:, 1]
     front[14:19, 2] += np.array([0.2, 0.7, 1.0, 0.7, 0.2]) * shape.nose  # the base of the nose stands out
     points = np.concatenate([jaw, front])
@@ -221,12 +237,11 @@ def _slide_to_contour(shape: HeadShape, pose: HeadPose, project: Projector, pixe
     ring[..., 1] += _jaw_drop(pose, ring[..., 1], ring[..., 2])
     ring[..., 1] *= shape.length
     axis = project.rotation[:2, 0] / (np.linalg.norm(project.rotation[:2, 0]) + 1e-6)
-    far = -1.0 if project.rotation[2, 0] > 0 else 1.0
     # the side turned away is the one whose outward axis points away from the camera
     side = -1.0 if project.rotation[2, 0] > 0 else 1.0
     ring[..., 0] *= side
     candidates, _ = project(ring.astype(np.float32))
-    best = np.argmax((candidates @ axis) * far, axis=1)
+    best = np.argmax((candidates @ axis) * side, axis=1)
     slots = np.arange(8) if side < 0 else 16 - np.arange(8)
     pixels[slots] = candidates[np.arange(8), best]
 
@@ -247,8 +262,10 @@ class HeadMesh:
         outward = points - np.array([0.0, -1.0, -0.5])
         outward /= np.linalg.norm(outward, axis=-1, keepdims=True) + 1e-6
         lump = 1.0 + 0.25 * cv2.GaussianBlur(rng.standard_normal(self.hair_mask.shape), (0, 0), 2.0) * 3
-        self.points = points + outward * (shape.hair_thickness * self.hair_mask * lump)[..., None]
-        self.sections = np.concatenate([np.zeros(1)]), theta
+        lump[:4] = 1.0  # the crown is one point: its columns have to agree
+        swell = cv2.GaussianBlur(self.hair_mask, (0, 0), 1.6) * np.clip(2 * self.hair_mask, 0, 1)
+        swell = cv2.GaussianBlur(swell, (0, 0), 0.8)
+        self.points = points + outward * (shape.hair_thickness * swell * lump)[..., None]
 
     def _hair_mask(self, theta: np.ndarray, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         style = self.shape.hair_style
@@ -257,15 +274,17 @@ class HeadMesh:
         angle = np.abs(theta)
         low = {"short": 0.8, "medium": 3.0, "long": 5.0, "cap": 0.5}[style]
         back = {"short": 5.0, "medium": 8.0, "long": 11.0, "cap": 3.0}[style]
-        line = np.interp(angle, [0.0, 0.55, 0.85, 1.05, 1.3, 1.65, 2.1],
-                         [self.shape.hairline, self.shape.hairline + 0.2, self.shape.hairline + 1.2, -3.0, low,
-                          low + 0.2, back])
+        line = np.interp(
+            angle,
+            [0.0, 0.55, 0.85, 1.05, 1.3, 1.65, 2.1],
+            [self.shape.hairline, self.shape.hairline + 0.2, self.shape.hairline + 1.2, -3.0, low, low + 0.2, back],
+        )
         if style == "cap":
             line = np.interp(angle, [0.0, 1.0, 1.6, 3.2], [-4.6, -4.2, -3.0, -1.0])
         else:
-            line = line + 0.9 * np.exp(-((theta - self.shape.parting) / 0.25) ** 2) * np.sign(self.shape.parting)
-            line = line + cv2.GaussianBlur(rng.standard_normal((1, theta.size)), (0, 0), 0.8)[0] * 0.45
-        return np.clip((line[None] - points[..., 1]) / 0.7 + 0.5, 0.0, 1.0)
+            line = line + 0.9 * np.exp(-(((theta - self.shape.parting) / 0.25) ** 2)) * np.sign(self.shape.parting)
+            line = line + cv2.GaussianBlur(rng.standard_normal((1, theta.size)), (0, 0), 1.0)[0] * 0.45
+        return cv2.GaussianBlur(np.clip((line[None] - points[..., 1]) / 0.9 + 0.5, 0.0, 1.0), (0, 0), 0.55)
 
     def _albedo(self, points: np.ndarray, front: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         shape, (x, y) = self.shape, (points[..., 0], points[..., 1])
@@ -274,7 +293,9 @@ class HeadMesh:
             return np.exp(-(((np.abs(x) - cx) / sx) ** 2) - ((y - cy) / sy) ** 2) * front
 
         skin = np.repeat(np.repeat(shape.skin[None, None], x.shape[0], 0), x.shape[1], 1)
-        blotch = cv2.GaussianBlur(rng.standard_normal(x.shape), (0, 0), 1.5) * 0.09 + rng.standard_normal(x.shape) * 0.02
+        blotch = (
+            cv2.GaussianBlur(rng.standard_normal(x.shape), (0, 0), 1.5) * 0.09 + rng.standard_normal(x.shape) * 0.02
+        )
         red = 0.09 * spot(4.2, 3.5, 1.8, 1.6) + 0.08 * spot(0, 4.3, 1.3, 0.9)
         skin = skin * (1 + blotch[..., None]) * (1 - red[..., None] * np.array([0.0, 1.0, 1.0]))
         dark = 0.20 * spot(3.1, -0.4, 1.9, 1.1) + 0.10 * spot(3.0, 1.4, 1.3, 0.5) + 0.25 * spot(0.8, 5.45, 0.9, 0.35)
@@ -282,11 +303,13 @@ class HeadMesh:
         dark += 0.22 * np.clip(1 - (y - shape.hairline) / 1.6, 0, 1) * (self.hair_mask < 0.5)
         skin = skin * (1 - dark[..., None])
         if shape.beard > 0:
-            chin = np.clip((y - 5.9 - 0.0 * np.abs(x)) / 1.2, 0, 1) * np.clip((points[..., 2] + 2.0) / 2.0, 0, 1)
+            chin = np.clip((y - 5.9 + 1.1 * np.maximum(np.abs(x) - 3.2, 0)) / 1.2, 0, 1) * np.clip(
+                (points[..., 2] + 2.0) / 2.0, 0, 1
+            )
             side = np.clip((np.abs(x) - 5.4) / 0.8, 0, 1) * np.clip((y - 1.0) / 1.0, 0, 1) * (points[..., 2] > -1)
             cover = np.clip(np.maximum(chin, side) * shape.beard * (1 + 0.4 * rng.standard_normal(x.shape)), 0, 0.95)
             skin = skin * (1 - cover[..., None]) + shape.hair * 1.05 * cover[..., None]
-        strands = cv2.GaussianBlur(rng.standard_normal(x.shape), (0, 0), sigmaX=0.6, sigmaY=4.0) * 0.75
+        strands = cv2.GaussianBlur(rng.standard_normal(x.shape), (0, 0), sigmaX=0.5, sigmaY=4.0) * shape.strands
         hair = (shape.cap if shape.hair_style == "cap" else shape.hair)[None, None]
         rough = 0.06 * rng.standard_normal(x.shape) if shape.hair_style == "cap" else strands
         hair = hair * (1 + np.clip(rough, -0.6, 0.9))[..., None]
@@ -304,7 +327,8 @@ def curtain(shape: HeadShape, length_cm: float, seed: int) -> tuple[np.ndarray, 
     rng = np.random.default_rng(seed)
     theta = np.linspace(1.15, 2 * np.pi - 1.15, 30)
     v = np.linspace(0.0, 1.0, 12)[:, None]
-    y = -5.0 + v * (length_cm + 5.0) + 0 * theta
+    ends = 1 + 0.10 * cv2.GaussianBlur(rng.standard_normal((1, 30)), (0, 0), 1.0)
+    y = -5.0 + v * (length_cm + 5.0) * ends
     wide = (7.6 * shape.width + shape.hair_thickness) * (1 + 0.18 * np.sin(np.pi * np.clip(v, 0, 0.75)))
     wave = 0.5 * np.sin(v * 6 + rng.uniform(0, 6)) * v
     points = np.stack([wide * np.sin(theta) + wave, y, -1.2 + (9.5 - 3.0 * v) * np.cos(theta)], -1)

@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 
 
-def octaves(rng: np.random.Generator, height: int, width: int, start: int = 3, levels: int = 5,
-            gain: float = 0.6) -> np.ndarray:
+def octaves(
+    rng: np.random.Generator, height: int, width: int, start: int = 3, levels: int = 5, gain: float = 0.6
+) -> np.ndarray:
     """Multi-octave value noise, float32 (height, width), roughly -1..1."""
     total, weight = np.zeros((height, width), np.float32), 1.0
     for level in range(levels):
@@ -43,8 +44,15 @@ def _boxes(rng: np.random.Generator, image: np.ndarray, count: int) -> None:
         top = image.copy()
         cv2.fillConvexPoly(top, np.round(corners * 8).astype(np.int32), random_colour(rng).tolist(), cv2.LINE_AA, 3)
         if rng.random() < 0.4:
-            cv2.polylines(top, [np.round(corners * 8).astype(np.int32)], True, random_colour(rng, 5, 90).tolist(),
-                          int(rng.integers(1, 4)), cv2.LINE_AA, 3)
+            cv2.polylines(
+                top,
+                [np.round(corners * 8).astype(np.int32)],
+                True,
+                random_colour(rng, 5, 90).tolist(),
+                int(rng.integers(1, 4)),
+                cv2.LINE_AA,
+                3,
+            )
         alpha = rng.uniform(0.35, 1.0)
         image[:] = top * alpha + image * (1 - alpha)
 
@@ -55,17 +63,28 @@ def _curves(rng: np.random.Generator, image: np.ndarray, count: int) -> None:
         t = np.linspace(0, 1, 24)[:, None]
         a, b, c = (rng.uniform(-0.2, 1.2, 2) * [width, height] for _ in range(3))
         line = (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c
-        cv2.polylines(image, [np.round(line * 8).astype(np.int32)], False, random_colour(rng, 10, 200).tolist(),
-                      int(rng.integers(1, 12)), cv2.LINE_AA, 3)
+        cv2.polylines(
+            image,
+            [np.round(line * 8).astype(np.int32)],
+            False,
+            random_colour(rng, 10, 200).tolist(),
+            int(rng.integers(1, 12)),
+            cv2.LINE_AA,
+            3,
+        )
 
 
 def outdoors(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """What a window shows: sky, a bumpy line of trees or houses, ground; float32 RGB."""
     image = np.empty((height, width, 3), np.float32)
     y = np.arange(height, dtype=np.float32)[:, None]
-    skyline = height * rng.uniform(0.25, 0.6) + height * 0.12 * octaves(rng, 8, width, 2, 5)[4][None]
+    skyline = height * rng.uniform(0.25, 0.6) + height * 0.12 * octaves(rng, width // 2, width, 3, 5, 0.5)[4][None]
     ground = height * rng.uniform(0.65, 0.95)
-    sky, trees, floor = random_colour(rng, 170, 250, 0.12), random_colour(rng, 30, 120, 0.4), random_colour(rng, 60, 150)
+    sky, trees, floor = (
+        random_colour(rng, 170, 250, 0.12),
+        random_colour(rng, 30, 120, 0.4),
+        random_colour(rng, 60, 150),
+    )
     texture = octaves(rng, height, width, 6, 4, 0.8)[..., None]
     below, deep = np.clip((y - skyline) / 2, 0, 1)[..., None], np.clip((y - ground) / 2, 0, 1)[..., None]
     image[:] = sky * (1 + 0.05 * texture)
@@ -100,8 +119,14 @@ def window_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     left = rng.uniform(-0.1, 0.55) * width
     size = np.array([rng.uniform(0.3, 0.8) * width, rng.uniform(0.3, 0.7) * height])
     top, lean = rng.uniform(-0.1, 0.25) * height, rng.uniform(-0.15, 0.15) * width
-    corners = np.array([[left + lean, top], [left + size[0] + lean, top], [left + size[0], top + size[1]],
-                        [left, top + size[1] * rng.uniform(0.8, 1.2)]])
+    corners = np.array(
+        [
+            [left + lean, top],
+            [left + size[0] + lean, top],
+            [left + size[0], top + size[1]],
+            [left, top + size[1] * rng.uniform(0.8, 1.2)],
+        ]
+    )
     cv2.fillPoly(mask, [np.round(corners * 8).astype(np.int32)], 1.0, cv2.LINE_AA, 3)
     return cv2.GaussianBlur(mask, (0, 0), rng.uniform(0.5, 1.5))
 
@@ -115,7 +140,9 @@ def make_cloth(rng: np.random.Generator, colour: np.ndarray, size: int = 192) ->
     period = rng.uniform(9, 36)
     if kind in ("stripe", "check"):
         angle = rng.choice([0.0, np.pi / 2, rng.uniform(0, np.pi)])
-        wave = np.clip(3 * np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period) + rng.uniform(-1, 1), 0, 1)
+        wave = np.clip(
+            3 * np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period) + rng.uniform(-1, 1), 0, 1
+        )
         if kind == "check":
             cross = np.clip(3 * np.sin((y * np.cos(angle) - x * np.sin(angle)) * 2 * np.pi / period), 0, 1)
             wave = 0.5 * (wave + cross)

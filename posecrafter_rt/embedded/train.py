@@ -16,7 +16,7 @@ import typer
 from diffusers import AutoencoderKL, DDIMScheduler
 
 from posecrafter_rt.embedded.architecture import SCHEDULER, SIZE
-from posecrafter_rt.embedded.corpus import draw_clips, load_photographs
+from posecrafter_rt.embedded.corpus import Clips, draw_clips, load_photographs
 from posecrafter_rt.embedded.text import build_text_encoder, write_tokenizer
 from posecrafter_rt.embedded.train_denoiser import Corpus, Denoiser, encode_corpus, train_denoiser
 from posecrafter_rt.embedded.train_vae import train_vae
@@ -44,6 +44,16 @@ def save_base(folder: Path, denoiser: Denoiser, vae: AutoencoderKL) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
+def drawn_clips(path: Path, num_clips: int, seed: int) -> Clips:
+    """Draw the people, or read back those that an earlier run drew."""
+    if path.exists():
+        return Clips(**torch.load(path, weights_only=False))
+    log(f"drawing {num_clips} people")
+    clips = draw_clips(num_clips, 4, SIZE, seed)
+    torch.save(vars(clips), path, pickle_protocol=4)
+    return clips
+
+
 def main(
     output: Annotated[Path, typer.Argument(help="folder to write; it also keeps the stages' results")],
     clips: Annotated[int, typer.Option(help="identities to draw")] = 6000,
@@ -55,8 +65,7 @@ def main(
     """Train the embedded base. Finished stages are kept in OUTPUT and not repeated."""
     torch.set_flush_denormal(True)
     output.mkdir(parents=True, exist_ok=True)
-    log(f"drawing {clips} people")
-    drawn = draw_clips(clips, 4, SIZE, seed)
+    drawn = drawn_clips(output / "clips.pt", clips, seed)
     if not (output / "vae" / "config.json").exists():
         vae = train_vae(drawn, load_photographs(), vae_minutes * 60, seed, log)
         vae.save_pretrained(output / "vae")

@@ -75,7 +75,9 @@ def _checked_points(
         raise ShapeError(f"landmarks of shapes {src.shape} and {dst.shape}", hint="give two arrays of shape (K, 2)")
     weights = np.ones(len(src)) if weights is None else np.asarray(weights, dtype=np.float64)
     if weights.shape != (len(src),):
-        raise ShapeError(f"weights of shape {weights.shape} for {len(src)} landmarks", hint="give one weight a landmark")
+        raise ShapeError(
+            f"weights of shape {weights.shape} for {len(src)} landmarks", hint="give one weight a landmark"
+        )
     if not (np.isfinite(src).all() and np.isfinite(dst).all() and np.isfinite(weights).all()):
         raise ShapeError("landmarks or weights hold NaN or infinity", hint="leave missing landmarks out")
     if (weights < 0).any():

@@ -147,7 +147,8 @@ def detect_stream(detect: Detect, size: tuple[int, int], upscale: int, output: s
 
 
 def _tell(kind: str, value: object) -> None:
-    print(kind, str(value).replace("\n", " "), file=sys.stderr, flush=True)
+    sys.stderr.write(f"{kind} {value}".replace("\n", " ") + "\n")
+    sys.stderr.flush()
 
 
 def main() -> int:

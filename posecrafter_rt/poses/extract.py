@@ -24,7 +24,10 @@ from posecrafter_rt.poses.tracking import follow_person
 # Detectors miss hands and faces in small pictures; 576 is what they were seen to need on 176 x 144 video.
 _DETECTION_SHORT_SIDE_PX = 576
 _NUM_LOG_LINES = 20
-_INSTALL_HINT = "pip install 'posecrafter-rt[poses]'"
+_INSTALL_HINT = (
+    "pip install 'posecrafter-rt[poses]', or name an environment that has the detector with --python; "
+    "--weights names a folder with DWPose's weights"
+)
 
 
 def extract_poses(  # noqa: PLR0913 - one keyword for each option of the command
@@ -120,7 +123,7 @@ class _Listener(threading.Thread):
         self._stream = process.stderr
         self._num_frames = num_frames
         self._progress = progress
-        self._errors: dict[str, str] = {}
+        self._said: dict[str, str] = {}
         self._log: list[str] = []
 
     def run(self) -> None:
@@ -134,18 +137,24 @@ class _Listener(threading.Thread):
         if kind == worker.PROGRESS:
             if self._progress is not None:
                 self._progress(int(value), self._num_frames)
-        elif kind in (worker.UNAVAILABLE, worker.FAILED):
-            self._errors[kind] = value
-        elif kind != worker.DETECTOR and line:
+        elif kind in (worker.DETECTOR, worker.UNAVAILABLE, worker.FAILED):
+            self._said[kind] = value
+        elif line:
             self._log = [*self._log, line][-_NUM_LOG_LINES:]
 
     def raise_for_status(self, status: int) -> None:
         """Raises what the worker reported, or that it died."""
-        if worker.UNAVAILABLE in self._errors:
-            raise BackendUnavailable(f"no pose detector: {self._errors[worker.UNAVAILABLE]}", hint=_INSTALL_HINT)
-        if status != 0:
-            reason = self._errors.get(worker.FAILED) or "\n".join(self._log) or "it said nothing"
-            raise PoseError(f"the pose detector failed with status {status}: {reason}")
+        if worker.UNAVAILABLE in self._said:
+            raise BackendUnavailable(f"no pose detector: {self._said[worker.UNAVAILABLE]}", hint=_INSTALL_HINT)
+        if status == 0:
+            return
+        reason = self._said.get(worker.FAILED) or "\n".join(self._log) or "it said nothing"
+        if worker.DETECTOR not in self._said:
+            raise BackendUnavailable(f"the pose detector does not start: {reason}", hint=_INSTALL_HINT)
+        raise PoseError(
+            f"the pose detector {self._said[worker.DETECTOR]} failed with status {status}: {reason}",
+            hint="try the other one: --detector dwpose or --detector mediapipe",
+        )
 
 
 def _split(points: np.ndarray, frames: np.ndarray, num_frames: int) -> list[np.ndarray]:

@@ -111,24 +111,27 @@ class PoseSequence:
         return iter(self.keypoints)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], *, person: int | None = None) -> PoseSequence:
+    def load(
+        cls, path: str | PathLike[str], *, person: int | None = None, canvas: tuple[int, int] | None = None
+    ) -> PoseSequence:
         """Read OpenPose JSON: one file, or a folder with one file per frame.
 
         Args:
             path: file or folder.
             person: which of several people in the first frame, counted from 0; None takes the largest.
+            canvas: (height, width) in pixels, for files that do not say.
         Raises: PoseError: the file is missing, damaged, not a pose, or a frame shows nobody.
         """
         from posecrafter_rt.poses.openpose_json import read_openpose
 
-        return read_openpose(path, person=person)
+        return read_openpose(path, person=person, canvas=canvas)
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Write one OpenPose JSON file, atomically; coordinates are rounded to 2 decimals.
 
         Raises:
             OutputExists: the file is there and `force` is false.
-            PoseError: its folder is missing or cannot be written.
+            PoseCrafterError: its folder cannot be written.
             DiskFull: no space; nothing half-written is left behind.
         """
         from posecrafter_rt.poses.openpose_json import write_openpose

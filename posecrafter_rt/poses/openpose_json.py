@@ -5,12 +5,10 @@ Layer 1: numpy only.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from posecrafter_rt.errors import DiskFull, OutputExists, PoseError
+from posecrafter_rt.atomic import atomic_path, refuse_overwrite
+from posecrafter_rt.errors import PoseError
 from posecrafter_rt.poses.keypoints import (
     BODY,
     FACE,
@@ -45,6 +44,7 @@ _PARTS = {
 # still count, and no pose in pixels is this small.
 _NORMALISED_RANGE = (-1.0, 2.0)
 _SMALLEST_PIXEL_CANVAS = 16
+_LARGEST_NUMBER = 1e9
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,16 @@ def read_openpose(
 
 
 def write_openpose(poses: PoseSequence, path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Write all frames to one JSON file, atomically: a temporary file beside it, flushed, then renamed.
+    """Write all frames to one JSON file, atomically; missing folders are made.
 
     Every entry of `frames` is an OpenPose object; coordinates in pixels to 2 decimals, confidences to 3. A part
     without any point is an empty list.
     Raises:
         OutputExists: the file is there and `force` is false.
-        PoseError: the folder is missing or not writable.
+        PoseCrafterError: the folder or the file cannot be written.
         DiskFull: no space.
     """
-    path = Path(path)
-    if path.exists() and not force:
-        raise OutputExists(f"{path} is there already", hint="pass --force (force=True) to replace it")
+    refuse_overwrite(path, force)
     height, width = poses.canvas
     document = {
         "format": "openpose",
@@ -116,12 +114,8 @@ def write_openpose(poses: PoseSequence, path: str | os.PathLike[str], *, force: 
         "fps": poses.fps,
         "frames": [{"people": [_person_entry(keypoints)]} for keypoints in poses],
     }
-    try:
-        _write_atomically(path, json.dumps(document, separators=(",", ":"), allow_nan=False))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise DiskFull(f"{path}: no space left to write it", hint="free some space and try again") from error
-        raise PoseError(f"{path}: cannot be written: {error.strerror}", hint="does its folder exist?") from error
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(document, separators=(",", ":"), allow_nan=False), encoding="utf-8")
 
 
 def _person_entry(keypoints: np.ndarray) -> dict[str, list[float]]:
@@ -133,19 +127,6 @@ def _person_entry(keypoints: np.ndarray) -> dict[str, list[float]]:
         # 12.0 as 12: a quarter of the file is zeros of missing points.
         entry[key] = [int(value) if value == int(value) else value for value in part.tolist()] if part.any() else []
     return entry
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _read_documents(path: Path) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -239,8 +220,9 @@ def _parse_point(values: list[Any], where: str, name: str) -> tuple[float, float
     for value, column in zip(values, ("x", "y", "confidence"), strict=True):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise PoseError(f"{where}, {name}: {column} is {value!r}", hint="expected a number")
-        if not math.isfinite(value) or abs(value) > 1e9:
-            raise PoseError(f"{where}, {name}: {column} is {value}", hint="write 0, 0, 0 for a missing point")
+        # Written so that NaN fails it too.
+        if not abs(value) <= _LARGEST_NUMBER:
+            raise PoseError(f"{where}, {name}: {column} is {value!r:.20}", hint="write 0, 0, 0 for a missing point")
     # Confidences are peaks of heat maps, which overshoot 1 a little.
     confidence = min(max(float(values[2]), 0.0), 1.0)
     return (float(values[0]), float(values[1]), confidence) if confidence > 0 else (0.0, 0.0, 0.0)

@@ -26,16 +26,16 @@ SD15 = {
     "trained_betas": None,
 }
 SPACINGS = ("leading", "trailing", "linspace")
-STEPS = (1, 2, 4, 7, 10, 50, 333)
+STEPS = (1, 2, 7, 10, 50)
 
 
-def configs():
-    for spacing in SPACINGS:
-        yield {**SD15, "timestep_spacing": spacing}
-        yield {**SD15, "timestep_spacing": spacing, "set_alpha_to_one": True, "steps_offset": 0}
-    yield {**SD15, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
-    yield {**SD15, "beta_schedule": "squaredcos_cap_v2"}
-    yield {**SD15, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+CONFIGS = [
+    *({**SD15, "timestep_spacing": spacing} for spacing in SPACINGS),
+    *({**SD15, "timestep_spacing": spacing, "set_alpha_to_one": True, "steps_offset": 0} for spacing in SPACINGS),
+    {**SD15, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+    {**SD15, "beta_schedule": "squaredcos_cap_v2"},
+    {**SD15, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+]
 
 
 def name(config):
@@ -82,7 +82,7 @@ def run_diffusers(scheduler, denoise, latents, steps):
 
 
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("config", configs(), ids=name)
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
 def test_sampling_agrees_with_diffusers(config, steps):
     schedule = DDIMSchedule.from_config(config)
     scheduler = diffusers_scheduler(config, inverse=False)
@@ -95,7 +95,7 @@ def test_sampling_agrees_with_diffusers(config, steps):
 
 
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("config", [c for c in configs() if c.get("timestep_spacing") != "linspace"], ids=name)
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.get("timestep_spacing") != "linspace"], ids=name)
 def test_inversion_agrees_with_diffusers(config, steps):
     schedule = DDIMSchedule.from_config(config)
     scheduler = diffusers_scheduler(config, inverse=True)
@@ -105,32 +105,30 @@ def test_inversion_agrees_with_diffusers(config, steps):
     torch.testing.assert_close(ddim_invert(denoise, latents_of(1), schedule, steps), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", configs(), ids=name)
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
 def test_inversion_ends_at_the_samplers_first_timestep_whatever_the_step_count(config):
     schedule = DDIMSchedule.from_config(config)
     for steps in [*range(1, 130), 200, 250, 333, 499, 500, 777, 998, 999]:
         timesteps = schedule.timesteps(steps)
         assert timesteps.shape == (steps,) and timesteps.dtype == np.int64
-        assert (np.diff(timesteps) < 0).all() and 0 <= timesteps[-1] and timesteps[0] < 1000
+        assert (np.diff(timesteps) < 0).all() and timesteps[-1] >= 0 and timesteps[0] < 1000
         pairs = schedule.inversion_pairs(steps)
         assert pairs[-1, 1] == timesteps[0]
         np.testing.assert_array_equal(pairs[::-1, ::-1], schedule.sampling_pairs(steps))
 
 
-@pytest.mark.parametrize("config", configs(), ids=name)
-@pytest.mark.parametrize("steps", [1, 3, 50])
-def test_the_inverted_latent_has_the_noise_level_of_the_first_timestep(config, steps):
-    # Without noise the latents only shrink, so the level that inversion ends at can be read from them.
-    schedule = DDIMSchedule.from_config({**config, "prediction_type": "epsilon", "set_alpha_to_one": True})
-    if schedule.sampling_pairs(steps)[-1, 1] >= 0 or schedule.timestep_spacing == "linspace":
-        pytest.skip("this schedule's steps do not meet end to end")
+@pytest.mark.parametrize("steps", [1, 3, 50, 999])
+def test_the_inverted_latent_has_the_noise_level_of_the_first_timestep(steps):
+    # Where no noise is predicted the latents only shrink, so the level that inversion ends at can be read from them.
+    schedule = DDIMSchedule.from_config({**SD15, "set_alpha_to_one": True})
     latents = ddim_invert(lambda x, i, t: torch.zeros_like(x), torch.ones(1, 4, 2, 2), schedule, steps)
-    level = schedule.alphas_cumprod[schedule.timesteps(steps)[0]]
-    if schedule.timestep_spacing == "leading":
-        torch.testing.assert_close(latents, torch.full_like(latents, level.sqrt().item()))
+    start = schedule.sampling_pairs(steps)[-1, 1]
+    clean = schedule.alphas_cumprod[start] if start >= 0 else torch.tensor(1.0)
+    level = (schedule.alphas_cumprod[schedule.timesteps(steps)[0]] / clean).sqrt()
+    torch.testing.assert_close(latents, level.expand_as(latents))
 
 
-@pytest.mark.parametrize("config", configs(), ids=name)
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.get("prediction_type") != "v_prediction"], ids=name)
 @pytest.mark.parametrize("steps", [1, 7, 50])
 def test_round_trip_is_exact_for_a_constant_prediction(config, steps):
     schedule = DDIMSchedule.from_config(config)
@@ -144,11 +142,11 @@ def test_round_trip_returns_near_the_start_and_nearer_with_more_steps():
     schedule = DDIMSchedule.from_config(SD15)
     denoise = toy_denoiser(schedule)
     errors = []
-    for steps in (10, 50, 250):
+    for steps in (10, 50, 150):
         back = ddim_sample(denoise, ddim_invert(denoise, latents_of(3), schedule, steps), schedule, steps)
         errors.append((back - latents_of(3)).abs().mean().item())
     assert errors[0] > errors[1] > errors[2]
-    assert errors[1] < 0.05 and errors[2] < 0.01
+    assert errors[1] < 0.01 and errors[2] < 0.004
 
 
 def test_the_denoiser_gets_index_and_timestep():

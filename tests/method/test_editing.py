@@ -13,13 +13,11 @@ from posecrafter_rt.poses.keypoints import FACE, LEFT_HAND, RIGHT_HAND
 
 CANVAS, FACTOR, LATENT = (96, 128), 8, (12, 16)
 seeds = st.integers(0, 2**32 - 1)
-with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 
 
 def plan(reference, targets, regions=("face", "left_hand", "right_hand")):
-    return plan_edits(
-        reference, targets, canvas=CANVAS, vae_scale_factor=FACTOR, latent_size=LATENT, regions=regions
-    )
+    return plan_edits(reference, targets, canvas=CANVAS, vae_scale_factor=FACTOR, latent_size=LATENT, regions=regions)
 
 
 def to_latent(points):
@@ -74,6 +72,7 @@ def test_the_map_carries_reference_landmarks_to_target_landmarks(make_poses, see
 @given(seeds)
 def test_the_map_is_the_least_squares_fit_in_latent_pixels(make_poses, seed):
     reference, targets = make_poses(seed, 1, missing=0.3).keypoints[0], make_poses(seed + 1, 2, missing=0.3).keypoints
+    targets[..., :2] = 0.2 * targets[..., :2] + 0.7 * reference[:, :2]
     affines, _, _ = plan(reference, targets, regions=("face",))
     both = (reference[FACE, 2] >= 0.3) & (targets[0, FACE, 2] >= 0.3)
     expected = fit_affine(to_latent(reference[FACE][both, :2]), to_latent(targets[0, FACE][both, :2]))
@@ -134,7 +133,8 @@ def test_a_region_outside_the_picture_is_reported(make_poses):
 
 
 def test_every_named_region_can_be_planned(make_poses):
-    reference, targets = make_poses(0, 1).keypoints[0], make_poses(1, 2).keypoints
+    reference = make_poses(0, 1).keypoints[0]
+    targets = np.stack([reference * [0.5, 0.8, 1], reference * [1, 0.7, 1]])
     affines, rects, report = plan(reference, targets, regions=tuple(REGIONS))
     assert affines.shape[1] == rects.shape[1] == len(REGIONS) and not report
     assert all(0 <= i < 134 for indices in REGIONS.values() for i in indices)

@@ -12,7 +12,7 @@ from posecrafter_rt.method import medoid_reference, pose_distances, select_refer
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 seeds = st.integers(0, 2**32 - 1)
-with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 
 
 def distance_by_definition(a: np.ndarray, b: np.ndarray) -> float:
@@ -65,9 +65,7 @@ def test_does_not_depend_on_the_order_of_targets(make_poses, seed, targets, rand
 def test_does_not_depend_on_the_targets_canvas(make_poses, seed, canvas):
     train, target = make_poses(seed, 5, missing=0.1), make_poses(seed + 1, 3, missing=0.1)
     assert select_reference(train, target.resized(*canvas)) == select_reference(train, target)
-    np.testing.assert_allclose(
-        pose_distances(train, target.resized(*canvas)), pose_distances(train, target), rtol=1e-3
-    )
+    np.testing.assert_allclose(pose_distances(train, target.resized(*canvas)), pose_distances(train, target), rtol=1e-3)
 
 
 def test_a_training_pose_among_the_targets_is_found(make_poses):
@@ -88,7 +86,8 @@ def test_values_of_missing_keypoints_do_not_count(make_poses):
     moved = low.copy()
     moved[:, 5:, :2] += 40
     np.testing.assert_array_equal(
-        pose_distances(train, PoseSequence(low, target.canvas)), pose_distances(train, PoseSequence(moved, target.canvas))
+        pose_distances(train, PoseSequence(low, target.canvas)),
+        pose_distances(train, PoseSequence(moved, target.canvas)),
     )
 
 
@@ -154,9 +153,7 @@ def test_similarity_of_a_video_with_its_own_poses_is_one(make_poses):
 @given(seeds, st.floats(1, 20))
 def test_similarity_falls_with_the_displacement(make_poses, seed, step):
     train = make_poses(seed, 1)
-    near, far = (
-        PoseSequence(train.keypoints + np.float32([by, 0, 0]), train.canvas) for by in (step, 2 * step)
-    )
+    near, far = (PoseSequence(train.keypoints + np.float32([by, 0, 0]), train.canvas) for by in (step, 2 * step))
     assert video_sim(train, near) > video_sim(train, far)
     np.testing.assert_allclose(1 - video_sim(train, near), step / np.hypot(96, 128), rtol=1e-4)
 

@@ -1,0 +1,95 @@
+# Everything a fresh machine needs: Python >= 3.10, a C++ compiler and make. Each target makes the environment it lacks.
+PYTHON ?= python3
+VENV ?= .venv
+# The build of torch is chosen here, not in the package. TORCH_INDEX: another index to take it from, such as one of
+# those that pytorch.org names, where the default one has no build for this machine or a larger one than it needs.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+# 1 where an NVIDIA GPU answers: then torch must have CUDA, and the [cuda] extra comes too. `make CUDA= demo` does without.
+ifeq ($(origin CUDA),undefined)
+CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
+endif
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+CXX_SOURCES := $(wildcard csrc/*)
+PACKAGE_SOURCES := pyproject.toml setup.py README.md $(CXX_SOURCES)
+SOURCES := $(shell find posecrafter_rt kernels export -type f -not -name '*.pyc' -not -name '*.so')
+WHEEL_DIR := build/wheel
+comma := ,
+say = @echo "==> $(1)"
+
+.PHONY: demo test test-slow check lint types wheel bench-gpu clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMPS)/demo
+	$(BIN)/posecrafter-rt demo --output demo
+
+test: $(STAMPS)/dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMPS)/dev
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+check: lint types wheel
+
+lint: $(STAMPS)/dev
+	$(call say,ruff and clang-format)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "hint: $(BIN)/ruff format ." >&2; exit 1; }
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+# kernels/ and export/ are subpackages that lie elsewhere; mypy finds them through a folder of links that looks installed.
+types: $(STAMPS)/dev
+	$(call say,mypy)
+	@rm -rf build/types && mkdir -p build/types/posecrafter_rt
+	@ln -s $(CURDIR)/posecrafter_rt/* $(CURDIR)/kernels $(CURDIR)/export build/types/posecrafter_rt/
+	@cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p posecrafter_rt
+
+# Imported from another folder in an environment that has numpy and nothing else: what is lean stays lean.
+wheel: $(STAMPS)/wheel
+
+$(STAMPS)/wheel: $(STAMPS)/dev $(PACKAGE_SOURCES) $(SOURCES) tests/wheel_check.py
+	$(call say,wheel: build$(comma) install into an empty environment$(comma) import)
+	@rm -rf $(WHEEL_DIR) build/lib* build/bdist*
+	@$(BIN)/python -m build --wheel --outdir $(WHEEL_DIR) . >$(VENV)/wheel.log 2>&1 || { tail -40 $(VENV)/wheel.log >&2; exit 1; }
+	@$(BIN)/python -m venv $(WHEEL_DIR)/venv
+	@$(WHEEL_DIR)/venv/bin/python -m pip install --quiet --disable-pip-version-check numpy
+	@$(WHEEL_DIR)/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(WHEEL_DIR)/*.whl
+	@cd / && $(abspath $(WHEEL_DIR))/venv/bin/python $(CURDIR)/tests/wheel_check.py
+	@touch $@
+
+bench-gpu: $(STAMPS)/dev
+	@test -n "$(CUDA)" || { echo "error: no NVIDIA GPU answers on this machine" >&2; exit 1; }
+	$(BIN)/python bench/gpu.py
+
+clean:
+	rm -rf build dist *.egg-info posecrafter_rt/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis demo
+
+$(BIN)/python:
+	$(call say,environment in $(VENV))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.10" >&2; echo "hint: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make environments" >&2; \
+	  echo "hint: on Debian and Ubuntu: apt install python3-venv python3-dev" >&2; exit 1; }
+
+# torch comes first and alone, so that the range in the package's metadata does not choose another build of it.
+$(STAMPS)/torch: | $(BIN)/python
+	$(call say,$(TORCH) (the largest part of the installation))
+	@$(PIP) '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@test -z "$(CUDA)" || $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || \
+	  { echo "error: an NVIDIA GPU is here, but this build of torch has no CUDA" >&2; \
+	  echo "hint: make TORCH_INDEX=URL with the CUDA index that pytorch.org names, or make CUDA= to do without" >&2; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/demo: $(PACKAGE_SOURCES) $(STAMPS)/torch
+	$(call say,posecrafter-rt with what the demo needs)
+	@$(PIP) -e '.[demo$(if $(CUDA),$(comma)cuda)]'
+	@touch $@
+
+$(STAMPS)/dev: $(PACKAGE_SOURCES) $(STAMPS)/torch
+	$(call say,posecrafter-rt with what the tests need)
+	@$(PIP) -e '.[demo,dev$(if $(CUDA),$(comma)cuda)]'
+	@touch $@ $(STAMPS)/demo

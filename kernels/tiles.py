@@ -1,0 +1,47 @@
+"""Device functions that both attention kernels share: loads of a head's columns and the online softmax's step.
+
+Layer 2: device code only.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_columns(
+    pointers, row_mask, FIRST: tl.constexpr, COUNT: tl.constexpr, HEAD_SIZE: tl.constexpr, MASKED: tl.constexpr
+):
+    """Load COUNT columns from column FIRST of a head; columns beyond the head, and masked rows, read as 0.
+
+    pointers: (..., 1) to each row's first column; row_mask: (..., 1), read where MASKED.
+    """
+    columns = FIRST + tl.arange(0, COUNT)
+    if len(pointers.shape) == 3:
+        columns = columns[None, None, :]
+    else:
+        columns = columns[None, :]
+    if FIRST + COUNT > HEAD_SIZE:
+        if MASKED:
+            tile = tl.load(pointers + columns, mask=row_mask & (columns < HEAD_SIZE), other=0.0)
+        else:
+            tile = tl.load(pointers + columns, mask=columns < HEAD_SIZE, other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers + columns, mask=row_mask, other=0.0)
+    else:
+        tile = tl.load(pointers + columns)
+    return tile
+
+
+@triton.jit
+def store_columns(
+    pointers, row_mask, tile, FIRST: tl.constexpr, COUNT: tl.constexpr, HEAD_SIZE: tl.constexpr
+):
+    """The counterpart of `load_columns`; writes nothing beyond the head or in masked rows."""
+    columns = FIRST + tl.arange(0, COUNT)
+    if len(pointers.shape) == 3:
+        columns = columns[None, None, :]
+    else:
+        columns = columns[None, :]
+    tl.store(pointers + columns, tile.to(pointers.dtype.element_ty), mask=row_mask & (columns < HEAD_SIZE))

@@ -1,0 +1,117 @@
+"""Files that are whole or absent: temporary name, flush, rename; and the hashes that name contents.
+
+Layer 0: the errors only.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
+
+_CHUNK_BYTES = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file so that it appears whole or not at all.
+
+    Yields a temporary name in the same folder, with the same suffix, at which an empty file already stands. When the
+    block ends, that file is flushed to the disk and renamed to `path`, replacing what was there; when it fails or is
+    interrupted, the file is removed and `path` keeps what it had. Missing folders are made. Ask `refuse_overwrite`
+    first where the file may be the user's.
+    Args: path: the final name.
+    Raises:
+        DiskFull: no space left, whether the system or a library within the block says so.
+        PoseCrafterError: the folder or file cannot be written; the message holds the system's reason.
+    """
+    path = Path(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The suffix stays last, because encoders choose their format by it; the dot hides the file from listings.
+        temporary = path.parent / f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}"
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        yield temporary
+        with _writing(path):
+            _flush(temporary)
+            os.replace(temporary, path)
+            # Some file systems cannot flush a folder; the rename is atomic there all the same.
+            with suppress(OSError):
+                _flush(path.parent)
+    except BaseException as error:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        if isinstance(error, Exception) and _means_full(error):
+            raise _disk_full(path) from error
+        raise
+
+
+def refuse_overwrite(path: str | os.PathLike[str], force: bool) -> None:
+    """Raise unless `path` is free or may be replaced.
+
+    Raises: OutputExists if something is there (file, folder or link) and `force` is false.
+    """
+    if not force and os.path.lexists(path):
+        raise OutputExists(f"{path} exists already", hint="give --force to replace it, or another name")
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's contents, 64 hexadecimal digits; OSError where it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON (sorted keys, no spaces, UTF-8), 64 hexadecimal digits.
+
+    Equal values hash alike whatever their key order; tuples count as lists.
+    Raises: TypeError for what JSON does not have; ValueError for NaN and infinity.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns the system's refusal into an error of the package."""
+    try:
+        yield
+    except OSError as error:
+        if _means_full(error):
+            raise _disk_full(path) from error
+        reason = error.strerror or str(error)
+        raise PoseCrafterError(
+            f"cannot write {path}: {reason[:1].lower()}{reason[1:]}", hint="choose a folder that you may write to"
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _means_full(error: BaseException) -> bool:
+    """Whether lack of space is the error or its cause."""
+    # Writers in other languages pass the system's message on as text, without its number.
+    is_full = getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error)
+    return is_full or (error.__cause__ is not None and _means_full(error.__cause__))
+
+
+def _disk_full(path: Path) -> DiskFull:
+    return DiskFull(f"no space left to write {path}", hint=f"free some space in {path.parent}, or write elsewhere")

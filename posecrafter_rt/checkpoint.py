@@ -1,0 +1,164 @@
+"""`tuned.ckpt`: the tuned tensors with the frames and poses they were tuned on, in one safetensors file.
+
+Layer 3: self-contained; no video is needed later.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
+from posecrafter_rt.errors import CheckpointError, PoseError
+from posecrafter_rt.models.loading import PoseModel, apply_tensors, load_base
+from posecrafter_rt.poses.keypoints import PoseSequence
+
+FORMAT = "posecrafter-rt checkpoint"
+FORMAT_VERSION = 1
+REQUIRED_METADATA = ("base", "base_hash", "controlnet", "vae", "prompt", "size", "norm_scope", "seed", "steps")
+_HEADER = "posecrafter"  # one key only: safetensors writes several in random order, and equal content shall be equal bytes
+_PREFIXES = ("unet.", "controlnet.")
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """A tuned person.
+
+    tensors: tuned tensors by `unet.…` and `controlnet.…` name.
+    frames: (n, H, W, 3) uint8 RGB. poses: n poses on a canvas of H × W pixels.
+    metadata: JSON values, among them those of REQUIRED_METADATA: base, controlnet, vae as `load_base` takes them (or
+        None); base_hash; prompt; size [height, width]; norm_scope; seed; steps. Loading adds "versions" and "format_version".
+    Raises: CheckpointError when frames, poses and metadata do not fit together.
+    """
+
+    tensors: dict[str, Tensor]
+    frames: np.ndarray
+    poses: PoseSequence
+    metadata: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        missing = [name for name in REQUIRED_METADATA if name not in self.metadata]
+        if missing:
+            raise CheckpointError(f"the checkpoint does not say its {', '.join(missing)}", hint="tune again")
+        if self.frames.ndim != 4 or self.frames.shape[3] != 3 or self.frames.dtype != np.uint8:
+            raise CheckpointError(f"the frames are {self.frames.dtype} {self.frames.shape}", hint="give uint8 (n, H, W, 3)")
+        if len(self.frames) != len(self.poses):
+            raise CheckpointError(f"{len(self.frames)} frames but {len(self.poses)} poses", hint="give one pose a frame")
+        if self.frames.shape[1:3] != self.poses.canvas:
+            raise CheckpointError(f"the frames are {self.frames.shape[1:3]} but the poses' canvas is {self.poses.canvas}",
+                                  hint="bring the poses to the frames' size")  # fmt: skip
+        foreign = [name for name in self.tensors if not name.startswith(_PREFIXES)]
+        if foreign:
+            raise CheckpointError(f"a tensor is called {foreign[0]}", hint="tuned tensors are unet.… and controlnet.…")
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the file, atomically; equal content gives equal bytes.
+
+        Raises: OutputExists; DiskFull; PoseCrafterError where the folder cannot be written.
+        """
+        refuse_overwrite(path, force)
+        metadata = {"versions": _versions(), **self.metadata}
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "fps": self.poses.fps,
+                  "metadata": {name: value for name, value in metadata.items() if name != "format_version"}}  # fmt: skip
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        tensors["frames"] = torch.from_numpy(np.ascontiguousarray(self.frames))
+        tensors["keypoints"] = torch.from_numpy(np.ascontiguousarray(self.poses.keypoints))
+        with atomic_path(path) as temporary:
+            try:
+                save_file(tensors, temporary, {_HEADER: json.dumps(header, sort_keys=True)})
+            except SafetensorError as error:  # a failed write; atomic_path tells a full disk from its message
+                raise OSError(str(error)) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Checkpoint:
+        """Read a checkpoint. Raises: CheckpointError: missing, truncated, a pickle, or not a checkpoint of this package."""
+        path = Path(path)
+        header, tensors = _read(path)
+        if not isinstance(header.get("metadata"), dict) or not {"frames", "keypoints"} <= set(tensors):
+            raise CheckpointError(f"{path} is a damaged checkpoint: its frames, poses or metadata are missing",
+                                  hint="tune again")  # fmt: skip
+        frames, keypoints = tensors.pop("frames").numpy(), tensors.pop("keypoints").numpy()
+        try:
+            poses = PoseSequence(keypoints, frames.shape[1:3], header.get("fps"))
+            return cls(tensors, frames, poses, {**header["metadata"], "format_version": header["format_version"]})
+        except (PoseError, CheckpointError) as error:
+            raise CheckpointError(f"{path} is a damaged checkpoint: {error}", hint="tune again") from error
+
+    def require_base(self, model: PoseModel) -> None:
+        """Raise CheckpointError, naming both hashes, unless `model` is the base that this checkpoint was tuned on."""
+        wanted = self.metadata["base_hash"]
+        if model.base_hash != wanted:
+            raise CheckpointError(
+                f"the checkpoint was tuned on {self.metadata['base']} ({wanted[:12]}), but {model.base_id} is {model.base_hash[:12]}",
+                hint="give the base, ControlNet and VAE that it was tuned on, or tune again",
+            )
+
+    def load_model(self, *, base: str | None = None, dtype: torch.dtype = torch.float32) -> PoseModel:
+        """Load the base and put the tuned tensors in.
+
+        Args: base: where the base lies now, if not where it lay. dtype: of all weights.
+        Raises: ModelError: the base cannot be loaded. CheckpointError: it is another base.
+        """
+        metadata = self.metadata
+        model = load_base(base or metadata["base"], controlnet=metadata["controlnet"], vae=metadata["vae"],
+                          norm_scope=metadata["norm_scope"], dtype=dtype)  # fmt: skip
+        self.require_base(model)
+        apply_tensors(model, self.tensors)
+        return model
+
+    def digest(self) -> str:
+        """SHA-256 over the content; the same before saving and after loading, on every machine."""
+        arrays = {**self.tensors, "frames": torch.from_numpy(self.frames), "keypoints": torch.from_numpy(self.poses.keypoints)}
+        hashes = {name: [str(tensor.dtype), list(tensor.shape), _sha256(tensor)] for name, tensor in arrays.items()}
+        metadata = {name: value for name, value in self.metadata.items() if name not in ("versions", "format_version")}
+        return sha256_json({"tensors": hashes, "fps": self.poses.fps, "metadata": metadata})
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}", hint="make one: posecrafter-rt tune")
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise CheckpointError(f"{path} is a PyTorch pickle, which could run code, not a checkpoint of this package",
+                              hint="make one: posecrafter-rt tune")  # fmt: skip
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_HEADER)
+            header = json.loads(text) if text is not None else None
+            if not isinstance(header, dict) or header.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of this package",
+                                      hint="make one: posecrafter-rt tune")  # fmt: skip
+            if header.get("format_version") != FORMAT_VERSION:
+                raise CheckpointError(f"{path} has format version {header.get('format_version')}, this is {FORMAT_VERSION}",
+                                      hint="use the release that wrote it, or tune again")  # fmt: skip
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or no checkpoint: {str(error).splitlines()[0]}",
+                              hint="copy it again, or make one: posecrafter-rt tune") from error  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("posecrafter-rt", "torch", "diffusers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout
+            continue
+    return found
+
+
+def _sha256(tensor: Tensor) -> str:
+    from hashlib import sha256
+
+    return sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()

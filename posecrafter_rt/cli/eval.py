@@ -1,0 +1,55 @@
+"""`posecrafter-rt eval`: how near a rendered video is to the true one.
+
+Layer 8: arguments, one call, the printed result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from posecrafter_rt.cli.output import print_json, print_table
+from posecrafter_rt.errors import VideoError
+
+app = typer.Typer()
+
+
+@app.command()
+def evaluate(
+    rendered: Annotated[Path, typer.Argument(help="The rendered video, or a folder of images.", show_default=False)],
+    truth: Annotated[Path, typer.Argument(help="The true video, or a folder of images.", show_default=False)],
+    start: Annotated[int, typer.Option(min=0, help="First frame of TRUTH that was rendered, from 0.")] = 0,
+    stop: Annotated[
+        int | None, typer.Option(min=1, help="Frame of TRUTH after the last one rendered; else its end.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure PSNR and SSIM of RENDERED against TRUTH, frame by frame, at RENDERED's size.
+
+    A TRUTH of another size is scaled to cover it and cut around the centre, as the training frames are.
+    """
+    from posecrafter_rt.evaluate.metrics import psnr, ssim
+    from posecrafter_rt.video_io import read_video
+
+    frames = read_video(rendered).frames
+    height, width = frames.shape[1:3]
+    true_frames = read_video(truth, size=(height, width), start=start, stop=stop).frames
+    if len(frames) != len(true_frames):
+        raise VideoError(
+            f"{rendered} has {len(frames)} frames, {truth} from frame {start} has {len(true_frames)}",
+            hint="name the frames that were rendered with --start and --stop",
+        )
+    result = {"frames": len(frames), "height": height, "width": width}
+    scores = {"psnr": psnr(frames, true_frames), "ssim": ssim(frames, true_frames)}
+    if as_json:
+        print_json(result | scores)
+        return
+    print_table(
+        [
+            ("frames", f"{len(frames)} of {height}x{width}"),
+            ("PSNR", f"{scores['psnr']:.2f} dB"),
+            ("SSIM", f"{scores['ssim']:.4f}"),
+        ]
+    )

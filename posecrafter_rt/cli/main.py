@@ -1,0 +1,127 @@
+"""`posecrafter-rt`: finds the command that was asked for, and turns errors into one line and an exit code.
+
+Layer 8: imports no command and no torch until a command is called, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_group
+
+from posecrafter_rt import __version__
+from posecrafter_rt.errors import DiskFull, PoseCrafterError
+
+# Each is a module of this folder (`-` becomes `_`) with a Typer called `app`: of one command, or of several.
+COMMANDS = {
+    "demo": "The whole path on real footage: tune, build, render, measure.",
+    "poses": "Keypoints: from a video, and to look at.",
+    "tune": "Tune the base on a few frames of one person; writes tuned.ckpt.",
+    "build-engine": "Turn a tuned.ckpt into an engine folder.",
+    "render": "Render a pose sequence with an engine into a video.",
+    "eval": "PSNR and SSIM of a rendered video against the true one.",
+    "inspect": "What is in an engine folder or a tuned.ckpt.",
+    "doctor": "What this machine can run, and the command that mends what is missing.",
+}
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """The commands by name; each module is imported when it is called, and errors end here."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name else None, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.params["debug"]:
+            return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except PoseCrafterError as error:
+            fail(str(error), error.hint)
+        except KeyboardInterrupt:
+            fail("interrupted; run the same command again to continue", label=None, code=INTERRUPTED)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            known = explain_os_error(error)
+            if known is None:
+                raise
+            fail(str(known), known.hint)
+
+
+def load_command(name: str) -> Any:
+    """The Click command of a module's `app`: the one it has, or the group of all."""
+    group = get_group(import_module(f"posecrafter_rt.cli.{name.replace('-', '_')}").app)
+    return next(iter(group.commands.values())) if len(group.commands) == 1 else group
+
+
+def explain_os_error(error: OSError) -> PoseCrafterError | None:
+    """The line for a file-system error that names a file or a full disk; None for any other, which is a bug of ours."""
+    place = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(f"no space left on the disk{place}", hint="free some space and run the same command again")
+    if error.filename is None or error.strerror is None:
+        return None
+    return PoseCrafterError(f"{error.strerror[:1].lower()}{error.strerror[1:]}{place}")
+
+
+def fail(message: str, hint: str | None = None, *, label: str | None = "error", code: int = 1) -> None:
+    """Print `error: …` and `hint: …` on standard error and end the command with `code`."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for title, style, text in ((label, "bold red", message), ("hint", "bold cyan", hint)):
+        if text is not None:
+            console.print(Text.assemble(*([(title, style), ": "] if title else []), text))
+    raise typer.Exit(code)
+
+
+def print_version(wanted: bool) -> None:
+    """The callback of --version."""
+    if wanted:
+        print(f"posecrafter-rt {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Tune a video avatar on a few frames of one person, then render it from poses."""
+
+
+for _name, _help in COMMANDS.items():
+    app.command(_name, help=_help)(lambda: None)  # only listed: Commands.resolve_command puts the real one in its place
+
+
+def main() -> None:
+    """Run the command line; ends with SystemExit: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    try:
+        try:
+            app(prog_name="posecrafter-rt")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output is gone; without this Python complains once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

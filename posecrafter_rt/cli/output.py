@@ -1,0 +1,45 @@
+"""How commands print: results on standard output, as a table for people or JSON for machines.
+
+Layer 8.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, alone on standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(rows: Iterable[tuple[str | Text, ...]], header: tuple[str, ...] | None = None) -> None:
+    """Print rows in aligned columns without lines; text is taken as it is, never as markup."""
+    table = Table(box=None, show_header=header is not None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    rows = list(rows)
+    for index in range(len(header or rows[0])):
+        table.add_column(header[index] if header else "", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def print_heading(text: str) -> None:
+    """Print a line that opens a section."""
+    Console(highlight=False).print(Text(text, "bold"))
+
+
+def size_of(num_bytes: int) -> str:
+    """Bytes for people: `812 B`, `3.4 MB`, `1.2 GB` (powers of 1000)."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

@@ -1,0 +1,21 @@
+"""Where the package keeps what may be deleted at any time; the only reading of environment variables.
+
+Layer 0: a leaf.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """The user's cache folder of this package; it may not exist yet.
+
+    POSECRAFTER_CACHE where set, else posecrafter-rt in XDG_CACHE_HOME, else ~/.cache/posecrafter-rt.
+    """
+    own = os.environ.get("POSECRAFTER_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "posecrafter-rt"

@@ -1,0 +1,164 @@
+"""Frames as arrays: fit them to a size, with their keypoints; lay them out in contact sheets and side by side.
+
+Layer 1: OpenCV and the keypoint layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from posecrafter_rt.errors import ShapeError
+from posecrafter_rt.poses.keypoints import PoseSequence
+
+MAX_COLUMNS = 8
+TILE_HEIGHT_PX = (128, 256)
+_STRIP_PX, _GAP_PX, _FONT_SCALE = 22, 4, 0.45
+
+
+class CoverTransform(NamedTuple):
+    """From source to destination pixels, centres at integers: x' = (x - offset_x + 0.5) * scale_x - 0.5, y likewise."""
+
+    scale_x: float
+    scale_y: float
+    offset_x: int
+    offset_y: int
+
+
+def cover_transform(src_size: tuple[int, int], dst_size: tuple[int, int]) -> CoverTransform:
+    """How a picture of one size covers another: scaled until it fills it, its centre kept, the rest cut off.
+
+    The cut runs along whole source pixels, so the two scales may differ by what rounding half a pixel makes of them.
+    Args: src_size, dst_size: (height, width) in pixels.
+    Raises: ShapeError if a side is not positive.
+    """
+    if min(*src_size, *dst_size) < 1:
+        raise ShapeError(f"a picture of {size_text(src_size)} cannot be fitted to {size_text(dst_size)}")
+    scale = max(dst_size[0] / src_size[0], dst_size[1] / src_size[1])
+    kept = [min(src, max(1, round(dst / scale))) for src, dst in zip(src_size, dst_size, strict=True)]
+    return CoverTransform(
+        scale_x=dst_size[1] / kept[1],
+        scale_y=dst_size[0] / kept[0],
+        offset_x=(src_size[1] - kept[1]) // 2,
+        offset_y=(src_size[0] - kept[0]) // 2,
+    )
+
+
+def transform_keypoints(poses: PoseSequence, size: tuple[int, int]) -> PoseSequence:
+    """Carry poses along with frames that `resize_to` fits to a size; their canvas is the frames' size before.
+
+    Args: poses: N poses. size: (height, width) in pixels.
+    Returns: N poses on a canvas of that size; points cut off lie outside it; missing points stay (0, 0, 0).
+    Raises: ShapeError if a side is not positive.
+    """
+    scale_x, scale_y, offset_x, offset_y = cover_transform(poses.canvas, size)
+    moved = poses.keypoints.astype(np.float64)
+    moved[..., :2] = (moved[..., :2] - (offset_x, offset_y) + 0.5) * (scale_x, scale_y) - 0.5
+    return replace(poses, keypoints=moved, canvas=size)
+
+
+def resize_to(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Fit frames to a size: cover it, cut around the centre; area average downwards, cubic upwards.
+
+    Args: frames: uint8 (N, H, W, 3) or (H, W, 3). size: (height, width) in pixels.
+    Returns: uint8 of that size, same number of axes; the same array where nothing is to do.
+    Raises: ShapeError for frames of another shape or type, or a side that is not positive.
+    """
+    if frames.ndim == 4:
+        return np.stack([resize_to(frame, size) for frame in frames]) if len(frames) else np.empty((0, *size, 3), "u1")
+    check_frame(frames)
+    transform = cover_transform(frames.shape[:2], size)
+    if frames.shape[:2] == tuple(size):
+        return frames
+    rows = slice(transform.offset_y, transform.offset_y + round(size[0] / transform.scale_y))
+    columns = slice(transform.offset_x, transform.offset_x + round(size[1] / transform.scale_x))
+    shrinks = min(transform.scale_x, transform.scale_y) < 1
+    return _resize(frames[rows, columns], size, shrinks)
+
+
+Frames = np.ndarray | Sequence[np.ndarray]
+"""uint8 RGB (N, H, W, 3), or a list of (H, W, 3)."""
+
+
+def contact_sheet(rows: Sequence[tuple[str, Frames] | np.ndarray]) -> np.ndarray:
+    """Show clips under one another, each as up to 8 of its frames, evenly sampled, below its name.
+
+    Args: rows: (name, frames) each, the name in ASCII; or an array of frames alone, which gets no name.
+    Returns: uint8 (h, w, 3) RGB; frames are scaled to a height of 128 to 256 pixels.
+    Raises: ShapeError without rows, for a row without frames, or frames of another shape or type.
+    """
+    named = [row if isinstance(row, tuple) else ("", row) for row in rows]
+    if not named or not all(len(frames) for _, frames in named):
+        raise ShapeError("a contact sheet needs rows, and each row at least one frame")
+    tallest = max(frame.shape[0] for _, frames in named for frame in frames)
+    height = min(max(tallest, TILE_HEIGHT_PX[0]), TILE_HEIGHT_PX[1])
+    strips = []
+    for name, frames in named:
+        picked = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), MAX_COLUMNS)).round().astype(int))
+        tiles = [np.pad(_scale_to_height(frames[i], height), [(0, 0), (0, _GAP_PX), (0, 0)]) for i in picked]
+        strips.append(_captioned(name, np.concatenate(tiles, axis=1)))
+    width = max(strip.shape[1] for strip in strips)
+    return np.concatenate([np.pad(strip, [(0, _GAP_PX), (0, width - strip.shape[1]), (0, 0)]) for strip in strips])
+
+
+def side_by_side(*clips: np.ndarray, labels: Sequence[str] | None = None) -> np.ndarray:
+    """Join clips into one, next to each other, scaled to the tallest one's height.
+
+    Args: clips: uint8 (N, H, W, 3) RGB each, all of N frames. labels: one name per clip, shown above it; ASCII.
+    Returns: uint8 (N, h, w, 3).
+    Raises: ShapeError for clips of different lengths, another shape or type, none, or labels that do not match.
+    """
+    if not clips or len({len(clip) for clip in clips}) != 1 or (labels is not None and len(labels) != len(clips)):
+        lengths = ", ".join(str(len(clip)) for clip in clips)
+        raise ShapeError(
+            f"clips of {lengths or 'no'} frames and {'no' if labels is None else len(labels)} labels cannot be joined",
+            hint="give clips of one length, and as many labels as clips",
+        )
+    height = max(clip.shape[1] for clip in clips)
+    joined = []
+    for frames in zip(*clips, strict=True):
+        tiles = [_scale_to_height(frame, height) for frame in frames]
+        if labels is not None:
+            tiles = [_captioned(label, tile) for label, tile in zip(labels, tiles, strict=True)]
+        joined.append(np.concatenate(tiles, axis=1))
+    return np.stack(joined)
+
+
+def check_frame(frame: np.ndarray) -> None:
+    """Raises ShapeError unless the array is one frame: uint8 (H, W, 3), not empty."""
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+        raise ShapeError(f"a frame of shape {frame.shape}, {frame.dtype}", hint="frames are uint8 RGB (H, W, 3)")
+
+
+def size_text(shape: Sequence[int]) -> str:
+    """A size for messages, height first: `480x640`."""
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _resize(frame: np.ndarray, size: tuple[int, int], shrinks: bool) -> np.ndarray:
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return cv2.resize(np.ascontiguousarray(frame), (size[1], size[0]), interpolation=method)
+
+
+def _scale_to_height(frame: np.ndarray, height: int) -> np.ndarray:
+    check_frame(frame)
+    if frame.shape[0] == height:
+        return frame
+    width = max(1, round(frame.shape[1] * height / frame.shape[0]))
+    return _resize(frame, (height, width), shrinks=height < frame.shape[0])
+
+
+def _captioned(text: str, picture: np.ndarray) -> np.ndarray:
+    """The picture below a dark strip with its name, widened where the name is longer; as it is without a name."""
+    if not text:
+        return picture
+    (text_width, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, _FONT_SCALE, 1)
+    width = max(picture.shape[1], text_width + 2 * _GAP_PX)
+    strip = np.full((_STRIP_PX, width, 3), 32, dtype=np.uint8)
+    origin, colour = (_GAP_PX, _STRIP_PX - 7), (230, 230, 230)
+    cv2.putText(strip, text, origin, cv2.FONT_HERSHEY_SIMPLEX, _FONT_SCALE, colour, 1, cv2.LINE_AA)
+    return np.concatenate([strip, np.pad(picture, [(0, 0), (0, width - picture.shape[1]), (0, 0)])])

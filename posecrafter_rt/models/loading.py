@@ -1,0 +1,219 @@
+"""Base models from a diffusers folder, the hub, or single files, as one `PoseModel`; strict about every tensor.
+
+Layer 3: the only place where names of upstream weight files are translated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from posecrafter_rt.errors import CheckpointError, ModelError
+from posecrafter_rt.models.blocks import NormScope
+from posecrafter_rt.models.controlnet import VideoControlNet
+from posecrafter_rt.models.networks import build_networks, describe_architecture, fold_temporal_output
+from posecrafter_rt.models.settings import BaseSettings
+from posecrafter_rt.models.single_file import load_single_file, load_text_encoder, read_weights
+from posecrafter_rt.models.sources import Component, hash_files, locate_base, locate_component, reading
+from posecrafter_rt.models.unet import VideoUNet
+from posecrafter_rt.spec import Architecture
+
+CONTROLNET_HINT = "give --controlnet lllyasviel/control_v11p_sd15_openpose, or a folder or file that holds it"
+
+
+@dataclass
+class PoseModel:
+    """Everything of one base, as torch modules: in evaluation mode, no parameter requiring gradients.
+
+    base_id: what `load_base` takes to find it again. base_hash: SHA-256 over the weights of all four networks.
+    """
+
+    unet: VideoUNet
+    controlnet: VideoControlNet
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler_config: dict[str, Any]
+    base_id: str
+    base_hash: str
+    settings: BaseSettings
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The four modules under the prefixes of their parameters' names."""
+        names = ("unet", "controlnet", "vae", "text_encoder")
+        return {name: getattr(self, name) for name in names}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network under its name in `spec.NETWORK_NAMES`, sharing these modules' weights."""
+        return build_networks(self.unet, self.controlnet, self.vae, self.text_encoder)
+
+    def architecture(self) -> Architecture:
+        """The sizes that fix every network's tensor shapes."""
+        return describe_architecture(self.unet, self.controlnet, self.vae, self.text_encoder)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> PoseModel:
+        """Convert and move every module in place; returns self."""
+        for module in self.modules().values():
+            module.to(device=device, dtype=dtype)
+        return self
+
+    def fold(self) -> None:
+        """Fold conv_temp ∘ attn_temp.to_out into one map, in place; for inference only, and only once."""
+        fold_temporal_output(self.unet)
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Prompts → input_ids int64 (prompts, tokens), padded and cut to the text encoder's length."""
+        length = self.text_encoder.config.max_position_embeddings
+        encoded = self.tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return encoded.input_ids.to(torch.int64)
+
+
+def load_base(
+    base: str,
+    *,
+    controlnet: str | None = None,
+    vae: str | None = None,
+    norm_scope: NormScope | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PoseModel:
+    """Load a Stable Diffusion 1.5 base, inflated to clips.
+
+    Args:
+        base: "embedded"; a diffusers folder (unet, vae, text_encoder, tokenizer, scheduler, perhaps controlnet); a hub
+            id "owner/name"; or one file in Stable Diffusion's original layout (.safetensors; .ckpt, .pt, .pth and .bin
+            are read without running the code that a pickle may hold). A single file never touches the network.
+        controlnet, vae: likewise a folder, hub id or file, used instead of the base's own.
+        norm_scope: overrides the base's own setting.
+        dtype: of all weights; they are converted one by one, so no second copy of the model is held.
+    Raises: ModelError: not found, incomplete, not of this kind, or a pickle that holds code; a hub that cannot be
+        reached; no ControlNet in the base and none given.
+    """
+    found = locate_base(base)
+    parts = {role: found.component(role) for role in ("unet", "vae", "text_encoder")}
+    if vae is not None:
+        parts["vae"] = locate_component(vae, "vae")
+    if controlnet is not None:
+        parts["controlnet"] = locate_component(controlnet, "controlnet")
+    elif found.has("controlnet"):
+        parts["controlnet"] = found.component("controlnet")
+    else:
+        raise ModelError(f"{base} holds no ControlNet, and without one poses steer nothing", hint=CONTROLNET_HINT)
+    settings = BaseSettings.load(found.folder) if found.folder else BaseSettings()
+    scope = norm_scope or settings.norm_scope
+    with reading(base):
+        scheduler_file = found.configs / "scheduler" / "scheduler_config.json"
+        scheduler_config = json.loads(scheduler_file.read_text(encoding="utf-8"))
+        tokenizer = CLIPTokenizer.from_pretrained(found.configs / "tokenizer", local_files_only=True)
+    model = PoseModel(
+        # Temporal attention is created in float32 as a copy of the loaded attn1: hence the second conversion.
+        unet=VideoUNet(_load(UNet2DConditionModel, parts["unet"], dtype), scope).to(dtype),
+        controlnet=VideoControlNet(_load(ControlNetModel, parts["controlnet"], dtype), scope),
+        vae=_load(AutoencoderKL, parts["vae"], dtype),
+        text_encoder=load_text_encoder(parts["text_encoder"], dtype),
+        tokenizer=tokenizer,
+        scheduler_config=scheduler_config,
+        base_id=found.base_id,
+        base_hash=hash_files({role: part.files for role, part in parts.items()}),
+        settings=settings,
+    )
+    for module in model.modules().values():
+        module.eval().requires_grad_(False)
+    _check_fit(model)
+    return model
+
+
+def _load(cls: type, part: Component, dtype: torch.dtype) -> Any:
+    """One diffusers model, every weight of it from the file."""
+    if part.folder is None:
+        return load_single_file(cls, part, dtype)
+    with reading(part.source):
+        model, info = cls.from_pretrained(  # type: ignore[attr-defined]
+            part.folder, torch_dtype=dtype, variant=part.variant, local_files_only=True, output_loading_info=True
+        )
+    part.check_complete(info["missing_keys"], info["mismatched_keys"])
+    return model
+
+
+def _check_fit(model: PoseModel) -> None:
+    unet, controlnet = dict(model.unet.config), dict(model.controlnet.config)  # type: ignore[arg-type]
+    text_channels, latent_channels = model.text_encoder.config.hidden_size, model.vae.config["latent_channels"]
+    for name in ("block_out_channels", "cross_attention_dim", "in_channels", "layers_per_block"):
+        if unet[name] != controlnet[name]:
+            raise ModelError(f"the U-Net's {name} is {unet[name]} but the ControlNet's is {controlnet[name]}",
+                             hint=CONTROLNET_HINT)  # fmt: skip
+    if text_channels != unet["cross_attention_dim"]:
+        message = f"the text encoder gives {text_channels} channels but the U-Net reads {unet['cross_attention_dim']}"
+        raise ModelError(message, hint="use a Stable Diffusion 1.x base")
+    if latent_channels != unet["in_channels"]:
+        message = f"the VAE makes {latent_channels} channels but the U-Net reads {unet['in_channels']}"
+        raise ModelError(message, hint="inpainting models do not work; use the model they were made from")
+
+
+def named_parameters(model: PoseModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of U-Net and ControlNet under their `unet.…` and `controlnet.…` names, in a fixed order."""
+    for prefix in ("unet", "controlnet"):
+        for name, parameter in getattr(model, prefix).named_parameters():
+            yield f"{prefix}.{name}", parameter
+
+
+def apply_tensors(model: PoseModel, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tuned tensors into a model, in place, converted to its dtype; all of them or, on an error, none.
+
+    Args: tensors: by `unet.…` or `controlnet.…` name; trailing dimensions of 1 of 1×1 convolutions may be there or not.
+    Raises: CheckpointError for a name the model lacks or a shape that differs.
+    """
+    parameters = dict(named_parameters(model))
+    unknown = sorted(set(tensors) - set(parameters))
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise CheckpointError(f"{model.base_id} has no parameter {unknown[0]}{more}",
+                              hint="use the base that the weights were tuned on")  # fmt: skip
+    fitted = {name: _fit_shape(name, tensor, parameters[name].shape) for name, tensor in tensors.items()}
+    with torch.no_grad():
+        for name, tensor in fitted.items():
+            parameters[name].copy_(tensor)
+
+
+def _fit_shape(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    if tensor.shape == shape:
+        return tensor
+    if tensor.dim() > len(shape) and tensor.shape == (*shape, *(1,) * (tensor.dim() - len(shape))):
+        return tensor.reshape(shape)
+    raise CheckpointError(f"{name} has the shape {tuple(tensor.shape)}, the base's is {tuple(shape)}",
+                          hint="use the base that the weights were tuned on")  # fmt: skip
+
+
+_TUNED = re.compile(r"\.(attn1\.to_out|attn_temp|conv_temp)\.")
+
+
+def load_controlvideo_weights(unet_path: str | Path, controlnet_path: str | Path) -> dict[str, Tensor]:
+    """Read the weight files that ControlVideo's training writes, `N-unet.pt` and `N-controlnet.pt`.
+
+    Each is a dictionary of tensors under diffusers' names: `attn1.to_out`, and in the U-Net `attn_temp` and `conv_temp`
+    (a 1×1 convolution: trailing dimensions of 1 are dropped). Whole state dicts will do too: what is not tuned is left
+    out. A `module.` that data-parallel training puts before the names is taken off.
+    Returns: tensors by `unet.…` and `controlnet.…` name, for `apply_tensors`.
+    Raises: CheckpointError: missing, unreadable, a pickle that holds code, or without a tuned tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    for prefix, path in (("unet", Path(unet_path)), ("controlnet", Path(controlnet_path))):
+        named = {name.removeprefix("module."): tensor for name, tensor in read_weights(path, CheckpointError).items()}
+        tuned = {name: tensor for name, tensor in named.items() if _TUNED.search(name)}
+        if not tuned:
+            raise CheckpointError(f"{path} holds no attn1.to_out, attn_temp or conv_temp",
+                                  hint="give ControlVideo's N-unet.pt and N-controlnet.pt")  # fmt: skip
+        for name, tensor in tuned.items():
+            is_convolution = name.endswith("conv_temp.weight") and tensor.dim() > 2
+            tensors[f"{prefix}.{name}"] = tensor.flatten(1) if is_convolution else tensor
+    return tensors

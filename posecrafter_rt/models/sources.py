@@ -1,0 +1,170 @@
+"""Where the parts of a base model lie: `embedded`, a folder, a hub id or a file, resolved to paths and hashed.
+
+Layer 3: finds files and opens none but to hash them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+from safetensors import SafetensorError
+
+from posecrafter_rt.atomic import sha256_file, sha256_json
+from posecrafter_rt.errors import ModelError
+from posecrafter_rt.models.settings import SETTINGS_FILE
+
+SD15_FOLDER = Path(__file__).parent / "sd15"  # configuration and tokenizer files for single files, which have none
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded" / "base"
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_STEMS = {"text_encoder": ("model", "pytorch_model")}
+_DIFFUSERS_STEMS = ("diffusion_pytorch_model",)
+_PARTS = ("unet", "controlnet", "vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network's files. source: what the user wrote. folder: a diffusers folder, or None for a single file.
+
+    configs: the folder whose subfolder `role` configures a single file. variant: "fp16" where only those files exist.
+    """
+
+    role: str
+    source: str
+    files: tuple[Path, ...]
+    folder: Path | None
+    configs: Path
+    variant: str | None = None
+
+    def check_complete(self, missing: Iterable[str], mismatched: Iterable[object] = ()) -> None:
+        """Raise ModelError unless the files hold every tensor of the network in its shape."""
+        absent, differing = sorted(missing), list(mismatched)
+        if absent or differing:
+            problem = f"lacks {absent[0]}" if absent else f"holds {differing[0]} in another shape"
+            number = len(absent) + len(differing)
+            more = f" ({number} tensors in all)" if number > 1 else ""
+            raise ModelError(f"the {self.role} in {self.files[0]} {problem}{more}",
+                             hint=f"use a Stable Diffusion 1.5 {self.role} that is complete")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """A located base: a folder with one subfolder a network, or one file that holds several."""
+
+    base_id: str
+    folder: Path | None
+    file: Path | None
+    configs: Path
+
+    def has(self, role: str) -> bool:
+        """Whether a folder has this network; a single file has the U-Net, the VAE and the text encoder."""
+        return self.folder is not None and (self.folder / role / "config.json").is_file()
+
+    def component(self, role: str) -> Component:
+        """The files of one network. Raises: ModelError where they are missing."""
+        if self.file is not None:
+            return Component(role, self.base_id, (self.file,), None, self.configs)
+        assert self.folder is not None
+        if not self.has(role):
+            raise ModelError(f"{self.folder} has no {role}/config.json",
+                             hint="a base is a diffusers folder with unet, vae, text_encoder, tokenizer and scheduler")  # fmt: skip
+        return _folder_component(role, self.base_id, self.folder / role)
+
+
+def locate_base(base: str) -> Base:
+    """Find a base. Raises: ModelError: not there, or a hub that cannot be reached or lacks it."""
+    if base == "embedded":
+        if not EMBEDDED_FOLDER.is_dir():
+            raise ModelError("the embedded base is not part of this installation",
+                             hint="train it: python -m posecrafter_rt.embedded.train posecrafter_rt/embedded/base")  # fmt: skip
+        return Base(base, EMBEDDED_FOLDER, None, EMBEDDED_FOLDER)
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return Base(str(path.resolve()), path, None, path)
+    if path.is_file():
+        _check_suffix(path)
+        return Base(str(path.resolve()), None, path, SD15_FOLDER)
+    folder = _download(base, _PARTS, "base model")
+    return Base(base, folder, None, folder)
+
+
+def locate_component(source: str, role: str) -> Component:
+    """Find a network of its own: a folder (or its subfolder `role`), a file, or a hub id. Raises: as `locate_base`."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        _check_suffix(path)
+        return Component(role, source, (path,), None, SD15_FOLDER)
+    folder = path if path.is_dir() else _download(source, ("", role), role)
+    candidates = [candidate for candidate in (folder, folder / role) if (candidate / "config.json").is_file()]
+    if not candidates:
+        raise ModelError(f"{source} has no config.json, so it is no {role}", hint=f"give the folder that holds the {role}")
+    return _folder_component(role, source, candidates[0])
+
+
+def hash_files(parts: Mapping[str, tuple[Path, ...]]) -> str:
+    """SHA-256 over the contents of every network's weight files, whatever the files are called."""
+    known: dict[Path, str] = {}
+    for path in sorted({path for paths in parts.values() for path in paths}):
+        known[path] = sha256_file(path)
+    return sha256_json({role: [known[path] for path in paths] for role, paths in parts.items()})
+
+
+@contextmanager
+def reading(source: object) -> Iterator[None]:
+    """Turns what the libraries raise on broken files into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"it has no {error}" if isinstance(error, KeyError) else lines[0][:200]
+        raise ModelError(f"{source} cannot be loaded: {reason}",
+                         hint="it must be a complete Stable Diffusion 1.5 model in diffusers' or the original layout") from error  # fmt: skip
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix.lower() not in WEIGHT_SUFFIXES:
+        raise ModelError(f"{path} is no weight file: its suffix is {path.suffix!r}",
+                         hint=f"give a folder, or a file ending in {', '.join(WEIGHT_SUFFIXES)}")  # fmt: skip
+
+
+def _folder_component(role: str, source: str, folder: Path) -> Component:
+    for suffix in ("safetensors", "bin"):
+        for variant in (None, "fp16"):
+            for stem in _STEMS.get(role, _DIFFUSERS_STEMS):
+                name = f"{stem}.{variant}" if variant else stem
+                whole, shards = folder / f"{name}.{suffix}", sorted(folder.glob(f"{name}-*-of-*.{suffix}"))
+                files = (whole,) if whole.is_file() else tuple(shards)
+                if files:
+                    return Component(role, source, files, folder, folder, variant)
+    stem = _STEMS.get(role, _DIFFUSERS_STEMS)[0]
+    raise ModelError(f"{folder} has no {stem}.safetensors", hint=f"put the weights of the {role} there")
+
+
+def _download(repo_id: str, subfolders: Iterable[str], kind: str) -> Path:
+    """Fetch from the hub what is needed and not yet cached; the older .bin files only where nothing newer exists."""
+    if not _HUB_ID.fullmatch(repo_id) or Path(repo_id).suffix in WEIGHT_SUFFIXES:
+        raise ModelError(f"there is no {kind} at {repo_id}",
+                         hint='give "embedded", a diffusers folder, a weight file, or a hub id like owner/name')  # fmt: skip
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    places = [f"{folder}/" if folder else "" for folder in subfolders]
+    stems = {stem for role in _PARTS for stem in _STEMS.get(role, _DIFFUSERS_STEMS)}
+    small = [f"{place}config.json" for place in places] + ["tokenizer/*", "scheduler/*.json", SETTINGS_FILE]
+    try:
+        for suffix in ("safetensors", "bin"):
+            weights = [f"{place}{stem}.{suffix}" for place in places for stem in sorted(stems)]
+            folder = Path(snapshot_download(repo_id, allow_patterns=[*small, *weights]))
+            if any((folder / name).is_file() for name in weights):
+                break
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise ModelError(f"the hub gave no {kind} {repo_id}: {reason}",
+                         hint="check the name and the connection, or give a folder or file on this machine") from error  # fmt: skip
+    return folder

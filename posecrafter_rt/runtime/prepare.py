@@ -1,0 +1,149 @@
+"""All that is computed once: tables and inversion for an avatar and prompt, pose embeddings and edits for a clip.
+
+Layer 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posecrafter_rt.engines.base import Engine
+from posecrafter_rt.method import DDIMSchedule, EditPlan, ddim_invert, insert_reference, plan_edits
+from posecrafter_rt.ops import affine_warp_paste
+from posecrafter_rt.poses.draw import draw_poses
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.options import RenderOptions
+
+POSES_PER_CALL = 16
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What depends on (timesteps) or (prompt) alone.
+
+    time_projections: name of the network → (steps, T); text_kv: name of the network → (G, tokens, K).
+    """
+
+    time_projections: dict[str, Tensor]
+    text_kv: dict[str, Tensor]
+
+    @property
+    def groups(self) -> int:
+        """G: 1, or 2 with guidance (unconditional first)."""
+        return self.text_kv["unet"].shape[0]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What depends on the pose sequence alone.
+
+    latents: (F, 4, h, w), frame 0 the key frame; pose_embeddings: (F, C, h, w); plan: the edits, None when unedited.
+    """
+
+    latents: Tensor
+    pose_embeddings: Tensor
+    plan: EditPlan | None
+
+
+def prepare_tables(
+    engines: Mapping[str, Engine], schedule: DDIMSchedule, num_inference_steps: int, input_ids: Tensor
+) -> Tables:
+    """Timestep tables for a whole schedule, and the keys and values of `input_ids` (G, tokens)."""
+    timesteps = torch.from_numpy(schedule.timesteps(num_inference_steps))
+    time = engines["time_tables"](timesteps=timesteps)
+    time = {name: time[f"{name}_time_projections"].clone() for name in ("unet", "controlnet")}
+    text = engines["text_encoder"](input_ids=input_ids)["encoder_hidden_states"]
+    text_kv = engines["prompt_kv"](encoder_hidden_states=text)
+    return Tables(time, {name: text_kv[f"{name}_text_kv"].clone() for name in ("unet", "controlnet")})
+
+
+def embed_poses(engines: Mapping[str, Engine], poses: PoseSequence, size: tuple[int, int]) -> Tensor:
+    """Draw poses at `size` and embed them, a few at a time: (N, C, h, w)."""
+    pictures = torch.from_numpy(draw_poses(poses, size)).permute(0, 3, 1, 2)
+    parts = [engines["pose_embedding"](controlnet_cond=part.float().div(255))["pose_embeddings"].clone()
+             for part in even_chunks(pictures, POSES_PER_CALL)]  # fmt: skip
+    return torch.cat(parts)
+
+
+def even_chunks(frames: Tensor, largest: int) -> list[Tensor]:
+    """Split along the frames into chunks of at most `largest`, as few different lengths as possible."""
+    return list(frames.split(largest))
+
+
+def invert_reference(
+    engines: Mapping[str, Engine],
+    schedule: DDIMSchedule,
+    tables: Tables,
+    frame: np.ndarray,
+    pose: PoseSequence,
+    options: RenderOptions,
+) -> Tensor:
+    """Encode the reference frame and carry it to noise (Eq. 4): one frame, whatever the clip's length.
+
+    Args: frame: (H, W, 3) uint8; pose: its pose, a sequence of one; tables: of the *source* prompt.
+    Returns: inverted_latents (4, h, w).
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+    latents = engines["vae_encoder"](pixels=pixels)["latents"].clone()
+    pose_embeddings = embed_poses(engines, pose, frame.shape[:2])
+    denoise = Denoiser(engines, tables, pose_embeddings, options.conditioning_scale, 1.0)
+    return ddim_invert(denoise, latents, schedule, options.num_inference_steps)[0]
+
+
+def prepare_clip(
+    engines: Mapping[str, Engine],
+    inverted_latents: Tensor,
+    reference_pose: np.ndarray,
+    target: PoseSequence,
+    options: RenderOptions,
+) -> Clip:
+    """Insert, embed and edit: everything of a clip that no denoising step changes.
+
+    Args: inverted_latents: (4, h, w); reference_pose: (134, 3) and target: N poses, both on a canvas of the frame size.
+    """
+    poses = insert_reference(reference_pose, target) if options.inserts else target
+    pose_embeddings = embed_poses(engines, poses, target.canvas)
+    latent_size = tuple(inverted_latents.shape[-2:])
+    if not options.edits:
+        return Clip(inverted_latents.expand(len(poses), -1, -1, -1).contiguous(), pose_embeddings, None)
+    plan = plan_edits(
+        reference_pose, target.keypoints, canvas=target.canvas, vae_scale_factor=target.canvas[0] // latent_size[0],
+        latent_size=latent_size, regions=options.regions)  # fmt: skip
+    rects = plan.rects if options.tau == 1 else np.zeros_like(plan.rects)  # a later edit works on the sampled latents
+    latents = affine_warp_paste(
+        inverted_latents, torch.from_numpy(plan.affines), torch.from_numpy(rects), options.resample)  # fmt: skip
+    return Clip(latents, pose_embeddings, plan)
+
+
+class Denoiser:
+    """ControlNet then U-Net on one clip: `denoise(latents, index, timestep) → noise_pred`."""
+
+    def __init__(
+        self, engines: Mapping[str, Engine], tables: Tables, pose_embeddings: Tensor, conditioning_scale: float,
+        guidance_scale: float,
+    ) -> None:  # fmt: skip
+        self.controlnet, self.unet = engines["controlnet"], engines["unet"]
+        self.tables, self.guidance_scale = tables, guidance_scale
+        self.pose_embeddings = pose_embeddings.repeat(tables.groups, 1, 1, 1)
+        self.conditioning_scale = torch.full((1,), conditioning_scale)
+
+    def _step(self, network: str, index: int) -> dict[str, Tensor]:
+        return {"time_projections": self.tables.time_projections[network][index : index + 1],
+                "text_kv": self.tables.text_kv[network]}  # fmt: skip
+
+    def __call__(self, latents: Tensor, index: int, timestep: int) -> Tensor:
+        """latents: (F, 4, h, w) → noise_pred of the same shape; index: into the timestep table."""
+        batch = latents.repeat(self.tables.groups, 1, 1, 1) if self.tables.groups > 1 else latents
+        residuals = self.controlnet(
+            latents=batch, pose_embeddings=self.pose_embeddings, conditioning_scale=self.conditioning_scale,
+            **self._step("controlnet", index))  # fmt: skip
+        noise_pred = self.unet(latents=batch, **self._step("unet", index), **residuals)["noise_pred"]
+        if self.tables.groups == 1:
+            return noise_pred
+        unconditional, conditional = noise_pred.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)

@@ -1,0 +1,55 @@
+"""The render loop: edited latents in, frames out. Read this file first.
+
+Layer 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posecrafter_rt.engines.base import Engine
+from posecrafter_rt.method import DDIMSchedule, ddim_sample
+from posecrafter_rt.ops import affine_warp_paste_
+from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.prepare import Clip, Denoiser, Tables, even_chunks
+
+FRAMES_PER_DECODE = 8
+
+
+@torch.no_grad()
+def render_clip(
+    engines: Mapping[str, Engine],
+    schedule: DDIMSchedule,
+    tables: Tables,
+    clip: Clip,
+    options: RenderOptions,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Denoise all frames of a clip jointly (method step 5).
+
+    Returns: clean latents (F, 4, h, w), the inserted reference still at frame 0.
+    """
+    denoise = Denoiser(engines, tables, clip.pose_embeddings, options.conditioning_scale, options.guidance_scale)
+
+    def before_step(index: int, latents: Tensor) -> Tensor:
+        if on_step is not None:
+            on_step(index)
+        if clip.plan is not None and options.tau > 1 and index == options.tau - 1:
+            plan = clip.plan
+            affine_warp_paste_(latents, torch.from_numpy(plan.affines), torch.from_numpy(plan.rects), options.resample)
+        return latents
+
+    return ddim_sample(denoise, clip.latents, schedule, options.num_inference_steps, on_step=before_step)
+
+
+@torch.no_grad()
+def decode(engines: Mapping[str, Engine], latents: Tensor) -> Iterator[np.ndarray]:
+    """Decode latents (N, 4, h, w) a few at a time; yields frames (H, W, 3) uint8 RGB."""
+    for part in even_chunks(latents, FRAMES_PER_DECODE):
+        pixels = engines["vae_decoder"](latents=part)["pixels"]
+        frames = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+        yield from frames.permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,304 @@
+"""One-shot tuning: a few frames of one person and their poses → `tuned.ckpt` (Eq. 3, Eq. 20).
+
+Layer 4: plain PyTorch; nothing here is needed to render.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
+from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.errors import CheckpointError, PoseCrafterError, PoseError
+from posecrafter_rt.method import DDIMSchedule, tuning_steps
+from posecrafter_rt.models.blocks import NormScope
+from posecrafter_rt.models.loading import PoseModel, load_base
+from posecrafter_rt.poses.draw import draw_poses
+from posecrafter_rt.poses.keypoints import PoseSequence
+
+SAVE_EVERY_SECONDS = 30.0
+LOSS_SMOOTHING = 0.05
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What tuning may be told; None means the base's own setting (the paper's for SD 1.5).
+
+    base: `embedded`, a diffusers folder, a hub id or a single file; controlnet, vae: the same, when not in the base.
+    frames: training frames, taken uniformly from the video. size: (height, width) in pixels.
+    precision: of the activations (autocast); the trained weights stay float32.
+    """
+
+    base: str = "embedded"
+    controlnet: str | None = None
+    vae: str | None = None
+    frames: int = 8
+    size: tuple[int, int] | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    prompt: str | None = None
+    norm_scope: NormScope | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    device: str = "cpu"
+    seed: int = 0
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class TuneStatus:
+    """Passed to the progress callback after every step. loss: exponentially smoothed noise-prediction error."""
+
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class _TrainingSet:
+    """Encoded once: latents (n, 4, h, w), controlnet_cond (n, 3, H, W), encoder_hidden_states (1, tokens, D)."""
+
+    latents: Tensor
+    controlnet_cond: Tensor
+    encoder_hidden_states: Tensor
+
+
+def choose_frames(num_available: int, num_wanted: int) -> np.ndarray:
+    """Indices of the training frames: uniform from the first to the last; all of them when there are fewer."""
+    count = min(num_wanted, num_available)
+    return np.unique(np.linspace(0, num_available - 1, count).round().astype(int))
+
+
+def trainable_parameters(model: PoseModel, patterns: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """The parameters whose `unet.…` or `controlnet.…` name a pattern finds, in a fixed order.
+
+    Raises: CheckpointError when the patterns find nothing.
+    """
+    named = {f"{prefix}.{name}": parameter for prefix in ("unet", "controlnet")
+             for name, parameter in getattr(model, prefix).named_parameters()}  # fmt: skip
+    chosen = {name: parameter for name, parameter in named.items() if any(re.search(p, name) for p in patterns)}
+    if not chosen:
+        raise CheckpointError(f"no parameter of {model.base_id} matches {patterns}", "mend the base's posecrafter.json")
+    return chosen
+
+
+def tune(
+    frames: np.ndarray,
+    poses: PoseSequence,
+    output: Path | str,
+    options: TuneOptions = TuneOptions(),  # noqa: B008 (frozen)
+    *,
+    force: bool = False,
+    on_step: Callable[[TuneStatus], None] | None = None,
+) -> Checkpoint:
+    """Tune the base on frames of one person and write the checkpoint.
+
+    Args:
+        frames: (n, H, W, 3) uint8 RGB, already at `options.size` or the base's size; poses: n poses on their canvas.
+        output: the checkpoint to write. An interrupted run leaves `output + ".partial"`; the same call resumes it.
+        force: overwrite an existing checkpoint.
+        on_step: called after every step.
+    Returns: the checkpoint, as written.
+    Raises: PoseError when frames and poses do not pair up; OutputExists; ModelError; CheckpointError.
+    """
+    output = Path(output)
+    refuse_overwrite(output, force)
+    if len(frames) != len(poses):
+        raise PoseError(f"{len(frames)} frames but {len(poses)} poses", "extract the poses from this very video")
+    model = load_base(options.base, controlnet=options.controlnet, vae=options.vae, norm_scope=options.norm_scope)
+    settings = model.settings
+    chosen = choose_frames(len(frames), options.frames)
+    checkpoint = Checkpoint(
+        tensors={},
+        frames=frames[chosen],
+        poses=PoseSequence(poses.keypoints[chosen], poses.canvas, poses.fps),
+        metadata={
+            "base": model.base_id, "base_hash": model.base_hash, "controlnet": options.controlnet, "vae": options.vae,
+            "prompt": options.prompt or settings.prompt, "size": list(frames.shape[1:3]),
+            "norm_scope": model.unet.norm_scope, "seed": options.seed, "precision": options.precision,
+            "steps": options.steps or settings.steps or tuning_steps(len(chosen)),
+            "learning_rate": options.learning_rate or settings.learning_rate,
+        },
+    )  # fmt: skip
+    partial = output.with_name(output.name + ".partial")
+    checkpoint.tensors.update(_optimise(model, checkpoint, options, partial, on_step))
+    checkpoint.save(output, force=force)
+    partial.unlink(missing_ok=True)
+    return checkpoint
+
+
+@torch.no_grad()
+def _encode(model: PoseModel, checkpoint: Checkpoint, device: str) -> _TrainingSet:
+    networks = model.networks()
+    pixels = torch.from_numpy(checkpoint.frames).permute(0, 3, 1, 2).to(device).float().div(127.5).sub(1)
+    latents = torch.cat([networks["vae_encoder"](frame[None])[0] for frame in pixels])
+    pictures = draw_poses(checkpoint.poses, checkpoint.frames.shape[1:3])
+    cond = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device).float().div(255)
+    input_ids = model.tokenize([checkpoint.metadata["prompt"]]).to(device)
+    return _TrainingSet(latents, cond, networks["text_encoder"](input_ids)[0])
+
+
+@dataclass
+class _Run:
+    """The state of a run that a resumed one needs: all but the frozen weights."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    generator: torch.Generator
+    step: int = 0
+    loss: float = 1.0
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        state = {
+            "fingerprint": fingerprint, "step": self.step, "loss": self.loss, "generator": self.generator.get_state(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
+        }  # fmt: skip
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
+
+    def restore(self, path: Path, fingerprint: str) -> None:
+        """Take up the run that `path` holds, if it is this one; another run's state or a torn file is passed over."""
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError):
+            return
+        if state.get("fingerprint") != fingerprint:
+            return
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"])
+        self.step, self.loss = state["step"], state["loss"]
+
+
+def _optimise(
+    model: PoseModel,
+    checkpoint: Checkpoint,
+    options: TuneOptions,
+    partial: Path,
+    on_step: Callable[[TuneStatus], None] | None,
+) -> dict[str, Tensor]:
+    settings, metadata = model.settings, checkpoint.metadata
+    model.to(device=options.device)
+    data = _encode(model, checkpoint, options.device)
+    for network in (model.unet, model.controlnet):
+        network.requires_grad_(False)
+        if options.device == "cpu":
+            network.to(memory_format=torch.channels_last)
+        if options.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+    parameters = trainable_parameters(model, settings.trainable)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    steps = int(metadata["steps"])
+    run = _Run(
+        parameters,
+        torch.optim.AdamW(parameters.values(), lr=metadata["learning_rate"], weight_decay=settings.weight_decay),
+        torch.amp.GradScaler(options.device, enabled=options.precision == "fp16"),
+        torch.Generator().manual_seed(options.seed),
+    )
+    fingerprint = sha256_json({**metadata, "frames": checkpoint.frames.tobytes().hex()[:4096],
+                               "poses": float(checkpoint.poses.keypoints.sum())})  # fmt: skip
+    run.restore(partial, fingerprint)
+    saved_at = time.monotonic()
+    try:
+        while run.step < steps:
+            _step(model, data, run, options, steps)
+            if on_step is not None:
+                on_step(TuneStatus(run.step, steps, run.loss))
+            if time.monotonic() - saved_at > SAVE_EVERY_SECONDS:
+                run.save(partial, fingerprint)
+                saved_at = time.monotonic()
+    except KeyboardInterrupt:
+        run.save(partial, fingerprint)
+        raise
+    return {name: parameter.detach().cpu() for name, parameter in parameters.items()}
+
+
+def _minibatch(num_frames: int, size: int, generator: torch.Generator) -> Tensor:
+    """Random frames in random order: the first is the key frame, so that every training frame serves as key."""
+    return torch.randperm(num_frames, generator=generator)[:size]
+
+
+def _noise(latents: Tensor, shared: float, generator: torch.Generator) -> Tensor:
+    """Independent noise; with probability `shared`, noise that the frames share in a random proportion."""
+    own = torch.randn(latents.shape, generator=generator)
+    common = torch.randn(latents.shape[1:], generator=generator)
+    draw, proportion = torch.rand(2, generator=generator)
+    proportion = proportion if draw < shared else torch.zeros(())
+    return (proportion.sqrt() * common + (1 - proportion).sqrt() * own).to(latents.device)
+
+
+def _step(model: PoseModel, data: _TrainingSet, run: _Run, options: TuneOptions, steps: int) -> None:
+    settings, schedule = model.settings, DDIMSchedule.from_config(model.scheduler_config)
+    chosen = _minibatch(len(data.latents), settings.minibatch, run.generator)
+    latents = data.latents[chosen]
+    timestep = torch.randint(0, schedule.num_train_timesteps, (1,), generator=run.generator)
+    noise = _noise(latents, settings.shared_noise, run.generator)
+    alpha = schedule.alphas_cumprod[timestep].to(latents.device)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    target = noise if schedule.prediction_type == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    noise_pred = _predict(model, noisy, timestep.to(latents.device), data, chosen, options)
+    loss = F.mse_loss(noise_pred.float(), target)
+    if not torch.isfinite(loss):
+        raise PoseCrafterError(f"the loss became {loss.item()} at step {run.step}",
+                               "lower --learning-rate, or tune with --precision fp32")  # fmt: skip
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate_at(run.step, steps, settings.learning_rate_decay) * run.optimizer.defaults["lr"]
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    nn.utils.clip_grad_norm_(run.parameters.values(), 1.0)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.step += 1
+    run.loss += (loss.item() - run.loss) * max(LOSS_SMOOTHING, 1 / run.step)
+
+
+def learning_rate_at(step: int, steps: int, decay: bool) -> float:
+    """Factor on the learning rate: constant (the paper's), or a short warm-up and then a cosine down to a tenth."""
+    if not decay:
+        return 1.0
+    return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * float(np.cos(np.pi * step / steps)))
+
+
+def _predict(
+    model: PoseModel, noisy: Tensor, timestep: Tensor, data: _TrainingSet, chosen: Tensor, options: TuneOptions
+) -> Tensor:
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    precision = options.precision
+    autocast = nullcontext() if precision == "fp32" else torch.autocast(options.device, dtypes[precision])
+    unet, controlnet, text = model.unet, model.controlnet, data.encoder_hidden_states
+    with autocast:
+        down, mid = controlnet(
+            noisy, controlnet.time_projections(timestep), controlnet.text_kv(text),
+            controlnet.pose_embedding(data.controlnet_cond[chosen]), noisy.new_ones(1))  # fmt: skip
+        return unet(noisy, unet.time_projections(timestep), unet.text_kv(text), down, mid)
+
+
+def load_clip(video: Path | str, poses: PoseSequence, size: tuple[int, int], window: slice) -> tuple[np.ndarray, PoseSequence]:
+    """Read the frames of `window` at `size` (scaled to cover, centre-cropped) and move their poses with them.
+
+    Raises: VideoError; PoseError when the video and the poses do not have the same number of frames.
+    """
+    from posecrafter_rt.video_io import read_video, transform_keypoints
+
+    frames = read_video(video, size=size).frames
+    if len(frames) != len(poses):
+        raise PoseError(f"{video} has {len(frames)} frames but there are {len(poses)} poses",
+                        "extract the poses from this very video")  # fmt: skip
+    return frames[window], transform_keypoints(poses, size)[window]

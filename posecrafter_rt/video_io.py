@@ -1,0 +1,294 @@
+"""Frames in and out: read and write videos, folders of images and PNG.
+
+Layer 1: PyAV and OpenCV; files are written through `atomic.py`. The functions of `framing.py` are public here too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+from av.error import FFmpegError
+
+from posecrafter_rt.atomic import atomic_path, refuse_overwrite
+from posecrafter_rt.errors import ShapeError, VideoError
+from posecrafter_rt.framing import (
+    CoverTransform,
+    check_frame,
+    contact_sheet,
+    cover_transform,
+    resize_to,
+    side_by_side,
+    size_text,
+    transform_keypoints,
+)
+
+__all__ = [
+    "CoverTransform",
+    "Video",
+    "VideoWriter",
+    "contact_sheet",
+    "cover_transform",
+    "read_video",
+    "resize_to",
+    "side_by_side",
+    "transform_keypoints",
+    "write_png",
+    "write_video",
+]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv")
+DEFAULT_FPS = 25.0  # of images, and of videos that state no rate
+H264_CRF = "17"  # x264's constant quality; no difference is seen from about here on
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A clip in memory.
+
+    Args: frames: uint8 (N, H, W, 3), RGB. fps: frames per second.
+    """
+
+    frames: np.ndarray
+    fps: float
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+def read_video(
+    path: str | PathLike[str], *, size: tuple[int, int] | None = None, start: int = 0, stop: int | None = None
+) -> Video:
+    """Read a video, a GIF, an image, or a folder of images in the natural order of their names.
+
+    Args:
+        path: file or folder.
+        size: (height, width) that frames are fitted to as they are read (`resize_to`); None keeps theirs.
+        start, stop: the frames to keep, as in a slice; `stop` None reads to the end.
+    Returns: the clip, upright where the file says that it was filmed turned; images have 25 frames per second.
+    Raises: VideoError: the path is missing, cannot be read, breaks off (naming the frame reached), holds no frame in
+        that range, or is a folder whose images differ in size.
+    """
+    path = Path(path)
+    if start < 0 or (stop is not None and stop <= start):
+        raise VideoError(f"no frame lies in {start}:{stop}", hint="give 0 <= start < stop")
+    if not path.exists():
+        raise VideoError(f"there is no file or folder {path}", hint="check the path")
+    if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES:
+        source, fps = _read_images(_image_paths(path)[start:stop]), DEFAULT_FPS
+    else:
+        source, fps = _decode(path, start, stop), _frame_rate(path)
+    frames = [frame if size is None else resize_to(frame, size) for frame in source]
+    if not frames:
+        raise VideoError(f"{path} has no frame" + (f" from frame {start} on" if start else ""))
+    return Video(np.stack(frames), fps)
+
+
+class VideoWriter:
+    """Write an H.264 video frame by frame; it appears under its name when the block ends without an error.
+
+    yuv420p, BT.709, constant quality, playable while it loads. A side of odd length, which yuv420p does not have, gets
+    one more row or column, a copy of the last.
+    Args:
+        path: ends in .mp4, .mov, .m4v or .mkv.
+        fps: frames per second.
+        force: replace an existing file.
+    Raises: VideoError for another suffix or an impossible fps; OutputExists if the file is there and `force` is false.
+    """
+
+    def __init__(self, path: str | PathLike[str], fps: float, *, force: bool = False) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() not in VIDEO_SUFFIXES:
+            raise VideoError(
+                f"{self.path} is not the name of a video", hint=f"end it in one of {', '.join(VIDEO_SUFFIXES)}"
+            )
+        if not (np.isfinite(fps) and 0 < fps <= 1000):
+            raise VideoError(f"fps is {fps}", hint="give a number above 0, 1000 at the most")
+        refuse_overwrite(self.path, force)
+        self._rate = Fraction(fps).limit_denominator(1001)
+        self._size: tuple[int, int] | None = None
+        self._file = atomic_path(self.path)
+        self._container: Any = None
+        self._stream: Any = None
+
+    def __enter__(self) -> VideoWriter:
+        self._temporary = self._file.__enter__()
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append one frame or several.
+
+        Args: frames: uint8 RGB (H, W, 3) or (N, H, W, 3), all of one size.
+        Raises: ShapeError for another shape, type or size than the first; VideoError if the encoder fails.
+        """
+        for frame in frames if frames.ndim == 4 else [frames]:
+            check_frame(frame)
+            if self._size is None:
+                self._size = frame.shape[:2]
+                self._guarded(self._open)
+            if frame.shape[:2] != self._size:
+                raise ShapeError(f"a frame of {size_text(frame.shape)} follows frames of {size_text(self._size)}")
+            self._guarded(partial(self._encode, frame))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._container is None:
+                    raise VideoError(f"no frame was written to {self.path}")
+                self._guarded(self._finish)
+        except BaseException as failure:
+            self._abandon()
+            self._file.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._abandon()
+        self._file.__exit__(kind, error, traceback)
+
+    def _open(self) -> None:
+        assert self._size is not None
+        options = {} if self.path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
+        self._container = av.open(str(self._temporary), "w", options=options)
+        self._stream = self._container.add_stream("libx264", rate=self._rate)
+        self._stream.height, self._stream.width = (side + side % 2 for side in self._size)
+        self._stream.pix_fmt = "yuv420p"
+        # Without macroblock-tree rate control the same frames give the same file: on small pictures it makes x264's
+        # output differ from run to run (seen at 64x64 and 128x160).
+        self._stream.options = {"crf": H264_CRF, "x264-params": "mbtree=0"}
+        # Players guess the colours of a video that does not name them, each in its own way: 1 is BT.709, and for the
+        # range it is the limited one.
+        context = self._stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
+
+    def _encode(self, frame: np.ndarray) -> None:
+        padded = np.pad(frame, [(0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)], mode="edge")
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
+        self._container.mux(self._stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
+
+    def _finish(self) -> None:
+        self._container.mux(self._stream.encode())
+        container, self._container = self._container, None
+        container.close()
+
+    def _abandon(self) -> None:
+        """Close what is still open; the file goes, so what closing says no longer matters."""
+        if self._container is not None:
+            with suppress(FFmpegError):
+                self._container.close()
+            self._container = None
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except FFmpegError as failure:
+            raise VideoError(f"encoding {self.path} failed: {_reason(failure)}") from failure
+
+
+def write_video(path: str | PathLike[str], frames: Iterable[np.ndarray], fps: float, *, force: bool = False) -> None:
+    """Write frames as an H.264 video, whole or not at all.
+
+    Args: path, fps, force: as for `VideoWriter`. frames: uint8 (N, H, W, 3), or an iterable of (H, W, 3); RGB.
+    Raises: as `VideoWriter`; DiskFull if the space runs out.
+    """
+    with VideoWriter(path, fps, force=force) as writer:
+        for frame in frames:
+            writer.write(frame)
+
+
+def write_png(path: str | PathLike[str], image: np.ndarray, *, force: bool = False) -> None:
+    """Write a picture, uint8 RGB (H, W, 3), as PNG, whole or not at all.
+
+    Raises: ShapeError for another shape or type; OutputExists if the file is there and `force` is false; DiskFull.
+    """
+    check_frame(image)
+    refuse_overwrite(path, force)
+    _, data = cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())
+
+
+def _decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
+    """The frames `start` to `stop`, RGB and upright."""
+    count = 0
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "SLICE"  # frame threads would swallow the error of a file that breaks off
+            for count, frame in enumerate(container.decode(stream), start=1):
+                if stop is not None and count > stop:
+                    return
+                if frame.is_corrupt:
+                    raise _damaged(path, count - 1, "its data are not whole")
+                if count > start:
+                    turns = round(frame.rotation / 90)
+                    yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    except FFmpegError as failure:
+        raise _damaged(path, count, _reason(failure)) from failure
+
+
+def _frame_rate(path: Path) -> float:
+    """Frames per second; also the check that the file is a video at all."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{path} has no video stream", hint="name a file with moving pictures")
+            stream = container.streams.video[0]
+            return float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
+    except FFmpegError as failure:
+        raise VideoError(
+            f"{path} cannot be read as a video: {_reason(failure)}",
+            hint="check that the file is a whole video; `ffmpeg -i FILE out.mp4` converts most formats",
+        ) from failure
+
+
+def _damaged(path: Path, frame: int, reason: str) -> VideoError:
+    return VideoError(
+        f"{path} is damaged or breaks off at frame {frame}: {reason}",
+        hint=f"copy the file again, or read only the frames before {frame}",
+    )
+
+
+def _reason(failure: FFmpegError) -> str:
+    return (failure.strerror or str(failure)).lower()
+
+
+def _image_paths(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    images = [entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.name[0] != "."]
+    if not images:
+        raise VideoError(f"the folder {path} holds no image", hint=f"images end in {', '.join(IMAGE_SUFFIXES)}")
+    # frame2 comes before frame10: numbers are compared as numbers.
+    return sorted(
+        images,
+        key=lambda entry: [
+            (len(part), part) if part.isdigit() else (0, part) for part in re.split(r"(\d+)", entry.name)
+        ],
+    )
+
+
+def _read_images(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    size: tuple[int, int] | None = None
+    for path in paths:
+        image = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", dtype=np.uint8), cv2.IMREAD_COLOR)
+        if image is None:
+            raise VideoError(f"{path} cannot be read as an image", hint="check that the file is whole")
+        size = size or image.shape[:2]
+        if image.shape[:2] != size:
+            raise VideoError(
+                f"{path} is {size_text(image.shape)}, but {paths[0]} is {size_text(size)} (height x width)",
+                hint="all images of a folder must have one size",
+            )
+        yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

@@ -1,0 +1,165 @@
+"""Tests of `poses extract` and `poses preview`.
+
+Tests; no layer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from posecrafter_rt.cli.poses import app
+from posecrafter_rt.errors import OutputExists, PoseError
+from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
+from posecrafter_rt.video_io import read_video, write_video
+
+# One person, whose 33 pose points are where the picture is bright; nobody in a dark picture.
+MEDIAPIPE = """
+from types import SimpleNamespace as N
+class Holistic:
+    def __init__(self, model_complexity): pass
+    def process(self, picture):
+        points = [N(x=0.25 + i / 100, y=0.5, visibility=0.9) for i in range(33)]
+        pose = N(landmark=points) if picture.mean() > 100 else None
+        return N(pose_landmarks=pose, face_landmarks=None, left_hand_landmarks=None, right_hand_landmarks=None)
+solutions = N(holistic=N(Holistic=Holistic))
+"""
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "mediapipe.py").write_text(MEDIAPIPE)
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{library}" exec "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+def video(path: Path, *levels: int) -> Path:
+    frames = np.zeros((len(levels), 48, 64, 3), np.uint8)
+    frames[:] = np.array(levels, np.uint8)[:, None, None, None]
+    write_video(path, frames, 25.0, force=False)
+    return path
+
+
+@pytest.fixture
+def poses(tmp_path: Path) -> Path:
+    keypoints = np.random.default_rng(3).random((5, NUM_KEYPOINTS, 3)) * [64, 48, 1]
+    PoseSequence(keypoints, (48, 64), 12.5).save(tmp_path / "poses.json")
+    return tmp_path / "poses.json"
+
+
+def test_extract_writes_poses_and_reports(python: Path, tmp_path: Path) -> None:
+    clip = video(tmp_path / "clip.mp4", 200, 200, 0, 200)
+    output = tmp_path / "out.json"
+    result = run("extract", clip, "-o", output, "--detector", "mediapipe", "--python", python, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert (record["frames"], record["height"], record["width"], record["fps"]) == (4, 48, 64, 25.0)
+    assert record["usable"]["body"] == 0.75
+    assert record["frames_without_person"] == [2]
+    assert "warning: 1 of 4 frames do not show the person: 2" in result.stderr
+    with pytest.raises(PoseError, match="frame 2 does not show the person"):
+        PoseSequence.load(output)
+
+
+def test_extract_does_not_start_if_it_could_not_save(tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    output.write_text("mine")
+    result = run("extract", tmp_path / "none.mp4", "-o", output)
+    assert isinstance(result.exception, OutputExists)
+    assert output.read_text() == "mine"
+
+
+def test_extract_prints_a_line_for_people(python: Path, tmp_path: Path) -> None:
+    clip = video(tmp_path / "clip.mp4", 200, 200)
+    result = run("extract", clip, "-o", tmp_path / "out.json", "--detector", "mediapipe", "--python", python)
+    assert result.exit_code == 0, result.output
+    assert "2 frames, 64 x 48" in result.stdout
+    assert "body 100%, feet 67%, face 0%" in result.stdout
+    assert result.stderr.strip() == ""
+
+
+def test_preview_as_video(poses: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.mp4"
+    result = run("preview", poses, "-o", output, "--json")
+    assert result.exit_code == 0, result.output
+    # The canvas, times the whole number that brings its short side to 512.
+    assert json.loads(result.stdout) == {
+        "output": str(output), "frames": 5, "height": 528, "width": 704, "fps": 12.5,
+    }  # fmt: skip
+    drawn = read_video(output)
+    assert drawn.frames.shape == (5, 528, 704, 3)
+    assert drawn.fps == pytest.approx(12.5)
+    assert drawn.frames.max() > 200
+
+
+def test_preview_beside_the_video(poses: Path, tmp_path: Path) -> None:
+    clip = video(tmp_path / "clip.mp4", *[200] * 6)
+    output = tmp_path / "out.mp4"
+    result = run("preview", poses, "-o", output, "--video", clip, "--size", "96x128", "--fps", "10")
+    assert result.exit_code == 0, result.output
+    drawn = read_video(output)
+    assert drawn.frames.shape == (5, 96, 256, 3)
+    assert drawn.fps == pytest.approx(10)
+    assert abs(float(drawn.frames[:, :, :120].mean()) - 200) < 8
+    assert drawn.frames[:, :, 136:].mean() < 100
+
+
+def test_preview_as_contact_sheet(poses: Path, tmp_path: Path) -> None:
+    clip = video(tmp_path / "clip.mp4", *[200] * 5)
+    for extra, rows in ((), 1), (("--video", clip), 2):
+        output = tmp_path / f"sheet{rows}.png"
+        result = run("preview", poses, "-o", output, "--size", "48x64", *extra)
+        assert result.exit_code == 0, result.output
+        picture = cv2.imread(str(output))
+        assert picture.shape[0] >= 48 * rows
+        assert picture.shape[1] >= 64 * 5
+
+
+def test_preview_shows_frames_without_the_person(tmp_path: Path) -> None:
+    keypoints = np.ones((2, NUM_KEYPOINTS, 3)) * [30, 20, 1]
+    keypoints[1] = 0
+    PoseSequence(keypoints, (48, 64)).save(tmp_path / "poses.json")
+    assert run("preview", tmp_path / "poses.json", "-o", tmp_path / "out.png").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "out.gif"], "neither .mp4 nor .png"),
+        (["-o", "out.mp4", "--size", "0x5"], "is not HEIGHTxWIDTH"),
+        (["-o", "out.mp4", "--size", "512"], "is not HEIGHTxWIDTH"),
+        (["-o", "out.mp4", "--fps", "0"], "--fps"),
+    ],
+)
+def test_bad_usage_exits_with_2(
+    poses: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("preview", poses, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_preview_refusals(poses: Path, tmp_path: Path) -> None:
+    clip = video(tmp_path / "clip.mp4", 200, 200)
+    short = run("preview", poses, "-o", tmp_path / "out.mp4", "--video", clip)
+    assert isinstance(short.exception, PoseError)
+    assert "has 2 frames, but there are 5 poses" in str(short.exception)
+    (tmp_path / "out.png").write_text("mine")
+    again = run("preview", poses, "-o", tmp_path / "out.png")
+    assert isinstance(again.exception, OutputExists)
+    assert run("preview", poses, "-o", tmp_path / "out.png", "--force").exit_code == 0

@@ -1,0 +1,128 @@
+"""A base with random weights small enough for every test, as a folder and as a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from posecrafter_rt.models.loading import PoseModel
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach for a network
+
+TINY_DENOISER: dict[str, Any] = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 2,  # diffusers' historical name: the number of heads
+    "cross_attention_dim": 32,
+    "norm_num_groups": 16,
+}
+TINY_UNET: dict[str, Any] = {
+    **TINY_DENOISER,
+    "sample_size": 16,
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+TINY_CONTROLNET: dict[str, Any] = {**TINY_DENOISER, "conditioning_embedding_out_channels": (16, 32)}
+TINY_VAE: dict[str, Any] = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": 32,
+}
+TINY_TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 77,
+    "projection_dim": 32,
+}
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+}
+
+
+@pytest.fixture(scope="session")
+def write_tiny_base() -> Callable[..., Path]:
+    """Writes a diffusers folder of a tiny Stable Diffusion: write_tiny_base(folder, seed=0, settings=None) -> folder.
+
+    The VAE's factor is 2, so a size of 32 × 32 pixels has latents of 16 × 16. Text: 77 tokens of 32 channels.
+    """
+    import torch
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from posecrafter_rt.embedded.text import write_tokenizer
+
+    def write(folder: Path, seed: int = 0, settings: dict[str, Any] | None = None) -> Path:
+        tokenizer = write_tokenizer(folder / "tokenizer")
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            controlnet = ControlNetModel(**TINY_CONTROLNET)
+            for conv in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+                torch.nn.init.normal_(conv.weight, std=0.1)  # zero would hide the ControlNet from every comparison
+            torch.nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.1)
+            models = {
+                "unet": UNet2DConditionModel(**TINY_UNET),
+                "controlnet": controlnet,
+                "vae": AutoencoderKL(**TINY_VAE),
+                "text_encoder": CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TINY_TEXT, **ids)),
+            }
+        for name, model in models.items():
+            model.save_pretrained(folder / name)
+        (folder / "scheduler").mkdir(parents=True)
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+        settings = {"size": [32, 32], "learning_rate": 0.001, "steps": 3, "minibatch": 2, **(settings or {})}
+        (folder / "posecrafter.json").write_text(json.dumps(settings))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, write_tiny_base: Callable[..., Path]) -> Path:
+    """The folder of a tiny base with random weights (see `write_tiny_base`); do not write to it."""
+    return write_tiny_base(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture
+def make_tiny_model(tiny_base: Path) -> Callable[..., PoseModel]:
+    """Loads the tiny base: make_tiny_model(norm_scope="frame"), with conv_temp random, so that frames do interact."""
+    import torch
+
+    from posecrafter_rt.models.loading import load_base
+
+    def make(norm_scope: str = "frame") -> PoseModel:
+        model = load_base(str(tiny_base), norm_scope=norm_scope)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.unet.named_parameters():
+            if ".conv_temp." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(make_tiny_model: Callable[..., PoseModel]) -> PoseModel:
+    """A tiny `PoseModel` with random weights in every part, fresh for each test."""
+    return make_tiny_model()

@@ -1,0 +1,216 @@
+"""Tests of keypoint extraction: the process, rtmlib on tiny ONNX networks, and a stand-in for MediaPipe.
+
+Tests; no layer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from posecrafter_rt.errors import BackendUnavailable, PoseError
+from posecrafter_rt.poses.extract import extract_poses
+from posecrafter_rt.poses.keypoints import BODY, FACE, FEET, LEFT_HAND, RIGHT_HAND, PoseSequence
+
+RED = (255, 0, 0)
+BLACK = (0, 0, 0)
+
+# Answers with a point's own number as its place; all points sit on a diagonal, the right hand outside the picture.
+MEDIAPIPE = """
+import numpy as np
+from types import SimpleNamespace as N
+__version__ = "0.10.14"
+class Holistic:
+    def __init__(self, model_complexity): assert model_complexity == 1
+    def process(self, picture):
+        assert picture.shape == (576, 768, 3) and picture.dtype == np.uint8, picture.shape
+        if picture.max() == 0:
+            return N(pose_landmarks=None, face_landmarks=None, left_hand_landmarks=None, right_hand_landmarks=None)
+        if picture[0, 0, 2] > 200:
+            raise RuntimeError("out of memory")
+        part = lambda n, shift=0.0: N(landmark=[N(x=i / 1000 + shift, y=0.5, visibility=i / 100) for i in range(n)])
+        return N(pose_landmarks=part(33), face_landmarks=part(468), left_hand_landmarks=None,
+                 right_hand_landmarks=part(21, 1.0))
+solutions = N(holistic=N(Holistic=Holistic))
+"""
+
+
+@pytest.fixture
+def video(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """The colours of the frames (48 x 64) that the next `extract_poses` will read; a test fills it."""
+    colours: list[tuple[int, int, int]] = []
+
+    def read_video(path: object) -> SimpleNamespace:
+        frames = np.zeros((len(colours), 48, 64, 3), np.uint8)
+        frames[:] = np.array(colours, np.uint8)[:, None, None]
+        return SimpleNamespace(frames=frames, fps=25.0)
+
+    monkeypatch.setattr("posecrafter_rt.video_io.read_video", read_video)
+    return colours
+
+
+def interpreter(folder: Path, modules: dict[str, str]) -> Path:
+    """A Python with these modules before all others, as another environment would have them."""
+    library = folder / "library"
+    library.mkdir()
+    for name, source in modules.items():
+        (library / f"{name}.py").write_text(source)
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{library}" exec "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+def test_mediapipe_in_another_environment(video: list, tmp_path: Path) -> None:
+    video += [RED] * 3
+    seen: list[tuple[int, int]] = []
+    poses = extract_poses(
+        "clip.mp4",
+        detector="mediapipe",
+        python=interpreter(tmp_path, {"mediapipe": MEDIAPIPE}),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert isinstance(poses, PoseSequence)
+    assert (len(poses), poses.canvas, poses.fps) == (3, (48, 64), 25.0)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    # Right shoulder: landmark 12 at 0.012 of 64 pixels, the middle of 48, pixel centres at integers, visibility 0.12.
+    assert np.allclose(poses.keypoints[:, 2], [0.012 * 64 - 0.5, 23.5, 0.12], atol=1e-4)
+    assert np.allclose(poses.keypoints[:, FACE.start + 8], [0.152 * 64 - 0.5, 23.5, 1], atol=1e-4)
+    assert not poses.keypoints[:, LEFT_HAND].any()
+    assert not poses.keypoints[:, RIGHT_HAND].any()
+
+
+def test_a_frame_without_anybody_is_zeros_and_a_video_without_is_an_error(video: list, tmp_path: Path) -> None:
+    video += [RED, BLACK, RED]
+    python = interpreter(tmp_path, {"mediapipe": MEDIAPIPE})
+    poses = extract_poses("clip.mp4", detector="mediapipe", python=python)
+    assert [bool(keypoints.any()) for keypoints in poses] == [True, False, True]
+    video[:] = [BLACK] * 7
+    with pytest.raises(PoseError, match=r"clip\.mp4: no person in any of 7 frames"):
+        extract_poses("clip.mp4", detector="mediapipe", python=python)
+
+
+def test_auto_takes_the_detector_that_can_run(video: list, tmp_path: Path) -> None:
+    video += [RED]
+    broken = "raise ImportError('no good')"
+    poses = extract_poses("clip.mp4", python=interpreter(tmp_path, {"mediapipe": MEDIAPIPE, "rtmlib": broken}))
+    assert poses.keypoints[0, 2].any()
+
+
+def test_a_failing_detector_is_reported(video: list, tmp_path: Path) -> None:
+    # Far more frames than a pipe holds, so that the parent is still writing when the detector dies.
+    video += [(0, 0, 255)] * 50
+    python = interpreter(tmp_path, {"mediapipe": MEDIAPIPE})
+    with pytest.raises(PoseError, match="detector mediapipe failed with status 1: RuntimeError: out of memory"):
+        extract_poses("clip.mp4", detector="mediapipe", python=python)
+
+
+@pytest.mark.parametrize(
+    ("modules", "options", "message"),
+    [
+        ({"mediapipe": "raise ImportError('GLIBC')"}, {"detector": "mediapipe"}, "mediapipe does not import: GLIBC"),
+        ({"mediapipe": "__version__ = '0.11'"}, {"detector": "mediapipe"}, "MediaPipe 0.11 has no Holistic solution"),
+        ({"mediapipe": MEDIAPIPE}, {"detector": "mediapipe", "device": "cuda"}, "MediaPipe runs on the CPU only"),
+        (
+            {"rtmlib": "raise ImportError('R')", "mediapipe": "raise ImportError('M')"},
+            {},
+            "dwpose: .* R; mediapipe: .* M",
+        ),
+        ({"numpy": "raise ImportError('no numpy')"}, {}, "does not start: .*no numpy"),
+    ],
+)
+def test_why_a_detector_cannot_run(video: list, tmp_path: Path, modules: dict, options: dict, message: str) -> None:
+    video += [RED]
+    with pytest.raises(BackendUnavailable, match=f"(?s){message}") as caught:
+        extract_poses("clip.mp4", python=interpreter(tmp_path, modules), **options)
+    assert "pip install 'posecrafter-rt[poses]'" in (caught.value.hint or "")
+
+
+def test_an_interpreter_that_is_not_there(video: list, tmp_path: Path) -> None:
+    video += [RED]
+    with pytest.raises(BackendUnavailable, match="python9 cannot be started"):
+        extract_poses("clip.mp4", python=tmp_path / "python9")
+
+
+def test_an_unknown_detector() -> None:
+    with pytest.raises(BackendUnavailable, match="no detector 'openpose'"):
+        extract_poses("clip.mp4", detector="openpose")
+
+
+# --- DWPose through rtmlib, on networks of a few operations with DWPose's interface
+
+
+def dwpose_networks(folder: Path) -> None:
+    """YOLOX that finds a person and a dog in blue-green-red pictures that are red, SimCC that needs red-green-blue."""
+    onnx = pytest.importorskip("onnx", reason="onnx builds the test's networks")
+
+    def save(name: str, shape: list[int], channel: int, threshold: float, outputs: dict[str, np.ndarray]) -> None:
+        """The outputs where that channel's mean is above the threshold, else zeros."""
+        picture = onnx.helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, [1, 3, *shape])
+        constants = {f"{key}_values": value for key, value in outputs.items()}
+        constants |= {"channel": np.array(channel), "axes": np.array([1, 2]), "threshold": np.float32(threshold)}
+        graph = onnx.helper.make_graph(
+            [
+                onnx.helper.make_node("Gather", ["input", "channel"], ["plane"], axis=1),
+                onnx.helper.make_node("ReduceMean", ["plane", "axes"], ["mean"], keepdims=0),
+                onnx.helper.make_node("Sub", ["mean", "threshold"], ["above"]),
+                onnx.helper.make_node("Relu", ["above"], ["positive"]),
+                onnx.helper.make_node("Sign", ["positive"], ["level"]),
+                *[onnx.helper.make_node("Mul", [f"{key}_values", "level"], [key]) for key in outputs],
+            ],
+            name,
+            [picture],
+            [onnx.helper.make_tensor_value_info(k, onnx.TensorProto.FLOAT, list(v.shape)) for k, v in outputs.items()],
+            [onnx.numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()],
+        )
+        opset = [onnx.helper.make_opsetid("", 18)]
+        onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), folder / name)
+
+    # Rows of the 20 x 20 cells of stride 32, last of the three grids; centre / 32 - cell, log(size / 32).
+    boxes = np.zeros((1, 8400, 85), np.float32)
+    for cell, (x, y, w, h), class_index in [(0, (320, 320, 240, 320), 0), (1, (320, 320, 600, 600), 16)]:
+        row = boxes[0, 8000 + cell]
+        row[:4] = [x / 32 - cell, y / 32, np.log(w / 32), np.log(h / 32)]
+        row[[4, 5 + class_index]] = 1
+    save("yolox_l.onnx", [640, 640], 2, 200, {"output": boxes})
+    simcc_x, simcc_y = np.zeros((1, 133, 576), np.float32), np.zeros((1, 133, 768), np.float32)
+    for index in range(133):
+        simcc_x[0, index, 2 * index] = simcc_y[0, index, 4 * index] = 1
+    save("dw-ll_ucoco_384.onnx", [384, 288], 0, 0, {"simcc_x": simcc_x, "simcc_y": simcc_y})
+
+
+def test_dwpose_through_rtmlib(video: list, tmp_path: Path) -> None:
+    for name in ("rtmlib", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    dwpose_networks(tmp_path)
+    video += [RED, BLACK, RED]
+    poses = extract_poses("clip.mp4", detector="dwpose", weights=tmp_path)
+    assert poses.canvas == (48, 64)
+    assert not poses.keypoints[1].any()
+    # 48 x 64 is enlarged 12 times and fits 640 x 640 by 5/6; the person's box, 240 x 320 around (320, 320), is then
+    # 288 x 384 around (384, 384) in the enlarged picture, and 1.25 times that is what the pose network sees.
+    index = np.arange(133)
+    x = index * 1.25 + 384 - 1.25 * 144
+    y = 2 * index * 1.25 + 384 - 1.25 * 192
+    expected = np.stack([(x + 0.5) / 12 - 0.5, (y + 0.5) / 12 - 0.5], axis=1)
+    keypoints = poses.keypoints[0]
+    assert np.allclose(keypoints[BODY, :2][[0, 2, 3, 4]], expected[[0, 6, 8, 10]], atol=0.02)
+    assert np.allclose(keypoints[1, :2], (expected[5] + expected[6]) / 2, atol=0.02)
+    assert np.allclose(keypoints[FEET.start :, :2], expected[17:], atol=0.02)
+    assert (keypoints[:, 2] == 1).all()
+    assert np.array_equal(poses.keypoints[2], keypoints)
+
+
+def test_dwpose_says_which_weights_are_missing(video: list, tmp_path: Path) -> None:
+    for name in ("rtmlib", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    video += [RED]
+    (tmp_path / "yolox_l.onnx").touch()
+    with pytest.raises(BackendUnavailable, match=r"missing: \S*dw-ll_ucoco_384\.onnx$"):
+        extract_poses("clip.mp4", detector="dwpose", weights=tmp_path)
+    assert os.listdir(tmp_path) == ["yolox_l.onnx"]

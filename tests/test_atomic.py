@@ -1,0 +1,138 @@
+"""Atomic writes: whole or absent, errors of the package's own kind, stable hashes."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_file, sha256_json
+from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
+
+
+def test_the_file_appears_whole_under_its_name(tmp_path):
+    target = tmp_path / "deep" / "er" / "clip.mp4"
+    with atomic_path(target) as temporary:
+        assert temporary.parent == target.parent and temporary.suffix == ".mp4" and temporary != target
+        temporary.write_bytes(b"abc")
+        assert not target.exists()
+    assert target.read_bytes() == b"abc" and os.listdir(target.parent) == ["clip.mp4"]
+
+
+def test_what_was_there_is_replaced(tmp_path):
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
+def test_a_failure_leaves_nothing_and_keeps_the_old_file(tmp_path, error):
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    with pytest.raises(type(error)), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_writer_that_removed_its_file_gets_its_own_error(tmp_path):
+    with pytest.raises(KeyError), atomic_path(tmp_path / "a") as temporary:
+        temporary.unlink()
+        raise KeyError("mine")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError('serializing: IoError(Os { code: 28, message: "No space left on device" })'),
+    ],
+)
+def test_a_full_disk_is_said_plainly(tmp_path, error):
+    target = tmp_path / "a.bin"
+    with pytest.raises(DiskFull, match=r"no space left to write .*a\.bin") as caught, atomic_path(target):
+        raise error
+    assert caught.value.hint and caught.value.__cause__ is error and not os.listdir(tmp_path)
+
+
+def test_a_disk_that_fills_at_the_flush_is_said_plainly(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull), atomic_path(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"x")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_that_cannot_hold_the_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(PoseCrafterError, match=r"cannot write .*file/a\.bin") as caught,
+        atomic_path(tmp_path / "file" / "a.bin"),
+    ):
+        pytest.fail("the block must not run")
+    assert caught.value.hint
+
+
+def test_a_folder_in_the_files_place_is_kept(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(PoseCrafterError, match="cannot write"), atomic_path(tmp_path / "a") as temporary:
+        temporary.write_text("x")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_other_errors_of_the_block_pass_unchanged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source"), atomic_path(tmp_path / "a"):
+        raise FileNotFoundError(errno.ENOENT, "no source")
+
+
+def test_the_file_obeys_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "a") as temporary:
+            temporary.write_text("x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_refuses_to_overwrite_unless_forced(tmp_path):
+    target = tmp_path / "a"
+    refuse_overwrite(target, False)
+    target.write_text("mine")
+    with pytest.raises(OutputExists, match="exists already") as caught:
+        refuse_overwrite(target, False)
+    assert "--force" in caught.value.hint
+    refuse_overwrite(target, True)
+    with pytest.raises(OutputExists):
+        refuse_overwrite(tmp_path, False)
+
+
+def test_a_dangling_link_counts_as_existing(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputExists):
+        refuse_overwrite(tmp_path / "link", False)
+
+
+def test_file_hash(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    (tmp_path / "b").write_bytes(b"x" * (3 << 20))
+    assert sha256_file(tmp_path / "b") != sha256_file(tmp_path / "a")
+
+
+def test_json_hash_does_not_depend_on_key_order_but_on_values():
+    assert sha256_json({"a": 1, "b": (1, 2)}) == sha256_json({"b": [1, 2], "a": 1})
+    assert sha256_json({"a": 1}) != sha256_json({"a": 2})
+    assert sha256_json({"ä": 1.5}) == sha256_json({"ä": 1.5})
+
+
+@pytest.mark.parametrize(("value", "error"), [(float("nan"), ValueError), ({1, 2}, TypeError)])
+def test_json_hash_refuses_what_json_does_not_have(value, error):
+    with pytest.raises(error):
+        sha256_json(value)

@@ -1,0 +1,292 @@
+"""Videos and images: round trips, ranges, odd sizes, atomic writing, and one clear line for every broken input."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+from av.error import FFmpegError
+
+from posecrafter_rt.errors import DiskFull, OutputExists, ShapeError, VideoError
+from posecrafter_rt.video_io import Video, VideoWriter, read_video, resize_to, write_png, write_video
+
+
+def smooth(count: int, size: tuple[int, int] = (64, 96)) -> np.ndarray:
+    """A drifting colour pattern, uint8 (count, H, W, 3)."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    frames = [
+        np.stack([128 + 110 * np.sin(x / 17 + y / 23 + c + frame / 5) for c in range(3)], axis=-1)
+        for frame in range(count)
+    ]
+    return np.stack(frames).round().astype(np.uint8)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean()))
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    write_video(tmp_path / "clip.mp4", smooth(20), 25.0)
+    return tmp_path / "clip.mp4"
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".m4v", ".mkv"])
+@pytest.mark.parametrize("fps", [25.0, 30000 / 1001, 12.5])
+def test_round_trip(tmp_path, suffix, fps):
+    frames = smooth(12)
+    write_video(tmp_path / f"clip{suffix}", frames, fps)
+    video = read_video(tmp_path / f"clip{suffix}")
+    assert isinstance(video, Video) and len(video) == 12 and video.frames.dtype == np.uint8
+    assert video.frames.shape == frames.shape and video.fps == pytest.approx(fps, rel=1e-3)
+    assert all(psnr(a, b) > 30 for a, b in zip(video.frames, frames, strict=True))
+    assert os.listdir(tmp_path) == [f"clip{suffix}"]
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (120, 90, 200)])
+def test_colours_come_back(tmp_path, colour):
+    frames = np.tile(np.uint8(colour), (3, 32, 32, 1))
+    write_video(tmp_path / "a.mp4", frames, 25)
+    assert np.abs(read_video(tmp_path / "a.mp4").frames.astype(int) - frames).max() <= 4
+
+
+def test_colours_are_declared(clip):
+    with av.open(str(clip)) as container:
+        context = container.streams.video[0].codec_context
+        assert context.pix_fmt == "yuv420p"
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("size", [(33, 48), (32, 47), (31, 45), (1, 1)])
+def test_odd_sizes_gain_a_copy_of_the_last_row_or_column(tmp_path, size):
+    frames = smooth(4, size)
+    write_video(tmp_path / "odd.mp4", frames, 25)
+    read = read_video(tmp_path / "odd.mp4").frames
+    assert read.shape[1:3] == (size[0] + size[0] % 2, size[1] + size[1] % 2)
+    assert psnr(read[:, : size[0], : size[1]], frames) > 28
+
+
+def test_frames_one_by_one_or_several_at_once(tmp_path):
+    frames = smooth(6)
+    with VideoWriter(tmp_path / "a.mp4", 25) as writer:
+        writer.write(frames[0])
+        writer.write(frames[1:4])
+        for frame in frames[4:]:
+            writer.write(frame)
+    write_video(tmp_path / "b.mp4", iter(frames), 25)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_frames_need_not_be_contiguous(tmp_path):
+    frames = smooth(3, (64, 64))[:, ::2, ::-2, ::-1]
+    write_video(tmp_path / "a.mp4", frames, 25)
+    assert psnr(read_video(tmp_path / "a.mp4").frames, frames) > 28
+
+
+def test_a_range_of_frames(clip):
+    everything = read_video(clip).frames
+    np.testing.assert_array_equal(read_video(clip, start=5, stop=9).frames, everything[5:9])
+    np.testing.assert_array_equal(read_video(clip, start=18, stop=99).frames, everything[18:])
+    with pytest.raises(VideoError, match="no frame from frame 20 on"):
+        read_video(clip, start=20)
+    for start, stop in ((-1, None), (4, 4), (5, 3)):
+        with pytest.raises(VideoError, match="no frame lies in"):
+            read_video(clip, start=start, stop=stop)
+
+
+def test_frames_are_fitted_as_they_are_read(clip):
+    everything = read_video(clip).frames
+    np.testing.assert_array_equal(read_video(clip, size=(32, 32)).frames, resize_to(everything, (32, 32)))
+
+
+@pytest.mark.parametrize("turned", [90, 180, -90])
+def test_videos_filmed_turned_are_read_upright(tmp_path, turned):
+    frame = np.zeros((32, 48, 3), np.uint8)
+    frame[:16, :24] = 255  # a bright quarter, top left
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot write a turned video")
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.set_display_rotation(turned)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    read = read_video(tmp_path / "phone.mp4").frames[0]
+    upright = np.rot90(frame, turned // 90)
+    assert read.shape == upright.shape and np.abs(read.astype(int) - upright).mean() < 4
+
+
+def test_a_gif(tmp_path):
+    with av.open(str(tmp_path / "a.gif"), "w") as container:
+        stream = container.add_stream("gif", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 24, 32, "rgb8"
+        for frame in smooth(5, (24, 32)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="rgb8")))
+        container.mux(stream.encode())
+    video = read_video(tmp_path / "a.gif")
+    assert video.frames.shape == (5, 24, 32, 3) and video.fps == pytest.approx(10)
+    assert psnr(video.frames, smooth(5, (24, 32))) > 15  # 256 colours
+
+
+def test_a_folder_of_images_in_natural_order(tmp_path):
+    frames = smooth(12, (20, 30))
+    for number, frame in enumerate(frames):
+        write_png(tmp_path / f"frame{number}.png", frame)
+    (tmp_path / "notes.txt").write_text("no image")
+    video = read_video(tmp_path)
+    assert video.fps == 25
+    np.testing.assert_array_equal(video.frames, frames)
+    np.testing.assert_array_equal(read_video(tmp_path, start=2, stop=4).frames, frames[2:4])
+    np.testing.assert_array_equal(read_video(tmp_path / "frame3.png").frames, frames[3:4])
+
+
+def test_images_of_different_sizes_are_named_with_their_sizes(tmp_path):
+    write_png(tmp_path / "a.png", smooth(1, (20, 30))[0])
+    write_png(tmp_path / "b.png", smooth(1, (20, 30))[0])
+    write_png(tmp_path / "c.png", smooth(1, (24, 30))[0])
+    with pytest.raises(VideoError, match=r"c\.png is 24x30, but .*a\.png is 20x30"):
+        read_video(tmp_path, size=(10, 10))
+
+
+def assert_one_line(caught, hint=True):
+    assert "\n" not in str(caught.value) and (caught.value.hint or not hint)
+
+
+def test_missing_files_and_empty_folders(tmp_path):
+    with pytest.raises(VideoError, match=r"no file or folder .*none\.mp4") as caught:
+        read_video(tmp_path / "none.mp4")
+    assert_one_line(caught)
+    with pytest.raises(VideoError, match="holds no image") as caught:
+        read_video(tmp_path)
+    assert_one_line(caught)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, this is no video" * 50])
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png", "a"])
+def test_files_that_are_no_video(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(VideoError, match=f"{name} cannot be read as") as caught:
+        read_video(tmp_path / name)
+    assert_one_line(caught)
+
+
+def test_a_file_without_pictures(tmp_path):
+    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    with pytest.raises(VideoError, match="no video stream"):
+        read_video(tmp_path / "sound.wav")
+
+
+@pytest.mark.parametrize("share", [0.4, 0.9])
+def test_a_video_that_breaks_off_names_the_frame_reached(tmp_path, share):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 64, 96, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", noise, 25)
+    data = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(VideoError, match=r"a\.mp4 is damaged or breaks off at frame \d+") as caught:
+        read_video(tmp_path / "a.mp4")
+    assert_one_line(caught)
+    frame = int(str(caught.value).split("at frame ")[1].split(":")[0])
+    assert 0 <= frame < 20
+
+
+def test_an_existing_file_is_kept_unless_forced(clip):
+    before = clip.read_bytes()
+    with pytest.raises(OutputExists):
+        write_video(clip, smooth(2), 25)
+    with pytest.raises(OutputExists):
+        VideoWriter(clip, 25)
+    assert clip.read_bytes() == before
+    write_video(clip, smooth(2), 25, force=True)
+    assert len(read_video(clip)) == 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mid-way"), KeyboardInterrupt()])
+@pytest.mark.parametrize("written", [0, 3])
+def test_a_failure_while_writing_leaves_nothing(tmp_path, error, written):
+    with pytest.raises(type(error)), VideoWriter(tmp_path / "a.mp4", 25) as writer:
+        if written:
+            writer.write(smooth(written))
+        raise error
+    assert not os.listdir(tmp_path)
+
+
+def test_a_failure_while_writing_keeps_the_file_that_was_there(clip):
+    before = clip.read_bytes()
+    with pytest.raises(RuntimeError), VideoWriter(clip, 25, force=True) as writer:
+        writer.write(smooth(3))
+        raise RuntimeError
+    assert clip.read_bytes() == before and os.listdir(clip.parent) == [clip.name]
+
+
+def test_nothing_stands_under_the_name_until_the_end(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", 25) as writer:
+        writer.write(smooth(30))
+        assert not (tmp_path / "a.mp4").exists()
+    assert (tmp_path / "a.mp4").exists()
+
+
+def test_a_video_of_no_frame_is_refused(tmp_path):
+    with pytest.raises(VideoError, match="no frame was written"):
+        write_video(tmp_path / "a.mp4", [], 25)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(("code", "expected"), [(errno.ENOSPC, DiskFull), (errno.EIO, VideoError)])
+@pytest.mark.parametrize("step", ["_encode", "_finish"])
+def test_what_the_encoder_says_is_passed_on(tmp_path, monkeypatch, code, expected, step):
+    def fail(self, *frame):
+        raise FFmpegError(code, os.strerror(code))
+
+    monkeypatch.setattr(VideoWriter, step, fail)
+    with pytest.raises(expected) as caught:
+        write_video(tmp_path / "a.mp4", smooth(2), 25)
+    assert "a.mp4" in str(caught.value) and not os.listdir(tmp_path)
+
+
+def test_refuses_frames_that_do_not_fit(tmp_path):
+    for wrong in (smooth(2).astype(np.float32), smooth(2)[..., :1], smooth(2)[0, 0]):
+        with pytest.raises(ShapeError), VideoWriter(tmp_path / "a.mp4", 25) as writer:
+            writer.write(wrong)
+    with (
+        pytest.raises(ShapeError, match="32x32 follows frames of 64x96"),
+        VideoWriter(tmp_path / "a.mp4", 25) as writer,
+    ):
+        writer.write(smooth(1))
+        writer.write(smooth(1, (32, 32)))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 5000])
+def test_refuses_an_impossible_rate(tmp_path, fps):
+    with pytest.raises(VideoError, match="fps"):
+        VideoWriter(tmp_path / "a.mp4", fps)
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.webm"])
+def test_refuses_names_of_other_formats(tmp_path, name):
+    with pytest.raises(VideoError, match="not the name of a video") as caught:
+        VideoWriter(tmp_path / name, 25)
+    assert ".mp4" in caught.value.hint
+
+
+def test_png(tmp_path):
+    image = smooth(1, (17, 23))[0]
+    write_png(tmp_path / "a.png", image)
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "a.png"))[..., ::-1], image)
+    with pytest.raises(OutputExists):
+        write_png(tmp_path / "a.png", image)
+    write_png(tmp_path / "a.png", image[::-1], force=True)
+    np.testing.assert_array_equal(read_video(tmp_path / "a.png").frames[0], image[::-1])
+    with pytest.raises(ShapeError):
+        write_png(tmp_path / "b.png", image[..., 0])
+    assert os.listdir(tmp_path) == ["a.png"]
