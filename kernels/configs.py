@@ -5,11 +5,16 @@ Layer 2: data; imports neither Triton nor a device.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
+TABLE = Path(__file__).with_name("configs.json")  # written by bench/kernel_search.py
 SCALE_LOG2E = 1.0 / math.log(2.0)  # softmax in powers of two: exp2 is one instruction
 
 
@@ -46,9 +51,35 @@ def split_head(head_size: int) -> tuple[int, int]:
     return main, max(16, 1 << (left - 1).bit_length()) if left else 0
 
 
-def keyframe_config(capability, dtype, head_size):
-    return TileConfig(64, 32, 4, 2)
+@cache
+def _rows() -> dict[str, list[dict[str, Any]]]:
+    return json.loads(TABLE.read_text())
 
 
-def temporal_config(capability, dtype, head_size, num_queries, num_keys):
-    return TemporalConfig(4, 16, 16, 4, 2)
+def table_capability(capability: tuple[int, int]) -> int:
+    """The table's row group for a device: 90 where a block may hold 227 KiB of shared memory, else 86."""
+    major, minor = capability
+    return 90 if major in (9, 10, 11) else 86  # compute capability 12 has 99 KiB again
+
+
+@cache
+def keyframe_config(capability: tuple[int, int], dtype: torch.dtype, head_size: int) -> TileConfig:
+    """The tile for a device and head: of the rows that hold the head, the tightest."""
+    return TileConfig(**_find("keyframe_attention", capability, dtype, max_head_size=head_size))
+
+
+@cache
+def temporal_config(
+    capability: tuple[int, int], dtype: torch.dtype, head_size: int, num_queries: int, num_keys: int
+) -> TemporalConfig:
+    """The tile for a device, head and number of frames (the larger of queries and keys)."""
+    frames = min(max(num_queries, num_keys), 256)
+    return TemporalConfig(**_find("temporal_attention", capability, dtype, max_head_size=head_size, max_frames=frames))
+
+
+def _find(op: str, capability: tuple[int, int], dtype: torch.dtype, **least: int) -> dict[str, Any]:
+    wanted = {"capability": table_capability(capability), "element_bytes": dtype.itemsize}
+    rows = [row for row in _rows()[op] if all(row[name] == value for name, value in wanted.items())]
+    rows = [row for row in rows if all(row[name] >= value for name, value in least.items())]
+    tightest = min(rows, key=lambda row: tuple(row[name] for name in least))
+    return {name: value for name, value in tightest.items() if name not in wanted and name not in least}

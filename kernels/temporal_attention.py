@@ -73,7 +73,7 @@ def temporal_attention_kernel(
         if DIM_TAIL > 0:
             v_tail = load_columns(v_ptr + offsets, key_mask, DIM_MAIN, DIM_TAIL, HEAD_SIZE, True)
             acc_tail = tl.dot(weights, v_tail, acc_tail * correction[:, :, None], input_precision=PRECISION)
-    inverse = tl.where(total > 0, 1.0 / total, 0.0)[:, :, None]
+    inverse = (1.0 / tl.where(total > 0, total, 1.0))[:, :, None]  # total 0: no key allowed, the sums are 0 too
     out_frames = (group * num_queries + q_frames) * tokens
     out_rows = out_ptr + (out_frames + positions[:, None, None]) * channels + column
     store_columns(out_rows, row_mask, acc_main * inverse, 0, DIM_MAIN, HEAD_SIZE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 FORMAT = "posecrafter-rt checkpoint"
 FORMAT_VERSION = 1
 REQUIRED_METADATA = ("base", "base_hash", "controlnet", "vae", "prompt", "size", "norm_scope", "seed", "steps")
-_HEADER = "posecrafter"  # one key only: safetensors writes several in random order, and equal content shall be equal bytes
+# One key only: safetensors writes several in random order, and equal content shall be equal bytes.
+_HEADER = "posecrafter"
 _PREFIXES = ("unet.", "controlnet.")
 
 
@@ -37,7 +39,8 @@ class Checkpoint:
     tensors: tuned tensors by `unet.…` and `controlnet.…` name.
     frames: (n, H, W, 3) uint8 RGB. poses: n poses on a canvas of H × W pixels.
     metadata: JSON values, among them those of REQUIRED_METADATA: base, controlnet, vae as `load_base` takes them (or
-        None); base_hash; prompt; size [height, width]; norm_scope; seed; steps. Loading adds "versions" and "format_version".
+        None); base_hash; prompt; size [height, width]; norm_scope; seed; steps. A loaded one also has "versions" and
+        "format_version".
     Raises: CheckpointError when frames, poses and metadata do not fit together.
     """
 
@@ -51,12 +54,14 @@ class Checkpoint:
         if missing:
             raise CheckpointError(f"the checkpoint does not say its {', '.join(missing)}", hint="tune again")
         if self.frames.ndim != 4 or self.frames.shape[3] != 3 or self.frames.dtype != np.uint8:
-            raise CheckpointError(f"the frames are {self.frames.dtype} {self.frames.shape}", hint="give uint8 (n, H, W, 3)")
+            message = f"the frames are {self.frames.dtype} {self.frames.shape}"
+            raise CheckpointError(message, hint="give uint8 (n, H, W, 3)")
         if len(self.frames) != len(self.poses):
-            raise CheckpointError(f"{len(self.frames)} frames but {len(self.poses)} poses", hint="give one pose a frame")
+            message = f"{len(self.frames)} frames but {len(self.poses)} poses"
+            raise CheckpointError(message, hint="give one pose a frame")
         if self.frames.shape[1:3] != self.poses.canvas:
-            raise CheckpointError(f"the frames are {self.frames.shape[1:3]} but the poses' canvas is {self.poses.canvas}",
-                                  hint="bring the poses to the frames' size")  # fmt: skip
+            message = f"the frames are {self.frames.shape[1:3]} but the poses' canvas is {self.poses.canvas}"
+            raise CheckpointError(message, hint="bring the poses to the frames' size")
         foreign = [name for name in self.tensors if not name.startswith(_PREFIXES)]
         if foreign:
             raise CheckpointError(f"a tensor is called {foreign[0]}", hint="tuned tensors are unet.… and controlnet.…")
@@ -67,9 +72,9 @@ class Checkpoint:
         Raises: OutputExists; DiskFull; PoseCrafterError where the folder cannot be written.
         """
         refuse_overwrite(path, force)
-        metadata = {"versions": _versions(), **self.metadata}
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "fps": self.poses.fps,
-                  "metadata": {name: value for name, value in metadata.items() if name != "format_version"}}  # fmt: skip
+        metadata = {name: value for name, value in self.metadata.items() if name != "format_version"}
+        metadata["versions"] = _versions()
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "fps": self.poses.fps, "metadata": metadata}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         tensors["frames"] = torch.from_numpy(np.ascontiguousarray(self.frames))
         tensors["keypoints"] = torch.from_numpy(np.ascontiguousarray(self.poses.keypoints))
@@ -81,7 +86,10 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: str | Path) -> Checkpoint:
-        """Read a checkpoint. Raises: CheckpointError: missing, truncated, a pickle, or not a checkpoint of this package."""
+        """Read a checkpoint.
+
+        Raises: CheckpointError: missing, truncated, a pickle, or not a checkpoint of this package.
+        """
         path = Path(path)
         header, tensors = _read(path)
         if not isinstance(header.get("metadata"), dict) or not {"frames", "keypoints"} <= set(tensors):
@@ -98,10 +106,9 @@ class Checkpoint:
         """Raise CheckpointError, naming both hashes, unless `model` is the base that this checkpoint was tuned on."""
         wanted = self.metadata["base_hash"]
         if model.base_hash != wanted:
-            raise CheckpointError(
-                f"the checkpoint was tuned on {self.metadata['base']} ({wanted[:12]}), but {model.base_id} is {model.base_hash[:12]}",
-                hint="give the base, ControlNet and VAE that it was tuned on, or tune again",
-            )
+            message = f"the checkpoint was tuned on {self.metadata['base']} with the hash {wanted[:12]}"
+            message += f", but {model.base_id} has {model.base_hash[:12]}"
+            raise CheckpointError(message, hint="give the base, ControlNet and VAE that it was tuned on, or tune again")
 
     def load_model(self, *, base: str | None = None, dtype: torch.dtype = torch.float32) -> PoseModel:
         """Load the base and put the tuned tensors in.
@@ -118,8 +125,9 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 over the content; the same before saving and after loading, on every machine."""
-        arrays = {**self.tensors, "frames": torch.from_numpy(self.frames), "keypoints": torch.from_numpy(self.poses.keypoints)}
-        hashes = {name: [str(tensor.dtype), list(tensor.shape), _sha256(tensor)] for name, tensor in arrays.items()}
+        arrays = {"frames": torch.from_numpy(self.frames), "keypoints": torch.from_numpy(self.poses.keypoints)}
+        tensors = {**self.tensors, **arrays}
+        hashes = {name: [str(tensor.dtype), list(tensor.shape), _sha256(tensor)] for name, tensor in tensors.items()}
         metadata = {name: value for name, value in self.metadata.items() if name not in ("versions", "format_version")}
         return sha256_json({"tensors": hashes, "fps": self.poses.fps, "metadata": metadata})
 
@@ -140,8 +148,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of this package",
                                       hint="make one: posecrafter-rt tune")  # fmt: skip
             if header.get("format_version") != FORMAT_VERSION:
-                raise CheckpointError(f"{path} has format version {header.get('format_version')}, this is {FORMAT_VERSION}",
-                                      hint="use the release that wrote it, or tune again")  # fmt: skip
+                message = (
+                    f"{path} has format version {header.get('format_version')}, this release reads {FORMAT_VERSION}"
+                )
+                raise CheckpointError(message, hint="use the release that wrote it, or tune again")
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or no checkpoint: {str(error).splitlines()[0]}",
@@ -159,6 +169,5 @@ def _versions() -> dict[str, str]:
 
 
 def _sha256(tensor: Tensor) -> str:
-    from hashlib import sha256
-
-    return sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return sha256(array).hexdigest()

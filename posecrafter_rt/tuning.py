@@ -20,12 +20,17 @@ from torch import Tensor, nn
 
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
-from posecrafter_rt.errors import CheckpointError, PoseCrafterError, PoseError
+from posecrafter_rt.errors import BackendUnavailable, CheckpointError, PoseCrafterError, PoseError
+from posecrafter_rt.framing import transform_keypoints
+from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
 from posecrafter_rt.models.blocks import NormScope
-from posecrafter_rt.models.loading import PoseModel, load_base
+from posecrafter_rt.models.loading import PoseModel, load_base, named_parameters
+from posecrafter_rt.models.settings import BaseSettings
+from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.video_io import read_video
 
 SAVE_EVERY_SECONDS = 30.0
 LOSS_SMOOTHING = 0.05
@@ -36,7 +41,7 @@ class TuneOptions:
     """What tuning may be told; None means the base's own setting (the paper's for SD 1.5).
 
     base: `embedded`, a diffusers folder, a hub id or a single file; controlnet, vae: the same, when not in the base.
-    frames: training frames, taken uniformly from the video. size: (height, width) in pixels.
+    frames: training frames, taken uniformly from the video.
     precision: of the activations (autocast); the trained weights stay float32.
     """
 
@@ -44,7 +49,6 @@ class TuneOptions:
     controlnet: str | None = None
     vae: str | None = None
     frames: int = 8
-    size: tuple[int, int] | None = None
     steps: int | None = None
     learning_rate: float | None = None
     prompt: str | None = None
@@ -84,9 +88,9 @@ def trainable_parameters(model: PoseModel, patterns: tuple[str, ...]) -> dict[st
 
     Raises: CheckpointError when the patterns find nothing.
     """
-    named = {f"{prefix}.{name}": parameter for prefix in ("unet", "controlnet")
-             for name, parameter in getattr(model, prefix).named_parameters()}  # fmt: skip
-    chosen = {name: parameter for name, parameter in named.items() if any(re.search(p, name) for p in patterns)}
+    chosen = {
+        name: parameter for name, parameter in named_parameters(model) if any(re.search(p, name) for p in patterns)
+    }
     if not chosen:
         raise CheckpointError(f"no parameter of {model.base_id} matches {patterns}", "mend the base's posecrafter.json")
     return chosen
@@ -96,17 +100,18 @@ def tune(
     frames: np.ndarray,
     poses: PoseSequence,
     output: Path | str,
-    options: TuneOptions = TuneOptions(),  # noqa: B008 (frozen)
+    options: TuneOptions = TuneOptions(),
     *,
     force: bool = False,
+    resume: bool = True,
     on_step: Callable[[TuneStatus], None] | None = None,
 ) -> Checkpoint:
     """Tune the base on frames of one person and write the checkpoint.
 
     Args:
-        frames: (n, H, W, 3) uint8 RGB, already at `options.size` or the base's size; poses: n poses on their canvas.
+        frames: (n, H, W, 3) uint8 RGB, at the size to render; poses: n poses on their canvas.
         output: the checkpoint to write. An interrupted run leaves `output + ".partial"`; the same call resumes it.
-        force: overwrite an existing checkpoint.
+        force: overwrite an existing checkpoint. resume: go on with an interrupted run instead of starting over.
         on_step: called after every step.
     Returns: the checkpoint, as written.
     Raises: PoseError when frames and poses do not pair up; OutputExists; ModelError; CheckpointError.
@@ -131,6 +136,8 @@ def tune(
         },
     )  # fmt: skip
     partial = output.with_name(output.name + ".partial")
+    if not resume:
+        partial.unlink(missing_ok=True)
     checkpoint.tensors.update(_optimise(model, checkpoint, options, partial, on_step))
     checkpoint.save(output, force=force)
     partial.unlink(missing_ok=True)
@@ -290,13 +297,36 @@ def _predict(
         return unet(noisy, unet.time_projections(timestep), unet.text_kv(text), down, mid)
 
 
-def load_clip(video: Path | str, poses: PoseSequence, size: tuple[int, int], window: slice) -> tuple[np.ndarray, PoseSequence]:
+def resolve_precision(device: str, precision: str) -> tuple[str, str]:
+    """Turn `auto` into what this machine trains fastest in: CUDA where it is; bf16 where it is native, else fp32.
+
+    Raises: BackendUnavailable for a CUDA device that does not answer; PoseCrafterError for an unknown precision.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not torch.cuda.is_available():
+        raise BackendUnavailable(f"device {device!r} was asked for, but no NVIDIA GPU answers", "use --device cpu")
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported() if device != "cpu" else cpu_has_bf16()
+        precision = "bf16" if native else "fp16" if device != "cpu" else "fp32"
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise PoseCrafterError(f"unknown precision {precision!r}", "choose auto, fp32, bf16 or fp16")
+    return device, precision
+
+
+def base_size(base: str) -> tuple[int, int]:
+    """The (height, width) that a base recommends, without loading its weights."""
+    found = locate_base(base)
+    return (BaseSettings.load(found.folder) if found.folder else BaseSettings()).size
+
+
+def load_clip(
+    video: Path | str, poses: PoseSequence, size: tuple[int, int], window: slice
+) -> tuple[np.ndarray, PoseSequence]:
     """Read the frames of `window` at `size` (scaled to cover, centre-cropped) and move their poses with them.
 
     Raises: VideoError; PoseError when the video and the poses do not have the same number of frames.
     """
-    from posecrafter_rt.video_io import read_video, transform_keypoints
-
     frames = read_video(video, size=size).frames
     if len(frames) != len(poses):
         raise PoseError(f"{video} has {len(frames)} frames but there are {len(poses)} poses",

@@ -18,7 +18,7 @@ FOLDERS = {"posecrafter_rt": ROOT / "posecrafter_rt"} | {
 
 # A unit is a file or folder directly below the package.
 LAYERS = {
-    0: ("errors", "config", "spec", "atomic"),
+    0: ("errors", "config", "spec", "atomic", "machine"),
     1: ("poses", "method", "framing", "video_io"),
     2: ("ops", "kernels", "_native"),
     3: ("models", "checkpoint"),
@@ -47,6 +47,8 @@ ALLOWED = {
     ("avatar", "building"): "both open the same folder",
     ("__main__", "cli"): "the same command",
 }
+# The only circle: a class whose convenience methods call the file that is written in terms of the class.
+DEFERRED = {("posecrafter_rt.poses.keypoints", "posecrafter_rt.poses.openpose_json")}  # PoseSequence.load and save
 # The runtime knows no backend: of engines it sees the protocol alone.
 RUNTIME_SEES = {"posecrafter_rt.engines.base"}
 
@@ -89,7 +91,8 @@ def imports_of(module: str) -> dict[str, int]:
             assert node.level == 0, f"{module}:{node.lineno}: a relative import; write the full name"
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
-                found[name if name in MODULES else str(node.module)] = node.lineno
+                if name != "posecrafter_rt.__version__":  # the one name that is defined there
+                    found[name if name in MODULES else str(node.module)] = node.lineno
     return {name: line for name, line in found.items() if name.split(".")[0] == "posecrafter_rt"}
 
 
@@ -99,7 +102,7 @@ def verdict(module: str, imported: str) -> str | None:
     if source in ("", target):
         return None  # the package itself imports nothing (test_lean_import), siblings may
     if target == "":
-        return None if source in ("cli", "demo") else "take the name from where it is defined"
+        return "take the name from where it is defined"
     if target not in LAYER_OF:
         return f"{target} is in no layer; put it into LAYERS"
     if source == "runtime" and target == "engines" and imported not in RUNTIME_SEES:
@@ -125,7 +128,10 @@ def test_imports_point_down() -> None:
 
 
 def test_no_circle() -> None:
-    graph = {module: set(imports_of(module)) - {module} for module in MODULES}
+    graph = {
+        module: {name for name in imports_of(module) if name != module and (module, name) not in DEFERRED}
+        for module in MODULES
+    }
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:

@@ -22,7 +22,8 @@ def run_python(code: str) -> str:
 
 def modules_after(statement: str) -> set[str]:
     """Names of all modules that a statement brings into a fresh interpreter."""
-    code = f"import sys, json\nbefore = set(sys.modules)\n{statement}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
+    code = f"import sys, json\nbefore = set(sys.modules)\n{statement}\n"
+    code += "print(json.dumps(sorted(set(sys.modules) - before)))"
     return set(json.loads(run_python(code).splitlines()[-1]))
 
 
@@ -37,7 +38,7 @@ def test_the_package_imports_almost_nothing() -> None:
     assert len(modules) < 30, sorted(modules)
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "spec", "atomic"])
+@pytest.mark.parametrize("module", ["errors", "config", "spec", "atomic", "machine"])
 def test_leaves_import_nothing_heavy(module: str) -> None:
     assert not heavy_after(f"import posecrafter_rt.{module}")
 
@@ -49,7 +50,8 @@ def test_poses_and_frames_need_no_torch(module: str) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_the_command_line_answers_without_anything_heavy(arguments: list[str]) -> None:
-    call = f"from posecrafter_rt.cli.main import app\ntry:\n    app({arguments!r})\nexcept SystemExit as end:\n    assert not end.code"
+    call = f"from posecrafter_rt.cli.main import app\ntry:\n    app({arguments!r})\n"
+    call += "except SystemExit as end:\n    assert not end.code"
     assert not heavy_after(call)
 
 

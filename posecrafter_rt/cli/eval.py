@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from posecrafter_rt.cli.arguments import parse_range
 from posecrafter_rt.cli.output import print_json, print_table
 from posecrafter_rt.errors import VideoError
 
@@ -20,9 +21,8 @@ app = typer.Typer()
 def evaluate(
     rendered: Annotated[Path, typer.Argument(help="The rendered video, or a folder of images.", show_default=False)],
     truth: Annotated[Path, typer.Argument(help="The true video, or a folder of images.", show_default=False)],
-    start: Annotated[int, typer.Option(min=0, help="First frame of TRUTH that was rendered, from 0.")] = 0,
-    stop: Annotated[
-        int | None, typer.Option(min=1, help="Frame of TRUTH after the last one rendered; else its end.")
+    frame_range: Annotated[
+        str | None, typer.Option("--range", metavar="START:END", help="The frames of TRUTH that were rendered.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -30,16 +30,17 @@ def evaluate(
 
     A TRUTH of another size is scaled to cover it and cut around the centre, as the training frames are.
     """
+    window = parse_range(frame_range)
     from posecrafter_rt.evaluate.metrics import psnr, ssim
     from posecrafter_rt.video_io import read_video
 
     frames = read_video(rendered).frames
     height, width = frames.shape[1:3]
-    true_frames = read_video(truth, size=(height, width), start=start, stop=stop).frames
+    true_frames = read_video(truth, size=(height, width), start=window.start or 0, stop=window.stop).frames
     if len(frames) != len(true_frames):
         raise VideoError(
-            f"{rendered} has {len(frames)} frames, {truth} from frame {start} has {len(true_frames)}",
-            hint="name the frames that were rendered with --start and --stop",
+            f"{rendered} has {len(frames)} frames, {truth} has {len(true_frames)} in that range",
+            hint="name the frames of the true video that were rendered: --range START:END",
         )
     result = {"frames": len(frames), "height": height, "width": width}
     scores = {"psnr": psnr(frames, true_frames), "ssim": ssim(frames, true_frames)}

@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -73,7 +73,7 @@ def explain_os_error(error: OSError) -> PoseCrafterError | None:
     return PoseCrafterError(f"{error.strerror[:1].lower()}{error.strerror[1:]}{place}")
 
 
-def fail(message: str, hint: str | None = None, *, label: str | None = "error", code: int = 1) -> None:
+def fail(message: str, hint: str | None = None, *, label: str | None = "error", code: int = 1) -> NoReturn:
     """Print `error: …` and `hint: …` on standard error and end the command with `code`."""
     from rich.console import Console
     from rich.text import Text
@@ -81,7 +81,7 @@ def fail(message: str, hint: str | None = None, *, label: str | None = "error", 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for title, style, text in ((label, "bold red", message), ("hint", "bold cyan", hint)):
         if text is not None:
-            console.print(Text.assemble(*([(title, style), ": "] if title else []), text))
+            console.print(Text(f"{title}: ", style) if title else Text(), Text(text), sep="")
     raise typer.Exit(code)
 
 

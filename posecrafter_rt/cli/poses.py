@@ -86,7 +86,13 @@ def preview(  # noqa: PLR0913 - one argument for each option
     # A preview is where one looks for the frames that lack the person.
     poses = read_openpose(poses_path, person=person, allow_missing=True)
     height, width = _parse_size(size) if size else _preview_size(poses.canvas)
-    frames = _video_frames(video, len(poses), (height, width)) if video else None
+    frames = None
+    if video:
+        from posecrafter_rt.framing import transform_keypoints
+
+        frames = _video_frames(video, len(poses), (height, width))
+        # Cut around the centre as the frames are, so that both still show the same place.
+        poses = transform_keypoints(poses, (height, width))
     fps = fps or poses.fps or _FALLBACK_FPS
     if output.suffix.lower() == ".png":
         _write_sheet(poses, frames, (height, width), output, force)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from posecrafter_rt.embedded.architecture import TEXT
@@ -57,9 +55,3 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
     return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TEXT, **ids))
-
-
-def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Prompts → input_ids (b, 77), padded and truncated as Stable Diffusion does."""
-    encoded = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    return encoded.input_ids.to(torch.int64)

@@ -19,10 +19,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from posecrafter_rt.embedded.architecture import CONTROLNET, SCHEDULER, UNET
 from posecrafter_rt.embedded.corpus import Clips
-from posecrafter_rt.embedded.text import tokenize
 from posecrafter_rt.embedded.train_vae import to_pixels
 from posecrafter_rt.models.blocks import NormScope
 from posecrafter_rt.models.controlnet import VideoControlNet
+from posecrafter_rt.models.loading import tokenize
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.poses.draw import draw_pose
 

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from posecrafter_rt.errors import CheckpointError, ShapeError
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
@@ -57,3 +58,34 @@ class Backend(Protocol):
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
         """Make every network of `build` runnable. `cache`: a folder for compiled code that may be deleted at any time."""
         ...
+
+
+def checked_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The inputs in the spec's order, contiguous.
+
+    Raises: ShapeError for a missing or unknown name, another number of dimensions, or a fixed dimension that differs.
+    """
+    names = [tensor.name for tensor in spec.inputs]
+    if set(names) != set(inputs):
+        raise ShapeError(f"{spec.name} takes {', '.join(names)}; it was given {', '.join(inputs)}")
+    for expected in spec.inputs:
+        shape = inputs[expected.name].shape
+        fits = len(shape) == len(expected.dims) and all(
+            isinstance(dim, str) or dim == size for dim, size in zip(expected.dims, shape, strict=True)
+        )
+        if not fits:
+            raise ShapeError(f"{spec.name}: {expected.name} is {tuple(shape)}, not {expected.dims}")
+    return [inputs[name].contiguous() for name in names]
+
+
+def fitting_weights(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `tensors` that a network with parameters of these shapes holds.
+
+    Raises: CheckpointError when a shape differs.
+    """
+    fitting = {name: tensor for name, tensor in tensors.items() if name in shapes}
+    for name, tensor in fitting.items():
+        if tuple(tensor.shape) != tuple(shapes[name]):
+            raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}; the engine's is {tuple(shapes[name])}",
+                                  "tune on the base that the engine was built from")  # fmt: skip
+    return fitting

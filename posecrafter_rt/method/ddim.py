@@ -227,8 +227,9 @@ def ddim_sample(
         num_inference_steps: steps of the whole schedule.
         start_step: the first step to do, 0..num_inference_steps; steps before it count as done.
         on_step: called before step i (counted from 0) with (i, latents in the arithmetic's dtype); what it returns is
-            denoised in their place. The latent edit at step tau is the hook's doing at i = tau - 1.
-    Returns: clean latents, dtype and shape of latents.
+            denoised in their place, and it may edit them in place. The latent edit at step tau is the hook's doing at
+            i = tau - 1.
+    Returns: clean latents, dtype and shape of latents, new tensor.
     Raises: PoseCrafterError for an impossible step count or start; ShapeError if the prediction has another shape.
     """
     coefficients = schedule.sampling_coefficients(num_inference_steps)
@@ -238,7 +239,7 @@ def ddim_sample(
             f"sampling was to start at step {start_step} of {num_inference_steps}",
             hint=f"give 0 to {num_inference_steps}",
         )
-    state = latents.to(_arithmetic_dtype(latents))
+    state = latents.to(_arithmetic_dtype(latents), copy=True)  # the hook may edit in place
     for index in range(start_step, num_inference_steps):
         if on_step is not None:
             state = on_step(index, state).to(state.dtype)

@@ -28,7 +28,12 @@ class VideoControlNet(ClipDenoiser):
         return self.controlnet_cond_embedding(controlnet_cond)
 
     def forward(
-        self, latents: Tensor, time_projections: Tensor, text_kv: Tensor, pose_embeddings: Tensor, conditioning_scale: Tensor
+        self,
+        latents: Tensor,
+        time_projections: Tensor,
+        text_kv: Tensor,
+        pose_embeddings: Tensor,
+        conditioning_scale: Tensor,
     ) -> tuple[list[Tensor], Tensor]:
         """Residuals for the U-Net.
 

@@ -63,7 +63,8 @@ class PoseModel:
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> PoseModel:
         """Convert and move every module in place; returns self."""
         for module in self.modules().values():
-            module.to(device=device, dtype=dtype)
+            # nn.Module's own: diffusers' override warns of a float32 list that its AutoencoderKL leaves empty
+            nn.Module.to(module, device=device, dtype=dtype)
         return self
 
     def fold(self) -> None:
@@ -72,11 +73,15 @@ class PoseModel:
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts → input_ids int64 (prompts, tokens), padded and cut to the text encoder's length."""
-        length = self.text_encoder.config.max_position_embeddings
-        encoded = self.tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return encoded.input_ids.to(torch.int64)
+        return tokenize(self.tokenizer, prompts)
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    """Prompts → input_ids int64 (prompts, tokens), padded and cut to the text encoder's length (77)."""
+    encoded = tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return encoded.input_ids.to(torch.int64)
 
 
 def load_base(

@@ -98,7 +98,12 @@ class ControlNetStep(nn.Module):
         self.controlnet = controlnet
 
     def forward(
-        self, latents: Tensor, time_projections: Tensor, text_kv: Tensor, pose_embeddings: Tensor, conditioning_scale: Tensor
+        self,
+        latents: Tensor,
+        time_projections: Tensor,
+        text_kv: Tensor,
+        pose_embeddings: Tensor,
+        conditioning_scale: Tensor,
     ) -> tuple[Tensor, ...]:
         down, mid = self.controlnet(latents, time_projections, text_kv, pose_embeddings, conditioning_scale)
         return (*down, mid)
@@ -162,7 +167,10 @@ def fold_temporal_output(unet: VideoUNet) -> None:
         if not hasattr(block, "conv_temp"):
             continue
         weight, bias = fold_pair(
-            block.conv_temp.weight, block.conv_temp.bias, block.attn_temp.to_out[0].weight, block.attn_temp.to_out[0].bias
+            block.conv_temp.weight,
+            block.conv_temp.bias,
+            block.attn_temp.to_out[0].weight,
+            block.attn_temp.to_out[0].bias,
         )
         block.temporal_out = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
         block.temporal_out.weight.copy_(weight)

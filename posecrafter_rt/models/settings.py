@@ -72,7 +72,10 @@ class BaseSettings:
         for name in ("size", "trainable"):
             if name in data and not isinstance(data[name], list):
                 raise ModelError(f"the setting {name} is {data[name]!r}", hint=f"give a list in {SETTINGS_FILE}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        return cls(**values)
 
     @classmethod
     def load(cls, folder: Path) -> BaseSettings:

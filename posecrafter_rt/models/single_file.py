@@ -18,13 +18,12 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from posecrafter_rt.errors import CheckpointError, ModelError
-from posecrafter_rt.models.sources import Component, reading
+from posecrafter_rt.models.sources import Component, first_line, reading
 
 _CONVERTERS: dict[type, Callable[..., dict[str, Tensor]]] = {
     UNet2DConditionModel: convert_ldm_unet_checkpoint,
@@ -34,9 +33,7 @@ _CONVERTERS: dict[type, Callable[..., dict[str, Tensor]]] = {
 _TEXT_PREFIX = "cond_stage_model.transformer."
 
 
-def read_weights(
-    path: Path, error_type: type[ModelError] | type[CheckpointError] = ModelError
-) -> dict[str, Tensor]:
+def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError] = ModelError) -> dict[str, Tensor]:
     """Read a weight file (.safetensors, or what torch.save wrote) as tensors by name, mapped into memory.
 
     Raises: error_type: missing, truncated, without tensors, or a pickle that holds more than tensors.
@@ -48,11 +45,11 @@ def read_weights(
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
-        raise error_type(f"{path} holds more than tensors, or is damaged; such a pickle could run code, so it is not read",
+        raise error_type(f"{path} is damaged, or a pickle that could run code: it holds more than tensors",
                          hint="take the .safetensors form of these weights") from error  # fmt: skip
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        raise error_type(f"{path} is truncated or no weight file: {reason}", hint="fetch or copy it again") from error
+    except Exception as error:  # on foreign bytes the restricted unpickler trips in any way: IndexError, AssertionError
+        message = f"{path} is truncated or no weight file: {first_line(error)}"
+        raise error_type(message, hint="fetch or copy it again") from error
     while isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
     items = content.items() if isinstance(content, dict) else ()
@@ -70,7 +67,8 @@ def load_single_file(cls: type, part: Component, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             model = cls.from_config(config)  # type: ignore[attr-defined]
         if not set(model.state_dict()) <= set(weights):
-            weights = _CONVERTERS[cls](dict(weights), config)
+            converted = _CONVERTERS[cls](dict(weights), config)
+            weights = {name: tensor for name, tensor in converted.items() if tensor is not None}
     fill(model, weights, part, dtype)
     return model
 
@@ -79,10 +77,12 @@ def load_text_encoder(part: Component, dtype: torch.dtype) -> CLIPTextModel:
     """The CLIP text encoder of a folder or of a single file."""
     weights = {name: tensor for path in part.files for name, tensor in read_weights(path).items()}
     if part.folder is None:
-        weights = {name.removeprefix(_TEXT_PREFIX): tensor for name, tensor in weights.items() if name.startswith(_TEXT_PREFIX)}
+        weights = {
+            name.removeprefix(_TEXT_PREFIX): tensor for name, tensor in weights.items() if name.startswith(_TEXT_PREFIX)
+        }
     with reading(part.files[0]):
         config = CLIPTextConfig.from_pretrained(part.folder or part.configs / part.role, local_files_only=True)
-        model = CLIPTextModel(config)
+        model: Any = CLIPTextModel(config)
     # transformers 5.6 dropped the level `text_model`; files of either kind are met, under either version.
     expected = {name.removeprefix("text_model."): name for name in model.state_dict()}
     named = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
@@ -91,11 +91,15 @@ def load_text_encoder(part: Component, dtype: torch.dtype) -> CLIPTextModel:
 
 
 def fill(model: torch.nn.Module, weights: Mapping[str, Tensor], part: Component, dtype: torch.dtype) -> None:
-    """Give a model (perhaps on the meta device) its weights, one by one in `dtype`. Raises: ModelError unless all fit."""
+    """Give a model (perhaps on the meta device) its weights, one by one in `dtype`.
+
+    Raises: ModelError unless all of them are there in their shapes.
+    """
     expected = model.state_dict()
-    part.check_complete(set(expected) - set(weights),
-                        [name for name in expected if name in weights and weights[name].shape != expected[name].shape])  # fmt: skip
-    # A clone, because what is only mapped from a file changes when the file does.
+    present = [name for name in expected if name in weights]
+    differing = [name for name in present if weights[name].shape != expected[name].shape]
+    part.check_complete(set(expected) - set(present), differing)
+    # Copied, because what is only mapped from a file changes when the file does.
     converted = {
         name: weights[name].to(dtype if expected[name].is_floating_point() else expected[name].dtype, copy=True)
         for name in expected

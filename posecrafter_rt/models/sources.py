@@ -25,6 +25,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _STEMS = {"text_encoder": ("model", "pytorch_model")}
 _DIFFUSERS_STEMS = ("diffusion_pytorch_model",)
+_COMPLETE = "it must be a complete Stable Diffusion 1.5 model in diffusers' or the original layout"
+_BROKEN = (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, UnpicklingError)
 _PARTS = ("unet", "controlnet", "vae", "text_encoder")
 
 
@@ -72,8 +74,8 @@ class Base:
             return Component(role, self.base_id, (self.file,), None, self.configs)
         assert self.folder is not None
         if not self.has(role):
-            raise ModelError(f"{self.folder} has no {role}/config.json",
-                             hint="a base is a diffusers folder with unet, vae, text_encoder, tokenizer and scheduler")  # fmt: skip
+            message = f"{self.folder} has no {role}/config.json"
+            raise ModelError(message, hint="a base folder holds unet, vae, text_encoder, tokenizer and scheduler")
         return _folder_component(role, self.base_id, self.folder / role)
 
 
@@ -81,8 +83,8 @@ def locate_base(base: str) -> Base:
     """Find a base. Raises: ModelError: not there, or a hub that cannot be reached or lacks it."""
     if base == "embedded":
         if not EMBEDDED_FOLDER.is_dir():
-            raise ModelError("the embedded base is not part of this installation",
-                             hint="train it: python -m posecrafter_rt.embedded.train posecrafter_rt/embedded/base")  # fmt: skip
+            message = "the embedded base is not part of this installation"
+            raise ModelError(message, hint=f"train it: python -m posecrafter_rt.embedded.train {EMBEDDED_FOLDER}")
         return Base(base, EMBEDDED_FOLDER, None, EMBEDDED_FOLDER)
     path = Path(base).expanduser()
     if path.is_dir():
@@ -103,7 +105,9 @@ def locate_component(source: str, role: str) -> Component:
     folder = path if path.is_dir() else _download(source, ("", role), role)
     candidates = [candidate for candidate in (folder, folder / role) if (candidate / "config.json").is_file()]
     if not candidates:
-        raise ModelError(f"{source} has no config.json, so it is no {role}", hint=f"give the folder that holds the {role}")
+        raise ModelError(
+            f"{source} has no config.json, so it is no {role}", hint=f"give the folder that holds the {role}"
+        )
     return _folder_component(role, source, candidates[0])
 
 
@@ -120,11 +124,15 @@ def reading(source: object) -> Iterator[None]:
     """Turns what the libraries raise on broken files into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = f"it has no {error}" if isinstance(error, KeyError) else lines[0][:200]
-        raise ModelError(f"{source} cannot be loaded: {reason}",
-                         hint="it must be a complete Stable Diffusion 1.5 model in diffusers' or the original layout") from error  # fmt: skip
+    except KeyError as error:
+        raise ModelError(f"{source} has no {error}", hint=_COMPLETE) from error
+    except _BROKEN as error:
+        raise ModelError(f"{source} cannot be loaded: {first_line(error)}", hint=_COMPLETE) from error
+
+
+def first_line(error: Exception) -> str:
+    """A library's message cut to something that fits into one of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def _check_suffix(path: Path) -> None:
@@ -149,8 +157,8 @@ def _folder_component(role: str, source: str, folder: Path) -> Component:
 def _download(repo_id: str, subfolders: Iterable[str], kind: str) -> Path:
     """Fetch from the hub what is needed and not yet cached; the older .bin files only where nothing newer exists."""
     if not _HUB_ID.fullmatch(repo_id) or Path(repo_id).suffix in WEIGHT_SUFFIXES:
-        raise ModelError(f"there is no {kind} at {repo_id}",
-                         hint='give "embedded", a diffusers folder, a weight file, or a hub id like owner/name')  # fmt: skip
+        message = f"there is no {kind} at {repo_id}"
+        raise ModelError(message, hint='give "embedded", a diffusers folder, a weight file, or a hub id: owner/name')
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -164,7 +172,6 @@ def _download(repo_id: str, subfolders: Iterable[str], kind: str) -> Path:
             if any((folder / name).is_file() for name in weights):
                 break
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise ModelError(f"the hub gave no {kind} {repo_id}: {reason}",
-                         hint="check the name and the connection, or give a folder or file on this machine") from error  # fmt: skip
+        raise ModelError(f"the hub gave no {kind} {repo_id}: {first_line(error)}",
+                         hint="check the name and the connection, or give a folder or file") from error  # fmt: skip
     return folder

@@ -25,7 +25,13 @@ from posecrafter_rt.models.blocks import (
     transformer_forward,
 )
 
-UNSUPPORTED_OPTIONS = ("class_embed_type", "addition_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "dual_cross_attention")
+UNSUPPORTED_OPTIONS = (
+    "class_embed_type",
+    "addition_embed_type",
+    "encoder_hid_dim",
+    "time_cond_proj_dim",
+    "dual_cross_attention",
+)
 
 
 class ClipDenoiser(nn.Module):

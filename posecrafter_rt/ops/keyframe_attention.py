@@ -5,20 +5,45 @@ Layer 2: dispatches between the reference and the fast paths.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from posecrafter_rt.errors import ShapeError
+from posecrafter_rt.ops.dispatch import compiler_op, is_traced_as_op
 from posecrafter_rt.ops.reference import keyframe_attention_ref
+from posecrafter_rt.ops.registry import choose_backend
 
 
-def keyframe_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def keyframe_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: str | None = None) -> Tensor:
     """Attend from every frame to the key frame.
 
     out[g·F + f] = softmax(q[g·F + f] · k[g]ᵀ / √d) · v[g] per head (Eq. 1; k, v are the key frame's alone).
-    Args: q: (G·F, L, C); k, v: (G, L', C); fp32, fp16 or bf16; C = heads · d. G: guidance passes or stream steps.
+    Args:
+        q: (G·F, L, C); k, v: (G, L', C); fp32, fp16 or bf16; C = heads · d, channels contiguous (rows may be strided:
+            slices of one fused projection are read in place). G: guidance passes or stream steps.
+        backend: `triton` (CUDA, compute capability 8.0 or newer, d a multiple of 8 up to 256, no gradient) or
+            `reference`; None: the first that can run.
     Returns: (G·F, L, C), dtype of q, new tensor.
-    Raises: ShapeError if the shapes do not fit together.
+    Raises: ShapeError if the shapes do not fit together; BackendUnavailable if a named `backend` cannot run
+        (message says why).
     """
     if q.ndim != 3 or k.shape != v.shape or k.shape[-1] != q.shape[-1] or q.shape[0] % k.shape[0]:
         raise ShapeError(f"keyframe_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    return keyframe_attention_ref(q, k, v, heads)
+    if q.shape[-1] % heads:
+        raise ShapeError(f"keyframe_attention: {q.shape[-1]} channels do not divide into {heads} heads")
+    if is_traced_as_op(backend, q, k, v):
+        return torch.ops.posecrafter.keyframe_attention(q, k, v, heads)
+    return _run(q, k, v, heads, choose_backend("keyframe_attention", backend, q, k, v, heads=heads))
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, heads: int, backend: str, is_traced: bool = False) -> Tensor:
+    if backend == "reference":
+        return keyframe_attention_ref(q, k, v, heads)
+    from posecrafter_rt.kernels import keyframe_attention as kernel  # imports Triton
+
+    return kernel.launch(q, k, v, heads, is_traced=is_traced)
+
+
+@compiler_op("keyframe_attention")
+def _keyframe_attention_op(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    return _run(q, k, v, heads, choose_backend("keyframe_attention", None, q, k, v, heads=heads), is_traced=True)

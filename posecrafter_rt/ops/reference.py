@@ -78,7 +78,8 @@ def sample_ref(source: Tensor, source_x: Tensor, source_y: Tensor, mode: str) ->
     gx, gy = 1 - fx, 1 - fy
     w00, w01, w10, w11 = gx * gy, fx * gy, gx * fy, fx * fy
     if mode == "unit_variance":
-        norm = ((w00 * w00 + w01 * w01) + (w10 * w10 + w11 * w11)).sqrt()
+        squares = (w00 * w00 + w01 * w01) + (w10 * w10 + w11 * w11)
+        norm = squares.double().sqrt().float()  # correctly rounded; torch's fp32 root need not be
         w00, w01, w10, w11 = w00 / norm, w01 / norm, w10 / norm, w11 / norm
     upper = w00.unsqueeze(1) * gather(x0, y0) + w01.unsqueeze(1) * gather(x1, y0)
     return upper + (w10.unsqueeze(1) * gather(x0, y1) + w11.unsqueeze(1) * gather(x1, y1))

@@ -118,6 +118,25 @@ def test_preview_beside_the_video(poses: Path, tmp_path: Path) -> None:
     assert drawn.frames[:, :, 136:].mean() < 100
 
 
+def test_the_drawing_is_cut_as_the_video_is(tmp_path: Path) -> None:
+    # A white column beside the centre, and a face point upon it; a square is cut out of the wide picture.
+    frames = np.zeros((1, 48, 96, 3), np.uint8)
+    frames[:, :, 60:64] = 255
+    write_video(tmp_path / "clip.mp4", frames, 25.0)
+    keypoints = np.zeros((1, NUM_KEYPOINTS, 3))
+    keypoints[0, 30] = [61.5, 23.5, 1]
+    PoseSequence(keypoints, (48, 96)).save(tmp_path / "poses.json")
+    output = tmp_path / "out.mp4"
+    result = run(
+        "preview", tmp_path / "poses.json", "-o", output, "--video", tmp_path / "clip.mp4", "--size", "256x256"
+    )
+    assert result.exit_code == 0, result.output
+    both = read_video(output).frames[0].astype(float).mean(axis=2)
+    columns = np.arange(256)
+    centres = [(half.sum(axis=0) * columns).sum() / half.sum() for half in (both[:, :256], both[:, 256:])]
+    assert abs(centres[0] - centres[1]) < 2
+
+
 def test_preview_as_contact_sheet(poses: Path, tmp_path: Path) -> None:
     clip = video(tmp_path / "clip.mp4", *[200] * 5)
     for extra, rows in ((), 1), (("--video", clip), 2):

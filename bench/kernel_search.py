@@ -1,0 +1,150 @@
+"""Chooses kernels/configs.json without a GPU: compile every candidate tile, model its time, keep the best.
+
+Bench: `python bench/kernel_search.py` rewrites the table (minutes; needs Triton). The model ranks, it does not predict:
+where a GPU is present, bench/kernels.py measures.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hardware import GPUS, Gpu, blocks_per_multiprocessor
+
+from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
+from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig, split_head
+
+HEAD_CLASSES = (48, 96, 160, 256)  # a head takes the first class that holds it
+REPRESENTATIVES = {48: 40, 96: 80, 160: 160, 256: 256}
+FRAME_CLASSES = (16, 32, 256)
+DTYPES = {2: torch.float16, 4: torch.float32}
+EXP_PER_CYCLE = 16  # of a multiprocessor's special function units
+ALU_PER_CYCLE = 128
+ALU_PER_SCORE = 6  # scale, maximum, shift, sum, conversion, rescaling
+SHARED_BYTES_PER_CYCLE = 128
+MEMORY_LATENCY_S = 700e-9
+EXPOSED_CYCLES = {1: 600, 2: 100, 3: 0}  # of a tile's loads, by pipeline stages; other resident blocks fill them
+BLOCK_CYCLES = 150  # a multiprocessor's cost of starting a block
+
+
+def padded(head_size: int) -> int:
+    return sum(split_head(head_size))
+
+
+def overlap(gpu: Gpu, blocks: int, num_warps: int) -> float:
+    """How much of the lesser resources hides behind the busiest: three warps a scheduler are taken to hide all."""
+    return min(1.0, blocks * num_warps / 12)
+
+
+def keyframe_cost(gpu: Gpu, config: TileConfig, built: Compiled, head_size: int, element_bytes: int) -> float:
+    """Modelled cycles of one multiprocessor for each score, lower is better; infinite where a limit is broken."""
+    blocks = blocks_per_multiprocessor(gpu, built.num_warps, built.registers, built.shared_bytes)
+    if blocks == 0 or built.spill_bytes:
+        return float("inf")
+    tensor = 4 * padded(head_size) * gpu.multiprocessors * gpu.clock_hz / gpu.flops(element_bytes)
+    scalar = 1 / EXP_PER_CYCLE + ALU_PER_SCORE / ALU_PER_CYCLE
+    readers = 1 if gpu.capability >= 90 else config.num_warps  # a warp group reads shared operands together
+    shared = 2 * padded(head_size) * element_bytes * readers / (config.block_m * SHARED_BYTES_PER_CYCLE)
+    parts = sorted((tensor, scalar, shared))
+    hidden = overlap(gpu, blocks, built.num_warps)
+    fill = config.block_n / (config.block_n + 8)  # a tile's fixed cost: barriers, row maxima, rescaling
+    exposed = EXPOSED_CYCLES[config.num_stages] / (blocks * config.block_m * config.block_n)
+    return (parts[2] + (1 - hidden) * (parts[0] + parts[1])) / fill + exposed
+
+
+def temporal_cost(
+    gpu: Gpu, config: TemporalConfig, built: Compiled, head_size: int, frames: int, element_bytes: int
+) -> float:
+    """Modelled seconds × 10⁹ of the card for one position and head; infinite where a limit is broken."""
+    blocks = blocks_per_multiprocessor(gpu, built.num_warps, built.registers, built.shared_bytes)
+    if blocks == 0 or built.spill_bytes:
+        return float("inf")
+    queries = -(-frames // config.block_q) * config.block_q
+    keys = -(-frames // config.block_k) * config.block_k
+    tensor = 4 * queries * keys * padded(head_size) / gpu.flops(element_bytes)
+    useful = 4 * frames * head_size * element_bytes
+    in_flight = blocks * gpu.multiprocessors * config.block_p * min(frames, config.block_q) * head_size * element_bytes
+    memory = useful / min(gpu.memory_bytes_per_s, 3 * in_flight / MEMORY_LATENCY_S)
+    score_cycles = queries * keys * (1 / EXP_PER_CYCLE + ALU_PER_SCORE / ALU_PER_CYCLE)
+    scalar = score_cycles / (gpu.multiprocessors * gpu.clock_hz)
+    starts = queries / config.block_q / config.block_p * BLOCK_CYCLES / (gpu.multiprocessors * gpu.clock_hz)
+    parts = sorted((tensor, memory, scalar))
+    hidden = overlap(gpu, blocks, built.num_warps)
+    return (parts[2] + (1 - hidden) * (parts[0] + parts[1]) + starts) * 1e9
+
+
+def keyframe_candidates(head_class: int, element_bytes: int) -> Iterator[TileConfig]:
+    for block_m, block_n, warps, stages in itertools.product((64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
+        accumulators = block_m * padded(head_class) / (warps * 32)
+        tile_bytes = stages * 2 * block_n * padded(head_class) * element_bytes
+        if accumulators <= 128 and tile_bytes <= 128 << 10 and not (element_bytes == 2 and block_n < 32):
+            yield TileConfig(block_m, block_n, warps, stages)
+
+
+def temporal_candidates(frames: int, head_class: int) -> Iterator[TemporalConfig]:
+    rows = {16: (16,), 32: (16, 32), 256: (32, 64)}[frames]
+    keys = {16: (16,), 32: (32,), 256: (32, 64)}[frames]
+    for block_p, block_q, block_k, warps in itertools.product((1, 2, 4, 8), rows, keys, (1, 2, 4, 8)):
+        if block_p * block_q * padded(head_class) / (warps * 32) <= 128 and block_p * block_q >= 16 * warps:
+            yield TemporalConfig(block_p, block_q, block_k, warps, 1 if frames <= 32 else 2)
+
+
+def attempt(build: Any, *arguments: Any) -> Compiled | None:
+    """Compile, or None where Triton refuses the tile (shared memory, an unsupported layout)."""
+    try:
+        return build(*arguments)
+    except Exception as error:  # noqa: BLE001 - the compiler raises many kinds; a refused tile is no candidate
+        print(f"    refused: {arguments}: {type(error).__name__}", file=sys.stderr)
+        return None
+
+
+def best(rows: Iterable[tuple[float, Any, Compiled]]) -> tuple[float, Any, Compiled]:
+    ranked = sorted(rows, key=lambda row: row[0])
+    if not ranked or ranked[0][0] == float("inf"):
+        raise SystemExit("no candidate fits without spills")
+    return ranked[0]
+
+
+def search(gpu: Gpu, element_bytes: int, head_class: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (operator, table row) for one GPU, element size and head class."""
+    head_size, dtype = REPRESENTATIVES[head_class], DTYPES[element_bytes]
+    key = {"capability": gpu.capability, "element_bytes": element_bytes, "max_head_size": head_class}
+    tried = [(c, attempt(compile_keyframe, gpu.capability, dtype, head_size, c))
+             for c in keyframe_candidates(head_class, element_bytes)]  # fmt: skip
+    cost, config, built = best(
+        (keyframe_cost(gpu, c, b, head_size, element_bytes), c, b) for c, b in tried if b is not None
+    )
+    print("keyframe", key, config, built.registers, built.shared_bytes, f"{cost:.4f}", flush=True)
+    yield "keyframe_attention", key | asdict(config)
+    for frames in FRAME_CLASSES:
+        typical = {16: 9, 32: 32, 256: 101}[frames]
+        tried_t = [(c, attempt(compile_temporal, gpu.capability, dtype, head_size, c))
+                   for c in temporal_candidates(frames, head_class)]  # fmt: skip
+        cost, config, built = best(
+            (temporal_cost(gpu, c, b, head_size, typical, element_bytes), c, b) for c, b in tried_t if b is not None
+        )
+        print("temporal", key, frames, config, built.registers, built.shared_bytes, f"{cost:.4f}", flush=True)
+        yield "temporal_attention", key | {"max_frames": frames} | asdict(config)
+
+
+def main() -> None:
+    table: dict[str, list[dict[str, Any]]] = {"keyframe_attention": [], "temporal_attention": []}
+    gpus = [gpu for gpu in GPUS if gpu.capability in (86, 90)]  # sm_89 takes sm_86's: same instructions and limits
+    for gpu, element_bytes, head_class in itertools.product(gpus, DTYPES, HEAD_CLASSES):
+        for op, row in search(gpu, element_bytes, head_class):
+            table[op].append(row)
+    lines = {op: ",\n  ".join(json.dumps(row) for row in rows) for op, rows in table.items()}
+    TABLE.write_text("{\n" + ",\n".join(f' "{op}": [\n  {rows}\n ]' for op, rows in lines.items()) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

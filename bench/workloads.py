@@ -1,0 +1,50 @@
+"""The attention and paste problems of SD 1.5 at 512², and the bytes and FLOPs that each must cost.
+
+Bench: shared by kernels.py and kernel_table.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEADS = 8
+LEVELS = ((4096, 320), (1024, 640), (256, 1280), (64, 1280))  # (positions, channels) of the U-Net's levels
+FRAMES = (9, 101)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention call. num_keys: key tokens (key-frame) or key frames (temporal)."""
+
+    op: str
+    frames: int
+    tokens: int
+    channels: int
+    num_keys: int
+
+    @property
+    def head_size(self) -> int:
+        return self.channels // HEADS
+
+    @property
+    def flops(self) -> int:
+        """Two products of 2 · d FLOPs for each query, key and head; exponentials not counted."""
+        return 4 * self.frames * self.tokens * self.num_keys * self.channels
+
+    def num_bytes(self, element_bytes: int) -> int:
+        """Each input read once, the output written once."""
+        queries = self.frames * self.tokens
+        keys = self.num_keys if self.op == "keyframe_attention" else self.num_keys * self.tokens
+        return 2 * (queries + keys) * self.channels * element_bytes
+
+
+def attentions(frames: int) -> list[Attention]:
+    """Every distinct attention of one U-Net step over a clip."""
+    keyframe = [Attention("keyframe_attention", frames, tokens, channels, tokens) for tokens, channels in LEVELS]
+    temporal = [Attention("temporal_attention", frames, tokens, channels, frames) for tokens, channels in LEVELS[:3]]
+    return keyframe + temporal
+
+
+def paste_bytes(frames: int, channels: int, pixels: int, pasted: int, element_bytes: int) -> int:
+    """affine_warp_paste: all frames written once, the source read once, four taps read for each pasted element."""
+    return ((frames + 1) * channels * pixels + channels * pixels + 4 * pasted * channels) * element_bytes

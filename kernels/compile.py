@@ -1,0 +1,114 @@
+"""Ahead-of-time compilation of the Triton kernels for a named GPU architecture, and what the result occupies.
+
+Layer 2: needs Triton, no device. Serves the compile tests, the configurations' table and TensorRT's plugins.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from posecrafter_rt.kernels import keyframe_attention, temporal_attention
+from posecrafter_rt.kernels.configs import TemporalConfig, TileConfig
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel's machine code. registers: a thread's; spill_bytes: a thread's stack; shared_bytes: a block's."""
+
+    name: str
+    ptx: str
+    cubin: bytes
+    num_warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+def compile_keyframe(
+    capability: int, dtype: torch.dtype, head_size: int, config: TileConfig, *, ptx_version: int | None = None
+) -> Compiled:
+    """Compile `keyframe_attention_kernel` for sm_<capability>, with channels divisible by 16 as SD 1.5's are.
+
+    ptx_version: cap of the PTX ISA version (86: 8.6), for consumers older than Triton's own assembler.
+    """
+    kernel = keyframe_attention.keyframe_attention_kernel
+    constants = keyframe_attention.constants(head_size, dtype, config)
+    return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=False)
+
+
+def compile_temporal(
+    capability: int,
+    dtype: torch.dtype,
+    head_size: int,
+    config: TemporalConfig,
+    *,
+    has_mask: bool = False,
+    ptx_version: int | None = None,
+) -> Compiled:
+    """Compile `temporal_attention_kernel` for sm_<capability>; as `compile_keyframe`."""
+    kernel = temporal_attention.temporal_attention_kernel
+    constants = temporal_attention.constants(head_size, config)
+    return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=has_mask)
+
+
+def _compile(
+    kernel: Any,
+    dtype: torch.dtype,
+    constants: dict[str, Any],
+    config: TileConfig | TemporalConfig,
+    capability: int,
+    ptx_version: int | None,
+    has_mask: bool,
+) -> Compiled:  # noqa: PLR0913 - two public fronts, one body
+    signature: dict[str, str] = {}
+    constants = dict(constants)
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "mask_ptr":
+            signature[name] = "*u8" if has_mask else "constexpr"
+            constants |= {} if has_mask else {"mask_ptr": None}
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS[dtype]
+        else:
+            signature[name] = "i64" if name.endswith("group_stride") else "i32"
+    # Alignment decides the code: without it there is no asynchronous copy and no vector load.
+    aligned = ("_stride", "channels", "q_ptr", "k_ptr", "v_ptr", "out_ptr")
+    attributes = {
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name.endswith(aligned)
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if ptx_version is not None:
+        options["ptx_version"] = ptx_version
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spill_bytes = _resources(built.asm["cubin"])
+    return Compiled(
+        built.metadata.name, built.asm["ptx"], built.asm["cubin"], config.num_warps, registers, spill_bytes,
+        built.metadata.shared,
+    )  # fmt: skip
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a cubin's only kernel, as the cuobjdump of Triton's wheel reads them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage.stdout!r}")
+    return int(found.group(1)), int(found.group(2))

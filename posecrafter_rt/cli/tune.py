@@ -1,0 +1,72 @@
+"""`posecrafter-rt tune`: a video and its poses → tuned.ckpt.
+
+Layer 8: arguments, one call, the printed result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from posecrafter_rt.cli.arguments import parse_range, parse_size
+from posecrafter_rt.cli.output import print_json, print_table, step_progress
+
+app = typer.Typer()
+
+
+@app.command()
+def tune(  # noqa: PLR0913 - one argument for each option
+    video: Annotated[Path, typer.Argument(help="The video of one person.", show_default=False)],
+    poses: Annotated[Path, typer.Option(help="Its poses: what `posecrafter-rt poses extract` wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint to write.")] = Path("tuned.ckpt"),
+    base: Annotated[
+        str, typer.Option(help="embedded, a diffusers folder, a hub id, or one .safetensors file.")
+    ] = "embedded",
+    controlnet: Annotated[str | None, typer.Option(help="An openpose ControlNet, where the base has none.")] = None,
+    vae: Annotated[str | None, typer.Option(help="A VAE in place of the base's.")] = None,
+    frames: Annotated[int, typer.Option(help="Training frames, taken uniformly.", min=1)] = 8,
+    frame_range: Annotated[
+        str | None, typer.Option("--range", metavar="START:END", help="Take them from these frames only.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture size; else the base's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps; else the base's, or Eq. 20's for the frames.", min=1)
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Else the base's (0.003 for SD 1.5).")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the video shows; else 'a person'.")] = None,
+    norm_scope: Annotated[str | None, typer.Option(help="GroupNorm over each `frame`, or the whole `clip`.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same checkpoint.")] = 0,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Tune the base on a few frames of one person."""
+    window, picture_size = parse_range(frame_range), parse_size(size)
+    from posecrafter_rt.atomic import refuse_overwrite
+    from posecrafter_rt.poses.keypoints import PoseSequence
+    from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
+
+    refuse_overwrite(output, force)  # before minutes of work, not after them
+    device, precision = resolve_precision(device, precision)
+    options = TuneOptions(
+        base=base, controlnet=controlnet, vae=vae, frames=frames, steps=steps, learning_rate=learning_rate, prompt=prompt,
+        norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]
+        gradient_checkpointing=gradient_checkpointing)  # fmt: skip
+    clip, clip_poses = load_clip(video, PoseSequence.load(poses), picture_size or base_size(base), window)
+    with step_progress("tuning") as on_step:
+        checkpoint = tune(clip, clip_poses, output, options, force=force, resume=resume,
+                          on_step=lambda status: on_step(status.step, status.steps, f"loss {status.loss:.4f}"))  # fmt: skip
+    summary = {"checkpoint": str(output), "bytes": output.stat().st_size, **checkpoint.metadata}
+    if as_json:
+        print_json(summary)
+    else:
+        print_table((name.replace("_", " "), str(summary[name]))
+                    for name in ("checkpoint", "base", "prompt", "size", "steps", "learning_rate", "norm_scope"))  # fmt: skip
+        typer.echo(f"next: posecrafter-rt build-engine {output}", err=True)

@@ -1,0 +1,55 @@
+"""Backends: each says why it cannot run; only `auto` may pick, and it says what it took and why.
+
+Layer 4.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from posecrafter_rt.engines.base import Backend, Engine, Precision
+from posecrafter_rt.errors import BackendUnavailable
+from posecrafter_rt.machine import cpu_has_bf16
+
+_BACKENDS = {"openvino": "OpenVinoBackend", "torch": "TorchBackend"}  # in the order that `auto` tries them
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+__all__ = ["PRECISIONS", "Backend", "Engine", "Precision", "choose_backend", "choose_precision", "get_backend", "names"]
+
+
+def names() -> list[str]:
+    """Every backend's name, the preferred first."""
+    return list(_BACKENDS)
+
+
+def get_backend(name: str) -> Backend:
+    """A backend by name, whether it can run here or not. Raises: BackendUnavailable for a name there is not."""
+    if name not in _BACKENDS:
+        raise BackendUnavailable(f"there is no backend {name!r}", f"choose auto, {', '.join(_BACKENDS)}")
+    backend: Backend = getattr(import_module(f"posecrafter_rt.engines.{name}"), _BACKENDS[name])()
+    return backend
+
+
+def choose_precision(precision: str) -> Precision:
+    """`auto`: bf16 where the processor multiplies it natively, else fp32."""
+    if precision == "auto":
+        return "bf16" if cpu_has_bf16() else "fp32"
+    if precision not in PRECISIONS:
+        raise BackendUnavailable(f"there is no precision {precision!r}", f"choose auto, {', '.join(PRECISIONS)}")
+    return precision  # type: ignore[return-value]
+
+
+def choose_backend(name: str, precision: Precision) -> tuple[Backend, str]:
+    """The backend to use and why.
+
+    Raises: BackendUnavailable when an explicitly named one cannot run here; the message says why.
+    """
+    refused = []
+    for candidate in names() if name == "auto" else [name]:
+        backend = get_backend(candidate)
+        reason = backend.unsupported_reason(precision)
+        if reason is None:
+            why = "as asked" if name != "auto" else "; ".join(refused) or "the fastest that runs here"
+            return backend, why
+        refused.append(f"{candidate}: {reason}")
+    raise BackendUnavailable(f"backend {refused[0]}", "posecrafter-rt doctor says what can run here")

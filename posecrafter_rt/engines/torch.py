@@ -1,0 +1,96 @@
+"""The `torch` backend: the plain modules, the reference for every other.
+
+Layer 4.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from posecrafter_rt.engines.base import Engine, Precision, Progress, checked_inputs, fitting_weights
+from posecrafter_rt.models.blocks import NormScope
+from posecrafter_rt.models.controlnet import VideoControlNet
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.models.networks import build_networks, fold_temporal_output
+from posecrafter_rt.models.unet import VideoUNet
+from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchEngine:
+    """One network module, run eagerly in its own dtype."""
+
+    def __init__(self, module: nn.Module, spec: NetworkSpec, dtype: torch.dtype) -> None:
+        self.module, self.spec, self.dtype = module, spec, dtype
+
+    @torch.inference_mode()
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        tensors = checked_inputs(self.spec, inputs)
+        outputs = self.module(*(t.to(self.dtype) if t.is_floating_point() else t for t in tensors))
+        return {out.name: tensor.float() for out, tensor in zip(self.spec.outputs, outputs, strict=True)}
+
+    def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """See `Engine.swap_weights`. Networks that share a module share the swap."""
+        parameters = dict(self.module.named_parameters())
+        fitting = fitting_weights({name: tuple(p.shape) for name, p in parameters.items()}, tensors)
+        with torch.no_grad():
+            for name, tensor in fitting.items():
+                parameters[name].copy_(tensor)
+        return set(fitting)
+
+
+class TorchBackend:
+    """Eager PyTorch; runs everywhere."""
+
+    name = "torch"
+
+    def unsupported_reason(self, precision: Precision) -> str | None:
+        """None: a CPU runs fp16 too, only slowly."""
+        return None
+
+    def build(
+        self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
+    ) -> None:
+        """Write each component's configuration and its weights in the engine's precision."""
+        configs = {}
+        for name, module in model.modules().items():
+            progress(name)
+            config = module.config.to_dict() if name == "text_encoder" else dict(module.config)
+            configs[name] = {key: value for key, value in config.items() if not key.startswith("_")}  # no origin paths
+            tensors = {key: tensor.to(DTYPES[precision]) if tensor.is_floating_point() else tensor
+                       for key, tensor in module.state_dict().items()}  # fmt: skip
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+        text = json.dumps({"norm_scope": model.unet.norm_scope, "configs": configs})
+        (folder / "components.json").write_text(text, encoding="utf-8")
+
+    def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
+        """Rebuild the modules, without the base."""
+        description = json.loads((networks_folder / "components.json").read_text(encoding="utf-8"))
+        modules = _empty_modules(description["configs"], description["norm_scope"])
+        for name, module in modules.items():
+            module.load_state_dict(load_file(networks_folder / f"{name}.safetensors"), assign=True)
+            nn.Module.to(module.eval().requires_grad_(False), memory_format=torch.channels_last)
+        networks = build_networks(**modules)  # type: ignore[arg-type]
+        specs = network_specs(arch)
+        return {name: TorchEngine(network, specs[name], DTYPES[precision]) for name, network in networks.items()}
+
+
+def _empty_modules(configs: dict[str, dict], norm_scope: NormScope) -> dict[str, nn.Module]:
+    """The four modules in folded form, their weights on the meta device until they are loaded."""
+    with torch.device("meta"):
+        unet = VideoUNet(UNet2DConditionModel.from_config(configs["unet"]), norm_scope)
+        fold_temporal_output(unet)
+        controlnet = VideoControlNet(ControlNetModel.from_config(configs["controlnet"]), norm_scope)
+        vae = AutoencoderKL.from_config(configs["vae"])
+    # Not on meta: it keeps its position indices in a buffer that no weight file holds. It is small.
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))
+    return {"unet": unet, "controlnet": controlnet, "vae": vae, "text_encoder": text_encoder}

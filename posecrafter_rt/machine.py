@@ -1,0 +1,44 @@
+"""Facts about this machine's processor and memory that torch does not tell.
+
+Layer 0: reads /proc on Linux; elsewhere the answers are empty.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entries of /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def cpu_name() -> str:
+    """The processor's name, or its architecture where the system does not say."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> set[str]:
+    """Instruction-set flags, such as avx512_bf16 and amx_bf16."""
+    return set(_cpuinfo().get("flags", _cpuinfo().get("Features", "")).split())
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 natively (AVX-512 BF16, AMX, or Arm's BF16)."""
+    return bool(cpu_features() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,71 @@
+"""The compiled extension, if it is there: `affine_warp_paste` over raw pointers.
+
+Layer 2: the only importer of `posecrafter_rt._native`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posecrafter_rt.ops.reference import MODES
+
+BYTES_PER_THREAD = 4 << 20  # a thread writes this in about 0.4 ms; waking one for less costs more than it saves
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the extension's enum
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return import_module("posecrafter_rt._native"), None
+    except ImportError as error:
+        return None, f"the extension posecrafter_rt._native is not built ({error}); install with a C++ compiler present"
+
+
+def missing_reason() -> str | None:
+    """Why the extension cannot be used at all, or None."""
+    return _load()[1]
+
+
+@cache
+def cuda_missing_reason() -> str | None:
+    """Why the extension's CUDA path cannot be used, or None."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    error = module.cuda_error()
+    return None if error is None else f"the extension's CUDA path: {error}"
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built with (`cuda`, `openmp`, `cuda_archs`, `compiler`); empty without it."""
+    module, _ = _load()
+    return {} if module is None else dict(module.build_info())
+
+
+def paste(source: Tensor, out: Tensor, affines: Tensor, rects: Tensor, mode: str, *, lead: int, copy: bool) -> None:
+    """Write the edited frames into `out`.
+
+    Args:
+        source: (C, h, w), shared by all frames, or (F, C, h, w); contiguous. May be `out` on the CPU, not on CUDA.
+        out: (F, C, h, w) contiguous, dtype and device of source, **written**.
+        affines, rects: float32 (F - lead, R, 2, 3) and int64 (F - lead, R, 4), contiguous, on the same device.
+        lead: output frames before the first edited one. copy: write unedited pixels too.
+    """
+    module, reason = _load()
+    assert module is not None, reason
+    frames, channels, height, width = out.shape
+    shape = (frames, lead, affines.shape[1], channels, height, width)
+    form = (MODES.index(mode), DTYPES.index(out.dtype), source.ndim == 3, copy)
+    pointers = tuple(tensor.data_ptr() for tensor in (source, out, affines, rects))
+    if out.device.type == "cpu":
+        threads = max(1, min(torch.get_num_threads(), out.nbytes // BYTES_PER_THREAD))
+        module.affine_warp_paste_cpu(*pointers, shape, form, threads)
+        return
+    with torch.cuda.device(out.device):
+        module.affine_warp_paste_cuda(*pointers, shape, form, torch.cuda.current_stream().cuda_stream)

@@ -1,0 +1,121 @@
+"""Which backends each operator has, and why one cannot run here.
+
+Layer 2: declares constraints beside names; `doctor` lists them, the public operators choose by them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from posecrafter_rt.errors import BackendUnavailable
+from posecrafter_rt.ops import native
+
+logger = logging.getLogger(__name__)
+
+MAX_NATIVE_REGIONS = 1024
+MAX_HEAD_SIZE = 256
+MIN_CAPABILITY = (8, 0)
+
+Reason = Callable[..., str | None]
+
+
+def _reference(*tensors: Tensor, **sizes: int) -> str | None:
+    return None
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for a gradient: only the reference gives one."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _native(*tensors: Tensor, regions: int = 0) -> str | None:
+    if native.missing_reason() is not None:
+        return native.missing_reason()
+    if regions > MAX_NATIVE_REGIONS:
+        return f"{regions} regions; at most {MAX_NATIVE_REGIONS}"
+    if not tensors:
+        return None
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda"):
+        return f"no path for device {device}"
+    if device == "cuda" and native.cuda_missing_reason() is not None:
+        return native.cuda_missing_reason()
+    return "has no gradient" if needs_grad(*tensors) else None
+
+
+@cache
+def _triton_missing() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def _triton(*tensors: Tensor, heads: int = 0) -> str | None:
+    if _triton_missing() is not None:
+        return _triton_missing()
+    if not tensors:
+        return None
+    q = tensors[0]
+    if any(tensor.device.type != "cuda" for tensor in tensors):
+        return f"needs CUDA tensors, got {q.device.type}"
+    if torch.cuda.get_device_capability(q.device) < MIN_CAPABILITY:
+        return "needs compute capability 8.0 or newer"
+    if any(tensor.dtype != q.dtype for tensor in tensors[:3]) or q.dtype not in native.DTYPES:
+        return f"dtypes {', '.join(str(tensor.dtype) for tensor in tensors[:3])}; one of fp32, fp16, bf16 for all"
+    head_size = q.shape[-1] // heads
+    if head_size % 8 or head_size > MAX_HEAD_SIZE:
+        return f"head size {head_size}; a multiple of 8 up to {MAX_HEAD_SIZE}"
+    if any(tensor.stride(-1) != 1 for tensor in tensors):
+        return "channels must be contiguous"
+    return "has no gradient" if needs_grad(*tensors) else None
+
+
+BACKENDS: dict[str, dict[str, Reason]] = {  # in order of preference
+    "affine_warp_paste": {"native": _native, "reference": _reference},
+    "keyframe_attention": {"triton": _triton, "reference": _reference},
+    "temporal_attention": {"triton": _triton, "reference": _reference},
+}
+
+
+def unsupported_reason(op: str, backend: str, *tensors: Tensor, **sizes: int) -> str | None:
+    """Why `backend` cannot run operator `op`, or None if it can.
+
+    Args:
+        op, backend: a name of BACKENDS and one of its entries.
+        tensors: the operator's tensors; without them only the machine and the build are judged.
+        sizes: what tensors do not show: `heads` for the attentions, `regions` for affine_warp_paste.
+    Raises: BackendUnavailable for an unknown name.
+    """
+    if backend not in BACKENDS.get(op, {}):
+        known = ", ".join(f"{name}: {'/'.join(backends)}" for name, backends in BACKENDS.items())
+        raise BackendUnavailable(f"no backend {backend!r} of operator {op!r}", f"known are {known}")
+    return BACKENDS[op][backend](*tensors, **sizes)
+
+
+def choose_backend(op: str, backend: str | None, *tensors: Tensor, **sizes: int) -> str:
+    """The backend to run: the named one, or with None the first that can.
+
+    Raises: BackendUnavailable if a named backend cannot run these tensors (message says why).
+    """
+    if backend is not None:
+        reason = unsupported_reason(op, backend, *tensors, **sizes)
+        if reason is not None:
+            raise BackendUnavailable(f"{op}: backend {backend!r} cannot run: {reason}", "pass backend=None to choose")
+        return backend
+    for name in BACKENDS[op]:
+        reason = unsupported_reason(op, name, *tensors, **sizes)
+        if reason is None:
+            return name
+        _log_refusal(op, name, reason)
+    raise BackendUnavailable(f"{op}: no backend can run")  # never: the reference refuses nothing
+
+
+@cache
+def _log_refusal(op: str, name: str, reason: str) -> None:
+    logger.info("%s: backend %s not used: %s", op, name, reason)

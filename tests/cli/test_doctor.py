@@ -1,0 +1,108 @@
+"""Tests of `doctor` and its checks.
+
+Tests; what the machine has is replaced where the answer would depend on it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from posecrafter_rt.cli import checks
+from posecrafter_rt.cli.checks import Finding
+from posecrafter_rt.cli.main import app
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["doctor", *arguments])
+
+
+def test_json_and_exit_code_agree() -> None:
+    result = run("--json")
+    report = json.loads(result.stdout)
+    assert list(report["sections"]) == list(checks.SECTIONS)
+    assert result.exit_code == (0 if report["usable"] else 1)
+
+
+def test_every_operator_backend_is_listed_with_a_reason_or_can_run() -> None:
+    findings = checks.check_operators()
+    names = {finding.name for finding in findings}
+    assert {"affine_warp_paste: reference", "keyframe_attention: triton", "native extension"} <= names
+    assert all(finding.detail for finding in findings)
+    assert all(finding.status == "ok" for finding in findings if finding.name.endswith("reference"))
+
+
+def test_the_table_shows_marks_and_mends(monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = [
+        Finding("present", "ok", "version 1"),
+        Finding("extra", "absent", "not installed", "pip install extra"),
+        Finding("needed", "failed", "broken", "pip install needed"),
+    ]
+    monkeypatch.setattr(checks, "SECTIONS", {"parts": lambda: findings})
+    result = run()
+    assert result.exit_code == 1
+    lines = [line.split() for line in result.stdout.splitlines() if line.strip()]
+    assert lines[:6] == [
+        ["parts"], ["ok", "present", "version", "1"], ["-", "extra", "not", "installed"], ["pip", "install", "extra"],
+        ["FAILED", "needed", "broken"], ["pip", "install", "needed"],
+    ]  # fmt: skip
+    assert lines[6][0] == "1"
+
+
+def test_what_is_optional_does_not_make_a_machine_unusable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "SECTIONS", {"parts": lambda: [Finding("extra", "absent", "not installed")]})
+    assert run().exit_code == 0
+
+
+@pytest.mark.parametrize("error", [ImportError("no module named torch"), OSError("libcudart.so: cannot open\nmore")])
+def test_a_broken_package_is_a_finding(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def broken() -> list[Finding]:
+        raise error
+
+    monkeypatch.setattr(checks, "SECTIONS", {"devices": broken, "rest": lambda: [Finding("x", "ok", "fine")]})
+    sections = checks.run_checks()
+    assert sections["devices"][0].status == "failed"
+    assert sections["devices"][0].detail == str(error).splitlines()[0]
+    assert sections["rest"][0].status == "ok"
+
+
+def test_missing_packages_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "installed", lambda name: None)
+    found = {finding.name: finding for finding in checks.check_packages()}
+    assert (found["torch"].status, found["torch"].mend) == ("failed", "pip install torch")
+    assert (found["rtmlib"].status, found["rtmlib"].mend) == ("absent", "pip install 'posecrafter-rt[poses]'")
+
+
+def test_another_build_of_opencv_serves_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "opencv-python":
+            return "4.10"
+        raise checks.PackageNotFoundError(name)
+
+    monkeypatch.setattr(checks, "version", version)
+    assert checks.installed("opencv-python-headless") == "4.10 (opencv-python)"
+    assert checks.installed("torch") is None
+
+
+@pytest.mark.parametrize(("free_bytes", "status"), [(10_000, "absent"), (10**12, "ok")])
+def test_room_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_bytes: int, status: str) -> None:
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / "not" / "yet"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free_bytes))
+    cache = next(finding for finding in checks.check_storage() if finding.name == "cache")
+    assert cache.status == status
+    assert not (tmp_path / "not").exists()
+
+
+def test_a_video_library_without_h264_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    def refuse(name: str, mode: str) -> None:
+        raise ValueError(name)
+
+    monkeypatch.setattr(av.codec, "Codec", refuse)
+    assert checks.check_video()[0].status == "failed"

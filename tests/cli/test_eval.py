@@ -1,0 +1,73 @@
+"""Tests of `eval`.
+
+Tests; no layer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from posecrafter_rt.cli.main import app
+from posecrafter_rt.evaluate.metrics import psnr, ssim
+from posecrafter_rt.video_io import read_video, write_png, write_video
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders of pictures that differ by noise: 3 rendered ones, and 5 true ones of which 1 to 3 are the same."""
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 256, (5, 32, 48, 3), np.uint8)
+    noisy = np.clip(truth[1:4] + random.normal(0, 10, (3, 32, 48, 3)), 0, 255).astype(np.uint8)
+    for name, frames in (("rendered", noisy), ("truth", truth)):
+        for index, frame in enumerate(frames):
+            (tmp_path / name).mkdir(exist_ok=True)
+            write_png(tmp_path / name / f"{index}.png", frame)
+    return tmp_path / "rendered", tmp_path / "truth"
+
+
+def test_json_holds_the_metrics_of_the_named_frames(clips: tuple[Path, Path]) -> None:
+    result = run(*clips, "--range", "1:4", "--json")
+    frames, truth = read_video(clips[0]).frames, read_video(clips[1]).frames[1:4]
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {
+        "frames": 3, "height": 32, "width": 48, "psnr": psnr(frames, truth), "ssim": ssim(frames, truth),
+    }  # fmt: skip
+
+
+def test_the_table_is_for_reading(clips: tuple[Path, Path]) -> None:
+    output = run(*clips, "--range", "1:4").stdout
+    assert "dB" in output and "SSIM" in output and "3 of 32x48" in output
+
+
+def test_clips_of_different_lengths_are_refused(clips: tuple[Path, Path]) -> None:
+    result = run(*clips)
+    assert result.exit_code == 1
+    assert "has 3 frames" in result.stderr and "has 5" in result.stderr and "--range" in result.stderr
+
+
+def test_a_truth_of_another_size_is_fitted(clips: tuple[Path, Path], tmp_path: Path) -> None:
+    large = np.repeat(np.repeat(read_video(clips[0]).frames, 2, axis=1), 2, axis=2)
+    write_video(tmp_path / "large.mp4", large, 25.0, force=False)
+    result = run(clips[0], tmp_path / "large.mp4", "--json")
+    assert json.loads(result.stdout)["height"] == 32
+
+
+@pytest.mark.parametrize("bad", ["absent.mp4", "torn.mp4"])
+def test_bad_videos_are_one_line(clips: tuple[Path, Path], tmp_path: Path, bad: str) -> None:
+    (tmp_path / "torn.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42")
+    result = run(tmp_path / bad, clips[1])
+    assert result.exit_code == 1
+    assert bad in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_bad_range_is_bad_usage(clips: tuple[Path, Path]) -> None:
+    assert run(*clips, "--range", "4:1").exit_code == 2

@@ -1,0 +1,106 @@
+"""Every network keeps the contract of `spec`, and computes what diffusers' and transformers' modules do."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel
+
+from posecrafter_rt.models.networks import fold_pair
+from posecrafter_rt.spec import NETWORK_NAMES, Architecture, network_specs
+
+EXACT = {"rtol": 1e-4, "atol": 1e-5}
+SIZES = {"frames": 3, "groups": 1, "steps": 5, "height": 32, "width": 48}
+
+
+def _size(dim: int | str) -> int:
+    if isinstance(dim, int):
+        return dim
+    name, _, divisor = dim.partition("/")
+    return SIZES[name] // int(divisor or 1)
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+@torch.no_grad()
+def test_forward_takes_and_returns_what_the_spec_lists(name: str, tiny_model) -> None:
+    spec, generator = network_specs(tiny_model.architecture())[name], torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randint(0, 500, shape, generator=generator) if tensor.dtype == "int64"
+        else torch.randn(shape, generator=generator)
+        for tensor in spec.inputs for shape in [tuple(map(_size, tensor.dims))]
+    ]  # fmt: skip
+    outputs = tiny_model.networks()[name](*inputs)
+    assert [tuple(output.shape) for output in outputs] == [tuple(map(_size, tensor.dims)) for tensor in spec.outputs]
+    assert all(output.dtype == torch.float32 and output.isfinite().all() for output in outputs)
+
+
+def test_networks_have_the_specs_names_and_share_their_weights(tiny_model) -> None:
+    networks = tiny_model.networks()
+    assert tuple(networks) == NETWORK_NAMES
+    unet = dict(networks["unet"].named_parameters())
+    assert all(unet[name] is tensor for name, tensor in networks["prompt_kv"].named_parameters() if name in unet)
+    assert {name.split(".")[0] for network in networks.values() for name, _ in network.named_parameters()} == {
+        "unet", "controlnet", "vae", "text_encoder"}  # fmt: skip
+
+
+def test_architecture_reads_the_sizes_and_survives_json(tiny_model) -> None:
+    architecture = tiny_model.architecture()
+    assert architecture.vae_scale_factor == 2 and architecture.size_multiple == 4
+    assert (architecture.text_tokens, architecture.text_channels, architecture.latent_channels) == (77, 32, 4)
+    assert architecture.residuals == ((32, 1), (32, 1), (32, 2), (64, 2)) and architecture.mid_residual == (64, 2)
+    assert Architecture.from_json(architecture.to_json()) == architecture
+
+
+@torch.no_grad()
+def test_vae_equals_diffusers_and_takes_the_mode(tiny_base, tiny_model) -> None:
+    vae, networks = AutoencoderKL.from_pretrained(tiny_base / "vae").eval(), tiny_model.networks()
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (latents,) = networks["vae_encoder"](pixels)
+    torch.testing.assert_close(latents, vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor, **EXACT)
+    (decoded,) = networks["vae_decoder"](latents)
+    torch.testing.assert_close(decoded, vae.decode(latents / vae.config.scaling_factor).sample, **EXACT)
+
+
+@torch.no_grad()
+def test_text_encoder_equals_transformers(tiny_base, tiny_model) -> None:
+    input_ids = tiny_model.tokenize(["a person waving", "a red hat"])
+    assert input_ids.shape == (2, 77) and input_ids.dtype == torch.int64
+    expected = CLIPTextModel.from_pretrained(tiny_base / "text_encoder").eval()(input_ids).last_hidden_state
+    (found,) = tiny_model.networks()["text_encoder"](input_ids)
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_long_prompts_are_cut(tiny_model) -> None:
+    assert tiny_model.tokenize(["person " * 200]).shape == (1, 77)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_folding_the_temporal_output_changes_nothing(dtype, tiny_model, clip, predict) -> None:
+    model = tiny_model.to(dtype=dtype)
+    inputs = {name: tensor.to(dtype) for name, tensor in clip(3).items()}
+    if dtype == torch.bfloat16:  # only that every part keeps its type: rounding differs
+        model.fold()
+        assert {parameter.dtype for parameter in model.unet.parameters()} == {dtype}
+        return
+    expected = predict(model, **inputs)
+    names = {name for name, _ in model.unet.named_parameters()}
+    model.fold()
+    torch.testing.assert_close(predict(model, **inputs), expected, **EXACT)
+    folded = {name for name, _ in model.unet.named_parameters()}
+    assert not any(".conv_temp." in name or ".attn_temp.to_out." in name for name in folded)
+    assert {name.replace(".temporal_out.", ".conv_temp.") for name in folded} <= names
+    once = deepcopy(model.unet.state_dict())
+    model.fold()  # nothing is left to fold
+    assert once.keys() == model.unet.state_dict().keys()
+
+
+def test_fold_pair_is_the_composition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outer, inner = (torch.nn.Linear(6, 6, dtype=torch.float64) for _ in range(2))
+    weight, bias = fold_pair(outer.weight, outer.bias, inner.weight, inner.bias)
+    x = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(x @ weight.T + bias, outer(inner(x)), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,215 @@
+"""Stable Diffusion in one file: every tensor arrives, nothing is fetched, and no pickle runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from posecrafter_rt.errors import CheckpointError, ModelError
+from posecrafter_rt.models import sources
+from posecrafter_rt.models.loading import load_base
+from posecrafter_rt.models.single_file import read_weights
+
+CLASSES = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "controlnet": ControlNetModel,
+    "text_encoder": CLIPTextModel,
+}
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def tiny_files(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original_layout: Callable
+) -> dict[str, Path]:
+    """The tiny base as one file, its ControlNet and VAE as files of their own; its sizes stand for the packaged ones."""
+    monkeypatch.setattr(sources, "SD15_FOLDER", tiny_base)
+    models = {name: cls.from_pretrained(tiny_base / name) for name, cls in CLASSES.items()}
+    layouts = {name: original_layout(name, model) for name, model in models.items()}
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("base", "controlnet", "vae")}
+    save_file({**layouts["unet"], **layouts["vae"], **layouts["text_encoder"]}, files["base"])
+    save_file(layouts["controlnet"], files["controlnet"])
+    save_file(original_layout("vae", models["vae"], prefix=""), files["vae"])
+    return files
+
+
+def _assert_equal(left, right) -> None:
+    for name in ("unet", "controlnet", "vae", "text_encoder"):
+        expected, found = getattr(left, name).state_dict(), getattr(right, name).state_dict()
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(tensor, found[key]), f"{name}.{key}"
+
+
+@pytest.mark.usefixtures("no_network")
+def test_one_file_equals_the_folder(tiny_base: Path, tiny_files: dict[str, Path]) -> None:
+    folder = load_base(str(tiny_base))
+    single = load_base(str(tiny_files["base"]), controlnet=str(tiny_files["controlnet"]), vae=str(tiny_files["vae"]))
+    _assert_equal(folder, single)
+    assert single.scheduler_config == folder.scheduler_config
+    assert single.settings.size == (512, 512)  # the paper's: a file has no settings of its own
+
+
+def test_torch_files_and_diffusers_names_load_too(tiny_base: Path, tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "base.ckpt"
+    torch.save({"state_dict": read_weights(tiny_files["base"]), "epoch": 3}, checkpoint)
+    controlnet = tiny_base / "controlnet" / "diffusion_pytorch_model.safetensors"
+    _assert_equal(load_base(str(tiny_base)), load_base(str(checkpoint), controlnet=str(controlnet)))
+
+
+def test_dtype_is_the_one_asked_for(tiny_files: dict[str, Path]) -> None:
+    model = load_base(str(tiny_files["base"]), controlnet=str(tiny_files["controlnet"]), dtype=torch.bfloat16)
+    for module in model.modules().values():
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "lost", ["model.diffusion_model.input_blocks.1.1.norm.weight", "first_stage_model.quant_conv.weight",
+             "cond_stage_model.transformer.text_model.final_layer_norm.weight", "model.diffusion_model.out.2.bias"]
+)  # fmt: skip
+def test_a_missing_tensor_is_an_error(lost: str, tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    tensors = read_weights(tiny_files["base"])
+    del tensors[lost]
+    save_file(tensors, tmp_path / "lost.safetensors")
+    with pytest.raises(ModelError, match=r"lost\.safetensors"):
+        load_base(str(tmp_path / "lost.safetensors"), controlnet=str(tiny_files["controlnet"]))
+
+
+def test_a_foreign_file_is_an_error(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ModelError, match=r"foreign\.safetensors"):
+        load_base(str(tmp_path / "foreign.safetensors"), controlnet=str(tiny_files["controlnet"]))
+
+
+def test_a_tensor_of_another_shape_is_an_error(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    tensors = read_weights(tiny_files["base"])
+    tensors["model.diffusion_model.out.2.bias"] = torch.zeros(9)
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match="conv_out.bias in another shape"):
+        load_base(str(tmp_path / "other.safetensors"), controlnet=str(tiny_files["controlnet"]))
+
+
+def test_truncated_file_is_one_line(tiny_files: dict[str, Path]) -> None:
+    content = tiny_files["base"].read_bytes()
+    tiny_files["base"].write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError, match="truncated") as raised:
+        load_base(str(tiny_files["base"]), controlnet=str(tiny_files["controlnet"]))
+    assert "\n" not in str(raised.value)
+
+
+class _Harm:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_pickle_with_code_does_not_run(suffix: str, writer: str, tmp_path: Path) -> None:
+    path, trace = tmp_path / f"harm{suffix}", tmp_path / "trace"
+    if writer == "torch":
+        torch.save({"state_dict": _Harm(trace)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"state_dict": _Harm(trace)}))
+    for load in (lambda: load_base(str(path)), lambda: read_weights(path)):
+        with pytest.raises(ModelError) as raised:
+            load()
+        assert "\n" not in str(raised.value) and not trace.exists()
+    with pytest.raises(CheckpointError, match="could run code"):
+        read_weights(path, CheckpointError)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04broken"])
+def test_a_file_of_something_else_is_one_line(content: bytes, tmp_path: Path) -> None:
+    for suffix in (".pt", ".safetensors"):
+        path = tmp_path / f"x{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(ModelError) as raised:
+            read_weights(path)
+        assert "\n" not in str(raised.value)
+
+
+def test_files_without_named_tensors(tmp_path: Path) -> None:
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    with pytest.raises(ModelError, match="no tensors by name"):
+        read_weights(tmp_path / "list.pt")
+    with pytest.raises(ModelError, match="there is no file"):
+        read_weights(tmp_path / "absent.pt")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_packaged_tokenizer_is_clips() -> None:
+    folder = sources.SD15_FOLDER / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    # The ids that OpenAI's CLIP gives.
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer("A PERSON").input_ids == [49406, 320, 2533, 49407]
+    padded = tokenizer("a person", padding="max_length", max_length=77).input_ids
+    assert len(padded) == 77 and set(padded[3:]) == {49407}
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert len(vocabulary) == 49408 and len(merges) == 48894
+    names = sorted(vocabulary, key=vocabulary.__getitem__)
+    assert names[512:-2] == ["".join(merge.split(" ")) for merge in merges]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_network")
+def test_stable_diffusion_15_in_one_file(tmp_path: Path, original_layout: Callable) -> None:
+    """At real size, in bf16: what is written is what arrives, with the packaged configuration alone."""
+    from transformers import CLIPTextConfig
+
+    folder, generator = sources.SD15_FOLDER, torch.Generator().manual_seed(0)
+    tensors, expected = {}, {}
+    noise = torch.randn(1 << 16, generator=generator).bfloat16()
+    for name, cls in CLASSES.items():
+        config = json.loads((folder / name / "config.json").read_text())
+        with torch.device("meta"):
+            is_text = name == "text_encoder"
+            model = cls(CLIPTextConfig.from_pretrained(folder / name)) if is_text else cls.from_config(config)
+        model = model.to(torch.bfloat16).to_empty(device="cpu")
+        for index, parameter in enumerate(model.parameters()):
+            parameter.data = (
+                noise.roll(index)
+                .repeat(-(-parameter.numel() // len(noise)))[: parameter.numel()]
+                .reshape(parameter.shape)
+            )
+        expected[name] = {key: value[:1].clone() for key, value in model.state_dict().items()}
+        tensors[name] = original_layout(name, model)
+        del model
+    controlnet, base = tmp_path / "controlnet.safetensors", tmp_path / "base.safetensors"
+    save_file(tensors.pop("controlnet"), controlnet)
+    save_file({key: value for part in tensors.values() for key, value in part.items()}, base)
+    tensors.clear()
+    try:
+        loaded = load_base(str(base), controlnet=str(controlnet), dtype=torch.bfloat16)
+    finally:
+        shutil.rmtree(tmp_path)
+    for name, slices in expected.items():
+        state = getattr(loaded, name).state_dict()
+        assert all(torch.equal(state[key][:1], value) for key, value in slices.items())
+    temporal = [block for block in loaded.unet.transformer_blocks() if hasattr(block, "attn_temp")]
+    assert len(temporal) == 15 and torch.equal(temporal[0].attn_temp.to_q.weight, temporal[0].attn1.to_q.weight)

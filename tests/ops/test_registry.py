@@ -1,0 +1,61 @@
+"""Which backends exist, what each refuses and in what words.
+
+Tests of posecrafter_rt/ops/registry.py.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from posecrafter_rt.errors import BackendUnavailable
+from posecrafter_rt.ops import BACKENDS, native, registry, unsupported_reason
+
+
+def test_every_operator_ends_with_a_reference_that_refuses_nothing() -> None:
+    for op, backends in BACKENDS.items():
+        assert list(backends)[-1] == "reference"
+        assert unsupported_reason(op, "reference") is None
+
+
+def test_unknown_names_are_named() -> None:
+    with pytest.raises(BackendUnavailable, match="'flash'") as caught:
+        unsupported_reason("keyframe_attention", "flash")
+    assert "triton" in str(caught.value.hint)
+    with pytest.raises(BackendUnavailable, match="'attention'"):
+        unsupported_reason("attention", "reference")
+
+
+def test_native_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "missing_reason", lambda: None)
+    latent = torch.zeros(1, 2, 2)
+    assert unsupported_reason("affine_warp_paste", "native", latent, regions=1024) is None
+    assert "1025 regions" in str(unsupported_reason("affine_warp_paste", "native", latent, regions=1025))
+    assert "meta" in str(unsupported_reason("affine_warp_paste", "native", latent.to("meta")))
+    assert "gradient" in str(unsupported_reason("affine_warp_paste", "native", latent.requires_grad_()))
+    monkeypatch.setattr(native, "missing_reason", lambda: "not built")
+    assert unsupported_reason("affine_warp_paste", "native") == "not built"
+
+
+def test_triton_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(1, 2, 16)
+    assert unsupported_reason("keyframe_attention", "triton", q, q, q, heads=2) == registry._triton_missing() or (
+        torch.cuda.is_available()
+    )
+    monkeypatch.setattr(registry, "_triton_missing", lambda: None)
+    assert "CUDA tensors, got cpu" in str(unsupported_reason("keyframe_attention", "triton", q, q, q, heads=2))
+
+
+def test_a_missing_extension_is_one_line_and_the_reference_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "missing_reason", lambda: "the extension is not built")
+    registry._log_refusal.cache_clear()
+    with caplog.at_level(logging.INFO, logger="posecrafter_rt.ops.registry"):
+        for _ in range(2):
+            assert registry.choose_backend("affine_warp_paste", None, torch.zeros(1, 2, 2), regions=1) == "reference"
+    assert caplog.messages == ["affine_warp_paste: backend native not used: the extension is not built"]
+    with pytest.raises(BackendUnavailable, match="not built"):
+        registry.choose_backend("affine_warp_paste", "native", torch.zeros(1, 2, 2), regions=1)

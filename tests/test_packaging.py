@@ -1,0 +1,125 @@
+"""What pyproject.toml, setup.py, the Makefile and the sources say of each other agrees.
+
+Tests; `make wheel` builds and imports a real wheel, this is what can be told without building.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posecrafter_rt import __version__
+from posecrafter_rt.cli import checks
+from posecrafter_rt.cli.main import COMMANDS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+MAX_EMBEDDED_BYTES = 30_000_000
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def constant(name: str) -> Any:
+    """A literal that setup.py assigns, without running it."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"setup.py has no {name}")
+
+
+def package_folders() -> dict[str, Path]:
+    """Every folder with an __init__.py, by the name it is imported as."""
+    roots = {"posecrafter_rt": ROOT / "posecrafter_rt"}
+    roots |= {name: ROOT / folder for name, folder in constant("PACKAGE_DIR").items()}
+    return {
+        ".".join([name, *path.parent.relative_to(folder).parts]): path.parent
+        for name, folder in roots.items()
+        for path in folder.rglob("__init__.py")
+    }
+
+
+def distribution(requirement: str) -> str:
+    """`triton>=3.2; sys_platform == 'linux'` → `triton`."""
+    return re.split(r"[<>=!~;\[ ]", requirement, maxsplit=1)[0]
+
+
+def test_setup_lists_every_package() -> None:
+    assert sorted(constant("PACKAGES")) == sorted(package_folders())
+
+
+def test_every_python_file_is_in_a_package() -> None:
+    folders = set(package_folders().values())
+    stray = {path for root in ("posecrafter_rt", "kernels", "export") for path in (ROOT / root).rglob("*.py")}
+    stray = {path for path in stray if path.parent not in folders}
+    assert not stray
+
+
+def test_every_data_file_is_packed(pyproject: dict[str, Any]) -> None:
+    patterns = pyproject["tool"]["setuptools"]["package-data"]
+    homes = {"posecrafter_rt": ROOT / "posecrafter_rt"}
+    homes |= {name: ROOT / folder for name, folder in constant("PACKAGE_DIR").items()}
+    for name, home in homes.items():
+        files = [path for path in home.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".so")]
+        for path in files:
+            relative = path.relative_to(home).as_posix()
+            wanted = [pattern.removeprefix("**/") for pattern in patterns.get(name, ())]
+            assert any(fnmatch.fnmatch(path.name, pattern) for pattern in wanted), f"{name}: {relative} is not packed"
+
+
+def test_the_embedded_base_is_small() -> None:
+    base = ROOT / "posecrafter_rt" / "embedded" / "base"
+    assert sum(path.stat().st_size for path in base.rglob("*") if path.is_file()) <= MAX_EMBEDDED_BYTES
+
+
+def test_doctor_knows_every_dependency(pyproject: dict[str, Any]) -> None:
+    project = pyproject["project"]
+    assert {distribution(line) for line in project["dependencies"]} == set(checks.CORE)
+    extras = project["optional-dependencies"]
+    for name, (extra, _) in checks.OPTIONAL.items():
+        assert name in {distribution(line) for line in extras[extra]}, name
+    run_time = {distribution(line) for extra in ("cuda", "poses", "mediapipe", "demo") for line in extras[extra]}
+    assert run_time <= set(checks.OPTIONAL) | set(checks.CORE)
+
+
+def test_torch_is_a_range_in_the_metadata_and_a_choice_in_the_makefile(pyproject: dict[str, Any]) -> None:
+    assert "torch>=2.6" in pyproject["project"]["dependencies"]
+    assert re.search(r"^TORCH \?= torch==[\d.]+$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_tools_are_pinned_once(pyproject: dict[str, Any]) -> None:
+    tools = {"pytest", "hypothesis", "ruff", "mypy", "clang-format", "build"}
+    extras = pyproject["project"]["optional-dependencies"]
+    pinned = [distribution(line) for lines in extras.values() for line in lines if "==" in line]
+    assert sorted(name for name in pinned if name in tools) == sorted(tools)
+    for other in ("Makefile", ".ci/run"):
+        assert not re.search(r"(pytest|ruff|mypy|clang-format)==", (ROOT / other).read_text())
+
+
+def test_the_changelog_knows_this_version() -> None:
+    assert re.search(rf"^## {re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_module(name: str) -> None:
+    assert (ROOT / "posecrafter_rt" / "cli" / f"{name.replace('-', '_')}.py").is_file()
+
+
+def test_every_source_file_opens_with_its_job_and_layer() -> None:
+    for root in ("posecrafter_rt", "kernels", "export"):
+        for path in (ROOT / root).rglob("*.py"):
+            source = path.read_text(encoding="utf-8")
+            doc = ast.get_docstring(ast.parse(source)) or ""
+            assert doc or not source.strip(), f"{path.relative_to(ROOT)} does not say what it is for"

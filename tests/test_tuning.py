@@ -1,0 +1,175 @@
+"""Tuning: what it trains, that a seed reproduces it, and that an interrupted run ends like an unbroken one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.errors import CheckpointError, OutputExists, PoseCrafterError, PoseError
+from posecrafter_rt.models.loading import load_base, named_parameters
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.tuning import (
+    TuneOptions,
+    TuneStatus,
+    choose_frames,
+    learning_rate_at,
+    load_clip,
+    resolve_precision,
+    trainable_parameters,
+    tune,
+)
+from posecrafter_rt.video_io import write_video
+
+SIZE = (32, 32)
+
+
+@pytest.fixture
+def clip() -> tuple[np.ndarray, PoseSequence]:
+    rng = np.random.default_rng(0)
+    keypoints = np.concatenate([rng.uniform(2, 30, (5, 134, 2)), np.ones((5, 134, 1))], axis=-1)
+    return rng.integers(0, 256, (5, *SIZE, 3), np.uint8), PoseSequence(keypoints.astype(np.float32), SIZE, 25.0)
+
+
+@pytest.fixture
+def options(tiny_base: Path) -> TuneOptions:
+    return TuneOptions(base=str(tiny_base), frames=3, steps=4, precision="fp32")
+
+
+def same_tensors(a: Checkpoint, b: Checkpoint) -> bool:
+    return a.tensors.keys() == b.tensors.keys() and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def interrupt_at(step: int) -> Callable[[TuneStatus], None]:
+    def on_step(status: TuneStatus) -> None:
+        if status.step == step:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def test_trains_exactly_the_methods_parameters(clip, options, tmp_path: Path) -> None:
+    checkpoint = tune(*clip, tmp_path / "a.ckpt", options)
+    model = load_base(options.base)
+    expected = {
+        name for name, _ in named_parameters(model)
+        if ".attn1.to_out." in name or ".attn_temp." in name or ".conv_temp." in name
+    }  # fmt: skip
+    assert set(checkpoint.tensors) == expected
+    assert not any(name.startswith("controlnet") and "temp" in name for name in expected)
+    changed = {name for name, parameter in named_parameters(model) if name in expected
+               and not torch.equal(parameter, checkpoint.tensors[name])}  # fmt: skip
+    assert {name for name in expected if ".conv_temp." in name} <= changed
+
+
+def test_a_seed_reproduces_and_another_differs(clip, options, tmp_path: Path) -> None:
+    first = tune(*clip, tmp_path / "a.ckpt", options)
+    again = tune(*clip, tmp_path / "b.ckpt", options)
+    other = tune(*clip, tmp_path / "c.ckpt", TuneOptions(**{**vars(options), "seed": 1}))
+    assert same_tensors(first, again)
+    assert not same_tensors(first, other)
+
+
+def test_the_file_holds_what_was_returned(clip, options, tmp_path: Path) -> None:
+    checkpoint = tune(*clip, tmp_path / "a.ckpt", options)
+    loaded = Checkpoint.load(tmp_path / "a.ckpt")
+    assert same_tensors(checkpoint, loaded)
+    assert loaded.metadata["steps"] == 4 and loaded.metadata["base"] == options.base
+    assert np.array_equal(loaded.frames, clip[0][[0, 2, 4]])
+
+
+def test_an_interrupted_run_resumes_to_the_same_result(clip, options, tmp_path: Path) -> None:
+    unbroken = tune(*clip, tmp_path / "a.ckpt", options)
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "b.ckpt", options, on_step=interrupt_at(2))
+    assert not (tmp_path / "b.ckpt").exists() and (tmp_path / "b.ckpt.partial").exists()
+    steps: list[int] = []
+    resumed = tune(*clip, tmp_path / "b.ckpt", options, on_step=lambda status: steps.append(status.step))
+    assert steps == [3, 4]
+    assert same_tensors(unbroken, resumed)
+    assert not (tmp_path / "b.ckpt.partial").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn"])
+def test_a_torn_or_foreign_partial_state_is_passed_over(clip, options, tmp_path: Path, content: bytes) -> None:
+    unbroken = tune(*clip, tmp_path / "a.ckpt", options)
+    (tmp_path / "b.ckpt.partial").write_bytes(content)
+    assert same_tensors(unbroken, tune(*clip, tmp_path / "b.ckpt", options))
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "c.ckpt", TuneOptions(**{**vars(options), "seed": 7}), on_step=interrupt_at(1))
+    assert same_tensors(unbroken, tune(*clip, tmp_path / "c.ckpt", options))
+
+
+def test_no_resume_starts_over(clip, options, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "a.ckpt", options, on_step=interrupt_at(2))
+    steps: list[int] = []
+    tune(*clip, tmp_path / "a.ckpt", options, resume=False, on_step=lambda status: steps.append(status.step))
+    assert steps == [1, 2, 3, 4]
+
+
+def test_bf16_and_gradient_checkpointing_run(clip, options, tmp_path: Path) -> None:
+    plain = tune(*clip, tmp_path / "a.ckpt", options)
+    recomputed = tune(*clip, tmp_path / "b.ckpt", TuneOptions(**{**vars(options), "gradient_checkpointing": True}))
+    for name, tensor in plain.tensors.items():
+        torch.testing.assert_close(recomputed.tensors[name], tensor, rtol=1e-4, atol=1e-5)
+    half = tune(*clip, tmp_path / "c.ckpt", TuneOptions(**{**vars(options), "precision": "bf16"}))
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in half.tensors.values())
+
+
+def test_refuses_to_overwrite_before_any_work(clip, options, tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_text("mine")
+    with pytest.raises(OutputExists):
+        tune(*clip, tmp_path / "a.ckpt", options)
+    assert (tmp_path / "a.ckpt").read_text() == "mine"
+
+
+def test_frames_and_poses_must_pair_up(clip, options, tmp_path: Path) -> None:
+    frames, poses = clip
+    with pytest.raises(PoseError, match="4 frames but 5 poses"):
+        tune(frames[:4], poses, tmp_path / "a.ckpt", options)
+
+
+def test_a_diverging_loss_is_an_error_that_writes_nothing(clip, options, tmp_path: Path) -> None:
+    wild = TuneOptions(**{**vars(options), "learning_rate": 1e30, "steps": 20})
+    with pytest.raises(PoseCrafterError, match="the loss became"):
+        tune(*clip, tmp_path / "a.ckpt", wild)
+    assert not (tmp_path / "a.ckpt").exists()
+
+
+def test_patterns_that_match_nothing_are_an_error(tiny_model) -> None:
+    with pytest.raises(CheckpointError, match="matches"):
+        trainable_parameters(tiny_model, ("no_such_layer",))
+
+
+@pytest.mark.parametrize(("available", "wanted", "chosen"), [(36, 8, [0, 5, 10, 15, 20, 25, 30, 35]), (3, 8, [0, 1, 2]), (5, 1, [0])])
+def test_choose_frames(available: int, wanted: int, chosen: list[int]) -> None:
+    assert choose_frames(available, wanted).tolist() == chosen
+
+
+def test_learning_rate_is_constant_or_falls_to_a_tenth() -> None:
+    assert {learning_rate_at(step, 100, decay=False) for step in range(100)} == {1.0}
+    rates = [learning_rate_at(step, 100, decay=True) for step in range(100)]
+    assert rates[0] < rates[19] and rates[20:] == sorted(rates[20:], reverse=True)
+    assert learning_rate_at(100, 100, decay=True) == pytest.approx(0.1)
+
+
+def test_resolve_precision() -> None:
+    assert resolve_precision("cpu", "fp32") == ("cpu", "fp32")
+    assert resolve_precision("cpu", "auto")[1] in ("fp32", "bf16")
+    with pytest.raises(PoseCrafterError, match="fp8"):
+        resolve_precision("cpu", "fp8")
+
+
+def test_load_clip_moves_poses_with_frames_and_takes_the_window(clip, tmp_path: Path) -> None:
+    frames, poses = clip
+    write_video(tmp_path / "v.mp4", frames, 25.0)
+    loaded, moved = load_clip(tmp_path / "v.mp4", poses, (64, 64), slice(1, 4))
+    assert loaded.shape == (3, 64, 64, 3) and moved.canvas == (64, 64)
+    np.testing.assert_allclose(moved.keypoints[..., :2], (poses.keypoints[1:4, :, :2] + 0.5) * 2 - 0.5, rtol=1e-5)
+    with pytest.raises(PoseError, match="5 frames but there are 2 poses"):
+        load_clip(tmp_path / "v.mp4", poses[:2], SIZE, slice(None))
