@@ -89,7 +89,9 @@ $(STAMPS)/demo: $(PACKAGE_SOURCES) $(STAMPS)/torch
 	@$(PIP) -e '.[demo$(if $(CUDA),$(comma)cuda)]'
 	@touch $@
 
+# rtmlib without its dependencies: all are here already but for further builds of OpenCV, which would overwrite ours.
 $(STAMPS)/dev: $(PACKAGE_SOURCES) $(STAMPS)/torch
 	$(call say,posecrafter-rt with what the tests need)
 	@$(PIP) -e '.[demo,dev$(if $(CUDA),$(comma)cuda)]'
+	@$(PIP) --no-deps rtmlib
 	@touch $@ $(STAMPS)/demo

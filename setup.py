@@ -33,7 +33,8 @@ PACKAGES = [
 PACKAGE_DIR = {"posecrafter_rt.kernels": "kernels", "posecrafter_rt.export": "export"}
 CUDA_ARCHS = ("80", "86", "89", "90")  # plus PTX of the last, for what comes after
 # Contraction off: the CPU and CUDA paths and the reference then agree bit for bit.
-CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS += ["-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart", "static", "-Xcompiler", "-fPIC"]
 
 
@@ -78,7 +79,7 @@ def cuda_library_dir(nvcc: str) -> str:
 
 
 class BuildNative(build_ext):
-    """Compiles the extension, with CUDA where nvcc is; without a compiler the package installs and uses the reference."""
+    """Compiles the extension, with CUDA where nvcc is; without a compiler the package installs all the same."""
 
     def run(self) -> None:
         try:

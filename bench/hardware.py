@@ -1,6 +1,7 @@
 """What the GPUs of the tables can do, and how many blocks of a kernel fit on one of their multiprocessors.
 
-Bench: data from NVIDIA's published architecture papers and the CUDA programming guide's table of limits.
+Bench: data from NVIDIA's published architecture papers and the CUDA programming guide's table of limits; the L2's
+bandwidth, which NVIDIA does not state, is rounded from public micro-benchmarks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ class Gpu:
     multiprocessors: int
     clock_hz: float
     memory_bytes_per_s: float
+    l2_bytes_per_s: float
     tensor_flops: float
     tf32_flops: float
     shared_bytes: int
@@ -30,9 +32,9 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("RTX 3090", 86, 82, 1.695e9, 936e9, 71e12, 35.6e12, 100 << 10, 99 << 10, 48, 16),
-    Gpu("RTX 4090", 89, 128, 2.52e9, 1008e9, 165e12, 82.6e12, 100 << 10, 99 << 10, 48, 24),
-    Gpu("H100 SXM", 90, 132, 1.83e9, 3350e9, 989e12, 494e12, 228 << 10, 227 << 10, 64, 32),
+    Gpu("RTX 3090", 86, 82, 1.695e9, 936e9, 2.5e12, 71e12, 35.6e12, 100 << 10, 99 << 10, 48, 16),
+    Gpu("RTX 4090", 89, 128, 2.52e9, 1008e9, 5e12, 165e12, 82.6e12, 100 << 10, 99 << 10, 48, 24),
+    Gpu("H100 SXM", 90, 132, 1.83e9, 3350e9, 5.5e12, 989e12, 494e12, 228 << 10, 227 << 10, 64, 32),
 )
 REGISTERS = 65536  # of a multiprocessor; handed out to warps in units of 256
 SHARED_RESERVED = 1024  # the system's share of a block's shared memory

@@ -23,9 +23,9 @@ from hardware import GPUS, Gpu, blocks_per_multiprocessor
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig, split_head
 
-HEAD_CLASSES = (48, 96, 160, 256)  # a head takes the first class that holds it
+HEAD_CLASSES = {2: (48, 96, 160, 256), 4: (48, 96, 160)}  # by element size; a head takes the first that holds it
 REPRESENTATIVES = {48: 40, 96: 80, 160: 160, 256: 256}
-FRAME_CLASSES = (16, 32, 256)
+FRAME_CLASSES = {16: 9, 32: 32, 256: 101}  # and a typical clip of each
 DTYPES = {2: torch.float16, 4: torch.float32}
 EXP_PER_CYCLE = 16  # of a multiprocessor's special function units
 ALU_PER_CYCLE = 128
@@ -74,6 +74,8 @@ def temporal_cost(
     useful = 4 * frames * head_size * element_bytes
     in_flight = blocks * gpu.multiprocessors * config.block_p * min(frames, config.block_q) * head_size * element_bytes
     memory = useful / min(gpu.memory_bytes_per_s, 3 * in_flight / MEMORY_LATENCY_S)
+    reread = 2 * (1 + queries / config.block_q) * frames * head_size * element_bytes  # a query block reads all keys
+    memory = max(memory, reread / gpu.l2_bytes_per_s)
     score_cycles = queries * keys * (1 / EXP_PER_CYCLE + ALU_PER_SCORE / ALU_PER_CYCLE)
     scalar = score_cycles / (gpu.multiprocessors * gpu.clock_hz)
     starts = queries / config.block_q / config.block_p * BLOCK_CYCLES / (gpu.multiprocessors * gpu.clock_hz)
@@ -83,65 +85,83 @@ def temporal_cost(
 
 
 def keyframe_candidates(head_class: int, element_bytes: int) -> Iterator[TileConfig]:
-    for block_m, block_n, warps, stages in itertools.product((64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
-        accumulators = block_m * padded(head_class) / (warps * 32)
-        tile_bytes = stages * 2 * block_n * padded(head_class) * element_bytes
-        if accumulators <= 128 and tile_bytes <= 128 << 10 and not (element_bytes == 2 and block_n < 32):
-            yield TileConfig(block_m, block_n, warps, stages)
+    is_large = element_bytes == 4 or head_class > 160  # few of these fit at all: small tiles too
+    block_ms, block_ns = ((32, 64), (16, 32)) if is_large else ((64, 128), (32, 64, 128))
+    for block_m, block_n, stages in itertools.product(block_ms, block_ns, (1, 2) if is_large else (2, 3)):
+        for warps in (2, 4, 8):
+            accumulators = block_m * padded(head_class) / (warps * 32)
+            tile_bytes = stages * 2 * block_n * padded(head_class) * element_bytes
+            if block_m / warps in (16, 32) and accumulators <= 128 and tile_bytes <= 128 << 10:
+                yield TileConfig(block_m, block_n, warps, stages)
 
 
 def temporal_candidates(frames: int, head_class: int) -> Iterator[TemporalConfig]:
-    rows = {16: (16,), 32: (16, 32), 256: (32, 64)}[frames]
-    keys = {16: (16,), 32: (32,), 256: (32, 64)}[frames]
-    for block_p, block_q, block_k, warps in itertools.product((1, 2, 4, 8), rows, keys, (1, 2, 4, 8)):
-        if block_p * block_q * padded(head_class) / (warps * 32) <= 128 and block_p * block_q >= 16 * warps:
-            yield TemporalConfig(block_p, block_q, block_k, warps, 1 if frames <= 32 else 2)
+    tiles = {16: (16,), 32: (16, 32), 256: (32, 64)}[frames]
+    keys = {16: (16,), 32: (16, 32), 256: (16, 32, 64)}[frames]
+    for block_q, block_k, num_rows, warps in itertools.product(tiles, keys, (16, 64, 128), (1, 2, 4, 8)):
+        accumulators = num_rows * padded(head_class) / (warps * 32)
+        is_tried = num_rows == 64 or frames == 16
+        if is_tried and num_rows >= block_q and num_rows / warps in (16, 32) and accumulators <= 128:
+            yield TemporalConfig(num_rows // block_q, block_q, block_k, warps, 1 if frames <= 32 else 2)
 
 
 def attempt(build: Any, *arguments: Any) -> Compiled | None:
     """Compile, or None where Triton refuses the tile (shared memory, an unsupported layout)."""
     try:
         return build(*arguments)
-    except Exception as error:  # noqa: BLE001 - the compiler raises many kinds; a refused tile is no candidate
+    except Exception as error:  # the compiler raises many kinds; a refused tile is no candidate
         print(f"    refused: {arguments}: {type(error).__name__}", file=sys.stderr)
         return None
 
 
-def best(rows: Iterable[tuple[float, Any, Compiled]]) -> tuple[float, Any, Compiled]:
-    ranked = sorted(rows, key=lambda row: row[0])
-    if not ranked or ranked[0][0] == float("inf"):
-        raise SystemExit("no candidate fits without spills")
-    return ranked[0]
+def best(rows: Iterable[tuple[float, Any, Compiled]], what: object) -> Any | None:
+    """The cheapest configuration, or None where every one spills: the operator then refuses such heads."""
+    cost, config, built = min(rows, key=lambda row: row[0], default=(float("inf"), None, None))
+    if config is None or cost == float("inf"):
+        print(what, "no candidate fits without spills", flush=True)
+        return None
+    print(what, config, built.registers, built.shared_bytes, f"{cost:.4f}", flush=True)
+    return config
 
 
-def search(gpu: Gpu, element_bytes: int, head_class: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (operator, table row) for one GPU, element size and head class."""
+def search_keyframe(gpu: Gpu, element_bytes: int, head_class: int) -> Iterator[dict[str, Any]]:
+    """The table's row for one GPU, element size and head class, if a tile fits."""
     head_size, dtype = REPRESENTATIVES[head_class], DTYPES[element_bytes]
     key = {"capability": gpu.capability, "element_bytes": element_bytes, "max_head_size": head_class}
-    tried = [(c, attempt(compile_keyframe, gpu.capability, dtype, head_size, c))
-             for c in keyframe_candidates(head_class, element_bytes)]  # fmt: skip
-    cost, config, built = best(
-        (keyframe_cost(gpu, c, b, head_size, element_bytes), c, b) for c, b in tried if b is not None
-    )
-    print("keyframe", key, config, built.registers, built.shared_bytes, f"{cost:.4f}", flush=True)
-    yield "keyframe_attention", key | asdict(config)
-    for frames in FRAME_CLASSES:
-        typical = {16: 9, 32: 32, 256: 101}[frames]
-        tried_t = [(c, attempt(compile_temporal, gpu.capability, dtype, head_size, c))
-                   for c in temporal_candidates(frames, head_class)]  # fmt: skip
-        cost, config, built = best(
-            (temporal_cost(gpu, c, b, head_size, typical, element_bytes), c, b) for c, b in tried_t if b is not None
-        )
-        print("temporal", key, frames, config, built.registers, built.shared_bytes, f"{cost:.4f}", flush=True)
-        yield "temporal_attention", key | {"max_frames": frames} | asdict(config)
+    costs = []
+    for tile in keyframe_candidates(head_class, element_bytes):
+        built = attempt(compile_keyframe, gpu.capability, dtype, head_size, tile)
+        if built is not None:
+            costs.append((keyframe_cost(gpu, tile, built, head_size, element_bytes), tile, built))
+    if (config := best(costs, key)) is not None:
+        yield key | asdict(config)
+
+
+def search_temporal(gpu: Gpu, element_bytes: int, head_class: int) -> Iterator[dict[str, Any]]:
+    """The table's rows for one GPU, element size and head class: one a class of frames."""
+    head_size, dtype = REPRESENTATIVES[head_class], DTYPES[element_bytes]
+    key = {"capability": gpu.capability, "element_bytes": element_bytes, "max_head_size": head_class}
+    for frames, typical in FRAME_CLASSES.items():
+        costs = []
+        for tile in temporal_candidates(frames, head_class):
+            built = attempt(compile_temporal, gpu.capability, dtype, head_size, tile)
+            if built is not None:
+                costs.append((temporal_cost(gpu, tile, built, head_size, typical, element_bytes), tile, built))
+        if (config := best(costs, key | {"max_frames": frames})) is not None:
+            yield key | {"max_frames": frames} | asdict(config)
 
 
 def main() -> None:
     table: dict[str, list[dict[str, Any]]] = {"keyframe_attention": [], "temporal_attention": []}
-    gpus = [gpu for gpu in GPUS if gpu.capability in (86, 90)]  # sm_89 takes sm_86's: same instructions and limits
-    for gpu, element_bytes, head_class in itertools.product(gpus, DTYPES, HEAD_CLASSES):
-        for op, row in search(gpu, element_bytes, head_class):
-            table[op].append(row)
+    small, large = (next(gpu for gpu in GPUS if gpu.capability == capability) for capability in (86, 90))
+    for element_bytes, classes in HEAD_CLASSES.items():
+        for head_class in classes:
+            # sm_89 takes sm_86's rows: the same instructions and limits.
+            for gpu in (small, large):
+                table["keyframe_attention"] += search_keyframe(gpu, element_bytes, head_class)
+            # Batched products compile to the same instructions on both; what fits sm_86 fits sm_90.
+            for row in search_temporal(small, element_bytes, head_class):
+                table["temporal_attention"] += [row, row | {"capability": large.capability}]
     lines = {op: ",\n  ".join(json.dumps(row) for row in rows) for op, rows in table.items()}
     TABLE.write_text("{\n" + ",\n".join(f' "{op}": [\n  {rows}\n ]' for op, rows in lines.items()) + "\n}\n")
 

@@ -38,10 +38,11 @@ class Attention:
         return 2 * (queries + keys) * self.channels * element_bytes
 
 
-def attentions(frames: int) -> list[Attention]:
-    """Every distinct attention of one U-Net step over a clip."""
-    keyframe = [Attention("keyframe_attention", frames, tokens, channels, tokens) for tokens, channels in LEVELS]
-    temporal = [Attention("temporal_attention", frames, tokens, channels, frames) for tokens, channels in LEVELS[:3]]
+def attentions(frames: int, scale: int = 1) -> list[Attention]:
+    """Every distinct attention of one U-Net step over a clip; scale divides the positions (4: half the size)."""
+    levels = [(tokens // scale, channels) for tokens, channels in LEVELS]
+    keyframe = [Attention("keyframe_attention", frames, t, channels, t) for t, channels in levels]
+    temporal = [Attention("temporal_attention", frames, t, channels, frames) for t, channels in levels[:3]]
     return keyframe + temporal
 
 

@@ -96,7 +96,7 @@ __attribute__((target("avx2"))) void paste_avx2(const Params& p, const Region& r
 
 template <typename T>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) void paste_avx512(const Params& p, const Region& region,
-                                                                                 const float* source, T* frame) {
+                                                                                const float* source, T* frame) {
     paste_by_mode(p, region, source, frame);
 }
 #endif

@@ -1,8 +1,8 @@
 // affine_warp_paste on CUDA: a thread owns 16 bytes of a row and writes them once, in every channel.
 // Layer 2: the arithmetic is affine_warp_paste.h's; here are the launch, the vector stores and the region table.
-#include "affine_warp_paste.h"
-
 #include <cuda_runtime.h>
+
+#include "affine_warp_paste.h"
 
 namespace posecrafter {
 namespace {

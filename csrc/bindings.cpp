@@ -48,7 +48,8 @@ Params make_params(uintptr_t source, uintptr_t out, uintptr_t affines, uintptr_t
     const bool is_shared = form[2].cast<bool>();
     p.copy = form[3].cast<bool>();
     as_size(static_cast<int64_t>(p.height) * p.width, 1, "height × width");
-    if (p.regions > kMaxRegions) throw std::invalid_argument("regions = " + std::to_string(p.regions) + " exceeds 1024");
+    if (p.regions > kMaxRegions)
+        throw std::invalid_argument("regions = " + std::to_string(p.regions) + " exceeds 1024");
     if (static_cast<int>(p.mode) < 0 || static_cast<int>(p.mode) > 2) throw std::invalid_argument("unknown mode");
     if (static_cast<int>(p.dtype) < 0 || static_cast<int>(p.dtype) > 2) throw std::invalid_argument("unknown dtype");
     p.source_stride = is_shared ? 0 : static_cast<int64_t>(p.channels) * p.height * p.width;
@@ -105,8 +106,9 @@ py::object cuda_error() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "affine_warp_paste for CPU and CUDA; pointers are addresses, shape = (frames, lead, regions, channels, "
-              "height, width), form = (mode, dtype, is_shared, copy).";
+    m.doc() =
+        "affine_warp_paste for CPU and CUDA; pointers are addresses, shape = (frames, lead, regions, channels, "
+        "height, width), form = (mode, dtype, is_shared, copy).";
     m.def("affine_warp_paste_cpu", &run_cpu, py::arg("source"), py::arg("out"), py::arg("affines"), py::arg("rects"),
           py::arg("shape"), py::arg("form"), py::arg("threads"));
 #ifdef POSECRAFTER_CUDA

@@ -71,7 +71,7 @@ def _compile(
     capability: int,
     ptx_version: int | None,
     has_mask: bool,
-) -> Compiled:  # noqa: PLR0913 - two public fronts, one body
+) -> Compiled:
     signature: dict[str, str] = {}
     constants = dict(constants)
     for name in kernel.arg_names:

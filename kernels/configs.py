@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 TABLE = Path(__file__).with_name("configs.json")  # written by bench/kernel_search.py
+MAX_FRAMES = 256  # the last class of frames serves all longer clips
 SCALE_LOG2E = 1.0 / math.log(2.0)  # softmax in powers of two: exp2 is one instruction
 
 
@@ -62,10 +63,24 @@ def table_capability(capability: tuple[int, int]) -> int:
     return 90 if major in (9, 10, 11) else 86  # compute capability 12 has 99 KiB again
 
 
+def missing_reason(
+    op: str, capability: tuple[int, int], dtype: torch.dtype, head_size: int, frames: int = 1
+) -> str | None:
+    """Why the table has no row for such a launch, or None: fp32 tiles of large heads do not fit without spills."""
+    least = {"max_head_size": head_size}
+    if op == "temporal_attention":
+        least["max_frames"] = min(frames, MAX_FRAMES)
+    if _find(op, capability, dtype, **least) is not None:
+        return None
+    return f"no tile for head size {head_size} in {dtype} on compute capability {capability[0]}.{capability[1]}"
+
+
 @cache
 def keyframe_config(capability: tuple[int, int], dtype: torch.dtype, head_size: int) -> TileConfig:
     """The tile for a device and head: of the rows that hold the head, the tightest."""
-    return TileConfig(**_find("keyframe_attention", capability, dtype, max_head_size=head_size))
+    row = _find("keyframe_attention", capability, dtype, max_head_size=head_size)
+    assert row is not None, "unsupported_reason comes before a launch"
+    return TileConfig(**row)
 
 
 @cache
@@ -73,13 +88,17 @@ def temporal_config(
     capability: tuple[int, int], dtype: torch.dtype, head_size: int, num_queries: int, num_keys: int
 ) -> TemporalConfig:
     """The tile for a device, head and number of frames (the larger of queries and keys)."""
-    frames = min(max(num_queries, num_keys), 256)
-    return TemporalConfig(**_find("temporal_attention", capability, dtype, max_head_size=head_size, max_frames=frames))
+    frames = min(max(num_queries, num_keys), MAX_FRAMES)
+    row = _find("temporal_attention", capability, dtype, max_head_size=head_size, max_frames=frames)
+    assert row is not None, "unsupported_reason comes before a launch"
+    return TemporalConfig(**row)
 
 
-def _find(op: str, capability: tuple[int, int], dtype: torch.dtype, **least: int) -> dict[str, Any]:
+def _find(op: str, capability: tuple[int, int], dtype: torch.dtype, **least: int) -> dict[str, Any] | None:
     wanted = {"capability": table_capability(capability), "element_bytes": dtype.itemsize}
     rows = [row for row in _rows()[op] if all(row[name] == value for name, value in wanted.items())]
     rows = [row for row in rows if all(row[name] >= value for name, value in least.items())]
+    if not rows:
+        return None
     tightest = min(rows, key=lambda row: tuple(row[name] for name in least))
     return {name: value for name, value in tightest.items() if name not in wanted and name not in least}

@@ -15,7 +15,7 @@ from posecrafter_rt.kernels.tiles import load_columns, store_columns
 
 
 @triton.jit
-def _step(
+def _step(  # noqa: PLR0913 - a kernel's arguments are its interface
     q_main, q_tail, k_base, v_base, k_row_stride, v_row_stride, start, num_keys, acc_main, acc_tail, peak, total,
     SCALE: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
@@ -46,7 +46,7 @@ def _step(
 
 
 @triton.jit
-def keyframe_attention_kernel(
+def keyframe_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its interface
     q_ptr, k_ptr, v_ptr, num_rows, num_keys, q_row_stride, k_row_stride, v_row_stride,
     k_group_stride, v_group_stride, channels, out_ptr,
     SCALE: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,

@@ -15,7 +15,7 @@ from posecrafter_rt.kernels.tiles import load_columns, store_columns
 
 
 @triton.jit
-def temporal_attention_kernel(
+def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its interface
     q_ptr, k_ptr, v_ptr, mask_ptr, num_queries, num_keys, tokens,
     q_group_stride, q_frame_stride, q_row_stride, k_group_stride, k_frame_stride, k_row_stride, channels, out_ptr,
     SCALE: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
@@ -36,7 +36,8 @@ def temporal_attention_kernel(
     position_mask = (positions < tokens)[:, None, None]
     row_mask = position_mask & (queries < num_queries)[None, :, None]  # (P, Q, 1)
     q_frames = queries.to(tl.int64)[None, :, None]  # 64 bits: frame × stride may pass 2³¹ elements
-    q_rows = q_ptr + group * q_group_stride + column + q_frames * q_frame_stride + positions[:, None, None] * q_row_stride
+    q_base = q_ptr + group * q_group_stride + column
+    q_rows = q_base + q_frames * q_frame_stride + positions[:, None, None] * q_row_stride
     q_main = load_columns(q_rows, row_mask, 0, DIM_MAIN, HEAD_SIZE, True)
     q_tail = load_columns(q_rows, row_mask, DIM_MAIN, DIM_TAIL, HEAD_SIZE, True) if DIM_TAIL > 0 else q_main
     k_offset = group * k_group_stride + column + positions[:, None, None] * k_row_stride  # (P, 1, 1)

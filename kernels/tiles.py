@@ -18,10 +18,7 @@ def load_columns(
     pointers: (..., 1) to each row's first column; row_mask: (..., 1), read where MASKED.
     """
     columns = FIRST + tl.arange(0, COUNT)
-    if len(pointers.shape) == 3:
-        columns = columns[None, None, :]
-    else:
-        columns = columns[None, :]
+    columns = columns[None, None, :] if len(pointers.shape) == 3 else columns[None, :]
     if FIRST + COUNT > HEAD_SIZE:
         if MASKED:
             tile = tl.load(pointers + columns, mask=row_mask & (columns < HEAD_SIZE), other=0.0)
@@ -35,13 +32,8 @@ def load_columns(
 
 
 @triton.jit
-def store_columns(
-    pointers, row_mask, tile, FIRST: tl.constexpr, COUNT: tl.constexpr, HEAD_SIZE: tl.constexpr
-):
+def store_columns(pointers, row_mask, tile, FIRST: tl.constexpr, COUNT: tl.constexpr, HEAD_SIZE: tl.constexpr):
     """The counterpart of `load_columns`; writes nothing beyond the head or in masked rows."""
     columns = FIRST + tl.arange(0, COUNT)
-    if len(pointers.shape) == 3:
-        columns = columns[None, None, :]
-    else:
-        columns = columns[None, :]
+    columns = columns[None, None, :] if len(pointers.shape) == 3 else columns[None, :]
     tl.store(pointers + columns, tile.to(pointers.dtype.element_ty), mask=row_mask & (columns < HEAD_SIZE))

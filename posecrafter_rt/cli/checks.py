@@ -21,6 +21,8 @@ CORE = {
     "torch": "tuning, and the engine `torch`",
     "diffusers": "the networks",
     "transformers": "the text encoder",
+    "accelerate": "loading weights without a second copy",
+    "huggingface-hub": "bases from the hub",
     "safetensors": "weights and checkpoints",
     "numpy": "arrays",
     "opencv-python-headless": "drawing and resizing",

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+_FILE_WIDTH = 400
+
 
 def print_json(value: Any) -> None:
     """Print a value as JSON, alone on standard output."""
@@ -29,7 +31,10 @@ def print_table(rows: Iterable[tuple[str | Text, ...]], header: tuple[str, ...] 
         table.add_column(header[index] if header else "", overflow="fold")
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH  # a file or pipe has no edge to fold lines at
+    console.print(table)
 
 
 def print_heading(text: str) -> None:

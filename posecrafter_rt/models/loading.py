@@ -22,9 +22,9 @@ from posecrafter_rt.models.blocks import NormScope
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.networks import build_networks, describe_architecture, fold_temporal_output
 from posecrafter_rt.models.settings import BaseSettings
-from posecrafter_rt.models.single_file import load_single_file, load_text_encoder, read_weights
-from posecrafter_rt.models.sources import Component, hash_files, locate_base, locate_component, reading
+from posecrafter_rt.models.sources import first_line, hash_files, lasting_id, locate_base, locate_component, reading
 from posecrafter_rt.models.unet import VideoUNet
+from posecrafter_rt.models.weights import load_network, load_text_encoder, read_weights
 from posecrafter_rt.spec import Architecture
 
 CONTROLNET_HINT = "give --controlnet lllyasviel/control_v11p_sd15_openpose, or a folder or file that holds it"
@@ -34,7 +34,8 @@ CONTROLNET_HINT = "give --controlnet lllyasviel/control_v11p_sd15_openpose, or a
 class PoseModel:
     """Everything of one base, as torch modules: in evaluation mode, no parameter requiring gradients.
 
-    base_id: what `load_base` takes to find it again. base_hash: SHA-256 over the weights of all four networks.
+    base_id, controlnet_id, vae_id: what `load_base` takes to find them again, from any working directory; None where
+    the base's own is used. base_hash: SHA-256 over the weights of all four networks.
     """
 
     unet: VideoUNet
@@ -46,6 +47,12 @@ class PoseModel:
     base_id: str
     base_hash: str
     settings: BaseSettings
+    controlnet_id: str | None = None
+    vae_id: str | None = None
+
+    def identity(self) -> dict[str, str | None]:
+        """What a checkpoint's metadata says of its base: base, controlnet, vae and base_hash."""
+        return {"base": self.base_id, "controlnet": self.controlnet_id, "vae": self.vae_id, "base_hash": self.base_hash}
 
     def modules(self) -> dict[str, nn.Module]:
         """The four modules under the prefixes of their parameters' names."""
@@ -119,18 +126,19 @@ def load_base(
     with reading(base):
         scheduler_file = found.configs / "scheduler" / "scheduler_config.json"
         scheduler_config = json.loads(scheduler_file.read_text(encoding="utf-8"))
-        tokenizer = CLIPTokenizer.from_pretrained(found.configs / "tokenizer", local_files_only=True)
     model = PoseModel(
         # Temporal attention is created in float32 as a copy of the loaded attn1: hence the second conversion.
-        unet=VideoUNet(_load(UNet2DConditionModel, parts["unet"], dtype), scope).to(dtype),
-        controlnet=VideoControlNet(_load(ControlNetModel, parts["controlnet"], dtype), scope),
-        vae=_load(AutoencoderKL, parts["vae"], dtype),
+        unet=VideoUNet(load_network(UNet2DConditionModel, parts["unet"], dtype), scope).to(dtype),
+        controlnet=VideoControlNet(load_network(ControlNetModel, parts["controlnet"], dtype), scope),
+        vae=load_network(AutoencoderKL, parts["vae"], dtype),
         text_encoder=load_text_encoder(parts["text_encoder"], dtype),
-        tokenizer=tokenizer,
+        tokenizer=_load_tokenizer(found.configs / "tokenizer"),
         scheduler_config=scheduler_config,
         base_id=found.base_id,
         base_hash=hash_files({role: part.files for role, part in parts.items()}),
         settings=settings,
+        controlnet_id=controlnet and lasting_id(controlnet),
+        vae_id=vae and lasting_id(vae),
     )
     for module in model.modules().values():
         module.eval().requires_grad_(False)
@@ -138,16 +146,16 @@ def load_base(
     return model
 
 
-def _load(cls: type, part: Component, dtype: torch.dtype) -> Any:
-    """One diffusers model, every weight of it from the file."""
-    if part.folder is None:
-        return load_single_file(cls, part, dtype)
-    with reading(part.source):
-        model, info = cls.from_pretrained(  # type: ignore[attr-defined]
-            part.folder, torch_dtype=dtype, variant=part.variant, local_files_only=True, output_loading_info=True
-        )
-    part.check_complete(info["missing_keys"], info["mismatched_keys"])
-    return model
+def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    names = [["tokenizer.json"], ["vocab.json", "merges.txt"]]
+    if not any(all((folder / name).is_file() for name in alternative) for alternative in names):
+        # transformers would make a tokenizer without words of it.
+        raise ModelError(f"{folder} has no vocab.json and merges.txt", hint="copy the base's tokenizer folder again")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        message = f"the tokenizer in {folder} cannot be read: {first_line(error)}"
+        raise ModelError(message, hint="copy the base's tokenizer folder again") from error
 
 
 def _check_fit(model: PoseModel) -> None:
@@ -160,6 +168,11 @@ def _check_fit(model: PoseModel) -> None:
     if text_channels != unet["cross_attention_dim"]:
         message = f"the text encoder gives {text_channels} channels but the U-Net reads {unet['cross_attention_dim']}"
         raise ModelError(message, hint="use a Stable Diffusion 1.x base")
+    if len(model.tokenizer) > model.text_encoder.config.vocab_size:
+        message = (
+            f"the tokenizer has {len(model.tokenizer)} words, the text encoder {model.text_encoder.config.vocab_size}"
+        )
+        raise ModelError(message, hint="take both from one base")
     if latent_channels != unet["in_channels"]:
         message = f"the VAE makes {latent_channels} channels but the U-Net reads {unet['in_channels']}"
         raise ModelError(message, hint="inpainting models do not work; use the model they were made from")

@@ -32,27 +32,20 @@ _PARTS = ("unet", "controlnet", "vae", "text_encoder")
 
 @dataclass(frozen=True)
 class Component:
-    """One network's files. source: what the user wrote. folder: a diffusers folder, or None for a single file.
+    """The weight files of one network and the folder with its config.json.
 
-    configs: the folder whose subfolder `role` configures a single file. variant: "fp16" where only those files exist.
+    location: the network's folder or single file, for messages.
     """
 
     role: str
-    source: str
     files: tuple[Path, ...]
-    folder: Path | None
-    configs: Path
-    variant: str | None = None
+    location: Path
+    config_folder: Path
 
-    def check_complete(self, missing: Iterable[str], mismatched: Iterable[object] = ()) -> None:
-        """Raise ModelError unless the files hold every tensor of the network in its shape."""
-        absent, differing = sorted(missing), list(mismatched)
-        if absent or differing:
-            problem = f"lacks {absent[0]}" if absent else f"holds {differing[0]} in another shape"
-            number = len(absent) + len(differing)
-            more = f" ({number} tensors in all)" if number > 1 else ""
-            raise ModelError(f"the {self.role} in {self.files[0]} {problem}{more}",
-                             hint=f"use a Stable Diffusion 1.5 {self.role} that is complete")  # fmt: skip
+    @property
+    def is_single_file(self) -> bool:
+        """Whether the file has no configuration of its own, and perhaps the original layout."""
+        return self.location != self.config_folder
 
 
 @dataclass(frozen=True)
@@ -71,12 +64,12 @@ class Base:
     def component(self, role: str) -> Component:
         """The files of one network. Raises: ModelError where they are missing."""
         if self.file is not None:
-            return Component(role, self.base_id, (self.file,), None, self.configs)
+            return Component(role, (self.file,), self.file, self.configs / role)
         assert self.folder is not None
         if not self.has(role):
             message = f"{self.folder} has no {role}/config.json"
             raise ModelError(message, hint="a base folder holds unet, vae, text_encoder, tokenizer and scheduler")
-        return _folder_component(role, self.base_id, self.folder / role)
+        return _folder_component(role, self.folder / role)
 
 
 def locate_base(base: str) -> Base:
@@ -88,10 +81,10 @@ def locate_base(base: str) -> Base:
         return Base(base, EMBEDDED_FOLDER, None, EMBEDDED_FOLDER)
     path = Path(base).expanduser()
     if path.is_dir():
-        return Base(str(path.resolve()), path, None, path)
+        return Base(lasting_id(base), path, None, path)
     if path.is_file():
         _check_suffix(path)
-        return Base(str(path.resolve()), None, path, SD15_FOLDER)
+        return Base(lasting_id(base), None, path, SD15_FOLDER)
     folder = _download(base, _PARTS, "base model")
     return Base(base, folder, None, folder)
 
@@ -101,21 +94,18 @@ def locate_component(source: str, role: str) -> Component:
     path = Path(source).expanduser()
     if path.is_file():
         _check_suffix(path)
-        return Component(role, source, (path,), None, SD15_FOLDER)
+        return Component(role, (path,), path, SD15_FOLDER / role)
     folder = path if path.is_dir() else _download(source, ("", role), role)
     candidates = [candidate for candidate in (folder, folder / role) if (candidate / "config.json").is_file()]
     if not candidates:
-        raise ModelError(
-            f"{source} has no config.json, so it is no {role}", hint=f"give the folder that holds the {role}"
-        )
-    return _folder_component(role, source, candidates[0])
+        message = f"{source} has no config.json, so it is no {role}"
+        raise ModelError(message, hint=f"give the folder that holds the {role}")
+    return _folder_component(role, candidates[0])
 
 
 def hash_files(parts: Mapping[str, tuple[Path, ...]]) -> str:
     """SHA-256 over the contents of every network's weight files, whatever the files are called."""
-    known: dict[Path, str] = {}
-    for path in sorted({path for paths in parts.values() for path in paths}):
-        known[path] = sha256_file(path)
+    known = {path: sha256_file(path) for path in {path for paths in parts.values() for path in paths}}
     return sha256_json({role: [known[path] for path in paths] for role, paths in parts.items()})
 
 
@@ -130,6 +120,12 @@ def reading(source: object) -> Iterator[None]:
         raise ModelError(f"{source} cannot be loaded: {first_line(error)}", hint=_COMPLETE) from error
 
 
+def lasting_id(source: str) -> str:
+    """What finds the same base or network from any working directory: a path made absolute, or the name as it is."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source != "embedded" and path.exists() else source
+
+
 def first_line(error: Exception) -> str:
     """A library's message cut to something that fits into one of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
@@ -141,15 +137,15 @@ def _check_suffix(path: Path) -> None:
                          hint=f"give a folder, or a file ending in {', '.join(WEIGHT_SUFFIXES)}")  # fmt: skip
 
 
-def _folder_component(role: str, source: str, folder: Path) -> Component:
+def _folder_component(role: str, folder: Path) -> Component:
     for suffix in ("safetensors", "bin"):
-        for variant in (None, "fp16"):
+        for variant in ("", ".fp16"):
             for stem in _STEMS.get(role, _DIFFUSERS_STEMS):
-                name = f"{stem}.{variant}" if variant else stem
-                whole, shards = folder / f"{name}.{suffix}", sorted(folder.glob(f"{name}-*-of-*.{suffix}"))
+                whole = folder / f"{stem}{variant}.{suffix}"
+                shards = sorted(folder.glob(f"{stem}{variant}-*-of-*.{suffix}"))
                 files = (whole,) if whole.is_file() else tuple(shards)
                 if files:
-                    return Component(role, source, files, folder, folder, variant)
+                    return Component(role, files, folder, folder)
     stem = _STEMS.get(role, _DIFFUSERS_STEMS)[0]
     raise ModelError(f"{folder} has no {stem}.safetensors", hint=f"put the weights of the {role} there")
 

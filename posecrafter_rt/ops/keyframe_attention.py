@@ -21,7 +21,7 @@ def keyframe_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: 
     Args:
         q: (G·F, L, C); k, v: (G, L', C); fp32, fp16 or bf16; C = heads · d, channels contiguous (rows may be strided:
             slices of one fused projection are read in place). G: guidance passes or stream steps.
-        backend: `triton` (CUDA, compute capability 8.0 or newer, d a multiple of 8 up to 256, no gradient) or
+        backend: `triton` (CUDA, compute capability 8.0 or newer, d a multiple of 8, no gradient) or
             `reference`; None: the first that can run.
     Returns: (G·F, L, C), dtype of q, new tensor.
     Raises: ShapeError if the shapes do not fit together; BackendUnavailable if a named `backend` cannot run

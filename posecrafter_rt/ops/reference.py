@@ -45,7 +45,7 @@ def temporal_attention_ref(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Te
 
 
 def invert_affines_ref(affines: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., 2, 3) reference → target affines to their float32 inverses and a bool (...): False where singular or not finite.
+    """Invert (..., 2, 3) affines → float32 inverses, and bool (...): False where singular or not finite.
 
     Worked out in float64 and rounded once, so that every backend samples at the same float32 coordinates.
     """
@@ -54,7 +54,9 @@ def invert_affines_ref(affines: Tensor) -> tuple[Tensor, Tensor]:
     norm = (a * a + b * b) + (d * d + e * e)
     usable = affines.isfinite().flatten(-2).all(-1) & (determinant.abs() > SINGULAR_RATIO * norm)
     safe = torch.where(usable, determinant, torch.ones_like(determinant))
-    inverse = torch.stack([e / safe, -b / safe, (b * f - c * e) / safe, -d / safe, a / safe, (c * d - a * f) / safe], -1)
+    inverse = torch.stack(
+        [e / safe, -b / safe, (b * f - c * e) / safe, -d / safe, a / safe, (c * d - a * f) / safe], -1
+    )
     return inverse.to(torch.float32).unflatten(-1, (2, 3)), usable
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -19,7 +19,6 @@ from posecrafter_rt.ops import native
 logger = logging.getLogger(__name__)
 
 MAX_NATIVE_REGIONS = 1024
-MAX_HEAD_SIZE = 256
 MIN_CAPABILITY = (8, 0)
 
 Reason = Callable[..., str | None]
@@ -56,7 +55,7 @@ def _triton_missing() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
-def _triton(*tensors: Tensor, heads: int = 0) -> str | None:
+def _triton(op: str, *tensors: Tensor, heads: int = 0) -> str | None:
     if _triton_missing() is not None:
         return _triton_missing()
     if not tensors:
@@ -68,9 +67,15 @@ def _triton(*tensors: Tensor, heads: int = 0) -> str | None:
         return "needs compute capability 8.0 or newer"
     if any(tensor.dtype != q.dtype for tensor in tensors[:3]) or q.dtype not in native.DTYPES:
         return f"dtypes {', '.join(str(tensor.dtype) for tensor in tensors[:3])}; one of fp32, fp16, bf16 for all"
-    head_size = q.shape[-1] // heads
-    if head_size % 8 or head_size > MAX_HEAD_SIZE:
-        return f"head size {head_size}; a multiple of 8 up to {MAX_HEAD_SIZE}"
+    if q.shape[-1] // heads % 8:
+        return f"head size {q.shape[-1] // heads}; must be a multiple of 8"
+    from posecrafter_rt.kernels import configs
+
+    frames = max(tensor.shape[1] for tensor in tensors[:2])
+    capability = torch.cuda.get_device_capability(q.device)
+    reason = configs.missing_reason(op, capability, q.dtype, q.shape[-1] // heads, frames)
+    if reason is not None:
+        return reason
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         return "channels must be contiguous"
     return "has no gradient" if needs_grad(*tensors) else None
@@ -78,8 +83,8 @@ def _triton(*tensors: Tensor, heads: int = 0) -> str | None:
 
 BACKENDS: dict[str, dict[str, Reason]] = {  # in order of preference
     "affine_warp_paste": {"native": _native, "reference": _reference},
-    "keyframe_attention": {"triton": _triton, "reference": _reference},
-    "temporal_attention": {"triton": _triton, "reference": _reference},
+    "keyframe_attention": {"triton": partial(_triton, "keyframe_attention"), "reference": _reference},
+    "temporal_attention": {"triton": partial(_triton, "temporal_attention"), "reference": _reference},
 }
 
 

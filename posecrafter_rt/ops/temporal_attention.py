@@ -25,7 +25,7 @@ def temporal_attention(
             and rows may be strided: slices of one fused projection or of a ring buffer are read in place).
         mask: bool (Fq, Fk), True where a query frame may attend to a key frame; None: everywhere. A query frame
             without any key yields 0. A causal window with an anchor is such a mask.
-        backend: `triton` (CUDA, compute capability 8.0 or newer, d a multiple of 8 up to 256, no gradient) or
+        backend: `triton` (CUDA, compute capability 8.0 or newer, d a multiple of 8, no gradient) or
             `reference`; None: the first that can run.
     Returns: (G, Fq, L, C), dtype of q, new contiguous tensor.
     Raises: ShapeError if the shapes do not fit together; BackendUnavailable if a named `backend` cannot run
@@ -37,8 +37,8 @@ def temporal_attention(
         raise ShapeError(f"temporal_attention: {q.shape[-1]} channels do not divide into {heads} heads")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[1], k.shape[1])):
         raise ShapeError(
-            f"temporal_attention: mask {tuple(mask.shape)}, {mask.dtype} for {q.shape[1]} query and {k.shape[1]} key frames",
-            "want bool (Fq, Fk)",
+            f"temporal_attention: mask {tuple(mask.shape)}, {mask.dtype}",
+            f"want bool {(q.shape[1], k.shape[1])}: query frames × key frames",
         )
     if is_traced_as_op(backend, q, k, v):
         return torch.ops.posecrafter.temporal_attention(q, k, v, heads, mask)

@@ -63,7 +63,8 @@ std::vector<int64_t> random_rects(int64_t count, int size) {
     std::exit(1);
 }
 
-// Every value must be the frame's own or lie within the source's range: resampling with convex weights makes no new ones.
+// Every value must be the frame's own or lie within the source's range: resampling with convex weights makes no new
+// ones.
 template <typename T>
 void check(const Params& p, const std::vector<T>& source, const std::vector<T>& out) {
     float least = INFINITY, most = -INFINITY;

@@ -152,9 +152,7 @@ def test_gradient_comes_from_the_reference() -> None:
         (torch.zeros(1, 4, 4), torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 4, dtype=torch.int64), "bicubic"),
     ],
 )
-def test_refuses_what_does_not_fit(
-    latent: torch.Tensor, affines: torch.Tensor, rects: torch.Tensor, mode: str
-) -> None:
+def test_refuses_what_does_not_fit(latent: torch.Tensor, affines: torch.Tensor, rects: torch.Tensor, mode: str) -> None:
     with pytest.raises(ShapeError):
         affine_warp_paste(latent, affines, rects, mode)
 

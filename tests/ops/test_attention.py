@@ -57,12 +57,10 @@ def assert_close(out: Tensor, exact: Tensor, eager: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
 @pytest.mark.parametrize(
-    ("groups", "frames", "tokens", "keys", "heads", "head_size"),
-    [(1, 1, 1, 1, 1, 8), (2, 3, 31, 31, 2, 40), (1, 5, 97, 77, 1, 80), (2, 2, 16, 257, 1, 160)],
+    "shape", [(1, 1, 1, 1, 1, 8), (2, 3, 31, 31, 2, 40), (1, 5, 97, 77, 1, 80), (2, 2, 16, 257, 1, 160)], ids=str
 )
-def test_keyframe_attention(
-    groups: int, frames: int, tokens: int, keys: int, heads: int, head_size: int, dtype: torch.dtype
-) -> None:
+def test_keyframe_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    groups, frames, tokens, keys, heads, head_size = shape
     channels = heads * head_size
     q = normal(groups * frames, tokens, channels, seed=0, dtype=dtype)
     k, v = normal(groups, keys, 2 * channels, seed=1, dtype=dtype).chunk(2, -1)
@@ -74,13 +72,11 @@ def test_keyframe_attention(
 
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
 @pytest.mark.parametrize(
-    ("groups", "frames", "tokens", "heads", "head_size", "window"),
-    [(1, 1, 1, 1, 8, 0), (2, 9, 31, 2, 40, 3), (1, 31, 7, 1, 80, 5), (1, 101, 3, 1, 24, 8)],
+    "shape", [(1, 1, 1, 1, 8, 0), (2, 9, 31, 2, 40, 3), (1, 31, 7, 1, 80, 5), (1, 101, 3, 1, 24, 8)], ids=str
 )
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_temporal_attention(
-    groups: int, frames: int, tokens: int, heads: int, head_size: int, window: int, dtype: torch.dtype, is_masked: bool
-) -> None:
+def test_temporal_attention(shape: tuple[int, ...], dtype: torch.dtype, is_masked: bool) -> None:
+    groups, frames, tokens, heads, head_size, window = shape
     channels = heads * head_size
     q = normal(groups, frames, tokens, channels, seed=2, dtype=dtype)
     k, v = normal(groups, frames + is_masked, tokens, 2 * channels, seed=3, dtype=dtype).chunk(2, -1)

@@ -1,10 +1,11 @@
-"""Weight files as plain tensors, and networks from the original one-file layout, without a network connection.
+"""Weight files as plain tensors, and networks filled with them, from diffusers' layout or the original one.
 
-Layer 3: the configuration that such files lack comes from `sd15/`; a pickle's code is never run.
+Layer 3: the configuration that single files lack comes from `sd15/`; nothing is fetched, and no pickle's code is run.
 """
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ _CONVERTERS: dict[type, Callable[..., dict[str, Tensor]]] = {
     AutoencoderKL: convert_ldm_vae_checkpoint,
 }
 _TEXT_PREFIX = "cond_stage_model.transformer."
+# How diffusers called the VAE's attention before 0.18; the hub still holds such files.
+_LEGACY_ATTENTION = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.")
 
 
 def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError] = ModelError) -> dict[str, Tensor]:
@@ -59,29 +62,28 @@ def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError
     return tensors
 
 
-def load_single_file(cls: type, part: Component, dtype: torch.dtype) -> Any:
-    """A diffusers network from the file of `part`, in the original layout or diffusers' own; every tensor of it."""
-    weights = read_weights(part.files[0])
-    with reading(part.files[0]):
-        config = cls.load_config(part.configs / part.role, local_files_only=True)  # type: ignore[attr-defined]
+def load_network(cls: type, part: Component, dtype: torch.dtype) -> Any:
+    """A diffusers network from a folder or a single file, every tensor of it from there."""
+    weights = _read_all(part)
+    with reading(part.location):
+        config = cls.load_config(part.config_folder, local_files_only=True)  # type: ignore[attr-defined]
         with torch.device("meta"):
             model = cls.from_config(config)  # type: ignore[attr-defined]
-        if not set(model.state_dict()) <= set(weights):
+        if part.is_single_file and not set(model.state_dict()) <= set(weights):
             converted = _CONVERTERS[cls](dict(weights), config)
             weights = {name: tensor for name, tensor in converted.items() if tensor is not None}
-    fill(model, weights, part, dtype)
+    fill(model, {_LEGACY_ATTENTION.sub(_modern, name): tensor for name, tensor in weights.items()}, part, dtype)
     return model
 
 
 def load_text_encoder(part: Component, dtype: torch.dtype) -> CLIPTextModel:
     """The CLIP text encoder of a folder or of a single file."""
-    weights = {name: tensor for path in part.files for name, tensor in read_weights(path).items()}
-    if part.folder is None:
-        weights = {
-            name.removeprefix(_TEXT_PREFIX): tensor for name, tensor in weights.items() if name.startswith(_TEXT_PREFIX)
-        }
-    with reading(part.files[0]):
-        config = CLIPTextConfig.from_pretrained(part.folder or part.configs / part.role, local_files_only=True)
+    weights = _read_all(part)
+    if part.is_single_file:
+        names = [name for name in weights if name.startswith(_TEXT_PREFIX)]
+        weights = {name.removeprefix(_TEXT_PREFIX): weights[name] for name in names}
+    with reading(part.location):
+        config = CLIPTextConfig.from_pretrained(part.config_folder, local_files_only=True)
         model: Any = CLIPTextModel(config)
     # transformers 5.6 dropped the level `text_model`; files of either kind are met, under either version.
     expected = {name.removeprefix("text_model."): name for name in model.state_dict()}
@@ -90,15 +92,28 @@ def load_text_encoder(part: Component, dtype: torch.dtype) -> CLIPTextModel:
     return model.to(dtype)  # the buffers, too
 
 
+def _read_all(part: Component) -> dict[str, Tensor]:
+    return {name: tensor for path in part.files for name, tensor in read_weights(path).items()}
+
+
+def _modern(match: re.Match[str]) -> str:
+    modern = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    return f"{match[1]}{modern[match[2]]}."
+
+
 def fill(model: torch.nn.Module, weights: Mapping[str, Tensor], part: Component, dtype: torch.dtype) -> None:
     """Give a model (perhaps on the meta device) its weights, one by one in `dtype`.
 
     Raises: ModelError unless all of them are there in their shapes.
     """
     expected = model.state_dict()
-    present = [name for name in expected if name in weights]
-    differing = [name for name in present if weights[name].shape != expected[name].shape]
-    part.check_complete(set(expected) - set(present), differing)
+    problems = [f"lacks {name}" for name in expected if name not in weights]
+    problems += [f"holds {name} in another shape" for name, tensor in weights.items()
+                 if name in expected and tensor.shape != expected[name].shape]  # fmt: skip
+    if problems:
+        more = f" ({len(problems)} tensors in all)" if len(problems) > 1 else ""
+        raise ModelError(f"the {part.role} in {part.location} {problems[0]}{more}",
+                         hint=f"use a Stable Diffusion 1.5 {part.role} that is complete")  # fmt: skip
     # Copied, because what is only mapped from a file changes when the file does.
     converted = {
         name: weights[name].to(dtype if expected[name].is_floating_point() else expected[name].dtype, copy=True)

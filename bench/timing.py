@@ -1,0 +1,139 @@
+"""The one timing helper: warm-up, many repetitions, median and spread; cold caches and events on a GPU.
+
+Bench: imported by every script here; `python bench/timing.py` prints what it costs to time nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # beyond any L2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call over `repeats` calls."""
+
+    median_ms: float
+    p95_ms: float
+    min_ms: float
+    repeats: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """Plain numbers, rounded to what a clock can tell."""
+        return {name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(self).items()}
+
+
+def summarise(times_ms: list[float]) -> Timing:
+    """Median, 95th percentile and minimum of repeated calls."""
+    ordered = sorted(times_ms)
+    p95 = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
+    return Timing(statistics.median(ordered), p95, ordered[0], len(ordered))
+
+
+def time_call(call: Callable[[], Any], *, budget_s: float = 1.0, min_repeats: int = 5, is_cold: bool = True) -> Timing:
+    """Time `call` on the device that torch's CUDA says is there, else on the CPU.
+
+    Args:
+        budget_s: about how long to measure for; at least `min_repeats` calls are made, after a tenth as warm-up.
+        is_cold: on a GPU, flush L2 before every call, as a network's other layers would.
+    """
+    if torch.cuda.is_available():
+        return _time_cuda(call, budget_s, min_repeats, is_cold)
+    return time_on_cpu(call, budget_s, min_repeats)
+
+
+def compare(calls: dict[str, Callable[[], Any]], **options: Any) -> dict[str, Timing]:
+    """Time several calls in turns, so that a drift of the machine's load falls on all alike."""
+    rounds = 4
+    options["budget_s"] = options.get("budget_s", 1.0) / rounds
+    if torch.cuda.is_available():
+        return {name: time_call(call, **options) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name] += _sample_cpu(call, options["budget_s"], options.get("min_repeats", 5))
+    return {name: summarise(times) for name, times in samples.items()}
+
+
+def _sample_cpu(call: Callable[[], Any], budget_s: float, min_repeats: int) -> list[float]:
+    times: list[float] = []
+    end = time.perf_counter() + budget_s
+    while len(times) < min_repeats + 1 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times[max(1, len(times) // 10) :]  # the first tenth warms up
+
+
+def time_on_cpu(call: Callable[[], Any], budget_s: float, min_repeats: int) -> Timing:
+    """Time a call by the wall clock: on the CPU, whether or not a GPU is there."""
+    return summarise(_sample_cpu(call, budget_s, min_repeats))
+
+
+def _time_cuda(call: Callable[[], Any], budget_s: float, min_repeats: int, is_cold: bool) -> Timing:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if is_cold else None
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    repeats = max(min_repeats, min(200, int(budget_s / (time.perf_counter() - started + 2e-4))))
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for begin, end in pairs:
+        if flush is not None:
+            flush.zero_()
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return summarise([begin.elapsed_time(end) for begin, end in pairs])
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on: processor, threads, load, versions, and the GPU with its driver and clocks."""
+    info: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        info |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        info |= _driver()
+    return info
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _driver() -> dict[str, str]:
+    names = ("driver_version", "clocks.sm", "clocks.mem", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(names, (value.strip() for value in output.split(",")), strict=False))
+
+
+if __name__ == "__main__":
+    print(machine(), time_call(lambda: None, budget_s=0.2).to_json())

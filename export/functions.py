@@ -1,0 +1,137 @@
+"""The two attentions as nodes of our own domain with model-local bodies.
+
+Layer 4: a runtime that knows `posecrafter::KeyframeAttention` and `posecrafter::TemporalAttention` uses its kernel, any
+other inlines the body, which is the reference arithmetic in standard operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import onnx
+import onnx.defs
+import onnx.parser
+import onnx_ir as ir
+import onnxscript
+import torch
+
+import posecrafter_rt.ops  # noqa: F401  (registers torch.ops.posecrafter)
+
+DOMAIN, DOMAIN_VERSION = "posecrafter", 1
+OPSET = 20  # of the exported graphs; a model-local function must be written for the opset of its model
+
+# Shared by both: heads and channels per head as 1-D tensors, scores of (…, H, Lq, d) queries, mixed values.
+_SPLIT = """
+  heads = Constant <value_int: int = @heads> ()
+  one = Constant <value_ints: ints = [1]> ()
+  rest = Constant <value_ints: ints = [-1]> ()
+  num_heads = Reshape (heads, one)
+  head_dim = Div (channels, num_heads)"""
+_ATTEND = """
+  q_heads = Transpose <perm: ints = [0, 2, 1, 3]> (q_split)
+  k_heads = Transpose <perm: ints = [0, 2, 3, 1]> (k_split)
+  v_heads = Transpose <perm: ints = [0, 2, 1, 3]> (v_split)
+  head_dim_q = CastLike (head_dim, q)
+  root = Sqrt (head_dim_q)
+  scores = MatMul (q_heads, k_heads)
+  scaled = Div (scores, root)
+  weights = Softmax <axis: int = -1> (scaled)
+  mixed = MatMul (weights, v_heads)
+  joined = Transpose <perm: ints = [0, 2, 1, 3]> (mixed)"""
+
+# q (G·F, L, C), k and v (G, L', C): each group's frames are one long query sequence over its key frame.
+_KEYFRAME = f"""
+<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
+KeyframeAttention <heads> (q, k, v) => (out)
+{{
+  groups = Shape <start: int = 0, end: int = 1> (k)
+  channels = Shape <start: int = 2, end: int = 3> (q)
+{_SPLIT}
+  split = Concat <axis: int = 0> (groups, rest, num_heads, head_dim)
+  q_split = Reshape (q, split)
+  k_split = Reshape (k, split)
+  v_split = Reshape (v, split)
+{_ATTEND}
+  shape = Shape (q)
+  out = Reshape (joined, shape)
+}}"""
+
+# q (G, Fq, L, C), k and v (G, Fk, L, C): positions become the batch, frames the sequence.
+_TEMPORAL = f"""
+<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
+TemporalAttention <heads> (q, k, v) => (out)
+{{
+  groups = Shape <start: int = 0, end: int = 1> (q)
+  frames = Shape <start: int = 1, end: int = 2> (q)
+  tokens = Shape <start: int = 2, end: int = 3> (q)
+  channels = Shape <start: int = 3, end: int = 4> (q)
+{_SPLIT}
+  positions = Mul (groups, tokens)
+  split = Concat <axis: int = 0> (positions, rest, num_heads, head_dim)
+  q_positions = Transpose <perm: ints = [0, 2, 1, 3]> (q)
+  k_positions = Transpose <perm: ints = [0, 2, 1, 3]> (k)
+  v_positions = Transpose <perm: ints = [0, 2, 1, 3]> (v)
+  q_split = Reshape (q_positions, split)
+  k_split = Reshape (k_positions, split)
+  v_split = Reshape (v_positions, split)
+{_ATTEND}
+  shape = Concat <axis: int = 0> (groups, tokens, frames, channels)
+  out_positions = Reshape (joined, shape)
+  out = Transpose <perm: ints = [0, 2, 1, 3]> (out_positions)
+}}"""
+
+
+@cache
+def function_protos() -> tuple[onnx.FunctionProto, ...]:
+    """The bodies, parsed."""
+    return tuple(onnx.parser.parse_function(text) for text in (_KEYFRAME, _TEMPORAL))
+
+
+def add_functions(model: ir.Model) -> None:
+    """Give a model the bodies of those of our nodes that it uses; in place."""
+    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for proto in function_protos():
+        if proto.name in used:
+            function = ir.serde.deserialize_function(proto)
+            model.functions[function.identifier()] = function
+    if used:
+        model.opset_imports[DOMAIN] = DOMAIN_VERSION
+
+
+@cache
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What torch.onnx.export makes of `torch.ops.posecrafter.*`: one node each, not its decomposition."""
+    keyframe, temporal = _node_type("KeyframeAttention"), _node_type("TemporalAttention")
+
+    def translate_keyframe(q: ir.Value, k: ir.Value, v: ir.Value, heads: int) -> ir.Value:
+        return keyframe(q, k, v, heads=heads)
+
+    def translate_temporal(q: ir.Value, k: ir.Value, v: ir.Value, heads: int, mask: Any = None) -> ir.Value:
+        if mask is not None:
+            raise NotImplementedError("temporal attention with a mask has no ONNX form")
+        return temporal(q, k, v, heads=heads)
+
+    return {
+        torch.ops.posecrafter.keyframe_attention.default: translate_keyframe,
+        torch.ops.posecrafter.temporal_attention.default: translate_temporal,
+    }
+
+
+def _node_type(name: str) -> onnxscript.values.Op:
+    schema = onnx.defs.OpSchema
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+    return onnxscript.values.Op(
+        onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION),
+        name,
+        op_schema=schema(
+            name,
+            DOMAIN,
+            DOMAIN_VERSION,
+            inputs=[schema.FormalParameter(parameter, "T") for parameter in "qkv"],
+            outputs=[schema.FormalParameter("out", "T")],
+            type_constraints=[("T", floats, "")],
+            attributes=[schema.Attribute("heads", schema.AttrType.INT, "number of heads", required=True)],
+        ),
+    )

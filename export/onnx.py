@@ -1,0 +1,124 @@
+"""Every network as an ONNX model: dynamic in frames, groups, steps, height and width, weights under their own names.
+
+Layer 4: torch.onnx.export(dynamo=True), then folds that leave the weights alone, so that each can be replaced by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+import torch
+from onnxscript import optimizer
+from torch import nn
+
+from posecrafter_rt.export.functions import OPSET, add_functions, translation_table
+from posecrafter_rt.export.shapes import random_inputs, split_dim
+from posecrafter_rt.spec import Architecture, NetworkSpec, TensorSpec
+
+EXTERNAL_BYTES = 1_500_000_000  # a protobuf message must stay below 2 GiB; larger weights go to a file beside it
+
+
+def export_network(module: nn.Module, spec: NetworkSpec, arch: Architecture, *, inline: bool = False) -> ir.Model:
+    """Trace one network of `models.networks` into ONNX.
+
+    Args: module: float32, in evaluation mode, folded; its forward takes `spec.inputs` in order.
+        inline: whether attention is written out in standard operators instead of `posecrafter::` nodes with bodies.
+    Returns: the model, its weights still those of `module`; every parameter that it uses is an initialiser of that
+        parameter's name. Inputs, outputs and their free dimensions have the names of `spec`.
+    """
+    sizes = {"frames": 4, "groups": 2, "steps": 3, "height": 3 * arch.size_multiple, "width": 2 * arch.size_multiple}
+    inputs = tuple(random_inputs(spec, sizes).values())
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(
+            module, inputs, dynamic_shapes=_dynamic_shapes(module, spec, arch), strict=False
+        )
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            custom_translation_table=translation_table(),
+            optimize=False,  # it would fold transposed weights into constants without a name
+            verbose=False,
+        )
+    assert exported is not None
+    model = exported.model
+    parameters = {name for name, _ in module.named_parameters()}
+    optimizer.optimize_ir(model, should_fold=lambda node: _should_fold(node, parameters), inline=False)
+    add_functions(model)
+    if inline:
+        ir_passes.InlinePass()(model)
+        ir_passes.RemoveUnusedOpsetsPass()(model)
+    _name_dimensions(model, spec)
+    ir_passes.ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine
+    return model
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write `path`, and beside it `path`.data where the weights are too large for one message."""
+    num_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    ir.save(model, path, external_data=f"{path.name}.data" if num_bytes > EXTERNAL_BYTES else None)
+
+
+def _should_fold(node: ir.Node, parameters: set[str]) -> bool | None:
+    """Never fold a parameter into something else; anything else as the optimiser sees fit."""
+    return False if any(value is not None and value.name in parameters for value in node.inputs) else None
+
+
+def _dynamic_shapes(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> tuple[Any, ...]:
+    """torch.export's description of the free dimensions, in the structure of the module's forward.
+
+    Height and width are multiples of one unit, so that halving them is exact. Frames, groups and steps are left to the
+    tracer: diffusers asks whether frames ≥ 64 (a memory-layout matter that ONNX does not have), which a named
+    dimension would turn into a refusal.
+    """
+    units: dict[str, Any] = {}
+
+    def dimension(dim: str) -> Any:
+        symbol, divisor = split_dim(dim)
+        if symbol not in ("height", "width"):
+            return torch.export.Dim.DYNAMIC
+        unit = units.setdefault(symbol, torch.export.Dim(f"{symbol}_units"))
+        factor = arch.size_multiple // divisor
+        return unit if factor == 1 else factor * unit
+
+    def tensor_dims(tensor: TensorSpec) -> dict[int, Any]:
+        return {axis: dimension(dim) for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
+
+    dims = [tensor_dims(tensor) for tensor in spec.inputs]
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    num_named = sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
+    return (*dims[:num_named], tuple(dims[num_named:])) if num_named < len(dims) else tuple(dims)
+
+
+def _name_dimensions(model: ir.Model, spec: NetworkSpec) -> None:
+    """Write the spec's dimensions on inputs and outputs, and drop the tracer's own symbols everywhere else."""
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
+        for value, tensor in zip(values, tensors, strict=True):
+            value.shape = ir.Shape(tensor.dims)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's talk of packages that are not needed and of its own deprecations."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

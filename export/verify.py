@@ -1,0 +1,65 @@
+"""The proof of an export: ONNX Runtime against PyTorch, at several frame counts and sizes.
+
+Layer 4: ONNX Runtime's CPU provider in float32; it inlines our functions itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.export.shapes import random_inputs
+from posecrafter_rt.spec import Architecture, NetworkSpec
+
+TOLERANCE = 1e-4  # of the largest absolute value of the output
+
+
+def default_cases(arch: Architecture) -> list[dict[str, int]]:
+    """Sizes that differ from those traced: one frame, many, two groups, other heights and widths."""
+    unit = arch.size_multiple
+    cases = [(1, 1, 1, 1, 1), (7, 1, 4, 2, 1), (16, 1, 2, 1, 2), (4, 2, 3, 1, 3), (65, 1, 1, 1, 1)]
+    return [
+        {"frames": frames, "groups": groups, "steps": steps, "height": height * unit, "width": width * unit}
+        for frames, groups, steps, height, width in cases
+    ]
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """max |result − expected| / max |expected|; infinite where shapes differ or something is not finite."""
+    if result.shape != expected.shape or not bool(result.isfinite().all()):
+        return float("inf")
+    return float((result.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30))
+
+
+def verify_network(path: Path, module: nn.Module, spec: NetworkSpec, cases: Iterable[Mapping[str, int]]) -> float:
+    """Compare an exported network with its module on random inputs.
+
+    Args: path: of the ONNX file; module: float32; cases: sizes as `resolve_shape` takes them.
+    Returns: the largest relative error over outputs and cases.
+    Raises: PoseCrafterError if it exceeds TOLERANCE; the message names network, output and sizes.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its warnings about unused initialisers are no news
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for case in cases:
+        inputs = random_inputs(spec, case, seed=1)
+        with torch.no_grad():
+            expected = module(*inputs.values())
+        results = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        for output, result, tensor in zip(spec.outputs, results, expected, strict=True):
+            error = relative_error(torch.from_numpy(result), tensor)
+            if error > TOLERANCE:
+                raise PoseCrafterError(
+                    f"the exported {spec.name} differs from PyTorch: {output.name} by {error:.1e} at {dict(case)}",
+                    hint="report it with the versions that `posecrafter-rt doctor` prints",
+                )
+            worst = max(worst, error)
+    return worst

@@ -1,0 +1,88 @@
+"""Every row of the launch table compiles ahead of time, without spills and within the devices' limits.
+
+Tests of kernels/compile.py, configs.json and the kernels as device code.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if find_spec("posecrafter_rt.kernels") is None:
+    pytest.skip("the package is not installed", allow_module_level=True)
+
+from posecrafter_rt.kernels import keyframe_attention, temporal_attention
+from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
+from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig
+
+SHARED_LIMITS = {86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a block may use
+TARGETS = {86: (86, 89), 90: (90,)}  # what a row of the table serves
+REPRESENTATIVES = {48: 40, 96: 80, 160: 160, 256: 256}
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+KEYS = ("capability", "element_bytes", "max_head_size", "max_frames")
+
+
+def rows(op: str) -> list[Any]:
+    """The table's rows for each target; SD 1.5's heads in 16 bits always, the others where slow tests are asked for."""
+    found = []
+    for row in json.loads(TABLE.read_text())[op]:
+        is_common = row["element_bytes"] == 2 and row["max_head_size"] <= 160 and row.get("max_frames", 16) != 32
+        marks = () if is_common else (pytest.mark.slow,)
+        for target in TARGETS[row["capability"]]:
+            name = f"sm_{target}-{'-'.join(str(row[key]) for key in KEYS[1:] if key in row)}"
+            found.append(pytest.param(target, row, id=name, marks=marks))
+    return found
+
+
+def assert_fits(built: Compiled, target: int) -> None:
+    assert built.spill_bytes == 0
+    assert built.registers <= 255
+    assert built.shared_bytes <= SHARED_LIMITS[target]
+    assert f".target sm_{target}" in built.ptx
+
+
+@pytest.mark.parametrize(("target", "row"), rows("keyframe_attention"))
+def test_keyframe_attention_compiles(target: int, row: dict[str, Any]) -> None:
+    config = TileConfig(**{name: value for name, value in row.items() if name not in KEYS})
+    dtype = DTYPES[row["element_bytes"]]
+    built = compile_keyframe(target, dtype, REPRESENTATIVES[row["max_head_size"]], config)
+    assert_fits(built, target)
+    if row["element_bytes"] == 2:
+        assert ("wgmma" if target == 90 else "mma.sync") in built.ptx
+        assert config.num_stages == 1 or "cp.async" in built.ptx  # aligned strides pipeline their loads
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize(("target", "row"), rows("temporal_attention"))
+def test_temporal_attention_compiles(target: int, row: dict[str, Any], has_mask: bool) -> None:
+    config = TemporalConfig(**{name: value for name, value in row.items() if name not in KEYS})
+    dtype = DTYPES[row["element_bytes"]]
+    built = compile_temporal(target, dtype, REPRESENTATIVES[row["max_head_size"]], config, has_mask=has_mask)
+    assert_fits(built, target)
+
+
+def test_the_ptx_version_can_be_capped() -> None:
+    built = compile_keyframe(90, torch.float16, 40, TileConfig(64, 32, 4, 2), ptx_version=86)
+    assert ".version 8.6" in built.ptx
+
+
+def test_traced_launches_are_graph_nodes_on_a_device_that_is_not_there() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def attend(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        out = keyframe_attention.launch(q, k, k, 2, config=TileConfig(64, 64, 4, 3), is_traced=True)
+        config = TemporalConfig(4, 16, 16, 4, 1)
+        return temporal_attention.launch(out[None], q[None], q[None], 2, None, config=config, is_traced=True)
+
+    with FakeTensorMode():
+        q, k = (torch.empty(frames, 33, 80, device="cuda", dtype=torch.float16) for frames in (6, 2))
+        graph = make_fx(attend)(q, k).graph
+    launches = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert len(launches) == 2
+    assert launches[0].kwargs["grid"] == [(2, 2, 2)] and launches[1].kwargs["grid"] == [(2, 9, 1)]

@@ -1,0 +1,92 @@
+"""The Triton kernels on a GPU against the references in fp64, at SD 1.5's shapes and odd ones.
+
+Tests of kernels/keyframe_attention.py and temporal_attention.py through the public operators.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from posecrafter_rt.ops import keyframe_attention, temporal_attention, unsupported_reason
+from posecrafter_rt.ops.reference import keyframe_attention_ref, temporal_attention_ref
+
+REASON = unsupported_reason("keyframe_attention", "triton")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+
+def assert_close(out: Tensor, exact: Tensor, eager: Tensor) -> None:
+    allowed = 2 * (eager.double() - exact).abs().max() + FLOOR[out.dtype]
+    assert (out.double() - exact).abs().max() <= allowed
+
+
+def skip_if_refused(op: str, *tensors: Tensor, heads: int) -> None:
+    reason = unsupported_reason(op, "triton", *tensors, heads=heads)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 9, 1024, 1024, 8, 40),
+        (2, 3, 256, 77, 8, 80),
+        (1, 5, 64, 64, 8, 160),
+        (1, 1, 1, 1, 1, 8),
+        (1, 2, 97, 31, 3, 24),
+    ],
+    ids=str,
+)
+def test_keyframe_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    groups, frames, tokens, keys, heads, head_size = shape
+    q = normal(groups * frames, tokens, heads * head_size, seed=0, dtype=dtype)
+    k, v = normal(groups, keys, 2 * heads * head_size, seed=1, dtype=dtype).chunk(2, -1)
+    skip_if_refused("keyframe_attention", q, k, v, heads=heads)
+    exact = keyframe_attention_ref(q.double(), k.double(), v.double(), heads)
+    out = keyframe_attention(q, k, v, heads, backend="triton")
+    assert_close(out, exact, keyframe_attention_ref(q, k, v, heads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 9, 9, 1024, 8, 40),
+        (2, 101, 101, 31, 8, 80),
+        (1, 1, 10, 64, 8, 160),
+        (1, 256, 256, 2, 1, 8),
+        (1, 17, 5, 3, 1, 24),
+    ],
+    ids=str,
+)
+def test_temporal_attention(shape: tuple[int, ...], is_masked: bool, dtype: torch.dtype) -> None:
+    groups, queries, keys, tokens, heads, head_size = shape
+    q = normal(groups, queries, tokens, heads * head_size, seed=2, dtype=dtype)
+    k, v = normal(groups, keys, tokens, 2 * heads * head_size, seed=3, dtype=dtype).chunk(2, -1)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device="cuda").tril() if is_masked else None
+    skip_if_refused("temporal_attention", q, k, v, heads=heads)
+    exact = temporal_attention_ref(q.double(), k.double(), v.double(), heads, mask)
+    out = temporal_attention(q, k, v, heads, mask, backend="triton")
+    assert_close(out, exact, temporal_attention_ref(q, k, v, heads, mask))
+
+
+@pytest.mark.parametrize("op", ["keyframe", "temporal"])
+def test_compiled_code_launches_the_kernel(op: str) -> None:
+    q, k = (normal(frames, 64, 80, seed=4, dtype=torch.float16) for frames in (4, 1))
+
+    def attend(q: Tensor, k: Tensor) -> Tensor:
+        if op == "keyframe":
+            return keyframe_attention(q, k, k, 2) + 1
+        return temporal_attention(q[None], q[None], q[None], 2) + 1
+
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True)(q, k), attend(q, k))

@@ -1,0 +1,100 @@
+"""Where bases are looked for, and the one line when they are not there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from posecrafter_rt.errors import ModelError
+from posecrafter_rt.models.loading import load_base
+from posecrafter_rt.models.sources import locate_base, locate_component
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A hub with one repository: hub["folder"] is its snapshot, hub["calls"] what was asked of it."""
+    state: dict[str, Any] = {"calls": [], "folder": None}
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
+        state["calls"].append((repo_id, allow_patterns))
+        if state["folder"] is None:
+            raise LocalEntryNotFoundError("cannot reach the hub\nand more lines")
+        return str(state["folder"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return state
+
+
+def test_a_hub_id_loads_like_its_folder(hub: dict[str, Any], tiny_base: Path) -> None:
+    hub["folder"] = tiny_base
+    model = load_base("some.owner/some-model", vae="owner/vae")
+    assert model.base_id == "some.owner/some-model" and model.base_hash == load_base(str(tiny_base)).base_hash
+    (base_id, patterns), (vae_id, vae_patterns) = hub["calls"]
+    assert (base_id, vae_id) == ("some.owner/some-model", "owner/vae")
+    # Not the hub's whole repository, which holds the same weights five times.
+    assert "unet/diffusion_pytorch_model.safetensors" in patterns and "text_encoder/model.safetensors" in patterns
+    assert not any("*" in pattern and pattern not in ("tokenizer/*", "scheduler/*.json") for pattern in patterns)
+    assert "diffusion_pytorch_model.safetensors" in vae_patterns
+
+
+def test_old_repositories_fall_back_to_bin(hub: dict[str, Any], tmp_path: Path) -> None:
+    hub["folder"] = tmp_path
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
+    part = locate_component("owner/controlnet", "controlnet")
+    assert part.files == (tmp_path / "diffusion_pytorch_model.bin",) and len(hub["calls"]) == 2
+
+
+def test_an_unreachable_hub_is_one_line(hub: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="the hub gave no base model owner/name: cannot reach the hub$") as raised:
+        load_base("owner/name")
+    assert "connection" in raised.value.hint
+
+
+@pytest.mark.parametrize("base", ["/absent/folder", "absent", "./absent/model", "owner/model.safetensors", "a/b/c", ""])
+def test_what_cannot_be_a_hub_id_is_not_asked_for(base: str, hub: dict[str, Any]) -> None:
+    with pytest.raises(ModelError):
+        load_base(base)
+    assert not hub["calls"]
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"suffix is '\.onnx'"):
+        locate_base(str(tmp_path / "model.onnx"))
+    with pytest.raises(ModelError, match=r"suffix is '\.onnx'"):
+        locate_component(str(tmp_path / "model.onnx"), "vae")
+
+
+def test_half_precision_and_sharded_files_are_found(tiny_base: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_base / "vae", tmp_path / "vae"))
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    whole.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    part = locate_component(str(tmp_path), "vae")
+    assert part.location == folder and [path.name for path in part.files] == [
+        "diffusion_pytorch_model.fp16.safetensors"]  # fmt: skip
+    expected = load_base(str(tiny_base)).vae.state_dict()
+    tensors = load_file(part.files[0])
+    names = sorted(tensors)
+    for index, chosen in enumerate((names[:9], names[9:]), start=1):
+        save_file({name: tensors[name] for name in chosen},
+                  folder / f"diffusion_pytorch_model-0000{index}-of-00002.safetensors")  # fmt: skip
+    part = locate_component(str(folder), "vae")
+    assert [path.name[-26:-12] for path in part.files] == ["00001-of-00002", "00002-of-00002"]
+    found = load_base(str(tiny_base), vae=str(folder)).vae.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_folder_without_the_part(tmp_path: Path, tiny_base: Path) -> None:
+    with pytest.raises(ModelError, match="so it is no vae"):
+        locate_component(str(tmp_path), "vae")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="has no diffusion_pytorch_model.safetensors"):
+        locate_component(str(tmp_path), "vae")

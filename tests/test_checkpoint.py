@@ -1,0 +1,211 @@
+"""`tuned.ckpt`: what is saved is loaded, equal content is equal bytes, and every foreign file is one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from posecrafter_rt import checkpoint as checkpoint_module
+from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.errors import CheckpointError, DiskFull, OutputExists
+from posecrafter_rt.models.loading import load_base, named_parameters
+from posecrafter_rt.poses.keypoints import PoseSequence
+
+
+@pytest.fixture
+def make_checkpoint(tiny_base: Path) -> Callable[..., Checkpoint]:
+    def make(**metadata: Any) -> Checkpoint:
+        model = load_base(str(tiny_base))
+        random = np.random.default_rng(0)
+        generator = torch.Generator().manual_seed(0)
+        tensors = {
+            name: torch.randn(parameter.shape, generator=generator)
+            for name, parameter in named_parameters(model)
+            if ".conv_temp." in name
+            or name == "controlnet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.bias"
+        }
+        tensors["unet.conv_in.bias"] = torch.ones(32, dtype=torch.bfloat16)
+        keypoints = random.uniform(0, 1, (2, 134, 3)).astype(np.float32)
+        known = {"base": model.base_id, "base_hash": model.base_hash, "controlnet": None, "vae": None, "seed": 3,
+                 "prompt": "a person", "size": [32, 48], "norm_scope": "clip", "steps": 7}  # fmt: skip
+        frames = random.integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+        return Checkpoint(tensors, frames, PoseSequence(keypoints, (32, 48), 25.0), {**known, **metadata})
+
+    return make
+
+
+@pytest.fixture
+def saved(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> Path:
+    path = tmp_path / "tuned.ckpt"
+    make_checkpoint().save(path)
+    return path
+
+
+def test_what_is_saved_is_loaded(make_checkpoint: Callable[..., Checkpoint], saved: Path) -> None:
+    original, loaded = make_checkpoint(), Checkpoint.load(saved)
+    assert loaded.tensors.keys() == original.tensors.keys()
+    for name, tensor in original.tensors.items():
+        assert loaded.tensors[name].dtype == tensor.dtype and torch.equal(loaded.tensors[name], tensor)
+    np.testing.assert_array_equal(loaded.frames, original.frames)
+    np.testing.assert_array_equal(loaded.poses.keypoints, original.poses.keypoints)
+    assert (loaded.poses.canvas, loaded.poses.fps) == ((32, 48), 25.0)
+    assert original.metadata.items() <= loaded.metadata.items()
+    assert loaded.metadata["format_version"] == 1 and "torch" in loaded.metadata["versions"]
+    assert loaded.digest() == original.digest()
+
+
+def test_an_unknown_fps_stays_unknown(make_checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    original = make_checkpoint()
+    original.poses = PoseSequence(original.poses.keypoints, original.poses.canvas, None)
+    original.save(tmp_path / "a.ckpt")
+    assert Checkpoint.load(tmp_path / "a.ckpt").poses.fps is None
+
+
+def test_equal_content_is_equal_bytes(saved: Path, tmp_path: Path) -> None:
+    Checkpoint.load(saved).save(tmp_path / "again.ckpt")
+    assert (tmp_path / "again.ckpt").read_bytes() == saved.read_bytes()
+
+
+def test_digest_tells_contents_apart(make_checkpoint: Callable[..., Checkpoint]) -> None:
+    digests = {make_checkpoint().digest(), make_checkpoint(prompt="a man").digest(), make_checkpoint(seed=4).digest()}
+    changed = make_checkpoint()
+    changed.tensors["unet.conv_in.bias"] *= 2
+    frames = make_checkpoint()
+    frames.frames[0, 0, 0, 0] ^= 1
+    assert len(digests | {changed.digest(), frames.digest()}) == 5
+
+
+def test_it_is_a_plain_safetensors_file_with_one_json_header(saved: Path) -> None:
+    with safe_open(saved, "pt") as file:
+        (text,) = file.metadata().values()
+    assert json.loads(text)["format"] == "posecrafter-rt checkpoint"
+
+
+def test_nothing_is_overwritten_without_force(make_checkpoint: Callable[..., Checkpoint], saved: Path) -> None:
+    before = saved.read_bytes()
+    with pytest.raises(OutputExists):
+        make_checkpoint(prompt="another").save(saved)
+    assert saved.read_bytes() == before
+    make_checkpoint(prompt="another").save(saved, force=True)
+    assert Checkpoint.load(saved).metadata["prompt"] == "another"
+
+
+def test_a_full_disk_leaves_the_old_file(
+    make_checkpoint: Callable[..., Checkpoint], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    def fail(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError(f"I/O error: {os.strerror(28)} (os error 28)")
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(checkpoint_module, "save_file", fail)
+    with pytest.raises(DiskFull):
+        make_checkpoint().save(saved, force=True)
+    assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file(share: float, saved: Path) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(len(content) * share)])
+    _refused(saved, "truncated or no checkpoint")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    _refused(tmp_path / "absent.ckpt", "there is no checkpoint")
+    _refused(tmp_path, "there is no checkpoint")
+
+
+def test_a_pickle_does_not_run(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple:
+            return (os.mkdir, (str(tmp_path / "trace"),))
+
+    torch.save({"weights": Harm()}, tmp_path / "zip.ckpt")
+    torch.save({"weights": Harm()}, tmp_path / "legacy.ckpt", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Harm()))
+    for name in ("zip.ckpt", "legacy.ckpt", "plain.ckpt"):
+        _refused(tmp_path / name, "pickle, which could run code")
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"posecrafter": "{}"}, {"posecrafter": "[]"}])
+def test_another_safetensors_file(metadata: dict | None, tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors", metadata)
+    _refused(tmp_path / "other.safetensors", "but not a checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format version 2, this release reads 1"),
+        ({"metadata": None}, "damaged checkpoint"),
+        ({"metadata": {"base": "embedded"}}, "does not say its base_hash"),
+    ],
+)
+def test_another_header(change: dict, message: str, saved: Path) -> None:
+    with safe_open(saved, "pt") as file:
+        header = json.loads(file.metadata()["posecrafter"])
+    save_file(load_file(saved), saved, {"posecrafter": json.dumps({**header, **change})})
+    _refused(saved, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("frames", None, "damaged checkpoint"),
+        ("keypoints", torch.full((2, 134, 3), torch.nan), "damaged checkpoint"),
+        ("keypoints", torch.zeros(3, 134, 3), "2 frames but 3 poses"),
+        ("frames", torch.zeros(2, 32, 48, 3), "frames are float32"),
+        ("frames", torch.zeros(0, dtype=torch.uint8), "damaged checkpoint"),
+        ("vae.conv.weight", torch.zeros(1), "a tensor is called vae.conv.weight"),
+    ],
+)
+def test_damaged_contents(name: str, tensor: torch.Tensor | None, message: str, saved: Path) -> None:
+    with safe_open(saved, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(saved)
+    tensors.pop(name, None)
+    save_file(tensors if tensor is None else {**tensors, name: tensor}, saved, header)
+    _refused(saved, message)
+
+
+def test_frames_and_poses_must_fit(make_checkpoint: Callable[..., Checkpoint]) -> None:
+    good = make_checkpoint()
+    with pytest.raises(CheckpointError, match=r"frames are \(32, 48\) but the poses' canvas is \(64, 96\)"):
+        Checkpoint(good.tensors, good.frames, PoseSequence(good.poses.keypoints, (64, 96)), good.metadata)
+
+
+def test_load_model_puts_the_tensors_into_the_base(make_checkpoint: Callable[..., Checkpoint], saved: Path) -> None:
+    model, expected = Checkpoint.load(saved).load_model(dtype=torch.bfloat16), make_checkpoint().tensors
+    assert model.unet.norm_scope == "clip"
+    parameters = dict(named_parameters(model))
+    assert all(torch.equal(parameters[name], tensor.bfloat16()) for name, tensor in expected.items())
+
+
+def test_another_base_is_refused_with_both_hashes(
+    make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, write_tiny_base: Callable[..., Path]
+) -> None:
+    tuned, other = make_checkpoint(), write_tiny_base(tmp_path / "other", seed=9)
+    with pytest.raises(CheckpointError) as raised:
+        tuned.load_model(base=str(other))
+    message = str(raised.value)
+    assert tuned.metadata["base_hash"][:12] in message and load_base(str(other)).base_hash[:12] in message
+
+
+def _refused(path: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as raised:
+        Checkpoint.load(path)
+    assert "\n" not in str(raised.value) and raised.value.hint
