@@ -111,7 +111,12 @@ class Avatar:
         return np.stack(list(self.iter_render(poses, options, **changes)))
 
     def iter_render(
-        self, poses: PoseSequence, options: RenderOptions | None = None, *, on_step: OnStep | None = None, **changes: Any
+        self,
+        poses: PoseSequence,
+        options: RenderOptions | None = None,
+        *,
+        on_step: OnStep | None = None,
+        **changes: Any,
     ) -> Iterator[np.ndarray]:
         """As `render`, yielding frames (H, W, 3) as they are decoded. on_step: told (stage, step, steps)."""
         options = replace(options or RenderOptions(), **changes)

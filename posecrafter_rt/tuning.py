@@ -128,7 +128,7 @@ def tune(
         frames=frames[chosen],
         poses=PoseSequence(poses.keypoints[chosen], poses.canvas, poses.fps),
         metadata={
-            "base": model.base_id, "base_hash": model.base_hash, "controlnet": options.controlnet, "vae": options.vae,
+            **model.identity(),
             "prompt": options.prompt or settings.prompt, "size": list(frames.shape[1:3]),
             "norm_scope": model.unet.norm_scope, "seed": options.seed, "precision": options.precision,
             "steps": options.steps or settings.steps or tuning_steps(len(chosen)),

@@ -24,8 +24,8 @@ LAYERS = {
     3: ("models", "checkpoint"),
     4: ("engines", "export", "tuning", "embedded"),
     5: ("runtime",),
-    6: ("avatar", "building", "demo"),
-    7: ("serve", "evaluate"),
+    6: ("avatar", "building"),
+    7: ("serve", "evaluate", "rendering", "demo"),
     8: ("cli", "__main__"),
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}
@@ -41,9 +41,8 @@ ALLOWED = {
     ("ops", "_native"): "the fast paths of the operators",
     ("checkpoint", "models"): "a checkpoint names the base that it was tuned on",
     ("engines", "export"): "an engine is built from an exported network; never back",
-    ("demo", "avatar"): "the demo is the whole path",
-    ("demo", "building"): "the demo is the whole path",
     ("demo", "evaluate"): "the demo measures what it rendered",
+    ("demo", "rendering"): "the demo is the whole path",
     ("avatar", "building"): "both open the same folder",
     ("__main__", "cli"): "the same command",
 }
@@ -103,8 +102,8 @@ def verdict(module: str, imported: str) -> str | None:
         return None  # the package itself imports nothing (test_lean_import), siblings may
     if target == "":
         return "take the name from where it is defined"
-    if target not in LAYER_OF:
-        return f"{target} is in no layer; put it into LAYERS"
+    if not {source, target} <= set(LAYER_OF):
+        return f"{source} or {target} is in no layer; put it into LAYERS"
     if source == "runtime" and target == "engines" and imported not in RUNTIME_SEES:
         return "the runtime knows no backend"
     if LAYER_OF[target] < LAYER_OF[source] or LAYER_OF[target] == 0 or (source, target) in ALLOWED:

@@ -30,6 +30,7 @@ CORE = {
     "typer": "the command line",
     "rich": "the command line",
     "onnx": "the engine `openvino`",
+    "onnx-ir": "the engine `openvino`",
     "onnxscript": "the engine `openvino`",
     "onnxruntime": "verifying what is exported",
     "openvino": "the engine `openvino`",

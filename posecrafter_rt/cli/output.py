@@ -65,3 +65,17 @@ def step_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=None, note="")
         yield lambda step, steps, note: progress.update(task, completed=step, total=steps, note=note)
+
+
+@contextmanager
+def stages(title: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on standard error with the stage at work; yields a function that names the next one."""
+    console = Console(stderr=True)
+    with console.status(title) as status:
+
+        def on_stage(stage: str) -> None:
+            status.update(f"{title}: {stage}")
+            if not console.is_terminal:
+                console.print(f"{title}: {stage}")
+
+        yield on_stage

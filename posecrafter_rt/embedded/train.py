@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +16,12 @@ import torch
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler
 
-from posecrafter_rt.embedded.architecture import SCHEDULER, SIZE
+from posecrafter_rt.embedded.architecture import SCHEDULER, SETTINGS, SIZE
 from posecrafter_rt.embedded.corpus import Clips, draw_clips, load_photographs
 from posecrafter_rt.embedded.text import build_text_encoder, write_tokenizer
 from posecrafter_rt.embedded.train_denoiser import Corpus, Denoiser, encode_corpus, train_denoiser
 from posecrafter_rt.embedded.train_vae import train_vae
+from posecrafter_rt.models.settings import SETTINGS_FILE
 
 
 def log(message: str) -> None:
@@ -33,8 +35,7 @@ def save_base(folder: Path, denoiser: Denoiser, vae: AutoencoderKL) -> None:
         ("unet", denoiser.image_unet), ("controlnet", denoiser.image_controlnet),
         ("vae", vae), ("text_encoder", denoiser.text_encoder),
     ):  # fmt: skip
-        state = {key: value.half().contiguous() for key, value in model.state_dict().items()}
-        model.save_pretrained(folder / name, state_dict=state, safe_serialization=True)
+        deepcopy(model).half().save_pretrained(folder / name, safe_serialization=True)
     DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
     index = {"_class_name": "StableDiffusionControlNetPipeline", "_diffusers_version": "0.30.0",
              "controlnet": ["diffusers", "ControlNetModel"], "scheduler": ["diffusers", "DDIMScheduler"],
@@ -42,6 +43,7 @@ def save_base(folder: Path, denoiser: Denoiser, vae: AutoencoderKL) -> None:
              "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
              "feature_extractor": [None, None], "safety_checker": [None, None]}  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    (folder / SETTINGS_FILE).write_text(json.dumps(SETTINGS.to_json(), indent=2))
 
 
 def drawn_clips(path: Path, num_clips: int, seed: int) -> Clips:

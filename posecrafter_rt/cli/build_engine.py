@@ -1,0 +1,60 @@
+"""`posecrafter-rt build-engine`: tuned.ckpt → an engine folder.
+
+Layer 8: arguments, one call, the printed result.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from posecrafter_rt.cli.arguments import parse_size
+from posecrafter_rt.cli.output import print_json, print_table, size_of, stages
+
+app = typer.Typer()
+
+
+@app.command()
+def build_engine(  # noqa: PLR0913 - one argument for each option
+    checkpoint: Annotated[Path, typer.Argument(help="What `posecrafter-rt tune` wrote.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The folder; else the checkpoint's name with .engine.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto (the fastest that runs here), openvino or torch.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto (bf16 where it is native), fp32, bf16 or fp16.")] = "auto",
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture size; else that of tuning.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base lies, if it moved since tuning.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that is not an engine folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Build what renders; the same build twice is nothing to do."""
+    picture_size = parse_size(size)
+    from posecrafter_rt.building import BuildOptions, build_engine
+    from posecrafter_rt.machine import peak_rss_bytes
+
+    start = time.monotonic()
+    with stages("building") as on_stage:
+        result = build_engine(
+            checkpoint, output, BuildOptions(backend, precision, picture_size, base), force=force, progress=on_stage
+        )
+    folder = result.folder
+    num_bytes = sum((folder.path / name).stat().st_size for name in folder.manifest["files"])
+    summary = {
+        "engine": str(folder.path), "was_current": result.was_current, "backend": folder.manifest["backend"],
+        "backend_reason": result.backend_reason, "precision": folder.manifest["precision"],
+        "size": folder.manifest["size"], "bytes": num_bytes, "seconds": round(time.monotonic() - start, 2),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }  # fmt: skip
+    if as_json:
+        print_json(summary)
+        return
+    print_table([
+        ("engine", f"{folder.path}{'  (was current: nothing to do)' if result.was_current else ''}"),
+        ("backend", f"{summary['backend']} {summary['precision']} ({result.backend_reason})"),
+        ("size", "x".join(map(str, folder.manifest["size"]))), ("on disk", size_of(num_bytes)),
+        ("took", f"{summary['seconds']} s, {size_of(peak_rss_bytes())} of memory"),
+    ])  # fmt: skip
+    typer.echo(f"next: posecrafter-rt render {folder.path} --poses poses.json -o out.mp4", err=True)

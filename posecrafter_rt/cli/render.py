@@ -1,0 +1,66 @@
+"""`posecrafter-rt render`: an engine and poses → a video, a contact sheet and report.json.
+
+Layer 8: arguments, one call, the printed result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from posecrafter_rt.cli.arguments import parse_range
+from posecrafter_rt.cli.output import print_json, print_table, size_of, step_progress
+
+app = typer.Typer()
+
+
+@app.command()
+def render(  # noqa: PLR0913 - one argument for each option
+    engine: Annotated[Path, typer.Argument(help="What `posecrafter-rt build-engine` made.", show_default=False)],
+    poses: Annotated[Path, typer.Option(help="Target poses: OpenPose JSON, one file or a folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The video; .png and .json go beside it.")] = Path(
+        "out.mp4"
+    ),
+    frame_range: Annotated[
+        str | None, typer.Option("--range", metavar="START:END", help="Only these of the poses.")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="controlvideo, +selection, +insertion or +editing (PoseCrafter).")
+    ] = "+editing",
+    steps: Annotated[int, typer.Option(help="Denoising steps, of inversion and sampling alike.")] = 50,
+    prompt: Annotated[str | None, typer.Option(help="Target prompt; else that of tuning.")] = None,
+    guidance_scale: Annotated[float, typer.Option(help="1: none; 3 suits edits by prompt.")] = 1.0,
+    control_scale: Annotated[float, typer.Option(help="Weight of the poses.")] = 1.0,
+    tau: Annotated[int, typer.Option(help="Sampling step before which face and hands are moved.")] = 1,
+    resample: Annotated[str, typer.Option(help="bilinear, nearest or unit_variance.")] = "bilinear",
+    person: Annotated[int | None, typer.Option(help="Which of several people in the poses, from 0.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Else the pose file's, else 25.", min=0.1)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the outputs if they are there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Render the person of ENGINE in every pose."""
+    window = parse_range(frame_range)
+    from posecrafter_rt.avatar import Avatar
+    from posecrafter_rt.poses.keypoints import PoseSequence
+    from posecrafter_rt.rendering import output_paths, refuse_outputs, render_to_files
+    from posecrafter_rt.runtime.options import RenderOptions
+
+    refuse_outputs(output, force)
+    options = RenderOptions(mode, steps, prompt, guidance_scale, control_scale, tau, resample)  # type: ignore[arg-type]
+    target = PoseSequence.load(poses, person=person)[window]
+    with Avatar.load(engine) as avatar, step_progress("loading") as on_step:
+        report = render_to_files(avatar, target, output, options, fps=fps, force=force, on_step=on_step)
+    if as_json:
+        print_json(report)
+        return
+    seconds = report["seconds"]
+    print_table([
+        ("video", str(output)),
+        ("beside it", ", ".join(path.name for path in output_paths(output)[1:])),
+        ("reference", f"training frame {report['reference_index']}, inversion {'cached' if report['inversion_cached'] else 'computed'}"),
+        ("edits", f"{report['edited_regions']} regions moved, {len(report['skipped_regions'])} left (see the report)"),
+        ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())),
+        ("memory", size_of(report["peak_rss_bytes"])),
+    ])  # fmt: skip

@@ -1,0 +1,92 @@
+"""`posecrafter-rt demo`: tune, build and render on real footage, and measure the result against the truth.
+
+Layer 7.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posecrafter_rt.atomic import atomic_path
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
+from posecrafter_rt.evaluate.metrics import psnr, ssim
+from posecrafter_rt.framing import side_by_side
+from posecrafter_rt.machine import peak_rss_bytes
+from posecrafter_rt.poses.draw import draw_poses
+from posecrafter_rt.rendering import render_to_files
+from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.tuning import TuneOptions, TuneStatus, base_size, load_clip, resolve_precision, tune
+from posecrafter_rt.video_io import read_video, write_video
+
+Step = Callable[[int, int, str], None]
+
+
+class Demo:
+    """The steps of the demonstration, in order; each leaves its files in `output` and its seconds in `seconds`."""
+
+    def __init__(self, output: Path, steps: int | None, num_inference_steps: int) -> None:
+        self.output, self.tuning_steps, self.num_inference_steps = output, steps, num_inference_steps
+        self.seconds: dict[str, float] = {}
+        self.size = base_size("embedded")
+        self.frames, self.poses = load_clip(video_path(), load_poses(), self.size, slice(None))
+        self.checkpoint, self.engine = output / "tuned.ckpt", output / "tuned.engine"
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 1)
+
+    def tune(self, on_step: Step) -> None:
+        """Tune on eight frames taken uniformly from the first 36."""
+        device, precision = resolve_precision("cpu", "auto")
+        options = TuneOptions(frames=FRAMES, steps=self.tuning_steps, precision=precision, device=device)  # type: ignore[arg-type]
+
+        def told(status: TuneStatus) -> None:
+            on_step(status.step, status.steps, f"loss {status.loss:.4f}")
+
+        with self._timed("tune"):
+            tune(self.frames[TUNING], self.poses[TUNING], self.checkpoint, options, force=True, on_step=told)
+
+    def build(self, on_stage: Callable[[str], None]) -> None:
+        """Build the engine for this machine."""
+        with self._timed("build"):
+            build_engine(self.checkpoint, self.engine, BuildOptions(), force=True, progress=on_stage)
+
+    def render(self, on_step: Step) -> dict[str, dict[str, float]]:
+        """Render frames 46 to 119 from their poses; returns the metrics of the render and of both baselines."""
+        target, truth = self.poses[TARGET], self.frames[TARGET]
+        with Avatar.load(self.engine) as avatar:
+            with self._timed("render"):
+                options = RenderOptions(num_inference_steps=self.num_inference_steps)
+                report = render_to_files(avatar, target, self.output / "out.mp4", options, force=True, on_step=on_step)
+            (self.output / "out.png").replace(self.output / "contact_sheet.png")
+            rendered = read_video(self.output / "out.mp4").frames
+            options = RenderOptions("controlvideo", self.num_inference_steps)
+            told = lambda stage, step, steps: on_step(step, steps, f"controlvideo, {stage}")  # noqa: E731
+            controlvideo = np.stack(list(avatar.iter_render(target, options, on_step=told)))
+            reference = avatar.frames[report["reference_index"]]
+        pictures = draw_poses(target, self.size)
+        write_video(self.output / "side_by_side.mp4",
+                    side_by_side(truth, pictures, rendered, labels=("truth", "pose", "render")),
+                    target.fps or 30.0, force=True)  # fmt: skip
+        repeated = np.repeat(reference[np.newaxis], len(truth), axis=0)
+        clips = {"render": rendered, "repeated_reference": repeated, "controlvideo": controlvideo}
+        return {name: {"psnr": round(psnr(clip, truth), 3), "ssim": round(ssim(clip, truth), 4)}
+                for name, clip in clips.items()}  # fmt: skip
+
+    def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write metrics.json; returns what it holds."""
+        metrics = {**metrics, "seconds": self.seconds, "peak_rss_bytes": peak_rss_bytes()}
+        with atomic_path(self.output / "metrics.json") as temporary:
+            temporary.write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+        return metrics

@@ -1,0 +1,138 @@
+"""The commands end to end on a tiny base: tune, build-engine, render, inspect; and what they say to bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from posecrafter_rt.cli.main import app
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.video_io import read_video, write_video
+
+SIZE = (32, 32)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def ok(*arguments: object) -> Result:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a video, its poses, a checkpoint and an engine, all made by the commands."""
+    folder = tmp_path_factory.mktemp("workshop")
+    rng = np.random.default_rng(0)
+    write_video(folder / "video.mp4", rng.integers(0, 256, (4, *SIZE, 3), np.uint8), 25.0)
+    points = rng.uniform(4, 28, (1, 134, 2)) + rng.normal(0, 1, (4, 134, 2))
+    PoseSequence(np.concatenate([points, np.ones((4, 134, 1))], -1).astype(np.float32), SIZE, 25.0).save(
+        folder / "poses.json"
+    )
+    ok("tune", folder / "video.mp4", "--poses", folder / "poses.json", "-o", folder / "tuned.ckpt", "--base", tiny_base,
+       "--frames", 3, "--steps", 2, "--precision", "fp32")  # fmt: skip
+    ok("build-engine", folder / "tuned.ckpt", "--backend", "torch", "--precision", "fp32")
+    return folder
+
+
+def test_render_writes_video_sheet_and_report(workshop: Path, tmp_path: Path) -> None:
+    report = json.loads(ok("render", workshop / "tuned.engine", "--poses", workshop / "poses.json", "-o", tmp_path / "out.mp4",
+                           "--steps", 2, "--json").stdout)  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "out.png", "out.report.json"]
+    assert len(read_video(tmp_path / "out.mp4").frames) == 4
+    assert report == json.loads((tmp_path / "out.report.json").read_text())
+    assert report["num_frames"] == 4 and report["engine"]["backend"] == "torch"
+    again = run("render", workshop / "tuned.engine", "--poses", workshop / "poses.json", "-o", tmp_path / "out.mp4")
+    assert again.exit_code == 1 and "exists already" in again.output and "--force" in again.output
+
+
+def test_a_single_target_pose_renders(workshop: Path, tmp_path: Path) -> None:
+    ok(
+        "render",
+        workshop / "tuned.engine",
+        "--poses",
+        workshop / "poses.json",
+        "--range",
+        "2:3",
+        "-o",
+        tmp_path / "o.mp4",
+        "--steps",
+        1,
+    )
+    assert len(read_video(tmp_path / "o.mp4").frames) == 1
+
+
+def test_building_again_is_nothing_to_do(workshop: Path) -> None:
+    result = ok("build-engine", workshop / "tuned.ckpt", "--backend", "torch", "--precision", "fp32", "--json")
+    assert json.loads(result.stdout)["was_current"] is True
+
+
+def test_inspect_shows_engine_and_checkpoint(workshop: Path) -> None:
+    assert "torch" in ok("inspect", workshop / "tuned.engine").output
+    ok("inspect", workshop / "tuned.ckpt")
+
+
+def test_eval_of_a_video_with_itself(workshop: Path) -> None:
+    result = json.loads(ok("eval", workshop / "video.mp4", workshop / "video.mp4", "--json").stdout)
+    assert result["ssim"] == pytest.approx(1.0)
+
+
+BAD = [
+    (["tune", "missing.mp4", "--poses", "poses.json"], 1, "missing.mp4"),
+    (["tune", "video.mp4", "--poses", "missing.json", "-o", "new.ckpt"], 1, "missing.json"),
+    (["tune", "torn.mp4", "--poses", "poses.json", "-o", "new.ckpt"], 1, "torn.mp4"),
+    (["tune", "video.mp4", "--poses", "nan.json", "-o", "new.ckpt"], 1, "nan.json"),
+    (["tune", "video.mp4", "--poses", "two.json", "-o", "new.ckpt"], 1, "4 frames but there are 2 poses"),
+    (["tune", "video.mp4", "--poses", "poses.json", "-o", "new.ckpt", "--base", "no/such/base"], 1, "no/such/base"),
+    (["tune", "video.mp4", "--poses", "poses.json", "--range", "9:3"], 2, "9:3"),
+    (["tune", "video.mp4", "--poses", "poses.json", "--size", "big"], 2, "big"),
+    (["tune", "video.mp4", "--poses", "poses.json", "-o", "tuned.ckpt"], 1, "exists already"),
+    (["build-engine", "pickle.ckpt"], 1, "pickle"),
+    (["build-engine", "torn.ckpt"], 1, "torn.ckpt"),
+    (["build-engine", "tuned.ckpt", "--backend", "tensorrt"], 1, "tensorrt"),
+    (["build-engine", "tuned.ckpt", "--size", "33x32"], 1, "33x32"),
+    (["render", "video.mp4", "--poses", "poses.json", "-o", "new.mp4"], 1, "not an engine folder"),
+    (["render", "tuned.engine", "--poses", "empty.json", "-o", "new.mp4"], 1, "empty.json"),
+    (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.mp4", "--mode", "magic"], 1, "magic"),
+    (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.txt"], 1, "new.txt"),
+    (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.mp4", "--range", "50:60"], 1, "pose"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else None
+)
+def test_bad_input_is_one_clear_line_and_writes_nothing(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, named: str
+) -> None:
+    monkeypatch.chdir(workshop)
+    _write_bad_files(workshop)
+    before = sorted(path.name for path in workshop.iterdir())
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert named in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
+    if code == 1:
+        assert result.stderr.count("error: ") == 1
+    assert sorted(path.name for path in workshop.iterdir()) == before
+
+
+def _write_bad_files(folder: Path) -> None:
+    import torch
+
+    (folder / "torn.mp4").write_bytes((folder / "video.mp4").read_bytes()[:600])
+    (folder / "torn.ckpt").write_bytes((folder / "tuned.ckpt").read_bytes()[:5000])
+    torch.save({"weights": torch.zeros(2)}, folder / "pickle.ckpt")
+    text = (folder / "poses.json").read_text()
+    data = json.loads(text)
+    (folder / "two.json").write_text(json.dumps({**data, "frames": data["frames"][:2]}))
+    (folder / "empty.json").write_text(json.dumps({**data, "frames": []}))
+    data["frames"][1]["people"][0]["pose_keypoints_2d"][0] = float("nan")
+    (folder / "nan.json").write_text(json.dumps(data))
