@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from hardware import GPUS, Gpu, blocks_per_multiprocessor
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig, split_head
 
-HEAD_CLASSES = {2: (48, 96, 160, 256), 4: (48, 96, 160)}  # by element size; a head takes the first that holds it
-REPRESENTATIVES = {48: 40, 96: 80, 160: 160, 256: 256}
+HEAD_CLASSES = {2: (48, 80, 160, 256), 4: (48, 80)}  # by element size; a head takes the first that holds it
+REPRESENTATIVES = {48: 40, 80: 80, 160: 160, 256: 256}
 FRAME_CLASSES = {16: 9, 32: 32, 256: 101}  # and a typical clip of each
 DTYPES = {2: torch.float16, 4: torch.float32}
 EXP_PER_CYCLE = 16  # of a multiprocessor's special function units
@@ -114,14 +114,14 @@ def attempt(build: Any, *arguments: Any) -> Compiled | None:
         return None
 
 
-def best(rows: Iterable[tuple[float, Any, Compiled]], what: object) -> Any | None:
-    """The cheapest configuration, or None where every one spills: the operator then refuses such heads."""
-    cost, config, built = min(rows, key=lambda row: row[0], default=(float("inf"), None, None))
-    if config is None or cost == float("inf"):
-        print(what, "no candidate fits without spills", flush=True)
-        return None
-    print(what, config, built.registers, built.shared_bytes, f"{cost:.4f}", flush=True)
-    return config
+def best(rows: list[tuple[float, Any, Compiled]], what: object, accept: Callable[[Any], bool]) -> Any | None:
+    """The cheapest configuration that fits everywhere, or None: the operator then refuses such heads."""
+    for cost, config, built in sorted(rows, key=lambda row: row[0]):
+        if cost < float("inf") and accept(config):
+            print(what, config, built.registers, built.shared_bytes, f"{cost:.4f}", flush=True)
+            return config
+    print(what, "no candidate fits without spills", flush=True)
+    return None
 
 
 def search_keyframe(gpu: Gpu, element_bytes: int, head_class: int) -> Iterator[dict[str, Any]]:
@@ -133,7 +133,7 @@ def search_keyframe(gpu: Gpu, element_bytes: int, head_class: int) -> Iterator[d
         built = attempt(compile_keyframe, gpu.capability, dtype, head_size, tile)
         if built is not None:
             costs.append((keyframe_cost(gpu, tile, built, head_size, element_bytes), tile, built))
-    if (config := best(costs, key)) is not None:
+    if (config := best(costs, key, lambda tile: True)) is not None:
         yield key | asdict(config)
 
 
@@ -147,7 +147,13 @@ def search_temporal(gpu: Gpu, element_bytes: int, head_class: int) -> Iterator[d
             built = attempt(compile_temporal, gpu.capability, dtype, head_size, tile)
             if built is not None:
                 costs.append((temporal_cost(gpu, tile, built, head_size, typical, element_bytes), tile, built))
-        if (config := best(costs, key | {"max_frames": frames})) is not None:
+
+        def fits(tile: TemporalConfig) -> bool:
+            """Spills nowhere: the table's row also serves the other architecture, and calls with a mask."""
+            variants = itertools.product((86, 89, 90), (False, True))
+            return not any(compile_temporal(c, dtype, head_size, tile, has_mask=m).spill_bytes for c, m in variants)
+
+        if (config := best(costs, key | {"max_frames": frames}, fits)) is not None:
             yield key | {"max_frames": frames} | asdict(config)
 
 

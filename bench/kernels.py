@@ -183,7 +183,10 @@ def main() -> None:
     parser.add_argument("--frames", nargs="+", type=int, default=[9, 101] if device == "cuda" else [9])
     parser.add_argument("--scale", type=int, default=1 if device == "cuda" else 4, help="divide the positions by this")
     parser.add_argument("--budget-s", type=float, default=0.5, help="seconds for each contender")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads, of cv2 too")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    cv2.setNumThreads(options.threads)
     dtypes = [getattr(torch, name) for name in options.dtypes]
     peaks = measure_peaks(device, dtypes, options.budget_s)
     results = bench_paste(device, options.budget_s * 2, peaks)

@@ -37,9 +37,7 @@ def export_network(module: nn.Module, spec: NetworkSpec, arch: Architecture, *, 
     sizes = {"frames": 4, "groups": 2, "steps": 3, "height": 3 * arch.size_multiple, "width": 2 * arch.size_multiple}
     inputs = tuple(random_inputs(spec, sizes).values())
     with torch.no_grad(), _quiet():
-        program = torch.export.export(
-            module, inputs, dynamic_shapes=_dynamic_shapes(module, spec, arch), strict=False
-        )
+        program = torch.export.export(module, inputs, dynamic_shapes=_dynamic_shapes(module, spec, arch), strict=False)
         exported = torch.onnx.export(
             program,
             dynamo=True,

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from posecrafter_rt.kernels import keyframe_attention, temporal_attention
-from posecrafter_rt.kernels.configs import TemporalConfig, TileConfig
+from posecrafter_rt.kernels.configs import EAGER_OPTIONS, TemporalConfig, TileConfig
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
@@ -44,7 +44,7 @@ def compile_keyframe(
     ptx_version: cap of the PTX ISA version (86: 8.6), for consumers older than Triton's own assembler.
     """
     kernel = keyframe_attention.keyframe_attention_kernel
-    constants = keyframe_attention.constants(head_size, dtype, config)
+    constants = keyframe_attention.constants(head_size, config)
     return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=False)
 
 
@@ -90,7 +90,7 @@ def _compile(
         (index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name.endswith(aligned)
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **EAGER_OPTIONS}
     if ptx_version is not None:
         options["ptx_version"] = ptx_version
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

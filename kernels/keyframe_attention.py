@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posecrafter_rt.kernels.configs import SCALE_LOG2E, TileConfig, keyframe_config, split_head
+from posecrafter_rt.kernels.configs import EAGER_OPTIONS, SCALE_LOG2E, TileConfig, keyframe_config, split_head
 from posecrafter_rt.kernels.tiles import load_columns, store_columns
 
 
@@ -92,7 +92,7 @@ def keyframe_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
         store_columns(out_rows, row_mask, acc_tail / total[:, None], DIM_MAIN, DIM_TAIL, HEAD_SIZE)
 
 
-def constants(head_size: int, dtype: torch.dtype, config: TileConfig) -> dict[str, int | float | str]:
+def constants(head_size: int, config: TileConfig) -> dict[str, int | float | str]:
     """The kernel's compile-time arguments."""
     main, tail = split_head(head_size)
     return {
@@ -125,6 +125,7 @@ def launch(
     grid = (triton.cdiv(num_rows, config.block_m), heads, groups)
     kernel[grid](
         q, k, v, num_rows, num_keys, q.stride(1), k.stride(1), v.stride(1), k.stride(0), v.stride(0), channels, out,
-        **constants(head_size, q.dtype, config), num_warps=config.num_warps, num_stages=config.num_stages,
+        **constants(head_size, config), num_warps=config.num_warps, num_stages=config.num_stages,
+        **({} if is_traced else EAGER_OPTIONS),
     )  # fmt: skip
     return out

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posecrafter_rt.kernels.configs import SCALE_LOG2E, TemporalConfig, split_head, temporal_config
+from posecrafter_rt.kernels.configs import EAGER_OPTIONS, SCALE_LOG2E, TemporalConfig, split_head, temporal_config
 from posecrafter_rt.kernels.tiles import load_columns, store_columns
 
 
@@ -120,5 +120,6 @@ def launch(
     kernel[grid](
         q, k, v, mask_bytes, num_queries, num_keys, tokens, *q.stride()[:3], *k.stride()[:3], channels, out,
         **constants(head_size, config), num_warps=config.num_warps, num_stages=config.num_stages,
+        **({} if is_traced else EAGER_OPTIONS),
     )  # fmt: skip
     return out

@@ -24,7 +24,7 @@ from posecrafter_rt.errors import BackendUnavailable, CheckpointError, PoseCraft
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
-from posecrafter_rt.models.blocks import NormScope
+from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.loading import PoseModel, load_base, named_parameters
 from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.sources import locate_base
@@ -205,7 +205,7 @@ def _optimise(
     for network in (model.unet, model.controlnet):
         network.requires_grad_(False)
         if options.device == "cpu":
-            network.to(memory_format=torch.channels_last)
+            channels_last(network)
         if options.gradient_checkpointing:
             network.enable_gradient_checkpointing()
     parameters = trainable_parameters(model, settings.trainable)

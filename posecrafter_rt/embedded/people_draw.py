@@ -186,7 +186,7 @@ def pillow(image: np.ndarray, outline: np.ndarray, paint: np.ndarray, light: Lig
         )
         shaded = np.clip(shade * texture, 0, 255)
     part = image[y0:y1, x0:x1]
-    cv2.copyTo(shaded.astype(np.uint8), cv2.compare(mask, 127, cv2.CMP_GT), part)
+    cv2.copyTo(shaded.astype(np.uint8), (mask > 127).astype(np.uint8), part)
 
 
 def _inflate(outline: np.ndarray, size: tuple[int, int], thickness: float, light: Light) -> np.ndarray:
@@ -204,5 +204,5 @@ def _inflate(outline: np.ndarray, size: tuple[int, int], thickness: float, light
     normals[..., 2] = 1.0
     normals /= np.sqrt((normals**2).sum(-1, keepdims=True))
     shade = light.shade(normals).astype(np.float32)[pad : shape[0] - pad, pad : shape[1] - pad]
-    shade = cv2.resize(shade, (shade.shape[1] * step, shade.shape[0] * step), interpolation=cv2.INTER_LINEAR)
-    return shade[: size[0], : size[1]]
+    large = cv2.resize(shade, (shade.shape[1] * step, shade.shape[0] * step), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(large[: size[0], : size[1]], np.float32)

@@ -103,7 +103,9 @@ class Person:
             length = rng.uniform(14, 34) if head.hair_style == "long" else rng.uniform(7, 13)
             hair = curtain(head, length, int(rng.integers(1 << 30)))
         grain = rng.standard_normal((192, 256, 3)).astype(np.float32)
-        grain = (grain + 1.5 * rng.standard_normal((192, 256, 1)).astype(np.float32)) * rng.uniform(0.2, 1.9)
+        grain = (grain + 1.5 * rng.standard_normal((192, 256, 1)).astype(np.float32)) * np.float32(
+            rng.uniform(0.2, 1.9)
+        )
         return cls(
             head,
             body,

@@ -149,7 +149,7 @@ def make_cloth(rng: np.random.Generator, colour: np.ndarray, size: int = 192) ->
         image = image * (1 - wave[..., None]) + second * wave[..., None]
     elif kind == "print":
         spots = np.clip(4 * octaves(rng, size, size, 8, 2) - 1.0, 0, 1)[..., None]
-        image = image * (1 - spots) + second * spots
+        image = (image * (1 - spots) + second * spots).astype(np.float32)
     elif kind == "front":
         zone = (np.abs(x - size / 2) < rng.uniform(4, 30)).astype(np.float32)[..., None]
         image = image * (1 - zone) + second * zone

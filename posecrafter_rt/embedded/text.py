@@ -13,11 +13,65 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from posecrafter_rt.embedded.architecture import TEXT
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-WORDS = (
-    "a an the and with in of on person man woman child wearing shirt sweater jacket coat dress trousers hat cap beard "
-    "glasses hair short long curly bald red orange yellow green blue purple pink brown black white grey gray dark light "
-    "striped plain background wall room car window outdoors smiling talking standing sitting waving face hand"
-).split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "and",
+    "with",
+    "in",
+    "of",
+    "on",
+    "person",
+    "man",
+    "woman",
+    "child",
+    "wearing",
+    "shirt",
+    "sweater",
+    "jacket",
+    "coat",
+    "dress",
+    "trousers",
+    "hat",
+    "cap",
+    "beard",
+    "glasses",
+    "hair",
+    "short",
+    "long",
+    "curly",
+    "bald",
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "blue",
+    "purple",
+    "pink",
+    "brown",
+    "black",
+    "white",
+    "grey",
+    "gray",
+    "dark",
+    "light",
+    "striped",
+    "plain",
+    "background",
+    "wall",
+    "room",
+    "car",
+    "window",
+    "outdoors",
+    "smiling",
+    "talking",
+    "standing",
+    "sitting",
+    "waving",
+    "face",
+    "hand",
+]
 
 
 def _byte_alphabet() -> list[str]:

@@ -21,6 +21,7 @@ from posecrafter_rt.embedded.corpus import Clips, draw_clips, load_photographs
 from posecrafter_rt.embedded.text import build_text_encoder, write_tokenizer
 from posecrafter_rt.embedded.train_denoiser import Corpus, Denoiser, encode_corpus, train_denoiser
 from posecrafter_rt.embedded.train_vae import train_vae
+from posecrafter_rt.models.blocks import channels_last
 from posecrafter_rt.models.settings import SETTINGS_FILE
 
 
@@ -71,7 +72,8 @@ def main(
     if not (output / "vae" / "config.json").exists():
         vae = train_vae(drawn, load_photographs(), vae_minutes * 60, seed, log)
         vae.save_pretrained(output / "vae")
-    vae = AutoencoderKL.from_pretrained(output / "vae").eval().to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(output / "vae").eval()
+    channels_last(vae)
     tokenizer = write_tokenizer(output / "tokenizer")
     corpus_path = output / "corpus.pt"
     if corpus_path.exists():

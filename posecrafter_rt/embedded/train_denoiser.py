@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from posecrafter_rt.embedded.architecture import CONTROLNET, SCHEDULER, UNET
 from posecrafter_rt.embedded.corpus import Clips
 from posecrafter_rt.embedded.train_vae import to_pixels
-from posecrafter_rt.models.blocks import NormScope
+from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.loading import tokenize
 from posecrafter_rt.models.unet import VideoUNet
@@ -106,7 +106,7 @@ def train_denoiser(
     """Train for `seconds` of wall time; returns the averaged weights. `snapshot` is called every ten minutes."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    denoiser = denoiser.to(memory_format=torch.channels_last)
+    channels_last(denoiser)
     averaged = deepcopy(denoiser).eval().requires_grad_(False)
     scheduler = DDIMScheduler(**SCHEDULER)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=LEARNING_RATE, weight_decay=1e-3, betas=(0.9, 0.99))

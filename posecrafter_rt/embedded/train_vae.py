@@ -17,6 +17,7 @@ from torch import Tensor
 
 from posecrafter_rt.embedded.architecture import VAE
 from posecrafter_rt.embedded.corpus import Clips, photograph_crop
+from posecrafter_rt.models.blocks import channels_last
 
 CROP = (64, 80)
 BATCH = 24
@@ -59,7 +60,8 @@ def train_vae(
 ) -> AutoencoderKL:
     """Train for `seconds` of wall time; returns the averaged weights with `scaling_factor` measured on the clips."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(**VAE).to(memory_format=torch.channels_last)
+    vae = AutoencoderKL(**VAE)
+    channels_last(vae)
     averaged = deepcopy(vae).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     start = time.monotonic()

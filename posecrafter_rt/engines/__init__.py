@@ -44,7 +44,7 @@ def choose_backend(name: str, precision: Precision) -> tuple[Backend, str]:
 
     Raises: BackendUnavailable when an explicitly named one cannot run here; the message says why.
     """
-    refused = []
+    refused: list[str] = []
     for candidate in names() if name == "auto" else [name]:
         backend = get_backend(candidate)
         reason = backend.unsupported_reason(precision)

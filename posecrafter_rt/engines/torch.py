@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from posecrafter_rt.engines.base import Engine, Precision, Progress, checked_inputs, fitting_weights
-from posecrafter_rt.models.blocks import NormScope
+from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.models.networks import build_networks, fold_temporal_output
@@ -64,7 +65,8 @@ class TorchBackend:
         configs = {}
         for name, module in model.modules().items():
             progress(name)
-            config = module.config.to_dict() if name == "text_encoder" else dict(module.config)
+            config: Any = module.config
+            config = config.to_dict() if name == "text_encoder" else dict(config)
             configs[name] = {key: value for key, value in config.items() if not key.startswith("_")}  # no origin paths
             tensors = {key: tensor.to(DTYPES[precision]) if tensor.is_floating_point() else tensor
                        for key, tensor in module.state_dict().items()}  # fmt: skip
@@ -78,7 +80,7 @@ class TorchBackend:
         modules = _empty_modules(description["configs"], description["norm_scope"])
         for name, module in modules.items():
             module.load_state_dict(load_file(networks_folder / f"{name}.safetensors"), assign=True)
-            nn.Module.to(module.eval().requires_grad_(False), memory_format=torch.channels_last)
+            channels_last(module.eval().requires_grad_(False))
         networks = build_networks(**modules)  # type: ignore[arg-type]
         specs = network_specs(arch)
         return {name: TorchEngine(network, specs[name], DTYPES[precision]) for name, network in networks.items()}

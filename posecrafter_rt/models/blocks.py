@@ -5,7 +5,7 @@ Layer 3: diffusers' blocks hold the weights (and so keep their names); how a cli
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from posecrafter_rt.ops import keyframe_attention, temporal_attention
 
 NormScope = Literal["clip", "frame"]
+BlockForward = Callable[..., Tensor]  # (module, hidden_states, context) → hidden_states
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ def group_norm(norm: nn.GroupNorm, hidden_states: Tensor, context: ClipContext) 
     variance, mean = torch.var_mean(clips, dim=(1, 3), keepdim=True, correction=0)
     normalised = ((clips - mean) * torch.rsqrt(variance + norm.eps)).to(hidden_states.dtype)
     return normalised.reshape(hidden_states.shape) * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """Lay out convolution weights for the CPU's fast path, in place; returns the module."""
+    return nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def per_frame(values: Tensor, num_frames: int) -> Tensor:
@@ -132,7 +138,9 @@ def transformer_forward(model: Transformer2DModel, hidden_states: Tensor, contex
     return hidden_states + tokens
 
 
-def checkpointed(owner: nn.Module, function, module: nn.Module, hidden_states: Tensor, context: ClipContext) -> Tensor:
+def checkpointed(
+    owner: nn.Module, function: BlockForward, module: nn.Module, hidden_states: Tensor, context: ClipContext
+) -> Tensor:
     """Run a block; recompute it in the backward pass when `owner` has gradient checkpointing on."""
     if getattr(owner, "gradient_checkpointing", False) and torch.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(function, module, hidden_states, context, use_reentrant=False)

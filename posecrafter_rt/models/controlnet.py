@@ -6,7 +6,7 @@ Layer 3: no temporal attention here (METHOD: only the U-Net has it).
 from __future__ import annotations
 
 from diffusers import ControlNetModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from posecrafter_rt.errors import ModelError
 from posecrafter_rt.models.blocks import NormScope
@@ -15,6 +15,8 @@ from posecrafter_rt.models.unet import ClipDenoiser
 
 class VideoControlNet(ClipDenoiser):
     """ControlNet 1.1 over a clip; the pose embedding is computed apart, once a pose."""
+
+    controlnet_down_blocks: nn.ModuleList
 
     def __init__(self, image_controlnet: ControlNetModel, norm_scope: NormScope = "frame") -> None:
         super().__init__(image_controlnet, norm_scope)

@@ -159,7 +159,7 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _check_fit(model: PoseModel) -> None:
-    unet, controlnet = dict(model.unet.config), dict(model.controlnet.config)  # type: ignore[arg-type]
+    unet, controlnet = dict(model.unet.config), dict(model.controlnet.config)
     text_channels, latent_channels = model.text_encoder.config.hidden_size, model.vae.config["latent_channels"]
     for name in ("block_out_channels", "cross_attention_dim", "in_channels", "layers_per_block"):
         if unet[name] != controlnet[name]:

@@ -6,6 +6,7 @@ Layer 3: weights and names are diffusers'; the path of a clip through them is he
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from posecrafter_rt.errors import ModelError, ShapeError
 from posecrafter_rt.models.blocks import (
+    BlockForward,
     ClipContext,
     NormScope,
     assign_slices,
@@ -40,7 +42,13 @@ class ClipDenoiser(nn.Module):
     The children of the diffusers model become this module's children, so every parameter keeps its diffusers name.
     """
 
-    def __init__(self, image_model: nn.Module, norm_scope: NormScope) -> None:
+    # The diffusers modules that forward walks through; torch types every child as Tensor | Module.
+    conv_in: nn.Conv2d
+    down_blocks: Any
+    mid_block: Any
+    config: Any
+
+    def __init__(self, image_model: Any, norm_scope: NormScope) -> None:
         super().__init__()
         for option in UNSUPPORTED_OPTIONS:
             if getattr(image_model.config, option, None):
@@ -76,9 +84,9 @@ class ClipDenoiser(nn.Module):
         """Recompute residual and transformer blocks in the backward pass instead of keeping their activations."""
         for module in (self, *self.modules()):
             if not isinstance(module, (Attention, ResnetBlock2D)):
-                module.gradient_checkpointing = True
+                module.gradient_checkpointing = True  # type: ignore[assignment]
 
-    def _run(self, function, module: nn.Module, hidden_states: Tensor, context: ClipContext) -> Tensor:
+    def _run(self, function: BlockForward, module: nn.Module, hidden_states: Tensor, context: ClipContext) -> Tensor:
         return checkpointed(self, function, module, hidden_states, context)
 
     def _down(self, hidden_states: Tensor, context: ClipContext) -> list[Tensor]:
@@ -111,6 +119,9 @@ class ClipDenoiser(nn.Module):
 
 class VideoUNet(ClipDenoiser):
     """SD 1.5's U-Net inflated to clips (METHOD: key-frame attention everywhere, temporal in its down and up blocks)."""
+
+    up_blocks: Any
+    conv_norm_out: nn.GroupNorm
 
     def __init__(
         self, image_unet: UNet2DConditionModel, norm_scope: NormScope = "frame", *, temporal_attention: bool = True

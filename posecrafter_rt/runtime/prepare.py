@@ -108,7 +108,7 @@ def prepare_clip(
     """
     poses = insert_reference(reference_pose, target) if options.inserts else target
     pose_embeddings = embed_poses(engines, poses, target.canvas)
-    latent_size = tuple(inverted_latents.shape[-2:])
+    latent_size = (inverted_latents.shape[-2], inverted_latents.shape[-1])
     if not options.edits:
         return Clip(inverted_latents.expand(len(poses), -1, -1, -1).contiguous(), pose_embeddings, None)
     plan = plan_edits(

@@ -85,7 +85,7 @@ def test_eval_of_a_video_with_itself(workshop: Path) -> None:
 
 
 BAD = [
-    (["tune", "missing.mp4", "--poses", "poses.json"], 1, "missing.mp4"),
+    (["tune", "missing.mp4", "--poses", "poses.json", "-o", "new.ckpt"], 1, "missing.mp4"),
     (["tune", "video.mp4", "--poses", "missing.json", "-o", "new.ckpt"], 1, "missing.json"),
     (["tune", "torn.mp4", "--poses", "poses.json", "-o", "new.ckpt"], 1, "torn.mp4"),
     (["tune", "video.mp4", "--poses", "nan.json", "-o", "new.ckpt"], 1, "nan.json"),

@@ -22,7 +22,7 @@ from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig
 
 SHARED_LIMITS = {86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a block may use
 TARGETS = {86: (86, 89), 90: (90,)}  # what a row of the table serves
-REPRESENTATIVES = {48: 40, 96: 80, 160: 160, 256: 256}
+REPRESENTATIVES = {48: 40, 80: 80, 160: 160, 256: 256}
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 KEYS = ("capability", "element_bytes", "max_head_size", "max_frames")
 
@@ -75,14 +75,14 @@ def test_traced_launches_are_graph_nodes_on_a_device_that_is_not_there() -> None
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    def attend(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        out = keyframe_attention.launch(q, k, k, 2, config=TileConfig(64, 64, 4, 3), is_traced=True)
-        config = TemporalConfig(4, 16, 16, 4, 1)
-        return temporal_attention.launch(out[None], q[None], q[None], 2, None, config=config, is_traced=True)
+    def attend(q: torch.Tensor, k: torch.Tensor, clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tile, block = TileConfig(64, 64, 4, 3), TemporalConfig(4, 16, 16, 4, 1)
+        out = keyframe_attention.launch(q, k, k, 2, config=tile, is_traced=True)
+        return out, temporal_attention.launch(clip, clip, clip, 2, None, config=block, is_traced=True)
 
     with FakeTensorMode():
-        q, k = (torch.empty(frames, 33, 80, device="cuda", dtype=torch.float16) for frames in (6, 2))
-        graph = make_fx(attend)(q, k).graph
+        shapes = ((6, 33, 80), (2, 33, 80), (1, 6, 33, 80))
+        inputs = [torch.empty(shape, device="cuda", dtype=torch.float16) for shape in shapes]
+        graph = make_fx(attend)(*inputs).graph
     launches = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
-    assert len(launches) == 2
-    assert launches[0].kwargs["grid"] == [(2, 2, 2)] and launches[1].kwargs["grid"] == [(2, 9, 1)]
+    assert [node.kwargs["grid"] for node in launches] == [[(2, 2, 2)], [(2, 9, 1)]]
