@@ -50,8 +50,7 @@ def export_network(module: nn.Module, spec: NetworkSpec, arch: Architecture, *, 
         )
     assert exported is not None
     model = exported.model
-    parameters = {name for name, _ in module.named_parameters()}
-    optimizer.optimize_ir(model, should_fold=lambda node: _should_fold(node, parameters), inline=False)
+    _simplify(model, {name for name, _ in module.named_parameters()})
     add_functions(model)
     if inline:
         ir_passes.InlinePass()(model)
@@ -67,9 +66,24 @@ def save_model(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data" if num_bytes > EXTERNAL_BYTES else None)
 
 
-def _should_fold(node: ir.Node, parameters: set[str]) -> bool | None:
-    """Never fold a parameter into something else; anything else as the optimiser sees fit."""
-    return False if any(value is not None and value.name in parameters for value in node.inputs) else None
+def _simplify(model: ir.Model, parameters: set[str]) -> None:
+    """Fold what is constant, in place, but leave every parameter in use as it is, under its name.
+
+    The optimiser's ready-made pipeline will not do: it merges parameters of equal value, such as attn_temp and the attn1
+    that it was copied from, and a later replacement by name would then miss one or change both.
+    """
+
+    def in_use() -> set[str]:
+        return {name for name, value in model.graph.initializers.items() if name in parameters and value.uses()}
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in parameters for value in node.inputs) else None
+
+    before = in_use()
+    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
+    for simplify in (ir_passes.CommonSubexpressionEliminationPass(), ir_passes.RemoveUnusedNodesPass()):
+        simplify(model)
+    assert in_use() == before, f"lost in the export: {sorted(before - in_use())}"
 
 
 def _dynamic_shapes(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> tuple[Any, ...]:

@@ -51,8 +51,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         with suppress(FileNotFoundError):
             temporary.unlink()
-        if isinstance(error, Exception) and _means_full(error):
-            raise _disk_full(path) from error
+        if isinstance(error, Exception) and means_full(error):
+            raise disk_full(path) from error
         raise
 
 
@@ -90,8 +90,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if _means_full(error):
-            raise _disk_full(path) from error
+        if means_full(error):
+            raise disk_full(path) from error
         reason = error.strerror or str(error)
         raise PoseCrafterError(
             f"cannot write {path}: {reason[:1].lower()}{reason[1:]}", hint="choose a folder that you may write to"
@@ -106,12 +106,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _means_full(error: BaseException) -> bool:
+def means_full(error: BaseException) -> bool:
     """Whether lack of space is the error or its cause."""
     # Writers in other languages pass the system's message on as text, without its number.
     is_full = getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error)
-    return is_full or (error.__cause__ is not None and _means_full(error.__cause__))
+    return is_full or (error.__cause__ is not None and means_full(error.__cause__))
 
 
-def _disk_full(path: Path) -> DiskFull:
+def disk_full(path: Path) -> DiskFull:
+    """The error for a path that could not be written for lack of space."""
     return DiskFull(f"no space left to write {path}", hint=f"free some space in {path.parent}, or write elsewhere")

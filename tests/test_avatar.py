@@ -10,6 +10,7 @@ import pytest
 
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.errors import (
     BackendUnavailable,
     EngineFolderError,
@@ -161,7 +162,7 @@ def test_other_damage_is_refused_with_the_reason(
         (folder / "manifest.json").write_text("{")
     else:
         manifest |= {"schema": 99} if damage == "schema" else {"device": {"type": "cpu", "name": "another processor"}}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        write_manifest(folder, manifest)
     with pytest.raises(EngineFolderError, match=named) as caught:
         Avatar.load(folder)
     assert caught.value.hint and "build-engine" in caught.value.hint

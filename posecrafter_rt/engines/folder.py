@@ -1,21 +1,25 @@
 """The engine folder: built under a temporary name and renamed, every file hashed, refused when anything is off.
 
-Layer 4: knows files and hashes, not what is in them.
+Layer 4: knows files and hashes, not what is in them. An altered manifest is noticed by its own seal.
 """
 
 from __future__ import annotations
 
+import glob
 import json
+import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posecrafter_rt.atomic import refuse_overwrite, sha256_file
-from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.atomic import disk_full, means_full, refuse_overwrite, sha256_file, sha256_json
+from posecrafter_rt.errors import EngineFolderError, OutputExists
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -49,33 +53,95 @@ class EngineFolder:
 def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `path`; when the block ends well it becomes `path`, with its manifest.
 
-    An engine folder at `path` is replaced only then; anything else there is kept unless `force`.
+    An engine folder at `path` is replaced only then; anything else there is kept unless `force`. What a killed build
+    left beside `path` is removed first.
     Raises: OutputExists; DiskFull and others from the block, which leave nothing behind.
     """
+    _clear_leftovers(path)
     if not (path / MANIFEST).is_file():
         refuse_overwrite(path, force)
+    if path.exists() and Path.cwd().is_relative_to(path.resolve()):
+        raise OutputExists(f"{path} is or holds the working directory", "give the engine a folder of its own")
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
-    staging.mkdir()
+    staging = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
     try:
+        staging.mkdir()
         yield staging
-        files = {name: sha256_file(staging / name) for name in _file_names(staging)}
-        text = json.dumps({"schema": SCHEMA, **manifest, "files": files}, indent=2)
-        (staging / MANIFEST).write_text(text, encoding="utf-8")
+        write_manifest(staging, {"schema": SCHEMA, **manifest, "files": _hash_files(staging, _file_names(staging))})
+        for written in staging.rglob("*"):
+            _flush(written)
         _replace(path, staging)
+    except Exception as error:
+        if means_full(error):
+            raise disk_full(path) from error
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest with a seal, the hash of everything else in it."""
+    unsealed = {name: value for name, value in manifest.items() if name != "seal"}
+    text = json.dumps({**unsealed, "seal": sha256_json(unsealed)}, indent=2)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace(path: Path, staging: Path) -> None:
     old = staging.with_suffix(".old")
     if path.exists():
         path.rename(old)
-    staging.rename(path)
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
+    try:
+        staging.rename(path)
+    except BaseException:  # Ctrl-C included: the old engine comes back
+        if old.exists():
+            old.rename(path)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        old.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what killed builds of `path` left; if one died between two renames, bring its old folder back."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.[0-9a-f]{8}\.(part|old)")
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        match = pattern.fullmatch(leftover.name)
+        if match is None or _is_running(int(match[1])):
+            continue
+        if match[2] == "old" and not path.exists():
+            leftover.rename(path)
+        else:
+            _remove(leftover)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of every file, several at a time."""
+    names = list(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names), strict=True))
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -104,20 +170,23 @@ def rebuild_hint(path: Path) -> str:
 
 
 def open_folder(path: str | Path) -> EngineFolder:
-    """Verify every file against the manifest.
+    """Verify the manifest's seal and every file against the manifest.
 
     Raises: EngineFolderError, naming the first file that is missing, altered or too many.
     """
     path = Path(path)
     manifest = read_manifest(path)
+    unsealed = {name: value for name, value in manifest.items() if name != "seal"}
+    if manifest.get("seal") != sha256_json(unsealed):
+        raise EngineFolderError(f"{path} was altered: {MANIFEST} is not the file that was built", rebuild_hint(path))
     files: dict[str, str] = manifest["files"]
     present = _file_names(path)
-    for name in sorted({*files, *present}):
-        if name not in present:
+    for name in sorted({*files} ^ {*present}):
+        if name in files:
             raise EngineFolderError(f"{path} is incomplete: {name} is missing", rebuild_hint(path))
-        if name not in files:
-            raise EngineFolderError(f"{path} holds {name}, which was not built with it",
-                                    f"remove {path / name}, or {rebuild_hint(path)}")  # fmt: skip
-        if sha256_file(path / name) != files[name]:
+        raise EngineFolderError(f"{path} holds {name}, which was not built with it",
+                                f"remove {path / name}, or {rebuild_hint(path)}")  # fmt: skip
+    for name, digest in _hash_files(path, present).items():
+        if digest != files[name]:
             raise EngineFolderError(f"{path} was altered: {name} is not the file that was built", rebuild_hint(path))
     return EngineFolder(path, manifest)

@@ -1,4 +1,4 @@
-"""The `openvino` backend: the exported ONNX, compiled for each concrete shape; the default on a CPU.
+"""The `openvino` backend: the exported ONNX as OpenVINO's IR, compiled for each concrete shape; the default on a CPU.
 
 Layer 4.
 """
@@ -6,6 +6,7 @@ Layer 4.
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.engines.base import Engine, Precision, Progress, checked_inputs, fitting_weights
+from posecrafter_rt.engines.compiled_cache import CompiledCache
+from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
@@ -24,7 +28,12 @@ if TYPE_CHECKING:
     import openvino
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
-KEPT_SHAPES = 4
+# They run once a prompt or schedule, and a timestep near 1000 in bf16 loses the phase of its sinusoids altogether.
+FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
+KEPT_SHAPES = 4  # compiled models a network, each with its own activations
+DIGESTS_FILE = "digests.json"
+
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class OpenVinoEngine:
@@ -34,34 +43,49 @@ class OpenVinoEngine:
     one frame is followed by sixteen or more.
     """
 
-    def __init__(self, core: openvino.Core, path: Path, spec: NetworkSpec, properties: dict[str, str]) -> None:
+    def __init__(
+        self, spec: NetworkSpec, core: openvino.Core, path: Path, properties: dict[str, Any], cache: CompiledCache,
+        digest: str,
+    ) -> None:  # fmt: skip
         self.spec = spec
         self._core, self._path, self._properties = core, path, properties
-        self._requests: OrderedDict[tuple[torch.Size, ...], Any] = OrderedDict()
+        self._cache, self._digest = cache, digest
+        self._requests: OrderedDict[Shapes, Any] = OrderedDict()
         self._swapped: dict[str, np.ndarray] = {}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        tensors = checked_inputs(self.spec, inputs)
-        request = self._request(tuple(tensor.shape for tensor in tensors))
+        """See `Engine`. Inputs are read where they lie; outputs are views of the compiled model's own memory."""
         import openvino
 
+        tensors = checked_inputs(self.spec, inputs)
+        request = self._request(tuple(tuple(tensor.shape) for tensor in tensors))
         for expected, tensor in zip(self.spec.inputs, tensors, strict=True):
             request.set_tensor(expected.name, openvino.Tensor(tensor.detach().numpy(), shared_memory=True))
         request.infer()
         return {out.name: torch.from_numpy(request.get_tensor(out.name).data) for out in self.spec.outputs}
 
-    def _request(self, shapes: tuple[torch.Size, ...]) -> Any:
+    def _request(self, shapes: Shapes) -> Any:
         if shapes not in self._requests:
-            model = self._read()
-            model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
-            compiled = self._core.compile_model(model, "CPU", self._properties)
-            self._requests[shapes] = compiled.create_infer_request()
+            self._requests[shapes] = self._compile(shapes).create_infer_request()
             if len(self._requests) > KEPT_SHAPES:
                 self._requests.popitem(last=False)
         self._requests.move_to_end(shapes)
         return self._requests[shapes]
 
-    def _read(self) -> Any:
+    def _compile(self, shapes: Shapes) -> Any:
+        """Compile, or take what an earlier process compiled from the same weights for the same shapes."""
+        if self._swapped:  # a blob holds only what was computed from weights; the weights themselves are in the file
+            return self._core.compile_model(self._read(shapes), "CPU", self._properties)
+        key = {"network": self._digest, "shapes": shapes, "properties": self._properties, **_runtime(self._core)}
+        blob = self._cache.load(key)
+        if blob is not None:
+            weights = {"WEIGHTS_PATH": str(self._path.with_suffix(".bin"))}
+            return self._core.import_model(blob, "CPU", {**self._properties, **weights})
+        compiled = self._core.compile_model(self._read(shapes), "CPU", self._properties)
+        self._cache.save(key, compiled.export_model().getvalue())
+        return compiled
+
+    def _read(self, shapes: Shapes | None = None) -> Any:
         model = self._core.read_model(self._path)
         if self._swapped:
             from openvino import opset13
@@ -71,14 +95,17 @@ class OpenVinoEngine:
                     constant = opset13.constant(self._swapped[name])
                     constant.set_friendly_name(name)
                     node.output(0).replace(constant.output(0))
+        if shapes is not None:
+            model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
         return model
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """See `Engine.swap_weights`; what was compiled is compiled anew at the next call."""
-        shapes = {name: tuple(node.shape) for name, node in _constants(self._core.read_model(self._path)).items()}
+        shapes = {name: tuple(node.shape) for name, node in _constants(self._read()).items()}
         fitting = fitting_weights(shapes, tensors)
-        self._swapped |= {name: tensor.detach().float().numpy().copy() for name, tensor in fitting.items()}
-        self._requests.clear()
+        if fitting:
+            self._swapped |= {name: tensor.detach().float().numpy().copy() for name, tensor in fitting.items()}
+            self._requests.clear()
         return set(fitting)
 
 
@@ -87,10 +114,20 @@ def _constants(model: Any) -> dict[str, Any]:
     return {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
 
 
+def _runtime(core: openvino.Core) -> dict[str, str]:
+    """What else decides whether compiled code fits: the library's build and the processor."""
+    import openvino
+
+    return {"openvino": openvino.get_version(), "device": core.get_property("CPU", "FULL_DEVICE_NAME")}
+
+
 class OpenVinoBackend:
-    """OpenVINO on the CPU, through ONNX."""
+    """OpenVINO on the CPU, through ONNX. num_threads: None leaves the choice to OpenVINO."""
 
     name = "openvino"
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self.num_threads = num_threads
 
     def unsupported_reason(self, precision: Precision) -> str | None:
         """Why OpenVINO cannot run here."""
@@ -106,26 +143,48 @@ class OpenVinoBackend:
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:
-        """Write every network as ONNX in float32; the precision is chosen when it is compiled."""
-        from posecrafter_rt.export.onnx import export_network, save_model
-
-        specs = network_specs(arch)
-        for name, network in model.to(torch.float32).networks().items():
-            progress(f"exporting {name}")
-            save_model(export_network(network, specs[name], arch, inline=True), folder / f"{name}.onnx")
-
-    def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
-        """Nothing is compiled before a network is first called."""
+        """Write every network as IR in float32, its digest beside it; the precision is chosen when it is compiled."""
         import openvino
 
-        properties = {
+        from posecrafter_rt.export.onnx import export_network, save_model
+
+        core, specs, digests = openvino.Core(), network_specs(arch), {}
+        for name, network in model.to(torch.float32).networks().items():
+            progress(f"exporting {name}")
+            onnx_path, path = folder / f"{name}.onnx", folder / f"{name}.xml"
+            save_model(export_network(network, specs[name], arch, inline=True), onnx_path)
+            openvino.save_model(core.read_model(onnx_path), path, compress_to_fp16=False)
+            for exported in folder.glob(f"{name}.onnx*"):  # perhaps with weights beside it
+                exported.unlink()
+            digests[name] = [sha256_file(path), sha256_file(path.with_suffix(".bin"))]
+        (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+
+    def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
+        """Nothing is compiled before a network is first called.
+
+        Raises: EngineFolderError when the folder was not written by `build`.
+        """
+        import openvino
+
+        try:
+            digests = json.loads((networks_folder / DIGESTS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EngineFolderError(f"{networks_folder} holds no networks of this backend", "build it again") from error
+        core, compiled = openvino.Core(), CompiledCache(cache)
+
+        def engine(spec: NetworkSpec) -> OpenVinoEngine:
+            properties = self._properties("fp32" if spec.name in FULL_PRECISION else precision)
+            path = networks_folder / f"{spec.name}.xml"
+            return OpenVinoEngine(spec, core, path, properties, compiled, digests[spec.name])
+
+        return {name: engine(spec) for name, spec in network_specs(arch).items()}
+
+    def _properties(self, precision: Precision) -> dict[str, Any]:
+        threads = {} if self.num_threads is None else {"INFERENCE_NUM_THREADS": self.num_threads}
+        return {
             "INFERENCE_PRECISION_HINT": HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
-            "CPU_RUNTIME_CACHE_CAPACITY": "0",  # the second guard against the fault that the class describes
-            "CACHE_DIR": str(cache),
-        }
-        core = openvino.Core()
-        return {
-            name: OpenVinoEngine(core, networks_folder / f"{name}.onnx", spec, properties)
-            for name, spec in network_specs(arch).items()
+            "CPU_RUNTIME_CACHE_CAPACITY": 0,  # the second guard against the fault that the engine's class describes
+            "CACHE_MODE": "OPTIMIZE_SIZE",  # exported blobs refer to the weights' file instead of holding a copy
+            **threads,
         }

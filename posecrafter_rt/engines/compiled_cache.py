@@ -1,0 +1,55 @@
+"""Compiled networks kept between processes: one file each, under a hash of all that it depends on.
+
+Layer 4: a cache that may be emptied at any time, so no failure to read or write it stops a render.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from posecrafter_rt.atomic import atomic_path, sha256_json
+from posecrafter_rt.errors import PoseCrafterError
+
+log = logging.getLogger(__name__)
+DIGEST_BYTES = 32
+MAX_FILES = 64  # every new frame count of a clip adds some; the oldest go first
+
+
+class CompiledCache:
+    """Blobs in a folder, which is made when first written to.
+
+    Each file starts with the SHA-256 of its blob: OpenVINO runs a blob with altered bytes without noticing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: dict[str, Any]) -> Path:
+        """The file for a key of JSON values."""
+        return self.folder / f"{sha256_json(key)}.blob"
+
+    def load(self, key: dict[str, Any]) -> bytes | None:
+        """The blob, or None when absent or damaged."""
+        try:
+            content = self.path(key).read_bytes()
+        except OSError:
+            return None
+        digest, blob = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        return blob if hashlib.sha256(blob).digest() == digest else None
+
+    def save(self, key: dict[str, Any], blob: bytes) -> None:
+        """Write a blob atomically; where that fails, a later process compiles again."""
+        try:
+            with atomic_path(self.path(key)) as temporary:
+                temporary.write_bytes(hashlib.sha256(blob).digest() + blob)
+            self._prune()
+        except (PoseCrafterError, OSError) as error:
+            log.warning("a compiled network is not kept: %s", error)
+
+    def _prune(self) -> None:
+        by_age = sorted(self.folder.glob("*.blob"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        for path in by_age[MAX_FILES:]:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,122 @@
+"""Engines against the plain modules: every network, changing frame counts, and swapped weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from posecrafter_rt.engines import choose_backend, choose_precision, get_backend, names
+from posecrafter_rt.engines.base import Engine
+from posecrafter_rt.errors import BackendUnavailable, CheckpointError, ShapeError
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import NETWORK_NAMES, NetworkSpec, network_specs
+
+
+def inputs_for(spec: NetworkSpec, frames: int, groups: int = 1, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs at 32 × 32 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"frames": frames, "groups": groups, "steps": 3, "height": 32, "width": 32}
+
+    def size(dim: int | str) -> int:
+        if isinstance(dim, int):
+            return dim
+        name, _, divisor = dim.partition("/")
+        return sizes[name] // int(divisor or 1)
+
+    def tensor(dims: tuple[int | str, ...], dtype: str) -> Tensor:
+        shape = [size(dim) for dim in dims]
+        if dtype == "int64":
+            return torch.randint(0, 700, shape, generator=generator)
+        return torch.randn(shape, generator=generator)
+
+    return {item.name: tensor(item.dims, item.dtype) for item in spec.inputs}
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PoseModel, str], dict[str, Engine]]:
+    def build_and_load(model: PoseModel, name: str) -> dict[str, Engine]:
+        folder = tmp_path_factory.mktemp(name)
+        backend = get_backend(name)
+        backend.build(model, model.architecture(), folder, "fp32", lambda stage: None)
+        return backend.load(folder, model.architecture(), "fp32", folder / "compiled")
+
+    return build_and_load
+
+
+def outputs(module: torch.nn.Module, spec: NetworkSpec, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        tensors = module(*(inputs[item.name] for item in spec.inputs))
+    return {item.name: tensor for item, tensor in zip(spec.outputs, tensors, strict=True)}
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_network_equals_its_module_over_changing_frame_counts(
+    make_tiny_model: Callable[..., PoseModel], load: Callable[[PoseModel, str], dict[str, Engine]], name: str
+) -> None:
+    model = make_tiny_model("frame")
+    model.fold()
+    engines, modules, specs = load(model, name), model.networks(), network_specs(model.architecture())
+    assert set(engines) == set(NETWORK_NAMES)
+    for network, spec in specs.items():
+        varies = any("frames" in item.dims for item in spec.inputs)
+        for frames, groups in ((1, 1), (16, 1), (1, 1), (7, 1), (6, 2)) if varies else ((1, 1), (1, 2)):
+            inputs = inputs_for(spec, frames, groups)
+            expected = outputs(modules[network], spec, inputs)
+            for key, tensor in engines[network](**inputs).items():
+                torch.testing.assert_close(
+                    tensor, expected[key], rtol=1e-3, atol=2e-4 * float(expected[key].abs().max())
+                )
+
+
+@pytest.mark.parametrize("name", names())
+def test_swapping_weights_gives_what_building_with_them_gives(
+    make_tiny_model: Callable[..., PoseModel], load: Callable[[PoseModel, str], dict[str, Engine]], name: str
+) -> None:
+    model = make_tiny_model("frame")
+    model.fold()
+    engines, specs = load(model, name), network_specs(model.architecture())
+    inputs = {network: inputs_for(specs[network], 3) for network in ("unet", "controlnet")}
+    before = {network: {k: v.clone() for k, v in engines[network](**inputs[network]).items()} for network in inputs}
+    generator = torch.Generator().manual_seed(9)
+    tensors = {}
+    for prefix in ("unet", "controlnet"):
+        for key, parameter in getattr(model, prefix).named_parameters():
+            if ".attn1.to_out." in key or ".attn_temp." in key or ".temporal_out." in key:
+                parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                tensors[f"{prefix}.{key}"] = parameter.detach().clone()
+    held = set().union(*(engine.swap_weights(tensors) for engine in engines.values()))
+    assert held == set(tensors)
+    rebuilt = load(model, name)
+    for network in inputs:
+        swapped = engines[network](**inputs[network])
+        expected = rebuilt[network](**inputs[network])
+        assert all(torch.equal(swapped[key], tensor) for key, tensor in expected.items())
+        assert not all(torch.equal(before[network][key], tensor) for key, tensor in expected.items())
+    with pytest.raises(CheckpointError, match="shape"):
+        engines["unet"].swap_weights({next(k for k in tensors if k.startswith("unet")): torch.zeros(1, 2, 3)})
+
+
+@pytest.mark.parametrize("name", names())
+def test_wrong_inputs_are_refused(
+    tiny_model: PoseModel, load: Callable[[PoseModel, str], dict[str, Engine]], name: str
+) -> None:
+    tiny_model.fold()
+    decoder = load(tiny_model, name)["vae_decoder"]
+    with pytest.raises(ShapeError, match="latents"):
+        decoder(pixels=torch.zeros(1, 4, 16, 16))
+    with pytest.raises(ShapeError, match="latents"):
+        decoder(latents=torch.zeros(1, 3, 16, 16))
+
+
+def test_auto_takes_the_first_that_can_run_and_says_why() -> None:
+    backend, why = choose_backend("auto", "fp32")
+    assert backend.name == "openvino" and why
+    backend, why = choose_backend("auto", "fp16")
+    assert backend.name == "torch" and "openvino" in why
+    assert choose_backend("torch", "fp32")[1] == "as asked"
+    with pytest.raises(BackendUnavailable, match="fp16"):
+        choose_backend("openvino", "fp16")
+    assert choose_precision("auto") in ("fp32", "bf16")
