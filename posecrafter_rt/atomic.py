@@ -43,11 +43,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         with _writing(path):
-            _flush(temporary)
+            flush_to_disk(temporary)
             os.replace(temporary, path)
             # Some file systems cannot flush a folder; the rename is atomic there all the same.
             with suppress(OSError):
-                _flush(path.parent)
+                flush_to_disk(path.parent)
     except BaseException as error:
         with suppress(FileNotFoundError):
             temporary.unlink()
@@ -98,7 +98,8 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

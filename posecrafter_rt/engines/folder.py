@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posecrafter_rt.atomic import disk_full, means_full, refuse_overwrite, sha256_file, sha256_json
+from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_overwrite, sha256_file, sha256_json
 from posecrafter_rt.errors import EngineFolderError, OutputExists
 
 SCHEMA = 1
@@ -69,7 +69,7 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
         yield staging
         write_manifest(staging, {"schema": SCHEMA, **manifest, "files": _hash_files(staging, _file_names(staging))})
         for written in staging.rglob("*"):
-            _flush(written)
+            flush_to_disk(written)
         _replace(path, staging)
     except Exception as error:
         if means_full(error):
@@ -84,14 +84,6 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     unsealed = {name: value for name, value in manifest.items() if name != "seal"}
     text = json.dumps({**unsealed, "seal": sha256_json(unsealed)}, indent=2)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _replace(path: Path, staging: Path) -> None:
