@@ -19,21 +19,45 @@ import torch
 from onnxscript import optimizer
 from torch import nn
 
+from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.functions import OPSET, add_functions, translation_table
+from posecrafter_rt.export.graphs import attach_weights, detach_weights, from_bytes, graph_key, to_bytes
 from posecrafter_rt.export.shapes import random_inputs, split_dim
 from posecrafter_rt.spec import Architecture, NetworkSpec, TensorSpec
 
 EXTERNAL_BYTES = 1_500_000_000  # a protobuf message must stay below 2 GiB; larger weights go to a file beside it
 
 
-def export_network(module: nn.Module, spec: NetworkSpec, arch: Architecture, *, inline: bool = False) -> ir.Model:
-    """Trace one network of `models.networks` into ONNX.
+def export_network(
+    module: nn.Module, spec: NetworkSpec, arch: Architecture, *, inline: bool = False, graphs: BlobCache | None = None
+) -> ir.Model:
+    """One network of `models.networks` as ONNX.
 
     Args: module: float32, in evaluation mode, folded; its forward takes `spec.inputs` in order.
         inline: whether attention is written out in standard operators instead of `posecrafter::` nodes with bodies.
+        graphs: keeps traced graphs; then another checkpoint of the same architecture is not traced again.
     Returns: the model, its weights still those of `module`; every parameter that it uses is an initialiser of that
         parameter's name. Inputs, outputs and their free dimensions have the names of `spec`.
     """
+    key = graph_key(module, spec, arch)
+    blob = graphs.load(key) if graphs is not None else None
+    if blob is not None:
+        model = from_bytes(blob)
+    else:
+        model = _trace(module, spec, arch)
+        _name_dimensions(model, spec)
+        ir_passes.ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine
+        detach_weights(model, [name for name, _ in module.named_parameters()])
+        if graphs is not None:
+            graphs.save(key, to_bytes(model))
+    if inline:
+        ir_passes.InlinePass()(model)
+        ir_passes.RemoveUnusedOpsetsPass()(model)
+    attach_weights(model, module)
+    return model
+
+
+def _trace(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> ir.Model:
     sizes = {"frames": 4, "groups": 2, "steps": 3, "height": 3 * arch.size_multiple, "width": 2 * arch.size_multiple}
     inputs = tuple(random_inputs(spec, sizes).values())
     with torch.no_grad(), _quiet():
@@ -52,11 +76,6 @@ def export_network(module: nn.Module, spec: NetworkSpec, arch: Architecture, *, 
     model = exported.model
     _simplify(model, {name for name, _ in module.named_parameters()})
     add_functions(model)
-    if inline:
-        ir_passes.InlinePass()(model)
-        ir_passes.RemoveUnusedOpsetsPass()(model)
-    _name_dimensions(model, spec)
-    ir_passes.ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine
     return model
 
 

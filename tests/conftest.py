@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,13 @@ if TYPE_CHECKING:
     from posecrafter_rt.models.loading import PoseModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach for a network
+# Of this run alone, processes that tests start included: graphs exported once serve every test that builds an engine.
+os.environ["POSECRAFTER_CACHE"] = tempfile.mkdtemp(prefix="posecrafter-tests-")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["POSECRAFTER_CACHE"], ignore_errors=True)
+
 
 TINY_DENOISER: dict[str, Any] = {
     "block_out_channels": (32, 64),

@@ -5,17 +5,20 @@ Layer 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from posecrafter_rt.errors import CheckpointError, ShapeError
+from posecrafter_rt.export.shapes import split_dim
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
 Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"float": torch.float32, "int64": torch.int64}  # of `spec`, at the boundary
 Progress = Callable[[str], None]  # told the name of each stage as it begins
 
 
@@ -63,19 +66,39 @@ class Backend(Protocol):
 def checked_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """The inputs in the spec's order, contiguous.
 
-    Raises: ShapeError for a missing or unknown name, another number of dimensions, or a fixed dimension that differs.
+    Raises: ShapeError for a missing or unknown name, another element type, a fixed dimension that differs, free
+        dimensions that disagree between inputs (a backend might broadcast them), or frames that do not divide into
+        groups.
     """
     names = [tensor.name for tensor in spec.inputs]
     if set(names) != set(inputs):
         raise ShapeError(f"{spec.name} takes {', '.join(names)}; it was given {', '.join(inputs)}")
+    sizes: dict[str, int] = {}
     for expected in spec.inputs:
-        shape = inputs[expected.name].shape
-        fits = len(shape) == len(expected.dims) and all(
-            isinstance(dim, str) or dim == size for dim, size in zip(expected.dims, shape, strict=True)
-        )
-        if not fits:
-            raise ShapeError(f"{spec.name}: {expected.name} is {tuple(shape)}, not {expected.dims}")
+        given = inputs[expected.name]
+        if given.dtype != DTYPES[expected.dtype]:
+            raise ShapeError(f"{spec.name}: {expected.name} is {given.dtype}, not {DTYPES[expected.dtype]}")
+        if not _fits(expected.dims, given.shape, sizes):
+            known = f" with {', '.join(f'{name} {size}' for name, size in sizes.items())}" if sizes else ""
+            raise ShapeError(f"{spec.name}: {expected.name} is {tuple(given.shape)}, not {expected.dims}{known}")
+    if sizes.get("frames", 0) % sizes.get("groups", 1):
+        raise ShapeError(f"{spec.name}: {sizes['frames']} frames do not divide into {sizes['groups']} groups")
     return [inputs[name].contiguous() for name in names]
+
+
+def _fits(dims: Sequence[int | str], shape: Sequence[int], sizes: dict[str, int]) -> bool:
+    """Whether a shape agrees with the spec and with the sizes that earlier inputs told of; adds those that it tells."""
+    if len(dims) != len(shape):
+        return False
+    for dim, length in zip(dims, shape, strict=True):
+        if isinstance(dim, int):
+            expected = dim
+        else:
+            symbol, divisor = split_dim(dim)
+            expected = sizes.setdefault(symbol, length * divisor) // divisor
+        if length != expected or length == 0:
+            return False
+    return True
 
 
 def fitting_weights(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,8 +5,12 @@ Layer 4.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import logging
+import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +21,10 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.atomic import sha256_file
+from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import Engine, Precision, Progress, checked_inputs, fitting_weights
-from posecrafter_rt.engines.compiled_cache import CompiledCache
 from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
@@ -33,6 +38,8 @@ FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
 KEPT_SHAPES = 4  # compiled models a network, each with its own activations
 DIGESTS_FILE = "digests.json"
 
+log = logging.getLogger(__name__)
+
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -44,7 +51,7 @@ class OpenVinoEngine:
     """
 
     def __init__(
-        self, spec: NetworkSpec, core: openvino.Core, path: Path, properties: dict[str, Any], cache: CompiledCache,
+        self, spec: NetworkSpec, core: openvino.Core, path: Path, properties: dict[str, Any], cache: BlobCache,
         digest: str,
     ) -> None:  # fmt: skip
         self.spec = spec
@@ -80,7 +87,12 @@ class OpenVinoEngine:
         blob = self._cache.load(key)
         if blob is not None:
             weights = {"WEIGHTS_PATH": str(self._path.with_suffix(".bin"))}
-            return self._core.import_model(blob, "CPU", {**self._properties, **weights})
+            try:
+                return self._core.import_model(blob, "CPU", {**self._properties, **weights})
+            except RuntimeError as error:
+                log.warning(
+                    "a kept compiled network cannot be read (%s); it is compiled again", str(error).splitlines()[0]
+                )
         compiled = self._core.compile_model(self._read(shapes), "CPU", self._properties)
         self._cache.save(key, compiled.export_model().getvalue())
         return compiled
@@ -143,17 +155,21 @@ class OpenVinoBackend:
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:
-        """Write every network as IR in float32, its digest beside it; the precision is chosen when it is compiled."""
+        """Write every network as IR in float32, its digest beside it; the precision is chosen when it is compiled.
+
+        Traced graphs are kept in the user's cache: another checkpoint of the same architecture is built in seconds.
+        """
         import openvino
 
         from posecrafter_rt.export.onnx import export_network, save_model
 
         core, specs, digests = openvino.Core(), network_specs(arch), {}
+        graphs = BlobCache(cache_dir() / "graphs")
         for name, network in model.to(torch.float32).networks().items():
             progress(f"exporting {name}")
             onnx_path, path = folder / f"{name}.onnx", folder / f"{name}.xml"
-            save_model(export_network(network, specs[name], arch, inline=True), onnx_path)
-            openvino.save_model(core.read_model(onnx_path), path, compress_to_fp16=False)
+            save_model(export_network(network, specs[name], arch, inline=True, graphs=graphs), onnx_path)
+            _save_ir(core, onnx_path, path)
             for exported in folder.glob(f"{name}.onnx*"):  # perhaps with weights beside it
                 exported.unlink()
             digests[name] = [sha256_file(path), sha256_file(path.with_suffix(".bin"))]
@@ -170,7 +186,7 @@ class OpenVinoBackend:
             digests = json.loads((networks_folder / DIGESTS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise EngineFolderError(f"{networks_folder} holds no networks of this backend", "build it again") from error
-        core, compiled = openvino.Core(), CompiledCache(cache)
+        core, compiled = openvino.Core(), BlobCache(cache)
 
         def engine(spec: NetworkSpec) -> OpenVinoEngine:
             properties = self._properties("fp32" if spec.name in FULL_PRECISION else precision)
@@ -188,3 +204,16 @@ class OpenVinoBackend:
             "CACHE_MODE": "OPTIMIZE_SIZE",  # exported blobs refer to the weights' file instead of holding a copy
             **threads,
         }
+
+
+def _save_ir(core: openvino.Core, onnx_path: Path, path: Path) -> None:
+    """Convert to IR with float32 weights, and read it back: a full disk may only show when a file is closed."""
+    import openvino
+
+    try:
+        openvino.save_model(core.read_model(onnx_path), path, compress_to_fp16=False)
+        core.read_model(path)
+    except RuntimeError as error:
+        if shutil.disk_usage(path.parent).free < onnx_path.stat().st_size:  # OpenVINO does not pass the reason on
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise

@@ -1,6 +1,7 @@
-"""Compiled networks kept between processes: one file each, under a hash of all that it depends on.
+"""Bytes that are costly to make, kept between processes: one file each, under a hash of all that they depend on.
 
-Layer 4: a cache that may be emptied at any time, so no failure to read or write it stops a render.
+Layer 4: exported graphs and compiled networks. It may be emptied at any time, so no failure to read or write it stops
+anything.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ DIGEST_BYTES = 32
 MAX_FILES = 64  # every new frame count of a clip adds some; the oldest go first
 
 
-class CompiledCache:
+class BlobCache:
     """Blobs in a folder, which is made when first written to.
 
     Each file starts with the SHA-256 of its blob: OpenVINO runs a blob with altered bytes without noticing.
@@ -41,13 +42,13 @@ class CompiledCache:
         return blob if hashlib.sha256(blob).digest() == digest else None
 
     def save(self, key: dict[str, Any], blob: bytes) -> None:
-        """Write a blob atomically; where that fails, a later process compiles again."""
+        """Write a blob atomically; where that fails, a later process makes it again."""
         try:
             with atomic_path(self.path(key)) as temporary:
                 temporary.write_bytes(hashlib.sha256(blob).digest() + blob)
             self._prune()
         except (PoseCrafterError, OSError) as error:
-            log.warning("a compiled network is not kept: %s", error)
+            log.warning("not kept for the next time: %s", error)
 
     def _prune(self) -> None:
         by_age = sorted(self.folder.glob("*.blob"), key=lambda path: path.stat().st_mtime_ns, reverse=True)

@@ -1,0 +1,95 @@
+"""Exported graphs without their weights: what one checkpoint's export leaves for the next of the same architecture.
+
+Layer 4: tracing takes most of a build's time and depends on no weight, since none is folded into anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from torch import nn
+
+from posecrafter_rt.spec import Architecture, NetworkSpec
+
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+SOURCES = ("models", "ops", "export")  # whose code decides what a graph looks like
+
+
+def graph_key(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> dict[str, Any]:
+    """All that a network's graph depends on: structure, configurations, code and versions; no weight."""
+    return {
+        "network": spec.name,
+        "architecture": arch.to_json(),
+        "modules": str(module),
+        "parameters": {name: list(parameter.shape) for name, parameter in module.named_parameters()},
+        "configurations": {name: _configuration(child) for name, child in module.named_children()},
+        "libraries": _versions(),
+        "sources": _source_digest(),
+    }
+
+
+def _configuration(module: nn.Module) -> dict[str, str]:
+    config: Any = getattr(module, "config", {})
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    named = {key: repr(value) for key, value in values.items() if not key.startswith("_")}  # no paths of its origin
+    return {**named, "norm_scope": str(getattr(module, "norm_scope", None))}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        package = find_spec(f"posecrafter_rt.{name}")
+        assert package is not None and package.submodule_search_locations is not None
+        for folder in package.submodule_search_locations:
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def detach_weights(model: ir.Model, parameters: Iterable[str]) -> None:
+    """Turn the parameters among a graph's initialisers into inputs without a value, in place."""
+    graph = model.graph
+    for name in parameters:
+        if name in graph.initializers:
+            value = graph.initializers.pop(name)
+            value.const_value = None
+            graph.inputs.append(value)
+
+
+def attach_weights(model: ir.Model, module: nn.Module) -> None:
+    """The inverse of `detach_weights`, in place, with a module's float32 parameters; their memory is shared."""
+    graph, parameters = model.graph, dict(module.named_parameters())
+    for value in [value for value in graph.inputs if value.name in parameters]:
+        graph.inputs.remove(value)
+        value.const_value = ir.tensor(parameters[str(value.name)].detach().numpy(), name=value.name)
+        graph.register_initializer(value)
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """A model without weights as one ONNX message."""
+    return ir.to_proto(model).SerializeToString()
+
+
+def from_bytes(blob: bytes) -> ir.Model:
+    """The inverse of `to_bytes`."""
+    return ir.from_proto(onnx.ModelProto.FromString(blob))

@@ -1,0 +1,155 @@
+"""What only the OpenVINO backend has: kept compilations, static shapes, bf16, networks in full precision."""
+
+from __future__ import annotations
+
+import errno
+import gc
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import openvino
+import pytest
+import torch
+from torch import Tensor
+
+from posecrafter_rt.engines import openvino as backend_module
+from posecrafter_rt.engines.base import Precision
+from posecrafter_rt.engines.openvino import FULL_PRECISION, KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
+from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.export.shapes import random_inputs
+from posecrafter_rt.export.verify import relative_error
+from posecrafter_rt.machine import cpu_has_bf16
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import NETWORK_NAMES, network_specs
+
+needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this processor has no bf16")
+
+
+def load(
+    model: PoseModel, networks: Path, cache: Path, precision: Precision = "fp32", **options: Any
+) -> dict[str, Any]:
+    return OpenVinoBackend(**options).load(networks, model.architecture(), precision, cache)
+
+
+def draw(model: PoseModel, name: str, frames: int, groups: int = 1) -> dict[str, Tensor]:
+    sizes = {"frames": frames, "groups": groups, "steps": frames, "height": 32, "width": 48}
+    return random_inputs(network_specs(model.architecture())[name], sizes, seed=frames)
+
+
+def first(outputs: dict[str, Tensor]) -> Tensor:
+    return next(iter(outputs.values()))
+
+
+def expected(model: PoseModel, name: str, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.networks()[name](*inputs.values())[0]
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_bf16_over_changing_frame_counts(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, name: str
+) -> None:
+    engine = load(plain_model, openvino_networks, tmp_path, "bf16")[name]
+    for frames in (1, 16, 1, 7):
+        inputs = draw(plain_model, name, frames)
+        error = relative_error(first(engine(**inputs)), expected(plain_model, name, inputs))
+        if name in FULL_PRECISION:
+            assert error < 1e-5
+        else:
+            assert 1e-5 < error < 0.03  # of bf16's 8 bits, and not of float32's 24
+
+
+def test_another_process_compiles_nothing(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = draw(plain_model, "controlnet", 3)
+    before = first(load(plain_model, openvino_networks, tmp_path)["controlnet"](**inputs)).clone()
+    largest = max(path.stat().st_size for path in openvino_networks.iterdir())
+    assert all(path.stat().st_size < largest for path in tmp_path.iterdir())  # weights are not in them
+
+    def compiled_again(*args: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(OpenVinoEngine, "_read", compiled_again)
+    assert torch.equal(first(load(plain_model, openvino_networks, tmp_path)["controlnet"](**inputs)), before)
+    for other in (draw(plain_model, "controlnet", 2), draw(plain_model, "controlnet", 4, groups=2)):
+        with pytest.raises(AssertionError, match="compiled again"):
+            load(plain_model, openvino_networks, tmp_path)["controlnet"](**other)
+    with pytest.raises(AssertionError, match="compiled again"):
+        load(plain_model, openvino_networks, tmp_path, num_threads=1)["controlnet"](**inputs)
+
+
+def test_what_cannot_be_imported_is_compiled_again(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
+) -> None:
+    inputs = draw(plain_model, "pose_embedding", 2)
+    before = first(load(plain_model, openvino_networks, tmp_path)["pose_embedding"](**inputs)).clone()
+    (blob,) = tmp_path.iterdir()
+    engine = load(plain_model, openvino_networks, tmp_path)["pose_embedding"]
+    engine._cache = SimpleNamespace(load=lambda key: b"of another build", save=lambda key, blob: None)
+    assert torch.equal(first(engine(**inputs)), before)
+    blob.write_bytes(blob.read_bytes()[:-7])
+    assert torch.equal(first(load(plain_model, openvino_networks, tmp_path)["pose_embedding"](**inputs)), before)
+
+
+def test_swapped_weights_are_never_taken_from_the_cache(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
+) -> None:
+    inputs = draw(plain_model, "controlnet", 2)
+    engine = load(plain_model, openvino_networks, tmp_path)["controlnet"]
+    before = first(engine(**inputs)).clone()
+    name = "controlnet.conv_in.weight"
+    weight = dict(plain_model.networks()["controlnet"].named_parameters())[name].detach()
+    assert engine.swap_weights({name: weight * 2, "unet.conv_in.weight": weight}) == {name}
+    assert not torch.equal(first(engine(**inputs)), before)
+    assert len(list(tmp_path.iterdir())) == 1
+    engine.swap_weights({name: weight})
+    assert torch.equal(first(engine(**inputs)), before)
+    again = load(plain_model, openvino_networks, tmp_path)["controlnet"]
+    assert torch.equal(first(again(**inputs)), before)
+
+
+def test_few_compiled_shapes_are_kept_and_outputs_outlive_them(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
+) -> None:
+    engine = load(plain_model, openvino_networks, tmp_path)["pose_embedding"]
+    inputs = draw(plain_model, "pose_embedding", 1)
+    oldest = first(engine(**inputs))
+    for frames in range(2, KEPT_SHAPES + 3):
+        engine(**draw(plain_model, "pose_embedding", frames))
+    gc.collect()
+    assert len(engine._requests) == KEPT_SHAPES
+    assert relative_error(oldest, expected(plain_model, "pose_embedding", inputs)) < 1e-5
+    newest = draw(plain_model, "pose_embedding", 3)
+    engine(**newest)
+    assert list(engine._requests)[-1] == (tuple(newest["controlnet_cond"].shape),)
+
+
+def test_inputs_that_are_not_contiguous_are_read_right(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
+) -> None:
+    engine = load(plain_model, openvino_networks, tmp_path)["pose_embedding"]
+    inputs = draw(plain_model, "pose_embedding", 2)
+    strided = inputs["controlnet_cond"].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert torch.equal(first(engine(controlnet_cond=strided)).clone(), first(engine(**inputs)))
+
+
+def test_a_folder_without_its_networks_is_refused(plain_model: PoseModel, tmp_path: Path) -> None:
+    with pytest.raises(EngineFolderError, match="holds no networks"):
+        load(plain_model, tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("free", "number"), [(10, errno.ENOSPC), (10**12, None)])
+def test_a_full_disk_is_told_from_other_failures(
+    openvino_networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, number: int | None
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(openvino, "save_model", fails)
+    monkeypatch.setattr(backend_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(OSError if number else RuntimeError) as caught:
+        backend_module._save_ir(openvino.Core(), openvino_networks / "unet.xml", tmp_path / "unet.xml")
+    assert getattr(caught.value, "errno", None) == number

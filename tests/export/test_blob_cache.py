@@ -1,0 +1,53 @@
+"""Blobs between processes: what is damaged is not read, what cannot be written does not matter."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from posecrafter_rt.export import blob_cache
+from posecrafter_rt.export.blob_cache import BlobCache
+
+
+def test_what_was_saved_is_loaded_by_another_cache(tmp_path: Path) -> None:
+    BlobCache(tmp_path / "new").save({"a": 1, "b": [2, 3]}, b"content")
+    assert BlobCache(tmp_path / "new").load({"b": (2, 3), "a": 1}) == b"content"
+    assert BlobCache(tmp_path / "new").load({"a": 2}) is None
+    assert BlobCache(tmp_path / "absent").load({"a": 1}) is None
+
+
+@pytest.mark.parametrize("position", [0, 31, 32, -1])
+def test_one_altered_byte_is_noticed(tmp_path: Path, position: int) -> None:
+    cache = BlobCache(tmp_path)
+    cache.save({}, b"some content")
+    content = bytearray(cache.path({}).read_bytes())
+    content[position] ^= 1
+    cache.path({}).write_bytes(content)
+    assert cache.load({}) is None
+
+
+@pytest.mark.parametrize("length", [0, 10, 32, 40])
+def test_a_torn_file_is_noticed(tmp_path: Path, length: int) -> None:
+    cache = BlobCache(tmp_path)
+    cache.save({}, b"some content")
+    os.truncate(cache.path({}), length)
+    assert cache.load({}) is None
+
+
+def test_the_oldest_files_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blob_cache, "MAX_FILES", 3)
+    cache = BlobCache(tmp_path)
+    for number in range(5):
+        cache.save({"n": number}, b"x")
+        os.utime(cache.path({"n": number}), (number, number))
+    assert [number for number in range(5) if cache.load({"n": number})] == [2, 3, 4]
+
+
+def test_a_folder_that_cannot_be_written_is_only_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with caplog.at_level(logging.WARNING, "posecrafter_rt"):
+        BlobCache(tmp_path / "file").save({}, b"x")
+    assert "not kept" in caplog.text

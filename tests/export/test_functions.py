@@ -1,0 +1,75 @@
+"""The attentions' bodies in standard operators against the reference, in ONNX Runtime."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from posecrafter_rt.export.functions import DOMAIN, DOMAIN_VERSION, OPSET, function_protos, translation_table
+from posecrafter_rt.ops.reference import keyframe_attention_ref, temporal_attention_ref
+
+FLOATS = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
+
+
+def run(name: str, heads: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One node of ours, every dimension dynamic."""
+    kind = FLOATS[q.dtype]
+    node = helper.make_node(name, ["q", "k", "v"], ["out"], domain=DOMAIN, heads=heads)
+    values = [helper.make_tensor_value_info(value, kind, [None] * q.dim()) for value in ("q", "k", "v", "out")]
+    graph = helper.make_graph([node], "one", values[:3], values[3:])
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    model = helper.make_model(graph, opset_imports=opsets, functions=function_protos(), ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"q": q.numpy(), "k": k.numpy(), "v": v.numpy()})[0])
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(np.prod(shape)))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("groups", "frames", "tokens", "key_tokens"), [(1, 1, 1, 1), (1, 7, 31, 31), (2, 3, 97, 77)])
+def test_keyframe_attention(dtype: torch.dtype, groups: int, frames: int, tokens: int, key_tokens: int) -> None:
+    q = draw(groups * frames, tokens, 40, dtype=dtype)
+    k, v = draw(groups, key_tokens, 40, dtype=dtype), draw(groups, key_tokens, 40, dtype=dtype) + 1
+    expected = keyframe_attention_ref(q.float(), k.float(), v.float(), 4)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(run("KeyframeAttention", 4, q, k, v).float(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("groups", "queries", "keys", "tokens"), [(1, 1, 1, 1), (1, 16, 16, 31), (2, 1, 5, 9)])
+def test_temporal_attention(groups: int, queries: int, keys: int, tokens: int) -> None:
+    q, k, v = draw(groups, queries, tokens, 32), draw(groups, keys, tokens, 32), draw(groups, keys, tokens, 32) + 1
+    expected = temporal_attention_ref(q, k, v, 2)
+    torch.testing.assert_close(run("TemporalAttention", 2, q, k, v), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the exporter's own
+def test_every_operator_of_ours_is_translated() -> None:
+    class Both(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            out = torch.ops.posecrafter.keyframe_attention(q, q[:1], q[:1], 2)
+            return torch.ops.posecrafter.temporal_attention(q[None], q[None], out[None], 2, None)
+
+    program = torch.onnx.export(
+        torch.export.export(Both().eval(), (draw(3, 5, 8),)),
+        dynamo=True,
+        opset_version=OPSET,
+        custom_translation_table=translation_table(),
+        verbose=False,
+    )
+    assert program is not None
+    assert [node.op_type for node in program.model.graph if node.domain == DOMAIN] == [
+        "KeyframeAttention", "TemporalAttention"]  # fmt: skip
+
+
+def test_a_mask_is_refused_rather_than_forgotten() -> None:
+    translate = translation_table()[torch.ops.posecrafter.temporal_attention.default]
+    with pytest.raises(NotImplementedError, match="mask"):
+        translate(None, None, None, heads=2, mask=object())
