@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
+from posecrafter_rt.atomic import atomic_path, refuse_overwrite
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, PoseCrafterError, PoseError
 from posecrafter_rt.framing import transform_keypoints
@@ -159,6 +159,7 @@ def _encode(model: PoseModel, checkpoint: Checkpoint, device: str) -> _TrainingS
 class _Run:
     """The state of a run that a resumed one needs: all but the frozen weights."""
 
+    steps: int
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -211,22 +212,22 @@ def _optimise(
     parameters = trainable_parameters(model, settings.trainable)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    steps = int(metadata["steps"])
+    schedule = DDIMSchedule.from_config(model.scheduler_config)
     run = _Run(
+        int(metadata["steps"]),
         parameters,
         torch.optim.AdamW(parameters.values(), lr=metadata["learning_rate"], weight_decay=settings.weight_decay),
         torch.amp.GradScaler(options.device, enabled=options.precision == "fp16"),
         torch.Generator().manual_seed(options.seed),
     )
-    fingerprint = sha256_json({**metadata, "frames": checkpoint.frames.tobytes().hex()[:4096],
-                               "poses": float(checkpoint.poses.keypoints.sum())})  # fmt: skip
+    fingerprint = checkpoint.digest()  # nothing is tuned yet: frames, poses and options
     run.restore(partial, fingerprint)
     saved_at = time.monotonic()
     try:
-        while run.step < steps:
-            _step(model, data, run, options, steps)
+        while run.step < run.steps:
+            _step(model, data, run, options, schedule)
             if on_step is not None:
-                on_step(TuneStatus(run.step, steps, run.loss))
+                on_step(TuneStatus(run.step, run.steps, run.loss))
             if time.monotonic() - saved_at > SAVE_EVERY_SECONDS:
                 run.save(partial, fingerprint)
                 saved_at = time.monotonic()
@@ -250,8 +251,8 @@ def _noise(latents: Tensor, shared: float, generator: torch.Generator) -> Tensor
     return (proportion.sqrt() * common + (1 - proportion).sqrt() * own).to(latents.device)
 
 
-def _step(model: PoseModel, data: _TrainingSet, run: _Run, options: TuneOptions, steps: int) -> None:
-    settings, schedule = model.settings, DDIMSchedule.from_config(model.scheduler_config)
+def _step(model: PoseModel, data: _TrainingSet, run: _Run, options: TuneOptions, schedule: DDIMSchedule) -> None:
+    settings = model.settings
     chosen = _minibatch(len(data.latents), settings.minibatch, run.generator)
     latents = data.latents[chosen]
     timestep = torch.randint(0, schedule.num_train_timesteps, (1,), generator=run.generator)
@@ -265,7 +266,7 @@ def _step(model: PoseModel, data: _TrainingSet, run: _Run, options: TuneOptions,
         raise PoseCrafterError(f"the loss became {loss.item()} at step {run.step}",
                                "lower --learning-rate, or tune with --precision fp32")  # fmt: skip
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate_at(run.step, steps, settings.learning_rate_decay) * run.optimizer.defaults["lr"]
+        group["lr"] = learning_rate_at(run.step, run.steps, settings.learning_rate_decay) * run.optimizer.defaults["lr"]
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)

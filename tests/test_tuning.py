@@ -104,6 +104,17 @@ def test_a_torn_or_foreign_partial_state_is_passed_over(clip, options, tmp_path:
     assert same_tensors(unbroken, tune(*clip, tmp_path / "c.ckpt", options))
 
 
+def test_a_run_on_other_frames_is_not_resumed(clip, options, tmp_path: Path) -> None:
+    frames, poses = clip
+    others = frames.copy()
+    others[-1, -1] ^= 255  # far from the first bytes
+    with pytest.raises(KeyboardInterrupt):
+        tune(others, poses, tmp_path / "a.ckpt", options, on_step=interrupt_at(2))
+    steps: list[int] = []
+    tune(frames, poses, tmp_path / "a.ckpt", options, on_step=lambda status: steps.append(status.step))
+    assert steps == [1, 2, 3, 4]
+
+
 def test_no_resume_starts_over(clip, options, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         tune(*clip, tmp_path / "a.ckpt", options, on_step=interrupt_at(2))
