@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from torch import nn
 
+from posecrafter_rt.machine import library_versions
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -31,7 +31,7 @@ def graph_key(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> dict[
         "modules": str(module),
         "parameters": {name: list(parameter.shape) for name, parameter in module.named_parameters()},
         "configurations": {name: _configuration(child) for name, child in module.named_children()},
-        "libraries": _versions(),
+        "libraries": library_versions(LIBRARIES),
         "sources": _source_digest(),
     }
 
@@ -41,17 +41,6 @@ def _configuration(module: nn.Module) -> dict[str, str]:
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     named = {key: repr(value) for key, value in values.items() if not key.startswith("_")}  # no paths of its origin
     return {**named, "norm_scope": str(getattr(module, "norm_scope", None))}
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @cache

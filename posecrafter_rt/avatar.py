@@ -87,7 +87,7 @@ class Avatar:
     def load(cls, path: str | Path) -> Avatar:
         """Verify and load an engine folder.
 
-        Raises: EngineFolderError when it is damaged or was built on another processor or library version.
+        Raises: EngineFolderError when it is damaged, was built on another processor, or its backend cannot run here.
         """
         folder = open_folder(path)
         manifest = folder.manifest

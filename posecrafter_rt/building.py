@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from posecrafter_rt.engines.base import Progress
 from posecrafter_rt.engines.folder import EngineFolder, building, open_folder
 from posecrafter_rt.errors import EngineFolderError, ShapeError
 from posecrafter_rt.framing import resize_to, transform_keypoints
-from posecrafter_rt.machine import cpu_name
+from posecrafter_rt.machine import cpu_name, library_versions
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 LIBRARIES = ("torch", "diffusers", "transformers", "openvino", "onnx")
@@ -77,7 +76,7 @@ def build_engine(
     size = options.size or tuned.frames.shape[1:3]
     manifest: dict[str, Any] = {
         "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
-        "checkpoint": tuned.digest(), "device": {"type": "cpu", "name": cpu_name()}, "libraries": _libraries(),
+        "checkpoint": tuned.digest(), "device": {"type": "cpu", "name": cpu_name()}, "libraries": {"python": platform.python_version(), **library_versions(LIBRARIES)},
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
     }  # fmt: skip
     manifest["fingerprint"] = sha256_json(manifest)
@@ -119,13 +118,3 @@ def read_reference(folder: EngineFolder) -> tuple[Any, PoseSequence]:
     tensors = load_file(folder.path / REFERENCE_FILE)
     frames = tensors["frames"].numpy()
     return frames, PoseSequence(tensors["keypoints"].numpy(), frames.shape[1:3])
-
-
-def _libraries() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -9,7 +9,6 @@ import json
 import platform
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ from torch import Tensor
 
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
 from posecrafter_rt.errors import CheckpointError, PoseError
+from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.loading import PoseModel, apply_tensors, load_base
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 FORMAT = "posecrafter-rt checkpoint"
 FORMAT_VERSION = 1
+LIBRARIES = ("posecrafter-rt", "torch", "diffusers", "transformers")
 REQUIRED_METADATA = ("base", "base_hash", "controlnet", "vae", "prompt", "size", "norm_scope", "seed", "steps")
 # One key only: safetensors writes several in random order, and equal content shall be equal bytes.
 _HEADER = "posecrafter"
@@ -73,7 +74,7 @@ class Checkpoint:
         """
         refuse_overwrite(path, force)
         metadata = {name: value for name, value in self.metadata.items() if name != "format_version"}
-        metadata["versions"] = _versions()
+        metadata["versions"] = {"python": platform.python_version(), **library_versions(LIBRARIES)}
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "fps": self.poses.fps, "metadata": metadata}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         tensors["frames"] = torch.from_numpy(np.ascontiguousarray(self.frames))
@@ -156,16 +157,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or no checkpoint: {str(error).splitlines()[0]}",
                               hint="copy it again, or make one: posecrafter-rt tune") from error  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("posecrafter-rt", "torch", "diffusers", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout
-            continue
-    return found
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Facts about this machine's processor and memory that torch does not tell.
+"""Facts about this machine that torch does not tell: processor, memory, installed versions.
 
 Layer 0: reads /proc on Linux; elsewhere the answers are empty.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from collections.abc import Iterable
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -42,3 +44,14 @@ def peak_rss_bytes() -> int:
     """The largest resident memory this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def library_versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Versions of those that are installed (this package itself is not, when run from a checkout)."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -66,13 +66,8 @@ def embed_poses(engines: Mapping[str, Engine], poses: PoseSequence, size: tuple[
     """Draw poses at `size` and embed them, a few at a time: (N, C, h, w)."""
     pictures = torch.from_numpy(draw_poses(poses, size)).permute(0, 3, 1, 2)
     parts = [engines["pose_embedding"](controlnet_cond=part.float().div(255))["pose_embeddings"].clone()
-             for part in even_chunks(pictures, POSES_PER_CALL)]  # fmt: skip
+             for part in pictures.split(POSES_PER_CALL)]  # fmt: skip
     return torch.cat(parts)
-
-
-def even_chunks(frames: Tensor, largest: int) -> list[Tensor]:
-    """Split along the frames into chunks of at most `largest`, as few different lengths as possible."""
-    return list(frames.split(largest))
 
 
 def invert_reference(

@@ -15,7 +15,7 @@ from posecrafter_rt.engines.base import Engine
 from posecrafter_rt.method import DDIMSchedule, ddim_sample
 from posecrafter_rt.ops import affine_warp_paste_
 from posecrafter_rt.runtime.options import RenderOptions
-from posecrafter_rt.runtime.prepare import Clip, Denoiser, Tables, even_chunks
+from posecrafter_rt.runtime.prepare import Clip, Denoiser, Tables
 
 FRAMES_PER_DECODE = 8
 
@@ -49,7 +49,7 @@ def render_clip(
 @torch.no_grad()
 def decode(engines: Mapping[str, Engine], latents: Tensor) -> Iterator[np.ndarray]:
     """Decode latents (N, 4, h, w) a few at a time; yields frames (H, W, 3) uint8 RGB."""
-    for part in even_chunks(latents, FRAMES_PER_DECODE):
+    for part in latents.split(FRAMES_PER_DECODE):
         pixels = engines["vae_decoder"](latents=part)["pixels"]
         frames = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
         yield from frames.permute(0, 2, 3, 1).cpu().numpy()
