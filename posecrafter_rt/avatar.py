@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from posecrafter_rt import __version__
 from posecrafter_rt.building import read_reference
-from posecrafter_rt.engines import Engine, get_backend
+from posecrafter_rt.engines import Backend, Engine, get_backend
 from posecrafter_rt.engines.folder import EngineFolder, open_folder, rebuild_hint
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
-from posecrafter_rt.machine import cpu_name, peak_rss_bytes
+from posecrafter_rt.machine import cpu_name, library_versions, peak_rss_bytes
 from posecrafter_rt.method import DDIMSchedule, select_reference
 from posecrafter_rt.models.loading import tokenize
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -87,17 +88,18 @@ class Avatar:
     def load(cls, path: str | Path) -> Avatar:
         """Verify and load an engine folder.
 
-        Raises: EngineFolderError when it is damaged, was built on another processor, or its backend cannot run here.
+        Raises: EngineFolderError when it is damaged, was built on another processor or by other versions of the
+            package or its backend's libraries, or when its backend cannot run here.
         """
         folder = open_folder(path)
         manifest = folder.manifest
-        if manifest["device"]["name"] != cpu_name():
-            raise EngineFolderError(f"{path} was built on {manifest['device']['name']}, this is {cpu_name()}",
-                                    rebuild_hint(folder.path))  # fmt: skip
         backend = get_backend(manifest["backend"])
         reason = backend.unsupported_reason(manifest["precision"])
         if reason is not None:
             raise EngineFolderError(f"{path} needs backend {backend.name}: {reason}", rebuild_hint(folder.path))
+        for built, here in _provenance(manifest, backend):
+            if built != here:
+                raise EngineFolderError(f"{path} was built on {built}, this is {here}", rebuild_hint(folder.path))
         arch = Architecture.from_json(manifest["architecture"])
         return cls(folder, backend.load(folder.networks, arch, manifest["precision"], folder.compiled))
 
@@ -195,3 +197,12 @@ class Avatar:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _provenance(manifest: dict[str, Any], backend: Backend) -> Iterator[tuple[str, str]]:
+    """What an engine is bound to, as pairs: where it was built, and here."""
+    yield manifest["device"]["name"], cpu_name()
+    yield f"posecrafter-rt {manifest['package']}", f"posecrafter-rt {__version__}"
+    here = library_versions(backend.libraries)
+    for name in backend.libraries:
+        yield f"{name} {manifest['libraries'].get(name)}", f"{name} {here.get(name)}"

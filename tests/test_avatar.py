@@ -148,7 +148,9 @@ def test_one_byte_changed_is_refused_by_name(tiny_checkpoint: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(("damage", "named"), [("missing", "is missing"), ("extra", "was not built with it"),
                                                ("torn manifest", "damaged"), ("schema", "another version"),
-                                               ("device", "was built on")])  # fmt: skip
+                                               ("device", "was built on another processor"),
+                                               ("library", "was built on torch 1.0, this is torch 2"),
+                                               ("package", "was built on posecrafter-rt 0.0")])  # fmt: skip
 def test_other_damage_is_refused_with_the_reason(
     tiny_checkpoint: Path, tmp_path: Path, damage: str, named: str
 ) -> None:
@@ -161,7 +163,12 @@ def test_other_damage_is_refused_with_the_reason(
     elif damage == "torn manifest":
         (folder / "manifest.json").write_text("{")
     else:
-        manifest |= {"schema": 99} if damage == "schema" else {"device": {"type": "cpu", "name": "another processor"}}
+        manifest |= {
+            "schema": {"schema": 99},
+            "device": {"device": {"type": "cpu", "name": "another processor"}},
+            "library": {"libraries": {**manifest["libraries"], "torch": "1.0"}},
+            "package": {"package": "0.0"},
+        }[damage]
         write_manifest(folder, manifest)
     with pytest.raises(EngineFolderError, match=named) as caught:
         Avatar.load(folder)

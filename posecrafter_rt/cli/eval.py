@@ -1,4 +1,4 @@
-"""`posecrafter-rt eval`: how near a rendered video is to the true one.
+"""`posecrafter-rt eval`: how near a rendered video is to the true one, and to the poses that it was to follow.
 
 Layer 8: arguments, one call, the printed result.
 """
@@ -24,14 +24,25 @@ def evaluate(
     frame_range: Annotated[
         str | None, typer.Option("--range", metavar="START:END", help="The frames of TRUTH that were rendered.")
     ] = None,
+    poses: Annotated[
+        Path | None, typer.Option(help="The poses of TRUTH's frames: adds MSE-P, the error of the pose.")
+    ] = None,
+    rendered_poses: Annotated[
+        Path | None, typer.Option(help="The poses in RENDERED; without it they are extracted.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure PSNR and SSIM of RENDERED against TRUTH, frame by frame, at RENDERED's size.
+    """Measure PSNR and SSIM of RENDERED against TRUTH, frame by frame, at RENDERED's size; with --poses MSE-P too.
 
     A TRUTH of another size is scaled to cover it and cut around the centre, as the training frames are.
     """
     window = parse_range(frame_range)
-    from posecrafter_rt.evaluate.metrics import psnr, ssim
+    if rendered_poses is not None and poses is None:
+        raise typer.BadParameter("--rendered-poses is compared with --poses, which is missing")
+    from posecrafter_rt.evaluate.metrics import mse_p, psnr, ssim
+    from posecrafter_rt.framing import transform_keypoints
+    from posecrafter_rt.poses.extract import extract_poses
+    from posecrafter_rt.poses.keypoints import PoseSequence
     from posecrafter_rt.video_io import read_video
 
     frames = read_video(rendered).frames
@@ -44,13 +55,16 @@ def evaluate(
         )
     result = {"frames": len(frames), "height": height, "width": width}
     scores = {"psnr": psnr(frames, true_frames), "ssim": ssim(frames, true_frames)}
+    if poses is not None:
+        target = transform_keypoints(PoseSequence.load(poses), (height, width))[window]
+        found = PoseSequence.load(rendered_poses) if rendered_poses is not None else extract_poses(rendered)
+        scores["mse_p"] = mse_p(transform_keypoints(found, (height, width)), target)
     if as_json:
         print_json(result | scores)
         return
-    print_table(
-        [
-            ("frames", f"{len(frames)} of {height}x{width}"),
-            ("PSNR", f"{scores['psnr']:.2f} dB"),
-            ("SSIM", f"{scores['ssim']:.4f}"),
-        ]
-    )
+    rows = [
+        ("frames", f"{len(frames)} of {height}x{width}"),
+        ("PSNR", f"{scores['psnr']:.2f} dB"),
+        ("SSIM", f"{scores['ssim']:.4f}"),
+    ]
+    print_table(rows + ([("MSE-P", f"{scores['mse_p']:.3g}")] if poses is not None else []))

@@ -44,9 +44,10 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
-    """A way to build and load engines."""
+    """A way to build and load engines. libraries: the distributions whose versions an engine is bound to."""
 
     name: str
+    libraries: tuple[str, ...]
 
     def unsupported_reason(self, precision: Precision) -> str | None:
         """Why this backend cannot run here in this precision, or None."""

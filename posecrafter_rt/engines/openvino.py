@@ -137,6 +137,7 @@ class OpenVinoBackend:
     """OpenVINO on the CPU, through ONNX. num_threads: None leaves the choice to OpenVINO."""
 
     name = "openvino"
+    libraries = ("openvino",)
 
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = num_threads

@@ -53,6 +53,7 @@ class TorchBackend:
     """Eager PyTorch; runs everywhere."""
 
     name = "torch"
+    libraries = ("torch", "diffusers", "transformers")
 
     def unsupported_reason(self, precision: Precision) -> str | None:
         """None: a CPU runs fp16 too, only slowly."""

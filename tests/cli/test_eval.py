@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.evaluate.metrics import psnr, ssim
+from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.video_io import read_video, write_png, write_video
 
 
@@ -71,3 +72,31 @@ def test_bad_videos_are_one_line(clips: tuple[Path, Path], tmp_path: Path, bad: 
 
 def test_a_bad_range_is_bad_usage(clips: tuple[Path, Path]) -> None:
     assert run(*clips, "--range", "4:1").exit_code == 2
+
+
+def pose_file(path: Path, count: int, canvas: tuple[int, int]) -> Path:
+    """A pose file whose body moves from frame to frame."""
+    keypoints = np.zeros((count, 134, 3), np.float32)
+    x = np.linspace(0.2, 0.5, count)[:, None] + np.linspace(0, 0.2, 18)
+    keypoints[:, :18] = np.stack([x * canvas[1], np.full_like(x, 0.5 * canvas[0]), np.ones_like(x)], -1)
+    PoseSequence(keypoints, canvas, 25.0).save(path)
+    return path
+
+
+def test_the_poses_error_is_relative_to_the_picture(clips: tuple[Path, Path], tmp_path: Path) -> None:
+    target = pose_file(tmp_path / "target.json", 5, (64, 96))
+    keypoints = PoseSequence.load(target).keypoints[1:4].copy()
+    keypoints[:, :18, 0] += 9.6  # a tenth of the width, half of the squared coordinates
+    PoseSequence(keypoints, (64, 96), 25.0).save(tmp_path / "found.json")
+    arguments = (*clips, "--range", "1:4", "--poses", target, "--rendered-poses", tmp_path / "found.json")
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["mse_p"] == pytest.approx(0.1**2 / 2, rel=1e-3)
+    assert "MSE-P" in run(*arguments).stdout
+
+
+def test_poses_that_do_not_fit_are_refused(clips: tuple[Path, Path], tmp_path: Path) -> None:
+    poses = pose_file(tmp_path / "poses.json", 5, (32, 48))
+    result = run(*clips, "--range", "1:4", "--poses", poses, "--rendered-poses", poses)
+    assert result.exit_code == 1 and "5 rendered poses" in result.stderr
+    assert run(*clips, "--range", "1:4", "--rendered-poses", poses).exit_code == 2

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import pkgutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +140,64 @@ def _write_bad_files(folder: Path) -> None:
     (folder / "empty.json").write_text(json.dumps({**data, "frames": []}))
     data["frames"][1]["people"][0]["pose_keypoints_2d"][0] = float("nan")
     (folder / "nan.json").write_text(json.dumps(data))
+
+
+# Each command, a function that it calls when part of its work is done, and what it writes.
+COMMANDS = {
+    "tune": ("posecrafter_rt.tuning._step", ["video.mp4", "--poses", "poses.json", "--frames", "3", "--steps", "3",
+                                             "--precision", "fp32"]),
+    "build-engine": ("posecrafter_rt.engines.torch.save_file", ["tuned.ckpt", "--backend", "torch", "--precision", "fp32"]),
+    "render": ("posecrafter_rt.rendering.VideoWriter.write", ["tuned.engine", "--poses", "poses.json", "--steps", "2"]),
+}  # fmt: skip
+
+
+def arguments_of(command: str, workshop: Path, output: Path) -> list[object]:
+    given = [workshop / word if (workshop / word).exists() else word for word in COMMANDS[command][1]]
+    return [command, *given, "-o", output, *(["--base", workshop / "base"] if command == "tune" else [])]
+
+
+@pytest.fixture(params=COMMANDS)
+def command(request: pytest.FixtureRequest, workshop: Path, tiny_base: Path) -> str:
+    if not (workshop / "base").exists():
+        (workshop / "base").symlink_to(tiny_base)
+    return str(request.param)
+
+
+def test_ctrl_c_leaves_nothing_half_done_and_the_same_command_finishes(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    output = tmp_path / {"tune": "a.ckpt", "build-engine": "a.engine", "render": "a.mp4"}[command]
+    target = COMMANDS[command][0]
+    original, calls = pkgutil.resolve_name(target), []
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, interrupted)
+        result = run(*arguments_of(command, workshop, output))
+    assert result.exit_code == 130 and len(calls) == 2
+    assert "run the same command again" in result.stderr and "Traceback" not in result.output
+    assert [path.name for path in tmp_path.iterdir()] == (["a.ckpt.partial"] if command == "tune" else [])
+    ok(*arguments_of(command, workshop, output))
+    assert output.exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    output = tmp_path / {"tune": "a.ckpt", "build-engine": "a.engine", "render": "a.mp4"}[command]
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        result = run(*arguments_of(command, workshop, output))
+    assert result.exit_code == 1, result.output
+    assert result.stderr.count("error: no space left") == 1 and "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+    ok(*arguments_of(command, workshop, output))
