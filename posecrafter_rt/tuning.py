@@ -24,6 +24,7 @@ from posecrafter_rt.errors import BackendUnavailable, CheckpointError, PoseCraft
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
+from posecrafter_rt.method.noise import shared_noise
 from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.loading import PoseModel, load_base, named_parameters
 from posecrafter_rt.models.settings import BaseSettings
@@ -242,21 +243,12 @@ def _minibatch(num_frames: int, size: int, generator: torch.Generator) -> Tensor
     return torch.randperm(num_frames, generator=generator)[:size]
 
 
-def _noise(latents: Tensor, shared: float, generator: torch.Generator) -> Tensor:
-    """Independent noise; with probability `shared`, noise that the frames share in a random proportion."""
-    own = torch.randn(latents.shape, generator=generator)
-    common = torch.randn(latents.shape[1:], generator=generator)
-    draw, proportion = torch.rand(2, generator=generator)
-    proportion = proportion if draw < shared else torch.zeros(())
-    return (proportion.sqrt() * common + (1 - proportion).sqrt() * own).to(latents.device)
-
-
 def _step(model: PoseModel, data: _TrainingSet, run: _Run, options: TuneOptions, schedule: DDIMSchedule) -> None:
     settings = model.settings
     chosen = _minibatch(len(data.latents), settings.minibatch, run.generator)
     latents = data.latents[chosen]
     timestep = torch.randint(0, schedule.num_train_timesteps, (1,), generator=run.generator)
-    noise = _noise(latents, settings.shared_noise, run.generator)
+    noise = shared_noise(latents[None], settings.shared_noise, run.generator)[0]
     alpha = schedule.alphas_cumprod[timestep].to(latents.device)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     target = noise if schedule.prediction_type == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents

@@ -54,7 +54,7 @@ SCHEDULER: dict[str, Any] = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "prediction_type": "epsilon",
+    "prediction_type": "v_prediction",  # weighs the noisy steps, where the pose is decided, more than the noise does
     "timestep_spacing": "leading",
 }
 

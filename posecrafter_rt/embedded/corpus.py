@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -43,17 +45,21 @@ class Clips:
 
 
 def draw_clips(num_clips: int, clip_length: int, size: tuple[int, int], seed: int) -> Clips:
-    """Draw `num_clips` identities with `clip_length` poses each; the same seed draws the same people."""
-    cv2.setNumThreads(1)
+    """Draw `num_clips` identities with `clip_length` poses each on all cores; the same seed draws the same people."""
     height, width = size
     frames = np.empty((num_clips, clip_length, height, width, 3), np.uint8)
     keypoints = np.empty((num_clips, clip_length, 134, 3), np.float32)
     captions = []
-    for index in range(num_clips):
-        rng = np.random.default_rng((seed, index))
-        frames[index], keypoints[index], caption = sample_clip(rng, clip_length, size)
-        captions.append(caption)
+    draw = partial(_draw_clip, seed, clip_length, size)
+    with ProcessPoolExecutor(initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        for index, clip in enumerate(pool.map(draw, range(num_clips), chunksize=16)):
+            frames[index], keypoints[index], caption = clip
+            captions.append(caption)
     return Clips(frames, keypoints, captions)
+
+
+def _draw_clip(seed: int, clip_length: int, size: tuple[int, int], index: int) -> tuple[np.ndarray, np.ndarray, str]:
+    return sample_clip(np.random.default_rng((seed, index)), clip_length, size)
 
 
 def _package_files(table: dict[str, tuple[str, ...]]) -> Iterator[Path]:

@@ -83,9 +83,8 @@ def _draw(
         behind = sheet[2] < -1.0
         paint_quads(canvas, sheet[0][behind], sheet[1][behind] * 0.75, sheet[2][behind])
     draw_legs(canvas, joints, person.body, scale, light)
-    paints = (head.skin, person.cloth)
     for name in ("right", "left"):
-        draw_upper_arm(canvas, joints[f"{name}_arm"], person.body, paints, scale, light)
+        draw_upper_arm(canvas, joints[f"{name}_arm"], person.body, _paints(person), scale, light)
     if not pose.arms_in_front:
         _draw_forearms(canvas, person, joints, scale)
     draw_torso(canvas, joints, person.body, person.cloth, scale, light)
@@ -104,10 +103,15 @@ def _draw_forearms(canvas: np.ndarray, person: Person, joints: dict[str, np.ndar
             joints[f"{name}_arm"],
             joints[f"{name}_hand"],
             person.body,
-            (person.head.skin, person.cloth),
+            _paints(person),
             scale,
             person.light,
         )
+
+
+def _paints(person: Person) -> tuple[np.ndarray, np.ndarray]:
+    """Skin, and what the sleeves are made of: the jacket's texture is that of its front."""
+    return person.head.skin, person.cloth if person.body.jacket is None else person.body.jacket
 
 
 def _draw_head(

@@ -19,10 +19,11 @@ class BodyShape:
     shoulder: float = 17.0  # half distance of the shoulder joints
     girth: float = 1.0
     sleeve: str = "long"  # long, short
-    collar: str = "crew"  # crew, vee, shirt
+    collar: str = "crew"  # crew, vee, shirt, tie
     shirt: np.ndarray = field(default_factory=lambda: np.array([90.0, 100.0, 130.0]))
     trousers: np.ndarray = field(default_factory=lambda: np.array([50.0, 55.0, 80.0]))
     shoes: np.ndarray = field(default_factory=lambda: np.array([30.0, 30.0, 30.0]))
+    jacket: np.ndarray | None = None  # worn over the shirt
 
 
 @dataclass
@@ -223,7 +224,7 @@ def draw_neck(
     neck, across, down, _, _ = joints["frame"]
     base = neck - down * 3.5 * scale
     half = 5.35 * scale * (0.9 + 0.1 * shape.girth)
-    collar_depth = {"crew": 2.4, "vee": 9.0, "shirt": 7.0}[shape.collar]
+    collar_depth = {"crew": 2.4, "vee": 9.0, "shirt": 7.0, "tie": 2.0}[shape.collar]
     tone = light.shade(np.array([0.0, 0.35, 0.94]))
     rim = np.stack(
         [
@@ -248,8 +249,9 @@ def draw_neck(
     )
     fill(image, smooth(under, 3), skin * tone * 0.52, 0.5)
     edge = smooth(rim[:5], 4, closed=False)
-    colour = shape.shirt * (0.72 if shape.collar != "shirt" else 1.12) * tone
-    stroke(image, edge, colour, 1.5 * scale if shape.collar != "shirt" else 2.6 * scale, 0.9)
+    folded = shape.collar in ("shirt", "tie")
+    colour = shape.shirt * (1.12 if folded else 0.72) * tone
+    stroke(image, edge, colour, (2.6 if folded else 1.5) * scale, 0.9)
 
 
 def draw_upper_arm(

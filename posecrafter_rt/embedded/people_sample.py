@@ -13,7 +13,7 @@ import numpy as np
 from posecrafter_rt.embedded.people_body import ArmPose, BodyPose, BodyShape
 from posecrafter_rt.embedded.people_draw import Light
 from posecrafter_rt.embedded.people_head import HeadMesh, HeadPose, HeadShape, curtain
-from posecrafter_rt.embedded.scenery import make_background, make_cloth, outdoors, random_colour, window_mask
+from posecrafter_rt.embedded.scenery import make_background, make_cloth, make_suit, outdoors, random_colour, window_mask
 
 MARGIN = 24  # pixels of background beyond each edge of a 128-high picture, room for panning
 
@@ -113,7 +113,7 @@ class Person:
             HeadMesh(head),
             HeadMesh(head, 22, 13),
             hair,
-            make_cloth(rng, body.shirt),
+            make_cloth(rng, body.shirt) if body.jacket is None else make_suit(rng, body.jacket, body.shirt),
             make_background(rng, *size),
             window,
             grain,
@@ -198,17 +198,20 @@ def _sample_head(rng: np.random.Generator) -> tuple[HeadShape, dict[str, str], b
 
 def _sample_body(rng: np.random.Generator, words: dict[str, str], woman: bool) -> BodyShape:
     name = str(rng.choice(list(_CLOTHES)))
-    words["shirt"] = name
-    shirt = np.array(_CLOTHES[name], float) * rng.uniform(0.85, 1.12)
+    colour = np.array(_CLOTHES[name], float) * rng.uniform(0.85, 1.12)
+    suit = rng.random() < 0.3
+    words["clothes"] = f"{name} {'suit' if suit else 'shirt'}"
+    shirt = random_colour(rng, 170, 245, 0.1) if suit and rng.random() < 0.8 else colour
     trousers = np.array(_CLOTHES[str(rng.choice(["black", "navy", "grey", "beige", "blue", "brown"]))], float)
     return BodyShape(
         rng.normal(15.6 if woman else 17.6, 0.9),
         np.clip(rng.normal(0.92 if woman else 1.05, 0.09), 0.75, 1.4),
-        str(rng.choice(["long", "short"])),
-        str(rng.choice(["crew", "vee", "shirt"], p=[0.5, 0.25, 0.25])),
+        "long" if suit else str(rng.choice(["long", "short"])),
+        "tie" if suit else str(rng.choice(["crew", "vee", "shirt"], p=[0.5, 0.25, 0.25])),
         np.clip(shirt, 0, 245),
         trousers * rng.uniform(0.7, 1.2),
         random_colour(rng, 15, 120, 0.2),
+        colour * rng.uniform(0.4, 1.0) if suit else None,
     )
 
 
@@ -218,8 +221,8 @@ def caption(person: Person) -> str:
     if words.get("plain"):
         return "a person"
     glasses = " and glasses" if "glasses" in words else ""
-    article = "an" if words["shirt"][0] in "aeiou" else "a"
-    return f"a {words['noun']} with {words['hair']}{glasses} and {article} {words['shirt']} shirt"
+    article = "an" if words["clothes"][0] in "aeiou" else "a"
+    return f"a {words['noun']} with {words['hair']}{glasses} and {article} {words['clothes']}"
 
 
 def _track(rng: np.random.Generator, n: int, sigma: float, centre: float = 0.0, loose: float = 0.4) -> np.ndarray:
@@ -238,8 +241,8 @@ def _framing(rng: np.random.Generator, framing: str) -> tuple[float, np.ndarray]
         return scale, np.array([rng.uniform(35, 125), 5 + 13 * scale + rng.uniform(0, 115 - 165 * scale + 6)])
     if framing == "half":
         return rng.uniform(1.1, 1.9), np.array([rng.normal(80, 20), rng.uniform(26, 44)])
-    scale = float(np.clip(rng.normal(3.45, 0.55), 2.0, 4.8))
-    return scale, np.array([np.clip(rng.normal(80, 19), 30, 130), rng.uniform(42, 66)])
+    scale = float(np.exp(rng.uniform(np.log(1.7), np.log(4.2))))
+    return scale, np.array([np.clip(rng.normal(80, 19), 30, 130), rng.uniform(30, 46) + 5 * scale])
 
 
 def sample_poses(rng: np.random.Generator, person: Person, n: int, *, framing: str | None = None) -> list[Pose]:

@@ -153,5 +153,41 @@ def make_cloth(rng: np.random.Generator, colour: np.ndarray, size: int = 192) ->
     elif kind == "front":
         zone = (np.abs(x - size / 2) < rng.uniform(4, 30)).astype(np.float32)[..., None]
         image = image * (1 - zone) + second * zone
+    return _fold(rng, image)
+
+
+def _fold(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    size = image.shape[0]
     folds = 1 + 0.16 * octaves(rng, size, size, 3, 3)[..., None] + 0.05 * octaves(rng, size, size, 24, 3)[..., None]
     return np.clip(image * folds, 0, 255).astype(np.uint8)
+
+
+def make_suit(rng: np.random.Generator, jacket: np.ndarray, shirt: np.ndarray, size: int = 192) -> np.ndarray:
+    """A cloth like `make_cloth`'s with a jacket's lapels about a shirt front with a tie or a bow tie.
+
+    Drawn for a torso whose neck point lies at the middle of row 20 and that is 3.3 texels per centimetre.
+    """
+    image = np.empty((size, size, 3), np.uint8)
+    image[:] = np.clip(jacket, 0, 255)
+    middle, width, depth = size / 2, rng.uniform(18, 34), rng.uniform(60, 130)
+    shift = rng.uniform(-4, 4)
+
+    def paint(outline: list[tuple[float, float]], colour: np.ndarray) -> None:
+        points = np.round((np.array(outline) + [middle, 0]) * 8).astype(np.int32)
+        cv2.fillPoly(image, [points], colour.tolist(), cv2.LINE_AA, 3)
+
+    lapel = rng.uniform(8, 20)
+    paint([(-width - lapel, -5), (width + lapel, -5), (shift + 2, 20 + depth), (shift - 2, 20 + depth)],
+          np.clip(jacket * rng.choice([0.6, 0.8, 1.3]), 0, 255))  # fmt: skip
+    paint([(-width, -5), (width, -5), (shift, 18 + depth)], np.clip(shirt, 0, 255))
+    tie, knot = random_colour(rng, 15, 200, 0.8), rng.uniform(18, 26)
+    wing = rng.uniform(14, 26)
+    if rng.random() < 0.4:
+        tall = rng.uniform(6, 11)
+        paint([(-wing, knot - tall), (0, knot - 2), (wing, knot - tall), (wing, knot + tall), (0, knot + 2),
+               (-wing, knot + tall)], tie)  # fmt: skip
+        paint([(-4, knot - 5), (4, knot - 5), (4, knot + 5), (-4, knot + 5)], tie * 0.7)
+    elif rng.random() < 0.8:
+        paint([(-6, knot - 7), (6, knot - 7), (4, knot + 6), (shift + 9, 10 + depth), (shift, 20 + depth),
+               (shift - 9, 10 + depth), (-4, knot + 6)], tie)  # fmt: skip
+    return _fold(rng, image.astype(np.float32))

@@ -64,6 +64,7 @@ def main(
     denoiser_minutes: float = 70.0,
     seed: int = 0,
     norm_scope: str = "frame",
+    start_from: Annotated[Path | None, typer.Option(help="a base whose denoiser to go on with")] = None,
 ) -> None:
     """Train the embedded base. Finished stages are kept in OUTPUT and not repeated."""
     torch.set_flush_denormal(True)
@@ -84,6 +85,8 @@ def main(
     del drawn
     torch.manual_seed(seed)
     denoiser = Denoiser(build_text_encoder(tokenizer), norm_scope)  # type: ignore[arg-type]
+    if start_from is not None:
+        denoiser.start_from(start_from)
     trained = train_denoiser(
         corpus, denoiser, denoiser_minutes * 60, seed, log, lambda averaged: save_base(output, averaged, vae)
     )

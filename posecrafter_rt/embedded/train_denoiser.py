@@ -10,26 +10,29 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from posecrafter_rt.embedded.architecture import CONTROLNET, SCHEDULER, UNET
 from posecrafter_rt.embedded.corpus import Clips
-from posecrafter_rt.embedded.train_vae import to_pixels
+from posecrafter_rt.embedded.train_vae import mixed_precision, to_pixels
+from posecrafter_rt.method.noise import shared_noise
 from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.loading import tokenize
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.poses.draw import draw_pose
 
-CLIPS_PER_STEP, FRAMES_PER_CLIP = 6, 4
+CLIPS_PER_STEP, FRAMES_PER_CLIP = 4, 4
 LEARNING_RATE = 1e-3
 EMA_DECAY = 0.999
-SHARED_NOISE_SHARE = 0.5  # renders start every frame from copies of one noise; half of the clips train that way
+SHARED_NOISE = 0.5  # renders start every frame from copies of one noise; half of the clips train that way
 
 
 @dataclass
@@ -47,7 +50,7 @@ def encode_corpus(clips: Clips, vae: AutoencoderKL, tokenizer: CLIPTokenizer, lo
     num_clips, clip_length, height, width, _ = clips.frames.shape
     latents, pictures = [], np.empty_like(clips.frames)
     for index in range(num_clips):
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             mode = vae.encode(to_pixels(clips.frames[index])).latent_dist.mode()
         latents.append((mode.float() * vae.config.scaling_factor).bfloat16())
         for frame in range(clip_length):
@@ -71,20 +74,19 @@ class Denoiser(nn.Module):
         self.unet = VideoUNet(self.image_unet, norm_scope, temporal_attention=False)  # shares the image U-Net's modules
         self.controlnet = VideoControlNet(self.image_controlnet, norm_scope)
 
+    def start_from(self, base: Path) -> None:
+        """Take the weights of an earlier run's base. Raises: OSError where it holds none."""
+        for module, name in ((self.image_unet, "unet"), (self.image_controlnet, "controlnet")):
+            module.load_state_dict(load_file(base / name / "diffusion_pytorch_model.safetensors"))
+        self.text_encoder.load_state_dict(load_file(base / "text_encoder" / "model.safetensors"), strict=False)
+
     def forward(self, latents: Tensor, timesteps: Tensor, input_ids: Tensor, poses: Tensor) -> Tensor:
-        """Predict the noise of G clips of F frames: latents (G·F, 4, h, w), timesteps (G,), poses (G·F, 3, H, W)."""
+        """Predict the velocity of G clips of F frames: latents (G·F, 4, h, w), timesteps (G,), poses (G·F, 3, H, W)."""
         text = self.text_encoder(input_ids).last_hidden_state
         down, mid = self.controlnet(
             latents, self.controlnet.time_projections(timesteps), self.controlnet.text_kv(text),
             self.controlnet.pose_embedding(poses), latents.new_ones(1))  # fmt: skip
         return self.unet(latents, self.unet.time_projections(timesteps), self.unet.text_kv(text), down, mid)
-
-
-def _noise(latents: Tensor) -> Tensor:
-    """Independent noise, or noise that the frames of a clip share in a random proportion. latents: (G, F, …)."""
-    own, shared = torch.randn_like(latents), torch.randn_like(latents[:, :1])
-    share = torch.rand(latents.shape[0], 1, 1, 1, 1) * (torch.rand(latents.shape[0], 1, 1, 1, 1) < SHARED_NOISE_SHARE)
-    return share.sqrt() * shared + (1 - share).sqrt() * own
 
 
 def _sample_batch(corpus: Corpus, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,12 +117,13 @@ def train_denoiser(
         warmup, progress = min(1.0, (step + 1) / 200), elapsed / seconds
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * warmup * (0.5 * (1 + np.cos(np.pi * progress)) + 0.005)
         latents, poses, input_ids = _sample_batch(corpus, rng)
-        noise = _noise(latents)
+        noise = shared_noise(latents, SHARED_NOISE)
         timesteps = torch.randint(0, 1000, (CLIPS_PER_STEP,))
         noisy = scheduler.add_noise(latents, noise, timesteps).flatten(0, 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            noise_pred = denoiser(noisy, timesteps, input_ids, poses)
-        loss = nn.functional.mse_loss(noise_pred.float(), noise.flatten(0, 1))
+        with mixed_precision():
+            velocity_pred = denoiser(noisy, timesteps, input_ids, poses)
+        velocity = scheduler.get_velocity(latents, noise, timesteps).flatten(0, 1)
+        loss = nn.functional.mse_loss(velocity_pred.float(), velocity)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)

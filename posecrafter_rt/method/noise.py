@@ -1,0 +1,24 @@
+"""Training noise that the frames of a clip share in part, as rendering shares one inverted latent among all frames.
+
+Layer 1: torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shared_noise(latents: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise for G clips of F frames; some clips' frames have a random proportion of it in common.
+
+    sqrt(s) · common + sqrt(1 - s) · own, with s uniform in 0..1 with `probability`, else 0; every element is N(0, 1).
+    Args: latents: (G, F, C, h, w), only their shape and device count; probability: 0..1, of each clip.
+    Returns: (G, F, C, h, w) float32 on that device, drawn on the CPU so that a seed gives the same noise everywhere.
+    """
+    groups, frames = latents.shape[:2]
+    own = torch.randn(latents.shape, generator=generator)
+    common = torch.randn(groups, 1, *latents.shape[2:], generator=generator).expand(-1, frames, -1, -1, -1)
+    drawn, proportion = torch.rand(2, groups, 1, 1, 1, 1, generator=generator)
+    proportion = proportion * (drawn < probability)
+    return (proportion.sqrt() * common + (1 - proportion).sqrt() * own).to(latents.device)
