@@ -25,8 +25,8 @@ from posecrafter_rt.poses.tracking import follow_person
 _DETECTION_SHORT_SIDE_PX = 576
 _NUM_LOG_LINES = 20
 _INSTALL_HINT = (
-    "pip install 'posecrafter-rt[poses]', or name an environment that has the detector with --python; "
-    "--weights names a folder with DWPose's weights"
+    "pip install 'posecrafter-rt[poses]' for DWPose or 'posecrafter-rt[mediapipe]', or name an environment that has "
+    "the detector with --python; --weights names a folder with DWPose's weights"
 )
 
 

@@ -1,0 +1,286 @@
+"""Counts FLOPs of a base's networks on the meta device, where tensors have shapes only, and of whole algorithms.
+
+Bench: imported by ledger.py and throughput.py. Counted are matrix products, convolutions and attentions, a multiply-add
+as 2; additions, activations and norms are not.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from bench.plain import Networks
+from posecrafter_rt.models.controlnet import VideoControlNet
+from posecrafter_rt.models.networks import build_networks, describe_architecture, fold_temporal_output
+from posecrafter_rt.models.unet import VideoUNet
+from posecrafter_rt.ops import affine_warp_paste
+
+NUM_REGIONS = 3  # face and hands
+
+# Layers by what they are for; the first pattern that finds a layer's name takes it.
+PARTS = {
+    "pose embedding": r"controlnet_cond_embedding",
+    "key-frame K and V": r"attn1\.to_[kv]",
+    "text K and V": r"attn2\.to_[kv]",
+    "timestep projections": r"time_embedding|time_emb_proj",
+    "temporal q, k, v": r"attn_temp\.to_[qkv]",
+    "temporal output": r"attn_temp\.to_out|conv_temp|temporal_out",
+}
+
+
+def attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Two products of every query with every key, from shapes (…, heads, n, d): exponentials not counted."""
+    return 2 * q[:-1].numel() * k[-2] * (q[-1] + v[-1])
+
+
+def keyframe_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """posecrafter::keyframe_attention, q (G·F, L, C), k, v (G, L', C): each query meets the L' keys of its group."""
+    return 4 * q.numel() * k[1]
+
+
+def temporal_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """posecrafter::temporal_attention, q (G, F, L, C), k, v (G, F', L, C): each query meets F' keys, masked or not."""
+    return 4 * q.numel() * k[1]
+
+
+def paste_flops(latent: Any, affines: Any, *_: Any, **__: Any) -> int:
+    """posecrafter::affine_warp_paste: 4 taps an element, as if every region covered the whole latent."""
+    return 8 * affines[0] * affines[1] * latent.numel()
+
+
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.posecrafter.keyframe_attention: keyframe_flops,
+    torch.ops.posecrafter.temporal_attention: temporal_flops,
+    torch.ops.posecrafter.affine_warp_paste: paste_flops,
+}
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """FLOPs of a call, on any device."""
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def layer_flops(layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
+    """FLOPs of one Linear or Conv2d by hand: 2 · outputs · inputs that each reads."""
+    if isinstance(layer, nn.Conv2d):
+        return 2 * output.numel() * layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+    assert isinstance(layer, nn.Linear)
+    return 2 * output.numel() * layer.in_features
+
+
+Layers = dict[str, nn.Module]  # linear and convolution layers by name, the network's first
+
+
+def layers_of(network: str, module: nn.Module, pattern: str = "") -> Layers:
+    """The layers of a module whose names a pattern finds."""
+    return {f"{network}.{name}": layer for name, layer in module.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d) and re.search(pattern, name)}  # fmt: skip
+
+
+def part_of(name: str) -> str:
+    """What a layer is for."""
+    other = f"other layers of the {name.split('.')[0]}"
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), other)
+
+
+@contextmanager
+def tally(layers: Layers) -> Iterator[Counter[str]]:
+    """Sum up by part what the layers compute meanwhile, by hand and not by torch's counter."""
+    parts: Counter[str] = Counter()
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            parts[part_of(name)] += layer_flops(layer, inputs[0], output)
+
+        return add
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield parts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """FLOPs of one call, and by part; its attentions are the part that no layer accounts for."""
+
+    flops: int
+    parts: dict[str, int]
+
+
+def measure(layers: Layers, call: Callable[[], Any]) -> Measured:
+    """Count a call, and its layers by part."""
+    with tally(layers) as parts:
+        flops = count_flops(call)
+    return Measured(flops, {**parts, "attention products": flops - sum(parts.values())})
+
+
+@dataclass
+class Count:
+    """FLOPs of one algorithm, by stage and by part."""
+
+    stages: Counter[str] = field(default_factory=Counter)
+    parts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, stage: str, times: int, call: Measured) -> None:
+        """Add a call that the algorithm makes `times` times."""
+        self.stages[stage] += times * call.flops
+        for part, flops in call.parts.items():
+            self.parts[part] += times * flops
+
+    @property
+    def total(self) -> int:
+        """FLOPs in all."""
+        return sum(self.stages.values())
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One render: (height, width) in pixels, target frames N, denoising steps of each direction; guidance 1."""
+
+    size: tuple[int, int] = (512, 512)
+    frames: int = 100
+    num_inference_steps: int = 50
+
+
+class Counters:
+    """A base's networks on the meta device, plain and as the runtime has them, and what each algorithm calls."""
+
+    def __init__(self, configs: Path) -> None:
+        """configs: a folder with unet, controlnet, vae and text_encoder, each with its config.json."""
+        read = {
+            name: json.loads((configs / name / "config.json").read_text()) for name in ("unet", "controlnet", "vae")
+        }
+        with torch.device("meta"):
+            self.unet = VideoUNet(UNet2DConditionModel.from_config(read["unet"])).eval()
+            self.controlnet = VideoControlNet(ControlNetModel.from_config(read["controlnet"])).eval()
+            self.vae = AutoencoderKL.from_config(read["vae"]).eval()
+            self.text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder")).eval()
+        self.arch = describe_architecture(self.unet, self.controlnet, self.vae, self.text_encoder)
+        model: Any = self  # has a PoseModel's four networks, and no weights
+        self.plain_networks = Networks.of(model)
+        folded = copy.deepcopy(self.unet)
+        fold_temporal_output(folded)
+        self.networks = build_networks(folded, self.controlnet, self.vae, self.text_encoder)
+        self._measured: dict[tuple[Any, ...], Measured] = {}
+        shared = layers_of("ControlNet", self.controlnet) | layers_of("VAE", self.vae)
+        shared |= layers_of("text encoder", self.text_encoder)
+        self.exact_layers = shared | layers_of("U-Net", folded)
+        # The plain U-Net owns its image layers; its processors call the temporal ones, which stay the model's.
+        self.plain_layers = shared | layers_of("ControlNet", self.plain_networks.controlnet)
+        self.plain_layers |= layers_of("U-Net", self.plain_networks.unet)
+        self.plain_layers |= layers_of("U-Net", self.unet, r"attn_temp|conv_temp")
+
+    def latents(self, setup: Setup, frames: int) -> Tensor:
+        """(frames, 4, h, w), on the meta device as everything here."""
+        scale = self.arch.vae_scale_factor
+        return torch.empty(frames, self.arch.latent_channels, *(side // scale for side in setup.size), device="meta")
+
+    def pixels(self, setup: Setup, frames: int) -> Tensor:
+        """(frames, 3, H, W)."""
+        return torch.empty(frames, 3, *setup.size, device="meta")
+
+    def text(self) -> Tensor:
+        """(1, tokens, D)."""
+        return torch.empty(1, self.arch.text_tokens, self.arch.text_channels, device="meta")
+
+    def input_ids(self) -> Tensor:
+        """(1, tokens)."""
+        return torch.empty(1, self.arch.text_tokens, dtype=torch.int64, device="meta")
+
+    def measured(self, what: tuple[Any, ...], layers: Layers, call: Callable[[], Any]) -> Measured:
+        """Count a call, or recall what it came to."""
+        if what not in self._measured:
+            self._measured[what] = measure(layers, call)
+        return self._measured[what]
+
+    def plain_step(self, setup: Setup, frames: int) -> Measured:
+        """One plain ControlNet and U-Net step of a clip."""
+        latents, pictures = self.latents(setup, frames), self.pixels(setup, frames)
+        call = partial(self.plain_networks.predict, latents, 500, self.text(), pictures)
+        return self.measured(("plain step", setup.size, frames), self.plain_layers, call)
+
+    def exact_step(self, setup: Setup, frames: int) -> Measured:
+        """One ControlNet and U-Net step of the runtime: tables in."""
+        latents = self.latents(setup, frames)
+        pose = torch.empty(frames, self.arch.pose_channels, *latents.shape[2:], device="meta")
+        time_unet, time_controlnet = (torch.empty(1, width, device="meta") for width in self.arch.time_widths)
+        kv_unet, kv_controlnet = (torch.empty(1, self.arch.text_tokens, width, device="meta")
+                                  for width in self.arch.kv_widths)  # fmt: skip
+        scale = torch.empty(1, device="meta")
+
+        def step() -> None:
+            residuals = self.networks["controlnet"](latents, time_controlnet, kv_controlnet, pose, scale)
+            self.networks["unet"](latents, time_unet, kv_unet, *residuals)
+
+        return self.measured(("exact step", setup.size, frames), self.exact_layers, step)
+
+    def network(self, name: str, *inputs: Tensor) -> Measured:
+        """One call of one of the runtime's networks."""
+        shapes = tuple(tensor.shape for tensor in inputs)
+        return self.measured((name, shapes), self.exact_layers, partial(self.networks[name], *inputs))
+
+    def edit(self, setup: Setup) -> Measured:
+        """The latent edit of N frames."""
+        affines = torch.empty(setup.frames, NUM_REGIONS, 2, 3, device="meta")
+        rects = torch.empty(setup.frames, NUM_REGIONS, 4, dtype=torch.int32, device="meta")
+        call = partial(affine_warp_paste, self.latents(setup, 1)[0], affines, rects)
+        return Measured(count_flops(call), {"latent edit": count_flops(call)})
+
+    def baseline(self, setup: Setup, inverted: int, sampled: int, edits: bool) -> Count:
+        """A baseline of plain.py that inverts, and samples and decodes, so many frames.
+
+        Its VAE and text encoder are the runtime's: diffusers' modules, called by themselves.
+        """
+        count, steps = Count(), setup.num_inference_steps
+        count.add("text", 2, self.network("text_encoder", self.input_ids()))  # for inversion, and for sampling
+        count.add("encode", inverted, self.network("vae_encoder", self.pixels(setup, 1)))
+        count.add("invert", steps, self.plain_step(setup, inverted))
+        if edits:
+            count.add("edit", 1, self.edit(setup))
+        count.add("sample", steps, self.plain_step(setup, sampled))
+        count.add("decode", sampled, self.network("vae_decoder", self.latents(setup, 1)))
+        return count
+
+    def plain(self, setup: Setup) -> Count:
+        """ControlVideo's algorithm: all frames inverted, nothing inserted."""
+        return self.baseline(setup, setup.frames, setup.frames, edits=False)
+
+    def published(self, setup: Setup) -> Count:
+        """PoseCrafter's: one frame inverted, the reference inserted and decoded along."""
+        return self.baseline(setup, 1, setup.frames + 1, edits=True)
+
+    def exact(self, setup: Setup) -> Count:
+        """This runtime, without anything cached from an earlier render; source and target prompt are the same."""
+        count, steps = Count(), setup.num_inference_steps
+        count.add("text", 1, self.network("text_encoder", self.input_ids()))
+        count.add("text", 1, self.network("prompt_kv", self.text()))
+        timesteps = torch.empty(steps, dtype=torch.int64, device="meta")
+        count.add("timestep tables", 1, self.network("time_tables", timesteps))
+        # The reference pose twice: for the inversion, and as the clip's first.
+        count.add("poses", setup.frames + 2, self.network("pose_embedding", self.pixels(setup, 1)))
+        count.add("encode", 1, self.network("vae_encoder", self.pixels(setup, 1)))
+        count.add("invert", steps, self.exact_step(setup, 1))
+        count.add("edit", 1, self.edit(setup))
+        count.add("sample", steps, self.exact_step(setup, setup.frames + 1))
+        count.add("decode", setup.frames, self.network("vae_decoder", self.latents(setup, 1)))
+        return count

@@ -1,0 +1,188 @@
+"""The FLOP ledger: what ControlVideo's algorithm, PoseCrafter as published and this runtime compute, by identity.
+
+Bench: `python -m bench.ledger [--json FILE] [--quick]`, seconds and no weights. Writes results/ledger.json and .md, or FILE
+and its .md; with --quick alone (the embedded base, 8 frames, 10 steps) it only prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from bench.flops import Count, Counters, Setup, count_flops
+from bench.hardware import GPUS
+from bench.plain import to_diffusers
+from posecrafter_rt.models.sources import EMBEDDED_FOLDER, SD15_FOLDER
+
+RESULTS = Path(__file__).parent / "results"
+SHARE_OF_PEAK = 0.5
+QUICK = Setup((128, 160), 8, 10)
+
+# Estimates from before the networks were counted, at SD 1.5, 512², N = 100, 50 steps: PFLOP, and GFLOP of a frame.
+ESTIMATES = {
+    "plain": 12.0, "published": 6.14, "exact": 5.80, "U-Net, images alone": 803, "ControlNet": 283,
+    "pose embedding": 14.7, "temporal projections": 63, "key-frame K and V": 36, "VAE decoder": 2515,
+}  # fmt: skip
+
+
+def network_flops(counters: Counters, setup: Setup) -> dict[str, int]:
+    """FLOPs of every network, and of what is notable in it: of one frame in one step where nothing else is said."""
+    frames = setup.frames + 1
+    latents, pictures, text = counters.latents(setup, 1), counters.pixels(setup, 1), counters.text()
+    image_unet = to_diffusers(counters.unet, UNet2DConditionModel)
+    controlnet = counters.plain_networks.controlnet
+    step, clip = counters.plain_step(setup, 1), counters.plain_step(setup, frames)
+    return {
+        "U-Net, images alone": count_flops(lambda: image_unet(latents, 500, encoder_hidden_states=text)),
+        "ControlNet": count_flops(
+            lambda: controlnet(latents, 500, encoder_hidden_states=text, controlnet_cond=pictures)
+        ),
+        "pose embedding": step.parts["pose embedding"],
+        "temporal projections": step.parts["temporal q, k, v"] + step.parts["temporal output"],
+        # All else is linear in frames; here every frame meets every other.
+        "temporal attention products": (clip.flops - frames * step.flops) // (frames - 1),
+        "key-frame K and V": step.parts["key-frame K and V"],
+        "text K and V": step.parts["text K and V"],
+        "timestep projections": step.parts["timestep projections"],
+        "plain step, one frame of the clip": clip.flops // frames,
+        "exact step, one frame of the clip": counters.exact_step(setup, frames).flops // frames,
+        "VAE encoder": counters.network("vae_encoder", pictures).flops,
+        "VAE decoder": counters.network("vae_decoder", latents).flops,
+        "text encoder": counters.network("text_encoder", counters.input_ids()).flops,
+    }
+
+
+SAVED_PARTS = {
+    "K and V of key-frame attention for the key frame only": "key-frame K and V",
+    "text K and V once a prompt": "text K and V",
+    "pose embedding once a pose": "pose embedding",
+    "timestep projections as tables": "timestep projections",
+    "conv_temp and attn_temp.to_out as one map": "temporal output",
+}
+
+
+def published_to_exact(counters: Counters, setup: Setup, published: Count, exact: Count) -> dict[str, int]:
+    """What each identity of METHOD saves of `published`: layers counted by hand, so that the sum is a check."""
+    saved = {what: published.parts[part] - exact.parts[part] for what, part in SAVED_PARTS.items()}
+    saved["one encoding of one prompt"] = counters.network("text_encoder", counters.input_ids()).flops
+    saved["the inserted frame is not decoded"] = counters.network("vae_decoder", counters.latents(setup, 1)).flops
+    return saved
+
+
+def plain_to_published(counters: Counters, setup: Setup) -> dict[str, int]:
+    """What one inversion saves of `plain`, and what the inserted frame costs."""
+    step, steps = counters.plain_step, setup.num_inference_steps
+    encoded = counters.network("vae_encoder", counters.pixels(setup, 1)).flops
+    decoded = counters.network("vae_decoder", counters.latents(setup, 1)).flops
+    inverted = step(setup, setup.frames).flops - step(setup, 1).flops
+    inserted = step(setup, setup.frames + 1).flops - step(setup, setup.frames).flops
+    return {
+        "one frame is inverted, not all": steps * inverted + (setup.frames - 1) * encoded,
+        "the reference is inserted (a cost)": -steps * inserted - decoded,
+        "latents are edited (a cost)": -counters.edit(setup).flops,
+    }
+
+
+def make_ledger(configs: Path, setup: Setup) -> dict[str, Any]:
+    """The whole ledger as plain numbers, all of them FLOPs unless they say otherwise."""
+    counters = Counters(configs)
+    counts = {"plain": counters.plain(setup), "published": counters.published(setup), "exact": counters.exact(setup)}
+    return {
+        "setup": {"size": list(setup.size), "frames": setup.frames, "steps": setup.num_inference_steps,
+                  "guidance_scale": 1, "torch": torch.__version__},
+        "algorithms": {name: {"total": count.total, "stages": dict(count.stages), "parts": dict(count.parts)}
+                       for name, count in counts.items()},
+        "identities": {
+            "plain to published": plain_to_published(counters, setup),
+            "published to exact": published_to_exact(counters, setup, counts["published"], counts["exact"]),
+        },
+        "inversion_cached": sum(counts["exact"].stages[stage] for stage in ("encode", "invert")),
+        "unconditional_pass": counts["exact"].stages["sample"],
+        "plain_with_insertion": counters.baseline(setup, setup.frames + 1, setup.frames + 1, edits=True).total,
+        "networks": network_flops(counters, setup),
+        "projection": {"share_of_peak": SHARE_OF_PEAK, "seconds": {
+            gpu.name: {name: count.total / (SHARE_OF_PEAK * gpu.tensor_flops) for name, count in counts.items()}
+            for gpu in GPUS}},
+    }  # fmt: skip
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """A Markdown table; numbers to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def estimate(name: str, value: float, is_real_size: bool) -> tuple[str, str]:
+    """An earlier estimate, and how far the count is from it."""
+    if not is_real_size or name not in ESTIMATES:
+        return "", ""
+    return f"{ESTIMATES[name]:g}", f"{100 * (value / ESTIMATES[name] - 1):+.1f} %"
+
+
+def markdown(ledger: dict[str, Any], base: str) -> str:
+    """The ledger as tables."""
+    setup, algorithms = ledger["setup"], ledger["algorithms"]
+    is_real_size = base == "SD 1.5" and setup["frames"] == 100
+    totals = {name: algorithm["total"] for name, algorithm in algorithms.items()}
+    height, width = setup["size"]
+    lines = [f"# FLOPs of {base} at {height}×{width}, {setup['frames']} frames, {setup['steps']} steps", ""]
+    lines += ["Counted on shapes by `python -m bench.ledger`: matrix products, convolutions and attentions; a multiply-add",
+              "is 2. Nothing here was timed. **plain**: ControlVideo's algorithm (every frame inverted). **published**:",
+              "PoseCrafter as its paper has it (one inversion). Both compute everything anew in every step, as",
+              "`bench/plain.py` does. **exact**: this runtime, its inversion cache empty. Guidance 1 throughout.", ""]  # fmt: skip
+    rows = [(name, f"{total / 1e15:.3f}", f"{totals['plain'] / total:.3f}×", f"{totals['published'] / total:.3f}×",
+             *estimate(name, total / 1e15, is_real_size)) for name, total in totals.items()]  # fmt: skip
+    lines += table(("algorithm", "PFLOP", "plain / it", "published / it", "estimate", "off by"), rows)
+    inserted = ledger["plain_with_insertion"]
+    lines += [f"Plain renders {setup['frames']} frames, for ControlVideo inserts none; with the reference inserted, inverted",
+              f"and decoded along it would be {inserted / 1e15:.3f} PFLOP, {inserted / totals['exact']:.3f}× exact.", ""]  # fmt: skip
+    lines += ["## What each identity saves", ""]
+    rows = [(what, pair.replace("to", "→"), f"{saved / 1e12:,.2f}", f"{100 * saved / totals[pair.split()[0]]:.2f} %")
+            for pair, identities in ledger["identities"].items() for what, saved in identities.items()]  # fmt: skip
+    lines += table(("identity", "between", "TFLOP saved", "of the former"), rows)
+    lines += [f"Not in these sums: a cached inversion saves {ledger['inversion_cached'] / 1e12:,.2f} TFLOP of a later render;",
+              f"guidance other than 1 would add {ledger['unconditional_pass'] / 1e12:,.0f} TFLOP, its unconditional pass,",
+              "which all three do without.", "", "## Stages (TFLOP)", ""]  # fmt: skip
+    names = list(dict.fromkeys(stage for algorithm in algorithms.values() for stage in algorithm["stages"]))
+    rows = [(stage, *(f"{algorithm['stages'].get(stage, 0) / 1e12:,.2f}" for algorithm in algorithms.values()))
+            for stage in names]  # fmt: skip
+    lines += table(("stage", *algorithms), rows)
+    lines += ["## Networks (GFLOP of one frame, in one step)", ""]
+    rows = [(name, f"{flops / 1e9:,.2f}", *estimate(name, flops / 1e9, is_real_size))
+            for name, flops in ledger["networks"].items()]  # fmt: skip
+    lines += table(("what", "GFLOP", "estimate", "off by"), rows)
+    lines += ["The ControlNet's figure holds its pose embedding; key-frame and text K and V are those of both networks;",
+              "temporal projections are q, k, v, to_out and conv_temp. How custom operators are counted: key-frame and",
+              "temporal attention 4 · queries · keys · channels, whatever their kernel; affine_warp_paste 8 an element of",
+              "every frame and region, as if each region were the whole latent.", ""]  # fmt: skip
+    lines += [f"## Projection, not a measurement: seconds at {SHARE_OF_PEAK:.0%} of 16-bit tensor peak", ""]
+    rows = [(gpu, *(f"{seconds:,.0f}" if seconds >= 20 else f"{seconds:,.1f}" for seconds in row.values()))
+            for gpu, row in ledger["projection"]["seconds"].items()]  # fmt: skip
+    lines += table(("GPU", *algorithms), rows)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
+    parser.add_argument("--quick", action="store_true", help="the embedded base, 8 frames, 10 steps")
+    options = parser.parse_args()
+    base, configs, setup = (
+        ("embedded base", EMBEDDED_FOLDER, QUICK) if options.quick else ("SD 1.5", SD15_FOLDER, Setup())
+    )
+    ledger = make_ledger(configs, setup)
+    text = markdown(ledger, base)
+    path = options.json or (None if options.quick else RESULTS / "ledger.json")
+    if path is not None:
+        path.write_text(json.dumps(ledger, indent=1) + "\n")
+        path.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

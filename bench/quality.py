@@ -1,0 +1,113 @@
+"""How near the demonstration's render comes to the truth, by mode and option, and by the tuning's `norm_scope`.
+
+Bench: `python bench/quality.py [--quick]` tunes on the demonstration's eight frames, renders frames 46-119 by every
+variant and writes results/quality.json and .md. About 25 minutes on two cores; --quick takes every sixth frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from timing import machine
+
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.building import build_engine
+from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
+from posecrafter_rt.evaluate.metrics import psnr, ssim
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.options import MODES, RenderOptions
+from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
+
+RESULTS = Path(__file__).parent / "results"
+SCOPES = ("frame", "clip")
+QUICK_STRIDE = 6
+
+
+def render_variants(steps: int) -> dict[str, RenderOptions]:
+    """What is compared: each of the options alone against the defaults."""
+    variants = {f"mode {mode}": RenderOptions(mode, steps) for mode in MODES}
+    for resample in ("nearest", "unit_variance"):
+        variants[f"resample {resample}"] = RenderOptions(num_inference_steps=steps, resample=resample)  # type: ignore[arg-type]
+    for tau in (2, 4, 8):
+        variants[f"tau {tau}"] = RenderOptions(num_inference_steps=steps, tau=min(tau, steps))
+    for scale in (0.8, 1.3):
+        variants[f"control scale {scale}"] = RenderOptions(num_inference_steps=steps, conditioning_scale=scale)
+    for other in (steps // 2, 2 * steps):
+        variants[f"{other} steps"] = RenderOptions(num_inference_steps=other)
+    return variants
+
+
+def measure(
+    avatar: Avatar, target: PoseSequence, truth: np.ndarray, variants: dict[str, RenderOptions]
+) -> dict[str, dict[str, float]]:
+    """PSNR and SSIM of every variant, and of the frame that Eq. 5 selects, repeated."""
+    results = {}
+    for name, options in variants.items():
+        frames = avatar.render(target, options)
+        results[name] = {"psnr": round(psnr(frames, truth), 3), "ssim": round(ssim(frames, truth), 4)}
+        print(f"{name}: {results[name]}", file=sys.stderr)
+        if name == "mode +editing" and avatar.last_report is not None:
+            repeated = np.repeat(avatar.frames[[avatar.last_report.reference_index]], len(truth), axis=0)
+            results["the reference frame, repeated"] = {
+                "psnr": round(psnr(repeated, truth), 3), "ssim": round(ssim(repeated, truth), 4)}  # fmt: skip
+    return results
+
+
+def run(steps: int, stride: int) -> dict[str, Any]:
+    """Tune and build for both scopes; render every variant with the base's own, and the modes with the other."""
+    size = base_size("embedded")
+    frames, poses = load_clip(video_path(), load_poses(), size, slice(None))
+    window = slice(TARGET.start, TARGET.stop, stride)
+    device, precision = resolve_precision("auto", "auto")
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for scope in SCOPES:
+            checkpoint = Path(folder) / f"{scope}.ckpt"
+            options = TuneOptions(frames=FRAMES, precision=precision, device=device, norm_scope=scope)  # type: ignore[arg-type]
+            tune(frames[TUNING], poses[TUNING], checkpoint, options)
+            variants = render_variants(steps)
+            if scope != SCOPES[0]:
+                variants = {name: options for name, options in variants.items() if name.startswith("mode")}
+            with Avatar.load(build_engine(checkpoint).folder.path) as avatar:
+                results[scope] = measure(avatar, poses[window], frames[window], variants)
+    return results
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """One table for each scope."""
+    lines = [
+        f"{result['num_frames']} unseen frames of the demonstration's footage, {result['steps']} steps unless a row "
+        f"says otherwise, mode `+editing` unless it says otherwise; {result['machine']['processor']}.",
+    ]
+    for scope, rows in result["scopes"].items():
+        lines += ["", f"## norm_scope `{scope}`", "", "| variant | PSNR dB | SSIM |", "|---|---|---|"]
+        lines += [f"| {name} | {row['psnr']:.2f} | {row['ssim']:.4f} |" for name, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse the arguments, measure, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=RESULTS / "quality.json", help="where the result goes")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--quick", action="store_true", help="every sixth frame")
+    arguments = parser.parse_args()
+    stride = QUICK_STRIDE if arguments.quick else 1
+    num_frames = len(range(TARGET.start, TARGET.stop, stride))
+    result = {"machine": machine(), "steps": arguments.steps, "num_frames": num_frames,
+              "scopes": run(arguments.steps, stride)}  # fmt: skip
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    arguments.json.with_suffix(".md").write_text(to_markdown(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

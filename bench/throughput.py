@@ -1,0 +1,316 @@
+"""This runtime against the published algorithms and against diffusers' pipeline, end to end, in one run, in turns.
+
+Bench: `python -m bench.throughput [--json FILE] [--quick]` writes results/throughput.json and .md, or FILE and its .md; with
+--quick alone (the embedded base, 4 frames, 2 steps, one round) it only prints. Runs on the CPU, which the engines do;
+`taskset` limits the cores of all contenders alike. `--base random-sd15 --size 256x256 --frames 4 --steps 2` has the size
+of Stable Diffusion 1.5, on random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+
+from bench.contenders import METHODS, Job, run
+from bench.flops import Counters, Setup, count_flops
+from bench.plain import to_diffusers
+from bench.runs import in_own_process, moving_person, psnr, untrained_checkpoint, write_random_base
+from bench.timing import machine, time_call
+from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.engines import choose_backend, choose_precision
+from posecrafter_rt.engines.torch import DTYPES
+from posecrafter_rt.models.sources import locate_base
+from posecrafter_rt.poses.keypoints import PoseSequence
+
+RESULTS = Path(__file__).parent / "results"
+FULL_FRAMES, FULL_STEPS = 100, 50
+Row = dict[str, Any]
+
+
+def measure_peak(precision: str) -> Row:
+    """FLOPs a second of a matrix product of 1024 × 1024, at its fastest."""
+    matrix = torch.randn(1024, 1024).to(DTYPES[precision])
+    return {"flops_per_s": 2e3 * 1024**3 / time_call(lambda: matrix @ matrix, budget_s=0.5).min_ms}
+
+
+def make_checkpoint(base: str, size: tuple[int, int] | None, path: Path) -> Row:
+    """Write an untrained checkpoint; called in a process of its own, so that the base does not stay in memory."""
+    if base == "random-sd15":
+        base = str(write_random_base(path.with_name("random-sd15")))
+    untrained_checkpoint(base, size).save(path)
+    return {}
+
+
+def find_checkpoint(options: argparse.Namespace, folder: Path) -> Path:
+    """The one that was given, or an untrained one over the base, made unless `folder` has it from an earlier run."""
+    if options.checkpoint is not None:
+        return options.checkpoint
+    size = "" if options.size is None else "-{}x{}".format(*options.size)
+    path = folder / f"{Path(options.base).name}{size}.ckpt"
+    if not path.exists():
+        made = in_own_process(make_checkpoint, options.base, options.size, path)
+        if "error" in made:
+            raise SystemExit(f"error: no checkpoint could be made: {made['error']}")
+    return path
+
+
+def build(checkpoint: Path, folder: Path, backend: str, precision: str) -> Row:
+    """Build an engine; build_s: how long it took, 0 where it was there."""
+    start = time.perf_counter()
+    result = build_engine(checkpoint, folder, BuildOptions(backend, precision))
+    return {"build_s": 0.0 if result.was_current else time.perf_counter() - start}
+
+
+def make_contenders(job: Job, engines: list[str], is_compiled: bool, folder: Path) -> dict[str, Row]:
+    """Contenders by name, each with its job; engines are built now, in `folder`.
+
+    Args: job: what all have in common; its precision is that of all but `exact`. engines: `backend:precision` of `exact`,
+        either may be auto.
+    """
+    contenders: dict[str, Row] = {}
+    for engine in engines:
+        backend_name, _, wanted = engine.partition(":")
+        precision = choose_precision(wanted)
+        backend, _ = choose_backend(backend_name, precision)
+        name = f"exact, {backend.name} {precision}"
+        if name not in contenders:
+            path = folder / f"{job.checkpoint.stem}-{backend.name}-{precision}.engine"
+            built = in_own_process(build, job.checkpoint, path, backend.name, precision)
+            contenders[name] = {"job": replace(job, method="exact", engine=path, precision=precision), **built}
+    for method in METHODS[1:]:
+        if is_compiled or "compile" not in method:
+            contenders[f"{method}, {job.precision}"] = {"job": replace(job, method=method)}
+    for index, contender in enumerate(contenders.values()):
+        contender["job"] = replace(contender["job"], output=folder / f"frames-{index}.npy")
+    return contenders
+
+
+def median(runs: list[Row]) -> Row:
+    """The medians over runs of everything that a run measured."""
+    stages = list(dict.fromkeys(stage for one in runs for stage in one["seconds"]))
+    seconds = {stage: statistics.median(one["seconds"].get(stage, 0.0) for one in runs) for stage in stages}
+    names = ("startup_s", "total_s", "loaded_peak_bytes", "peak_bytes")
+    return {**{name: statistics.median(one[name] for one in runs) for name in names}, "seconds": seconds}
+
+
+def extrapolate(method: str, row: Row, frames: int, num_inference_steps: int) -> float:
+    """Seconds that 100 frames in 50 steps would take, were all stages linear in both: an estimate, marked as such.
+
+    Plain inverts every frame; the others one, and they render one frame more, the reference.
+    """
+    seconds, steps = row["seconds"], FULL_STEPS / num_inference_steps
+    is_clip_of_its_own = not method.startswith(("exact", "published"))
+    more = FULL_FRAMES / frames if is_clip_of_its_own else (FULL_FRAMES + 1) / (frames + 1)
+    inverted = steps * (FULL_FRAMES / frames if is_clip_of_its_own else 1.0)
+    rest = sum(seconds.get(stage, 0.0) for stage in ("prepare", "decode")) * FULL_FRAMES / frames
+    return seconds.get("invert", 0.0) * inverted + seconds["denoise"] * steps * more + rest
+
+
+def flops_of(counters: Counters, method: str, setup: Setup) -> int:
+    """What one render computes."""
+    if method in ("exact", "published"):
+        count = counters.exact(setup) if method == "exact" else counters.published(setup)
+        return count.total
+    if method.startswith("plain"):
+        return counters.plain(setup).total
+    latents, pictures, text = counters.latents(setup, 1), counters.pixels(setup, 1), counters.text()
+    unet = to_diffusers(counters.unet, UNet2DConditionModel)
+    controlnet = counters.plain_networks.controlnet
+    step = count_flops(lambda: unet(latents, 500, encoder_hidden_states=text))
+    step += count_flops(lambda: controlnet(latents, 500, encoder_hidden_states=text, controlnet_cond=pictures))
+    once = counters.network("text_encoder", counters.input_ids()).flops + counters.network("vae_decoder", latents).flops
+    return setup.frames * (setup.num_inference_steps * step + once)
+
+
+def measure(contenders: dict[str, Row], rounds: int) -> dict[str, list[Row]]:
+    """Run all in turns, each time in a fresh process, so that a drift of the machine's load falls on all alike."""
+    runs: dict[str, list[Row]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, contender in contenders.items():
+            result = {"error": contender["error"]} if "error" in contender else in_own_process(run, contender["job"])
+            runs[name].append(result)
+            print(
+                f"round {number + 1}: {name}: {result.get('error') or format(result['total_s'], '.2f') + ' s'}",
+                flush=True,
+            )
+    return runs
+
+
+def summarise(contenders: dict[str, Row], runs: dict[str, list[Row]], counters: Counters, setup: Setup) -> list[Row]:
+    """One row a contender."""
+    peaks: dict[str, float] = {}
+    rows: list[Row] = []
+    reference = None
+    for name, contender in contenders.items():
+        job: Job = contender["job"]
+        failed = next((one["error"] for one in runs[name] if "error" in one), None)
+        if failed is not None:
+            rows.append({"contender": name, "error": failed})
+            continue
+        row = median(runs[name])
+        if job.precision not in peaks:
+            peaks[job.precision] = in_own_process(measure_peak, job.precision).get("flops_per_s", float("nan"))
+        frames = np.load(job.output)
+        if reference is None and job.method == "exact":
+            reference = frames
+        flops = flops_of(counters, job.method, setup)
+        total = row["total_s"]
+        row |= {"contender": name, "build_s": contender.get("build_s"), "frames_per_s": setup.frames / total,
+                "s_per_100_frames": 100 * total / setup.frames, "flops": flops, "flops_per_s": flops / total,
+                "percent_of_peak": 100 * flops / total / peaks[job.precision],
+                "extrapolated_s": extrapolate(job.method, row, setup.frames, setup.num_inference_steps)}  # fmt: skip
+        if reference is not None and job.method in ("exact", "published"):
+            quality = psnr(reference, frames)
+            row["psnr_db"] = quality if math.isfinite(quality) else None  # JSON has no infinity
+        rows.append({**row, "runs": runs[name]})
+    return rows
+
+
+def _quality(row: Row) -> str:
+    if "psnr_db" not in row:
+        return ""
+    return "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+
+
+def markdown(document: Row) -> str:
+    """The results as tables."""
+    setup, rows = document["setup"], [row for row in document["rows"] if "error" not in row]
+    size, frames, steps = "×".join(map(str, setup["size"])), setup["frames"], setup["steps"]
+    facts = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
+    lines = [f"# {frames} frames at {size}, {steps} steps, {setup['base']}", "", f"Machine: {facts}.", ""]
+    lines += [f"Medians of {setup['rounds']} rounds in turns; each run in a process of its own, after a warm-up of one step.",
+              "exact: this runtime, its inversion cache empty. published, plain: see `bench/plain.py`. PSNR is to the first",
+              "row's frames. Peak memory is the process's, weights and libraries included. FLOPs are the ledger's; peak is",
+              "that of a 1024² matrix product in the same type.", ""]  # fmt: skip
+    header = (
+        "contender",
+        "s",
+        "frames/s",
+        "s per 100 frames",
+        "peak MB",
+        "startup s",
+        "GFLOP/s",
+        "% of peak",
+        "PSNR dB",
+    )
+    lines += ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for row in rows:
+        quality = _quality(row)
+        cells = (row["contender"], f"{row['total_s']:.2f}", f"{row['frames_per_s']:.3g}", f"{row['s_per_100_frames']:.1f}",
+                 f"{row['peak_bytes'] / 1e6:.0f}", f"{row['startup_s']:.1f}", f"{row['flops_per_s'] / 1e9:.1f}",
+                 f"{row['percent_of_peak']:.0f}", quality)  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"| {row['contender']} | failed: {row['error']} |" for row in document["rows"] if "error" in row]
+    lines += [
+        "",
+        "## Stages (s)",
+        "",
+        "| contender | prepare | invert | denoise | decode | build |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = tuple(f"{row['seconds'].get(stage, 0.0):.2f}" for stage in ("prepare", "invert", "denoise", "decode"))
+        built = "" if row["build_s"] is None else f"{row['build_s']:.1f}"
+        lines.append("| " + " | ".join((row["contender"], *cells, built)) + " |")
+    lines += ["", "## Times of each contender over those of `exact`", ""]
+    exact = [row for row in rows if row["contender"].startswith("exact")]
+    lines += ["| contender | " + " | ".join(f"over {row['contender']}" for row in exact) + " | peak memory over the least of exact |",
+              "|---" + "|---:" * (len(exact) + 1) + "|"]  # fmt: skip
+    for row in rows:
+        ratios = [f"{row['total_s'] / other['total_s']:.2f}×" for other in exact]
+        memory = row["peak_bytes"] / min((other["peak_bytes"] for other in exact), default=float("nan"))
+        lines.append("| " + " | ".join((row["contender"], *ratios, f"{memory:.2f}×")) + " |")
+    if (frames, steps) != (FULL_FRAMES, FULL_STEPS):
+        lines += [
+            "",
+            f"## Extrapolated, not measured: {FULL_FRAMES} frames in {FULL_STEPS} steps",
+            "",
+            "| contender | s |",
+            "|---|---:|",
+        ]
+        lines += [f"| {row['contender']} | {row['extrapolated_s']:,.0f} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def benchmark(options: argparse.Namespace, folder: Path) -> Row:
+    """Make what is missing, measure, and sum up."""
+    checkpoint = find_checkpoint(options, folder)
+    tuned = Checkpoint.load(checkpoint)
+    size = (tuned.frames.shape[1], tuned.frames.shape[2])
+    target = moving_person(options.frames, size, phase=1.0)
+    if options.poses is not None:
+        target = PoseSequence.load(options.poses)[: options.frames]
+    setup = Setup(size, len(target), options.steps)
+    job = Job("exact", checkpoint, None, options.precision, target, options.steps, folder)
+    contenders = make_contenders(job, options.engines, options.compile, folder)
+    runs = measure(contenders, options.rounds)
+    counters = Counters(locate_base(tuned.metadata["base"]).configs)
+    base = options.base if options.checkpoint is None else tuned.metadata["base"]
+    return {
+        "setup": {"base": base, "size": list(size), "frames": len(target), "steps": options.steps,
+                  "precision": options.precision, "rounds": options.rounds},
+        "machine": machine(),
+        "rows": summarise(contenders, runs, counters, setup),
+    }  # fmt: skip
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; --quick changes defaults only."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write here, and the tables beside it as .md")
+    parser.add_argument("--quick", action="store_true", help="4 frames, 2 steps, one round, two engines")
+    parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
+    parser.add_argument("--size", type=lambda text: tuple(map(int, text.split("x"))), help="HxW; else the base's own")
+    parser.add_argument("--checkpoint", type=Path, help="a tuned one, instead of an untrained one over --base")
+    parser.add_argument("--poses", type=Path, help="target poses, instead of made-up ones")
+    parser.add_argument("--frames", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--engines", nargs="+", help="backend:precision of `exact`; the first is the PSNR's reference")
+    parser.add_argument("--precision", default="fp32", choices=list(DTYPES), help="of the other contenders")
+    parser.add_argument("--compile", action="store_true", help="also plain under torch.compile")
+    parser.add_argument("--work", type=Path, help="keep checkpoint and engines here for the next run")
+    options = parser.parse_args(arguments)
+    same = options.precision
+    defaults: dict[str, Any] = {
+        "frames": 24,
+        "steps": 20,
+        "rounds": 3,
+        "engines": [f"torch:{same}", f"auto:{same}", "auto:auto"],
+    }
+    if options.quick:
+        defaults = {"frames": 4, "steps": 2, "rounds": 1, "engines": [f"torch:{same}", "auto:auto"]}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory(prefix="throughput-") as temporary:
+        folder = options.work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        document = benchmark(options, folder)
+    text = markdown(document)
+    path = options.json or (None if options.quick else RESULTS / "throughput.json")
+    if path is not None:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        path.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The end-to-end benchmark: every contender renders, is measured apart, and is summed up rightly. No timing is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from bench import runs, throughput
+from bench.contenders import Job, run
+from bench.flops import Counters, Setup
+from bench.runs import in_own_process, moving_person, psnr, untrained_checkpoint, write_random_base
+from bench.throughput import extrapolate, flops_of, markdown, median, parse, summarise
+from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.models.loading import load_base
+from posecrafter_rt.models.sources import SD15_FOLDER
+
+SIZE, FRAMES, STEPS = (32, 32), 3, 2
+STAGES = {"exact": {"prepare", "invert", "denoise", "decode"}, "published": {"prepare", "invert", "denoise", "decode"},
+          "plain": {"prepare", "invert", "denoise", "decode"}, "diffusers, frame by frame": {"denoise", "decode"}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def job(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("throughput")
+    untrained_checkpoint(str(tiny_base), num_frames=3).save(folder / "tuned.ckpt")
+    build_engine(folder / "tuned.ckpt", folder / "tuned.engine", BuildOptions("torch", "fp32"))
+    target = moving_person(FRAMES, SIZE, phase=1.0)
+    return Job("exact", folder / "tuned.ckpt", folder / "tuned.engine", "fp32", target, STEPS, folder / "0.npy")
+
+
+def test_every_contender_renders_and_is_summed_up(job: Job, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "in_own_process", lambda function, *arguments: function(*arguments))
+    contenders: dict[str, Any] = {
+        f"{method}, fp32": {"job": replace(job, method=method, output=job.output.with_name(f"{index}.npy"))}
+        for index, method in enumerate(STAGES)
+    }
+    measured = {name: [run(contender["job"])] for name, contender in contenders.items()}
+    for name, (result,) in measured.items():
+        assert set(result["seconds"]) == STAGES[contenders[name]["job"].method]
+        assert 0 < sum(result["seconds"].values()) <= result["total_s"] + 0.01  # the report rounds to milliseconds
+        assert result["peak_bytes"] >= result["loaded_peak_bytes"] > 0
+        frames = np.load(contenders[name]["job"].output)
+        assert frames.shape == (FRAMES, *SIZE, 3) and frames.dtype == np.uint8
+    contenders["broken"] = {"job": job, "error": "the process died"}
+    measured["broken"] = [{"error": "the process died"}]
+    rows = summarise(contenders, measured, Counters(tiny_base), Setup(SIZE, FRAMES, STEPS))
+    quality = {row["contender"]: row["psnr_db"] for row in rows if "psnr_db" in row}
+    assert set(quality) == {"exact, fp32", "published, fp32"}  # the others' frames are other ones
+    assert quality["exact, fp32"] is None  # equal to itself
+    assert quality["published, fp32"] is None or quality["published, fp32"] >= 60
+    text = markdown({"setup": {"base": "tiny", "size": [32, 32], "frames": FRAMES, "steps": STEPS, "rounds": 1},
+                     "machine": {"cores": 1}, "rows": rows})  # fmt: skip
+    assert text.count("| plain, fp32 |") == 4 and "| broken | failed: the process died |" in text
+
+
+def test_the_exact_render_is_never_helped_by_an_earlier_one(job: Job) -> None:
+    """The inversion cache lies on disk and outlives a process: each measured render computes its own inversion."""
+    assert job.engine is not None
+    first = run(job)
+    kept = {file: file.stat().st_mtime_ns for file in (job.engine / "inversions").iterdir()}
+    run(job)
+    again = {file: file.stat().st_mtime_ns for file in (job.engine / "inversions").iterdir()}
+    assert kept.keys() == again.keys() and all(again[file] > kept[file] for file in kept)
+    assert first["seconds"]["invert"] > 0
+
+
+def test_a_run_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "PRELOADED", [])
+    assert in_own_process(dict, [("rc", 0)]) == {"rc": 0}
+    assert "died" in in_own_process(os._exit, 9)["error"]  # type: ignore[arg-type]
+    assert in_own_process(json.loads, "{")["error"].startswith("JSONDecodeError: ")
+
+
+def test_medians_are_of_each_measurement() -> None:
+    def one(value: float) -> dict[str, Any]:
+        return {"startup_s": value, "total_s": 2 * value, "loaded_peak_bytes": 3 * value, "peak_bytes": 4 * value,
+                "seconds": {"denoise": 5 * value}}  # fmt: skip
+
+    assert median([one(3.0), one(1.0), one(100.0)]) == one(3.0)
+
+
+@pytest.mark.parametrize(("method", "expected"), [
+    # 4 frames, 2 steps → 100 frames, 50 steps: 25 times the steps; plain 25 times the frames, the others 101 over 5
+    ("plain, fp32", 25 * 25 * 1.0 + 25 * 25 * 10.0 + 25 * 100.0),
+    ("published, fp32", 25 * 1.0 + 25 * 101 / 5 * 10.0 + 25 * 100.0),
+    ("exact, torch fp32", 25 * 1.0 + 25 * 101 / 5 * 10.0 + 25 * 100.0),
+])  # fmt: skip
+def test_extrapolation(method: str, expected: float) -> None:
+    row = {"seconds": {"invert": 1.0, "denoise": 10.0, "decode": 100.0}}
+    assert extrapolate(method, row, 4, 2) == pytest.approx(expected)
+
+
+def test_extrapolating_a_full_run_changes_nothing() -> None:
+    row = {"seconds": {"prepare": 2.0, "invert": 1.0, "denoise": 10.0, "decode": 100.0}}
+    for method in STAGES:
+        assert extrapolate(method, row, 100, 50) == pytest.approx(113.0)
+
+
+def test_diffusers_pipeline_computes_less_than_a_clip(tiny_base: Path) -> None:
+    """No temporal attention, no inversion, no inserted frame; but pose embedding and text anew in each step."""
+    counters, setup = Counters(tiny_base), Setup(SIZE, FRAMES, STEPS)
+    assert flops_of(counters, "diffusers, frame by frame", setup) < flops_of(counters, "published", setup)
+    assert flops_of(counters, "plain, torch.compile", setup) == flops_of(counters, "plain", setup)
+
+
+def test_quick_changes_defaults_and_nothing_that_was_asked_for() -> None:
+    assert parse(["--quick"]).frames < parse([]).frames
+    options = parse(["--quick", "--frames", "7", "--size", "64x96"])
+    assert options.frames == 7 and options.size == (64, 96) and options.rounds == 1
+
+
+def test_psnr() -> None:
+    black = np.zeros((1, 2, 2, 3), np.uint8)
+    assert psnr(black, black) == float("inf")
+    assert psnr(black, black + 255) == 0
+    assert psnr(black, black + 1) == pytest.approx(48.13, abs=0.01)
+
+
+def test_made_up_poses_move_smoothly_and_stay_in_the_picture() -> None:
+    poses = moving_person(50, (128, 160))
+    points = poses.keypoints[..., :2]
+    assert (points >= 0).all() and (points < (160, 128)).all() and (poses.keypoints[..., 2] == 1).all()
+    steps = np.abs(np.diff(points, axis=0)).max(axis=(1, 2))
+    assert 0 < steps.max() < 5
+
+
+@pytest.fixture
+def small_configs(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "SD15_FOLDER", tiny_base)
+
+
+def test_a_random_base_loads_and_is_written_once(small_configs: None, tmp_path: Path) -> None:
+    folder = write_random_base(tmp_path / "base")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    with safe_open(weights, "pt") as file:
+        norm = file.get_tensor("conv_norm_out.weight")
+    assert (norm == 1).all()
+    assert load_base(str(folder)).unet.conv_in.weight.std() == pytest.approx(0.02, rel=0.1)
+    assert write_random_base(folder) == folder and weights.stat().st_mtime_ns == before
+
+
+def test_the_random_base_is_of_stable_diffusions_size() -> None:
+    assert runs.SD15_FOLDER == SD15_FOLDER
