@@ -37,15 +37,22 @@ class Compiled:
 
 
 def compile_keyframe(
-    capability: int, dtype: torch.dtype, head_size: int, config: TileConfig, *, ptx_version: int | None = None
+    capability: int,
+    dtype: torch.dtype,
+    head_size: int,
+    config: TileConfig,
+    *,
+    ptx_version: int | None = None,
+    narrow: bool = False,
 ) -> Compiled:
     """Compile `keyframe_attention_kernel` for sm_<capability>, with channels divisible by 16 as SD 1.5's are.
 
     ptx_version: cap of the PTX ISA version (86: 8.6), for consumers older than Triton's own assembler.
+    narrow: every integer argument has 32 bits, group strides too, for callers that can pass no others.
     """
     kernel = keyframe_attention.keyframe_attention_kernel
     constants = keyframe_attention.constants(head_size, config)
-    return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=False)
+    return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=False, narrow=narrow)
 
 
 def compile_temporal(
@@ -56,14 +63,15 @@ def compile_temporal(
     *,
     has_mask: bool = False,
     ptx_version: int | None = None,
+    narrow: bool = False,
 ) -> Compiled:
     """Compile `temporal_attention_kernel` for sm_<capability>; as `compile_keyframe`."""
     kernel = temporal_attention.temporal_attention_kernel
     constants = temporal_attention.constants(head_size, config)
-    return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=has_mask)
+    return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=has_mask, narrow=narrow)
 
 
-def _compile(
+def _compile(  # noqa: PLR0913 - what the two above have in common
     kernel: Any,
     dtype: torch.dtype,
     constants: dict[str, Any],
@@ -71,6 +79,7 @@ def _compile(
     capability: int,
     ptx_version: int | None,
     has_mask: bool,
+    narrow: bool,
 ) -> Compiled:
     signature: dict[str, str] = {}
     constants = dict(constants)
@@ -83,7 +92,7 @@ def _compile(
         elif name.endswith("_ptr"):
             signature[name] = POINTERS[dtype]
         else:
-            signature[name] = "i64" if name.endswith("group_stride") else "i32"
+            signature[name] = "i64" if name.endswith("group_stride") and not narrow else "i32"
     # Alignment decides the code: without it there is no asynchronous copy and no vector load.
     aligned = ("_stride", "channels", "q_ptr", "k_ptr", "v_ptr", "out_ptr")
     attributes = {

@@ -23,7 +23,7 @@ from posecrafter_rt.engines import Backend, Engine, get_backend
 from posecrafter_rt.engines.folder import EngineFolder, open_folder, rebuild_hint
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
-from posecrafter_rt.machine import cpu_name, library_versions, peak_rss_bytes
+from posecrafter_rt.machine import library_versions, peak_rss_bytes
 from posecrafter_rt.method import DDIMSchedule, select_reference
 from posecrafter_rt.models.loading import tokenize
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -201,7 +201,7 @@ class Avatar:
 
 def _provenance(manifest: dict[str, Any], backend: Backend) -> Iterator[tuple[str, str]]:
     """What an engine is bound to, as pairs: where it was built, and here."""
-    yield manifest["device"]["name"], cpu_name()
+    yield manifest["device"]["name"], backend.device()["name"]
     yield f"posecrafter-rt {manifest['package']}", f"posecrafter-rt {__version__}"
     here = library_versions(backend.libraries)
     for name in backend.libraries:

@@ -21,10 +21,10 @@ from posecrafter_rt.engines.base import Progress
 from posecrafter_rt.engines.folder import EngineFolder, building, open_folder
 from posecrafter_rt.errors import EngineFolderError, ShapeError
 from posecrafter_rt.framing import resize_to, transform_keypoints
-from posecrafter_rt.machine import cpu_name, library_versions
+from posecrafter_rt.machine import library_versions
 from posecrafter_rt.poses.keypoints import PoseSequence
 
-LIBRARIES = ("torch", "diffusers", "transformers", "openvino", "onnx")
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
 REFERENCE_FILE = "reference.safetensors"
 
 
@@ -70,13 +70,14 @@ def build_engine(
     """
     checkpoint = Path(checkpoint)
     output = Path(output) if output is not None else checkpoint.with_suffix(".engine")
-    precision = choose_precision(options.precision)
+    precision = choose_precision(options.precision, options.backend)
     backend, why = choose_backend(options.backend, precision)
     tuned = Checkpoint.load(checkpoint)
     size = options.size or tuned.frames.shape[1:3]
     manifest: dict[str, Any] = {
         "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
-        "checkpoint": tuned.digest(), "device": {"type": "cpu", "name": cpu_name()}, "libraries": {"python": platform.python_version(), **library_versions(LIBRARIES)},
+        "checkpoint": tuned.digest(), "device": backend.device(),
+        "libraries": {"python": platform.python_version(), **library_versions({*LIBRARIES, *backend.libraries})},
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
     }  # fmt: skip
     manifest["fingerprint"] = sha256_json(manifest)

@@ -30,6 +30,11 @@ def cpu_name() -> str:
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
+def cpu_device() -> dict[str, str]:
+    """The processor as the device that an engine is built for."""
+    return {"type": "cpu", "name": cpu_name()}
+
+
 def cpu_features() -> set[str]:
     """Instruction-set flags, such as avx512_bf16 and amx_bf16."""
     return set(_cpuinfo().get("flags", _cpuinfo().get("Features", "")).split())

@@ -23,8 +23,12 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The folder; else the checkpoint's name with .engine.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto (the fastest that runs here), openvino or torch.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto (bf16 where it is native), fp32, bf16 or fp16.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="auto (the fastest that runs here), tensorrt, openvino or torch.")
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto (what the device multiplies natively), fp32, bf16 or fp16.")
+    ] = "auto",
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture size; else that of tuning.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base lies, if it moved since tuning.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is not an engine folder.")] = False,

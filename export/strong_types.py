@@ -1,0 +1,116 @@
+"""Precision written into a graph: 16-bit tensors, with float32 islands where 16 bits do not do.
+
+Layer 4: for runtimes that take every type from the graph, such as TensorRT 11. Inputs and outputs stay float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from posecrafter_rt.errors import PoseCrafterError
+
+FLOAT = ir.DataType.FLOAT
+DATA_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+# Sums over many elements: in float16 a variance overflows from |x| = 256 on, in bfloat16 it keeps two digits.
+STATISTICS = frozenset({"ReduceMean", "ReduceSum"})
+ISLANDS = STATISTICS | {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "Softmax"}
+# What is computed from statistics, element by element, is computed in their precision.
+FOLLOWERS = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Pow", "Expand", "Unsqueeze", "Cast"})
+FLOAT_INPUTS = {"Resize": (1, 2)}  # roi and scales: ONNX has them in float32, whatever is resized
+
+
+def lower_precision(model: ir.Model, precision: str) -> None:
+    """Type a float32 model of one graph anew, in place; "fp32" changes nothing.
+
+    Weights become 16-bit initialisers of the same name, so that they can still be replaced by it, unless an operator in
+    float32 reads them.
+    Raises: PoseCrafterError when a weight is beyond the type's range.
+    """
+    if precision == "fp32":
+        return
+    low, graph = DATA_TYPES[precision], model.graph
+    islands = _islands(graph)
+    casts = _Casts(graph)
+    _lower_weights(graph, islands, low)
+    for node in list(graph):
+        wanted = FLOAT if node in islands else low
+        for index, value in enumerate(node.inputs):
+            if value is None or value.dtype not in (FLOAT, low):
+                continue
+            is_fixed = index in FLOAT_INPUTS.get(node.op_type, ())
+            node.replace_input_with(index, casts.to(value, FLOAT if is_fixed else wanted))
+        _type_outputs(node, wanted)
+    for index, output in enumerate(graph.outputs):
+        if output.dtype == low:
+            graph.outputs[index] = casts.output(output)
+
+
+def _islands(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that compute in float32."""
+    islands: set[ir.Node] = set()
+    statistics: set[ir.Node] = set()
+    for node in graph:  # in topological order
+        producers = {value.producer() for value in node.inputs if value is not None}
+        if node.op_type in STATISTICS or (node.op_type in FOLLOWERS and producers & statistics):
+            statistics.add(node)
+        if node.op_type in ISLANDS or node in statistics or node.op_type == "Constant":
+            islands.add(node)
+    return islands
+
+
+def _lower_weights(graph: ir.Graph, islands: set[ir.Node], low: ir.DataType) -> None:
+    for value in graph.initializers.values():
+        uses = [(use.node, use.idx) for use in value.uses()]
+        in_float = any(node in islands or index in FLOAT_INPUTS.get(node.op_type, ()) for node, index in uses)
+        if value.dtype != FLOAT or in_float or value.const_value is None:
+            continue
+        with np.errstate(over="ignore"):
+            lowered = value.const_value.numpy().astype(low.numpy())
+        if not np.isfinite(lowered.astype(np.float32)).all():
+            raise PoseCrafterError(f"{value.name} does not fit {low.name}", "build the engine with --precision bf16")
+        value.const_value = ir.Tensor(lowered, dtype=low, name=value.name)
+        value.dtype = low
+
+
+def _type_outputs(node: ir.Node, wanted: ir.DataType) -> None:
+    for value in node.outputs:
+        if value.dtype == FLOAT:
+            value.dtype = wanted
+    if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT:
+        node.attributes["to"] = ir.AttrInt64("to", int(wanted))
+
+
+class _Casts:
+    """One Cast node for each value and type, behind the value's producer."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def to(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """The value in a type."""
+        if value.dtype == dtype:
+            return value
+        if (value, dtype) not in self.made:
+            cast = self._cast(value, dtype)
+            cast.name = f"{value.name}.{dtype.name.lower()}"
+            self.made[value, dtype] = cast
+        return self.made[value, dtype]
+
+    def output(self, value: ir.Value) -> ir.Value:
+        """A graph's output in float32 under the value's name."""
+        cast = self._cast(value, FLOAT)
+        cast.name, value.name = value.name, f"{value.name}.low"
+        return cast
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        node = ir.Node("", "Cast", [value], {"to": ir.AttrInt64("to", int(dtype))}, num_outputs=1)
+        cast = node.outputs[0]
+        cast.dtype, cast.shape = dtype, value.shape
+        producer = value.producer()
+        if producer is not None:
+            self.graph.insert_after(producer, node)
+        else:
+            self.graph.insert_before(self.graph[0], node)
+        return cast

@@ -1,0 +1,197 @@
+"""The `tensorrt` backend: the exported ONNX, types and all, as TensorRT 11 plans; the default on an NVIDIA GPU.
+
+Layer 4: what is built of what; `tensorrt_build`, `tensorrt_plugins` and `tensorrt_runtime` do the work.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from posecrafter_rt.config import cache_dir
+from posecrafter_rt.engines.base import Engine, Precision, Progress
+from posecrafter_rt.engines.tensorrt_build import ShapeLimits, build_plan, make_logger, profile_shapes
+from posecrafter_rt.engines.tensorrt_plugins import PLUGIN_OPS, register_plugins
+from posecrafter_rt.engines.tensorrt_runtime import TensorRTEngine, Workspace
+from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import tensorrt as trt
+
+INSTALL = {"tensorrt": "'tensorrt-cu13>=11.4'", "triton": "triton", "onnx": "onnx", "onnxscript": "onnxscript"}
+MIN_VERSION = (11, 4)  # earlier ones read a plugin's attributes in a way that newer NumPy refuses
+MIN_CAPABILITY = (8, 0)
+# They run once a prompt or schedule, and 16 bits lose the phase of a timestep's sinusoids altogether.
+FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
+# Activations of Stable Diffusion's VAE are known to leave float16's range; TF32 has float16's mantissa and no such end.
+BEYOND_FP16 = ("vae_encoder", "vae_decoder")
+DESCRIPTION = "tensorrt.json"
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def network_precision(name: str, precision: Precision) -> tuple[Precision, bool]:
+    """A network's precision inside an engine of a precision, and whether its float32 products may be TF32."""
+    if name in FULL_PRECISION:
+        return "fp32", False
+    if name in BEYOND_FP16 and precision == "fp16":
+        return "fp32", True
+    return precision, False
+
+
+class TensorRTBackend:
+    """TensorRT on the current CUDA device. limits: the shapes that are built for."""
+
+    name = "tensorrt"
+    libraries = ("tensorrt-cu13", "tensorrt-cu13-bindings")
+
+    def __init__(self, limits: ShapeLimits | None = None) -> None:
+        self.limits = limits or ShapeLimits()
+
+    def device(self) -> dict[str, str]:
+        """The current GPU, with its compute capability."""
+        return {"type": "cuda", "name": _device()}
+
+    def unsupported_reason(self, precision: Precision) -> str | None:
+        """Why TensorRT cannot run here; CUDA is asked only where everything is installed."""
+        for package, requirement in INSTALL.items():
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed: pip install {requirement}"
+        if not torch.cuda.is_available():
+            return "torch finds no NVIDIA GPU"
+        capability = torch.cuda.get_device_capability()
+        if capability < MIN_CAPABILITY:
+            return f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed"
+        try:
+            version = _version()
+        except (ImportError, OSError) as error:
+            return f"tensorrt cannot be loaded: {str(error).splitlines()[0]}"
+        if tuple(int(part) for part in version.split(".")[:2]) < MIN_VERSION:
+            return f"tensorrt {version} is too old: pip install {INSTALL['tensorrt']}"
+        return None
+
+    def build(
+        self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
+    ) -> None:
+        """Write every network's plan, and beside it its weights, which a refit may need.
+
+        Traced graphs and the timing cache are kept in the user's cache; a copy of the timing cache lies in the folder.
+        """
+        from posecrafter_rt.export.onnx import export_network
+
+        specs, graphs = network_specs(arch), BlobCache(cache_dir() / "graphs")
+        register_plugins(torch.cuda.get_device_capability())
+        timings, key = BlobCache(cache_dir() / "tensorrt"), {"timings": _device(), "tensorrt": _version()}
+        timing_cache = timings.load(key) or b""
+        for name, network in model.to(torch.float32).networks().items():
+            progress(f"exporting {name}")
+            graph = export_network(network, specs[name], arch, graphs=graphs)
+            progress(f"building {name}")
+            timing_cache = self._build_network(graph, specs[name], arch, folder, precision, timing_cache)
+        timings.save(key, timing_cache)
+        (folder / "timing.cache").write_bytes(timing_cache)
+        description = {"tensorrt": _version(), "device": _device()}
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
+
+    def _build_network(
+        self, graph: ir.Model, spec: NetworkSpec, arch: Architecture, folder: Path, precision: Precision,
+        timing_cache: bytes,
+    ) -> bytes:  # fmt: skip
+        from safetensors.torch import save_file
+
+        from posecrafter_rt.export.onnx import save_model
+
+        inner, allow_tf32 = network_precision(spec.name, precision)
+        prepare_graph(graph, inner, torch.cuda.get_device_capability())
+        save_file(initialisers(graph), folder / f"{spec.name}.safetensors")
+        path = folder / f"{spec.name}.onnx"
+        save_model(graph, path)
+        shapes = profile_shapes(spec, self.limits, arch)
+        plan, timing_cache = build_plan(path, shapes, timing_cache, allow_tf32)
+        (folder / f"{spec.name}.plan").write_bytes(plan)
+        for exported in folder.glob(f"{spec.name}.onnx*"):  # perhaps with weights beside it
+            exported.unlink()
+        return timing_cache
+
+    def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
+        """Every plan on the GPU, with one workspace between them.
+
+        Raises: EngineFolderError when the folder was not written by `build`, or for another GPU or TensorRT.
+        """
+        import tensorrt as trt
+
+        check_description(networks_folder, {"tensorrt": _version(), "device": _device()})
+        runtime: trt.Runtime = trt.Runtime(make_logger())
+        specs, plans = network_specs(arch), {}
+        for name in specs:
+            plan: trt.ICudaEngine = runtime.deserialize_cuda_engine((networks_folder / f"{name}.plan").read_bytes())
+            if plan is None:
+                raise EngineFolderError(f"TensorRT cannot read {name}.plan in {networks_folder}", "build it again")
+            plans[name] = plan
+        workspace = Workspace(torch.device("cuda", torch.cuda.current_device()))
+        workspace.reserve(_activation_bytes(plan) for plan in plans.values())
+        return {
+            name: TensorRTEngine(specs[name], plan, workspace, networks_folder / f"{name}.safetensors")
+            for name, plan in plans.items()
+        }
+
+
+def prepare_graph(graph: ir.Model, precision: Precision, capability: tuple[int, int]) -> None:
+    """Make an exported graph TensorRT's: attention as plugins where a kernel serves it, precision in its types."""
+    from posecrafter_rt.export.strong_types import lower_precision
+    from posecrafter_rt.export.tensorrt_plugins import mark_plugins
+    from posecrafter_rt.kernels.plugins import unsupported_reason
+
+    def has_plugin(name: str, channels: int, heads: int) -> bool:
+        return unsupported_reason(PLUGIN_OPS[name], capability, TORCH_DTYPES[precision], channels, heads) is None
+
+    mark_plugins(graph, has_plugin)
+    lower_precision(graph, precision)
+
+
+def initialisers(graph: ir.Model) -> dict[str, Tensor]:
+    """Every initialiser by its name, in the type that it has in the graph."""
+    found = {}
+    for name, value in graph.graph.initializers.items():
+        if value.const_value is not None:
+            array = value.const_value.numpy()
+            is_bf16 = array.dtype.name == "bfloat16"  # which torch does not take from NumPy
+            tensor = torch.from_numpy(array.view("int16") if is_bf16 else array)
+            found[str(name)] = (tensor.view(torch.bfloat16) if is_bf16 else tensor).contiguous()
+    return found
+
+
+def check_description(networks_folder: Path, current: dict[str, Any]) -> None:
+    """Raises: EngineFolderError when an engine is none of this backend's, or not for what runs here."""
+    try:
+        built = json.loads((networks_folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineFolderError(f"{networks_folder} holds no networks of this backend", "build it again") from error
+    for name, value in current.items():
+        if built.get(name) != value:
+            raise EngineFolderError(f"the engine was built for {name} {built.get(name)}, this is {value}",
+                                    "build it again")  # fmt: skip
+
+
+def _activation_bytes(plan: trt.ICudaEngine) -> int:
+    return int(plan.device_memory_size_v2)
+
+
+def _version() -> str:
+    import tensorrt as trt
+
+    return str(trt.__version__)
+
+
+def _device() -> str:
+    """The GPU's name and compute capability: a plan runs on no other."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} ({major}.{minor})"

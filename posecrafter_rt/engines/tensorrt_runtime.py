@@ -1,0 +1,241 @@
+"""Running TensorRT plans: torch's memory, one workspace for all networks, a CUDA graph for each shape, refitting.
+
+Layer 4: needs TensorRT and a GPU; which tensors are copied is decided by pure functions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from posecrafter_rt.engines.base import DTYPES, checked_inputs, fitting_weights
+from posecrafter_rt.errors import CheckpointError, PoseCrafterError, ShapeError
+from posecrafter_rt.export.shapes import resolve_shape, split_dim
+from posecrafter_rt.spec import NetworkSpec
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+ALIGNMENT = 256  # bytes, of every address that TensorRT is given
+COPIED_BYTES = 1 << 20  # an input up to this size has its own buffer; a larger one is read where it lies
+KEPT_SHAPES = 4  # each with its context and output buffers
+KEPT_GRAPHS = 8  # a shape, one for each set of addresses
+
+log = logging.getLogger(__name__)
+
+Shapes = tuple[tuple[int, ...], ...]
+Addresses = tuple[int, ...]
+
+
+def is_copied(tensor: Tensor) -> bool:
+    """Whether an input is copied into a buffer of its own before a run.
+
+    A graph is bound to addresses. Small tensors, such as one row of a table, have a new one at every step; large ones
+    (ControlNet residuals, pose embeddings) come again and again at the same. What is not aligned is copied too.
+    """
+    return tensor.numel() * tensor.element_size() <= COPIED_BYTES or tensor.data_ptr() % ALIGNMENT != 0
+
+
+def output_shapes(spec: NetworkSpec, shapes: Shapes) -> Shapes:
+    """The outputs' shapes for inputs of these shapes."""
+    sizes: dict[str, int] = {}
+    for tensor, shape in zip(spec.inputs, shapes, strict=True):
+        for dim, length in zip(tensor.dims, shape, strict=True):
+            if isinstance(dim, str):
+                symbol, divisor = split_dim(dim)
+                sizes[symbol] = length * divisor
+    return tuple(resolve_shape(tensor.dims, sizes) for tensor in spec.outputs)
+
+
+class Workspace:
+    """The device's stream and the activation memory that all networks use in turn; grows never after `reserve`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def reserve(self, num_bytes: Iterable[int]) -> None:
+        """Allocate for the neediest of several networks, before any context is bound to it."""
+        most = max(num_bytes, default=0)
+        if most > self.memory.numel():
+            self.memory = torch.empty(most, dtype=torch.uint8, device=self.device)
+
+
+class Slot:
+    """One network at one set of input shapes: a context, output buffers, buffers of small inputs, CUDA graphs.
+
+    A context never sees a second shape: AOT plugins of TensorRT 11.1 and 11.2 leave a CUDA module behind at each
+    change (TensorRT issue 4849).
+    """
+
+    def __init__(self, spec: NetworkSpec, engine: trt.ICudaEngine, workspace: Workspace, shapes: Shapes) -> None:
+        import tensorrt as trt
+
+        self.spec, self.workspace = spec, workspace
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context: trt.IExecutionContext = engine.create_execution_context(strategy)
+        self.context: trt.IExecutionContext = context
+        context.set_device_memory(workspace.memory.data_ptr(), workspace.memory.numel())
+        for tensor, shape in zip(spec.inputs, shapes, strict=True):
+            if not context.set_input_shape(tensor.name, shape):
+                raise ShapeError(f"{spec.name}: {tensor.name} of {shape} is outside what the engine was built for",
+                                 "build it again for more frames or another size")  # fmt: skip
+        self.buffers: dict[str, Tensor] = {}
+        self.outputs = {
+            tensor.name: torch.empty(shape, dtype=DTYPES[tensor.dtype], device=workspace.device)
+            for tensor, shape in zip(spec.outputs, output_shapes(spec, shapes), strict=True)
+        }
+        for name, output in self.outputs.items():
+            context.set_tensor_address(name, output.data_ptr())
+        self.graphs: OrderedDict[Addresses, torch.cuda.CUDAGraph | None] = OrderedDict()
+        self.records = True
+
+    def run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Run on the workspace's stream, which must wait for the inputs; the outputs are this slot's own buffers.
+
+        The first run at new addresses is launched kernel by kernel, the second is recorded, later ones are replayed.
+        """
+        bound = [self._bound(tensor.name, given) for tensor, given in zip(self.spec.inputs, inputs, strict=True)]
+        addresses = tuple(tensor.data_ptr() for tensor in bound)
+        graph = self.graphs.get(addresses)
+        if graph is not None:
+            self.graphs.move_to_end(addresses)
+            graph.replay()
+            return self.outputs
+        for tensor, memory in zip(self.spec.inputs, bound, strict=True):
+            self.context.set_tensor_address(tensor.name, memory.data_ptr())
+        if addresses in self.graphs and self.records:
+            graph = self._record()
+        self.graphs[addresses] = graph
+        if len(self.graphs) > KEPT_GRAPHS:
+            self.workspace.stream.synchronize()
+            self.graphs.popitem(last=False)
+        if graph is not None:
+            graph.replay()
+        else:
+            self._enqueue()
+        return self.outputs
+
+    def _bound(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor that the kernels will read: the input itself, or its buffer after a copy."""
+        if tensor.is_cuda and not is_copied(tensor):
+            return tensor
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty_like(tensor, device=self.workspace.device)
+        return self.buffers[name].copy_(tensor, non_blocking=True)
+
+    def _enqueue(self) -> None:
+        if not self.context.execute_async_v3(self.workspace.stream.cuda_stream):
+            raise PoseCrafterError(f"TensorRT could not run {self.spec.name}", "run again with --debug")
+
+    def _record(self) -> torch.cuda.CUDAGraph | None:
+        """The launches of one run; None, and never tried again, where TensorRT cannot be recorded."""
+        self.workspace.stream.synchronize()  # the run before must have ended, TensorRT asks for that
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.workspace.stream, capture_error_mode="thread_local"):
+                self._enqueue()
+        except (RuntimeError, PoseCrafterError) as error:
+            log.warning("%s runs without a CUDA graph: %s", self.spec.name, str(error).splitlines()[0])
+            self.records = False
+            return None
+        return graph
+
+
+class TensorRTEngine:
+    """One network. Inputs may lie on the CPU: they are copied in, and the outputs come back to the CPU."""
+
+    def __init__(self, spec: NetworkSpec, engine: trt.ICudaEngine, workspace: Workspace, weights: Path) -> None:
+        self.spec = spec
+        self._engine, self._workspace, self._weights = engine, workspace, weights
+        self._slots: OrderedDict[Shapes, Slot] = OrderedDict()
+        self._swapped: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """See `Engine`; outputs are reused by the next call of the same shape."""
+        tensors = checked_inputs(self.spec, inputs)
+        slot = self._slot(tuple(tuple(tensor.shape) for tensor in tensors))
+        stream, current = self._workspace.stream, torch.cuda.current_stream(self._workspace.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            outputs = slot.run(tensors)
+        current.wait_stream(stream)
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(stream)  # so that its memory is not given away before it was read
+        if all(tensor.is_cuda for tensor in tensors):
+            return dict(outputs)
+        return {name: output.cpu() for name, output in outputs.items()}
+
+    def _slot(self, shapes: Shapes) -> Slot:
+        if shapes not in self._slots:
+            if len(self._slots) >= KEPT_SHAPES:
+                self._workspace.stream.synchronize()
+                self._slots.popitem(last=False)
+            self._slots[shapes] = Slot(self.spec, self._engine, self._workspace, shapes)
+        self._slots.move_to_end(shapes)
+        return self._slots[shapes]
+
+    def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """See `Engine.swap_weights`; graphs are recorded anew."""
+        with safe_open(self._weights, "pt") as stored:
+            names = stored.keys()
+            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
+            fitting = fitting_weights(shapes, tensors)
+            if fitting:
+                self._swapped |= {name: tensor.detach().cpu() for name, tensor in fitting.items()}
+                self._workspace.stream.synchronize()
+                refit(self._engine, self._swapped, names, stored.get_tensor)
+                self._slots.clear()
+        return set(fitting)
+
+
+def refit(
+    engine: trt.ICudaEngine, changed: Mapping[str, Tensor], names: Iterable[str], stored: Callable[[str], Tensor]
+) -> None:
+    """Replace weights by name; those that TensorRT merged with changed ones are `stored` under one of `names`.
+
+    Raises: CheckpointError when TensorRT refuses.
+    """
+    import tensorrt as trt
+
+    from posecrafter_rt.engines.tensorrt_build import make_logger
+
+    refitter: trt.Refitter = trt.Refitter(engine, make_logger())
+    kept: list[Tensor] = []  # TensorRT reads them when it refits, not when it is told
+
+    def give(name: str, tensor: Tensor) -> None:
+        tensor = tensor.to(stored(name).dtype).contiguous()
+        kept.append(tensor)
+        weights = trt.Weights(trt_dtype(tensor.dtype), tensor.data_ptr(), tensor.numel())
+        if not refitter.set_named_weights(name, weights):
+            raise CheckpointError(f"TensorRT refuses {name}", "build the engine again")
+
+    refittable = set(refitter.get_all_weights())
+    missing = set(changed) - refittable
+    if missing:
+        raise CheckpointError(f"the engine cannot replace {min(missing)}", "build the engine again")
+    for name, tensor in changed.items():
+        give(name, tensor)
+    for name in refitter.get_missing_weights():
+        if name not in names:
+            raise CheckpointError(f"the engine merged {name or 'a constant'} with a weight", "build the engine again")
+        give(name, stored(name))
+    if not refitter.refit_cuda_engine():
+        raise CheckpointError("TensorRT could not replace the weights", "build the engine again")
+
+
+def trt_dtype(dtype: torch.dtype) -> Any:
+    """Of a floating-point torch type."""
+    import tensorrt as trt
+
+    return {torch.float32: trt.float32, torch.float16: trt.float16, torch.bfloat16: trt.bfloat16}[dtype]

@@ -1,0 +1,220 @@
+"""The TensorRT backend: what it decides without a GPU, and everything for real where one answers (`pytest -m gpu`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor
+
+from posecrafter_rt.engines import choose_backend, choose_precision
+from posecrafter_rt.engines import tensorrt as backend_module
+from posecrafter_rt.engines.base import Precision
+from posecrafter_rt.engines.tensorrt import TensorRTBackend, check_description, initialisers, network_precision
+from posecrafter_rt.engines.tensorrt_build import ShapeLimits, profile_shapes
+from posecrafter_rt.engines.tensorrt_runtime import ALIGNMENT, COPIED_BYTES, is_copied, output_shapes
+from posecrafter_rt.errors import BackendUnavailable, EngineFolderError, ShapeError
+from posecrafter_rt.export.shapes import random_inputs
+from posecrafter_rt.export.verify import relative_error
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import NETWORK_NAMES, Architecture, network_specs
+
+REASON = TensorRTBackend().unsupported_reason("fp16")
+on_gpu = [pytest.mark.gpu, pytest.mark.tensorrt, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+ARCH = Architecture(
+    latent_channels=4, vae_scale_factor=8, text_tokens=77, text_channels=768, pose_channels=320,
+    time_widths=(10, 20), kv_widths=(30, 40), residuals=((320, 1), (640, 2), (1280, 8)), mid_residual=(1280, 8),
+)  # fmt: skip
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorrt" else find(name))
+
+
+def test_without_it_one_line_says_what_to_install(nothing_installed: None) -> None:
+    with pytest.raises(BackendUnavailable, match=r"tensorrt is not installed: pip install 'tensorrt-cu13>=11.4'$"):
+        choose_backend("tensorrt", "fp16")
+    backend, why = choose_backend("auto", "fp32")
+    assert backend.name != "tensorrt" and why.startswith("tensorrt: tensorrt is not installed")
+    assert choose_precision("auto", "auto") == choose_precision("auto")
+
+
+def test_cuda_is_not_asked_where_nothing_is_installed(nothing_installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> bool:
+        raise AssertionError("CUDA was asked")
+
+    monkeypatch.setattr(torch.cuda, "is_available", asked)
+    assert TensorRTBackend().unsupported_reason("fp16")
+
+
+def test_only_what_16_bits_do_not_hold_is_kept_from_them() -> None:
+    assert network_precision("unet", "fp16") == ("fp16", False)
+    assert network_precision("time_tables", "bf16") == ("fp32", False)
+    assert network_precision("vae_decoder", "fp16") == ("fp32", True)  # float32's range, float16's mantissa
+    assert network_precision("vae_decoder", "bf16") == ("bf16", False)
+    assert network_precision("unet", "fp32") == ("fp32", False)
+
+
+def test_profiles_are_what_every_input_can_be() -> None:
+    limits = ShapeLimits(frames=(1, 9, 33), groups=(1, 1, 2), size=(512, 256))
+    shapes = profile_shapes(network_specs(ARCH)["unet"], limits, ARCH)
+    assert shapes["latents"] == ((1, 4, 64, 32), (9, 4, 64, 32), (66, 4, 64, 32))
+    assert shapes["down_block_residual_2"] == ((1, 1280, 8, 4), (9, 1280, 8, 4), (66, 1280, 8, 4))
+    assert shapes["text_kv"] == ((1, 77, 30), (1, 77, 30), (2, 77, 30))
+    assert "time_projections" not in shapes  # nothing of it is free
+    free = profile_shapes(network_specs(ARCH)["vae_decoder"], ShapeLimits(), ARCH)["latents"]
+    assert [shape[2] for shape in free] == [8, 64, 128]
+
+
+def test_outputs_follow_the_inputs() -> None:
+    spec = network_specs(ARCH)["controlnet"]
+    shapes = tuple(tuple(tensor.shape) for tensor in random_inputs(spec, SIZES).values())
+    assert output_shapes(spec, shapes) == (
+        (3, 320, 16, 8), (3, 640, 8, 4), (3, 1280, 2, 1), (3, 1280, 2, 1))  # fmt: skip
+
+
+SIZES = {"frames": 3, "groups": 1, "steps": 2, "height": 128, "width": 64}
+
+
+def test_only_small_or_unaligned_inputs_are_copied() -> None:
+    memory = torch.zeros(COPIED_BYTES // 2)
+    start = -memory.data_ptr() % ALIGNMENT // 4
+    aligned, size = memory[start:], COPIED_BYTES // 4
+    assert is_copied(aligned[:size]) and not is_copied(aligned[: size + 1])
+    assert is_copied(aligned[1 : size + 2])
+
+
+def test_another_gpu_or_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineFolderError, match="holds no networks"):
+        check_description(tmp_path, {})
+    (tmp_path / backend_module.DESCRIPTION).write_text(json.dumps({"tensorrt": "11.4.0", "device": "A (8.6)"}))
+    check_description(tmp_path, {"tensorrt": "11.4.0", "device": "A (8.6)"})
+    with pytest.raises(EngineFolderError, match=r"built for device A \(8.6\), this is B \(9.0\)"):
+        check_description(tmp_path, {"tensorrt": "11.4.0", "device": "B (9.0)"})
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT64])
+def test_weights_are_kept_in_their_own_type(dtype: ir.DataType) -> None:
+    import numpy as np
+
+    array = np.arange(6).reshape(2, 3).astype(dtype.numpy())
+    value = ir.Value(name="w", const_value=ir.Tensor(array, dtype=dtype, name="w"))
+    value.dtype, value.shape = dtype, ir.Shape((2, 3))
+    kept = initialisers(
+        ir.Model(ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 20}), ir_version=10)
+    )
+    assert kept["w"].float().tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert kept["w"].element_size() == dtype.itemsize and kept["w"].is_floating_point() == (dtype != ir.DataType.INT64)
+
+
+# ---- on a GPU, with the library ----
+
+
+@pytest.fixture(scope="module")
+def engines_of(
+    plain_model: PoseModel, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Precision], dict[str, Any]]:
+    """Builds and loads an engine in a precision, once each; limits are those of the tests' shapes."""
+    built: dict[str, dict[str, Any]] = {}
+
+    def engines(precision: Precision) -> dict[str, Any]:
+        if precision not in built:
+            folder, arch = tmp_path_factory.mktemp(precision), plain_model.architecture()
+            backend = TensorRTBackend(ShapeLimits(frames=(1, 8, 16)))
+            backend.build(plain_model, arch, folder, precision, lambda stage: None)
+            assert not list(folder.glob("*.onnx*")) and (folder / "timing.cache").stat().st_size > 0
+            built[precision] = backend.load(folder, arch, precision, folder / "unused")
+        return built[precision]
+
+    return engines
+
+
+def draw(model: PoseModel, name: str, frames: int, seed: int = 0) -> dict[str, Tensor]:
+    sizes = {"frames": frames, "groups": 1, "steps": frames, "height": 32, "width": 48}
+    inputs = random_inputs(network_specs(model.architecture())[name], sizes, seed=seed)
+    return {key: tensor.cuda() for key, tensor in inputs.items()}
+
+
+def expected(model: PoseModel, name: str, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.networks()[name](*(tensor.cpu() for tensor in inputs.values()))[0]
+
+
+def first(outputs: dict[str, Tensor]) -> Tensor:
+    return next(iter(outputs.values())).cpu()
+
+
+class TestOnGpu:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 5e-3), ("bf16", 0.03)])
+    @pytest.mark.parametrize("name", NETWORK_NAMES)
+    def test_every_network_equals_its_module(
+        self, plain_model: PoseModel, engines_of: Callable[[Precision], dict[str, Any]], name: str,
+        precision: Precision, tolerance: float,
+    ) -> None:  # fmt: skip
+        engine = engines_of(precision)[name]
+        for frames in (1, 16, 1, 7):
+            inputs = draw(plain_model, name, frames)
+            assert relative_error(first(engine(**inputs)), expected(plain_model, name, inputs)) < tolerance
+
+    def test_a_recorded_run_is_the_same_run(
+        self, plain_model: PoseModel, engines_of: Callable[[Precision], dict[str, Any]]
+    ) -> None:
+        engine = engines_of("fp16")["unet"]
+        inputs = draw(plain_model, "unet", 5)
+        results = [first(engine(**inputs)) for _ in range(3)]
+        slot = next(reversed(engine._slots.values()))
+        assert slot.records and any(graph is not None for graph in slot.graphs.values())
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+        inputs["latents"].neg_()
+        changed = first(engine(**inputs))
+        assert relative_error(changed, expected(plain_model, "unet", inputs)) < 5e-3
+
+    def test_networks_share_one_workspace(self, engines_of: Callable[[Precision], dict[str, Any]]) -> None:
+        workspaces = {id(engine._workspace) for engine in engines_of("fp16").values()}
+        assert len(workspaces) == 1
+
+    def test_tensors_on_the_cpu_come_back_to_the_cpu(
+        self, plain_model: PoseModel, engines_of: Callable[[Precision], dict[str, Any]]
+    ) -> None:
+        inputs = {key: tensor.cpu() for key, tensor in draw(plain_model, "controlnet", 2).items()}
+        outputs = engines_of("fp16")["controlnet"](**inputs)
+        assert all(not tensor.is_cuda for tensor in outputs.values())
+        assert relative_error(first(outputs), expected(plain_model, "controlnet", inputs)) < 5e-3
+
+    def test_more_frames_than_were_built_for_are_refused(
+        self, plain_model: PoseModel, engines_of: Callable[[Precision], dict[str, Any]]
+    ) -> None:
+        with pytest.raises(ShapeError, match="outside what the engine was built for"):
+            engines_of("fp16")["unet"](**draw(plain_model, "unet", 40))
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_refitted_weights_are_all_used(
+        self, make_tiny_model: Callable[..., PoseModel], tmp_path: Path, precision: Precision
+    ) -> None:
+        """Biases included: TensorRT 11.3.0 is known to have lost one."""
+        model = make_tiny_model()
+        model.fold()
+        backend, arch = TensorRTBackend(ShapeLimits(frames=(1, 4, 8))), model.architecture()
+        backend.build(model, arch, tmp_path, precision, lambda stage: None)
+        engine = backend.load(tmp_path, arch, precision, tmp_path)["unet"]
+        generator = torch.Generator().manual_seed(3)
+        tensors = {}
+        for name, parameter in model.unet.named_parameters():
+            if ".attn2.to_k." not in name and ".attn2.to_v." not in name and "time_emb" not in name:
+                parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                tensors[f"unet.{name}"] = parameter.detach().clone()
+        assert engine.swap_weights(tensors)
+        inputs = draw(model, "unet", 3)
+        tolerance = 1e-4 if precision == "fp32" else 5e-3
+        assert relative_error(first(engine(**inputs)), expected(model, "unet", inputs)) < tolerance

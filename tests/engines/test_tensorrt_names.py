@@ -1,0 +1,162 @@
+"""Every TensorRT name that the sources use exists in the published bindings, and their own checks accept our plugins.
+
+Nothing is built: that needs the library and a GPU, and is in test_tensorrt.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "posecrafter_rt" / "engines").glob("tensorrt*.py"))
+_spec = spec_from_file_location("tensorrt_bindings_helper", Path(__file__).with_name("tensorrt_bindings.py"))
+assert _spec is not None and _spec.loader is not None
+helper = module_from_spec(_spec)
+_spec.loader.exec_module(helper)
+
+needs_bindings = pytest.mark.skipif(helper.missing_reason() is not None, reason=str(helper.missing_reason()))
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return helper.write_libraries(tmp_path_factory.mktemp("libraries"))
+
+
+def names_in(source: str) -> set[str]:
+    """`trt.…` and `trtp.…` chains, and what is read off variables annotated with a `trt` class."""
+    tree = ast.parse(source)
+    classes: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign):
+            classes[ast.unparse(node.target)] = ast.unparse(node.annotation)
+        elif isinstance(node, ast.arg) and node.annotation is not None:
+            classes[node.arg] = ast.unparse(node.annotation)
+    classes = {name: annotation for name, annotation in classes.items() if re.fullmatch(r"trt\.\w+", annotation)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner, chain = ast.unparse(node.value), ast.unparse(node)
+            if re.fullmatch(r"trtp?(\.\w+)+", chain):
+                found.add(chain)
+            elif owner in classes:
+                found.add(f"{classes[owner]}.{node.attr}")
+    return found
+
+
+def all_names() -> set[str]:
+    return set().union(*(names_in(path.read_text(encoding="utf-8")) for path in SOURCES))
+
+
+def test_names_are_found_in_chains_and_on_annotated_variables() -> None:
+    source = "def f(config: trt.IBuilderConfig):\n    self.c: trt.Runtime = trt.Runtime()\n"
+    source += "    config.set_flag(trt.BuilderFlag.REFIT)\n    self.c.load()\n    trtp.cdiv(1, 2)\n    other.thing()\n"
+    assert names_in(source) == {
+        "trt.IBuilderConfig", "trt.IBuilderConfig.set_flag", "trt.Runtime", "trt.Runtime.load", "trt.BuilderFlag",
+        "trt.BuilderFlag.REFIT", "trtp.cdiv"}  # fmt: skip
+
+
+def test_the_sources_use_what_this_looks_for() -> None:
+    assert {"trt.IExecutionContext.execute_async_v3", "trt.IExecutionContext.set_device_memory",
+            "trt.IBuilderConfig.set_timing_cache", "trt.Refitter.set_named_weights", "trtp.aot_impl",
+            "trt.BuilderFlag.REFIT"} <= all_names()  # fmt: skip
+
+
+MISSING = """
+import json, tensorrt as trt, tensorrt_bindings.plugin as trtp
+def is_missing(chain):
+    value = {"trt": trt, "trtp": trtp}[chain.split(".")[0]]
+    for name in chain.split(".")[1:]:
+        if not hasattr(value, name):
+            return True
+        value = getattr(value, name)
+    return False
+print(json.dumps([chain for chain in json.loads(NAMES) if is_missing(chain)]))
+"""
+
+
+@needs_bindings
+def test_every_name_exists(libraries: Path) -> None:
+    names = sorted(all_names())
+    missing = helper.run(f"NAMES = {json.dumps(names)!r}\n{MISSING}", libraries)
+    assert json.loads(missing.splitlines()[-1]) == []
+
+
+@needs_bindings
+def test_a_removed_name_is_noticed(libraries: Path) -> None:
+    names = ["trt.BuilderFlag.FP16", "trt.IExecutionContext.execute_async_v2", "trt.BuilderFlag.REFIT"]
+    missing = helper.run(f"NAMES = {json.dumps(names)!r}\n{MISSING}", libraries)
+    assert json.loads(missing.splitlines()[-1]) == names[:2]
+
+
+# The registry and the expression builder are parts of the library: registration goes without the first, and sizes are
+# worked out by a builder of constants.
+REGISTERED = """
+import json, operator
+import tensorrt as trt
+import tensorrt_bindings.plugin as trtp
+sys.modules["tensorrt.plugin"] = trtp
+trtp._lib._register_plugin_creator = lambda *arguments: None
+from posecrafter_rt.engines.tensorrt_plugins import register_plugins
+register_plugins((8, 6))
+
+class Constant(trt.IDimensionExpr):
+    def is_constant(self):
+        return True
+    def get_constant_value(self):
+        return self.value
+
+def constant(value):
+    expression = Constant.__new__(Constant)
+    expression.value = value
+    return expression
+
+OPERATIONS = {
+    trt.DimensionOperation.SUM: operator.add, trt.DimensionOperation.PROD: operator.mul,
+    trt.DimensionOperation.FLOOR_DIV: operator.floordiv, trt.DimensionOperation.CEIL_DIV: lambda a, b: -(-a // b),
+}
+
+class Builder:
+    def constant(self, value):
+        return constant(value)
+    def operation(self, kind, first, second):
+        return constant(OPERATIONS[kind](first.value, second.value))
+
+trtp._tensor.SymIntExpr._exprBuilder = Builder()
+
+def launch(name, q, k):
+    definition = trtp._lib.QDP_REGISTRY[f"posecrafter::{name}"]
+    inputs = [trtp.TensorDesc(trtp.ShapeExprs.from_tuple(shape), trt.float16) for shape in (q, k, k)]
+    output = definition.register_func(*inputs, heads=2)  # numbers are known only when a kernel is asked for
+    for desc, shape in zip(inputs, (q, k, k)):
+        desc.shape = trtp.Shape(shape)
+    kernel, ptx, params, extra = definition.aot_impl_func(*inputs, 2, (output,), 0)
+    assert all(isinstance(value, trtp.SymInt32) for value in extra) and f".entry {kernel}(" in ptx
+    sizes = ("grid_x", "grid_y", "grid_z", "block_x", "shared_mem")
+    return {
+        "output": [size._expr.value for size in output.shape_expr], "dtype": str(output.dtype),
+        "attributes": definition.aot_impl_attr_names, "integers": [value._expr.value for value in extra],
+        **{size: getattr(params, size)._expr.value for size in sizes},
+    }
+
+print(json.dumps([launch("KeyframeAttention", (6, 100, 80), (2, 77, 80)),
+                  launch("TemporalAttention", (2, 5, 33, 80), (2, 5, 33, 80))]))
+"""
+
+
+@needs_bindings
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_registration_shapes_and_launches_pass_through_the_bindings_own_code(libraries: Path) -> None:
+    keyframe, temporal = json.loads(helper.run(REGISTERED, libraries).splitlines()[-1])
+    assert keyframe["output"] == [6, 100, 80] and temporal["output"] == [2, 5, 33, 80]
+    assert keyframe["dtype"] == temporal["dtype"] == "DataType.HALF"
+    assert keyframe["attributes"] == temporal["attributes"] == ["heads"]
+    assert keyframe["integers"] == [300, 77, 80, 80, 80, 77 * 80, 77 * 80, 80]
+    assert temporal["integers"] == [5, 5, 33, 5 * 33 * 80, 33 * 80, 80, 5 * 33 * 80, 33 * 80, 80, 80]
+    assert (keyframe["grid_y"], keyframe["grid_z"], temporal["grid_z"]) == (2, 2, 2)
+    assert keyframe["block_x"] % 32 == 0 and 0 < keyframe["shared_mem"] <= 48 << 10
