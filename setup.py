@@ -127,8 +127,8 @@ class BuildNative(build_ext):
 if __name__ == "__main__":
     native = Extension(
         "posecrafter_rt._native",
-        ["csrc/affine_warp_paste.cpp", "csrc/bindings.cpp"],
-        depends=["csrc/affine_warp_paste.h", "csrc/affine_warp_paste.cu"],
+        ["csrc/affine_warp_paste.cpp", "csrc/array.cpp", "csrc/bindings.cpp"],
+        depends=["csrc/affine_warp_paste.h", "csrc/affine_warp_paste.cu", "csrc/array.h", "csrc/dlpack.h"],
         language="c++",
     )
     setup(

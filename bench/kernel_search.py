@@ -23,7 +23,9 @@ from hardware import GPUS, Gpu, blocks_per_multiprocessor
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig, split_head
 
-HEAD_CLASSES = {2: (48, 80, 160, 256), 4: (48, 80)}  # by element size; a head takes the first that holds it
+HEAD_CLASSES = {2: (48, 80, 160, 256), 4: (48, 80, 160)}  # by element size; a head takes the first that holds it
+CHUNKED = {2: (), 4: (80, 160)}  # temporal classes by element size that spill unless scores are summed in chunks
+CHUNK = 16
 REPRESENTATIVES = {48: 40, 80: 80, 160: 160, 256: 256}
 FRAME_CLASSES = {16: 9, 32: 32, 256: 101}  # and a typical clip of each
 DTYPES = {2: torch.float16, 4: torch.float32}
@@ -95,7 +97,10 @@ def keyframe_candidates(head_class: int, element_bytes: int) -> Iterator[TileCon
                 yield TileConfig(block_m, block_n, warps, stages)
 
 
-def temporal_candidates(frames: int, head_class: int) -> Iterator[TemporalConfig]:
+def temporal_candidates(frames: int, head_class: int, element_bytes: int) -> Iterator[TemporalConfig]:
+    if head_class in CHUNKED[element_bytes]:
+        yield from chunked_candidates(frames, head_class)
+        return
     tiles = {16: (16,), 32: (16, 32), 256: (32, 64)}[frames]
     keys = {16: (16,), 32: (16, 32), 256: (16, 32, 64)}[frames]
     for block_q, block_k, num_rows, warps in itertools.product(tiles, keys, (16, 64, 128), (1, 2, 4, 8)):
@@ -103,6 +108,13 @@ def temporal_candidates(frames: int, head_class: int) -> Iterator[TemporalConfig
         is_tried = num_rows == 64 or frames == 16
         if is_tried and num_rows >= block_q and num_rows / warps in (16, 32) and accumulators <= 128:
             yield TemporalConfig(num_rows // block_q, block_q, block_k, warps, 1 if frames <= 32 else 2)
+
+
+def chunked_candidates(frames: int, head_class: int) -> Iterator[TemporalConfig]:
+    """Few tiles of such heads fit, and none of more queries: one row of the table serves all clips."""
+    for num_rows, warps in ((16, 1), (64, 2), (64, 4), (64, 8)):
+        if frames == 256 and num_rows * padded(head_class) / (warps * 32) <= 128:
+            yield TemporalConfig(num_rows // 16, 16, 16, warps, 1, chunk=CHUNK)
 
 
 def attempt(build: Any, *arguments: Any) -> Compiled | None:
@@ -143,15 +155,17 @@ def search_temporal(gpu: Gpu, element_bytes: int, head_class: int) -> Iterator[d
     key = {"capability": gpu.capability, "element_bytes": element_bytes, "max_head_size": head_class}
     for frames, typical in FRAME_CLASSES.items():
         costs = []
-        for tile in temporal_candidates(frames, head_class):
+        for tile in temporal_candidates(frames, head_class, element_bytes):
             built = attempt(compile_temporal, gpu.capability, dtype, head_size, tile)
             if built is not None:
                 costs.append((temporal_cost(gpu, tile, built, head_size, typical, element_bytes), tile, built))
 
         def fits(tile: TemporalConfig) -> bool:
             """Spills nowhere: the table's row also serves the other architecture, and calls with a mask."""
-            variants = itertools.product((86, 89, 90), (False, True))
-            return not any(compile_temporal(c, dtype, head_size, tile, has_mask=m).spill_bytes for c, m in variants)
+            # Padded heads take more registers, and tiles in chunks have none to spare.
+            sizes = (head_size, head_class - 8) if tile.chunk else (head_size,)
+            variants = itertools.product((86, 89, 90), sizes, (False, True))
+            return not any(compile_temporal(c, dtype, d, tile, has_mask=m).spill_bytes for c, d, m in variants)
 
         if (config := best(costs, key | {"max_frames": frames}, fits)) is not None:
             yield key | {"max_frames": frames} | asdict(config)

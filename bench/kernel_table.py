@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hardware import GPUS, Gpu, blocks_per_multiprocessor, roofline_s
-from workloads import FRAMES, LEVELS, Attention, attentions
+from workloads import FRAMES, Attention, attentions
 
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TemporalConfig, TileConfig, keyframe_config, temporal_config
@@ -66,26 +66,6 @@ def make_row(gpu: Gpu, problem: Attention) -> dict[str, Any]:
     }
 
 
-def fusions(frames: int) -> list[str]:
-    """What each fusion around the attentions saves, in MB a call at SD 1.5's first level, and whether it is kept."""
-    tokens, channels = LEVELS[0]
-    clip = frames * tokens * channels * ELEMENT_BYTES / 1e6
-    keys = tokens * channels * ELEMENT_BYTES / 1e6
-    lines = [
-        ("temporal: frames read in place, no transposed copies of q, k, v and the result", 8 * clip, "kept"),
-        (
-            "temporal: q, k, v as slices of one projection, its input read once and not thrice",
-            2 * clip,
-            "kept: strides",
-        ),
-        ("temporal: residual add inside the attention kernel", 0.0, "no: the output projection lies between"),
-        ("temporal: residual add in the output projection's epilogue (`addmm`)", 2 * clip, "the caller's: no kernel"),
-        ("key frame: K and V not expanded to the clip's frames", 3 * 2 * (frames - 1) * keys, "kept"),
-        ("key frame: K and V projected for one frame and not for all", 2 * (frames - 1) * keys, "kept: the caller's"),
-    ]
-    return [f"| {what} | {frames} | {saved:.1f} | {verdict} |" for what, saved, verdict in lines]
-
-
 def main() -> None:
     problems = [problem for frames in FRAMES for problem in attentions(frames)]
     rows = [make_row(gpu, problem) for gpu in GPUS for problem in problems]
@@ -94,8 +74,6 @@ def main() -> None:
     lines[-2] += " not measurements."
     lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
-    lines += ["", "## What fusing saves", "", "| fusion | F | MB saved a call | verdict |", "|---|---|---|---|"]
-    lines += [line for frames in FRAMES for line in fusions(frames)]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "kernel_table.md").write_text("\n".join(lines) + "\n")
     (RESULTS / "kernel_table.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -42,7 +42,7 @@ def expanded_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def transposed_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Temporal attention as image models' code has it: positions to the front, contiguous, SDPA, and back."""
+    """Temporal attention as image models' code has it: positions first, SDPA, and back; with one group, without copies."""
     groups, frames, tokens, channels = q.shape
     moved = [t.transpose(1, 2).reshape(groups * tokens, -1, channels) for t in (q, k, v)]
     out = scaled_dot_product_attention(*(split_heads(tensor, HEADS) for tensor in moved))
@@ -80,7 +80,7 @@ def attention_calls(problem: Attention, dtype: torch.dtype, device: str) -> dict
     q, k, v = (normal(1, problem.frames, problem.tokens, problem.channels) for _ in range(3))
     return {
         f"ours ({chosen(problem.op, q, k, v)})": lambda: temporal_attention(q, k, v, HEADS),
-        "torch SDPA, transposed copies": lambda: transposed_sdpa(q, k, v),
+        "torch SDPA, positions first": lambda: transposed_sdpa(q, k, v),
     }
 
 

@@ -1,6 +1,6 @@
 """The attention and paste problems of SD 1.5 at 512², and the bytes and FLOPs that each must cost.
 
-Bench: shared by kernels.py and kernel_table.py.
+Bench: shared by kernels.py, kernel_table.py and fusions.py.
 """
 
 from __future__ import annotations

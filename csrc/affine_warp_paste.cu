@@ -99,12 +99,18 @@ const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr :
 
 }  // namespace
 
-const char* affine_warp_paste_cuda(const Params& params, void* stream) {
+const char* affine_warp_paste_cuda(const Params& params, int device, void* stream) {
+    int previous = device;
+    cudaError_t error = cudaGetDevice(&previous);
+    if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
+    if (error != cudaSuccess) return message(error);
     const auto on = static_cast<cudaStream_t>(stream);
     if (params.dtype == DType::fp32) launch_by_mode<float>(params, on);
     if (params.dtype == DType::fp16) launch_by_mode<Half>(params, on);
     if (params.dtype == DType::bf16) launch_by_mode<BFloat16>(params, on);
-    return message(cudaGetLastError());
+    error = cudaGetLastError();
+    if (previous != device) cudaSetDevice(previous);
+    return message(error);
 }
 
 const char* cuda_device_error() {

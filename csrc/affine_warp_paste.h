@@ -187,8 +187,9 @@ PC_HD float blend(const T* plane, const Taps& taps) {
 void affine_warp_paste_cpu(const Params& params, int threads);
 
 #ifdef POSECRAFTER_CUDA
-// Enqueues on `stream` (a cudaStream_t); returns nullptr, or what CUDA says is wrong.
-const char* affine_warp_paste_cuda(const Params& params, void* stream);
+// Enqueues on `stream` (a cudaStream_t) of a device, and leaves the thread's own device as it was; returns nullptr, or
+// what CUDA says is wrong.
+const char* affine_warp_paste_cuda(const Params& params, int device, void* stream);
 const char* cuda_device_error();  // nullptr where a device can be used
 #endif
 

@@ -1,13 +1,14 @@
-// posecrafter_rt._native: Python's way to affine_warp_paste, with raw pointers and a stream.
+// posecrafter_rt._native: Python's way to affine_warp_paste, over DLPack arrays and a stream's address.
 // Layer 2: checks what would make the kernels read or write astray; knows no torch, so one build serves every version.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
+#include <array>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
 #include "affine_warp_paste.h"
+#include "array.h"
 
 #ifndef POSECRAFTER_CUDA_ARCHS
 #define POSECRAFTER_CUDA_ARCHS ""
@@ -17,11 +18,21 @@ namespace py = pybind11;
 
 namespace {
 
+using posecrafter::Array;
 using posecrafter::DType;
 using posecrafter::Mode;
 using posecrafter::Params;
+using posecrafter::dlpack::DeviceType;
+using posecrafter::dlpack::TypeCode;
 
 constexpr int kMaxRegions = 1024;  // the CUDA path's region table stays within 48 KiB of shared memory
+
+// The arguments of one call; members are constructed, and so imported, in this order.
+struct Arrays {
+    Array source, out, affines, rects;
+
+    std::array<const Array*, 4> all() const { return {&source, &out, &affines, &rects}; }
+};
 
 int as_size(int64_t value, int64_t least, const char* name) {
     if (value < least || value > std::numeric_limits<int>::max())
@@ -29,50 +40,93 @@ int as_size(int64_t value, int64_t least, const char* name) {
     return static_cast<int>(value);
 }
 
-Params make_params(uintptr_t source, uintptr_t out, uintptr_t affines, uintptr_t rects, const py::tuple& shape,
-                   const py::tuple& form) {
-    const auto size = [&](size_t i) { return shape[i].cast<int64_t>(); };
+Mode mode_of(const std::string& name) {
+    if (name == "bilinear") return Mode::bilinear;
+    if (name == "nearest") return Mode::nearest;
+    if (name == "unit_variance") return Mode::unit_variance;
+    throw std::invalid_argument("unknown mode " + name);
+}
+
+DType dtype_of(const Array& array) {
+    if (array.has_type(TypeCode::floating, 32)) return DType::fp32;
+    if (array.has_type(TypeCode::floating, 16)) return DType::fp16;
+    if (array.has_type(TypeCode::bfloat, 16)) return DType::bf16;
+    array.refuse("want float32, float16 or bfloat16");
+}
+
+// Everything may be read but for `out`, which is written: nothing else may lie in it, save a source that is it.
+void check_memory(const Arrays& arrays, bool copy) {
+    const auto& [source, out, affines, rects] = arrays;
+    if (out.is_read_only()) out.refuse("is read-only, and would be written");
+    const bool is_in_place = !copy && source.ndim() == 4 && source.data() == out.data();
+    if (source.overlaps(out) && !is_in_place) source.refuse("shares memory with out");
+    if (affines.overlaps(out)) affines.refuse("shares memory with out");
+    if (rects.overlaps(out)) rects.refuse("shares memory with out");
+}
+
+Params make_params(const Arrays& arrays, const std::string& mode, bool copy) {
+    const auto& [source, out, affines, rects] = arrays;
     Params p{};
-    p.source = reinterpret_cast<const void*>(source);
-    p.out = reinterpret_cast<void*>(out);
-    p.affines = reinterpret_cast<const float*>(affines);
-    p.rects = reinterpret_cast<const int64_t*>(rects);
-    p.frames = as_size(size(0), 0, "frames");
-    p.lead = as_size(size(1), 0, "lead");
-    p.regions = as_size(size(2), 0, "regions");
-    p.channels = as_size(size(3), 1, "channels");
-    p.height = as_size(size(4), 1, "height");
-    p.width = as_size(size(5), 1, "width");
-    p.mode = static_cast<Mode>(form[0].cast<int>());
-    p.dtype = static_cast<DType>(form[1].cast<int>());
-    const bool is_shared = form[2].cast<bool>();
-    p.copy = form[3].cast<bool>();
-    as_size(static_cast<int64_t>(p.height) * p.width, 1, "height × width");
+    p.dtype = dtype_of(out);
+    p.mode = mode_of(mode);
+    p.copy = copy;
+    if (!source.has_type_of(out)) source.refuse("want the type of out");
+    if (!affines.has_type(TypeCode::floating, 32)) affines.refuse("want float32");
+    if (!rects.has_type(TypeCode::integer, 64)) rects.refuse("want int64");
+
+    if (out.ndim() != 4) out.refuse("want sizes (F, C, h, w)");
+    p.frames = as_size(out.size(0), 0, "frames");
+    p.channels = as_size(out.size(1), 1, "channels");
+    p.height = as_size(out.size(2), 1, "height");
+    p.width = as_size(out.size(3), 1, "width");
+    as_size(out.size(2) * out.size(3), 1, "height × width");
+    const bool is_shared = source.ndim() == 3;
+    if (is_shared)
+        source.want_sizes("(C, h, w) of out", 0, {out.size(1), out.size(2), out.size(3)});
+    else
+        source.want_sizes("(F, C, h, w) of out, or without F", 0, {out.size(0), out.size(1), out.size(2), out.size(3)});
+    p.source_stride = is_shared ? 0 : out.size(1) * out.size(2) * out.size(3);
+
+    if (affines.ndim() != 4) affines.refuse("want sizes (N, R, 2, 3)");
+    affines.want_sizes("(N, R, 2, 3)", 2, {2, 3});
+    rects.want_sizes("(N, R, 4) of affines", 0, {affines.size(0), affines.size(1), 4});
+    if (affines.size(0) > out.size(0)) affines.refuse("more edits than out has frames");
+    p.lead = static_cast<int>(out.size(0) - affines.size(0));
+    p.regions = as_size(affines.size(1), 0, "regions");
     if (p.regions > kMaxRegions)
         throw std::invalid_argument("regions = " + std::to_string(p.regions) + " exceeds 1024");
-    if (static_cast<int>(p.mode) < 0 || static_cast<int>(p.mode) > 2) throw std::invalid_argument("unknown mode");
-    if (static_cast<int>(p.dtype) < 0 || static_cast<int>(p.dtype) > 2) throw std::invalid_argument("unknown dtype");
-    p.source_stride = is_shared ? 0 : static_cast<int64_t>(p.channels) * p.height * p.width;
-    const bool has_edits = p.frames > p.lead && p.regions > 0;
-    if (p.frames > 0 && (source == 0 || out == 0)) throw std::invalid_argument("null latent");
-    if (has_edits && (affines == 0 || rects == 0)) throw std::invalid_argument("null affines or rects");
+
+    check_memory(arrays, copy);
+    p.source = source.data();
+    p.out = out.data();
+    p.affines = static_cast<const float*>(affines.data());
+    p.rects = static_cast<const int64_t*>(rects.data());
     return p;
 }
 
-void run_cpu(uintptr_t source, uintptr_t out, uintptr_t affines, uintptr_t rects, const py::tuple& shape,
-             const py::tuple& form, int threads) {
-    const Params p = make_params(source, out, affines, rects, shape, form);
-    py::gil_scoped_release release;
+void run_cpu(const py::object& source, const py::object& out, const py::object& affines, const py::object& rects,
+             const std::string& mode, bool copy, int threads) {
+    const Arrays arrays{{"source", source}, {"out", out}, {"affines", affines}, {"rects", rects}};
+    for (const Array* array : arrays.all())
+        if (!array->is_on_cpu()) array->refuse("want memory of the CPU");
+    const Params p = make_params(arrays, mode, copy);
+    py::gil_scoped_release release;  // taken back before the arrays are given back
     posecrafter::affine_warp_paste_cpu(p, threads);
 }
 
 #ifdef POSECRAFTER_CUDA
-void run_cuda(uintptr_t source, uintptr_t out, uintptr_t affines, uintptr_t rects, const py::tuple& shape,
-              const py::tuple& form, uintptr_t stream) {
-    const Params p = make_params(source, out, affines, rects, shape, form);
+void run_cuda(const py::object& source, const py::object& out, const py::object& affines, const py::object& rects,
+              const std::string& mode, bool copy, uintptr_t stream) {
+    const Arrays arrays{
+        {"source", source, stream}, {"out", out, stream}, {"affines", affines, stream}, {"rects", rects, stream}};
+    const int device = arrays.out.device().index;
+    for (const Array* array : arrays.all())
+        if (array->device().type != DeviceType::cuda || array->device().index != device)
+            array->refuse("want memory of one CUDA device");
+    const Params p = make_params(arrays, mode, copy);
     if (p.frames == 0) return;
-    if (p.source == p.out) throw std::invalid_argument("the CUDA path reads a snapshot: source and out must differ");
-    const char* error = posecrafter::affine_warp_paste_cuda(p, reinterpret_cast<void*>(stream));
+    if (p.source == p.out) arrays.source.refuse("the CUDA path reads a snapshot: source and out must differ");
+    const char* error = posecrafter::affine_warp_paste_cuda(p, device, reinterpret_cast<void*>(stream));
     if (error != nullptr) throw std::runtime_error(std::string("affine_warp_paste: CUDA says ") + error);
 }
 #endif
@@ -106,14 +160,18 @@ py::object cuda_error() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() =
-        "affine_warp_paste for CPU and CUDA; pointers are addresses, shape = (frames, lead, regions, channels, "
-        "height, width), form = (mode, dtype, is_shared, copy).";
+    m.doc() = R"(affine_warp_paste for CPU and CUDA, over arrays of any library that speaks DLPack.
+
+source (C, h, w) or (F, C, h, w) and out (F, C, h, w): float32, float16 or bfloat16; affines float32 (N, R, 2, 3), rects
+int64 (N, R, 4): compact arrays or DLPack capsules (which are used up) on one device. The last N frames of out are edited;
+with copy, out's other pixels are written too. Raises ValueError for an array that does not fit, TypeError for no array.)";
     m.def("affine_warp_paste_cpu", &run_cpu, py::arg("source"), py::arg("out"), py::arg("affines"), py::arg("rects"),
-          py::arg("shape"), py::arg("form"), py::arg("threads"));
+          py::arg("mode") = "bilinear", py::arg("copy") = true, py::arg("threads") = 1,
+          "Write out. source may be out itself where copy is false.");
 #ifdef POSECRAFTER_CUDA
     m.def("affine_warp_paste_cuda", &run_cuda, py::arg("source"), py::arg("out"), py::arg("affines"), py::arg("rects"),
-          py::arg("shape"), py::arg("form"), py::arg("stream"));
+          py::arg("mode") = "bilinear", py::arg("copy") = true, py::arg("stream") = 0,
+          "Enqueue the writing of out on a stream of its device; stream: a cudaStream_t as an integer.");
 #endif
     m.def("build_info", &build_info, "What this build holds: cuda, openmp, cuda_archs, compiler.");
     m.def("cuda_error", &cuda_error, "None where a CUDA device can be used, else the reason.");

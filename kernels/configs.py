@@ -35,7 +35,10 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class TemporalConfig:
-    """A temporal_attention launch: positions, query frames and key frames a tile, warps, stages, fp32 precision."""
+    """A temporal_attention launch: positions, query frames and key frames a tile, warps, stages, fp32 precision.
+
+    chunk: columns of q and k that are multiplied at a time, or 0 for all: large heads do not fit the registers.
+    """
 
     block_p: int
     block_q: int
@@ -43,6 +46,7 @@ class TemporalConfig:
     num_warps: int
     num_stages: int
     precision: str = "tf32x3"
+    chunk: int = 0
 
 
 def split_head(head_size: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posecrafter_rt.kernels.configs import EAGER_OPTIONS, SCALE_LOG2E, TemporalConfig, split_head, temporal_config
-from posecrafter_rt.kernels.tiles import load_columns, store_columns
+from posecrafter_rt.kernels.tiles import load_chunk, load_columns, store_columns
 
 
 @triton.jit
@@ -20,12 +20,15 @@ def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
     q_group_stride, q_frame_stride, q_row_stride, k_group_stride, k_frame_stride, k_row_stride, channels, out_ptr,
     SCALE: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P positions × BLOCK_Q query frames of one head. Grid: (heads × query blocks, position blocks, groups).
 
     Heads are the fastest axis: the programs that share 128-byte lines of a row run side by side. The frame axis is
     strided, so nothing is transposed before or after. v has k's strides; out is (G, Fq, L, C) contiguous;
     mask: (Fq, Fk) bytes, contiguous, or None. A query without an allowed key yields 0.
+    CHUNK: 0 keeps q in registers; else scores sum over CHUNK columns of q and k at a time, q read anew for each tile of
+    keys (from cache): large heads would spill otherwise.
     """
     heads = channels // HEAD_SIZE
     head = tl.program_id(0) % heads
@@ -38,8 +41,9 @@ def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
     q_frames = queries.to(tl.int64)[None, :, None]  # 64 bits: frame × stride may pass 2³¹ elements
     q_base = q_ptr + group * q_group_stride + column
     q_rows = q_base + q_frames * q_frame_stride + positions[:, None, None] * q_row_stride
-    q_main = load_columns(q_rows, row_mask, 0, DIM_MAIN, HEAD_SIZE, True)
-    q_tail = load_columns(q_rows, row_mask, DIM_MAIN, DIM_TAIL, HEAD_SIZE, True) if DIM_TAIL > 0 else q_main
+    if CHUNK == 0:
+        q_main = load_columns(q_rows, row_mask, 0, DIM_MAIN, HEAD_SIZE, True)
+        q_tail = load_columns(q_rows, row_mask, DIM_MAIN, DIM_TAIL, HEAD_SIZE, True) if DIM_TAIL > 0 else q_main
     k_offset = group * k_group_stride + column + positions[:, None, None] * k_row_stride  # (P, 1, 1)
 
     acc_main = tl.zeros((BLOCK_P, BLOCK_Q, DIM_MAIN), tl.float32)
@@ -50,11 +54,18 @@ def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
         keys = start + tl.arange(0, BLOCK_K)
         key_mask = position_mask & (keys < num_keys)[None, :, None]  # (P, K, 1)
         offsets = k_offset + keys.to(tl.int64)[None, :, None] * k_frame_stride
-        k_main = load_columns(k_ptr + offsets, key_mask, 0, DIM_MAIN, HEAD_SIZE, True)
-        scores = tl.dot(q_main, tl.permute(k_main, (0, 2, 1)), input_precision=PRECISION)  # (P, Q, K)
-        if DIM_TAIL > 0:
-            k_tail = load_columns(k_ptr + offsets, key_mask, DIM_MAIN, DIM_TAIL, HEAD_SIZE, True)
-            scores = tl.dot(q_tail, tl.permute(k_tail, (0, 2, 1)), scores, input_precision=PRECISION)
+        if CHUNK > 0:
+            scores = tl.zeros((BLOCK_P, BLOCK_Q, BLOCK_K), tl.float32)
+            for first in range(0, HEAD_SIZE, CHUNK):
+                q_part = load_chunk(q_rows, row_mask, first, CHUNK, HEAD_SIZE)
+                k_part = load_chunk(k_ptr + offsets, key_mask, first, CHUNK, HEAD_SIZE)
+                scores = tl.dot(q_part, tl.permute(k_part, (0, 2, 1)), scores, input_precision=PRECISION)
+        else:
+            k_main = load_columns(k_ptr + offsets, key_mask, 0, DIM_MAIN, HEAD_SIZE, True)
+            scores = tl.dot(q_main, tl.permute(k_main, (0, 2, 1)), input_precision=PRECISION)  # (P, Q, K)
+            if DIM_TAIL > 0:
+                k_tail = load_columns(k_ptr + offsets, key_mask, DIM_MAIN, DIM_TAIL, HEAD_SIZE, True)
+                scores = tl.dot(q_tail, tl.permute(k_tail, (0, 2, 1)), scores, input_precision=PRECISION)
         allowed = (keys < num_keys)[None, :]
         if mask_ptr is not None:
             allowed = tl.load(
@@ -94,6 +105,7 @@ def constants(head_size: int, config: TemporalConfig) -> dict[str, int | float |
         "BLOCK_Q": config.block_q,
         "BLOCK_K": config.block_k,
         "PRECISION": config.precision,
+        "CHUNK": config.chunk,
     }
 
 

@@ -32,6 +32,15 @@ def load_columns(
 
 
 @triton.jit
+def load_chunk(pointers, row_mask, first, COUNT: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """As `load_columns` with MASKED, from a column that is known only at run time; pointers, row_mask: (..., 1)."""
+    columns = first + tl.arange(0, COUNT)
+    columns = columns[None, None, :] if len(pointers.shape) == 3 else columns[None, :]
+    mask = row_mask & (columns < HEAD_SIZE) if HEAD_SIZE % COUNT > 0 else row_mask
+    return tl.load(pointers + columns, mask=mask, other=0.0)
+
+
+@triton.jit
 def store_columns(pointers, row_mask, tile, FIRST: tl.constexpr, COUNT: tl.constexpr, HEAD_SIZE: tl.constexpr):
     """The counterpart of `load_columns`; writes nothing beyond the head or in masked rows."""
     columns = FIRST + tl.arange(0, COUNT)

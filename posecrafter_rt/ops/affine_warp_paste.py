@@ -95,7 +95,7 @@ def _run(latent: Tensor, affines: Tensor, rects: Tensor, mode: str, backend: str
         edited = affine_warp_paste_ref(latent.unsqueeze(0), affines, rects, mode)
         return torch.cat([latent.unsqueeze(0), edited])
     out = latent.new_empty(affines.shape[0] + 1, *latent.shape)
-    native.paste(latent.contiguous(), out, affines, rects, mode, lead=1, copy=True)
+    native.paste(latent.contiguous(), out, affines, rects, mode, copy=True)
     return out
 
 
@@ -105,11 +105,11 @@ def _run_inplace(latents: Tensor, affines: Tensor, rects: Tensor, mode: str, bac
         edited.copy_(affine_warp_paste_ref(edited, affines, rects, mode))
     elif latents.is_contiguous():
         snapshot = edited.clone() if latents.is_cuda else edited  # the CPU path keeps one frame's snapshot at a time
-        native.paste(snapshot, edited, affines, rects, mode, lead=0, copy=False)
+        native.paste(snapshot, edited, affines, rects, mode, copy=False)
     else:
         dense = edited.contiguous()
         out = torch.empty_like(dense)
-        native.paste(dense, out, affines, rects, mode, lead=0, copy=True)
+        native.paste(dense, out, affines, rects, mode, copy=True)
         edited.copy_(out)
 
 

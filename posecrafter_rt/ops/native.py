@@ -1,4 +1,4 @@
-"""The compiled extension, if it is there: `affine_warp_paste` over raw pointers.
+"""The compiled extension, if it is there: `affine_warp_paste` over DLPack.
 
 Layer 2: the only importer of `posecrafter_rt._native`.
 """
@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from posecrafter_rt.ops.reference import MODES
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 BYTES_PER_THREAD = 4 << 20  # a thread writes this in about 0.4 ms; waking one for less costs more than it saves
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the extension's enum
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @cache
@@ -48,24 +47,23 @@ def build_info() -> dict[str, Any]:
     return {} if module is None else dict(module.build_info())
 
 
-def paste(source: Tensor, out: Tensor, affines: Tensor, rects: Tensor, mode: str, *, lead: int, copy: bool) -> None:
-    """Write the edited frames into `out`.
+def paste(source: Tensor, out: Tensor, affines: Tensor, rects: Tensor, mode: str, *, copy: bool) -> None:
+    """Write the edited frames into `out`: its last N, after those that no edit belongs to.
 
+    The extension checks shapes, dtypes, devices and memory itself, from what DLPack says of each array.
     Args:
         source: (C, h, w), shared by all frames, or (F, C, h, w); contiguous. May be `out` on the CPU, not on CUDA.
         out: (F, C, h, w) contiguous, dtype and device of source, **written**.
-        affines, rects: float32 (F - lead, R, 2, 3) and int64 (F - lead, R, 4), contiguous, on the same device.
-        lead: output frames before the first edited one. copy: write unedited pixels too.
+        affines, rects: float32 (N, R, 2, 3) and int64 (N, R, 4), contiguous, on the same device.
+        copy: write unedited pixels too.
+    Raises: ValueError for arrays that do not fit.
     """
     module, reason = _load()
     assert module is not None, reason
-    frames, channels, height, width = out.shape
-    shape = (frames, lead, affines.shape[1], channels, height, width)
-    form = (MODES.index(mode), DTYPES.index(out.dtype), source.ndim == 3, copy)
-    pointers = tuple(tensor.data_ptr() for tensor in (source, out, affines, rects))
+    # The capsule itself: a tensor handed over as it is would make its own in Python, 6 µs each instead of 0.3.
+    capsules = [to_dlpack(tensor) for tensor in (source, out, affines, rects)]
     if out.device.type == "cpu":
         threads = max(1, min(torch.get_num_threads(), out.nbytes // BYTES_PER_THREAD))
-        module.affine_warp_paste_cpu(*pointers, shape, form, threads)
-        return
-    with torch.cuda.device(out.device):
-        module.affine_warp_paste_cuda(*pointers, shape, form, torch.cuda.current_stream().cuda_stream)
+        module.affine_warp_paste_cpu(*capsules, mode, copy, threads)
+    else:
+        module.affine_warp_paste_cuda(*capsules, mode, copy, torch.cuda.current_stream(out.device).cuda_stream)

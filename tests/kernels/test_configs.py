@@ -64,6 +64,24 @@ def test_sixteen_bit_heads_of_sd15_have_rows(capability: tuple[int, int], dtype:
         assert all(missing_reason("temporal_attention", capability, dtype, head_size, n) is None for n in FRAMES)
 
 
+@pytest.mark.parametrize(
+    ("op", "dtype", "limits"),
+    [
+        ("keyframe_attention", torch.float16, {86: 160, 90: 256}),
+        ("keyframe_attention", torch.float32, {86: 80, 90: 80}),
+        ("temporal_attention", torch.bfloat16, {86: 160, 90: 160}),
+        ("temporal_attention", torch.float32, {86: 160, 90: 160}),
+    ],
+)
+def test_the_largest_heads_are_those_of_the_documents(op: str, dtype: torch.dtype, limits: dict[int, int]) -> None:
+    for capability, largest in limits.items():
+        for frames in FRAMES:
+            reasons = [
+                missing_reason(op, divmod(capability, 10), dtype, size, frames) for size in (largest, largest + 8)
+            ]
+            assert reasons[0] is None and reasons[1] is not None
+
+
 def test_a_missing_row_names_the_launch() -> None:
     reason = missing_reason("keyframe_attention", (8, 6), torch.float16, 512)
     assert reason == "no tile for head size 512 in torch.float16 on compute capability 8.6"

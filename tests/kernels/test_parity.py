@@ -79,6 +79,8 @@ def test_keyframe_attention(ask: Ask, shape: tuple[int, ...], config: tuple[int,
         ((1, 17, 18, 3, 1, 160), (2, 32, 32, 4, 1)),
         ((1, 101, 101, 2, 1, 40), (1, 64, 32, 4, 2)),
         ((1, 3, 256, 1, 1, 24), (1, 16, 64, 1, 2)),
+        ((1, 17, 18, 3, 1, 160), (4, 16, 16, 4, 1, "tf32x3", 16)),  # large heads: q and k in chunks of columns
+        ((2, 3, 4, 2, 2, 88), (1, 16, 16, 1, 1, "tf32x3", 16)),  # the last chunk is half a one
     ],
 )
 def test_temporal_attention(

@@ -69,22 +69,8 @@ def test_nvcc_compiles_and_links_every_target(tmp_path: Path, setup_module: Modu
 
 
 @pytest.mark.skipif(native.missing_reason() is not None, reason=str(native.missing_reason()))
-def test_the_extension_imports_without_a_driver_and_refuses_nonsense() -> None:
+def test_the_extension_imports_without_a_driver() -> None:
     from posecrafter_rt import _native
 
     assert set(native.build_info()) == {"cuda", "openmp", "cuda_archs", "compiler"}
     assert _native.cuda_error() is None or isinstance(_native.cuda_error(), str)
-    good = {"shape": (1, 0, 1, 1, 2, 2), "form": (0, 0, True, True)}
-    for changed in (
-        {"shape": (1, 0, 1, 0, 2, 2)},
-        {"shape": (-1, 0, 1, 1, 2, 2)},
-        {"shape": (1, 0, 1, 1, 2**31, 2)},
-        {"shape": (1, 0, 1, 1, 2**20, 2**20)},
-        {"shape": (1, 0, 1025, 1, 2, 2)},
-        {"form": (3, 0, True, True)},
-        {"form": (0, -1, True, True)},
-        {},  # null pointers
-    ):
-        arguments = good | changed
-        with pytest.raises(ValueError):
-            _native.affine_warp_paste_cpu(0, 0, 0, 0, arguments["shape"], arguments["form"], 1)

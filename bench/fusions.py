@@ -1,0 +1,102 @@
+"""What each fusion around the attentions saves, by counting bytes, and which are kept.
+
+Bench: `python bench/fusions.py` prints the table of docs/operators.md; a count, nothing is run or timed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hardware import REGISTERS
+from workloads import FRAMES, LEVELS
+
+ELEMENT_BYTES = 2
+CALLS = 5  # of each attention, at each of the first three levels, in one step of SD 1.5's U-Net: 2 down, 3 up
+TEMPORAL_LEVELS = LEVELS[:3]
+ROWS = 64  # of a program's tile: positions × query frames
+SUM_COLUMNS = REGISTERS // 2 // ROWS  # fp32 sums of a tile's output rows that half of the registers hold
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One candidate. saved: bytes that a call no longer moves, from (clip, frame, channels): the bytes of an (F, L, C)
+    and of an (L, C) tensor, and C. Every tensor that a kernel reads or writes counts once, weights not at all."""
+
+    name: str
+    saved: Callable[[int, int, int], int]
+    verdict: str
+
+
+def out_projection_saved(clip: int, frame: int, channels: int) -> int:
+    """The attention's result is neither written nor read, but q, k, v are read once more for each slice of the output
+    beyond the first: a row of the product needs all heads, and its C sums do not fit the registers at once."""
+    slices = -(-channels // SUM_COLUMNS)
+    return 2 * clip - 3 * clip * (slices - 1)
+
+
+FUSIONS = (
+    Fusion(
+        "temporal: frames read and written in place, against transposed copies of q, k, v and the result",
+        lambda clip, frame, channels: 4 * 2 * clip,
+        "kept: the kernel's strides",
+    ),
+    Fusion(
+        "temporal: q, k, v as slices of one projection, whose input is read once and not thrice",
+        lambda clip, frame, channels: 2 * clip,
+        "kept: the kernel's strides",
+    ),
+    Fusion(
+        "temporal: residual add inside the attention kernel",
+        lambda clip, frame, channels: 0,
+        "no: the output projection lies between",
+    ),
+    Fusion(
+        "temporal: output projection inside the attention kernel",
+        out_projection_saved,
+        "no: a loss but for the first level",
+    ),
+    Fusion(
+        "temporal: residual add in the output projection's epilogue",
+        lambda clip, frame, channels: 2 * clip,
+        "no kernel of ours: a matrix product's",
+    ),
+    Fusion(
+        "key frame: K and V not expanded to the clip's frames (written, then read)",
+        lambda clip, frame, channels: 2 * 2 * clip,
+        "kept: the kernel's indexing",
+    ),
+    Fusion(
+        "key frame: K and V projected for one frame and not for all (input read twice, both written)",
+        lambda clip, frame, channels: 4 * (clip - frame),
+        "kept: models/blocks.py",
+    ),
+)
+
+
+def saved_bytes(fusion: Fusion, frames: int, tokens: int, channels: int) -> int:
+    """Bytes that the fusion saves in one call over a clip; negative where it moves more."""
+    frame = tokens * channels * ELEMENT_BYTES
+    return fusion.saved(frames * frame, frame, channels)
+
+
+def table() -> str:
+    """The Markdown table: MB a call at each level, and a step's sum over the levels where it is a gain."""
+    levels = [f"{tokens} × {channels}" for tokens, channels in TEMPORAL_LEVELS]
+    header = ("fusion", "F", *levels, "a step", "kept")
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
+    for fusion in FUSIONS:
+        for frames in FRAMES:
+            calls = [saved_bytes(fusion, frames, *level) for level in TEMPORAL_LEVELS]
+            step = CALLS * sum(max(0, saved) for saved in calls)
+            cells = [fusion.name, str(frames), *(f"{saved / 1e6:,.1f}" for saved in (*calls, step)), fusion.verdict]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
