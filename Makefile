@@ -63,7 +63,7 @@ $(STAMPS)/wheel: $(STAMPS)/dev $(PACKAGE_SOURCES) $(SOURCES) tests/wheel_check.p
 
 bench-gpu: $(STAMPS)/dev
 	@test -n "$(CUDA)" || { echo "error: no NVIDIA GPU answers on this machine" >&2; exit 1; }
-	$(BIN)/python bench/gpu.py
+	$(BIN)/python -m bench.gpu
 
 clean:
 	rm -rf build dist *.egg-info posecrafter_rt/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis demo

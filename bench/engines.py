@@ -1,6 +1,6 @@
 """Times one denoising step (ControlNet + U-Net) by every backend and precision, with its distance from PyTorch float32.
 
-Bench: `python bench/engines.py [--base embedded] [--size 128x160] [--frames 1 4 16] [--quick]` builds every backend that
+Bench: `python -m bench.engines [--base embedded] [--size 128x160] [--frames 1 4 16] [--quick]` builds every backend that
 can run here, calls them in turns and writes results/engines-<base>.json and .md.
 """
 
@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from timing import compare, machine
-
+from bench.timing import compare, machine
 from posecrafter_rt.cli.arguments import parse_size
 from posecrafter_rt.engines import Engine, get_backend, names
 from posecrafter_rt.export.shapes import random_inputs

@@ -1,19 +1,15 @@
 """What each fusion around the attentions saves, by counting bytes, and which are kept.
 
-Bench: `python bench/fusions.py` prints the table of docs/operators.md; a count, nothing is run or timed.
+Bench: `python -m bench.fusions` prints the table of docs/operators.md; a count, nothing is run or timed.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from hardware import REGISTERS
-from workloads import FRAMES, LEVELS
+from bench.hardware import REGISTERS
+from bench.workloads import FRAMES, LEVELS
 
 ELEMENT_BYTES = 2
 CALLS = 5  # of each attention, at each of the first three levels, in one step of SD 1.5's U-Net: 2 down, 3 up

@@ -23,7 +23,7 @@ def main() -> int:
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "tests/ops", "tests/kernels"]
     failed = subprocess.run(tests, cwd=ROOT, timeout=TEST_LIMIT_S).returncode
     # 36 contenders and a few peaks at 0.7 s, and each kernel's first compilation
-    bench = [sys.executable, "bench/kernels.py", "--budget-s", "0.7"]
+    bench = [sys.executable, "-m", "bench.kernels", "--budget-s", "0.7"]
     return subprocess.run(bench, cwd=ROOT, timeout=BENCH_LIMIT_S).returncode or failed
 
 

@@ -1,6 +1,6 @@
 """Chooses kernels/configs.json without a GPU: compile every candidate tile, model its time, keep the best.
 
-Bench: `python bench/kernel_search.py` rewrites the table (minutes; needs Triton). The model ranks, it does not predict:
+Bench: `python -m bench.kernel_search` rewrites the table (minutes; needs Triton). The model ranks, it does not predict:
 where a GPU is present, bench/kernels.py measures.
 """
 
@@ -11,15 +11,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from hardware import GPUS, Gpu, blocks_per_multiprocessor
-
+from bench.hardware import GPUS, Gpu, blocks_per_multiprocessor
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig, split_head
 

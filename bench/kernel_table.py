@@ -1,23 +1,19 @@
 """The Triton kernels as compiled for three GPUs: registers, spills, shared memory, occupancy, roofline time.
 
-Bench: `python bench/kernel_table.py` writes results/kernel_table.json and .md; needs Triton, no GPU. The times are
+Bench: `python -m bench.kernel_table` writes results/kernel_table.json and .md; needs Triton, no GPU. The times are
 bounds, not measurements. Exits 1 if a configuration spills or does not fit.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from hardware import GPUS, Gpu, blocks_per_multiprocessor, roofline_s
-from workloads import FRAMES, Attention, attentions
-
+from bench.hardware import GPUS, Gpu, blocks_per_multiprocessor, roofline_s
+from bench.workloads import FRAMES, Attention, attentions
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TemporalConfig, TileConfig, keyframe_config, temporal_config
 

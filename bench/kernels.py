@@ -1,6 +1,6 @@
 """Times the three operators against what one would write without them, on whatever device is there.
 
-Bench: `python bench/kernels.py` writes results/kernels-<device>.json and .md. Rooflines are this machine's own,
+Bench: `python -m bench.kernels` writes results/kernels-<device>.json and .md. Rooflines are this machine's own,
 measured: the time that the bytes or the FLOPs would take at the peak of a copy or of a matrix product.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,11 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from timing import Timing, compare, machine, time_call, time_on_cpu
-from workloads import HEADS, Attention, attentions, paste_bytes
-
+from bench.timing import Timing, compare, machine, time_call, time_on_cpu
+from bench.workloads import HEADS, Attention, attentions, paste_bytes
 from posecrafter_rt.ops import BACKENDS, affine_warp_paste, keyframe_attention, temporal_attention, unsupported_reason
 from posecrafter_rt.ops.reference import split_heads
 

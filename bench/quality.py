@@ -1,6 +1,6 @@
 """How near the demonstration's render comes to the truth, by mode and option, and by the tuning's `norm_scope`.
 
-Bench: `python bench/quality.py [--quick]` tunes on the demonstration's eight frames, renders frames 46-119 by every
+Bench: `python -m bench.quality [--quick]` tunes on the demonstration's eight frames, renders frames 46-119 by every
 variant and writes results/quality.json and .md. About 25 minutes on two cores; --quick takes every sixth frame.
 """
 
@@ -15,10 +15,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from timing import machine
-
+from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import build_engine
 from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path

@@ -1,6 +1,6 @@
 """The one timing helper: warm-up, many repetitions, median and spread; cold caches and events on a GPU.
 
-Bench: imported by every script here; `python bench/timing.py` prints what it costs to time nothing.
+Bench: imported by every script here; `python -m bench.timing` prints what it costs to time nothing.
 """
 
 from __future__ import annotations
