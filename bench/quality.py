@@ -36,6 +36,10 @@ def render_variants(steps: int) -> dict[str, RenderOptions]:
         variants[f"resample {resample}"] = RenderOptions(num_inference_steps=steps, resample=resample)  # type: ignore[arg-type]
     for tau in (2, 4, 8):
         variants[f"tau {tau}"] = RenderOptions(num_inference_steps=steps, tau=min(tau, steps))
+    for substeps in (1, 4):
+        variants[f"inversion substeps {substeps}"] = RenderOptions(
+            num_inference_steps=steps, inversion_substeps=substeps
+        )
     for scale in (0.8, 1.3):
         variants[f"control scale {scale}"] = RenderOptions(num_inference_steps=steps, conditioning_scale=scale)
     for other in (steps // 2, 2 * steps):

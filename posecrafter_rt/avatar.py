@@ -122,13 +122,16 @@ class Avatar:
     ) -> Iterator[np.ndarray]:
         """As `render`, yielding frames (H, W, 3) as they are decoded. on_step: told (stage, step, steps)."""
         options = replace(options or RenderOptions(), **changes)
+        if options.inversion_substeps is None:
+            options = replace(options, inversion_substeps=self.folder.manifest["inversion_substeps"])
         report = RenderReport(options, len(poses))
         target = transform_keypoints(poses, self.size)  # as the training frames were fitted
         told = on_step or (lambda stage, step, steps: None)
         with report.stage("prepare"):
             reference = select_reference(self.poses, target) if options.selects else 0
             report.reference_index = reference
-            source = self._prepare_tables(options, [self.prompt])
+            inversion = self.schedule.inversion_timesteps(options.num_inference_steps, options.inversion_substeps or 1)
+            source = self._prepare_tables(inversion, [self.prompt])
         with report.stage("invert"):
             told("inverting the reference", 0, options.num_inference_steps)
             inverted = self._inverted_latents(reference, source, options, report)
@@ -137,7 +140,8 @@ class Avatar:
             if clip.plan is not None:
                 report.skipped_regions = [skipped._asdict() for skipped in clip.plan.report]
                 report.edited_regions = int((clip.plan.rects[..., 2] > clip.plan.rects[..., 0]).sum())
-            tables = self._prepare_tables(options, self._prompts(options))
+            timesteps = self.schedule.timesteps(options.num_inference_steps)
+            tables = self._prepare_tables(timesteps, self._prompts(options))
         with report.stage("denoise"):
             latents = render_clip(self.engines, self.schedule, tables, clip, options,
                                   lambda step: told("denoising", step, options.num_inference_steps))  # fmt: skip
@@ -155,11 +159,10 @@ class Avatar:
         prompt = self.prompt if options.prompt is None else options.prompt
         return [prompt] if options.guidance_scale == 1 else ["", prompt]  # unconditional first
 
-    def _prepare_tables(self, options: RenderOptions, prompts: list[str]) -> Tables:
-        key = (options.num_inference_steps, *prompts)
+    def _prepare_tables(self, timesteps: np.ndarray, prompts: list[str]) -> Tables:
+        key = (timesteps.tobytes(), *prompts)
         if key not in self._tables:
-            input_ids = tokenize(self.tokenizer, prompts)
-            self._tables[key] = prepare_tables(self.engines, self.schedule, options.num_inference_steps, input_ids)
+            self._tables[key] = prepare_tables(self.engines, timesteps, tokenize(self.tokenizer, prompts))
         return self._tables[key]
 
     def _inversion_key(self, reference: int, options: RenderOptions) -> dict[str, Any]:
@@ -169,6 +172,7 @@ class Avatar:
             **{name: manifest[name] for name in ("checkpoint", "base_hash", "backend", "precision", "norm_scope",
                                                  "scheduler", "size", "libraries")},
             "source_prompt": self.prompt, "frame": reference, "steps": options.num_inference_steps,
+            "substeps": options.inversion_substeps,
             "end_timestep": int(self.schedule.timesteps(options.num_inference_steps)[0]),
             "conditioning_scale": options.conditioning_scale,
         }  # fmt: skip

@@ -247,7 +247,7 @@ def _step(model: PoseModel, data: _TrainingSet, run: _Run, options: TuneOptions,
     settings = model.settings
     chosen = _minibatch(len(data.latents), settings.minibatch, run.generator)
     latents = data.latents[chosen]
-    timestep = torch.randint(0, schedule.num_train_timesteps, (1,), generator=run.generator)
+    timestep = draw_timestep(schedule.num_train_timesteps, settings.timestep_exponent, run.generator)
     noise = shared_noise(latents[None], settings.shared_noise, run.generator)[0]
     alpha = schedule.alphas_cumprod[timestep].to(latents.device)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -267,6 +267,12 @@ def _step(model: PoseModel, data: _TrainingSet, run: _Run, options: TuneOptions,
     run.scaler.update()
     run.step += 1
     run.loss += (loss.item() - run.loss) * max(LOSS_SMOOTHING, 1 / run.step)
+
+
+def draw_timestep(num_train_timesteps: int, exponent: float, generator: torch.Generator) -> Tensor:
+    """A timestep in 0 … num_train_timesteps - 1, drawn with density proportional to t^exponent: int64 (1,)."""
+    uniform = torch.rand(1, generator=generator, dtype=torch.float64)
+    return (num_train_timesteps * uniform ** (1 / (1 + exponent))).long()
 
 
 def learning_rate_at(step: int, steps: int, decay: bool) -> float:

@@ -87,6 +87,7 @@ def test_options_change_what_they_should(avatar: Avatar) -> None:
         {"guidance_scale": 3.0, "prompt": "a woman"},
         {"conditioning_scale": 0.2},
         {"tau": 2},
+        {"inversion_substeps": 3},
         {"mode": "+insertion"},
     ):
         assert not np.array_equal(avatar.render(poses, **{"num_inference_steps": 2, **change}), plain), change
@@ -122,7 +123,7 @@ def test_a_pose_without_a_shared_keypoint_is_named(avatar: Avatar) -> None:
 
 
 @pytest.mark.parametrize("change", [{"mode": "magic"}, {"num_inference_steps": 0}, {"tau": 3, "num_inference_steps": 2},
-                                    {"guidance_scale": 0.5}, {"guidance_scale": float("nan")}])  # fmt: skip
+                                    {"guidance_scale": 0.5}, {"inversion_substeps": 0}, {"guidance_scale": float("nan")}])  # fmt: skip
 def test_bad_options_are_refused(avatar: Avatar, change: dict) -> None:
     with pytest.raises(PoseCrafterError):
         avatar.render(some_poses(1), **change)

@@ -17,6 +17,7 @@ from posecrafter_rt.tuning import (
     TuneOptions,
     TuneStatus,
     choose_frames,
+    draw_timestep,
     learning_rate_at,
     load_clip,
     resolve_precision,
@@ -130,6 +131,14 @@ def test_bf16_and_gradient_checkpointing_run(clip, options, tmp_path: Path) -> N
         torch.testing.assert_close(recomputed.tensors[name], tensor, rtol=1e-4, atol=1e-5)
     half = tune(*clip, tmp_path / "c.ckpt", TuneOptions(**{**vars(options), "precision": "bf16"}))
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in half.tensors.values())
+
+
+def test_timesteps_are_uniform_or_dwell_on_the_noisy_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.cat([draw_timestep(1000, 0.0, generator) for _ in range(4000)]).double()
+    noisy = torch.cat([draw_timestep(1000, 1.0, generator) for _ in range(4000)]).double()
+    assert uniform.min() >= 0 and uniform.max() <= 999 and noisy.max() <= 999
+    assert abs(uniform.mean() - 499.5) < 15 and abs(noisy.mean() - 666) < 12  # density ∝ t: two thirds of the way
 
 
 def test_refuses_to_overwrite_before_any_work(clip, options, tmp_path: Path) -> None:

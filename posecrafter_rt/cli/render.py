@@ -29,7 +29,10 @@ def render(  # noqa: PLR0913 - one argument for each option
     mode: Annotated[
         str, typer.Option(help="controlvideo, +selection, +insertion or +editing (PoseCrafter).")
     ] = "+editing",
-    steps: Annotated[int, typer.Option(help="Denoising steps, of inversion and sampling alike.")] = 50,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    inversion_substeps: Annotated[
+        int | None, typer.Option(help="Parts of each step of the inversion; else what the base recommends.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Target prompt; else that of tuning.")] = None,
     guidance_scale: Annotated[float, typer.Option(help="1: none; 3 suits edits by prompt.")] = 1.0,
     control_scale: Annotated[float, typer.Option(help="Weight of the poses.")] = 1.0,
@@ -48,7 +51,7 @@ def render(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.runtime.options import RenderOptions
 
     refuse_outputs(output, force)
-    options = RenderOptions(mode, steps, prompt, guidance_scale, control_scale, tau, resample)  # type: ignore[arg-type]
+    options = RenderOptions(mode, steps, inversion_substeps, prompt, guidance_scale, control_scale, tau, resample)  # type: ignore[arg-type]
     target = PoseSequence.load(poses, person=person)[window]
     with Avatar.load(engine) as avatar, step_progress("loading") as on_step:
         report = render_to_files(avatar, target, output, options, fps=fps, force=force, on_step=on_step)

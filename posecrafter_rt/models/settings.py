@@ -25,7 +25,9 @@ class BaseSettings:
     prompt: of the tuned person. trainable: regular expressions; a parameter trains whose `unet.…` or `controlnet.…`
     name one of them finds. steps: None follows Eq. 20. minibatch: frames of one training step.
     learning_rate_decay: whether the learning rate falls during tuning. shared_noise: share of training steps in 0..1
-    whose frames have a part of their noise in common, as they do when rendering.
+    whose frames have a part of their noise in common, as they do when rendering. timestep_exponent: the timesteps of
+    tuning are drawn with density proportional to t^exponent; 0 is uniform, more dwells on the noisy ones.
+    inversion_substeps: see `RenderOptions`.
     Raises: ModelError for a value out of range.
     """
 
@@ -39,6 +41,8 @@ class BaseSettings:
     minibatch: int = 8
     learning_rate_decay: bool = False
     shared_noise: float = 0.0
+    timestep_exponent: float = 0.0
+    inversion_substeps: int = 1
 
     def __post_init__(self) -> None:
         valid = {
@@ -52,6 +56,8 @@ class BaseSettings:
             "minibatch": _is_count(self.minibatch),
             "learning_rate_decay": isinstance(self.learning_rate_decay, bool),
             "shared_noise": _is_number(self.shared_noise) and 0 <= self.shared_noise <= 1,
+            "inversion_substeps": _is_count(self.inversion_substeps),
+            "timestep_exponent": _is_number(self.timestep_exponent) and self.timestep_exponent >= 0,
         }
         for name, is_valid in valid.items():
             if not is_valid:

@@ -20,7 +20,9 @@ class RenderOptions:
 
     mode: the method's four stages, each containing those before it: `controlvideo` (training frame 0 is the reference,
         nothing inserted or edited), `+selection` (Eq. 5), `+insertion`, `+editing` (PoseCrafter).
-    num_inference_steps: of DDIM, inversion and sampling alike.
+    num_inference_steps: of DDIM sampling, and of the inversion.
+    inversion_substeps: parts into which each step of the inversion is divided; 1 is the paper's. The inversion is of one
+        frame and cached, so a fine one costs little. None: what the base recommends.
     prompt: the target prompt; None: the prompt of tuning. The source prompt of the inversion is always that of tuning.
     guidance_scale: 1 needs no unconditional pass; 3 suits attribute edits by prompt.
     conditioning_scale: weight of the ControlNet residuals.
@@ -30,6 +32,7 @@ class RenderOptions:
 
     mode: str = "+editing"
     num_inference_steps: int = 50
+    inversion_substeps: int | None = None
     prompt: str | None = None
     guidance_scale: float = 1.0
     conditioning_scale: float = 1.0
@@ -42,6 +45,8 @@ class RenderOptions:
             raise PoseCrafterError(f"unknown mode {self.mode!r}", f"choose one of {', '.join(MODES)}")
         if self.num_inference_steps < 1:
             raise PoseCrafterError(f"{self.num_inference_steps} denoising steps", "give 1 or more")
+        if self.inversion_substeps is not None and self.inversion_substeps < 1:
+            raise PoseCrafterError(f"{self.inversion_substeps} substeps of inversion", "give 1 or more")
         if not 1 <= self.tau <= self.num_inference_steps:
             raise PoseCrafterError(f"tau {self.tau} is not a sampling step", f"give 1 to {self.num_inference_steps}")
         if not self.guidance_scale >= 1:

@@ -50,12 +50,9 @@ class Clip:
     plan: EditPlan | None
 
 
-def prepare_tables(
-    engines: Mapping[str, Engine], schedule: DDIMSchedule, num_inference_steps: int, input_ids: Tensor
-) -> Tables:
-    """Timestep tables for a whole schedule, and the keys and values of `input_ids` (G, tokens)."""
-    timesteps = torch.from_numpy(schedule.timesteps(num_inference_steps))
-    time = engines["time_tables"](timesteps=timesteps)
+def prepare_tables(engines: Mapping[str, Engine], timesteps: np.ndarray, input_ids: Tensor) -> Tables:
+    """Tables of all `timesteps` (int64, noisiest first), and the keys and values of `input_ids` (G, tokens)."""
+    time = engines["time_tables"](timesteps=torch.from_numpy(timesteps))
     time = {name: time[f"{name}_time_projections"].clone() for name in ("unet", "controlnet")}
     text = engines["text_encoder"](input_ids=input_ids)["encoder_hidden_states"]
     text_kv = engines["prompt_kv"](encoder_hidden_states=text)
@@ -80,14 +77,17 @@ def invert_reference(
 ) -> Tensor:
     """Encode the reference frame and carry it to noise (Eq. 4): one frame, whatever the clip's length.
 
-    Args: frame: (H, W, 3) uint8; pose: its pose, a sequence of one; tables: of the *source* prompt.
+    Args: frame: (H, W, 3) uint8; pose: its pose, a sequence of one; tables: of the *source* prompt and the inversion's
+        timesteps; options: with `inversion_substeps` given.
     Returns: inverted_latents (4, h, w).
     """
     pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
     latents = engines["vae_encoder"](pixels=pixels)["latents"].clone()
     pose_embeddings = embed_poses(engines, pose, frame.shape[:2])
     denoise = Denoiser(engines, tables, pose_embeddings, options.conditioning_scale, 1.0)
-    return ddim_invert(denoise, latents, schedule, options.num_inference_steps)[0]
+    assert options.inversion_substeps is not None
+    steps, substeps = options.num_inference_steps, options.inversion_substeps
+    return ddim_invert(denoise, latents, schedule, steps, substeps=substeps)[0]
 
 
 def prepare_clip(

@@ -275,3 +275,28 @@ def test_importing_the_method_does_not_import_torch():
     code = "import sys, posecrafter_rt.method as m; assert 'torch' not in sys.modules; m.ddim_invert"
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": root})
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_finer_inversion_passes_through_the_samplers_timesteps(spacing: str) -> None:
+    schedule = DDIMSchedule.from_config({**SD15, "timestep_spacing": spacing})
+    plain, fine = schedule.inversion_pairs(20), schedule.inversion_pairs(20, 4)
+    assert np.array_equal(plain, schedule.sampling_pairs(20)[::-1, ::-1])
+    assert len(fine) == 1 + 19 * 4 and np.array_equal(fine[0], plain[0])  # the step from the clean end stays whole
+    assert np.array_equal(fine[1::4, 0], plain[1:, 0]) and np.array_equal(fine[4::4, 1], plain[1:, 1])
+    assert (np.diff(fine) > 0).all() and (np.diff(fine[:, 1]) > 0).all()
+    assert np.array_equal(schedule.inversion_timesteps(20, 4), fine[::-1, 1])
+    assert len(schedule.inversion_pairs(20, 10**6)) <= 1000  # no finer than the timesteps are
+    with pytest.raises(PoseCrafterError, match="substeps"):
+        schedule.inversion_pairs(20, 0)
+
+
+def test_a_finer_inversion_comes_back_nearer() -> None:
+    schedule = DDIMSchedule.from_config(SD15)
+    denoise, latents = toy_denoiser(schedule), latents_of(4, torch.float64)
+    errors = []
+    for substeps in (1, 4):
+        noise = ddim_invert(denoise, latents, schedule, 20, substeps=substeps)
+        exact = ddim_invert(denoise, latents, schedule, 20, substeps=1000)
+        errors.append((noise - exact).abs().max().item())
+    assert errors[1] < 0.5 * errors[0]
