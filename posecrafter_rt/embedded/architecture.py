@@ -60,5 +60,6 @@ SCHEDULER: dict[str, Any] = {
 
 # Chosen by measurement on the demonstration's footage: a model this small has room to learn a person with all it has.
 SETTINGS = BaseSettings(
-    size=SIZE, trainable=(".",), learning_rate=3e-4, steps=300, learning_rate_decay=True, shared_noise=0.5
-)
+    size=SIZE, trainable=(".",), learning_rate=3e-4, steps=300, learning_rate_decay=True, shared_noise=0.5,
+    inversion_substeps=5,
+)  # fmt: skip

@@ -148,7 +148,7 @@ class DDIMSchedule:
 
     def inversion_timesteps(self, num_inference_steps: int, substeps: int = 1) -> np.ndarray:
         """The timesteps at which the model is asked during the inversion, noisiest first: int64 (steps,)."""
-        return np.ascontiguousarray(self.inversion_pairs(num_inference_steps, substeps)[::-1, 1])
+        return self.inversion_pairs(num_inference_steps, substeps)[::-1, 1].copy()  # torch takes no negative strides
 
     def sampling_coefficients(self, num_inference_steps: int) -> list[Coefficients]:
         """What `ddim_step` needs for every sampling step, in order."""
