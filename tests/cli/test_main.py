@@ -133,7 +133,8 @@ def test_no_color_is_obeyed() -> None:
 
 def test_ctrl_c_in_a_real_process() -> None:
     code = (
-        "import sys, time, types, typer\n"
+        "import signal, sys, time, types, typer\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background inherits none
         "app = typer.Typer()\n"
         "@app.command()\n"
         "def inspect() -> None:\n"

@@ -178,7 +178,9 @@ def test_ctrl_c_leaves_nothing_half_done_and_the_same_command_finishes(
 
     with monkeypatch.context() as patch:
         patch.setattr(target, interrupted)
+        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         result = run(*arguments_of(command, workshop, output))
+        signal.signal(signal.SIGINT, inherited)
     assert result.exit_code == 130 and len(calls) == 2
     assert "run the same command again" in result.stderr and "Traceback" not in result.output
     assert [path.name for path in tmp_path.iterdir()] == (["a.ckpt.partial"] if command == "tune" else [])

@@ -22,9 +22,9 @@ def apply(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
 def points(low: int = 3, high: int = 68) -> st.SearchStrategy[np.ndarray]:
     """Points on a grid of a hundredth, so that a near-degenerate cloud is rare and every spread is well above zero."""
     count = st.integers(low, high)
-    return count.flatmap(lambda k: hnp.arrays(np.float64, (k, 2), elements=st.integers(-50_000, 50_000))).map(
-        lambda cloud: cloud / 100
-    )
+    return count.flatmap(
+        lambda k: hnp.arrays(np.float64, (k, 2), elements=st.integers(-50_000, 50_000), fill=st.nothing())
+    ).map(lambda cloud: cloud / 100)
 
 
 @st.composite
