@@ -30,6 +30,7 @@ MODULE_OF = {
     "scikit-image": "skimage",
     "scikit-learn": "sklearn",
     "sk-video": "skvideo",
+    "tensorrt-cu13": "tensorrt",
 }
 
 
