@@ -24,7 +24,7 @@ from bench.plain import Baseline, to_diffusers
 from bench.runs import Stages
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.checkpoint import Checkpoint
-from posecrafter_rt.engines.torch import DTYPES
+from posecrafter_rt.engines.base import TORCH_DTYPES
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.poses.draw import draw_poses
@@ -67,7 +67,7 @@ def load_exact(job: Job) -> Render:
 def load_baseline(job: Job) -> Render:
     """ControlVideo's algorithm, or PoseCrafter as published."""
     tuned = Checkpoint.load(job.checkpoint)
-    baseline = Baseline(tuned.load_model(dtype=DTYPES[job.precision]), tuned.metadata["prompt"])
+    baseline = Baseline(tuned.load_model(dtype=TORCH_DTYPES[job.precision]), tuned.metadata["prompt"])
     if job.method == "plain, torch.compile":
         networks = baseline.networks
         compiled: dict[str, Any] = {name: torch.compile(getattr(networks, name)) for name in ("unet", "controlnet")}
@@ -84,7 +84,7 @@ def load_baseline(job: Job) -> Render:
 def load_diffusers(job: Job) -> Render:
     """diffusers' own pipeline on the tuned image networks, one frame after another from one noise: no clip, no person."""
     tuned = Checkpoint.load(job.checkpoint)
-    model = tuned.load_model(dtype=DTYPES[job.precision])
+    model = tuned.load_model(dtype=TORCH_DTYPES[job.precision])
     pipeline: Any = StableDiffusionControlNetPipeline(
         vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer,
         unet=to_diffusers(model.unet, UNet2DConditionModel),

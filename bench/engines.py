@@ -7,7 +7,6 @@ can run here, calls them in turns and writes results/engines-<base>.json and .md
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -18,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.report import RESULTS, picture_size, table, write_report
 from bench.timing import compare, machine
-from posecrafter_rt.cli.arguments import parse_size
 from posecrafter_rt.engines import Engine, get_backend, names
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.models.loading import PoseModel, load_base
 from posecrafter_rt.spec import network_specs
 
-RESULTS = Path(__file__).parent / "results"
 REFERENCE = "torch fp32"
 PRECISIONS = ("fp32", "bf16")
 
@@ -102,9 +100,8 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"milliseconds (times faster than `{REFERENCE}`); {result['machine']['processor']}, "
         f"{result['machine']['torch_threads']} threads. PSNR: of the step's output against `{REFERENCE}`, the lowest.",
         "",
-        "| engine | " + " | ".join(f"{count} frames" for count in counts) + " | PSNR dB | build s | first call s |",
-        "|---" * (len(counts) + 4) + "|",
     ]
+    table_rows = []
     for engine in dict.fromkeys(row["engine"] for row in rows):
         own = [cells[engine, count] for count in counts]
         times = [f"{row['median_ms']:.1f} ({cells[REFERENCE, row['frames']]['median_ms'] / row['median_ms']:.2f}×)"
@@ -112,27 +109,26 @@ def to_markdown(result: dict[str, Any]) -> str:
         lowest = min(row["psnr_db"] for row in own)
         last = (f"{min(lowest, 99):.1f}" if engine != REFERENCE else "", f"{own[0]['build_s']:.1f}",
                 f"{own[0]['first_call_s']:.1f}")  # fmt: skip
-        lines.append(f"| {engine} | {' | '.join((*times, *last))} |")
-    return "\n".join(lines) + "\n"
+        table_rows.append((engine, *times, *last))
+    header = ("engine", *(f"{count} frames" for count in counts), "PSNR dB", "build s", "first call s")
+    return "\n".join(lines + table(header, table_rows))
 
 
 def main() -> None:
     """Parse the arguments, measure, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="embedded", help="as for `posecrafter-rt tune`")
-    parser.add_argument("--size", default="128x160", help="HEIGHTxWIDTH in pixels")
+    parser.add_argument("--size", type=picture_size, default=(128, 160), help="HEIGHTxWIDTH in pixels")
     parser.add_argument("--frames", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--quick", action="store_true", help="half a second for each engine instead of four")
     arguments = parser.parse_args()
-    size = parse_size(arguments.size)
-    assert size is not None
+    size = arguments.size
     path = arguments.json or RESULTS / f"engines-{Path(arguments.base).name}.json"
     rows = run(arguments.base, size, arguments.frames, 0.5 if arguments.quick else 4.0)
     result = {"machine": machine(), "base": Path(arguments.base).name, "size": size, "frame_counts": arguments.frames,
               "rows": rows}  # fmt: skip
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(to_markdown(result), encoding="utf-8")
+    write_report(path, result, to_markdown(result))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ as 2; additions, activations and norms are not.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from bench.plain import Networks
+from bench.plain import Networks, to_diffusers
+from bench.runs import shapes_only
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.networks import build_networks, describe_architecture, fold_temporal_output
 from posecrafter_rt.models.unet import VideoUNet
@@ -167,14 +166,11 @@ class Counters:
 
     def __init__(self, configs: Path) -> None:
         """configs: a folder with unet, controlnet, vae and text_encoder, each with its config.json."""
-        read = {
-            name: json.loads((configs / name / "config.json").read_text()) for name in ("unet", "controlnet", "vae")
-        }
+        parts = shapes_only(configs)
         with torch.device("meta"):
-            self.unet = VideoUNet(UNet2DConditionModel.from_config(read["unet"])).eval()
-            self.controlnet = VideoControlNet(ControlNetModel.from_config(read["controlnet"])).eval()
-            self.vae = AutoencoderKL.from_config(read["vae"]).eval()
-            self.text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder")).eval()
+            self.unet = VideoUNet(parts["unet"]).eval()
+            self.controlnet = VideoControlNet(parts["controlnet"]).eval()
+        self.vae, self.text_encoder = parts["vae"].eval(), parts["text_encoder"].eval()
         self.arch = describe_architecture(self.unet, self.controlnet, self.vae, self.text_encoder)
         model: Any = self  # has a PoseModel's four networks, and no weights
         self.plain_networks = Networks.of(model)
@@ -234,6 +230,17 @@ class Counters:
 
         return self.measured(("exact step", setup.size, frames), self.exact_layers, step)
 
+    def image_step(self, setup: Setup) -> dict[str, int]:
+        """FLOPs of diffusers' U-Net and ControlNet for one frame in one step, without temporal layers."""
+        latents, pictures, text = self.latents(setup, 1), self.pixels(setup, 1), self.text()
+        unet, controlnet = to_diffusers(self.unet, UNet2DConditionModel), self.plain_networks.controlnet
+        return {
+            "U-Net": count_flops(lambda: unet(latents, 500, encoder_hidden_states=text)),
+            "ControlNet": count_flops(
+                lambda: controlnet(latents, 500, encoder_hidden_states=text, controlnet_cond=pictures)
+            ),
+        }
+
     def network(self, name: str, *inputs: Tensor) -> Measured:
         """One call of one of the runtime's networks."""
         shapes = tuple(tensor.shape for tensor in inputs)
@@ -244,7 +251,8 @@ class Counters:
         affines = torch.empty(setup.frames, NUM_REGIONS, 2, 3, device="meta")
         rects = torch.empty(setup.frames, NUM_REGIONS, 4, dtype=torch.int32, device="meta")
         call = partial(affine_warp_paste, self.latents(setup, 1)[0], affines, rects)
-        return Measured(count_flops(call), {"latent edit": count_flops(call)})
+        flops = count_flops(call)
+        return Measured(flops, {"latent edit": flops})
 
     def baseline(self, setup: Setup, inverted: int, sampled: int, edits: bool) -> Count:
         """A baseline of plain.py that inverts, and samples and decodes, so many frames.

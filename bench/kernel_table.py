@@ -6,18 +6,16 @@ bounds, not measurements. Exits 1 if a configuration spills or does not fit.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.hardware import GPUS, Gpu, blocks_per_multiprocessor, roofline_s
+from bench.report import RESULTS, write_report
 from bench.workloads import FRAMES, Attention, attentions
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TemporalConfig, TileConfig, keyframe_config, temporal_config
 
-RESULTS = Path(__file__).parent / "results"
 DTYPE = torch.bfloat16
 ELEMENT_BYTES = 2
 HEADER = ("GPU", "op", "F", "L", "C", "tile", "warps", "stages", "registers", "spills", "shared KiB", "occupancy",
@@ -70,9 +68,7 @@ def main() -> None:
     lines[-2] += " not measurements."
     lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "kernel_table.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / "kernel_table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_report(RESULTS / "kernel_table.json", rows, "\n".join(lines) + "\n")
     print("\n".join(lines))
     if any(row["spill_bytes"] or not row["occupancy_percent"] for row in rows):
         raise SystemExit("a configuration spills or does not fit")

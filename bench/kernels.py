@@ -7,11 +7,9 @@ measured: the time that the bytes or the FLOPs would take at the peak of a copy 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -20,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench.report import RESULTS, write_report
 from bench.timing import Timing, compare, machine, time_call, time_on_cpu
 from bench.workloads import HEADS, Attention, attentions, paste_bytes
 from posecrafter_rt.ops import BACKENDS, affine_warp_paste, keyframe_attention, temporal_attention, unsupported_reason
 from posecrafter_rt.ops.reference import split_heads
 
-RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
@@ -154,7 +152,7 @@ def measure_peaks(device: str, dtypes: list[torch.dtype], budget_s: float) -> di
 
 
 def write_table(name: str, document: Row) -> None:
-    """results/<name>.json and .md, atomically enough for a bench: the JSON last."""
+    """results/<name>.json and .md."""
     facts = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     peaks = ", ".join(f"{key} {value:.3g}" for key, value in document["peaks"].items())
     lines = [f"# Operators on {document['device']}", "", f"Machine: {facts}", "", f"Measured peaks: {peaks} (FLOP/s)."]
@@ -165,9 +163,7 @@ def write_table(name: str, document: Row) -> None:
         cells += [f"{row['median_ms']:.3f}", f"{row['p95_ms']:.3f}"]
         cells += [f"{row['bytes'] / 1e6:.1f}", f"{row['flops'] / 1e9:.2f}", f"{row['roofline_percent']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_report(RESULTS / f"{name}.json", document, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -7,19 +7,16 @@ and its .md; with --quick alone (the embedded base, 8 frames, 10 steps) it only 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
-from bench.flops import Count, Counters, Setup, count_flops
+from bench.flops import Count, Counters, Setup
 from bench.hardware import GPUS
-from bench.plain import to_diffusers
+from bench.report import RESULTS, table, write_report
 from posecrafter_rt.models.sources import EMBEDDED_FOLDER, SD15_FOLDER
 
-RESULTS = Path(__file__).parent / "results"
 SHARE_OF_PEAK = 0.5
 QUICK = Setup((128, 160), 8, 10)
 
@@ -33,15 +30,12 @@ ESTIMATES = {
 def network_flops(counters: Counters, setup: Setup) -> dict[str, int]:
     """FLOPs of every network, and of what is notable in it: of one frame in one step where nothing else is said."""
     frames = setup.frames + 1
-    latents, pictures, text = counters.latents(setup, 1), counters.pixels(setup, 1), counters.text()
-    image_unet = to_diffusers(counters.unet, UNet2DConditionModel)
-    controlnet = counters.plain_networks.controlnet
+    latents, pictures = counters.latents(setup, 1), counters.pixels(setup, 1)
+    image_step = counters.image_step(setup)
     step, clip = counters.plain_step(setup, 1), counters.plain_step(setup, frames)
     return {
-        "U-Net, images alone": count_flops(lambda: image_unet(latents, 500, encoder_hidden_states=text)),
-        "ControlNet": count_flops(
-            lambda: controlnet(latents, 500, encoder_hidden_states=text, controlnet_cond=pictures)
-        ),
+        "U-Net, images alone": image_step["U-Net"],
+        "ControlNet": image_step["ControlNet"],
         "pose embedding": step.parts["pose embedding"],
         "temporal projections": step.parts["temporal q, k, v"] + step.parts["temporal output"],
         # All else is linear in frames; here every frame meets every other.
@@ -111,12 +105,6 @@ def make_ledger(configs: Path, setup: Setup) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """A Markdown table; numbers to the right."""
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
 def estimate(name: str, value: float, is_real_size: bool) -> tuple[str, str]:
     """An earlier estimate, and how far the count is from it."""
     if not is_real_size or name not in ESTIMATES:
@@ -179,8 +167,7 @@ def main() -> None:
     text = markdown(ledger, base)
     path = options.json or (None if options.quick else RESULTS / "ledger.json")
     if path is not None:
-        path.write_text(json.dumps(ledger, indent=1) + "\n")
-        path.with_suffix(".md").write_text(text)
+        write_report(path, ledger, text)
     print(text)
 
 

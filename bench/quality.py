@@ -7,7 +7,6 @@ variant and writes results/quality.json and .md. About 25 minutes on two cores; 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -15,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from bench.report import RESULTS, table, write_report
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import build_engine
 from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
-from posecrafter_rt.evaluate.metrics import psnr, ssim
+from posecrafter_rt.demo.run import scores
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import MODES, RenderOptions
 from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
 
-RESULTS = Path(__file__).parent / "results"
 SCOPES = ("frame", "clip")
 QUICK_STRIDE = 6
 
@@ -54,12 +53,11 @@ def measure(
     results = {}
     for name, options in variants.items():
         frames = avatar.render(target, options)
-        results[name] = {"psnr": round(psnr(frames, truth), 3), "ssim": round(ssim(frames, truth), 4)}
+        results[name] = scores(frames, truth)
         print(f"{name}: {results[name]}", file=sys.stderr)
         if name == "mode +editing" and avatar.last_report is not None:
             repeated = np.repeat(avatar.frames[[avatar.last_report.reference_index]], len(truth), axis=0)
-            results["the reference frame, repeated"] = {
-                "psnr": round(psnr(repeated, truth), 3), "ssim": round(ssim(repeated, truth), 4)}  # fmt: skip
+            results["the reference frame, repeated"] = scores(repeated, truth)
     return results
 
 
@@ -90,9 +88,10 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"says otherwise, mode `+editing` unless it says otherwise; {result['machine']['processor']}.",
     ]
     for scope, rows in result["scopes"].items():
-        lines += ["", f"## norm_scope `{scope}`", "", "| variant | PSNR dB | SSIM |", "|---|---|---|"]
-        lines += [f"| {name} | {row['psnr']:.2f} | {row['ssim']:.4f} |" for name, row in rows.items()]
-    return "\n".join(lines) + "\n"
+        lines += ["", f"## norm_scope `{scope}`", ""]
+        cells = [(name, f"{row['psnr']:.2f}", f"{row['ssim']:.4f}") for name, row in rows.items()]
+        lines += table(("variant", "PSNR dB", "SSIM"), cells)
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -106,8 +105,7 @@ def main() -> None:
     num_frames = len(range(TARGET.start, TARGET.stop, stride))
     result = {"machine": machine(), "steps": arguments.steps, "num_frames": num_frames,
               "scopes": run(arguments.steps, stride)}  # fmt: skip
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    arguments.json.with_suffix(".md").write_text(to_markdown(result), encoding="utf-8")
+    write_report(arguments.json, result, to_markdown(result))
 
 
 if __name__ == "__main__":

@@ -105,6 +105,15 @@ def psnr(first: np.ndarray, second: np.ndarray) -> float:
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
+def shapes_only(configs: Path) -> dict[str, Any]:
+    """The four networks of a base on the meta device, from the config.json of each in its folder of `configs`."""
+    classes = {"unet": UNet2DConditionModel, "controlnet": ControlNetModel, "vae": AutoencoderKL}
+    with torch.device("meta"):
+        networks = {name: cls.from_config(json.loads((configs / name / "config.json").read_text()))
+                    for name, cls in classes.items()}  # fmt: skip
+        return {**networks, "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))}
+
+
 def write_random_base(folder: Path) -> Path:
     """A base of Stable Diffusion 1.5's configuration and random weights in fp16, 3 GB: it costs what the real one costs.
 
@@ -114,13 +123,9 @@ def write_random_base(folder: Path) -> Path:
         return folder
     shutil.copytree(SD15_FOLDER, folder, dirs_exist_ok=True)
     generator = torch.Generator().manual_seed(0)
-    for name, cls in (("unet", UNet2DConditionModel), ("controlnet", ControlNetModel), ("vae", AutoencoderKL)):
-        with torch.device("meta"):
-            model = cls.from_config(json.loads((folder / name / "config.json").read_text()))
-        save_file(_random(model, generator), folder / name / "diffusion_pytorch_model.safetensors")
-    with torch.device("meta"):
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
-    save_file(_random(text_encoder, generator), folder / "text_encoder" / "model.safetensors")
+    for name, model in shapes_only(folder).items():
+        file = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
+        save_file(_random(model, generator), folder / name / file)
     (folder / "complete").touch()
     return folder
 

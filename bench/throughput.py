@@ -9,7 +9,6 @@ of Stable Diffusion 1.5, on random weights.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -20,28 +19,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 
 from bench.contenders import METHODS, Job, run
-from bench.flops import Counters, Setup, count_flops
-from bench.plain import to_diffusers
+from bench.flops import Counters, Setup
+from bench.report import RESULTS, picture_size, write_report
 from bench.runs import in_own_process, moving_person, psnr, untrained_checkpoint, write_random_base
 from bench.timing import machine, time_call
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines import choose_backend, choose_precision
-from posecrafter_rt.engines.torch import DTYPES
+from posecrafter_rt.engines.base import TORCH_DTYPES
 from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
 
-RESULTS = Path(__file__).parent / "results"
 FULL_FRAMES, FULL_STEPS = 100, 50
 Row = dict[str, Any]
 
 
 def measure_peak(precision: str) -> Row:
     """FLOPs a second of a matrix product of 1024 × 1024, at its fastest."""
-    matrix = torch.randn(1024, 1024).to(DTYPES[precision])
+    matrix = torch.randn(1024, 1024).to(TORCH_DTYPES[precision])
     return {"flops_per_s": 2e3 * 1024**3 / time_call(lambda: matrix @ matrix, budget_s=0.5).min_ms}
 
 
@@ -125,11 +122,8 @@ def flops_of(counters: Counters, method: str, setup: Setup) -> int:
         return count.total
     if method.startswith("plain"):
         return counters.plain(setup).total
-    latents, pictures, text = counters.latents(setup, 1), counters.pixels(setup, 1), counters.text()
-    unet = to_diffusers(counters.unet, UNet2DConditionModel)
-    controlnet = counters.plain_networks.controlnet
-    step = count_flops(lambda: unet(latents, 500, encoder_hidden_states=text))
-    step += count_flops(lambda: controlnet(latents, 500, encoder_hidden_states=text, controlnet_cond=pictures))
+    step = sum(counters.image_step(setup).values())
+    latents = counters.latents(setup, 1)
     once = counters.network("text_encoder", counters.input_ids()).flops + counters.network("vae_decoder", latents).flops
     return setup.frames * (setup.num_inference_steps * step + once)
 
@@ -272,14 +266,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write here, and the tables beside it as .md")
     parser.add_argument("--quick", action="store_true", help="4 frames, 2 steps, one round, two engines")
     parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
-    parser.add_argument("--size", type=lambda text: tuple(map(int, text.split("x"))), help="HxW; else the base's own")
+    parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
     parser.add_argument("--checkpoint", type=Path, help="a tuned one, instead of an untrained one over --base")
     parser.add_argument("--poses", type=Path, help="target poses, instead of made-up ones")
     parser.add_argument("--frames", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--engines", nargs="+", help="backend:precision of `exact`; the first is the PSNR's reference")
-    parser.add_argument("--precision", default="fp32", choices=list(DTYPES), help="of the other contenders")
+    parser.add_argument("--precision", default="fp32", choices=list(TORCH_DTYPES), help="of the other contenders")
     parser.add_argument("--compile", action="store_true", help="also plain under torch.compile")
     parser.add_argument("--work", type=Path, help="keep checkpoint and engines here for the next run")
     options = parser.parse_args(arguments)
@@ -307,8 +301,7 @@ def main() -> None:
     text = markdown(document)
     path = options.json or (None if options.quick else RESULTS / "throughput.json")
     if path is not None:
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        path.with_suffix(".md").write_text(text)
+        write_report(path, document, text)
     print(text)
 
 

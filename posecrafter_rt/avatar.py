@@ -122,15 +122,15 @@ class Avatar:
     ) -> Iterator[np.ndarray]:
         """As `render`, yielding frames (H, W, 3) as they are decoded. on_step: told (stage, step, steps)."""
         options = replace(options or RenderOptions(), **changes)
-        if options.inversion_substeps is None:
-            options = replace(options, inversion_substeps=self.folder.manifest["inversion_substeps"])
+        substeps = options.inversion_substeps or self.folder.manifest["inversion_substeps"]
+        options = replace(options, inversion_substeps=substeps)
         report = RenderReport(options, len(poses))
         target = transform_keypoints(poses, self.size)  # as the training frames were fitted
         told = on_step or (lambda stage, step, steps: None)
         with report.stage("prepare"):
             reference = select_reference(self.poses, target) if options.selects else 0
             report.reference_index = reference
-            inversion = self.schedule.inversion_timesteps(options.num_inference_steps, options.inversion_substeps or 1)
+            inversion = self.schedule.inversion_timesteps(options.num_inference_steps, substeps)
             source = self._prepare_tables(inversion, [self.prompt])
         with report.stage("invert"):
             told("inverting the reference", 0, options.num_inference_steps)

@@ -51,7 +51,10 @@ def render(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.runtime.options import RenderOptions
 
     refuse_outputs(output, force)
-    options = RenderOptions(mode, steps, inversion_substeps, prompt, guidance_scale, control_scale, tau, resample)  # type: ignore[arg-type]
+    options = RenderOptions(
+        mode, steps, prompt, guidance_scale, control_scale, tau, resample,  # type: ignore[arg-type]
+        inversion_substeps=inversion_substeps,
+    )  # fmt: skip
     target = PoseSequence.load(poses, person=person)[window]
     with Avatar.load(engine) as avatar, step_progress("loading") as on_step:
         report = render_to_files(avatar, target, output, options, fps=fps, force=force, on_step=on_step)

@@ -30,6 +30,11 @@ from posecrafter_rt.video_io import read_video, write_video
 Step = Callable[[int, int, str], None]
 
 
+def scores(rendered: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """PSNR in dB and SSIM of two clips (N, H, W, 3) uint8, rounded for a report."""
+    return {"psnr": round(psnr(rendered, truth), 3), "ssim": round(ssim(rendered, truth), 4)}
+
+
 class Demo:
     """The steps of the demonstration, in order; each leaves its files in `output` and its seconds in `seconds`."""
 
@@ -84,8 +89,7 @@ class Demo:
                     target.fps or 30.0, force=True)  # fmt: skip
         repeated = np.repeat(reference[np.newaxis], len(truth), axis=0)
         clips = {"render": rendered, "repeated_reference": repeated, "controlvideo": controlvideo}
-        return {name: {"psnr": round(psnr(clip, truth), 3), "ssim": round(ssim(clip, truth), 4)}
-                for name, clip in clips.items()}  # fmt: skip
+        return {name: scores(clip, truth) for name, clip in clips.items()}
 
     def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write metrics.json; returns what it holds."""

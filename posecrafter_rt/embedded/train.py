@@ -64,7 +64,7 @@ def main(
     denoiser_minutes: float = 70.0,
     seed: int = 0,
     norm_scope: str = "frame",
-    start_from: Annotated[Path | None, typer.Option(help="a base whose denoiser to go on with")] = None,
+    start_from: Annotated[str | None, typer.Option(help="a base whose denoiser to go on with")] = None,
 ) -> None:
     """Train the embedded base. Finished stages are kept in OUTPUT and not repeated."""
     torch.set_flush_denormal(True)

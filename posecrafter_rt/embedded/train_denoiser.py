@@ -10,12 +10,10 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -25,7 +23,7 @@ from posecrafter_rt.embedded.train_vae import mixed_precision, to_pixels
 from posecrafter_rt.method.noise import shared_noise
 from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.controlnet import VideoControlNet
-from posecrafter_rt.models.loading import tokenize
+from posecrafter_rt.models.loading import load_base, tokenize
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.poses.draw import draw_pose
 
@@ -74,11 +72,13 @@ class Denoiser(nn.Module):
         self.unet = VideoUNet(self.image_unet, norm_scope, temporal_attention=False)  # shares the image U-Net's modules
         self.controlnet = VideoControlNet(self.image_controlnet, norm_scope)
 
-    def start_from(self, base: Path) -> None:
-        """Take the weights of an earlier run's base. Raises: OSError where it holds none."""
-        for module, name in ((self.image_unet, "unet"), (self.image_controlnet, "controlnet")):
-            module.load_state_dict(load_file(base / name / "diffusion_pytorch_model.safetensors"))
-        self.text_encoder.load_state_dict(load_file(base / "text_encoder" / "model.safetensors"), strict=False)
+    def start_from(self, base: str) -> None:
+        """Take the weights of an earlier run's base, as `load_base` finds it. Raises: as `load_base`."""
+        model = load_base(base)
+        for module, trained in ((self.image_unet, model.unet), (self.image_controlnet, model.controlnet),
+                                (self.text_encoder, model.text_encoder)):  # fmt: skip
+            weights = trained.state_dict()
+            module.load_state_dict({name: weights[name] for name in module.state_dict()})
 
     def forward(self, latents: Tensor, timesteps: Tensor, input_ids: Tensor, poses: Tensor) -> Tensor:
         """Predict the velocity of G clips of F frames: latents (G·F, 4, h, w), timesteps (G,), poses (G·F, 3, H, W)."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.config import cache_dir
-from posecrafter_rt.engines.base import Engine, Precision, Progress, checked_inputs, fitting_weights
+from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progress, checked_inputs, fitting_weights
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.machine import cpu_device, cpu_has_bf16
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     import openvino
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
-# They run once a prompt or schedule, and a timestep near 1000 in bf16 loses the phase of its sinusoids altogether.
-FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
 KEPT_SHAPES = 4  # compiled models a network, each with its own activations
 DIGESTS_FILE = "digests.json"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.config import cache_dir
-from posecrafter_rt.engines.base import Engine, Precision, Progress
+from posecrafter_rt.engines.base import FULL_PRECISION, TORCH_DTYPES, Engine, Precision, Progress
 from posecrafter_rt.engines.tensorrt_build import ShapeLimits, build_plan, make_logger, profile_shapes
 from posecrafter_rt.engines.tensorrt_plugins import PLUGIN_OPS, register_plugins
 from posecrafter_rt.engines.tensorrt_runtime import TensorRTEngine, Workspace
@@ -30,12 +30,9 @@ if TYPE_CHECKING:
 INSTALL = {"tensorrt": "'tensorrt-cu13>=11.4'", "triton": "triton", "onnx": "onnx", "onnxscript": "onnxscript"}
 MIN_VERSION = (11, 4)  # earlier ones read a plugin's attributes in a way that newer NumPy refuses
 MIN_CAPABILITY = (8, 0)
-# They run once a prompt or schedule, and 16 bits lose the phase of a timestep's sinusoids altogether.
-FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
 # Activations of Stable Diffusion's VAE are known to leave float16's range; TF32 has float16's mantissa and no such end.
 BEYOND_FP16 = ("vae_encoder", "vae_decoder")
 DESCRIPTION = "tensorrt.json"
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def network_precision(name: str, precision: Precision) -> tuple[Precision, bool]:

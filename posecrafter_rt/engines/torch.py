@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from posecrafter_rt.engines.base import Engine, Precision, Progress, checked_inputs, fitting_weights
+from posecrafter_rt.engines.base import TORCH_DTYPES, Engine, Precision, Progress, checked_inputs, fitting_weights
 from posecrafter_rt.machine import cpu_device
 from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.controlnet import VideoControlNet
@@ -24,8 +24,6 @@ from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.models.networks import build_networks, fold_temporal_output
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
-
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchEngine:
@@ -74,7 +72,7 @@ class TorchBackend:
             config: Any = module.config
             config = config.to_dict() if name == "text_encoder" else dict(config)
             configs[name] = {key: value for key, value in config.items() if not key.startswith("_")}  # no origin paths
-            tensors = {key: tensor.to(DTYPES[precision]) if tensor.is_floating_point() else tensor
+            tensors = {key: tensor.to(TORCH_DTYPES[precision]) if tensor.is_floating_point() else tensor
                        for key, tensor in module.state_dict().items()}  # fmt: skip
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
         text = json.dumps({"norm_scope": model.unet.norm_scope, "configs": configs})
@@ -89,7 +87,7 @@ class TorchBackend:
             channels_last(module.eval().requires_grad_(False))
         networks = build_networks(**modules)  # type: ignore[arg-type]
         specs = network_specs(arch)
-        return {name: TorchEngine(network, specs[name], DTYPES[precision]) for name, network in networks.items()}
+        return {name: TorchEngine(network, specs[name], TORCH_DTYPES[precision]) for name, network in networks.items()}
 
 
 def _empty_modules(configs: dict[str, dict], norm_scope: NormScope) -> dict[str, nn.Module]:

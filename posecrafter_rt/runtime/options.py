@@ -21,24 +21,24 @@ class RenderOptions:
     mode: the method's four stages, each containing those before it: `controlvideo` (training frame 0 is the reference,
         nothing inserted or edited), `+selection` (Eq. 5), `+insertion`, `+editing` (PoseCrafter).
     num_inference_steps: of DDIM sampling, and of the inversion.
-    inversion_substeps: parts into which each step of the inversion is divided; 1 is the paper's. The inversion is of one
-        frame and cached, so a fine one costs little. None: what the base recommends.
     prompt: the target prompt; None: the prompt of tuning. The source prompt of the inversion is always that of tuning.
     guidance_scale: 1 needs no unconditional pass; 3 suits attribute edits by prompt.
     conditioning_scale: weight of the ControlNet residuals.
     tau: the sampling step before which latents are edited, 1 … num_inference_steps.
     resample: how the latent edit samples; regions: which keypoint groups it edits.
+    inversion_substeps: parts into which each step of the inversion is divided; 1 is the paper's. The inversion is of one
+        frame and cached, so a fine one costs little. None: what the base recommends.
     """
 
     mode: str = "+editing"
     num_inference_steps: int = 50
-    inversion_substeps: int | None = None
     prompt: str | None = None
     guidance_scale: float = 1.0
     conditioning_scale: float = 1.0
     tau: int = 1
     resample: Resample = "bilinear"
     regions: tuple[str, ...] = ("face", "left_hand", "right_hand")
+    inversion_substeps: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -142,17 +142,17 @@ def _write_bad_files(folder: Path) -> None:
     (folder / "nan.json").write_text(json.dumps(data))
 
 
-# Each command, a function that it calls when part of its work is done, and what it writes.
+# Each command: what it writes, a function that it calls when part of its work is done, and its arguments.
 COMMANDS = {
-    "tune": ("posecrafter_rt.tuning._step", ["video.mp4", "--poses", "poses.json", "--frames", "3", "--steps", "3",
+    "tune": ("a.ckpt", "posecrafter_rt.tuning._step", ["video.mp4", "--poses", "poses.json", "--frames", "3", "--steps", "3",
                                              "--precision", "fp32"]),
-    "build-engine": ("posecrafter_rt.engines.torch.save_file", ["tuned.ckpt", "--backend", "torch", "--precision", "fp32"]),
-    "render": ("posecrafter_rt.rendering.VideoWriter.write", ["tuned.engine", "--poses", "poses.json", "--steps", "2"]),
+    "build-engine": ("a.engine", "posecrafter_rt.engines.torch.save_file", ["tuned.ckpt", "--backend", "torch", "--precision", "fp32"]),
+    "render": ("a.mp4", "posecrafter_rt.rendering.VideoWriter.write", ["tuned.engine", "--poses", "poses.json", "--steps", "2"]),
 }  # fmt: skip
 
 
 def arguments_of(command: str, workshop: Path, output: Path) -> list[object]:
-    given = [workshop / word if (workshop / word).exists() else word for word in COMMANDS[command][1]]
+    given = [workshop / word if (workshop / word).exists() else word for word in COMMANDS[command][2]]
     return [command, *given, "-o", output, *(["--base", workshop / "base"] if command == "tune" else [])]
 
 
@@ -166,8 +166,7 @@ def command(request: pytest.FixtureRequest, workshop: Path, tiny_base: Path) -> 
 def test_ctrl_c_leaves_nothing_half_done_and_the_same_command_finishes(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    output = tmp_path / {"tune": "a.ckpt", "build-engine": "a.engine", "render": "a.mp4"}[command]
-    target = COMMANDS[command][0]
+    output, target = tmp_path / COMMANDS[command][0], COMMANDS[command][1]
     original, calls = pkgutil.resolve_name(target), []
 
     def interrupted(*args: object, **kwargs: object) -> object:
@@ -191,7 +190,7 @@ def test_ctrl_c_leaves_nothing_half_done_and_the_same_command_finishes(
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    output = tmp_path / {"tune": "a.ckpt", "build-engine": "a.engine", "render": "a.mp4"}[command]
+    output = tmp_path / COMMANDS[command][0]
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

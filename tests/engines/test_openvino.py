@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.engines import openvino as backend_module
-from posecrafter_rt.engines.base import Precision
-from posecrafter_rt.engines.openvino import FULL_PRECISION, KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
+from posecrafter_rt.engines.base import FULL_PRECISION, Precision
+from posecrafter_rt.engines.openvino import KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from posecrafter_rt.engines.base import Precision
-from posecrafter_rt.engines.torch import DTYPES, TorchBackend
+from posecrafter_rt.engines.base import TORCH_DTYPES, Precision
+from posecrafter_rt.engines.torch import TorchBackend
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.loading import PoseModel
@@ -24,7 +24,7 @@ def test_it_loads_without_the_base_in_its_precision(
 ) -> None:
     backend, arch = TorchBackend(), plain_model.architecture()
     backend.build(plain_model, arch, tmp_path, precision, lambda stage: None)
-    assert load_file(tmp_path / "unet.safetensors")["conv_in.weight"].dtype == DTYPES[precision]
+    assert load_file(tmp_path / "unet.safetensors")["conv_in.weight"].dtype == TORCH_DTYPES[precision]
     engines, modules = backend.load(tmp_path, arch, precision, tmp_path / "unused"), plain_model.networks()
     assert set(engines) == set(NETWORK_NAMES) and not (tmp_path / "unused").exists()
     for name, spec in network_specs(arch).items():

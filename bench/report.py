@@ -1,0 +1,32 @@
+"""How every benchmark reports: a Markdown table, and a JSON file with its Markdown beside it.
+
+Bench: imported by the scripts here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table's lines and an empty one; all columns but the first to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def write_report(path: Path, document: Any, markdown: str) -> None:
+    """Write a document to `path` and its text to the .md beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """`512x768` → (512, 768), height first. Raises: ValueError, which argparse turns into its usual line."""
+    height, width = map(int, text.split("x"))
+    return height, width
