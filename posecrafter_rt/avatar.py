@@ -121,19 +121,20 @@ class Avatar:
         **changes: Any,
     ) -> Iterator[np.ndarray]:
         """As `render`, yielding frames (H, W, 3) as they are decoded. on_step: told (stage, step, steps)."""
-        options = replace(options or RenderOptions(), **changes)
-        substeps = options.inversion_substeps or self.folder.manifest["inversion_substeps"]
-        options = replace(options, inversion_substeps=substeps)
+        options = replace(options or RenderOptions(), **changes).with_recommended(self.folder.manifest["recommended"])
+        assert options.inversion_substeps is not None
         report = RenderReport(options, len(poses))
         target = transform_keypoints(poses, self.size)  # as the training frames were fitted
         told = on_step or (lambda stage, step, steps: None)
+        num_steps = options.num_inference_steps - options.start_step
         with report.stage("prepare"):
             reference = select_reference(self.poses, target) if options.selects else 0
             report.reference_index = reference
-            inversion = self.schedule.inversion_timesteps(options.num_inference_steps, substeps)
+            inversion = self.schedule.inversion_timesteps(
+                options.num_inference_steps, options.inversion_substeps, options.start_step)  # fmt: skip
             source = self._prepare_tables(inversion, [self.prompt])
         with report.stage("invert"):
-            told("inverting the reference", 0, options.num_inference_steps)
+            told("inverting the reference", 0, num_steps)
             inverted = self._inverted_latents(reference, source, options, report)
         with report.stage("prepare"):
             clip = prepare_clip(self.engines, inverted, self.poses.keypoints[reference], target, options)
@@ -144,7 +145,7 @@ class Avatar:
             tables = self._prepare_tables(timesteps, self._prompts(options))
         with report.stage("denoise"):
             latents = render_clip(self.engines, self.schedule, tables, clip, options,
-                                  lambda step: told("denoising", step, options.num_inference_steps))  # fmt: skip
+                                  lambda step: told("denoising", step - options.start_step, num_steps))  # fmt: skip
         if options.inserts:
             latents = latents[1:]  # the inserted reference is never decoded
         frames = decode(self.engines, latents)
@@ -173,7 +174,7 @@ class Avatar:
                                                  "scheduler", "size", "libraries")},
             "source_prompt": self.prompt, "frame": reference, "steps": options.num_inference_steps,
             "substeps": options.inversion_substeps,
-            "end_timestep": int(self.schedule.timesteps(options.num_inference_steps)[0]),
+            "end_timestep": int(self.schedule.timesteps(options.num_inference_steps)[options.start_step]),
             "conditioning_scale": options.conditioning_scale,
         }  # fmt: skip
 

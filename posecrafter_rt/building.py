@@ -91,7 +91,7 @@ def build_engine(
     if any(side % arch.size_multiple for side in size):
         raise ShapeError(f"size {size[0]}x{size[1]} does not fit the network", f"use multiples of {arch.size_multiple}")
     manifest |= {"architecture": arch.to_json(), "scheduler": model.scheduler_config,
-                 "inversion_substeps": model.settings.inversion_substeps}  # fmt: skip
+                 "recommended": model.settings.recommended}  # fmt: skip
     with building(output, manifest, force) as staging:
         progress("writing the reference frames")
         _write_reference(staging / REFERENCE_FILE, tuned, size)

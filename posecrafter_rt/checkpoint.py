@@ -30,14 +30,14 @@ LIBRARIES = ("posecrafter-rt", "torch", "diffusers", "transformers")
 REQUIRED_METADATA = ("base", "base_hash", "controlnet", "vae", "prompt", "size", "norm_scope", "seed", "steps")
 # One key only: safetensors writes several in random order, and equal content shall be equal bytes.
 _HEADER = "posecrafter"
-_PREFIXES = ("unet.", "controlnet.")
+_PREFIXES = ("unet.", "controlnet.", "vae.")
 
 
 @dataclass(eq=False)
 class Checkpoint:
     """A tuned person.
 
-    tensors: tuned tensors by `unet.…` and `controlnet.…` name.
+    tensors: tuned tensors by `unet.…`, `controlnet.…` and `vae.…` name.
     frames: (n, H, W, 3) uint8 RGB. poses: n poses on a canvas of H × W pixels.
     metadata: JSON values, among them those of REQUIRED_METADATA: base, controlnet, vae as `load_base` takes them (or
         None); base_hash; prompt; size [height, width]; norm_scope; seed; steps. A loaded one also has "versions" and
@@ -65,7 +65,9 @@ class Checkpoint:
             raise CheckpointError(message, hint="bring the poses to the frames' size")
         foreign = [name for name in self.tensors if not name.startswith(_PREFIXES)]
         if foreign:
-            raise CheckpointError(f"a tensor is called {foreign[0]}", hint="tuned tensors are unet.… and controlnet.…")
+            raise CheckpointError(
+                f"a tensor is called {foreign[0]}", hint="tuned tensors are unet.…, controlnet.… and vae.…"
+            )
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the file, atomically; equal content gives equal bytes.

@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite
@@ -24,13 +23,12 @@ from posecrafter_rt.errors import BackendUnavailable, CheckpointError, PoseCraft
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
-from posecrafter_rt.method.noise import shared_noise
 from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.loading import PoseModel, load_base, named_parameters
 from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.sources import locate_base
-from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.tuning_losses import TrainingSet, decoder_loss, decoder_parameters, denoiser_loss, encode
 from posecrafter_rt.video_io import read_video
 
 SAVE_EVERY_SECONDS = 30.0
@@ -43,6 +41,7 @@ class TuneOptions:
 
     base: `embedded`, a diffusers folder, a hub id or a single file; controlnet, vae: the same, when not in the base.
     frames: training frames, taken uniformly from the video.
+    steps: of the denoiser; decoder_steps: of the autoencoder's decoder after it.
     precision: of the activations (autocast); the trained weights stay float32.
     """
 
@@ -51,6 +50,7 @@ class TuneOptions:
     vae: str | None = None
     frames: int = 8
     steps: int | None = None
+    decoder_steps: int | None = None
     learning_rate: float | None = None
     prompt: str | None = None
     norm_scope: NormScope | None = None
@@ -62,20 +62,16 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class TuneStatus:
-    """Passed to the progress callback after every step. loss: exponentially smoothed noise-prediction error."""
+    """Passed to the progress callback after every step.
+
+    part: what is being tuned. loss: exponentially smoothed; of the denoiser its squared error, of the decoder that of the
+    pixels.
+    """
 
     step: int
     steps: int
     loss: float
-
-
-@dataclass(frozen=True)
-class _TrainingSet:
-    """Encoded once: latents (n, 4, h, w), controlnet_cond (n, 3, H, W), encoder_hidden_states (1, tokens, D)."""
-
-    latents: Tensor
-    controlnet_cond: Tensor
-    encoder_hidden_states: Tensor
+    part: Literal["denoiser", "decoder"]
 
 
 def choose_frames(num_available: int, num_wanted: int) -> np.ndarray:
@@ -85,13 +81,14 @@ def choose_frames(num_available: int, num_wanted: int) -> np.ndarray:
 
 
 def trainable_parameters(model: PoseModel, patterns: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """The parameters whose `unet.…` or `controlnet.…` name a pattern finds, in a fixed order.
+    """The denoiser's parameters whose `unet.…` or `controlnet.…` name a pattern finds, in a fixed order.
 
     Raises: CheckpointError when the patterns find nothing.
     """
     chosen = {
-        name: parameter for name, parameter in named_parameters(model) if any(re.search(p, name) for p in patterns)
-    }
+        name: parameter for name, parameter in named_parameters(model)
+        if not name.startswith("vae.") and any(re.search(p, name) for p in patterns)
+    }  # fmt: skip
     if not chosen:
         raise CheckpointError(f"no parameter of {model.base_id} matches {patterns}", "mend the base's posecrafter.json")
     return chosen
@@ -133,6 +130,7 @@ def tune(
             "prompt": options.prompt or settings.prompt, "size": list(frames.shape[1:3]),
             "norm_scope": model.unet.norm_scope, "seed": options.seed, "precision": options.precision,
             "steps": options.steps or settings.steps or tuning_steps(len(chosen)),
+            "decoder_steps": settings.decoder_steps if options.decoder_steps is None else options.decoder_steps,
             "learning_rate": options.learning_rate or settings.learning_rate,
         },
     )  # fmt: skip
@@ -145,28 +143,26 @@ def tune(
     return checkpoint
 
 
-@torch.no_grad()
-def _encode(model: PoseModel, checkpoint: Checkpoint, device: str) -> _TrainingSet:
-    networks = model.networks()
-    pixels = torch.from_numpy(checkpoint.frames).permute(0, 3, 1, 2).to(device).float().div(127.5).sub(1)
-    latents = torch.cat([networks["vae_encoder"](frame[None])[0] for frame in pixels])
-    pictures = draw_poses(checkpoint.poses, checkpoint.frames.shape[1:3])
-    cond = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device).float().div(255)
-    input_ids = model.tokenize([checkpoint.metadata["prompt"]]).to(device)
-    return _TrainingSet(latents, cond, networks["text_encoder"](input_ids)[0])
-
-
 @dataclass
 class _Run:
-    """The state of a run that a resumed one needs: all but the frozen weights."""
+    """The state of a run that a resumed one needs: all but the frozen weights. The decoder's steps follow the denoiser's."""
 
-    steps: int
+    denoiser_steps: int
+    decoder_steps: int
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator
     step: int = 0
     loss: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        return self.denoiser_steps + self.decoder_steps
+
+    @property
+    def on_decoder(self) -> bool:
+        return self.step >= self.denoiser_steps
 
     def save(self, path: Path, fingerprint: str) -> None:
         state = {
@@ -201,64 +197,68 @@ def _optimise(
     partial: Path,
     on_step: Callable[[TuneStatus], None] | None,
 ) -> dict[str, Tensor]:
-    settings, metadata = model.settings, checkpoint.metadata
     model.to(device=options.device)
-    data = _encode(model, checkpoint, options.device)
-    for network in (model.unet, model.controlnet):
-        network.requires_grad_(False)
-        if options.device == "cpu":
-            channels_last(network)
-        if options.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-    parameters = trainable_parameters(model, settings.trainable)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
+    data = encode(model, checkpoint, options.device)
+    run = _begin(model, checkpoint.metadata, options)
     schedule = DDIMSchedule.from_config(model.scheduler_config)
-    run = _Run(
-        int(metadata["steps"]),
-        parameters,
-        torch.optim.AdamW(parameters.values(), lr=metadata["learning_rate"], weight_decay=settings.weight_decay),
-        torch.amp.GradScaler(options.device, enabled=options.precision == "fp16"),
-        torch.Generator().manual_seed(options.seed),
-    )
     fingerprint = checkpoint.digest()  # nothing is tuned yet: frames, poses and options
     run.restore(partial, fingerprint)
     saved_at = time.monotonic()
     try:
         while run.step < run.steps:
+            part: Literal["denoiser", "decoder"] = "decoder" if run.on_decoder else "denoiser"
             _step(model, data, run, options, schedule)
             if on_step is not None:
-                on_step(TuneStatus(run.step, run.steps, run.loss))
+                on_step(TuneStatus(run.step, run.steps, run.loss, part))
             if time.monotonic() - saved_at > SAVE_EVERY_SECONDS:
                 run.save(partial, fingerprint)
                 saved_at = time.monotonic()
     except KeyboardInterrupt:
         run.save(partial, fingerprint)
         raise
-    return {name: parameter.detach().cpu() for name, parameter in parameters.items()}
+    return {name: parameter.detach().cpu() for name, parameter in run.parameters.items()}
 
 
-def _minibatch(num_frames: int, size: int, generator: torch.Generator) -> Tensor:
-    """Random frames in random order: the first is the key frame, so that every training frame serves as key."""
-    return torch.randperm(num_frames, generator=generator)[:size]
-
-
-def _step(model: PoseModel, data: _TrainingSet, run: _Run, options: TuneOptions, schedule: DDIMSchedule) -> None:
+def _begin(model: PoseModel, metadata: dict[str, Any], options: TuneOptions) -> _Run:
+    """Make the networks ready to train, and the optimizer of what is trained in them."""
     settings = model.settings
-    chosen = _minibatch(len(data.latents), settings.minibatch, run.generator)
-    latents = data.latents[chosen]
-    timestep = draw_timestep(schedule.num_train_timesteps, settings.timestep_exponent, run.generator)
-    noise = shared_noise(latents[None], settings.shared_noise, run.generator)[0]
-    alpha = schedule.alphas_cumprod[timestep].to(latents.device)
-    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    target = noise if schedule.prediction_type == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-    noise_pred = _predict(model, noisy, timestep.to(latents.device), data, chosen, options)
-    loss = F.mse_loss(noise_pred.float(), target)
+    for network in (model.unet, model.controlnet, model.vae):
+        network.requires_grad_(False)
+        if options.device == "cpu":
+            channels_last(network)
+    if options.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        model.controlnet.enable_gradient_checkpointing()
+    parameters = trainable_parameters(model, settings.trainable)
+    decoder = decoder_parameters(model.vae) if metadata["decoder_steps"] else {}
+    for parameter in (*parameters.values(), *decoder.values()):
+        parameter.requires_grad_(True)
+    groups: list[dict[str, Any]] = [{"params": list(parameters.values()), "base_lr": metadata["learning_rate"]}]
+    if decoder:
+        groups.append({"params": list(decoder.values()), "base_lr": settings.decoder_learning_rate})
+    return _Run(
+        int(metadata["steps"]),
+        int(metadata["decoder_steps"]),
+        parameters | decoder,
+        torch.optim.AdamW(groups, weight_decay=settings.weight_decay),
+        torch.amp.GradScaler(options.device, enabled=options.precision == "fp16"),
+        torch.Generator().manual_seed(options.seed),
+    )
+
+
+def _step(model: PoseModel, data: TrainingSet, run: _Run, options: TuneOptions, schedule: DDIMSchedule) -> None:
+    with _autocast(options, keep_range=run.on_decoder):
+        if run.on_decoder:
+            step, steps, decay = run.step - run.denoiser_steps, run.decoder_steps, True
+            loss = decoder_loss(model.vae, data, run.generator)
+        else:
+            step, steps, decay = run.step, run.denoiser_steps, model.settings.learning_rate_decay
+            loss = denoiser_loss(model, data, run.generator, schedule)
     if not torch.isfinite(loss):
         raise PoseCrafterError(f"the loss became {loss.item()} at step {run.step}",
                                "lower --learning-rate, or tune with --precision fp32")  # fmt: skip
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate_at(run.step, run.steps, settings.learning_rate_decay) * run.optimizer.defaults["lr"]
+        group["lr"] = learning_rate_at(step, steps, decay) * group["base_lr"]
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
@@ -266,13 +266,7 @@ def _step(model: PoseModel, data: _TrainingSet, run: _Run, options: TuneOptions,
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.step += 1
-    run.loss += (loss.item() - run.loss) * max(LOSS_SMOOTHING, 1 / run.step)
-
-
-def draw_timestep(num_train_timesteps: int, exponent: float, generator: torch.Generator) -> Tensor:
-    """A timestep in 0 … num_train_timesteps - 1, drawn with density proportional to t^exponent: int64 (1,)."""
-    uniform = torch.rand(1, generator=generator, dtype=torch.float64)
-    return (num_train_timesteps * uniform ** (1 / (1 + exponent))).long()
+    run.loss += (loss.item() - run.loss) * max(LOSS_SMOOTHING, 1 / (step + 1))
 
 
 def learning_rate_at(step: int, steps: int, decay: bool) -> float:
@@ -282,18 +276,12 @@ def learning_rate_at(step: int, steps: int, decay: bool) -> float:
     return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * float(np.cos(np.pi * step / steps)))
 
 
-def _predict(
-    model: PoseModel, noisy: Tensor, timestep: Tensor, data: _TrainingSet, chosen: Tensor, options: TuneOptions
-) -> Tensor:
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    precision = options.precision
-    autocast = nullcontext() if precision == "fp32" else torch.autocast(options.device, dtypes[precision])
-    unet, controlnet, text = model.unet, model.controlnet, data.encoder_hidden_states
-    with autocast:
-        down, mid = controlnet(
-            noisy, controlnet.time_projections(timestep), controlnet.text_kv(text),
-            controlnet.pose_embedding(data.controlnet_cond[chosen]), noisy.new_ones(1))  # fmt: skip
-        return unet(noisy, unet.time_projections(timestep), unet.text_kv(text), down, mid)
+def _autocast(options: TuneOptions, keep_range: bool = False) -> AbstractContextManager[None]:
+    """The activations' precision; keep_range: without float16, whose range a VAE's activations are known to leave."""
+    dtypes = {"bf16": torch.bfloat16} | ({} if keep_range else {"fp16": torch.float16})
+    if options.precision not in dtypes:
+        return nullcontext()
+    return torch.autocast(options.device, dtypes[options.precision])
 
 
 def resolve_precision(device: str, precision: str) -> tuple[str, str]:

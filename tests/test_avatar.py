@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
@@ -88,9 +89,47 @@ def test_options_change_what_they_should(avatar: Avatar) -> None:
         {"conditioning_scale": 0.2},
         {"tau": 2},
         {"inversion_substeps": 3},
+        {"strength": 0.5},
         {"mode": "+insertion"},
     ):
         assert not np.array_equal(avatar.render(poses, **{"num_inference_steps": 2, **change}), plain), change
+
+
+def test_a_partial_inversion_asks_the_networks_only_below_its_start(
+    avatar: Avatar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controlnet, asked = avatar.engines["controlnet"], []
+
+    class Watched:
+        def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+            asked.append(len(inputs["latents"]))
+            return controlnet(**inputs)
+
+    monkeypatch.setitem(avatar.engines, "controlnet", Watched())
+    told: list[tuple[str, int, int]] = []
+    list(avatar.iter_render(some_poses(2), num_inference_steps=10, strength=0.3, inversion_substeps=1,
+                            on_step=lambda *step: told.append(step)))  # fmt: skip
+    assert asked == [1] * 3 + [3] * 3  # one frame inverted; then the reference and both targets
+    assert [step for step in told if step[0] == "denoising"] == [("denoising", step, 3) for step in range(3)]
+
+
+def test_a_late_edit_counts_from_the_first_step_that_is_done(avatar: Avatar) -> None:
+    part = {"num_inference_steps": 10, "strength": 0.3}
+    unedited = avatar.render(some_poses(2), mode="+insertion", **part)
+    renders = [avatar.render(some_poses(2), tau=tau, **part) for tau in (1, 2, 3)]
+    assert not any(np.array_equal(render, unedited) for render in renders)
+
+
+def test_what_the_base_recommends_is_the_default(avatar: Avatar) -> None:
+    poses = some_poses(2)
+    assert avatar.folder.manifest["recommended"] == {"inversion_substeps": 1, "strength": 1.0}
+    plain = avatar.render(poses, num_inference_steps=4)
+    assert np.array_equal(avatar.render(poses, num_inference_steps=4, strength=1.0, inversion_substeps=1), plain)
+    avatar.folder.manifest["recommended"] = {"inversion_substeps": 1, "strength": 0.5}
+    half = avatar.render(poses, num_inference_steps=4)
+    assert avatar.last_report is not None and avatar.last_report.options.strength == 0.5
+    avatar.folder.manifest["recommended"] = {"inversion_substeps": 1, "strength": 1.0}
+    assert np.array_equal(avatar.render(poses, num_inference_steps=4, strength=0.5), half)
 
 
 def test_guidance_with_equal_prompts_changes_nothing_but_rounding(avatar: Avatar) -> None:
@@ -123,7 +162,9 @@ def test_a_pose_without_a_shared_keypoint_is_named(avatar: Avatar) -> None:
 
 
 @pytest.mark.parametrize("change", [{"mode": "magic"}, {"num_inference_steps": 0}, {"tau": 3, "num_inference_steps": 2},
-                                    {"guidance_scale": 0.5}, {"inversion_substeps": 0}, {"guidance_scale": float("nan")}])  # fmt: skip
+                                    {"guidance_scale": 0.5}, {"inversion_substeps": 0}, {"guidance_scale": float("nan")},
+                                    {"strength": 0.0}, {"strength": 1.01}, {"strength": float("nan")},
+                                    {"strength": 0.5, "num_inference_steps": 4, "tau": 3}])  # fmt: skip
 def test_bad_options_are_refused(avatar: Avatar, change: dict) -> None:
     with pytest.raises(PoseCrafterError):
         avatar.render(some_poses(1), **change)

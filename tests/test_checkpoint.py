@@ -170,7 +170,7 @@ def test_another_header(change: dict, message: str, saved: Path) -> None:
         ("keypoints", torch.zeros(3, 134, 3), "2 frames but 3 poses"),
         ("frames", torch.zeros(2, 32, 48, 3), "frames are float32"),
         ("frames", torch.zeros(0, dtype=torch.uint8), "damaged checkpoint"),
-        ("vae.conv.weight", torch.zeros(1), "a tensor is called vae.conv.weight"),
+        ("text_encoder.conv.weight", torch.zeros(1), "a tensor is called text_encoder.conv.weight"),
     ],
 )
 def test_damaged_contents(name: str, tensor: torch.Tensor | None, message: str, saved: Path) -> None:

@@ -17,13 +17,13 @@ from posecrafter_rt.tuning import (
     TuneOptions,
     TuneStatus,
     choose_frames,
-    draw_timestep,
     learning_rate_at,
     load_clip,
     resolve_precision,
     trainable_parameters,
     tune,
 )
+from posecrafter_rt.tuning_losses import draw_timestep
 from posecrafter_rt.video_io import write_video
 
 SIZE = (32, 32)
@@ -93,6 +93,37 @@ def test_an_interrupted_run_resumes_to_the_same_result(clip, options, tmp_path: 
     assert steps == [3, 4]
     assert same_tensors(unbroken, resumed)
     assert not (tmp_path / "b.ckpt.partial").exists()
+
+
+def test_the_decoder_is_tuned_after_the_denoiser_and_nears_the_frames(clip, options, tmp_path: Path) -> None:
+    without = tune(*clip, tmp_path / "a.ckpt", options)
+    statuses: list[TuneStatus] = []
+    options = TuneOptions(**{**vars(options), "decoder_steps": 40})
+    checkpoint = tune(*clip, tmp_path / "b.ckpt", options, on_step=statuses.append)
+    assert [status.part for status in statuses] == ["denoiser"] * 4 + ["decoder"] * 40
+    assert {status.steps for status in statuses} == {44} and checkpoint.metadata["decoder_steps"] == 40
+    tuned = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("vae.")}
+    assert tuned and all(name.startswith(("vae.decoder.", "vae.post_quant_conv.")) for name in tuned)
+    assert all(torch.equal(tensor, checkpoint.tensors[name]) for name, tensor in without.tensors.items())
+
+    def error(checkpoint: Checkpoint) -> float:
+        networks = checkpoint.load_model().networks()
+        pixels = torch.from_numpy(checkpoint.frames).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        with torch.no_grad():
+            return float((networks["vae_decoder"](networks["vae_encoder"](pixels)[0])[0] - pixels).square().mean())
+
+    assert error(checkpoint) < 0.9 * error(without)
+
+
+@pytest.mark.parametrize("interruption", [2, 4, 5])
+def test_a_run_interrupted_in_either_part_resumes(clip, options, tmp_path: Path, interruption: int) -> None:
+    options = TuneOptions(**{**vars(options), "decoder_steps": 3})
+    unbroken = tune(*clip, tmp_path / "a.ckpt", options)
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "b.ckpt", options, on_step=interrupt_at(interruption))
+    steps: list[int] = []
+    resumed = tune(*clip, tmp_path / "b.ckpt", options, on_step=lambda status: steps.append(status.step))
+    assert steps == list(range(interruption + 1, 8)) and same_tensors(unbroken, resumed)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn"])

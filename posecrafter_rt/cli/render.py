@@ -33,6 +33,9 @@ def render(  # noqa: PLR0913 - one argument for each option
     inversion_substeps: Annotated[
         int | None, typer.Option(help="Parts of each step of the inversion; else what the base recommends.")
     ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Share of the steps that is walked, 0 to 1; else what the base recommends.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Target prompt; else that of tuning.")] = None,
     guidance_scale: Annotated[float, typer.Option(help="1: none; 3 suits edits by prompt.")] = 1.0,
     control_scale: Annotated[float, typer.Option(help="Weight of the poses.")] = 1.0,
@@ -53,7 +56,7 @@ def render(  # noqa: PLR0913 - one argument for each option
     refuse_outputs(output, force)
     options = RenderOptions(
         mode, steps, prompt, guidance_scale, control_scale, tau, resample,  # type: ignore[arg-type]
-        inversion_substeps=inversion_substeps,
+        inversion_substeps=inversion_substeps, strength=strength,
     )  # fmt: skip
     target = PoseSequence.load(poses, person=person)[window]
     with Avatar.load(engine) as avatar, step_progress("loading") as on_step:

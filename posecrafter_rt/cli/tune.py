@@ -34,6 +34,9 @@ def tune(  # noqa: PLR0913 - one argument for each option
     steps: Annotated[
         int | None, typer.Option(help="Steps; else the base's, or Eq. 20's for the frames.", min=1)
     ] = None,
+    decoder_steps: Annotated[
+        int | None, typer.Option(help="Steps of the autoencoder's decoder after them; else the base's.", min=0)
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Else the base's (0.003 for SD 1.5).")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the video shows; else 'a person'.")] = None,
     norm_scope: Annotated[str | None, typer.Option(help="GroupNorm over each `frame`, or the whole `clip`.")] = None,
@@ -56,17 +59,17 @@ def tune(  # noqa: PLR0913 - one argument for each option
     refuse_overwrite(output, force)  # before minutes of work, not after them
     device, precision = resolve_precision(device, precision)
     options = TuneOptions(
-        base=base, controlnet=controlnet, vae=vae, frames=frames, steps=steps, learning_rate=learning_rate, prompt=prompt,
-        norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]
+        base=base, controlnet=controlnet, vae=vae, frames=frames, steps=steps, decoder_steps=decoder_steps,
+        learning_rate=learning_rate, prompt=prompt, norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]
         gradient_checkpointing=gradient_checkpointing)  # fmt: skip
     clip, clip_poses = load_clip(video, PoseSequence.load(poses), picture_size or base_size(base), window)
     with step_progress("tuning") as on_step:
         checkpoint = tune(clip, clip_poses, output, options, force=force, resume=resume,
-                          on_step=lambda status: on_step(status.step, status.steps, f"loss {status.loss:.4f}"))  # fmt: skip
+                          on_step=lambda status: on_step(status.step, status.steps, f"{status.part} loss {status.loss:.4f}"))  # fmt: skip
     summary = {"checkpoint": str(output), "bytes": output.stat().st_size, **checkpoint.metadata}
     if as_json:
         print_json(summary)
     else:
         print_table((name.replace("_", " "), str(summary[name]))
-                    for name in ("checkpoint", "base", "prompt", "size", "steps", "learning_rate", "norm_scope"))  # fmt: skip
+                    for name in ("checkpoint", "base", "prompt", "size", "steps", "decoder_steps", "learning_rate", "norm_scope"))  # fmt: skip
         typer.echo(f"next: posecrafter-rt build-engine {output}", err=True)

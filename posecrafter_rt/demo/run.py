@@ -57,7 +57,7 @@ class Demo:
         options = TuneOptions(frames=FRAMES, steps=self.tuning_steps, precision=precision, device=device)  # type: ignore[arg-type]
 
         def told(status: TuneStatus) -> None:
-            on_step(status.step, status.steps, f"loss {status.loss:.4f}")
+            on_step(status.step, status.steps, f"{status.part} loss {status.loss:.4f}")
 
         with self._timed("tune"):
             tune(self.frames[TUNING], self.poses[TUNING], self.checkpoint, options, force=True, on_step=told)

@@ -21,7 +21,7 @@ from typing import Any
 from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_overwrite, sha256_file, sha256_json
 from posecrafter_rt.errors import EngineFolderError, OutputExists
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 MUTABLE = ("inversions", "compiled")  # caches: outside the hashes, may be emptied at any time
 

@@ -128,35 +128,46 @@ class DDIMSchedule:
         starts = self.timesteps(num_inference_steps)
         return np.stack([starts, starts - self.num_train_timesteps // num_inference_steps], axis=1)
 
-    def inversion_pairs(self, num_inference_steps: int, substeps: int = 1) -> np.ndarray:
+    def inversion_pairs(self, num_inference_steps: int, substeps: int = 1, start_step: int = 0) -> np.ndarray:
         """Timesteps (from, to) of every inversion step, in order: the sampling steps walked backwards.
 
         The model is asked at `to`, the noisier end, as diffusers' inverse scheduler and ControlVideo ask it.
-        Args: substeps: parts into which each of them is divided, as far as there are timesteps between; the step from
-            the clean end stays whole.
-        Returns: int64 (steps, 2); `from` < 0 is clean; the last `to` is the sampler's first timestep.
-        Raises: PoseCrafterError for fewer than one substep.
+        Args:
+            substeps: parts into which each of them is divided, as far as there are timesteps between; the step from the
+                clean end stays whole.
+            start_step: the first step that sampling will do; the inversion ends there.
+        Returns: int64 (steps, 2); `from` < 0 is clean; the last `to` is the timestep of `start_step`.
+        Raises: PoseCrafterError for fewer than one substep, or a start outside 0..num_inference_steps - 1.
         """
         if substeps < 1:
             raise PoseCrafterError(f"{substeps} substeps of inversion were asked for", hint="give 1 or more")
+        if not 0 <= start_step < num_inference_steps:
+            raise PoseCrafterError(
+                f"sampling was to start at step {start_step} of {num_inference_steps}",
+                hint=f"give 0 to {num_inference_steps - 1}",
+            )
         divided = []
-        for start, end in self.sampling_pairs(num_inference_steps)[::-1, ::-1].tolist():
+        for start, end in self.sampling_pairs(num_inference_steps)[start_step:][::-1, ::-1].tolist():
             parts = 1 if start < 0 else min(substeps, end - start)
             stops = np.linspace(start, end, parts + 1).round().astype(np.int64)
             divided.append(np.stack([stops[:-1], stops[1:]], axis=1))
         return np.concatenate(divided)
 
-    def inversion_timesteps(self, num_inference_steps: int, substeps: int = 1) -> np.ndarray:
+    def inversion_timesteps(self, num_inference_steps: int, substeps: int = 1, start_step: int = 0) -> np.ndarray:
         """The timesteps at which the model is asked during the inversion, noisiest first: int64 (steps,)."""
-        return self.inversion_pairs(num_inference_steps, substeps)[::-1, 1].copy()  # torch takes no negative strides
+        pairs = self.inversion_pairs(num_inference_steps, substeps, start_step)
+        return pairs[::-1, 1].copy()  # torch takes no negative strides
 
     def sampling_coefficients(self, num_inference_steps: int) -> list[Coefficients]:
         """What `ddim_step` needs for every sampling step, in order."""
         return [self._coefficients(*pair) for pair in self.sampling_pairs(num_inference_steps).tolist()]
 
-    def inversion_coefficients(self, num_inference_steps: int, substeps: int = 1) -> list[Coefficients]:
+    def inversion_coefficients(
+        self, num_inference_steps: int, substeps: int = 1, start_step: int = 0
+    ) -> list[Coefficients]:
         """What `ddim_step` needs for every inversion step, in order."""
-        return [self._coefficients(*pair) for pair in self.inversion_pairs(num_inference_steps, substeps).tolist()]
+        pairs = self.inversion_pairs(num_inference_steps, substeps, start_step)
+        return [self._coefficients(*pair) for pair in pairs.tolist()]
 
     def _coefficients(self, start: int, end: int) -> Coefficients:
         """Of x' = sqrt(a') x_0 + sqrt(1 - a') eps, with x_0 and eps written out in the latents and the prediction."""
@@ -197,9 +208,10 @@ def ddim_invert(
     num_inference_steps: int,
     *,
     substeps: int = 1,
+    start_step: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Carry clean latents to the noise that sampling would turn into them (Eq. 4).
+    """Carry clean latents to the noise that sampling from `start_step` would turn into them (Eq. 4).
 
     x_to = sqrt(a_to) x_0 + sqrt(1 - a_to) eps, with x_0 from x_from, and eps asked at (x_from, to).
     Args:
@@ -207,13 +219,13 @@ def ddim_invert(
         latents: (f, 4, h, w), VAE-scaled, any float dtype. The arithmetic runs in fp32, or wider where they are wider.
         schedule: noise levels and timesteps.
         num_inference_steps: of the sampler that the noise is for.
-        substeps: see `DDIMSchedule.inversion_pairs`; 1 is the paper's.
+        substeps, start_step: see `DDIMSchedule.inversion_pairs`; 1 and 0 are the paper's.
         progress: called with (steps done, steps in all) after each.
-    Returns: the latents at the sampler's first timestep, dtype and shape of latents, new tensor.
-    Raises: PoseCrafterError for an impossible step count; ShapeError if the prediction has another shape.
+    Returns: the latents at the timestep of `start_step`, dtype and shape of latents, new tensor.
+    Raises: PoseCrafterError for an impossible step count or start; ShapeError if the prediction has another shape.
     """
-    coefficients = schedule.inversion_coefficients(num_inference_steps, substeps)
-    timesteps = schedule.inversion_timesteps(num_inference_steps, substeps).tolist()
+    coefficients = schedule.inversion_coefficients(num_inference_steps, substeps, start_step)
+    timesteps = schedule.inversion_timesteps(num_inference_steps, substeps, start_step).tolist()
     state = latents.to(_arithmetic_dtype(latents))
     for done, step in enumerate(coefficients):
         index = len(timesteps) - 1 - done

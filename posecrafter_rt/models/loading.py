@@ -179,8 +179,8 @@ def _check_fit(model: PoseModel) -> None:
 
 
 def named_parameters(model: PoseModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of U-Net and ControlNet under their `unet.…` and `controlnet.…` names, in a fixed order."""
-    for prefix in ("unet", "controlnet"):
+    """Parameters of U-Net, ControlNet and VAE under their `unet.…`, `controlnet.…` and `vae.…` names, in a fixed order."""
+    for prefix in ("unet", "controlnet", "vae"):
         for name, parameter in getattr(model, prefix).named_parameters():
             yield f"{prefix}.{name}", parameter
 
@@ -188,7 +188,7 @@ def named_parameters(model: PoseModel) -> Iterator[tuple[str, nn.Parameter]]:
 def apply_tensors(model: PoseModel, tensors: Mapping[str, Tensor]) -> None:
     """Copy tuned tensors into a model, in place, converted to its dtype; all of them or, on an error, none.
 
-    Args: tensors: by `unet.…` or `controlnet.…` name; trailing dimensions of 1 of 1×1 convolutions may be there or not.
+    Args: tensors: by `named_parameters`' names; trailing dimensions of 1 of 1×1 convolutions may be there or not.
     Raises: CheckpointError for a name the model lacks or a shape that differs.
     """
     parameters = dict(named_parameters(model))

@@ -27,7 +27,8 @@ class BaseSettings:
     learning_rate_decay: whether the learning rate falls during tuning. shared_noise: share of training steps in 0..1
     whose frames have a part of their noise in common, as they do when rendering. timestep_exponent: the timesteps of
     tuning are drawn with density proportional to t^exponent; 0 is uniform, more dwells on the noisy ones.
-    inversion_substeps: see `RenderOptions`.
+    decoder_steps, decoder_learning_rate: of the autoencoder's decoder, tuned after the denoiser; the paper's is 0 steps.
+    inversion_substeps, strength: what `RenderOptions` leaves to the base.
     Raises: ModelError for a value out of range.
     """
 
@@ -42,7 +43,10 @@ class BaseSettings:
     learning_rate_decay: bool = False
     shared_noise: float = 0.0
     timestep_exponent: float = 0.0
+    decoder_steps: int = 0
+    decoder_learning_rate: float = 1e-3
     inversion_substeps: int = 1
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         valid = {
@@ -57,11 +61,19 @@ class BaseSettings:
             "learning_rate_decay": isinstance(self.learning_rate_decay, bool),
             "shared_noise": _is_number(self.shared_noise) and 0 <= self.shared_noise <= 1,
             "inversion_substeps": _is_count(self.inversion_substeps),
+            "strength": _is_number(self.strength) and 0 < self.strength <= 1,
             "timestep_exponent": _is_number(self.timestep_exponent) and self.timestep_exponent >= 0,
+            "decoder_steps": type(self.decoder_steps) is int and self.decoder_steps >= 0,
+            "decoder_learning_rate": _is_number(self.decoder_learning_rate) and self.decoder_learning_rate > 0,
         }
         for name, is_valid in valid.items():
             if not is_valid:
                 raise ModelError(f"the setting {name} is {getattr(self, name)!r}", hint=f"mend it in {SETTINGS_FILE}")
+
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """Values of the options that `RenderOptions` leaves to the base."""
+        return {"inversion_substeps": self.inversion_substeps, "strength": self.strength}
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, numbers and strings: the content of `posecrafter.json`."""

@@ -5,8 +5,8 @@ Layer 5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from posecrafter_rt.errors import PoseCrafterError
 
@@ -24,10 +24,13 @@ class RenderOptions:
     prompt: the target prompt; None: the prompt of tuning. The source prompt of the inversion is always that of tuning.
     guidance_scale: 1 needs no unconditional pass; 3 suits attribute edits by prompt.
     conditioning_scale: weight of the ControlNet residuals.
-    tau: the sampling step before which latents are edited, 1 … num_inference_steps.
+    tau: the sampling step before which latents are edited, from 1, the first that is done.
     resample: how the latent edit samples; regions: which keypoint groups it edits.
     inversion_substeps: parts into which each step of the inversion is divided; 1 is the paper's. The inversion is of one
         frame and cached, so a fine one costs little. None: what the base recommends.
+    strength: partial inversion: the share of the steps that is walked, in (0, 1]. Below 1 the reference is inverted only
+        to the step where sampling then starts, so less of it is lost and less time is spent; 1 is the paper's. None: what
+        the base recommends.
     """
 
     mode: str = "+editing"
@@ -39,6 +42,7 @@ class RenderOptions:
     resample: Resample = "bilinear"
     regions: tuple[str, ...] = ("face", "left_hand", "right_hand")
     inversion_substeps: int | None = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -47,10 +51,23 @@ class RenderOptions:
             raise PoseCrafterError(f"{self.num_inference_steps} denoising steps", "give 1 or more")
         if self.inversion_substeps is not None and self.inversion_substeps < 1:
             raise PoseCrafterError(f"{self.inversion_substeps} substeps of inversion", "give 1 or more")
-        if not 1 <= self.tau <= self.num_inference_steps:
-            raise PoseCrafterError(f"tau {self.tau} is not a sampling step", f"give 1 to {self.num_inference_steps}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise PoseCrafterError(f"strength {self.strength}", "give more than 0, and 1 at most")
+        last = self.num_inference_steps - (0 if self.strength is None else self.start_step)
+        if not 1 <= self.tau <= last:
+            raise PoseCrafterError(f"tau {self.tau} is not a sampling step", f"give 1 to {last}")
         if not self.guidance_scale >= 1:
             raise PoseCrafterError(f"guidance scale {self.guidance_scale}", "give 1 (no guidance) or more")
+
+    def with_recommended(self, recommended: dict[str, Any]) -> RenderOptions:
+        """What was left to the base, taken from what it recommends: names of options and their values."""
+        return replace(self, **{name: value for name, value in recommended.items() if getattr(self, name) is None})
+
+    @property
+    def start_step(self) -> int:
+        """The first step of sampling that is done, from 0; of options whose `strength` is given."""
+        assert self.strength is not None
+        return self.num_inference_steps - max(1, round(self.num_inference_steps * self.strength))
 
     @property
     def selects(self) -> bool:

@@ -78,7 +78,7 @@ def invert_reference(
     """Encode the reference frame and carry it to noise (Eq. 4): one frame, whatever the clip's length.
 
     Args: frame: (H, W, 3) uint8; pose: its pose, a sequence of one; tables: of the *source* prompt and the inversion's
-        timesteps; options: with `inversion_substeps` given.
+        timesteps; options: with nothing left to the base.
     Returns: inverted_latents (4, h, w).
     """
     pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
@@ -86,8 +86,8 @@ def invert_reference(
     pose_embeddings = embed_poses(engines, pose, frame.shape[:2])
     denoise = Denoiser(engines, tables, pose_embeddings, options.conditioning_scale, 1.0)
     assert options.inversion_substeps is not None
-    steps, substeps = options.num_inference_steps, options.inversion_substeps
-    return ddim_invert(denoise, latents, schedule, steps, substeps=substeps)[0]
+    return ddim_invert(denoise, latents, schedule, options.num_inference_steps, substeps=options.inversion_substeps,
+                       start_step=options.start_step)[0]  # fmt: skip
 
 
 def prepare_clip(

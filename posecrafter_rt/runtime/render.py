@@ -38,12 +38,13 @@ def render_clip(
     def before_step(index: int, latents: Tensor) -> Tensor:
         if on_step is not None:
             on_step(index)
-        if clip.plan is not None and options.tau > 1 and index == options.tau - 1:
+        if clip.plan is not None and options.tau > 1 and index == options.start_step + options.tau - 1:
             plan = clip.plan
             affine_warp_paste_(latents, torch.from_numpy(plan.affines), torch.from_numpy(plan.rects), options.resample)
         return latents
 
-    return ddim_sample(denoise, clip.latents, schedule, options.num_inference_steps, on_step=before_step)
+    return ddim_sample(denoise, clip.latents, schedule, options.num_inference_steps, start_step=options.start_step,
+                       on_step=before_step)  # fmt: skip
 
 
 @torch.no_grad()

@@ -291,6 +291,30 @@ def test_a_finer_inversion_passes_through_the_samplers_timesteps(spacing: str) -
         schedule.inversion_pairs(20, 0)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("start_step", [0, 7, 19])
+def test_a_partial_inversion_ends_where_sampling_starts(spacing: str, start_step: int) -> None:
+    schedule = DDIMSchedule.from_config({**SD15, "timestep_spacing": spacing})
+    whole, part = schedule.inversion_pairs(20), schedule.inversion_pairs(20, 1, start_step)
+    assert np.array_equal(part, whole[: 20 - start_step])
+    assert schedule.inversion_timesteps(20, 3, start_step)[0] == schedule.timesteps(20)[start_step]
+    for beyond in (-1, 20):
+        with pytest.raises(PoseCrafterError, match="start at step"):
+            schedule.inversion_pairs(20, 1, beyond)
+
+
+def test_a_partial_inversion_and_its_sampling_come_back() -> None:
+    schedule = DDIMSchedule.from_config(SD15)
+    latents = latents_of(4, torch.float64)
+
+    def denoise(state: torch.Tensor, index: int, timestep: int) -> torch.Tensor:
+        return torch.full_like(state, 0.3)  # the same wherever it is asked: then inversion and sampling are exact
+
+    noise = ddim_invert(denoise, latents, schedule, 20, substeps=3, start_step=8)
+    assert not torch.allclose(noise, ddim_invert(denoise, latents, schedule, 20, substeps=3))
+    torch.testing.assert_close(ddim_sample(denoise, noise, schedule, 20, start_step=8), latents)
+
+
 def test_a_finer_inversion_comes_back_nearer() -> None:
     schedule = DDIMSchedule.from_config(SD15)
     denoise, latents = toy_denoiser(schedule), latents_of(4, torch.float64)

@@ -198,7 +198,7 @@ def test_a_convolutions_trailing_ones_are_dropped(trailing: tuple[int, ...], tin
     ("name", "shape", "message"),
     [
         ("unet.nothing.weight", (3,), "no parameter unet.nothing.weight"),
-        ("vae.quant_conv.bias", (8,), "no parameter vae.quant_conv.bias"),
+        ("text_encoder.final_layer_norm.bias", (8,), "no parameter text_encoder.final_layer_norm.bias"),
         ("unet.conv_in.bias", (33,), r"shape \(33,\), the base's is \(32,\)"),
         ("unet.conv_in.bias", (32, 2), r"shape \(32, 2\)"),
     ],

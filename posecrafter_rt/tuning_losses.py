@@ -1,0 +1,99 @@
+"""What tuning minimises: the denoiser's error (Eq. 3), then, where a base asks for it, the decoder's.
+
+Layer 4. The paper leaves Stable Diffusion's autoencoder alone, and so does every base whose `decoder_steps` is 0. A small
+autoencoder spends few numbers on colour and contours; a few frames suffice for its decoder to know this person's. The
+encoder stays, so that latents mean the same before and after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.method import DDIMSchedule
+from posecrafter_rt.method.noise import shared_noise
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.poses.draw import draw_poses
+
+LATENT_NOISE = 0.2  # of the latents' unit deviation, at most: rendered latents are never quite those of a real picture
+ABSOLUTE_WEIGHT = 0.25
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Computed once: pixels (n, 3, H, W), latents (n, 4, h, w), controlnet_cond (n, 3, H, W), encoder_hidden_states
+    (1, tokens, D)."""
+
+    pixels: Tensor
+    latents: Tensor
+    controlnet_cond: Tensor
+    encoder_hidden_states: Tensor
+
+
+@torch.no_grad()
+def encode(model: PoseModel, checkpoint: Checkpoint, device: str) -> TrainingSet:
+    """Encode a checkpoint's frames, poses and prompt."""
+    networks = model.networks()
+    pixels = torch.from_numpy(checkpoint.frames).permute(0, 3, 1, 2).to(device).float().div(127.5).sub(1)
+    latents = torch.cat([networks["vae_encoder"](frame[None])[0] for frame in pixels])
+    pictures = draw_poses(checkpoint.poses, checkpoint.frames.shape[1:3])
+    cond = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device).float().div(255)
+    input_ids = model.tokenize([checkpoint.metadata["prompt"]]).to(device)
+    return TrainingSet(pixels, latents, cond, networks["text_encoder"](input_ids)[0])
+
+
+def denoiser_loss(model: PoseModel, data: TrainingSet, generator: torch.Generator, schedule: DDIMSchedule) -> Tensor:
+    """Eq. 3 on a minibatch at one timestep: a scalar, float32. generator: on the CPU."""
+    settings = model.settings
+    chosen = _minibatch(len(data.latents), settings.minibatch, generator)
+    latents = data.latents[chosen]
+    timestep = draw_timestep(schedule.num_train_timesteps, settings.timestep_exponent, generator)
+    noise = shared_noise(latents[None], settings.shared_noise, generator)[0]
+    alpha = schedule.alphas_cumprod[timestep].to(latents.device)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    target = noise if schedule.prediction_type == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    noise_pred = _predict(model, noisy, timestep.to(latents.device), data, chosen)
+    return F.mse_loss(noise_pred.float(), target)
+
+
+def draw_timestep(num_train_timesteps: int, exponent: float, generator: torch.Generator) -> Tensor:
+    """A timestep in 0 … num_train_timesteps - 1, drawn with density proportional to t^exponent: int64 (1,)."""
+    uniform = torch.rand(1, generator=generator, dtype=torch.float64)
+    return (num_train_timesteps * uniform ** (1 / (1 + exponent))).long()
+
+
+def _minibatch(num_frames: int, size: int, generator: torch.Generator) -> Tensor:
+    """Random frames in random order: the first is the key frame, so that every training frame serves as key."""
+    return torch.randperm(num_frames, generator=generator)[:size]
+
+
+def _predict(model: PoseModel, noisy: Tensor, timestep: Tensor, data: TrainingSet, chosen: Tensor) -> Tensor:
+    unet, controlnet, text = model.unet, model.controlnet, data.encoder_hidden_states
+    down, mid = controlnet(
+        noisy, controlnet.time_projections(timestep), controlnet.text_kv(text),
+        controlnet.pose_embedding(data.controlnet_cond[chosen]), noisy.new_ones(1))  # fmt: skip
+    return unet(noisy, unet.time_projections(timestep), unet.text_kv(text), down, mid)
+
+
+def decoder_parameters(vae: AutoencoderKL) -> dict[str, nn.Parameter]:
+    """What the decoder's steps train, by `vae.…` name: all between the scaled latents and the pixels."""
+    return {f"vae.{name}": parameter for name, parameter in vae.named_parameters()
+            if name.startswith(("decoder.", "post_quant_conv."))}  # fmt: skip
+
+
+def decoder_loss(vae: AutoencoderKL, data: TrainingSet, generator: torch.Generator) -> Tensor:
+    """Squared and absolute error of one decoded frame, its latents disturbed a little: a scalar, float32.
+
+    A whole frame, not crops of several: the decoder's norms take their statistics over the picture.
+    """
+    chosen = torch.randint(len(data.latents), (1,), generator=generator)
+    amount = LATENT_NOISE * torch.rand(1, generator=generator)
+    noise = torch.randn(1, *data.latents.shape[1:], generator=generator)
+    disturbed = data.latents[chosen] + (amount * noise).to(data.latents.device)
+    error = vae.decode(disturbed / vae.config["scaling_factor"]).sample.float() - data.pixels[chosen]
+    return error.square().mean() + ABSOLUTE_WEIGHT * error.abs().mean()
