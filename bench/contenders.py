@@ -57,7 +57,7 @@ def load_exact(job: Job) -> Render:
     def render(target: PoseSequence, num_inference_steps: int) -> tuple[np.ndarray, dict[str, float]]:
         for file in avatar.folder.inversions.glob("*"):
             file.unlink()
-        frames = avatar.render(target, num_inference_steps=num_inference_steps, inversion_substeps=1)
+        frames = avatar.render(target, num_inference_steps=num_inference_steps, inversion_substeps=1, strength=1.0)
         assert avatar.last_report is not None
         return frames, avatar.last_report.seconds
 

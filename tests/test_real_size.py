@@ -19,7 +19,7 @@ BUILD = """
 import sys
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.machine import peak_rss_bytes
-build_engine(sys.argv[1], sys.argv[2], BuildOptions("torch", "bf16"))
+build_engine(sys.argv[1], sys.argv[2], BuildOptions("torch", "auto"))
 print(peak_rss_bytes())
 """
 RENDER = """

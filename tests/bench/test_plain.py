@@ -59,7 +59,7 @@ def render(avatar: Avatar, target: PoseSequence, mode: str) -> tuple[np.ndarray,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(posecrafter_rt.avatar, "render_clip", keep)
-        return avatar.render(target, mode=mode, num_inference_steps=STEPS, inversion_substeps=1), kept[0]
+        return avatar.render(target, mode=mode, num_inference_steps=STEPS, inversion_substeps=1, strength=1.0), kept[0]
 
 
 def test_published_equals_the_runtimes_editing_mode(tuned: Checkpoint, avatar: Avatar, baseline: Baseline) -> None:

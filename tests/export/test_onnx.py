@@ -18,6 +18,7 @@ from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.functions import DOMAIN
 from posecrafter_rt.export.graphs import graph_key
 from posecrafter_rt.export.onnx import export_network, save_model
+from posecrafter_rt.export.shapes import at_size
 from posecrafter_rt.export.verify import default_cases, verify_network
 from posecrafter_rt.models.blocks import ClipContext, group_norm
 from posecrafter_rt.models.loading import PoseModel
@@ -53,6 +54,18 @@ def test_every_network_is_proved(model: PoseModel, tmp_path: Path, name: str) ->
                  for value in values}  # fmt: skip
         assert named == {tensor.name: tensor.dims for tensor in tensors}
     assert str(Path(__file__).parents[2]).encode() not in path.read_bytes()  # nothing of the exporting machine
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_a_network_for_one_size_is_proved_over_frames_and_groups(model: PoseModel, tmp_path: Path, name: str) -> None:
+    path, arch = tmp_path / "network.onnx", model.architecture()
+    module, size = model.networks()[name], (2 * arch.size_multiple, 3 * arch.size_multiple)
+    spec = at_size(network_specs(arch)[name], size)
+    save_model(export_network(module, spec, arch, inline=True), path)
+    cases = [case | dict(zip(("height", "width"), size, strict=True)) for case in default_cases(arch)]
+    assert verify_network(path, module, spec, cases) < 1e-5
+    dims = {dim.dim_param for value in onnx.load(path).graph.input for dim in value.type.tensor_type.shape.dim}
+    assert dims <= {"", "frames", "groups", "steps"}
 
 
 def test_attention_is_a_node_with_a_body_or_written_out(model: PoseModel, tmp_path: Path) -> None:
