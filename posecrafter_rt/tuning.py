@@ -5,11 +5,13 @@ Layer 4: plain PyTorch; nothing here is needed to render.
 
 from __future__ import annotations
 
+import math
+import pickle
 import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posecrafter_rt.atomic import atomic_path, refuse_overwrite
+from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, PoseCrafterError, PoseError
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
 from posecrafter_rt.models.blocks import NormScope, channels_last
-from posecrafter_rt.models.loading import PoseModel, load_base, named_parameters
+from posecrafter_rt.models.loading import (
+    PoseModel,
+    apply_tensors,
+    load_base,
+    load_controlvideo_weights,
+    named_parameters,
+)
 from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -43,6 +51,9 @@ class TuneOptions:
     frames: training frames, taken uniformly from the video.
     steps: of the denoiser; decoder_steps: of the autoencoder's decoder after it.
     precision: of the activations (autocast); the trained weights stay float32.
+    controlvideo_weights: the U-Net's and the ControlNet's file of ControlVideo's training, to start from instead of the
+        base's own weights; with 0 steps they are taken as they are.
+    Raises: PoseCrafterError for a learning rate that is not a positive number or a negative number of steps.
     """
 
     base: str = "embedded"
@@ -58,6 +69,14 @@ class TuneOptions:
     device: str = "cpu"
     seed: int = 0
     gradient_checkpointing: bool = False
+    controlvideo_weights: tuple[Path, Path] | None = None
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise PoseCrafterError(f"learning rate {self.learning_rate}", "give a positive number")
+        for steps in (self.steps, self.decoder_steps):
+            if steps is not None and steps < 0:
+                raise PoseCrafterError(f"{steps} steps of tuning", "give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -119,8 +138,11 @@ def tune(
     if len(frames) != len(poses):
         raise PoseError(f"{len(frames)} frames but {len(poses)} poses", "extract the poses from this very video")
     model = load_base(options.base, controlnet=options.controlnet, vae=options.vae, norm_scope=options.norm_scope)
+    if options.controlvideo_weights is not None:
+        apply_tensors(model, load_controlvideo_weights(*options.controlvideo_weights))
     settings = model.settings
     chosen = choose_frames(len(frames), options.frames)
+    steps = settings.steps or tuning_steps(len(chosen))
     checkpoint = Checkpoint(
         tensors={},
         frames=frames[chosen],
@@ -129,7 +151,7 @@ def tune(
             **model.identity(),
             "prompt": options.prompt or settings.prompt, "size": list(frames.shape[1:3]),
             "norm_scope": model.unet.norm_scope, "seed": options.seed, "precision": options.precision,
-            "steps": options.steps or settings.steps or tuning_steps(len(chosen)),
+            "steps": steps if options.steps is None else options.steps,
             "decoder_steps": settings.decoder_steps if options.decoder_steps is None else options.decoder_steps,
             "learning_rate": options.learning_rate or settings.learning_rate,
         },
@@ -155,6 +177,11 @@ class _Run:
     generator: torch.Generator
     step: int = 0
     loss: float = 1.0
+    drawn: Tensor = field(init=False)  # the generator's state when the last finished step ended
+    is_torn: bool = False  # whether a step is changing the weights just now
+
+    def __post_init__(self) -> None:
+        self.drawn = self.generator.get_state()
 
     @property
     def steps(self) -> int:
@@ -165,8 +192,11 @@ class _Run:
         return self.step >= self.denoiser_steps
 
     def save(self, path: Path, fingerprint: str) -> None:
+        """Keep the state that the last finished step left; between weights old and new, what was kept before stands."""
+        if self.is_torn:
+            return
         state = {
-            "fingerprint": fingerprint, "step": self.step, "loss": self.loss, "generator": self.generator.get_state(),
+            "fingerprint": fingerprint, "step": self.step, "loss": self.loss, "generator": self.drawn,
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
         }  # fmt: skip
@@ -177,9 +207,9 @@ class _Run:
         """Take up the run that `path` holds, if it is this one; another run's state or a torn file is passed over."""
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError):
-            return
-        if state.get("fingerprint") != fingerprint:
+            if state["fingerprint"] != fingerprint:
+                return
+        except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, pickle.UnpicklingError):
             return
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -187,6 +217,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
+        self.drawn = state["generator"]
         self.step, self.loss = state["step"], state["loss"]
 
 
@@ -201,7 +232,9 @@ def _optimise(
     data = encode(model, checkpoint, options.device)
     run = _begin(model, checkpoint.metadata, options)
     schedule = DDIMSchedule.from_config(model.scheduler_config)
-    fingerprint = checkpoint.digest()  # nothing is tuned yet: frames, poses and options
+    # Nothing is tuned yet: what it starts from, frames and poses, options and the base's settings.
+    start = replace(checkpoint, tensors={name: parameter.detach().cpu() for name, parameter in run.parameters.items()})
+    fingerprint = sha256_json([start.digest(), model.settings.to_json()])
     run.restore(partial, fingerprint)
     saved_at = time.monotonic()
     try:
@@ -261,12 +294,15 @@ def _step(model: PoseModel, data: TrainingSet, run: _Run, options: TuneOptions, 
         group["lr"] = learning_rate_at(step, steps, decay) * group["base_lr"]
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
+    run.is_torn = True
     run.scaler.unscale_(run.optimizer)
     nn.utils.clip_grad_norm_(run.parameters.values(), 1.0)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.step += 1
     run.loss += (loss.item() - run.loss) * max(LOSS_SMOOTHING, 1 / (step + 1))
+    run.drawn = run.generator.get_state()
+    run.is_torn = False
 
 
 def learning_rate_at(step: int, steps: int, decay: bool) -> float:

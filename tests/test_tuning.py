@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import pkgutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +118,66 @@ def test_the_decoder_is_tuned_after_the_denoiser_and_nears_the_frames(clip, opti
     assert error(checkpoint) < 0.9 * error(without)
 
 
+@pytest.mark.parametrize("place", ["posecrafter_rt.tuning_losses._predict", "torch.nn.utils.clip_grad_norm_"])
+def test_an_interruption_within_a_step_changes_nothing_either(
+    clip, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    unbroken = tune(*clip, tmp_path / "a.ckpt", options)
+    original, calls = pkgutil.resolve_name(place), []
+
+    def interrupted(*arguments: object, **named: object) -> object:
+        result = original(*arguments, **named)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(place, interrupted)
+    monkeypatch.setattr("posecrafter_rt.tuning.SAVE_EVERY_SECONDS", 0.0)  # what a kill would leave, after each step
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "b.ckpt", options)
+    steps: list[int] = []
+    resumed = tune(*clip, tmp_path / "b.ckpt", options, on_step=lambda status: steps.append(status.step))
+    assert steps == [3, 4] and same_tensors(unbroken, resumed)
+
+
+def test_a_run_with_other_settings_of_the_base_is_not_resumed(
+    clip, options, tmp_path: Path, write_tiny_base: Callable[..., Path]
+) -> None:
+    folder = write_tiny_base(tmp_path / "base")
+    options = replace(options, base=str(folder))
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "a.ckpt", options, on_step=interrupt_at(2))
+    settings = json.loads((folder / "posecrafter.json").read_text())
+    (folder / "posecrafter.json").write_text(json.dumps({**settings, "trainable": ["conv_in"]}))
+    steps: list[int] = []
+    checkpoint = tune(*clip, tmp_path / "a.ckpt", options, on_step=lambda status: steps.append(status.step))
+    assert steps == [1, 2, 3, 4] and all("conv_in" in name for name in checkpoint.tensors)
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 0.0}, {"learning_rate": -1e-3}, {"learning_rate": float("nan")}, {"steps": -1}, {"decoder_steps": -1}]
+)  # fmt: skip
+def test_senseless_numbers_are_refused(change: dict) -> None:
+    with pytest.raises(PoseCrafterError):
+        TuneOptions(**change)
+
+
+def test_weights_of_controlvideo_are_taken_as_they_are_or_tuned_on(clip, options, tmp_path: Path) -> None:
+    tuned = tune(*clip, tmp_path / "a.ckpt", options)
+    files = []
+    for network in ("unet", "controlnet"):
+        tensors = {name.removeprefix(f"{network}."): tensor for name, tensor in tuned.tensors.items()
+                   if name.startswith(f"{network}.")}  # fmt: skip
+        files.append(tmp_path / f"4-{network}.pt")
+        torch.save(tensors, files[-1])
+    options = replace(options, controlvideo_weights=(files[0], files[1]))
+    taken = tune(*clip, tmp_path / "b.ckpt", replace(options, steps=0))
+    assert same_tensors(taken, tuned) and taken.metadata["steps"] == 0
+    further = tune(*clip, tmp_path / "c.ckpt", replace(options, steps=2))
+    assert not same_tensors(further, tuned)
+
+
 @pytest.mark.parametrize("interruption", [2, 4, 5])
 def test_a_run_interrupted_in_either_part_resumes(clip, options, tmp_path: Path, interruption: int) -> None:
     options = TuneOptions(**{**vars(options), "decoder_steps": 3})
@@ -126,7 +189,7 @@ def test_a_run_interrupted_in_either_part_resumes(clip, options, tmp_path: Path,
     assert steps == list(range(interruption + 1, 8)) and same_tensors(unbroken, resumed)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"some text\n", b"hello world, a longer text"])
 def test_a_torn_or_foreign_partial_state_is_passed_over(clip, options, tmp_path: Path, content: bytes) -> None:
     unbroken = tune(*clip, tmp_path / "a.ckpt", options)
     (tmp_path / "b.ckpt.partial").write_bytes(content)

@@ -32,13 +32,13 @@ def tune(  # noqa: PLR0913 - one argument for each option
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture size; else the base's.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Steps; else the base's, or Eq. 20's for the frames.", min=1)
+        int | None, typer.Option(help="Steps; else the base's, or Eq. 20's for the frames.", min=0)
     ] = None,
     decoder_steps: Annotated[
         int | None, typer.Option(help="Steps of the autoencoder's decoder after them; else the base's.", min=0)
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Else the base's (0.003 for SD 1.5).")] = None,
-    prompt: Annotated[str | None, typer.Option(help="What the video shows; else 'a person'.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the video shows; else the base's.")] = None,
     norm_scope: Annotated[str | None, typer.Option(help="GroupNorm over each `frame`, or the whole `clip`.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -46,6 +46,12 @@ def tune(  # noqa: PLR0913 - one argument for each option
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
+    controlvideo_weights: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="UNET CONTROLNET", help="Start from N-unet.pt and N-controlnet.pt of ControlVideo's training."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -61,7 +67,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
     options = TuneOptions(
         base=base, controlnet=controlnet, vae=vae, frames=frames, steps=steps, decoder_steps=decoder_steps,
         learning_rate=learning_rate, prompt=prompt, norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]
-        gradient_checkpointing=gradient_checkpointing)  # fmt: skip
+        gradient_checkpointing=gradient_checkpointing, controlvideo_weights=controlvideo_weights)  # fmt: skip
     clip, clip_poses = load_clip(video, PoseSequence.load(poses), picture_size or base_size(base), window)
     with step_progress("tuning") as on_step:
         checkpoint = tune(clip, clip_poses, output, options, force=force, resume=resume,

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,7 @@ from posecrafter_rt.embedded.text import build_text_encoder, write_tokenizer
 from posecrafter_rt.embedded.train_denoiser import Corpus, Denoiser, encode_corpus, train_denoiser
 from posecrafter_rt.embedded.train_vae import train_vae
 from posecrafter_rt.models.blocks import channels_last
-from posecrafter_rt.models.settings import SETTINGS_FILE
+from posecrafter_rt.models.settings import SETTINGS_FILE, BaseSettings
 
 
 def log(message: str) -> None:
@@ -30,7 +31,7 @@ def log(message: str) -> None:
     print(time.strftime("%H:%M:%S"), message, file=sys.stderr, flush=True)
 
 
-def save_base(folder: Path, denoiser: Denoiser, vae: AutoencoderKL) -> None:
+def save_base(folder: Path, denoiser: Denoiser, vae: AutoencoderKL, settings: BaseSettings) -> None:
     """Write unet/, controlnet/, vae/, text_encoder/ and scheduler/ in half precision, as diffusers lays them out."""
     for name, model in (
         ("unet", denoiser.image_unet), ("controlnet", denoiser.image_controlnet),
@@ -44,7 +45,7 @@ def save_base(folder: Path, denoiser: Denoiser, vae: AutoencoderKL) -> None:
              "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
              "feature_extractor": [None, None], "safety_checker": [None, None]}  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-    (folder / SETTINGS_FILE).write_text(json.dumps(SETTINGS.to_json(), indent=2))
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings.to_json(), indent=2))
 
 
 def drawn_clips(path: Path, num_clips: int, seed: int) -> Clips:
@@ -67,6 +68,7 @@ def main(
     start_from: Annotated[str | None, typer.Option(help="a base whose denoiser to go on with")] = None,
 ) -> None:
     """Train the embedded base. Finished stages are kept in OUTPUT and not repeated."""
+    settings = replace(SETTINGS, norm_scope=norm_scope)  # type: ignore[arg-type]  # checked there
     torch.set_flush_denormal(True)
     output.mkdir(parents=True, exist_ok=True)
     drawn = drawn_clips(output / "clips.pt", clips, seed)
@@ -84,13 +86,13 @@ def main(
         torch.save(vars(corpus), corpus_path, pickle_protocol=4)
     del drawn
     torch.manual_seed(seed)
-    denoiser = Denoiser(build_text_encoder(tokenizer), norm_scope)  # type: ignore[arg-type]
+    denoiser = Denoiser(build_text_encoder(tokenizer), settings.norm_scope)
     if start_from is not None:
         denoiser.start_from(start_from)
     trained = train_denoiser(
-        corpus, denoiser, denoiser_minutes * 60, seed, log, lambda averaged: save_base(output, averaged, vae)
+        corpus, denoiser, denoiser_minutes * 60, seed, log, lambda averaged: save_base(output, averaged, vae, settings)
     )
-    save_base(output, trained, vae)
+    save_base(output, trained, vae, settings)
     log(f"wrote {output}")
 
 

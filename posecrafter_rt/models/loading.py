@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -109,7 +109,7 @@ def load_base(
         norm_scope: overrides the base's own setting.
         dtype: of all weights; they are converted one by one, so no second copy of the model is held.
     Raises: ModelError: not found, incomplete, not of this kind, or a pickle that holds code; a hub that cannot be
-        reached; no ControlNet in the base and none given.
+        reached; no ControlNet in the base and none given; an unknown norm_scope.
     """
     found = locate_base(base)
     parts = {role: found.component(role) for role in ("unet", "vae", "text_encoder")}
@@ -123,6 +123,8 @@ def load_base(
         raise ModelError(f"{base} holds no ControlNet, and without one poses steer nothing", hint=CONTROLNET_HINT)
     settings = BaseSettings.load(found.folder) if found.folder else BaseSettings()
     scope = norm_scope or settings.norm_scope
+    if scope not in get_args(NormScope):
+        raise ModelError(f"there is no norm_scope {scope!r}", hint=f"choose {' or '.join(get_args(NormScope))}")
     with reading(base):
         scheduler_file = found.configs / "scheduler" / "scheduler_config.json"
         scheduler_config = json.loads(scheduler_file.read_text(encoding="utf-8"))

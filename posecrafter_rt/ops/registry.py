@@ -81,9 +81,31 @@ def _triton(op: str, *tensors: Tensor, heads: int = 0) -> str | None:
     return "has no gradient" if needs_grad(*tensors) else None
 
 
+@cache
+def _xformers_missing() -> str | None:
+    if find_spec("xformers") is None:
+        return "xformers is not installed"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def _xformers(*tensors: Tensor, heads: int = 0) -> str | None:
+    if _xformers_missing() is not None or not tensors:
+        return _xformers_missing()
+    q = tensors[0]
+    if any(tensor.device.type != "cuda" for tensor in tensors):
+        return f"needs CUDA tensors, got {q.device.type}"
+    if any(tensor.dtype != q.dtype for tensor in tensors) or q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtypes {', '.join(str(tensor.dtype) for tensor in tensors)}; fp16 or bf16 for all"
+    return None if q.shape[-1] // heads % 8 == 0 else f"head size {q.shape[-1] // heads}; must be a multiple of 8"
+
+
 BACKENDS: dict[str, dict[str, Reason]] = {  # in order of preference
     "affine_warp_paste": {"native": _native, "reference": _reference},
-    "keyframe_attention": {"triton": partial(_triton, "keyframe_attention"), "reference": _reference},
+    "keyframe_attention": {
+        "triton": partial(_triton, "keyframe_attention"),
+        "xformers": _xformers,
+        "reference": _reference,
+    },
     "temporal_attention": {"triton": partial(_triton, "temporal_attention"), "reference": _reference},
 }
 

@@ -90,3 +90,19 @@ def test_compiled_code_launches_the_kernel(op: str) -> None:
         return temporal_attention(q[None], q[None], q[None], 2) + 1
 
     torch.testing.assert_close(torch.compile(attend, fullgraph=True)(q, k), attend(q, k))
+
+
+@pytest.mark.skipif(unsupported_reason("keyframe_attention", "xformers") is not None, reason="xformers cannot run")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_xformers_has_the_references_values_and_gradients(dtype: torch.dtype) -> None:
+    q, k, v = (
+        normal(batch, 96, 2 * 40, seed=seed, dtype=dtype).requires_grad_() for seed, batch in enumerate((6, 2, 2))
+    )
+    exact = keyframe_attention_ref(q.double(), k.double(), v.double(), 2)
+    eager = keyframe_attention_ref(q, k, v, 2)
+    out = keyframe_attention(q, k, v, 2)  # the first that has a gradient
+    assert_close(out, exact, eager)
+    weights = normal(*out.shape, seed=9, dtype=dtype)
+    for ours, exactly, plainly in zip(*(torch.autograd.grad((result * weights.to(result.dtype)).sum(), (q, k, v))
+                                        for result in (out, exact, eager)), strict=True):  # fmt: skip
+        assert_close(ours, exactly.double(), plainly)

@@ -252,3 +252,8 @@ def test_controlvideos_files_that_are_none(controlvideo_files, tmp_path: Path) -
         load_controlvideo_weights(tmp_path / "other.pt", controlnet_path)
     with pytest.raises(CheckpointError, match="there is no file"):
         load_controlvideo_weights(unet_path, tmp_path / "absent.pt")
+
+
+def test_an_unknown_norm_scope_is_refused(tiny_base: Path) -> None:
+    with pytest.raises(ModelError, match="frmae"):
+        load_base(str(tiny_base), norm_scope="frmae")  # type: ignore[arg-type]

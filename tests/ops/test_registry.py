@@ -48,6 +48,14 @@ def test_triton_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA tensors, got cpu" in str(unsupported_reason("keyframe_attention", "triton", q, q, q, heads=2))
 
 
+def test_xformers_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(1, 2, 16)
+    assert unsupported_reason("keyframe_attention", "xformers") == registry._xformers_missing()
+    monkeypatch.setattr(registry, "_xformers_missing", lambda: None)
+    assert unsupported_reason("keyframe_attention", "xformers") is None
+    assert "CUDA tensors, got cpu" in str(unsupported_reason("keyframe_attention", "xformers", q, q, q, heads=2))
+
+
 def test_a_missing_extension_is_one_line_and_the_reference_serves(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
