@@ -28,14 +28,12 @@ KEYS = ("capability", "element_bytes", "max_head_size", "max_frames")
 
 
 def rows(op: str) -> list[Any]:
-    """The table's rows for each target; SD 1.5's heads in 16 bits always, the others where slow tests are asked for."""
+    """The table's rows for each target."""
     found = []
     for row in json.loads(TABLE.read_text())[op]:
-        is_common = row["element_bytes"] == 2 and row["max_head_size"] <= 160 and row.get("max_frames", 16) != 32
-        marks = () if is_common else (pytest.mark.slow,)
         for target in TARGETS[row["capability"]]:
             name = f"sm_{target}-{'-'.join(str(row[key]) for key in KEYS[1:] if key in row)}"
-            found.append(pytest.param(target, row, id=name, marks=marks))
+            found.append(pytest.param(target, row, id=name))
     return found
 
 

@@ -5,6 +5,8 @@ Tests of posecrafter_rt/ops/keyframe_attention.py, temporal_attention.py, refere
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -134,6 +136,18 @@ class Attend(torch.nn.Module):
 
 def op_names(graph: torch.fx.Graph) -> list[str]:
     return [str(node.target) for node in graph.nodes if "posecrafter" in str(node.target)]
+
+
+def test_aotinductor_sees_through_both(tmp_path: Path) -> None:
+    module, clip = Attend().eval(), normal(4, 6, 16, seed=18)
+    free = {0: torch.export.Dim("frames", min=2), 1: torch.export.Dim("tokens", min=2)}
+    with torch.no_grad():
+        program = torch.export.export(module, (clip,), dynamic_shapes=(free,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "attend.pt2"))
+        compiled = torch._inductor.aoti_load_package(package)
+        for seed, shape in ((19, (4, 6, 16)), (20, (7, 5, 16)), (21, (2, 9, 16))):
+            inputs = normal(*shape, seed=seed)
+            torch.testing.assert_close(compiled(inputs), module(inputs), rtol=1e-5, atol=1e-6)
 
 
 def test_export_keeps_one_node_an_attention_with_free_frames_and_tokens() -> None:
