@@ -6,6 +6,7 @@ Layer 4, training only: never imported at run time. The demonstration clip (carp
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor
 
 from posecrafter_rt.embedded.people import sample_clip
 
@@ -42,6 +45,21 @@ class Clips:
     frames: np.ndarray
     keypoints: np.ndarray
     captions: list[str]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """For a safetensors file; the captions as JSON's bytes."""
+        captions = torch.frombuffer(bytearray(json.dumps(self.captions).encode()), dtype=torch.uint8)
+        return {
+            "frames": torch.from_numpy(self.frames),
+            "keypoints": torch.from_numpy(self.keypoints),
+            "captions": captions,
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Clips:
+        """The inverse of `to_tensors`."""
+        captions = json.loads(tensors["captions"].numpy().tobytes())
+        return cls(tensors["frames"].numpy(), tensors["keypoints"].numpy(), captions)
 
 
 def draw_clips(num_clips: int, clip_length: int, size: tuple[int, int], seed: int) -> Clips:

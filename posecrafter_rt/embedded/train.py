@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,11 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTokenizer
 
+from posecrafter_rt.atomic import atomic_path
 from posecrafter_rt.embedded.architecture import SCHEDULER, SETTINGS, SIZE
 from posecrafter_rt.embedded.corpus import Clips, draw_clips, load_photographs
 from posecrafter_rt.embedded.text import build_text_encoder, write_tokenizer
@@ -48,14 +53,31 @@ def save_base(folder: Path, denoiser: Denoiser, vae: AutoencoderKL, settings: Ba
     (folder / SETTINGS_FILE).write_text(json.dumps(settings.to_json(), indent=2))
 
 
-def drawn_clips(path: Path, num_clips: int, seed: int) -> Clips:
-    """Draw the people, or read back those that an earlier run drew."""
-    if path.exists():
-        return Clips(**torch.load(path, weights_only=False))
+def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that an earlier run left in `path`; else those that `make` gives, left there."""
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in make().items()}, temporary)
+    return load_file(path)
+
+
+def draw(num_clips: int, seed: int) -> dict[str, Tensor]:
+    """Draw the people."""
     log(f"drawing {num_clips} people")
-    clips = draw_clips(num_clips, 4, SIZE, seed)
-    torch.save(vars(clips), path, pickle_protocol=4)
-    return clips
+    return draw_clips(num_clips, 4, SIZE, seed).to_tensors()
+
+
+def first_stages(
+    output: Path, tokenizer: CLIPTokenizer, num_clips: int, seconds: float, seed: int
+) -> tuple[AutoencoderKL, Corpus]:
+    """Draw the people, train the autoencoder for `seconds`, encode the people; or take what an earlier run left."""
+    drawn = Clips.from_tensors(kept(output / "clips.safetensors", lambda: draw(num_clips, seed)))
+    if not (output / "vae" / "config.json").exists():
+        train_vae(drawn, load_photographs(), seconds, seed, log).save_pretrained(output / "vae")
+    vae = AutoencoderKL.from_pretrained(output / "vae").eval()
+    channels_last(vae)
+    corpus = kept(output / "corpus.safetensors", lambda: vars(encode_corpus(drawn, vae, tokenizer, log)))
+    return vae, Corpus(**corpus)
 
 
 def main(
@@ -71,20 +93,8 @@ def main(
     settings = replace(SETTINGS, norm_scope=norm_scope)  # type: ignore[arg-type]  # checked there
     torch.set_flush_denormal(True)
     output.mkdir(parents=True, exist_ok=True)
-    drawn = drawn_clips(output / "clips.pt", clips, seed)
-    if not (output / "vae" / "config.json").exists():
-        vae = train_vae(drawn, load_photographs(), vae_minutes * 60, seed, log)
-        vae.save_pretrained(output / "vae")
-    vae = AutoencoderKL.from_pretrained(output / "vae").eval()
-    channels_last(vae)
     tokenizer = write_tokenizer(output / "tokenizer")
-    corpus_path = output / "corpus.pt"
-    if corpus_path.exists():
-        corpus = Corpus(**torch.load(corpus_path, weights_only=False))
-    else:
-        corpus = encode_corpus(drawn, vae, tokenizer, log)
-        torch.save(vars(corpus), corpus_path, pickle_protocol=4)
-    del drawn
+    vae, corpus = first_stages(output, tokenizer, clips, vae_minutes * 60, seed)
     torch.manual_seed(seed)
     denoiser = Denoiser(build_text_encoder(tokenizer), settings.norm_scope)
     if start_from is not None:

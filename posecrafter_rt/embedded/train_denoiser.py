@@ -35,10 +35,11 @@ SHARED_NOISE = 0.5  # renders start every frame from copies of one noise; half o
 
 @dataclass
 class Corpus:
-    """All that the denoiser trains on: latents (clips, n, 4, h, w) bf16, pose pictures uint8, input_ids (clips, 77)."""
+    """All that the denoiser trains on: latents (clips, n, 4, h, w) bf16, pose pictures (clips, n, H, W, 3) uint8,
+    input_ids (clips, 77)."""
 
     latents: Tensor
-    pose_pictures: np.ndarray
+    pose_pictures: Tensor
     input_ids: Tensor
 
 
@@ -55,7 +56,7 @@ def encode_corpus(clips: Clips, vae: AutoencoderKL, tokenizer: CLIPTokenizer, lo
             pictures[index, frame] = draw_pose(clips.keypoints[index, frame], (height, width))
         if index % 500 == 0:
             log(f"encoded {index} of {num_clips} clips")
-    return Corpus(torch.stack(latents), pictures, tokenize(tokenizer, clips.captions))
+    return Corpus(torch.stack(latents), torch.from_numpy(pictures), tokenize(tokenizer, clips.captions))
 
 
 class Denoiser(nn.Module):
@@ -93,7 +94,7 @@ def _sample_batch(corpus: Corpus, rng: np.random.Generator) -> tuple[Tensor, Ten
     chosen = rng.integers(len(corpus.latents), size=CLIPS_PER_STEP)
     order = np.argsort(rng.random((CLIPS_PER_STEP, corpus.latents.shape[1])), axis=1)[:, :FRAMES_PER_CLIP]
     latents = corpus.latents[chosen[:, None], order].float()
-    poses = torch.from_numpy(corpus.pose_pictures[chosen[:, None], order]).flatten(0, 1)
+    poses = corpus.pose_pictures[chosen[:, None], order].flatten(0, 1)
     return latents, poses.permute(0, 3, 1, 2).float().div(255), corpus.input_ids[chosen]
 
 

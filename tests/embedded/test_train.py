@@ -1,0 +1,57 @@
+"""The recipe of the embedded base, in seconds: every stage runs, is kept, and ends in a base that loads.
+
+Tests of posecrafter_rt/embedded/train.py and what it calls.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from posecrafter_rt.embedded import corpus, train, train_denoiser, train_vae
+from posecrafter_rt.embedded.architecture import SETTINGS
+from posecrafter_rt.embedded.corpus import Clips, draw_clips
+from posecrafter_rt.errors import ModelError
+from posecrafter_rt.models.loading import load_base, named_parameters
+
+SECONDS = 2 / 60  # of each training stage, in minutes
+
+
+def test_clips_come_back_from_a_file(tmp_path: Path) -> None:
+    clips = draw_clips(2, 2, (32, 40), seed=1)
+    again = Clips.from_tensors(train.kept(tmp_path / "clips.safetensors", clips.to_tensors))
+    assert np.array_equal(again.frames, clips.frames) and np.array_equal(again.keypoints, clips.keypoints)
+    assert again.captions == clips.captions
+
+
+def test_the_demonstrations_footage_is_no_source() -> None:
+    assert not any(
+        "carphone" in name for names in (*corpus.PHOTOGRAPHS.values(), *corpus.VIDEOS.values()) for name in names
+    )
+
+
+def test_the_recipe_runs_keeps_its_stages_and_goes_on_from_a_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "load_photographs", list)  # they take longer to read than this trains
+    monkeypatch.setattr(train_vae, "BATCH", 2)
+    monkeypatch.setattr(train_denoiser, "CLIPS_PER_STEP", 1)
+    train.main(tmp_path, clips=4, vae_minutes=SECONDS, denoiser_minutes=SECONDS)
+    model = load_base(str(tmp_path))
+    assert model.settings == SETTINGS
+    assert all(bool(parameter.isfinite().all()) for _, parameter in named_parameters(model))
+    monkeypatch.setattr(train, "draw_clips", None)  # drawn, encoded and trained already
+    monkeypatch.setattr(train, "encode_corpus", None)
+    monkeypatch.setattr(train, "train_vae", None)
+    train.main(tmp_path, clips=4, denoiser_minutes=SECONDS, start_from="embedded")
+    embedded, further = load_base("embedded"), load_base(str(tmp_path))
+    distance = (further.unet.conv_in.weight - embedded.unet.conv_in.weight).abs().max()
+    assert 0 < distance < 0.05  # a step or two away from it, not anew
+
+
+def test_an_unknown_scope_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="norm_scope"):
+        train.main(tmp_path / "out", norm_scope="both")
+    assert not (tmp_path / "out").exists()
