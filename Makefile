@@ -25,7 +25,7 @@ say = @echo "==> $(1)"
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo
-	$(BIN)/posecrafter-rt demo --output demo
+	$(BIN)/posecrafter-rt demo --output demo $(if $(wildcard demo/metrics.json),--force)
 
 test: $(STAMPS)/dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

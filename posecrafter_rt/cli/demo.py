@@ -23,14 +23,16 @@ def demo(
         "demo"
     ),
     tuning_steps: Annotated[int | None, typer.Option(help="Else the embedded base's own.", min=1)] = None,
+    decoder_steps: Annotated[int | None, typer.Option(help="Else the embedded base's own.", min=0)] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 50,
+    force: Annotated[bool, typer.Option("--force", help="Do it all anew where it was done before.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
 ) -> None:
     """Tune on 8 frames of a man speaking in a car, render frames that tuning never saw, and compare."""
     from posecrafter_rt.demo.run import Demo
+    from posecrafter_rt.tuning import TuneOptions
 
-    output.mkdir(parents=True, exist_ok=True)
-    run = Demo(output, tuning_steps, steps)
+    run = Demo(output, steps, TuneOptions(steps=tuning_steps, decoder_steps=decoder_steps), force)
     with step_progress("tuning") as on_step:
         run.tune(on_step)
     with stages("building") as on_stage:

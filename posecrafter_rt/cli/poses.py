@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from posecrafter_rt.atomic import refuse_overwrite
+from posecrafter_rt.cli.arguments import parse_size
+from posecrafter_rt.cli.output import step_progress
 from posecrafter_rt.errors import PoseError
 from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, FEET, LEFT_HAND, RIGHT_HAND, PoseSequence
 
@@ -49,8 +49,7 @@ def extract(  # noqa: PLR0913 - one argument for each option
 
     # Before the minutes of detection, not after them.
     refuse_overwrite(output, force)
-    with _progress() as progress:
-        task = progress.add_task("detecting", total=None)
+    with step_progress("detecting") as on_step:
         poses = extract_poses(
             video,
             detector=detector,
@@ -58,7 +57,7 @@ def extract(  # noqa: PLR0913 - one argument for each option
             device=device,
             python=python,
             person=person,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=lambda done, total: on_step(done, total, ""),
         )
     poses.save(output, force=force)
     _report_extracted(poses, output, as_json)
@@ -85,7 +84,7 @@ def preview(  # noqa: PLR0913 - one argument for each option
 
     # A preview is where one looks for the frames that lack the person.
     poses = read_openpose(poses_path, person=person, allow_missing=True)
-    height, width = _parse_size(size) if size else _preview_size(poses.canvas)
+    height, width = parse_size(size) or _preview_size(poses.canvas)
     frames = None
     if video:
         from posecrafter_rt.framing import transform_keypoints
@@ -100,11 +99,6 @@ def preview(  # noqa: PLR0913 - one argument for each option
         _write_video(poses, frames, (height, width), output, fps, force)
     record = {"output": str(output), "frames": len(poses), "height": height, "width": width, "fps": fps}
     typer.echo(json.dumps(record) if as_json else f"{output}: {len(poses)} poses, drawn at {width} x {height}")
-
-
-def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _report_extracted(poses: PoseSequence, output: Path, as_json: bool) -> None:
@@ -126,13 +120,6 @@ def _report_extracted(poses: PoseSequence, output: Path, as_json: bool) -> None:
 
 def _abridged(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise typer.BadParameter(f"{text!r} is not HEIGHTxWIDTH, such as 512x512", param_hint="--size")
-    return int(height), int(width)
 
 
 def _preview_size(canvas: tuple[int, int]) -> tuple[int, int]:
@@ -158,10 +145,11 @@ def _write_video(
     from posecrafter_rt.poses.draw import draw_pose
     from posecrafter_rt.video_io import VideoWriter
 
-    with VideoWriter(output, fps, force=force) as writer, _progress() as progress:
-        for index, keypoints in enumerate(progress.track(poses, description="drawing")):
+    with VideoWriter(output, fps, force=force) as writer, step_progress("drawing") as on_step:
+        for index, keypoints in enumerate(poses):
             picture = draw_pose(keypoints, poses.canvas, size)
             writer.write(picture if frames is None else np.concatenate([frames[index], picture], axis=1))
+            on_step(index + 1, len(poses), "")
 
 
 def _write_sheet(

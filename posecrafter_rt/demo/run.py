@@ -9,12 +9,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posecrafter_rt.atomic import atomic_path
+from posecrafter_rt.atomic import atomic_path, refuse_overwrite
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
@@ -28,6 +29,7 @@ from posecrafter_rt.tuning import TuneOptions, TuneStatus, base_size, load_clip,
 from posecrafter_rt.video_io import read_video, write_video
 
 Step = Callable[[int, int, str], None]
+METRICS_FILE = "metrics.json"
 
 
 def scores(rendered: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -36,14 +38,22 @@ def scores(rendered: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 class Demo:
-    """The steps of the demonstration, in order; each leaves its files in `output` and its seconds in `seconds`."""
+    """The steps of the demonstration, in order; each leaves its files in `output` and its seconds in `seconds`.
 
-    def __init__(self, output: Path, steps: int | None, num_inference_steps: int) -> None:
-        self.output, self.tuning_steps, self.num_inference_steps = output, steps, num_inference_steps
+    Without `force`, what an interrupted one left in `output` is used, and a complete one is not overwritten.
+    Raises: OutputExists; BackendUnavailable without the footage.
+    """
+
+    def __init__(self, output: Path, num_inference_steps: int, tuning: TuneOptions, force: bool) -> None:
+        refuse_overwrite(output / METRICS_FILE, force)
+        device, precision = resolve_precision("cpu", "auto")
+        self.tuning = replace(tuning, frames=FRAMES, precision=precision, device=device)  # type: ignore[arg-type]
+        self.output, self.num_inference_steps, self.force = output, num_inference_steps, force
         self.seconds: dict[str, float] = {}
         self.size = base_size("embedded")
         self.frames, self.poses = load_clip(video_path(), load_poses(), self.size, slice(None))
         self.checkpoint, self.engine = output / "tuned.ckpt", output / "tuned.engine"
+        output.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -53,14 +63,13 @@ class Demo:
 
     def tune(self, on_step: Step) -> None:
         """Tune on eight frames taken uniformly from the first 36."""
-        device, precision = resolve_precision("cpu", "auto")
-        options = TuneOptions(frames=FRAMES, steps=self.tuning_steps, precision=precision, device=device)  # type: ignore[arg-type]
 
         def told(status: TuneStatus) -> None:
             on_step(status.step, status.steps, f"{status.part} loss {status.loss:.4f}")
 
         with self._timed("tune"):
-            tune(self.frames[TUNING], self.poses[TUNING], self.checkpoint, options, force=True, on_step=told)
+            if self.force or not self.checkpoint.exists():
+                tune(self.frames[TUNING], self.poses[TUNING], self.checkpoint, self.tuning, force=True, on_step=told)
 
     def build(self, on_stage: Callable[[str], None]) -> None:
         """Build the engine for this machine."""
@@ -94,6 +103,6 @@ class Demo:
     def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write metrics.json; returns what it holds."""
         metrics = {**metrics, "seconds": self.seconds, "peak_rss_bytes": peak_rss_bytes()}
-        with atomic_path(self.output / "metrics.json") as temporary:
+        with atomic_path(self.output / METRICS_FILE) as temporary:
             temporary.write_text(json.dumps(metrics, indent=2), encoding="utf-8")
         return metrics

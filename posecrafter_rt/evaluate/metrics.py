@@ -43,7 +43,8 @@ def ssim(rendered: np.ndarray, truth: np.ndarray) -> float:
     if min(rendered.shape[1:3]) < _WINDOW_PX:
         raise ShapeError(
             f"SSIM needs frames of at least {_WINDOW_PX}x{_WINDOW_PX} pixels, these have "
-            f"{rendered.shape[1]}x{rendered.shape[2]}"
+            f"{rendered.shape[1]}x{rendered.shape[2]}",
+            "compare larger frames",
         )
     return float(np.mean([_ssim_frame(a, b) for a, b in zip(rendered, truth, strict=True)]))
 

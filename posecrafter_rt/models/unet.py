@@ -113,7 +113,8 @@ class ClipDenoiser(nn.Module):
 
     def _context(self, latents: Tensor, time_projections: Tensor, text_kv: Tensor) -> ClipContext:
         if latents.shape[0] % text_kv.shape[0]:
-            raise ShapeError(f"{latents.shape[0]} frames do not divide into {text_kv.shape[0]} prompts")
+            raise ShapeError(f"{latents.shape[0]} frames do not divide into {text_kv.shape[0]} prompts",
+                             "give as many frames for each prompt")  # fmt: skip
         return ClipContext(text_kv.shape[0], time_projections, text_kv, self.norm_scope)
 
 

@@ -69,7 +69,8 @@ def affine_warp_paste_(
 
 def _check(latent: Tensor, ndim: int, affines: Tensor, rects: Tensor, mode: str) -> None:
     if latent.ndim != ndim or latent.dtype not in native.DTYPES or 0 in latent.shape:
-        raise ShapeError(f"affine_warp_paste: latent of shape {tuple(latent.shape)}, {latent.dtype}")
+        raise ShapeError(f"affine_warp_paste: latent of shape {tuple(latent.shape)}, {latent.dtype}",
+                         f"want {ndim} dimensions, none empty, in fp32, fp16 or bf16")  # fmt: skip
     if affines.ndim != 4 or affines.shape[2:] != (2, 3) or not affines.is_floating_point():
         raise ShapeError(
             f"affine_warp_paste: affines of shape {tuple(affines.shape)}, {affines.dtype}", "want float (N, R, 2, 3)"

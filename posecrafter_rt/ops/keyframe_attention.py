@@ -30,9 +30,11 @@ def keyframe_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: 
         (message says why).
     """
     if q.ndim != 3 or k.shape != v.shape or k.shape[-1] != q.shape[-1] or q.shape[0] % k.shape[0]:
-        raise ShapeError(f"keyframe_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
+        raise ShapeError(f"keyframe_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit",
+                         "want q (G·F, L, C), and k and v (G, L', C)")  # fmt: skip
     if q.shape[-1] % heads:
-        raise ShapeError(f"keyframe_attention: {q.shape[-1]} channels do not divide into {heads} heads")
+        raise ShapeError(f"keyframe_attention: {q.shape[-1]} channels do not divide into {heads} heads",
+                         "want channels = heads · head size")  # fmt: skip
     if is_traced_as_op(backend, q, k, v):
         return torch.ops.posecrafter.keyframe_attention(q, k, v, heads)
     return _run(q, k, v, heads, choose_backend("keyframe_attention", backend, q, k, v, heads=heads))

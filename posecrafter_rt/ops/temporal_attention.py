@@ -32,9 +32,11 @@ def temporal_attention(
         (message says why).
     """
     if q.ndim != 4 or k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
-        raise ShapeError(f"temporal_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
+        raise ShapeError(f"temporal_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit",
+                         "want q (G, Fq, L, C), and k and v (G, Fk, L, C)")  # fmt: skip
     if q.shape[-1] % heads:
-        raise ShapeError(f"temporal_attention: {q.shape[-1]} channels do not divide into {heads} heads")
+        raise ShapeError(f"temporal_attention: {q.shape[-1]} channels do not divide into {heads} heads",
+                         "want channels = heads · head size")  # fmt: skip
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[1], k.shape[1])):
         raise ShapeError(
             f"temporal_attention: mask {tuple(mask.shape)}, {mask.dtype}",

@@ -87,7 +87,8 @@ def _detect(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
         except OSError as error:
-            raise BackendUnavailable(f"the interpreter {python} cannot be started: {error.strerror}") from error
+            raise BackendUnavailable(f"the interpreter {python} cannot be started: {error.strerror}",
+                                     "name the interpreter of an environment that has the detector") from error  # fmt: skip
         listener = _Listener(process, len(frames), progress)
         try:
             listener.start()

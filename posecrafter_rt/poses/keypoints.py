@@ -79,7 +79,7 @@ class PoseSequence:
         try:
             keypoints = np.array(self.keypoints, dtype=np.float32)
         except (TypeError, ValueError) as error:
-            raise PoseError(f"keypoints are not an array of numbers: {error}") from error
+            raise PoseError(f"keypoints are not an array of numbers: {error}", "give (N, 134, 3) numbers") from error
         if keypoints.ndim != 3 or keypoints.shape[1:] != (NUM_KEYPOINTS, 3):
             raise PoseError(
                 f"keypoints have the shape {keypoints.shape}",

@@ -89,7 +89,7 @@ def test_extract_prints_a_line_for_people(python: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "2 frames, 64 x 48" in result.stdout
     assert "body 100%, feet 67%, face 0%" in result.stdout
-    assert result.stderr.strip() == ""
+    assert "warning" not in result.stderr and "hint" not in result.stderr
 
 
 def test_preview_as_video(poses: Path, tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_preview_shows_frames_without_the_person(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["-o", "out.gif"], "neither .mp4 nor .png"),
-        (["-o", "out.mp4", "--size", "0x5"], "is not HEIGHTxWIDTH"),
-        (["-o", "out.mp4", "--size", "512"], "is not HEIGHTxWIDTH"),
+        (["-o", "out.mp4", "--size", "0x5"], "is not a size"),
+        (["-o", "out.mp4", "--size", "512"], "is not a size"),
         (["-o", "out.mp4", "--fps", "0"], "--fps"),
     ],
 )
