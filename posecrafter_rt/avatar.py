@@ -5,10 +5,8 @@ Layer 6: the Python API; `cli` and `serve` are thin around it.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +21,33 @@ from posecrafter_rt.engines import Backend, Engine, get_backend
 from posecrafter_rt.engines.folder import EngineFolder, open_folder, rebuild_hint
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
-from posecrafter_rt.machine import library_versions, peak_rss_bytes
+from posecrafter_rt.machine import library_versions
 from posecrafter_rt.method import DDIMSchedule, select_reference
 from posecrafter_rt.models.loading import tokenize
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.cache import InversionCache
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.prepare import Tables, invert_reference, prepare_clip, prepare_tables
-from posecrafter_rt.runtime.render import decode, render_clip
+from posecrafter_rt.runtime.render import blend, decode, render_clip
+from posecrafter_rt.runtime.report import RenderReport, SegmentReport
+from posecrafter_rt.runtime.segments import Segment, split_clip
 from posecrafter_rt.spec import Architecture
 
 OnStep = Callable[[str, int, int], None]  # stage, step, steps
 
 
-@dataclass
-class RenderReport:
-    """What a render did.
+@dataclass(frozen=True)
+class RenderedSegment:
+    """One segment of a render.
 
-    reference_index: which training frame was inverted. inversion_cached: whether it was read from the cache.
-    skipped_regions: frame, region and reason of every edit that was not made. seconds: wall time of each stage.
+    frames: those that it settles, (H, W, 3) uint8 RGB, decoded as they are taken; take them all before the next segment.
+    carried: (o, 4, h, w), the latents of the frames shared with the next segment, which that needs.
+    report: of this segment, complete once the frames are taken.
     """
 
-    options: RenderOptions
-    num_frames: int
-    reference_index: int = 0
-    inversion_cached: bool = False
-    edited_regions: int = 0
-    skipped_regions: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_rss_bytes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for report.json."""
-        return {**vars(self), "options": vars(self.options)}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
-        self.peak_rss_bytes = peak_rss_bytes()
+    frames: Iterator[np.ndarray]
+    carried: Tensor
+    report: SegmentReport
 
 
 class Avatar:
@@ -103,6 +87,13 @@ class Avatar:
         arch = Architecture.from_json(manifest["architecture"])
         return cls(folder, backend.load(folder.networks, arch, manifest["precision"], folder.compiled))
 
+    def resolve(self, options: RenderOptions | None = None, **changes: Any) -> RenderOptions:
+        """Options with changes by name, and what they leave to the base taken from what it recommends.
+
+        Raises: PoseCrafterError for bad options.
+        """
+        return replace(options or RenderOptions(), **changes).with_recommended(self.folder.manifest["recommended"])
+
     def render(self, poses: PoseSequence, options: RenderOptions | None = None, **changes: Any) -> np.ndarray:
         """Render the person in every pose.
 
@@ -110,7 +101,10 @@ class Avatar:
         Returns: (N, H, W, 3) uint8 RGB.
         Raises: PoseError when no training pose shares a keypoint with a target; PoseCrafterError for bad options.
         """
-        return np.stack(list(self.iter_render(poses, options, **changes)))
+        frames = np.empty((len(poses), *self.size, 3), np.uint8)
+        for index, frame in enumerate(self.iter_render(poses, options, **changes)):
+            frames[index] = frame
+        return frames
 
     def iter_render(
         self,
@@ -120,41 +114,83 @@ class Avatar:
         on_step: OnStep | None = None,
         **changes: Any,
     ) -> Iterator[np.ndarray]:
-        """As `render`, yielding frames (H, W, 3) as they are decoded. on_step: told (stage, step, steps)."""
-        options = replace(options or RenderOptions(), **changes).with_recommended(self.folder.manifest["recommended"])
-        assert options.inversion_substeps is not None
-        report = RenderReport(options, len(poses))
+        """As `render`, yielding frames (H, W, 3) as they are decoded. on_step: told (stage, step, steps).
+
+        With `segment` they come segment by segment, and memory does not grow with their number.
+        """
+        for segment in self.iter_segments(poses, options, on_step=on_step, **changes):
+            yield from segment.frames
+
+    def iter_segments(
+        self,
+        poses: PoseSequence,
+        options: RenderOptions | None = None,
+        *,
+        finished: Sequence[SegmentReport] = (),
+        carried: Tensor | None = None,
+        on_step: OnStep | None = None,
+        **changes: Any,
+    ) -> Iterator[RenderedSegment]:
+        """As `iter_render`, yielding segments. finished: reports of the first ones, not to be rendered again.
+
+        carried: what the last of those carried; to go on from there gives what an unbroken run gives, bit for bit.
+        """
+        options = self.resolve(options, **changes)
         target = transform_keypoints(poses, self.size)  # as the training frames were fitted
-        told = on_step or (lambda stage, step, steps: None)
-        num_steps = options.num_inference_steps - options.start_step
+        segments = split_clip(len(target), options.segment, options.overlap)
+        report = RenderReport(
+            options=options, num_frames=len(target), num_segments=len(segments), num_resumed=len(finished)
+        )
+        for part in finished:
+            report.add(part)
+        inverted, tables = self._prepare(target, options, report, on_step or _ignore)
+        for index in range(len(finished), len(segments)):
+            segment, part = segments[index], SegmentReport()
+            told = _naming_segment(on_step or _ignore, index, len(segments))
+            latents = self._denoise(target, segment, inverted, tables, report, part, told)
+            latents = blend(carried, latents)
+            num_settled = segment.settled - segment.start
+            carried = latents[num_settled:].clone()
+            yield RenderedSegment(self._decode(latents[:num_settled], part, told), carried, part)
+            report.add(part)
+        self.last_report = report
+
+    def _prepare(
+        self, target: PoseSequence, options: RenderOptions, report: RenderReport, told: OnStep
+    ) -> tuple[Tensor, Tables]:
+        """What all segments share: the inverted reference (4, h, w) and the tables of sampling."""
         with report.stage("prepare"):
-            reference = select_reference(self.poses, target) if options.selects else 0
-            report.reference_index = reference
-            inversion = self.schedule.inversion_timesteps(
-                options.num_inference_steps, options.inversion_substeps, options.start_step)  # fmt: skip
-            source = self._prepare_tables(inversion, [self.prompt])
+            report.reference_index = select_reference(self.poses, target) if options.selects else 0
         with report.stage("invert"):
-            told("inverting the reference", 0, num_steps)
-            inverted = self._inverted_latents(reference, source, options, report)
+            inverted = self._inverted_latents(options, report, lambda *step: told("inverting the reference", *step))
         with report.stage("prepare"):
-            clip = prepare_clip(self.engines, inverted, self.poses.keypoints[reference], target, options)
-            if clip.plan is not None:
-                report.skipped_regions = [skipped._asdict() for skipped in clip.plan.report]
-                report.edited_regions = int((clip.plan.rects[..., 2] > clip.plan.rects[..., 0]).sum())
             timesteps = self.schedule.timesteps(options.num_inference_steps)
-            tables = self._prepare_tables(timesteps, self._prompts(options))
-        with report.stage("denoise"):
+            return inverted, self._prepare_tables(timesteps, self._prompts(options))
+
+    def _denoise(
+        self, target: PoseSequence, segment: Segment, inverted: Tensor, tables: Tables,
+        report: RenderReport, part: SegmentReport, told: OnStep,
+    ) -> Tensor:  # fmt: skip
+        """Clean latents (F, 4, h, w) of a segment's target frames; its pose embeddings and edits go when it returns."""
+        options = report.options
+        with part.stage("prepare"):
+            reference_pose = self.poses.keypoints[report.reference_index]
+            clip = prepare_clip(self.engines, inverted, reference_pose, target[segment.start : segment.stop], options)
+            if clip.plan is not None:
+                part.count_edits(clip.plan, segment)
+        num_steps = options.num_inference_steps - options.start_step
+        with part.stage("denoise"):
             latents = render_clip(self.engines, self.schedule, tables, clip, options,
                                   lambda step: told("denoising", step - options.start_step, num_steps))  # fmt: skip
-        if options.inserts:
-            latents = latents[1:]  # the inserted reference is never decoded
+        return latents[1:] if options.inserts else latents  # the inserted reference is never decoded
+
+    def _decode(self, latents: Tensor, part: SegmentReport, told: OnStep) -> Iterator[np.ndarray]:
         frames = decode(self.engines, latents)
         for index in range(len(latents)):
-            with report.stage("decode"):
+            with part.stage("decode"):
                 frame = next(frames)
             told("decoding", index + 1, len(latents))
             yield frame
-        self.last_report = report
 
     def _prompts(self, options: RenderOptions) -> list[str]:
         prompt = self.prompt if options.prompt is None else options.prompt
@@ -178,18 +214,26 @@ class Avatar:
             "conditioning_scale": options.conditioning_scale,
         }  # fmt: skip
 
-    def _inverted_latents(self, reference: int, tables: Tables, options: RenderOptions, report: RenderReport) -> Tensor:
+    def _inverted_latents(
+        self, options: RenderOptions, report: RenderReport, progress: Callable[[int, int], None]
+    ) -> Tensor:
+        reference = report.reference_index
         cache, key = InversionCache(self.folder.inversions), self._inversion_key(reference, options)
         inverted = cache.load(key)
         report.inversion_cached = inverted is not None
-        if inverted is None:
-            with torch.no_grad():
-                inverted = invert_reference(
-                    self.engines, self.schedule, tables, self.frames[reference],
-                    PoseSequence(self.poses.keypoints[[reference]], self.size), options)  # fmt: skip
-            cache.save(key, inverted)
+        if inverted is not None:
+            return inverted
+        assert options.inversion_substeps is not None
+        timesteps = self.schedule.inversion_timesteps(
+            options.num_inference_steps, options.inversion_substeps, options.start_step)  # fmt: skip
+        pose = PoseSequence(self.poses.keypoints[[reference]], self.size)
+        with torch.no_grad():
+            tables = self._prepare_tables(timesteps, [self.prompt])
+            inverted = invert_reference(
+                self.engines, self.schedule, tables, self.frames[reference], pose, options, progress)  # fmt: skip
         if not torch.isfinite(inverted).all():
             raise PoseCrafterError("the inversion is not finite", "build the engine with --precision fp32")
+        cache.save(key, inverted)
         return inverted
 
     def close(self) -> None:
@@ -202,6 +246,15 @@ class Avatar:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _ignore(stage: str, step: int, steps: int) -> None:
+    """Nobody asked to be told."""
+
+
+def _naming_segment(told: OnStep, index: int, count: int) -> OnStep:
+    """Stages then say of which segment they are, where there are several."""
+    return told if count == 1 else lambda stage, *step: told(f"segment {index + 1} of {count}: {stage}", *step)
 
 
 def _provenance(manifest: dict[str, Any], backend: Backend) -> Iterator[tuple[str, str]]:

@@ -84,6 +84,14 @@ Frames = np.ndarray | Sequence[np.ndarray]
 """uint8 RGB (N, H, W, 3), or a list of (H, W, 3)."""
 
 
+def shown_in_sheet(num_frames: int) -> np.ndarray:
+    """Which frames of a clip a contact sheet shows: int64, at most 8, evenly from the first to the last.
+
+    Of those frames alone it shows all, so a sheet of a long clip needs no others.
+    """
+    return np.unique(np.linspace(0, num_frames - 1, min(num_frames, MAX_COLUMNS)).round().astype(np.int64))
+
+
 def contact_sheet(rows: Sequence[tuple[str, Frames] | np.ndarray]) -> np.ndarray:
     """Show clips under one another, each as up to 8 of its frames, evenly sampled, below its name.
 
@@ -98,8 +106,8 @@ def contact_sheet(rows: Sequence[tuple[str, Frames] | np.ndarray]) -> np.ndarray
     height = min(max(tallest, TILE_HEIGHT_PX[0]), TILE_HEIGHT_PX[1])
     strips = []
     for name, frames in named:
-        picked = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), MAX_COLUMNS)).round().astype(int))
-        tiles = [np.pad(_scale_to_height(frames[i], height), [(0, 0), (0, _GAP_PX), (0, 0)]) for i in picked]
+        shown = shown_in_sheet(len(frames))
+        tiles = [np.pad(_scale_to_height(frames[i], height), [(0, 0), (0, _GAP_PX), (0, 0)]) for i in shown]
         strips.append(_captioned(name, np.concatenate(tiles, axis=1)))
     width = max(strip.shape[1] for strip in strips)
     return np.concatenate([np.pad(strip, [(0, _GAP_PX), (0, width - strip.shape[1]), (0, 0)]) for strip in strips])

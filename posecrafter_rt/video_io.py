@@ -40,6 +40,8 @@ __all__ = [
     "VideoWriter",
     "contact_sheet",
     "cover_transform",
+    "decode_png",
+    "encode_png",
     "read_video",
     "resize_to",
     "side_by_side",
@@ -165,8 +167,9 @@ class VideoWriter:
         self._stream.height, self._stream.width = (side + side % 2 for side in self._size)
         self._stream.pix_fmt = "yuv420p"
         # Without macroblock-tree rate control the same frames give the same file: on small pictures it makes x264's
-        # output differ from run to run (seen at 64x64 and 128x160).
-        self._stream.options = {"crf": H264_CRF, "x264-params": "mbtree=0"}
+        # output differ from run to run (seen at 64x64 and 128x160). One thread: the number of threads changes the bytes,
+        # and x264 would take it from the processors that this process happens to be given.
+        self._stream.options = {"crf": H264_CRF, "x264-params": "mbtree=0:threads=1"}
         # Players guess the colours of a video that does not name them, each in its own way: 1 is BT.709, and for the
         # range it is the limited one.
         context = self._stream.codec_context
@@ -212,11 +215,25 @@ def write_png(path: str | PathLike[str], image: np.ndarray, *, force: bool = Fal
 
     Raises: ShapeError for another shape or type; OutputExists if the file is there and `force` is false; DiskFull.
     """
-    check_frame(image)
+    data = encode_png(image)
     refuse_overwrite(path, force)
-    _, data = cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR))
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.tobytes())
+
+
+def encode_png(image: np.ndarray) -> np.ndarray:
+    """A picture, uint8 RGB (H, W, 3), as the bytes of a PNG file, uint8 (n,). Raises: ShapeError as `write_png`."""
+    check_frame(image)
+    _, data = cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR))
+    return data.reshape(-1)
+
+
+def decode_png(data: np.ndarray) -> np.ndarray:
+    """The picture that `encode_png` was given. Raises: VideoError for bytes that are no picture."""
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    if image is None:
+        raise VideoError(f"{len(data)} bytes are not a PNG picture")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.engines import Engine
 from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.errors import (
     BackendUnavailable,
@@ -22,6 +24,7 @@ from posecrafter_rt.errors import (
 )
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import MODES
+from posecrafter_rt.runtime.segments import split_clip
 from posecrafter_rt.tuning import TuneOptions, tune
 
 SIZE = (32, 32)
@@ -71,6 +74,22 @@ def test_rendering_twice_gives_the_same_bytes_and_inverts_once(avatar: Avatar) -
     again = avatar.render(some_poses(2), num_inference_steps=3, tau=2)
     assert np.array_equal(first, again)
     assert avatar.last_report is not None and avatar.last_report.inversion_cached
+
+
+@pytest.mark.parametrize(("change", "is_cached"), [
+    ({"mode": "+insertion"}, True), ({"tau": 2}, True), ({"resample": "nearest"}, True), ({"prompt": "a woman"}, True),
+    ({"guidance_scale": 3.0}, True), ({"segment": 16}, True),
+    ({"num_inference_steps": 4}, False), ({"inversion_substeps": 2}, False), ({"strength": 0.5}, False),
+    ({"conditioning_scale": 0.5}, False),
+])  # fmt: skip
+def test_the_inversion_is_shared_by_all_that_it_does_not_depend_on(
+    avatar: Avatar, change: dict, is_cached: bool
+) -> None:
+    for file in avatar.folder.inversions.glob("*"):
+        file.unlink()
+    avatar.render(some_poses(2), num_inference_steps=3)
+    avatar.render(some_poses(2), **{"num_inference_steps": 3, **change})
+    assert avatar.last_report is not None and avatar.last_report.inversion_cached is is_cached
 
 
 def test_a_damaged_cached_inversion_is_computed_anew(avatar: Avatar) -> None:
@@ -146,6 +165,104 @@ def test_iter_render_yields_the_same_frames_one_by_one(avatar: Avatar) -> None:
     assert len(frames) == 3 and np.array_equal(np.stack(frames), whole)
 
 
+SEGMENTS = {"num_inference_steps": 2, "segment": 6, "overlap": 2}
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_a_clip_that_fits_into_one_segment_is_rendered_as_without(avatar: Avatar, count: int) -> None:
+    plain = avatar.render(some_poses(count), num_inference_steps=2)
+    assert np.array_equal(avatar.render(some_poses(count), **SEGMENTS), plain)
+    assert avatar.last_report is not None and avatar.last_report.num_segments == 1
+
+
+def test_segments_are_clips_of_their_own_blended_where_they_overlap(
+    avatar: Avatar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 frames in segments of 6 that share 2 are 3 of 5, 6 and 6 frames in some order; each is its own render."""
+    poses = some_poses(13)
+    spans = split_clip(13, 6, 2)
+    assert sorted(span.stop - span.start for span in spans) == [5, 6, 6]
+    rendered = avatar.render(poses, **SEGMENTS)
+    monkeypatch.setattr("posecrafter_rt.avatar.select_reference", lambda train, target: reference)
+    assert avatar.last_report is not None
+    reference = avatar.last_report.reference_index  # of the whole clip, which a part alone might not choose
+    for earlier, span in zip([None, *spans], spans, strict=False):
+        alone = avatar.render(poses[span.start : span.stop], num_inference_steps=2)
+        shared = 0 if earlier is None else earlier.stop - span.start
+        settled = slice(shared, span.settled - span.start)
+        # The decoder may be given other frames at once, which changes rounding.
+        difference = rendered[span.start : span.settled][settled].astype(int) - alone[settled]
+        assert abs(difference).max() <= 1
+        if shared:
+            assert not np.array_equal(rendered[span.start : span.start + shared], alone[:shared])
+
+
+def test_the_report_names_the_segments_and_counts_each_frame_once(avatar: Avatar) -> None:
+    keypoints = some_poses(13).keypoints.copy()
+    keypoints[[3, 4, 9], 92:113] = 0  # the left hand of frames that two segments render, and of one that ends the clip
+    keypoints[12, 24:92] = 0
+    poses = PoseSequence(keypoints, SIZE)
+    avatar.render(poses, num_inference_steps=2)
+    assert avatar.last_report is not None
+    whole = avatar.last_report.to_json()
+    avatar.render(poses, **SEGMENTS)
+    split = avatar.last_report.to_json()
+    assert whole["num_segments"] == 1 and whole["options"]["segment"] is None
+    assert split["num_segments"] == 3 and (split["options"]["segment"], split["options"]["overlap"]) == (6, 2)
+    assert [(skipped["frame"], skipped["region"]) for skipped in split["skipped_regions"]] == [
+        (3, "left_hand"), (4, "left_hand"), (9, "left_hand"), (12, "face")]  # fmt: skip
+    for name in ("skipped_regions", "edited_regions", "reference_index"):
+        assert split[name] == whole[name], name
+    assert set(split["seconds"]) == {"prepare", "invert", "denoise", "decode"}
+
+
+def test_no_network_ever_sees_more_than_one_segment(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is computed once a render is not computed again for each segment."""
+    seen: dict[str, list[int]] = {name: [] for name in avatar.engines}
+
+    def watched(name: str, engine: Engine) -> Callable[..., dict[str, Tensor]]:
+        def call(**inputs: Tensor) -> dict[str, Tensor]:
+            seen[name].append(len(next(iter(inputs.values()))))
+            return engine(**inputs)
+
+        return call
+
+    for name, engine in list(avatar.engines.items()):
+        monkeypatch.setitem(avatar.engines, name, watched(name, engine))
+    for count in (14, 26):
+        for calls in seen.values():
+            calls.clear()
+        avatar._tables.clear()
+        taken = 0
+        for _ in avatar.iter_render(some_poses(count), inversion_substeps=1, **SEGMENTS):
+            taken += 1
+            # A segment's frames come before the next one's are denoised.
+            assert len(seen["unet"]) <= 2 + 2 * (1 + (taken - 1) // 3)
+        assert taken == count
+        for name in ("controlnet", "unet"):
+            assert max(seen[name]) == 1 + 6  # the reference and a segment
+        assert max(seen["pose_embedding"]) == 1 + 6 and max(seen["vae_decoder"]) <= 6
+        assert sum(seen["vae_decoder"]) == count  # each frame once, the reference never
+        assert len(seen["vae_encoder"]) <= 1 and seen["text_encoder"] == [1] and len(seen["time_tables"]) == 1
+
+
+def test_going_on_from_a_finished_segment_gives_the_same_bytes(avatar: Avatar) -> None:
+    poses = some_poses(13)
+    whole = avatar.render(poses, **SEGMENTS)
+    first = next(avatar.iter_segments(poses, **SEGMENTS))
+    head = list(first.frames)
+    rest = avatar.iter_segments(poses, finished=[first.report], carried=first.carried, **SEGMENTS)
+    frames = [*head, *(frame for segment in rest for frame in segment.frames)]
+    assert np.array_equal(np.stack(frames), whole)
+    assert avatar.last_report is not None and avatar.last_report.num_resumed == 1
+
+
+@pytest.mark.parametrize("mode", ["controlvideo", "+selection"])
+def test_modes_without_a_common_key_frame_are_not_split(avatar: Avatar, mode: str) -> None:
+    with pytest.raises(PoseCrafterError, match="no key frame is common"):
+        avatar.render(some_poses(3), mode=mode, **SEGMENTS)
+
+
 def test_target_poses_from_another_canvas_are_scaled(avatar: Avatar) -> None:
     small = avatar.render(some_poses(2), num_inference_steps=2).astype(int)
     keypoints = some_poses(2).keypoints.copy()
@@ -163,8 +280,11 @@ def test_a_pose_without_a_shared_keypoint_is_named(avatar: Avatar) -> None:
 
 @pytest.mark.parametrize("change", [{"mode": "magic"}, {"num_inference_steps": 0}, {"tau": 3, "num_inference_steps": 2},
                                     {"guidance_scale": 0.5}, {"inversion_substeps": 0}, {"guidance_scale": float("nan")},
+                                    {"guidance_scale": float("inf")}, {"conditioning_scale": float("nan")},
+                                    {"conditioning_scale": float("inf")}, {"resample": "cubic"}, {"regions": ("ear",)},
                                     {"strength": 0.0}, {"strength": 1.01}, {"strength": float("nan")},
-                                    {"strength": 0.5, "num_inference_steps": 4, "tau": 3}])  # fmt: skip
+                                    {"strength": 0.5, "num_inference_steps": 4, "tau": 3}, {"segment": 0},
+                                    {"segment": 6, "overlap": 3}, {"segment": 6, "overlap": -1}])  # fmt: skip
 def test_bad_options_are_refused(avatar: Avatar, change: dict) -> None:
     with pytest.raises(PoseCrafterError):
         avatar.render(some_poses(1), **change)

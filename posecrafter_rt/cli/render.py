@@ -6,7 +6,7 @@ Layer 8: arguments, one call, the printed result.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,27 +20,32 @@ app = typer.Typer()
 def render(  # noqa: PLR0913 - one argument for each option
     engine: Annotated[Path, typer.Argument(help="What `posecrafter-rt build-engine` made.", show_default=False)],
     poses: Annotated[Path, typer.Option(help="Target poses: OpenPose JSON, one file or a folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The video; .png and .json go beside it.")] = Path(
-        "out.mp4"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The video; its .png and .report.json go beside it.")
+    ] = Path("out.mp4"),
     frame_range: Annotated[
         str | None, typer.Option("--range", metavar="START:END", help="Only these of the poses.")
     ] = None,
     mode: Annotated[
         str, typer.Option(help="controlvideo, +selection, +insertion or +editing (PoseCrafter).")
     ] = "+editing",
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 50,
     inversion_substeps: Annotated[
-        int | None, typer.Option(help="Parts of each step of the inversion; else what the base recommends.")
+        int | None, typer.Option(help="Parts of each step of the inversion; else what the base recommends.", min=1)
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="Share of the steps that is walked, 0 to 1; else what the base recommends.")
+        float | None,
+        typer.Option(help="Share of the steps that is walked, above 0, to 1; else what the base recommends."),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Target prompt; else that of tuning.")] = None,
     guidance_scale: Annotated[float, typer.Option(help="1: none; 3 suits edits by prompt.")] = 1.0,
     control_scale: Annotated[float, typer.Option(help="Weight of the poses.")] = 1.0,
-    tau: Annotated[int, typer.Option(help="Sampling step before which face and hands are moved.")] = 1,
+    tau: Annotated[int, typer.Option(help="Sampling step before which face and hands are moved.", min=1)] = 1,
     resample: Annotated[str, typer.Option(help="bilinear, nearest or unit_variance.")] = "bilinear",
+    segment: Annotated[
+        int | None, typer.Option(help="Frames rendered jointly, so that memory does not grow; else the whole clip.")
+    ] = None,
+    overlap: Annotated[int, typer.Option(help="Frames that neighbouring segments share and blend.")] = 4,
     person: Annotated[int | None, typer.Option(help="Which of several people in the poses, from 0.")] = None,
     fps: Annotated[float | None, typer.Option(help="Else the pose file's, else 25.", min=0.1)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the outputs if they are there.")] = False,
@@ -56,7 +61,7 @@ def render(  # noqa: PLR0913 - one argument for each option
     refuse_outputs(output, force)
     options = RenderOptions(
         mode, steps, prompt, guidance_scale, control_scale, tau, resample,  # type: ignore[arg-type]
-        inversion_substeps=inversion_substeps, strength=strength,
+        inversion_substeps=inversion_substeps, strength=strength, segment=segment, overlap=overlap,
     )  # fmt: skip
     target = PoseSequence.load(poses, person=person)[window]
     with Avatar.load(engine) as avatar, step_progress("loading") as on_step:
@@ -70,6 +75,16 @@ def render(  # noqa: PLR0913 - one argument for each option
         ("beside it", ", ".join(path.name for path in output_paths(output)[1:])),
         ("reference", f"training frame {report['reference_index']}, inversion {'cached' if report['inversion_cached'] else 'computed'}"),
         ("edits", f"{report['edited_regions']} regions moved, {len(report['skipped_regions'])} left (see the report)"),
+        *_segments_row(report),
         ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())),
         ("memory", size_of(report["peak_rss_bytes"])),
     ])  # fmt: skip
+
+
+def _segments_row(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was approximated, if the clip was split."""
+    if report["num_segments"] == 1:
+        return []
+    options, resumed = report["options"], report["num_resumed"]
+    text = f"{report['num_segments']} of {options['segment']} frames at most, {options['overlap']} shared"
+    return [("segments", f"{text}; {resumed} from an interrupted run" if resumed else text)]

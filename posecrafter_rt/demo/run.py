@@ -23,7 +23,7 @@ from posecrafter_rt.evaluate.metrics import psnr, ssim
 from posecrafter_rt.framing import side_by_side
 from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.poses.draw import draw_poses
-from posecrafter_rt.rendering import render_to_files
+from posecrafter_rt.rendering import DEFAULT_FPS, render_to_files
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.tuning import TuneOptions, TuneStatus, base_size, load_clip, resolve_precision, tune
 from posecrafter_rt.video_io import read_video, write_video
@@ -84,18 +84,19 @@ class Demo:
                 options = RenderOptions(num_inference_steps=self.num_inference_steps)
                 report = render_to_files(avatar, target, self.output / "out.mp4", options, force=True, on_step=on_step)
             (self.output / "out.png").replace(self.output / "contact_sheet.png")
-            rendered = read_video(self.output / "out.mp4").frames
             options = RenderOptions("controlvideo", self.num_inference_steps)
 
             def told(stage: str, step: int, steps: int) -> None:
                 on_step(step, steps, f"controlvideo, {stage}")
 
-            controlvideo = np.stack(list(avatar.iter_render(target, options, on_step=told)))
+            frames = avatar.render(target, options, on_step=told)
+            write_video(self.output / "controlvideo.mp4", frames, target.fps or DEFAULT_FPS, force=True)
             reference = avatar.frames[report["reference_index"]]
+        rendered, controlvideo = (read_video(self.output / f"{name}.mp4").frames for name in ("out", "controlvideo"))
         pictures = draw_poses(target, self.size)
         write_video(self.output / "side_by_side.mp4",
                     side_by_side(truth, pictures, rendered, labels=("truth", "pose", "render")),
-                    target.fps or 30.0, force=True)  # fmt: skip
+                    target.fps or DEFAULT_FPS, force=True)  # fmt: skip
         repeated = np.repeat(reference[np.newaxis], len(truth), axis=0)
         clips = {"render": rendered, "repeated_reference": repeated, "controlvideo": controlvideo}
         return {name: scores(clip, truth) for name, clip in clips.items()}

@@ -256,7 +256,7 @@ def ddim_sample(
         start_step: the first step to do, 0..num_inference_steps; steps before it count as done.
         on_step: called before step i (counted from 0) with (i, latents in the arithmetic's dtype); what it returns is
             denoised in their place, and it may edit them in place. The latent edit at step tau is the hook's doing at
-            i = tau - 1.
+            i = start_step + tau - 1.
     Returns: clean latents, dtype and shape of latents, new tensor.
     Raises: PoseCrafterError for an impossible step count or start; ShapeError if the prediction has another shape.
     """

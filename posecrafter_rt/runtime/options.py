@@ -5,10 +5,13 @@ Layer 5.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.method.editing import DEFAULT_REGIONS, REGIONS
+from posecrafter_rt.runtime.segments import check_split
 
 MODES = ("controlvideo", "+selection", "+insertion", "+editing")
 Resample = Literal["bilinear", "nearest", "unit_variance"]
@@ -16,7 +19,7 @@ Resample = Literal["bilinear", "nearest", "unit_variance"]
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """Options of one render; the defaults are the paper's.
+    """Options of one render; the defaults are the paper's, but for what is left to the base.
 
     mode: the method's four stages, each containing those before it: `controlvideo` (training frame 0 is the reference,
         nothing inserted or edited), `+selection` (Eq. 5), `+insertion`, `+editing` (PoseCrafter).
@@ -31,6 +34,10 @@ class RenderOptions:
     strength: partial inversion: the share of the steps that is walked, in (0, 1]. Below 1 the reference is inverted only
         to the step where sampling then starts, so less of it is lost and less time is spent; 1 is the paper's. None: what
         the base recommends.
+    segment: render at most so many frames jointly, each segment with the inserted reference as its key frame: memory then
+        does not grow with the clip, but frames attend to their own segment only, which is an approximation. None: the
+        whole clip jointly, exact. A clip that fits into one segment is exact, too.
+    overlap: frames that neighbouring segments share, at most a third of a segment; their clean latents are blended.
     """
 
     mode: str = "+editing"
@@ -40,9 +47,13 @@ class RenderOptions:
     conditioning_scale: float = 1.0
     tau: int = 1
     resample: Resample = "bilinear"
-    regions: tuple[str, ...] = ("face", "left_hand", "right_hand")
+    regions: tuple[str, ...] = DEFAULT_REGIONS
     inversion_substeps: int | None = None
     strength: float | None = None
+    segment: int | None = None
+    # The ramp then goes from one segment to the next in five steps of a fifth, over 1/5 s of video at 25 frames/s, and
+    # each seam costs 4 frames that are rendered twice: a fifth more work in segments of 24, a thirtieth in those of 124.
+    overlap: int = 4
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -56,8 +67,26 @@ class RenderOptions:
         last = self.num_inference_steps - (0 if self.strength is None else self.start_step)
         if not 1 <= self.tau <= last:
             raise PoseCrafterError(f"tau {self.tau} is not a sampling step", f"give 1 to {last}")
-        if not self.guidance_scale >= 1:
+        if not 1 <= self.guidance_scale < math.inf:
             raise PoseCrafterError(f"guidance scale {self.guidance_scale}", "give 1 (no guidance) or more")
+        if not math.isfinite(self.conditioning_scale):
+            raise PoseCrafterError(f"conditioning scale {self.conditioning_scale}", "give a number; 1 is the paper's")
+        if self.resample not in get_args(Resample):
+            raise PoseCrafterError(
+                f"unknown resample {self.resample!r}", f"choose one of {', '.join(get_args(Resample))}"
+            )
+        if unknown := sorted(set(self.regions) - set(REGIONS)):
+            raise PoseCrafterError(f"unknown region {unknown[0]!r}", f"choose of {', '.join(REGIONS)}")
+        self._check_segments()
+
+    def _check_segments(self) -> None:
+        if self.segment is None:
+            return
+        check_split(self.segment, self.overlap)
+        if not self.inserts:
+            # Each segment would take its own first frame as key frame: nothing would hold them together.
+            raise PoseCrafterError(f"mode {self.mode} cannot be rendered in segments: no key frame is common to them",
+                                   "use +insertion or +editing, or no segments")  # fmt: skip
 
     def with_recommended(self, recommended: dict[str, Any]) -> RenderOptions:
         """What was left to the base, taken from what it recommends: names of options and their values."""

@@ -5,7 +5,7 @@ Layer 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,11 +74,12 @@ def invert_reference(
     frame: np.ndarray,
     pose: PoseSequence,
     options: RenderOptions,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Encode the reference frame and carry it to noise (Eq. 4): one frame, whatever the clip's length.
 
     Args: frame: (H, W, 3) uint8; pose: its pose, a sequence of one; tables: of the *source* prompt and the inversion's
-        timesteps; options: with nothing left to the base.
+        timesteps; options: with nothing left to the base; progress: told (steps done, steps).
     Returns: inverted_latents (4, h, w).
     """
     pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
@@ -87,7 +88,7 @@ def invert_reference(
     denoise = Denoiser(engines, tables, pose_embeddings, options.conditioning_scale, 1.0)
     assert options.inversion_substeps is not None
     return ddim_invert(denoise, latents, schedule, options.num_inference_steps, substeps=options.inversion_substeps,
-                       start_step=options.start_step)[0]  # fmt: skip
+                       start_step=options.start_step, progress=progress)[0]  # fmt: skip
 
 
 def prepare_clip(

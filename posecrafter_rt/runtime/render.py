@@ -16,6 +16,7 @@ from posecrafter_rt.method import DDIMSchedule, ddim_sample
 from posecrafter_rt.ops import affine_warp_paste_
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.prepare import Clip, Denoiser, Tables
+from posecrafter_rt.runtime.segments import ramp
 
 FRAMES_PER_DECODE = 8
 
@@ -45,6 +46,20 @@ def render_clip(
 
     return ddim_sample(denoise, clip.latents, schedule, options.num_inference_steps, start_step=options.start_step,
                        on_step=before_step)  # fmt: skip
+
+
+def blend(carried: Tensor | None, latents: Tensor) -> Tensor:
+    """Join a segment to the one before, in the frames that both rendered: linearly, with weights that sum to 1.
+
+    Args: carried: (o, 4, h, w), the earlier segment's clean latents of the shared frames; None: there is no earlier one.
+        latents: (F, 4, h, w), the later segment's, which begins with them.
+    Returns: (F, 4, h, w); `latents` itself where nothing is shared.
+    """
+    if carried is None or not len(carried):
+        return latents
+    weights = latents.new_tensor(ramp(len(carried))).reshape(-1, 1, 1, 1)
+    shared = torch.lerp(carried.to(latents.device), latents[: len(carried)], weights)
+    return torch.cat([shared, latents[len(carried) :]])
 
 
 @torch.no_grad()

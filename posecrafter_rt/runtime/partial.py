@@ -1,0 +1,179 @@
+"""The finished segments of an unfinished render, on the disk: what the same command goes on from after kill -9.
+
+Layer 5. A segment counts once state.json lists it with its hash; every file is written under a temporary name first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from posecrafter_rt.atomic import atomic_path, sha256_file
+from posecrafter_rt.errors import OutputExists, PoseCrafterError
+from posecrafter_rt.runtime.report import SegmentReport
+from posecrafter_rt.video_io import decode_png, encode_png
+
+STATE = "state.json"
+
+
+class PartialRender:
+    """The folder of one unfinished render; see `open_partial`.
+
+    hashes: of the files of its finished segments, in order. staged: whether all outputs lay in the folder, whole.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, hashes: list[str], staged: bool = False) -> None:
+        self.folder, self.fingerprint, self.hashes, self.staged = folder, fingerprint, hashes, staged
+
+    def save(self, frames: Iterable[np.ndarray], carried: Tensor, report: SegmentReport) -> None:
+        """Add the next segment: its frames as PNG, what it carries to the one after, and its report.
+
+        Raises: DiskFull, with what was finished before still there.
+        """
+        tensors = {f"frame{index:06d}": torch.from_numpy(encode_png(frame)) for index, frame in enumerate(frames)}
+        path = self._path(len(self.hashes))
+        with atomic_path(path) as temporary:
+            save_file({**tensors, "carried": carried.cpu().contiguous()}, temporary,
+                      metadata={"report": json.dumps(vars(report))})  # fmt: skip
+        self.hashes.append(sha256_file(path))
+        self.staged = False
+        self._write_state()
+
+    def reports(self) -> list[SegmentReport]:
+        """The reports of the finished segments."""
+        return [SegmentReport(**json.loads(self._metadata(index)["report"])) for index in range(len(self.hashes))]
+
+    def carried(self) -> Tensor | None:
+        """What the last finished segment carries to the next; None without one."""
+        if not self.hashes:
+            return None
+        with safe_open(self._path(len(self.hashes) - 1), "pt") as file:
+            return file.get_tensor("carried")
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """The frames of all finished segments, (H, W, 3) uint8, read one at a time."""
+        for index in range(len(self.hashes)):
+            with safe_open(self._path(index), "pt") as file:
+                names = sorted(name for name in file.keys() if name != "carried")  # noqa: SIM118 - not a mapping
+                for name in names:
+                    yield decode_png(file.get_tensor(name).numpy())
+
+    def holds(self, outputs: Sequence[Path]) -> bool:
+        """Whether every output is finished: in the folder, or already moved from there to its place."""
+        return self.staged and all((self.folder / path.name).exists() or path.exists() for path in outputs)
+
+    def publish(self, outputs: Sequence[Path]) -> None:
+        """Move the outputs from the folder to their places and remove it; to be done again if it breaks off."""
+        self.staged = True
+        self._write_state()
+        for path in outputs:
+            if (self.folder / path.name).exists():
+                os.replace(self.folder / path.name, path)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder with what is in it; the state last, so that what a kill leaves is known for ours."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == STATE):
+            path.unlink()
+        self.folder.rmdir()
+
+    def drop_unfinished(self) -> None:
+        """Forget segments from the first one on whose file is not the one that was written, and remove leftovers."""
+        for index, expected in enumerate(self.hashes):
+            path = self._path(index)
+            if not path.is_file() or sha256_file(path) != expected:
+                del self.hashes[index:]
+                break
+        kept = {STATE, *(self._path(index).name for index in range(len(self.hashes)))}
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+        self._write_state()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"segment-{index:05d}.safetensors"
+
+    def _metadata(self, index: int) -> dict[str, str]:
+        with safe_open(self._path(index), "pt") as file:
+            return file.metadata()
+
+    def _write_state(self) -> None:
+        state = {"fingerprint": self.fingerprint, "segments": self.hashes, "staged": self.staged}
+        with atomic_path(self.folder / STATE) as temporary:
+            temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def open_partial(
+    folder: Path, fingerprint: str, outputs: Sequence[Path], *, force: bool = False
+) -> Iterator[PartialRender]:
+    """Begin a render that can be resumed, or go on with the one that `folder` holds.
+
+    Args: fingerprint: of everything that its frames depend on. outputs: the files that it is for. force: throw away an
+        unfinished render of another fingerprint.
+    Yields: the render, its finished segments verified. The folder stays when the block fails, unless nothing is finished.
+    Raises: OutputExists when the folder is of another render and `force` is false, or not of a render at all;
+        PoseCrafterError while another process is rendering into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        state = read_state(folder)
+        partial = PartialRender(folder, fingerprint, [])
+        if state is None:
+            _refuse_foreign(folder)
+        elif state["fingerprint"] == fingerprint:
+            partial = PartialRender(folder, fingerprint, state["segments"], state["staged"])
+        elif not force:
+            raise OutputExists(f"{folder} holds an unfinished render with another engine, other poses or other options",
+                               "give the same ones to finish it, or --force to throw it away")  # fmt: skip
+        try:
+            if not partial.holds(outputs):
+                partial.drop_unfinished()
+            yield partial
+        except BaseException:
+            if not partial.hashes and not partial.staged:
+                partial.remove()
+            raise
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """What state.json says; None where there is none that can be read."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) and {"fingerprint", "segments", "staged"} <= {*state} else None
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Only what a kill during the very first write leaves may lie in a folder without a state."""
+    for path in folder.iterdir():
+        if path.name != STATE and not path.name.startswith(f".{Path(STATE).stem}."):
+            raise OutputExists(f"{folder} is there and holds no unfinished render",
+                               "move it away, or choose another name for the output")  # fmt: skip
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against other processes; the system lets go of it when this one ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PoseCrafterError(f"another process is rendering into {folder}",
+                                   "wait for it, or choose another name for the output") from error  # fmt: skip
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,82 @@
+"""What a render did: counts, reasons and times, of a segment and of the whole.
+
+Layer 5.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from posecrafter_rt.machine import peak_rss_bytes
+from posecrafter_rt.method import EditPlan
+from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.segments import Segment
+
+
+@dataclass(kw_only=True)
+class SegmentReport:
+    """Of one segment.
+
+    edited_regions, skipped_regions: of the frames that it settles; a skipped one is named by its frame in the clip, its
+    region and the reason. seconds: wall time of each stage.
+    """
+
+    edited_regions: int = 0
+    skipped_regions: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.peak_rss_bytes = peak_rss_bytes()
+
+    def count_edits(self, plan: EditPlan, segment: Segment) -> None:
+        """Add the edits of the frames that a segment settles: those that it shares with the next are the next's."""
+        num_settled = segment.settled - segment.start
+        rects = plan.rects[:num_settled]
+        self.edited_regions += int((rects[..., 2] > rects[..., 0]).sum())
+        self.skipped_regions += [
+            {**skipped._asdict(), "frame": segment.start + skipped.frame}
+            for skipped in plan.report
+            if skipped.frame < num_settled
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; seconds to the millisecond."""
+        return {**vars(self), "seconds": {name: round(value, 3) for name, value in self.seconds.items()}}
+
+
+@dataclass(kw_only=True)
+class RenderReport(SegmentReport):
+    """Of a whole render: the sums over its segments, the largest resident memory, and what they have in common.
+
+    num_segments: 1: the clip was rendered jointly. num_resumed: those that an earlier, interrupted run had finished.
+    reference_index: which training frame was inverted. inversion_cached: whether it was read from the cache.
+    """
+
+    options: RenderOptions
+    num_frames: int
+    num_segments: int = 1
+    num_resumed: int = 0
+    reference_index: int = 0
+    inversion_cached: bool = False
+
+    def add(self, part: SegmentReport) -> None:
+        """Take in a segment's report."""
+        self.edited_regions += part.edited_regions
+        self.skipped_regions += part.skipped_regions
+        for name, value in part.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+        self.peak_rss_bytes = max(self.peak_rss_bytes, part.peak_rss_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for report.json."""
+        return {**super().to_json(), "options": vars(self.options)}

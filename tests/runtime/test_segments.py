@@ -1,0 +1,96 @@
+"""Segments cover a clip, share what they should, and blend with weights that sum to one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.runtime.render import blend
+from posecrafter_rt.runtime.segments import Segment, check_split, ramp, split_clip
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> tuple[int, int, int]:
+    """Frames of a clip, of a segment, and shared."""
+    segment = draw(st.integers(1, 60))
+    return draw(st.integers(1, 500)), segment, draw(st.integers(0, segment // 3))
+
+
+@given(splits())
+def test_every_frame_is_settled_once_and_in_order(split: tuple[int, int, int]) -> None:
+    segments = split_clip(*split)
+    settled = [frame for segment in segments for frame in range(segment.start, segment.settled)]
+    assert settled == list(range(split[0]))
+
+
+@given(splits())
+def test_segments_are_no_longer_than_allowed_and_even(split: tuple[int, int, int]) -> None:
+    lengths = [segment.stop - segment.start for segment in split_clip(*split)]
+    assert max(lengths) <= split[1]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(splits())
+def test_neighbours_share_the_overlap_and_no_frame_lies_in_three(split: tuple[int, int, int]) -> None:
+    num_frames, _, overlap = split
+    segments = split_clip(*split)
+    for earlier, later in zip(segments, segments[1:], strict=False):
+        assert later.start == earlier.settled and earlier.stop - later.start == overlap
+    rendered = [frame for segment in segments for frame in range(segment.start, segment.stop)]
+    assert max(rendered.count(frame) for frame in {*rendered}) <= 2
+    assert len(rendered) == num_frames + (len(segments) - 1) * overlap
+
+
+@given(splits())
+def test_fewer_segments_would_not_do(split: tuple[int, int, int]) -> None:
+    num_frames, segment, overlap = split
+    fewer = len(split_clip(*split)) - 1
+    assert fewer == 0 or fewer * segment - (fewer - 1) * overlap < num_frames
+
+
+@given(splits())
+def test_a_clip_that_fits_is_one_segment_as_without_segments(split: tuple[int, int, int]) -> None:
+    num_frames, segment, overlap = split
+    if num_frames <= segment:
+        assert split_clip(num_frames, segment, overlap) == split_clip(num_frames, None, overlap)
+    assert split_clip(num_frames, None, overlap) == [Segment(0, num_frames, num_frames)]
+
+
+@settings(deadline=None)  # torch's first call takes its time
+@given(splits())
+def test_weights_sum_to_one_in_every_frame(split: tuple[int, int, int]) -> None:
+    """Segment i renders 1 in channel i and 0 in the others, so the channels hold the weights."""
+    segments = split_clip(*split)
+    carried, parts = None, []
+    for segment, rendered in zip(segments, torch.eye(len(segments), dtype=torch.float64), strict=True):
+        latents = blend(carried, rendered.reshape(1, -1, 1, 1).repeat(segment.stop - segment.start, 1, 1, 1))
+        carried = latents[segment.settled - segment.start :]
+        parts.append(latents[: segment.settled - segment.start, :, 0, 0])
+    weights = torch.cat(parts)
+    assert weights.shape == (split[0], len(segments)) and (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(split[0], dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40))
+def test_the_ramp_is_linear_and_leaves_neither_side_out(overlap: int) -> None:
+    steps = torch.tensor([0.0, *ramp(overlap), 1.0], dtype=torch.float64).diff()
+    torch.testing.assert_close(steps, torch.full_like(steps, 1 / (overlap + 1)))
+
+
+def test_nothing_shared_is_nothing_blended() -> None:
+    latents = torch.randn(3, 4, 2, 2)
+    assert blend(None, latents) is latents
+    assert blend(latents[:0], latents) is latents
+
+
+@pytest.mark.parametrize(("segment", "overlap"), [(0, 0), (-3, 0), (2, 1), (11, 4), (12, -1)])
+def test_impossible_splits_are_refused(segment: int, overlap: int) -> None:
+    with pytest.raises(PoseCrafterError) as caught:
+        check_split(segment, overlap)
+    assert caught.value.hint
+    with pytest.raises(PoseCrafterError):
+        split_clip(5, segment, overlap)
