@@ -24,7 +24,7 @@ def demo(
     ),
     tuning_steps: Annotated[int | None, typer.Option(help="Else the embedded base's own.", min=1)] = None,
     decoder_steps: Annotated[int | None, typer.Option(help="Else the embedded base's own.", min=0)] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 50,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
     force: Annotated[bool, typer.Option("--force", help="Do it all anew where it was done before.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
 ) -> None:

@@ -58,8 +58,9 @@ SCHEDULER: dict[str, Any] = {
     "timestep_spacing": "leading",
 }
 
-# Chosen by measurement on the demonstration's footage: a model this small has room to learn a person with all it has.
+# Chosen by measurement on the demonstration's footage: a model this small has room to learn a person with all it has, also
+# the person's colours with its decoder; and it is weakest where the noise is strongest, so renders start below that.
 SETTINGS = BaseSettings(
-    size=SIZE, trainable=(".",), learning_rate=3e-4, steps=300, learning_rate_decay=True, shared_noise=0.5,
-    inversion_substeps=5,
+    size=SIZE, trainable=(".",), learning_rate=3e-4, steps=200, learning_rate_decay=True, shared_noise=0.5,
+    decoder_steps=100, inversion_substeps=5, strength=0.6,
 )  # fmt: skip
