@@ -28,7 +28,6 @@ def graph_key(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> dict[
     return {
         "network": spec.name,
         "architecture": arch.to_json(),
-        "inputs": {tensor.name: list(tensor.dims) for tensor in spec.inputs},
         "modules": str(module),
         "parameters": {name: list(parameter.shape) for name, parameter in module.named_parameters()},
         "configurations": {name: _configuration(child) for name, child in module.named_children()},

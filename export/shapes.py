@@ -6,12 +6,11 @@ Layer 4: shared by export and engines; torch only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from posecrafter_rt.spec import NetworkSpec, TensorSpec
+from posecrafter_rt.spec import NetworkSpec
 
 
 def split_dim(dim: str) -> tuple[str, int]:
@@ -30,18 +29,6 @@ def resolve_shape(dims: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[
         return sizes[symbol] // divisor
 
     return tuple(resolve(dim) for dim in dims)
-
-
-def at_size(spec: NetworkSpec, size: tuple[int, int]) -> NetworkSpec:
-    """The spec of a network for pictures of one size alone, (height, width) in pixels; all else stays free."""
-    sizes = dict(zip(("height", "width"), size, strict=True))
-
-    def fixed(tensor: TensorSpec) -> TensorSpec:
-        dims = (resolve_shape([dim], sizes)[0] if isinstance(dim, str) and split_dim(dim)[0] in sizes else dim
-                for dim in tensor.dims)  # fmt: skip
-        return replace(tensor, dims=tuple(dims))
-
-    return replace(spec, inputs=tuple(map(fixed, spec.inputs)), outputs=tuple(map(fixed, spec.outputs)))
 
 
 def random_inputs(spec: NetworkSpec, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:

@@ -19,13 +19,14 @@ TOLERANCE = 1e-4  # of the largest absolute value of the output
 
 
 def default_cases(arch: Architecture) -> list[dict[str, int]]:
-    """Sizes that differ from those traced: one frame, many, two groups, other heights and widths."""
+    """Sizes that differ from those traced: one frame, many, two groups, other heights and widths where they are free."""
     unit = arch.size_multiple
     cases = [(1, 1, 1, 1, 1), (7, 1, 4, 2, 1), (16, 1, 2, 1, 2), (4, 2, 3, 1, 3), (65, 1, 1, 1, 1)]
     return [
-        {"frames": frames, "groups": groups, "steps": steps, "height": height * unit, "width": width * unit}
+        dict(zip(("frames", "groups", "steps", "height", "width"),
+                 (frames, groups, steps, *(arch.size or (height * unit, width * unit))), strict=True))
         for frames, groups, steps, height, width in cases
-    ]
+    ]  # fmt: skip
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

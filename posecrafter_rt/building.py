@@ -6,7 +6,8 @@ Layer 6: puts together what the layers below know.
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from posecrafter_rt import __version__
 from posecrafter_rt.atomic import sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
-from posecrafter_rt.engines import choose_backend, choose_precision
+from posecrafter_rt.engines import Backend, Precision, choose_backend, choose_precision
 from posecrafter_rt.engines.base import Progress
 from posecrafter_rt.engines.folder import EngineFolder, building, open_folder
+from posecrafter_rt.engines.refit import check_source
 from posecrafter_rt.errors import EngineFolderError, ShapeError
 from posecrafter_rt.framing import resize_to, transform_keypoints
 from posecrafter_rt.machine import library_versions
+from posecrafter_rt.models.sources import Base, locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
@@ -34,12 +37,15 @@ class BuildOptions:
 
     backend: `auto` or a name of `engines.names()`; precision: `auto`, `fp32`, `bf16` or `fp16`.
     size: (height, width) in pixels of what is rendered; None: that of tuning. base: where the base lies, if it moved.
+    refit: an engine folder of another checkpoint of the same base, whose networks are taken over and whose weights are
+        replaced where they differ; `auto` then means its backend and its precision.
     """
 
     backend: str = "auto"
     precision: str = "auto"
     size: tuple[int, int] | None = None
     base: str | None = None
+    refit: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -66,39 +72,66 @@ def build_engine(
         force: replace something at `output` that is not an engine folder; an engine folder is replaced anyway, once the
             new one is complete.
         progress: told each stage as it begins.
-    Raises: CheckpointError, ModelError, BackendUnavailable, ShapeError (a size the network cannot halve), OutputExists.
+    Raises: CheckpointError, ModelError, BackendUnavailable, ShapeError (a size the network cannot halve), OutputExists;
+        EngineFolderError when the engine to refit is damaged, or differs in more than weights.
     """
     checkpoint = Path(checkpoint)
     output = Path(output) if output is not None else checkpoint.with_suffix(".engine")
-    precision = choose_precision(options.precision, options.backend)
-    backend, why = choose_backend(options.backend, precision)
+    source = open_folder(options.refit) if options.refit is not None else None
+    backend, precision, why = _choose(options, source)
     tuned = Checkpoint.load(checkpoint)
     size = options.size or tuned.frames.shape[1:3]
-    manifest: dict[str, Any] = {
-        "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
-        "checkpoint": tuned.digest(), "device": backend.device(),
-        "libraries": {"python": platform.python_version(), **library_versions({*LIBRARIES, *backend.libraries})},
-        **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
-    }  # fmt: skip
-    manifest["fingerprint"] = sha256_json(manifest)
+    manifest = _describe(tuned, locate_base(options.base or tuned.metadata["base"]), backend, precision, size)
+    if source is not None:
+        check_source(source, manifest)
     current = _current(output, manifest["fingerprint"])
     if current is not None:
         return BuildResult(current, True, why)
     progress("loading the base")
     model = tuned.load_model(base=options.base)
     model.fold()
-    arch = model.architecture()
+    arch = replace(model.architecture(), size=(size[0], size[1]))
     if any(side % arch.size_multiple for side in size):
         raise ShapeError(f"size {size[0]}x{size[1]} does not fit the network", f"use multiples of {arch.size_multiple}")
-    manifest |= {"architecture": arch.to_json(), "scheduler": model.scheduler_config,
-                 "recommended": model.settings.recommended}  # fmt: skip
+    manifest["architecture"] = arch.to_json()
+    if source is not None:
+        check_source(source, manifest)  # of the architecture now, too
     with building(output, manifest, force) as staging:
         progress("writing the reference frames")
         _write_reference(staging / REFERENCE_FILE, tuned, size)
         model.tokenizer.save_pretrained(staging / "tokenizer")
         (staging / "networks").mkdir()
-        backend.build(model, arch, staging / "networks", precision, progress)
+        if source is None:
+            backend.build(model, arch, staging / "networks", precision, progress)
+        else:
+            backend.refit(source.networks, staging / "networks", model, arch, precision, progress)
     return BuildResult(open_folder(output), False, why)
+
+
+def _choose(options: BuildOptions, source: EngineFolder | None) -> tuple[Backend, Precision, str]:
+    """Backend and precision, and why this backend; what is left open is that of the engine to refit."""
+    name, precision = options.backend, options.precision
+    if source is not None:
+        name = source.manifest["backend"] if name == "auto" else name
+        precision = source.manifest["precision"] if precision == "auto" else precision
+        check_source(source, {"backend": name, "precision": precision})
+    chosen = choose_precision(precision, name)
+    backend, why = choose_backend(name, chosen)
+    return backend, chosen, why if source is None else f"that of {source.path}"
+
+
+def _describe(
+    tuned: Checkpoint, base: Base, backend: Backend, precision: Precision, size: Sequence[int]
+) -> dict[str, Any]:
+    """What of the manifest is known without the base's weights; its hash is the engine's fingerprint, refitted or not."""
+    manifest: dict[str, Any] = {
+        "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
+        "checkpoint": tuned.digest(), "device": backend.device(),
+        "scheduler": base.scheduler_config(), "recommended": base.settings().recommended,
+        "libraries": {"python": platform.python_version(), **library_versions(sorted({*LIBRARIES, *backend.libraries}))},
+        **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
+    }  # fmt: skip
+    return {**manifest, "fingerprint": sha256_json(manifest)}
 
 
 def _current(output: Path, fingerprint: str) -> EngineFolder | None:

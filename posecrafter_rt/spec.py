@@ -19,6 +19,7 @@ class Architecture:
 
     vae_scale_factor: pixels per latent pixel. time_widths, kv_widths: packed table widths of (U-Net, ControlNet).
     residuals: (channels, downscale) of each ControlNet down residual; mid_residual: the same of the mid residual.
+    size: (height, width) in pixels where pictures have one size alone, as an engine's; None: any size, as a base's.
     """
 
     latent_channels: int
@@ -30,6 +31,7 @@ class Architecture:
     kv_widths: tuple[int, int]
     residuals: tuple[tuple[int, int], ...]
     mid_residual: tuple[int, int]
+    size: tuple[int, int] | None = None
 
     @property
     def size_multiple(self) -> int:
@@ -77,22 +79,29 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
     """The contract of every network of a base with this architecture.
 
     Free dimensions: `frames` (G·F), `groups` (G: prompts, or 1), `steps`, `height` and `width` in pixels;
-    "height/8" is the height divided by 8. All floating-point tensors cross the boundary as float32.
+    "height/8" is the height divided by 8; both are numbers where the architecture has a size. All floating-point tensors
+    cross the boundary as float32.
     """
     scale = arch.vae_scale_factor
-    h, w = f"height/{scale}", f"width/{scale}"
-    latents = TensorSpec("latents", ("frames", arch.latent_channels, h, w))
-    pixels = ("frames", 3, "height", "width")
+
+    def image(channels: int, divisor: int) -> tuple[int | str, ...]:
+        if arch.size is not None:
+            return ("frames", channels, arch.size[0] // divisor, arch.size[1] // divisor)
+        sides = ("height", "width") if divisor == 1 else (f"height/{divisor}", f"width/{divisor}")
+        return ("frames", channels, *sides)
+
+    latents = TensorSpec("latents", image(arch.latent_channels, scale))
+    pixels = image(3, 1)
     text = TensorSpec("encoder_hidden_states", ("groups", arch.text_tokens, arch.text_channels))
     time_u, time_c = arch.time_widths
     kv_u, kv_c = arch.kv_widths
     residuals = tuple(
-        TensorSpec(name, ("frames", channels, f"height/{scale * down}", f"width/{scale * down}"))
+        TensorSpec(name, image(channels, scale * down))
         for name, (channels, down) in zip(
             residual_names(len(arch.residuals)), (*arch.residuals, arch.mid_residual), strict=True
         )
     )
-    pose = TensorSpec("pose_embeddings", ("frames", arch.pose_channels, h, w))
+    pose = TensorSpec("pose_embeddings", image(arch.pose_channels, scale))
 
     def tables(time: int, kv: int) -> tuple[TensorSpec, TensorSpec]:
         return (TensorSpec("time_projections", (1, time)), TensorSpec("text_kv", ("groups", arch.text_tokens, kv)))

@@ -33,7 +33,6 @@ from posecrafter_rt.models.loading import (
     load_controlvideo_weights,
     named_parameters,
 )
-from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.tuning_losses import TrainingSet, decoder_loss, decoder_parameters, denoiser_loss, encode
@@ -339,8 +338,7 @@ def resolve_precision(device: str, precision: str) -> tuple[str, str]:
 
 def base_size(base: str) -> tuple[int, int]:
     """The (height, width) that a base recommends, without loading its weights."""
-    found = locate_base(base)
-    return (BaseSettings.load(found.folder) if found.folder else BaseSettings()).size
+    return locate_base(base).settings().size
 
 
 def load_clip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -294,6 +295,18 @@ def test_the_same_build_twice_is_nothing_to_do(tiny_checkpoint: Path, tiny_engin
     before = (tiny_engine / "manifest.json").stat().st_mtime_ns
     result = build_engine(tiny_checkpoint, tiny_engine, TORCH)
     assert result.was_current and (tiny_engine / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_what_the_base_recommends_anew_reaches_an_engine_that_was_built_before(tiny_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    frames = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), np.uint8)
+    tune(frames, some_poses(2), tmp_path / "a.ckpt", TuneOptions(base=str(base), frames=2, steps=1, precision="fp32"))
+    build_engine(tmp_path / "a.ckpt", options=TORCH)
+    settings = json.loads((base / "posecrafter.json").read_text())
+    (base / "posecrafter.json").write_text(json.dumps({**settings, "strength": 0.5}))
+    again = build_engine(tmp_path / "a.ckpt", options=TORCH)
+    assert not again.was_current and again.folder.manifest["recommended"]["strength"] == 0.5
 
 
 def test_one_byte_changed_is_refused_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:

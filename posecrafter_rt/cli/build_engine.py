@@ -31,6 +31,10 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     ] = "auto",
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture size; else that of tuning.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base lies, if it moved since tuning.")] = None,
+    refit: Annotated[
+        Path | None,
+        typer.Option(help="An engine of another checkpoint of the same base; its networks serve, the weights change."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is not an engine folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -41,9 +45,8 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
 
     start = time.monotonic()
     with stages("building") as on_stage:
-        result = build_engine(
-            checkpoint, output, BuildOptions(backend, precision, picture_size, base), force=force, progress=on_stage
-        )
+        options = BuildOptions(backend, precision, picture_size, base, refit)
+        result = build_engine(checkpoint, output, options, force=force, progress=on_stage)
     folder = result.folder
     num_bytes = sum((folder.path / name).stat().st_size for name in folder.manifest["files"])
     summary = {

@@ -66,6 +66,17 @@ class Backend(Protocol):
         """Write everything that `load` needs into `folder` (which exists and is empty); `model` is tuned and folded."""
         ...
 
+    def refit(
+        self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
+    ) -> None:
+        """Write into `folder` what `build` would, out of what it wrote into `source` for another checkpoint.
+
+        The base, the precision, the device and all versions are the same, as `refit.check_source` found; whatever
+        weights differ are replaced, those included that only the other checkpoint had tuned. `source` stays as it is.
+        Raises: EngineFolderError when more than weights differs; BackendUnavailable where it cannot be done.
+        """
+        ...
+
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
         """Make every network of `build` runnable. `cache`: a folder for compiled code that may be deleted at any time."""
         ...

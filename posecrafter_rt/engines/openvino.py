@@ -23,6 +23,7 @@ from torch import Tensor
 from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progress, checked_inputs, fitting_weights
+from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.machine import cpu_device, cpu_has_bf16
@@ -97,14 +98,7 @@ class OpenVinoEngine:
 
     def _read(self, shapes: Shapes | None = None) -> Any:
         model = self._core.read_model(self._path)
-        if self._swapped:
-            from openvino import opset13
-
-            for name, node in _constants(model).items():
-                if name in self._swapped:
-                    constant = opset13.constant(self._swapped[name])
-                    constant.set_friendly_name(name)
-                    node.output(0).replace(constant.output(0))
+        _replace(model, self._swapped)
         if shapes is not None:
             model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
         return model
@@ -122,6 +116,23 @@ class OpenVinoEngine:
 def _constants(model: Any) -> dict[str, Any]:
     """The network's weights by their parameter names."""
     return {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
+
+
+def _replace(model: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Give the weights of these names other values, in place; what is saved then is as if exported with them."""
+    from openvino import opset13
+
+    for name, node in _constants(model).items() if arrays else ():
+        if name in arrays:
+            constant = opset13.constant(arrays[name])
+            constant.set_friendly_name(name)
+            constant.output(0).get_tensor().set_names(node.output(0).get_tensor().get_names())
+            node.output(0).replace(constant.output(0))
+
+
+def _same_bits(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether float32 arrays are equal in shape and every bit: 0.0 is not -0.0, a NaN is itself."""
+    return np.array_equal(first.view(np.int32), second.view(np.int32))
 
 
 def _runtime(core: openvino.Core) -> dict[str, str]:
@@ -166,17 +177,45 @@ class OpenVinoBackend:
 
         from posecrafter_rt.export.onnx import export_network, save_model
 
-        core, specs, digests = openvino.Core(), network_specs(arch), {}
-        graphs = BlobCache(cache_dir() / "graphs")
+        core, specs, cache = openvino.Core(), network_specs(arch), BlobCache(cache_dir() / "graphs")
+        graphs: Graphs = {}
         for name, network in model.to(torch.float32).networks().items():
             progress(f"exporting {name}")
             onnx_path, path = folder / f"{name}.onnx", folder / f"{name}.xml"
-            save_model(export_network(network, specs[name], arch, inline=True, graphs=graphs), onnx_path)
-            _save_ir(core, onnx_path, path)
-            for exported in folder.glob(f"{name}.onnx*"):  # perhaps with weights beside it
-                exported.unlink()
-            digests[name] = [sha256_file(path), sha256_file(path.with_suffix(".bin"))]
-        (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+            exported = export_network(network, specs[name], arch, inline=True, graphs=cache)
+            save_model(exported, onnx_path)
+            written = _constants(_save_ir(core, onnx_path, path))
+            for file in folder.glob(f"{name}.onnx*"):  # perhaps with weights beside it
+                file.unlink()
+            arrays = {key: parameter.detach().numpy() for key, parameter in network.named_parameters()}
+            is_refittable = all(key in written and _same_bits(written[key].data, arrays[key])
+                                for key in exported.graph.initializers if key in arrays)  # fmt: skip
+            graphs[name] = graph_digest(network, specs[name], arch) if is_refittable else None
+        _write_digests(folder, graphs)
+
+    def refit(
+        self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
+    ) -> None:
+        """See `Backend.refit`: in the IR, weights are replaced by name. A network without a changed one is copied.
+
+        Another process writes the very bytes that `build` would; in one process OpenVINO goes on numbering its nodes.
+        """
+        import openvino
+
+        core, specs, graphs = openvino.Core(), network_specs(arch), read_graphs(source)
+        for name, network in model.to(torch.float32).networks().items():
+            check_graph(source, graphs, name, graph_digest(network, specs[name], arch))
+            progress(f"refitting {name}")
+            arrays = {key: parameter.detach().numpy() for key, parameter in network.named_parameters()}
+            ir_path = source / f"{name}.xml"
+            stored = {key: node.data for key, node in _constants(core.read_model(ir_path)).items() if key in arrays}
+            changed = {key: arrays[key] for key, data in stored.items() if not _same_bits(data, arrays[key])}
+            if changed:
+                _save_ir(core, ir_path, folder / ir_path.name, changed)
+            else:
+                for file in (ir_path, ir_path.with_suffix(".bin")):
+                    shutil.copyfile(file, folder / file.name)
+        _write_digests(folder, graphs)
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
         """Nothing is compiled before a network is first called.
@@ -209,14 +248,27 @@ class OpenVinoBackend:
         }
 
 
-def _save_ir(core: openvino.Core, onnx_path: Path, path: Path) -> None:
-    """Convert to IR with float32 weights, and read it back: a full disk may only show when a file is closed."""
+def _write_digests(folder: Path, graphs: Graphs) -> None:
+    """Write what `load` and `refit` ask of the networks that a folder holds."""
+    write_graphs(folder, graphs)
+    digests = {name: [sha256_file(folder / f"{name}{suffix}") for suffix in (".xml", ".bin")] for name in graphs}
+    (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+
+
+def _save_ir(core: openvino.Core, source: Path, path: Path, replaced: Mapping[str, np.ndarray] = {}) -> Any:
+    """Write ONNX or IR as IR with float32 weights, those of `replaced` instead of its own; returns it as read back.
+
+    A full disk may only show when a file is closed.
+    """
     import openvino
 
     try:
-        openvino.save_model(core.read_model(onnx_path), path, compress_to_fp16=False)
-        core.read_model(path)
+        model = core.read_model(source)
+        _replace(model, replaced)
+        openvino.save_model(model, path, compress_to_fp16=False)
+        return core.read_model(path)
     except RuntimeError as error:
-        if shutil.disk_usage(path.parent).free < onnx_path.stat().st_size:  # OpenVINO does not pass the reason on
+        needed = sum(file.stat().st_size for file in source.parent.glob(f"{source.stem}.*"))
+        if shutil.disk_usage(path.parent).free < needed:  # OpenVINO does not pass the reason on
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise

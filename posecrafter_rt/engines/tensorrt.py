@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import FULL_PRECISION, TORCH_DTYPES, Engine, Precision, Progress
+from posecrafter_rt.engines.refit import (
+    GRAPHS_FILE,
+    WITHOUT,
+    Graphs,
+    check_graph,
+    graph_digest,
+    read_graphs,
+    same_bits,
+    write_graphs,
+)
 from posecrafter_rt.engines.tensorrt_build import ShapeLimits, build_plan, make_logger, profile_shapes
 from posecrafter_rt.engines.tensorrt_plugins import PLUGIN_OPS, register_plugins
-from posecrafter_rt.engines.tensorrt_runtime import TensorRTEngine, Workspace
+from posecrafter_rt.engines.tensorrt_runtime import TensorRTEngine, Workspace, refit
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.export.shapes import random_inputs
+from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
 
@@ -33,6 +48,10 @@ MIN_CAPABILITY = (8, 0)
 # Activations of Stable Diffusion's VAE are known to leave float16's range; TF32 has float16's mantissa and no such end.
 BEYOND_FP16 = ("vae_encoder", "vae_decoder")
 DESCRIPTION = "tensorrt.json"
+TIMING_CACHE = "timing.cache"
+# Of a refitted network to its module in float32, four times what the tests allow a built one: TensorRT 11.3.0 is known
+# to have lost a bias when it refitted.
+REFIT_TOLERANCES = {"fp32": 4e-4, "fp16": 0.02, "bf16": 0.12}
 
 
 def network_precision(name: str, precision: Precision) -> tuple[Precision, bool]:
@@ -84,17 +103,20 @@ class TensorRTBackend:
         """
         from posecrafter_rt.export.onnx import export_network
 
-        specs, graphs = network_specs(arch), BlobCache(cache_dir() / "graphs")
+        specs, cache = network_specs(arch), BlobCache(cache_dir() / "graphs")
+        graphs: Graphs = {}
         register_plugins(torch.cuda.get_device_capability())
         timings, key = BlobCache(cache_dir() / "tensorrt"), {"timings": _device(), "tensorrt": _version()}
         timing_cache = timings.load(key) or b""
         for name, network in model.to(torch.float32).networks().items():
             progress(f"exporting {name}")
-            graph = export_network(network, specs[name], arch, graphs=graphs)
+            graph = export_network(network, specs[name], arch, graphs=cache)
+            graphs[name] = graph_digest(network, specs[name], arch)
             progress(f"building {name}")
             timing_cache = self._build_network(graph, specs[name], arch, folder, precision, timing_cache)
         timings.save(key, timing_cache)
-        (folder / "timing.cache").write_bytes(timing_cache)
+        (folder / TIMING_CACHE).write_bytes(timing_cache)
+        write_graphs(folder, graphs)
         description = {"tensorrt": _version(), "device": _device()}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
@@ -102,8 +124,6 @@ class TensorRTBackend:
         self, graph: ir.Model, spec: NetworkSpec, arch: Architecture, folder: Path, precision: Precision,
         timing_cache: bytes,
     ) -> bytes:  # fmt: skip
-        from safetensors.torch import save_file
-
         from posecrafter_rt.export.onnx import save_model
 
         inner, allow_tf32 = network_precision(spec.name, precision)
@@ -118,21 +138,62 @@ class TensorRTBackend:
             exported.unlink()
         return timing_cache
 
+    def refit(
+        self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
+    ) -> None:
+        """See `Backend.refit`: a plan is refitted on the GPU and then compared with its module on the CPU.
+
+        A network without a changed weight is copied.
+        """
+        check_description(source, {"tensorrt": _version(), "device": _device()})
+        specs, graphs = network_specs(arch), read_graphs(source)
+        for name, network in model.to(torch.float32).networks().items():
+            check_graph(source, graphs, name, graph_digest(network, specs[name], arch))
+            progress(f"refitting {name}")
+            stored = load_file(source / f"{name}.safetensors")
+            changed = changed_weights(stored, network)
+            if not changed:
+                for suffix in (".plan", ".safetensors"):
+                    shutil.copyfile(source / f"{name}{suffix}", folder / f"{name}{suffix}")
+                continue
+            weights = {**stored, **changed}
+            save_file(weights, folder / f"{name}.safetensors")
+            plan = _deserialize(source, name)
+            refit(plan, changed, weights, weights.__getitem__)
+            (folder / f"{name}.plan").write_bytes(_serialize(plan))
+            self._compare(folder, network, specs[name], arch, precision)
+        for file in (TIMING_CACHE, DESCRIPTION, GRAPHS_FILE):
+            shutil.copyfile(source / file, folder / file)
+
+    def _compare(
+        self, folder: Path, network: nn.Module, spec: NetworkSpec, arch: Architecture, precision: Precision
+    ) -> None:
+        """Run what was written on the smallest clip that has two frames. Raises: EngineFolderError."""
+        plan = _deserialize(folder, spec.name)
+        workspace = Workspace(torch.device("cuda", torch.cuda.current_device()))
+        workspace.reserve([_activation_bytes(plan)])
+        engine = TensorRTEngine(spec, plan, workspace, folder / f"{spec.name}.safetensors")
+        least, _, most = self.limits.sizes(arch)
+        inputs = random_inputs(spec, {**least, "frames": min(2 * least["groups"], most["frames"])})
+        outputs = engine(**inputs)
+        with torch.inference_mode():
+            expected = network(*inputs.values())
+        inner, allow_tf32 = network_precision(spec.name, precision)
+        tolerance = REFIT_TOLERANCES["fp16" if allow_tf32 else inner]
+        for tensor, right in zip(spec.outputs, expected, strict=True):
+            error = relative_error(outputs[tensor.name], right)
+            if not error <= tolerance:  # so that NaN is refused
+                message = f"refitted, {spec.name} gives {tensor.name} with a relative error of {error:.2g}"
+                raise EngineFolderError(message, WITHOUT)
+
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
         """Every plan on the GPU, with one workspace between them.
 
         Raises: EngineFolderError when the folder was not written by `build`, or for another GPU or TensorRT.
         """
-        import tensorrt as trt
-
         check_description(networks_folder, {"tensorrt": _version(), "device": _device()})
-        runtime: trt.Runtime = trt.Runtime(make_logger())
-        specs, plans = network_specs(arch), {}
-        for name in specs:
-            plan: trt.ICudaEngine = runtime.deserialize_cuda_engine((networks_folder / f"{name}.plan").read_bytes())
-            if plan is None:
-                raise EngineFolderError(f"TensorRT cannot read {name}.plan in {networks_folder}", "build it again")
-            plans[name] = plan
+        specs = network_specs(arch)
+        plans = {name: _deserialize(networks_folder, name) for name in specs}
         workspace = Workspace(torch.device("cuda", torch.cuda.current_device()))
         workspace.reserve(_activation_bytes(plan) for plan in plans.values())
         return {
@@ -166,6 +227,22 @@ def initialisers(graph: ir.Model) -> dict[str, Tensor]:
     return found
 
 
+def changed_weights(stored: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """A network's parameters that are stored with another value, in the type that they are stored in.
+
+    Raises: EngineFolderError when one is beyond that type's range.
+    """
+    changed = {}
+    for name, parameter in network.named_parameters():
+        if name in stored:
+            tensor = parameter.detach().to(stored[name].dtype).contiguous()
+            if not torch.isfinite(tensor).all():
+                raise EngineFolderError(f"{name} does not fit {tensor.dtype}", f"{WITHOUT}, with --precision bf16")
+            if not same_bits(stored[name], tensor):
+                changed[name] = tensor
+    return changed
+
+
 def check_description(networks_folder: Path, current: dict[str, Any]) -> None:
     """Raises: EngineFolderError when an engine is none of this backend's, or not for what runs here."""
     try:
@@ -176,6 +253,26 @@ def check_description(networks_folder: Path, current: dict[str, Any]) -> None:
         if built.get(name) != value:
             raise EngineFolderError(f"the engine was built for {name} {built.get(name)}, this is {value}",
                                     "build it again")  # fmt: skip
+
+
+def _deserialize(folder: Path, name: str) -> trt.ICudaEngine:
+    """A plan on the GPU. Raises: EngineFolderError when TensorRT cannot read it."""
+    import tensorrt as trt
+
+    runtime: trt.Runtime = trt.Runtime(make_logger())
+    plan = runtime.deserialize_cuda_engine((folder / f"{name}.plan").read_bytes())
+    if plan is None:
+        raise EngineFolderError(f"TensorRT cannot read {name}.plan in {folder}", "build it again")
+    return plan
+
+
+def _serialize(plan: trt.ICudaEngine) -> bytes:
+    """A plan with its present weights, which can be refitted again."""
+    import tensorrt as trt
+
+    config: trt.ISerializationConfig = plan.create_serialization_config()
+    config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+    return bytes(plan.serialize_with_config(config))
 
 
 def _activation_bytes(plan: trt.ICudaEngine) -> int:

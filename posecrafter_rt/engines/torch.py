@@ -6,6 +6,7 @@ Layer 4.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from posecrafter_rt.engines.base import TORCH_DTYPES, Engine, Precision, Progress, checked_inputs, fitting_weights
+from posecrafter_rt.engines.refit import WITHOUT, same_bits
+from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.machine import cpu_device
 from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.controlnet import VideoControlNet
@@ -24,6 +27,8 @@ from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.models.networks import build_networks, fold_temporal_output
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
+
+COMPONENTS_FILE = "components.json"
 
 
 class TorchEngine:
@@ -66,21 +71,35 @@ class TorchBackend:
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:
         """Write each component's configuration and its weights in the engine's precision."""
-        configs = {}
         for name, module in model.modules().items():
             progress(name)
-            config: Any = module.config
-            config = config.to_dict() if name == "text_encoder" else dict(config)
-            configs[name] = {key: value for key, value in config.items() if not key.startswith("_")}  # no origin paths
-            tensors = {key: tensor.to(TORCH_DTYPES[precision]) if tensor.is_floating_point() else tensor
-                       for key, tensor in module.state_dict().items()}  # fmt: skip
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
-        text = json.dumps({"norm_scope": model.unet.norm_scope, "configs": configs})
-        (folder / "components.json").write_text(text, encoding="utf-8")
+            save_file(_weights(module, precision), folder / f"{name}.safetensors")
+        (folder / COMPONENTS_FILE).write_text(_describe(model), encoding="utf-8")
+
+    def refit(
+        self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
+    ) -> None:
+        """See `Backend.refit`: a component with a changed weight is written anew, the file of any other is copied.
+
+        Nothing is compiled in this backend, so it takes no less time than `build`.
+        """
+        description = _describe(model)
+        if (source / COMPONENTS_FILE).read_text(encoding="utf-8") != description:
+            raise EngineFolderError(f"{source.parent} cannot be refitted to this checkpoint: its configuration differs",
+                                    WITHOUT)  # fmt: skip
+        for name, module in model.modules().items():
+            progress(name)
+            file, weights = f"{name}.safetensors", _weights(module, precision)
+            stored = load_file(source / file)
+            if all(same_bits(stored[key], tensor) for key, tensor in weights.items()):
+                shutil.copyfile(source / file, folder / file)
+            else:
+                save_file(weights, folder / file)
+        (folder / COMPONENTS_FILE).write_text(description, encoding="utf-8")
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
         """Rebuild the modules, without the base."""
-        description = json.loads((networks_folder / "components.json").read_text(encoding="utf-8"))
+        description = json.loads((networks_folder / COMPONENTS_FILE).read_text(encoding="utf-8"))
         modules = _empty_modules(description["configs"], description["norm_scope"])
         for name, module in modules.items():
             module.load_state_dict(load_file(networks_folder / f"{name}.safetensors"), assign=True)
@@ -88,6 +107,23 @@ class TorchBackend:
         networks = build_networks(**modules)  # type: ignore[arg-type]
         specs = network_specs(arch)
         return {name: TorchEngine(network, specs[name], TORCH_DTYPES[precision]) for name, network in networks.items()}
+
+
+def _describe(model: PoseModel) -> str:
+    """The components' configurations, without the paths that they came from."""
+    configs = {}
+    for name, module in model.modules().items():
+        config: Any = module.config
+        config = config.to_dict() if name == "text_encoder" else dict(config)
+        configs[name] = {key: value for key, value in config.items() if not key.startswith("_")}
+    return json.dumps({"norm_scope": model.unet.norm_scope, "configs": configs})
+
+
+def _weights(module: nn.Module, precision: Precision) -> dict[str, Tensor]:
+    """A component's weights as they are stored; what is no floating-point number keeps its type."""
+    dtype = TORCH_DTYPES[precision]
+    return {key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+            for key, tensor in module.state_dict().items()}  # fmt: skip
 
 
 def _empty_modules(configs: dict[str, dict], norm_scope: NormScope) -> dict[str, nn.Module]:

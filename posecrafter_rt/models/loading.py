@@ -5,7 +5,6 @@ Layer 3: the only place where names of upstream weight files are translated.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from posecrafter_rt.models.blocks import NormScope
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.networks import build_networks, describe_architecture, fold_temporal_output
 from posecrafter_rt.models.settings import BaseSettings
-from posecrafter_rt.models.sources import first_line, hash_files, lasting_id, locate_base, locate_component, reading
+from posecrafter_rt.models.sources import first_line, hash_files, lasting_id, locate_base, locate_component
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.models.weights import load_network, load_text_encoder, read_weights
 from posecrafter_rt.spec import Architecture
@@ -121,13 +120,10 @@ def load_base(
         parts["controlnet"] = found.component("controlnet")
     else:
         raise ModelError(f"{base} holds no ControlNet, and without one poses steer nothing", hint=CONTROLNET_HINT)
-    settings = BaseSettings.load(found.folder) if found.folder else BaseSettings()
+    settings = found.settings()
     scope = norm_scope or settings.norm_scope
     if scope not in get_args(NormScope):
         raise ModelError(f"there is no norm_scope {scope!r}", hint=f"choose {' or '.join(get_args(NormScope))}")
-    with reading(base):
-        scheduler_file = found.configs / "scheduler" / "scheduler_config.json"
-        scheduler_config = json.loads(scheduler_file.read_text(encoding="utf-8"))
     model = PoseModel(
         # Temporal attention is created in float32 as a copy of the loaded attn1: hence the second conversion.
         unet=VideoUNet(load_network(UNet2DConditionModel, parts["unet"], dtype), scope).to(dtype),
@@ -135,7 +131,7 @@ def load_base(
         vae=load_network(AutoencoderKL, parts["vae"], dtype),
         text_encoder=load_text_encoder(parts["text_encoder"], dtype),
         tokenizer=_load_tokenizer(found.configs / "tokenizer"),
-        scheduler_config=scheduler_config,
+        scheduler_config=found.scheduler_config(),
         base_id=found.base_id,
         base_hash=hash_files({role: part.files for role, part in parts.items()}),
         settings=settings,

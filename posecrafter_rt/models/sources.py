@@ -5,18 +5,20 @@ Layer 3: finds files and opens none but to hash them.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 from safetensors import SafetensorError
 
 from posecrafter_rt.atomic import sha256_file, sha256_json
 from posecrafter_rt.errors import ModelError
-from posecrafter_rt.models.settings import SETTINGS_FILE
+from posecrafter_rt.models.settings import SETTINGS_FILE, BaseSettings
 
 SD15_FOLDER = Path(__file__).parent / "sd15"  # configuration and tokenizer files for single files, which have none
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded" / "base"
@@ -56,6 +58,17 @@ class Base:
     folder: Path | None
     file: Path | None
     configs: Path
+
+    def settings(self) -> BaseSettings:
+        """What it recommends; a single file has no settings of its own. Raises: ModelError."""
+        return BaseSettings() if self.folder is None else BaseSettings.load(self.folder)
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """diffusers' configuration of its noise schedule. Raises: ModelError."""
+        with reading(self.base_id):
+            text = (self.configs / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+            config: dict[str, Any] = json.loads(text)
+        return config
 
     def has(self, role: str) -> bool:
         """Whether a folder has this network; a single file has the U-Net, the VAE and the text encoder."""

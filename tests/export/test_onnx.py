@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -18,7 +19,6 @@ from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.functions import DOMAIN
 from posecrafter_rt.export.graphs import graph_key
 from posecrafter_rt.export.onnx import export_network, save_model
-from posecrafter_rt.export.shapes import at_size
 from posecrafter_rt.export.verify import default_cases, verify_network
 from posecrafter_rt.models.blocks import ClipContext, group_norm
 from posecrafter_rt.models.loading import PoseModel
@@ -59,11 +59,10 @@ def test_every_network_is_proved(model: PoseModel, tmp_path: Path, name: str) ->
 @pytest.mark.parametrize("name", NETWORK_NAMES)
 def test_a_network_for_one_size_is_proved_over_frames_and_groups(model: PoseModel, tmp_path: Path, name: str) -> None:
     path, arch = tmp_path / "network.onnx", model.architecture()
-    module, size = model.networks()[name], (2 * arch.size_multiple, 3 * arch.size_multiple)
-    spec = at_size(network_specs(arch)[name], size)
+    arch = replace(arch, size=(2 * arch.size_multiple, 3 * arch.size_multiple))
+    module, spec = model.networks()[name], network_specs(arch)[name]
     save_model(export_network(module, spec, arch, inline=True), path)
-    cases = [case | dict(zip(("height", "width"), size, strict=True)) for case in default_cases(arch)]
-    assert verify_network(path, module, spec, cases) < 1e-5
+    assert verify_network(path, module, spec, default_cases(arch)) < 1e-5
     dims = {dim.dim_param for value in onnx.load(path).graph.input for dim in value.type.tensor_type.shape.dim}
     assert dims <= {"", "frames", "groups", "steps"}
 

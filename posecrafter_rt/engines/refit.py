@@ -1,0 +1,105 @@
+"""What refitting needs in every backend: whether an engine can serve, and which of its weights are others.
+
+Layer 4: an engine serves another checkpoint when nothing but the values of its weights differs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posecrafter_rt.atomic import sha256_json
+from posecrafter_rt.engines.folder import EngineFolder
+from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.spec import Architecture, NetworkSpec
+
+GRAPHS_FILE = "graphs.json"  # in a networks folder: the hash of each network's graph, without weights
+WITHOUT = "build without --refit"
+
+Graphs = dict[str, str | None]
+
+
+def _digits(digest: Any) -> str:
+    return str(digest)[:12]
+
+
+def _size(size: Any) -> str:
+    return "x".join(map(str, size))
+
+
+# What must be equal, how it is called and how it is printed; libraries are compared one by one.
+_FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "package": ("posecrafter-rt", str),
+    "device": ("device", lambda device: str(device.get("name"))),
+    "backend": ("backend", str),
+    "precision": ("precision", str),
+    "size": ("size", _size),
+    "base_hash": ("base's hash", _digits),
+    "norm_scope": ("norm_scope", str),
+    "architecture": ("architecture's hash", lambda arch: _digits(sha256_json(arch))),
+}
+
+
+def check_source(source: EngineFolder, wanted: Mapping[str, Any]) -> None:
+    """Raise EngineFolderError, naming the first difference, unless an engine can be refitted.
+
+    Args: wanted: the manifest of the engine that is to be, or a part of it; what it lacks is not compared.
+    """
+    for name, (title, shown) in _FACTS.items():
+        if name in wanted and sha256_json(source.manifest.get(name)) != sha256_json(wanted[name]):
+            if name not in source.manifest:
+                raise _refusal(source.path, f"its {title} is unknown")
+            theirs = shown(source.manifest[name])
+            raise _refusal(source.path, f"its {title} is {theirs}, not {shown(wanted[name])}", _hint(name, theirs))
+    built, here = source.manifest.get("libraries", {}), wanted.get("libraries", {})
+    for name in sorted(here):
+        if name != "python" and built.get(name) != here[name]:  # no network depends on Python's version
+            raise _refusal(source.path, f"its {name} is {built.get(name)}, not {here[name]}", WITHOUT)
+
+
+def _hint(name: str, theirs: str) -> str:
+    return f"give --{name} {theirs}, or {WITHOUT}" if name in ("backend", "precision", "size") else WITHOUT
+
+
+def _refusal(path: Path, difference: str, hint: str = WITHOUT) -> EngineFolderError:
+    return EngineFolderError(f"{path} cannot be refitted to this checkpoint: {difference}", hint)
+
+
+def graph_digest(network: nn.Module, spec: NetworkSpec, arch: Architecture) -> str:
+    """SHA-256 of all that the network's exported graph depends on: configuration, code and versions; no weight."""
+    from posecrafter_rt.export.graphs import graph_key
+
+    return sha256_json(graph_key(network, spec, arch))
+
+
+def write_graphs(folder: Path, graphs: Graphs) -> None:
+    """Write the graphs' hashes for `check_graph`; None for a network whose weights cannot be replaced by name."""
+    (folder / GRAPHS_FILE).write_text(json.dumps(graphs, indent=1), encoding="utf-8")
+
+
+def read_graphs(folder: Path) -> Graphs:
+    """The inverse of `write_graphs`. Raises: EngineFolderError when they are not there."""
+    try:
+        graphs: Graphs = json.loads((folder / GRAPHS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refusal(folder.parent, f"it holds no {GRAPHS_FILE}") from error
+    return graphs
+
+
+def check_graph(folder: Path, graphs: Graphs, name: str, digest: str) -> None:
+    """Raise EngineFolderError unless a network in `folder` differs from one with this digest in its weights alone."""
+    if graphs.get(name) is None:
+        raise _refusal(folder.parent, f"weights of its {name} were merged when it was built")
+    if graphs[name] != digest:
+        raise _refusal(folder.parent, f"its {name} was exported from another configuration or by other code")
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one element type are equal in every bit: 0.0 is not -0.0, a NaN is itself."""
+    ours, theirs = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))
+    return first.shape == second.shape and torch.equal(ours, theirs)

@@ -1,0 +1,118 @@
+"""What refitting compares: manifests fact by fact, graphs by their hashes, weights by their bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posecrafter_rt.engines.folder import EngineFolder
+from posecrafter_rt.engines.refit import (
+    GRAPHS_FILE,
+    check_graph,
+    check_source,
+    graph_digest,
+    read_graphs,
+    same_bits,
+    write_graphs,
+)
+from posecrafter_rt.engines.tensorrt import changed_weights
+from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import network_specs
+
+MANIFEST: dict[str, Any] = {
+    "package": "1.0", "device": {"type": "cpu", "name": "here"}, "backend": "torch", "precision": "fp32",
+    "size": [32, 48], "base_hash": "0" * 64, "norm_scope": "frame", "architecture": {"residuals": [[1, 2]]},
+    "libraries": {"python": "3.12", "torch": "2.13"},
+}  # fmt: skip
+
+
+def check(built: dict[str, Any], wanted: dict[str, Any]) -> None:
+    check_source(EngineFolder(Path("a.engine"), built), wanted)
+
+
+def test_equal_facts_pass_whatever_else_is_there() -> None:
+    check({**MANIFEST, "prompt": "a man", "checkpoint": "a"}, {**MANIFEST, "prompt": "a woman", "checkpoint": "b"})
+    check(MANIFEST, {**MANIFEST, "size": (32, 48), "architecture": {"residuals": ((1, 2),)}})  # as code has them
+    check(MANIFEST, {"backend": "torch"})
+
+
+@pytest.mark.parametrize("name", [name for name in MANIFEST if name != "libraries"])
+def test_every_fact_counts_also_where_it_is_missing(name: str) -> None:
+    other = {"size": [32, 32], "device": {"type": "cpu", "name": "there"}, "architecture": {}}.get(name, "another")
+    for built in ({**MANIFEST, name: other}, {key: value for key, value in MANIFEST.items() if key != name}):
+        with pytest.raises(
+            EngineFolderError, match=r"^a\.engine cannot be refitted to this checkpoint: its "
+        ) as caught:
+            check(built, MANIFEST)
+        assert caught.value.hint and "without --refit" in caught.value.hint and "\n" not in str(caught.value)
+
+
+def test_options_that_would_do_are_named() -> None:
+    with pytest.raises(EngineFolderError) as caught:
+        check(MANIFEST, {"size": [64, 64]})
+    assert caught.value.hint == "give --size 32x48, or build without --refit"
+
+
+def test_a_graph_is_known_by_all_but_its_weights(make_tiny_model: Callable[..., PoseModel]) -> None:
+    def digests(model: PoseModel) -> dict[str, str]:
+        specs, arch = network_specs(model.architecture()), model.architecture()
+        return {name: graph_digest(network, specs[name], arch) for name, network in model.networks().items()}
+
+    model = make_tiny_model("frame")
+    model.fold()
+    before = digests(model)
+    for parameter in model.unet.parameters():
+        parameter.data.mul_(2)
+    assert digests(model) == before
+    clip = make_tiny_model("clip")
+    clip.fold()
+    assert {name for name, digest in digests(clip).items() if digest != before[name]} >= {"unet", "controlnet"}
+    assert digests(make_tiny_model("frame"))["unet"] != before["unet"]  # not folded
+
+
+def test_graphs_are_read_as_written_and_compared(tmp_path: Path) -> None:
+    write_graphs(tmp_path, {"unet": "a", "vae_decoder": None})
+    graphs = read_graphs(tmp_path)
+    check_graph(tmp_path, graphs, "unet", "a")
+    for name, digest, match in (
+        ("unet", "b", "its unet was exported from another configuration"),
+        ("vae_decoder", "a", "weights of its vae_decoder were merged"),
+        ("controlnet", "a", "controlnet"),
+    ):
+        with pytest.raises(EngineFolderError, match=match):
+            check_graph(tmp_path, graphs, name, digest)
+    (tmp_path / GRAPHS_FILE).write_text("{")
+    with pytest.raises(EngineFolderError, match=GRAPHS_FILE):
+        read_graphs(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_bits_are_compared_not_values(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([[0, 1, 2]]).to(dtype)
+    assert same_bits(tensor, tensor.clone()) and not same_bits(tensor, tensor + 1)
+    assert not same_bits(tensor, tensor[0]) and same_bits(tensor[0, 0], tensor[0, 0].clone())
+    if dtype.is_floating_point:
+        assert not same_bits(torch.tensor([0.0], dtype=dtype), torch.tensor([-0.0], dtype=dtype))
+        nothing = torch.tensor([float("nan")], dtype=dtype)
+        assert same_bits(nothing, nothing.clone())
+
+
+def test_weights_of_a_plan_change_in_their_stored_type() -> None:
+    network = torch.nn.Linear(2, 1)
+    network.weight.data.copy_(torch.tensor([[1.0, 2.0]]))
+    network.bias.data.fill_(1.0)
+    stored = {"weight": torch.tensor([[1.0, 2.0]]).half(), "bias": torch.tensor([0.5]), "constant": torch.zeros(3)}
+    assert set(changed_weights(stored, network)) == {"bias"}
+    network.weight.data[0, 0] = 1 + 2**-12  # equal in float16
+    assert set(changed_weights(stored, network)) == {"bias"}
+    network.weight.data[0, 0] = 1.5
+    changed = changed_weights(stored, network)
+    assert set(changed) == {"weight", "bias"} and changed["weight"].dtype == torch.float16
+    network.weight.data[0, 0] = 1e6
+    with pytest.raises(EngineFolderError, match="weight does not fit"):
+        changed_weights(stored, network)

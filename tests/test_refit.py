@@ -1,0 +1,391 @@
+"""`--refit`: another checkpoint's engine out of an engine that is there; what building anew gives, to the bit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.cli.main import app
+from posecrafter_rt.engines import get_backend, names
+from posecrafter_rt.engines.folder import open_folder, read_manifest, write_manifest
+from posecrafter_rt.engines.refit import GRAPHS_FILE
+from posecrafter_rt.engines.torch import TorchBackend
+from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.export.shapes import random_inputs
+from posecrafter_rt.models.loading import load_base, named_parameters
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.spec import Architecture, network_specs
+
+SIZE = (32, 32)
+SIZES = {"frames": 3, "groups": 1, "steps": 2, "height": 32, "width": 32}
+TUNED = (".attn1.to_out.", ".attn_temp.", ".conv_temp.")
+
+
+def poses(count: int, seed: int) -> PoseSequence:
+    rng = np.random.default_rng(seed)
+    points = rng.uniform(4, 28, (1, 134, 2)) + rng.normal(0, 1, (count, 134, 2))
+    return PoseSequence(np.concatenate([points, np.ones((count, 134, 1))], -1).astype(np.float32), SIZE, 25.0)
+
+
+def write_checkpoint(path: Path, base: Path, seed: int, decoder: str, **metadata: Any) -> Path:
+    """A checkpoint with other weights, frames, poses and prompt for each seed. decoder: a part of the names that it
+    has tuned of the autoencoder's decoder."""
+    model, generator = load_base(str(base)), torch.Generator().manual_seed(seed)
+    tensors = {
+        name: parameter + 0.1 * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in named_parameters(model)
+        if any(part in name for part in TUNED) or (name.startswith("vae.decoder.") and decoder in name)
+    }
+    frames = np.random.default_rng(seed).integers(0, 256, (4, *SIZE, 3), np.uint8)
+    said = {**model.identity(), "prompt": f"person {seed}", "size": list(SIZE), "norm_scope": "frame", "seed": seed,
+            "steps": seed, **metadata}  # fmt: skip
+    Checkpoint(tensors, frames, poses(4, seed), said).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A and B; each has tuned a part of the decoder that the other has not."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return (write_checkpoint(folder / "a.ckpt", tiny_base, 1, "conv_out"),
+            write_checkpoint(folder / "b.ckpt", tiny_base, 2, "conv1"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Folders: of A, of B as built anew, and of B as refitted from A."""
+
+    source: Path
+    built: Path
+    refitted: Path
+
+
+def backends() -> list[Any]:
+    marked = []
+    for name in names():
+        reason = get_backend(name).unsupported_reason("fp32")
+        marks = [pytest.mark.gpu, pytest.mark.tensorrt] if name == "tensorrt" else []
+        marked.append(pytest.param(name, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))]))
+    return marked
+
+
+@pytest.fixture(scope="module")
+def build_source(checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A's engine by the backend's name, in fp32, built once each; do not write to it."""
+    folder = tmp_path_factory.mktemp("sources")
+    return lambda name: build_engine(checkpoints[0], folder / f"{name}.engine", BuildOptions(name, "fp32")).folder.path
+
+
+@pytest.fixture(scope="module", params=backends())
+def engines(
+    request: pytest.FixtureRequest, checkpoints: tuple[Path, Path], build_source: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Engines:  # fmt: skip
+    folder, source = tmp_path_factory.mktemp(request.param), build_source(request.param)
+    built = build_engine(checkpoints[1], folder / "b.engine", BuildOptions(request.param, "fp32")).folder.path
+    result = build_engine(checkpoints[1], folder / "refitted.engine", BuildOptions(refit=source))
+    assert not result.was_current and result.backend_reason == f"that of {source}"
+    return Engines(source, built, result.folder.path)
+
+
+@pytest.fixture(scope="module")
+def torch_engine(build_source: Callable[[str], Path]) -> Path:
+    """A's engine of the torch backend; do not write to it."""
+    return build_source("torch")
+
+
+@pytest.fixture
+def copied(torch_engine: Path, tmp_path: Path) -> Path:
+    """The same to write to."""
+    return shutil.copytree(torch_engine, tmp_path / "copied.engine")
+
+
+def contents(engine: Path) -> dict[str, bytes]:
+    """Every file but the manifest and hashes of others; OpenVINO's nodes are numbered through the whole process."""
+    files = {name: (engine / name).read_bytes() for name in read_manifest(engine)["files"]}
+    return {name: re.sub(rb'name="(\w+)_\d+"', rb'name="\1"', content) if name.endswith(".xml") else content
+            for name, content in files.items() if Path(name).name != "digests.json"}  # fmt: skip
+
+
+def differing_files(first: Path, second: Path) -> set[str]:
+    """By their names without folder and suffix."""
+    ours, theirs = contents(first), contents(second)
+    assert set(ours) == set(theirs)
+    return {Path(name).stem for name in ours if ours[name] != theirs[name]}
+
+
+def test_every_file_is_what_building_writes(engines: Engines) -> None:
+    if read_manifest(engines.source)["backend"] == "tensorrt":
+        pytest.skip("a plan that was built anew may hold other kernels")
+    assert differing_files(engines.refitted, engines.built) == set()
+    assert {"unet", "controlnet"} <= differing_files(engines.source, engines.built)  # so that equality means something
+    manifests = [read_manifest(engine) for engine in (engines.refitted, engines.built)]
+    for manifest in manifests:
+        assert manifest.pop("seal") and manifest.pop("files")
+    assert manifests[0] == manifests[1]
+
+
+def test_every_network_computes_what_a_built_one_computes(engines: Engines) -> None:
+    with (
+        Avatar.load(engines.source) as source,
+        Avatar.load(engines.built) as built,
+        Avatar.load(engines.refitted) as ours,
+    ):
+        specs = network_specs(Architecture.from_json(ours.folder.manifest["architecture"]))
+        changed = set()
+        for name, spec in specs.items():
+            inputs = random_inputs(spec, SIZES)
+            before, expected, got = (avatar.engines[name](**inputs) for avatar in (source, built, ours))
+            if ours.folder.manifest["backend"] == "tensorrt":  # built twice, it may choose other kernels
+                assert all(torch.allclose(got[key], expected[key], rtol=1e-3, atol=1e-4) for key in expected)
+            else:
+                assert all(torch.equal(got[key], expected[key]) for key in expected), name
+            if not all(torch.equal(before[key], expected[key]) for key in expected):
+                changed.add(name)
+        assert changed == {"unet", "controlnet", "vae_decoder"}
+
+
+def test_rendered_frames_are_those_of_a_built_engine(engines: Engines) -> None:
+    def render(path: Path) -> np.ndarray:
+        with Avatar.load(path) as avatar:
+            return avatar.render(poses(2, 7), num_inference_steps=2)  # three frames with the reference
+
+    got, expected = render(engines.refitted), render(engines.built)
+    if read_manifest(engines.source)["backend"] == "tensorrt":
+        assert np.abs(got.astype(int) - expected).max() <= 2
+    else:
+        assert np.array_equal(got, expected)
+
+
+def test_the_source_stays_as_it_is(engines: Engines, checkpoints: tuple[Path, Path]) -> None:
+    assert open_folder(engines.source).manifest["checkpoint"] == Checkpoint.load(checkpoints[0]).digest()
+
+
+def test_to_refit_back_gives_the_source(engines: Engines, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    back = build_engine(checkpoints[0], tmp_path / "a.engine", BuildOptions(refit=engines.refitted)).folder.path
+    if read_manifest(engines.source)["backend"] != "tensorrt":
+        assert differing_files(back, engines.source) == set()
+
+
+def test_refitted_and_built_are_the_same_engine(engines: Engines, checkpoints: tuple[Path, Path]) -> None:
+    manifest = read_manifest(engines.source)
+    options = BuildOptions(manifest["backend"], manifest["precision"])
+    assert build_engine(checkpoints[1], engines.refitted, options).was_current
+    assert build_engine(checkpoints[1], engines.built, BuildOptions(refit=engines.source)).was_current
+
+
+def test_an_engine_can_be_refitted_in_its_place(copied: Path, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    build_engine(checkpoints[1], copied, BuildOptions(refit=copied))
+    built = build_engine(checkpoints[1], tmp_path / "b.engine", BuildOptions("torch", "fp32")).folder.path
+    assert differing_files(copied, built) == set() and read_manifest(copied) == read_manifest(built)
+
+
+def test_16_bit_weights_are_replaced_too(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    options = BuildOptions("torch", "bf16")
+    source = build_engine(checkpoints[0], tmp_path / "a.engine", options).folder.path
+    built = build_engine(checkpoints[1], tmp_path / "b.engine", options).folder.path
+    refitted = build_engine(checkpoints[1], tmp_path / "r.engine", BuildOptions(refit=source)).folder.path
+    assert differing_files(refitted, built) == set()
+
+
+def test_all_but_the_networks_is_the_checkpoints_own(torch_engine: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """The same weights in a base with other words, another schedule and other recommendations."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    edit(base / "scheduler" / "scheduler_config.json", beta_end=0.02)
+    edit(base / "posecrafter.json", strength=0.5)
+    edit(base / "tokenizer" / "tokenizer_config.json", do_lower_case=False)
+    checkpoint = write_checkpoint(tmp_path / "b.ckpt", base, 2, "conv1")
+    refitted = build_engine(checkpoint, tmp_path / "r.engine", BuildOptions(refit=torch_engine)).folder
+    assert refitted.manifest["scheduler"]["beta_end"] == 0.02 and refitted.manifest["prompt"] == "person 2"
+    assert refitted.manifest["recommended"]["strength"] == 0.5
+    built = build_engine(checkpoint, tmp_path / "b.engine", BuildOptions("torch", "fp32")).folder
+    assert contents(refitted.path) == contents(built.path)
+    with Avatar.load(refitted.path) as avatar, Avatar.load(torch_engine) as source:
+        assert np.array_equal(avatar.frames, Checkpoint.load(checkpoint).frames)
+        assert not np.array_equal(avatar.poses.keypoints, source.poses.keypoints)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(checkpoint: Path, output: Path, options: BuildOptions, match: str) -> None:
+    """Building is refused in one line with a hint, and nothing is written."""
+    with pytest.raises(EngineFolderError, match=match) as caught:
+        build_engine(checkpoint, output, options)
+    assert caught.value.hint and "\n" not in str(caught.value)
+    assert not output.exists() and not list(output.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"backend": "openvino"}, "its backend is torch, not openvino"),
+        ({"precision": "bf16"}, "its precision is fp32, not bf16"),
+        ({"size": (48, 32)}, "its size is 32x32, not 48x32"),
+    ],
+)
+def test_other_options_are_refused(
+    torch_engine: Path, checkpoints: tuple[Path, Path], tmp_path: Path, options: dict[str, Any], match: str
+) -> None:
+    refused(checkpoints[1], tmp_path / "b.engine", BuildOptions(**options, refit=torch_engine), match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda said: {"package": "0.0"}, "its posecrafter-rt is 0.0, not"),
+        (lambda said: {"device": {"type": "cpu", "name": "another"}}, "its device is another, not"),
+        (lambda said: {"libraries": {**said["libraries"], "onnx": "1.0"}}, "its onnx is 1.0, not"),
+        (lambda said: {"libraries": {}}, "its diffusers is None, not"),
+        (lambda said: {"architecture": {**said["architecture"], "text_tokens": 9}}, "architecture's hash"),
+        (lambda said: {"norm_scope": "clip"}, "its norm_scope is clip, not frame"),
+        (lambda said: {"base_hash": "0123456789abcdef"}, "its base's hash is 0123456789ab, not"),
+    ],
+)
+def test_an_engine_of_other_making_is_refused(
+    copied: Path,
+    checkpoints: tuple[Path, Path],
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    match: str,
+) -> None:
+    manifest = read_manifest(copied)
+    write_manifest(copied, {**manifest, **change(manifest)})
+    refused(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=copied), match)
+
+
+def test_pythons_version_does_not_matter(copied: Path, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    manifest = read_manifest(copied)
+    write_manifest(copied, {**manifest, "libraries": {**manifest["libraries"], "python": "3.0"}})
+    build_engine(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=copied))
+
+
+def test_another_base_or_norm_scope_of_the_checkpoint_is_refused(
+    torch_engine: Path, tiny_base: Path, write_tiny_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = write_checkpoint(tmp_path / "o.ckpt", write_tiny_base(tmp_path / "other", seed=5), 2, "conv1")
+    refused(other, tmp_path / "b.engine", BuildOptions(refit=torch_engine), "its base's hash is")
+    clip = write_checkpoint(tmp_path / "c.ckpt", tiny_base, 2, "conv1", norm_scope="clip")
+    refused(clip, tmp_path / "b.engine", BuildOptions(refit=torch_engine), "its norm_scope is frame, not clip")
+
+
+def test_the_same_weights_in_another_configuration_are_refused(
+    engines: Engines, tiny_base: Path, tmp_path: Path
+) -> None:
+    """The hash of a base is over its weights; what is computed with them is in its configuration."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    edit(base / "unet" / "config.json", norm_eps=0.1)
+    checkpoint = write_checkpoint(tmp_path / "b.ckpt", base, 2, "conv1")
+    refused(checkpoint, tmp_path / "b.engine", BuildOptions(refit=engines.source), "configuration")
+
+
+def test_a_damaged_or_missing_source_is_refused(copied: Path, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    refused(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=tmp_path / "no"), "is not an engine folder")
+    file = copied / "networks" / "unet.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    refused(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=copied), "networks/unet.safetensors")
+
+
+def test_an_interrupted_refit_leaves_nothing(
+    torch_engine: Path, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def interrupt(stage: str) -> None:
+        if stage == "vae":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=torch_engine), progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_components_with_another_weight_are_written(
+    torch_engine: Path, checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from posecrafter_rt.engines import torch as backend_module
+
+    written, save = [], backend_module.save_file
+    monkeypatch.setattr(
+        backend_module, "save_file", lambda tensors, path: (written.append(path.stem), save(tensors, path))
+    )
+    model = Checkpoint.load(checkpoints[1]).load_model()
+    model.fold()
+    TorchBackend().refit(torch_engine / "networks", tmp_path, model, model.architecture(), "fp32", lambda stage: None)
+    assert sorted(written) == ["controlnet", "unet", "vae"] and (tmp_path / "text_encoder.safetensors").is_file()
+
+
+class TestOpenVino:
+    """Without tracing, and refused where names of weights were lost."""
+
+    @pytest.fixture
+    def source(self, build_source: Callable[[str], Path]) -> Path:
+        pytest.importorskip("openvino")
+        reason = get_backend("openvino").unsupported_reason("fp32")
+        if reason is not None:
+            pytest.skip(reason)
+        return build_source("openvino")
+
+    def test_nothing_is_exported_and_unchanged_networks_are_copied(
+        self, source: Path, checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from posecrafter_rt.export import onnx
+
+        def exported(*arguments: object, **options: object) -> None:
+            raise AssertionError("exported")
+
+        monkeypatch.setattr(onnx, "export_network", exported)
+        with pytest.raises(AssertionError, match="exported"):  # so a build would be noticed
+            build_engine(checkpoints[1], tmp_path / "b.engine", BuildOptions("openvino", "fp32"))
+        refitted = build_engine(checkpoints[1], tmp_path / "r.engine", BuildOptions(refit=source)).folder.path
+        ours, theirs = (json.loads((folder / "networks" / "digests.json").read_text()) for folder in (refitted, source))
+        assert {name for name in ours if ours[name] != theirs[name]} == {"unet", "controlnet", "vae_decoder"}
+
+    def test_merged_weights_and_missing_graphs_are_refused(
+        self, source: Path, checkpoints: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        engine = shutil.copytree(source, tmp_path / "copied.engine")
+        file, manifest = engine / "networks" / GRAPHS_FILE, read_manifest(engine)
+        edit(file, unet=None)
+        reseal(engine, manifest)
+        refused(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=engine), "weights of its unet were merged")
+        file.unlink()
+        reseal(engine, manifest)
+        refused(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=engine), f"it holds no {GRAPHS_FILE}")
+
+
+def reseal(engine: Path, manifest: dict[str, Any]) -> None:
+    """Make a changed folder whole again."""
+    from posecrafter_rt.atomic import sha256_file
+
+    present = {name: sha256_file(engine / name) for name in manifest["files"] if (engine / name).is_file()}
+    write_manifest(engine, {**manifest, "files": present})
+
+
+def test_the_command_refits(torch_engine: Path, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    def run(*more: str) -> Any:
+        output = tmp_path / "b.engine"
+        return CliRunner().invoke(
+            app, ["build-engine", str(checkpoints[1]), "--refit", str(torch_engine), "-o", str(output), *more])  # fmt: skip
+
+    refusal = run("--precision", "bf16")
+    assert refusal.exit_code == 1 and "--precision fp32" in refusal.output and "--refit" in refusal.output
+    result = run("--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert (summary["backend"], summary["precision"], summary["was_current"]) == ("torch", "fp32", False)
+    assert summary["backend_reason"] == f"that of {torch_engine}"
