@@ -28,7 +28,7 @@ demo: $(STAMPS)/demo
 	$(BIN)/posecrafter-rt demo --output demo $(if $(wildcard demo/metrics.json),--force)
 
 test: $(STAMPS)/dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(STAMPS)/dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

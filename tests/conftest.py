@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach for a network
 # Of this run alone, processes that tests start included: graphs exported once serve every test that builds an engine.
-os.environ["POSECRAFTER_CACHE"] = tempfile.mkdtemp(prefix="posecrafter-tests-")
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # then the process that started this one has set the cache
+if IS_WORKER:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker a core: more threads would only wait for one another
+else:
+    os.environ["POSECRAFTER_CACHE"] = tempfile.mkdtemp(prefix="posecrafter-tests-")
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["POSECRAFTER_CACHE"], ignore_errors=True)
+    if not IS_WORKER:
+        shutil.rmtree(os.environ["POSECRAFTER_CACHE"], ignore_errors=True)
 
 
 TINY_DENOISER: dict[str, Any] = {

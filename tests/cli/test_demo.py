@@ -1,0 +1,87 @@
+"""The demonstration on its real footage and the embedded base, as short as it can be; and the engine that it leaves.
+
+Tests of posecrafter_rt/demo/ and cli/demo.py: the whole path with nothing in it made smaller but steps and frames.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.cli.main import app
+from posecrafter_rt.demo import run as demo
+from posecrafter_rt.demo.footage import load_poses
+from posecrafter_rt.video_io import read_video
+
+NUM_FRAMES = 3
+SHORT = ("--tuning-steps", "1", "--decoder-steps", "1", "--steps", "2")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A demonstration that was interrupted after its tuning and then run again, and the metrics that it printed."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "TARGET", slice(46, 46 + NUM_FRAMES))
+
+        def interrupted(*arguments: object, **options: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as first:
+            first.setattr(demo, "build_engine", interrupted)
+            assert invoke("demo", "-o", folder, *SHORT).exit_code == 130
+        assert [path.name for path in folder.iterdir()] == ["tuned.ckpt"]
+        patch.setattr(demo, "tune", None)  # tuned already
+        result = invoke("demo", "-o", folder, *SHORT, "--json")
+        assert result.exit_code == 0, result.output
+    return folder, json.loads(result.stdout)
+
+
+def test_it_writes_what_it_names_and_measures(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = finished
+    names = {"tuned.ckpt", "tuned.engine", "out.mp4", "out.report.json", "contact_sheet.png", "side_by_side.mp4",
+             "controlvideo.mp4", "metrics.json"}  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == names
+    assert metrics == json.loads((folder / "metrics.json").read_text())
+    for clip in ("render", "controlvideo", "repeated_reference"):
+        assert 5 < metrics[clip]["psnr"] < 40 and 0 < metrics[clip]["ssim"] < 1
+    assert set(metrics["seconds"]) == {"tune", "build", "render"} and metrics["peak_rss_bytes"] > 1e8
+    assert (
+        len(read_video(folder / "out.mp4").frames) == len(read_video(folder / "side_by_side.mp4").frames) == NUM_FRAMES
+    )
+
+
+def test_a_complete_one_is_not_overwritten_unasked(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    before = (folder / "metrics.json").read_bytes()
+    result = invoke("demo", "-o", folder, *SHORT)
+    assert result.exit_code == 1 and "--force" in result.output
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_a_second_render_inverts_and_compiles_nothing(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, poses = finished[0] / "tuned.engine", load_poses()[46 : 46 + NUM_FRAMES]
+    with Avatar.load(engine) as avatar:
+        assert avatar.folder.manifest["backend"] == "openvino"
+        first = avatar.render(poses, num_inference_steps=2)
+        assert avatar.last_report is not None and avatar.last_report.inversion_cached  # by the demonstration
+    kept = sorted((engine / "compiled").iterdir())
+    assert kept
+    with Avatar.load(engine) as avatar:
+        engine_class: Any = type(avatar.engines["unet"])
+        monkeypatch.setattr(engine_class, "_read", None)  # what is compiled is read there first
+        again = avatar.render(poses, num_inference_steps=2)
+        assert avatar.last_report is not None and avatar.last_report.inversion_cached
+    assert np.array_equal(first, again) and sorted((engine / "compiled").iterdir()) == kept
