@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ def draw_clips(num_clips: int, clip_length: int, size: tuple[int, int], seed: in
     keypoints = np.empty((num_clips, clip_length, 134, 3), np.float32)
     captions = []
     draw = partial(_draw_clip, seed, clip_length, size)
-    with ProcessPoolExecutor(initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    # Started anew, not forked: a fork of a process with threads can wait for ever on a lock that one of them held.
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=fresh, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
         for index, clip in enumerate(pool.map(draw, range(num_clips), chunksize=16)):
             frames[index], keypoints[index], caption = clip
             captions.append(caption)
