@@ -95,7 +95,7 @@ def build_engine(
         raise ShapeError(f"size {size[0]}x{size[1]} does not fit the network", f"use multiples of {arch.size_multiple}")
     manifest["architecture"] = arch.to_json()
     if source is not None:
-        check_source(source, manifest)  # of the architecture now, too
+        check_source(source, {"architecture": manifest["architecture"]})  # not known before
     with building(output, manifest, force) as staging:
         progress("writing the reference frames")
         _write_reference(staging / REFERENCE_FILE, tuned, size)

@@ -29,6 +29,20 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ["POSECRAFTER_CACHE"], ignore_errors=True)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend_name`: every backend; those that need a GPU are marked, and skipped where they cannot run."""
+    if "backend_name" not in metafunc.fixturenames:
+        return
+    from posecrafter_rt.engines import get_backend, names
+
+    marked = []
+    for name in names():
+        reason = get_backend(name).unsupported_reason("fp32")
+        marks = [pytest.mark.gpu, pytest.mark.tensorrt] if name == "tensorrt" else []
+        marked.append(pytest.param(name, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))]))
+    metafunc.parametrize("backend_name", marked, scope="module")
+
+
 TINY_DENOISER: dict[str, Any] = {
     "block_out_channels": (32, 64),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

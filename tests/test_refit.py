@@ -19,7 +19,7 @@ from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.main import app
-from posecrafter_rt.engines import get_backend, names
+from posecrafter_rt.engines import get_backend
 from posecrafter_rt.engines.folder import open_folder, read_manifest, write_manifest
 from posecrafter_rt.engines.refit import GRAPHS_FILE
 from posecrafter_rt.engines.torch import TorchBackend
@@ -73,15 +73,6 @@ class Engines:
     refitted: Path
 
 
-def backends() -> list[Any]:
-    marked = []
-    for name in names():
-        reason = get_backend(name).unsupported_reason("fp32")
-        marks = [pytest.mark.gpu, pytest.mark.tensorrt] if name == "tensorrt" else []
-        marked.append(pytest.param(name, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))]))
-    return marked
-
-
 @pytest.fixture(scope="module")
 def build_source(checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A's engine by the backend's name, in fp32, built once each; do not write to it."""
@@ -89,13 +80,13 @@ def build_source(checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPa
     return lambda name: build_engine(checkpoints[0], folder / f"{name}.engine", BuildOptions(name, "fp32")).folder.path
 
 
-@pytest.fixture(scope="module", params=backends())
+@pytest.fixture(scope="module")
 def engines(
-    request: pytest.FixtureRequest, checkpoints: tuple[Path, Path], build_source: Callable[[str], Path],
+    backend_name: str, checkpoints: tuple[Path, Path], build_source: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Engines:  # fmt: skip
-    folder, source = tmp_path_factory.mktemp(request.param), build_source(request.param)
-    built = build_engine(checkpoints[1], folder / "b.engine", BuildOptions(request.param, "fp32")).folder.path
+    folder, source = tmp_path_factory.mktemp(backend_name), build_source(backend_name)
+    built = build_engine(checkpoints[1], folder / "b.engine", BuildOptions(backend_name, "fp32")).folder.path
     result = build_engine(checkpoints[1], folder / "refitted.engine", BuildOptions(refit=source))
     assert not result.was_current and result.backend_reason == f"that of {source}"
     return Engines(source, built, result.folder.path)

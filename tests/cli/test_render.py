@@ -119,17 +119,22 @@ def test_kill_9_at_any_moment_and_the_same_command_gives_the_same_bytes(
     assert set(report["seconds"]) == {"prepare", "invert", "denoise", "decode"}
 
 
-def interrupted(*arguments: object) -> None:
-    raise KeyboardInterrupt
+def interrupt(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Result:
+    """Run a command that Ctrl-C ends when its video is begun."""
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoWriter, "write", interrupted)
+        return run(*arguments)
 
 
 def test_an_interrupted_render_goes_on_only_with_the_same_options(
     workshop: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.mp4"
-    with monkeypatch.context() as patch:
-        patch.setattr(VideoWriter, "write", interrupted)
-        result = run(*command(workshop, output))
+    result = interrupt(monkeypatch, *command(workshop, output))
     assert result.exit_code == 130 and "run the same command again" in result.stderr
     for change in (["--overlap", 1], ["--fps", 30], ["--range", "0:13"]):
         other = run(*command(workshop, output, *change))
@@ -145,9 +150,7 @@ def test_force_throws_another_unfinished_render_away(
     workshop: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.mp4"
-    with monkeypatch.context() as patch:
-        patch.setattr(VideoWriter, "write", interrupted)
-        assert run(*command(workshop, output, "--overlap", 1)).exit_code == 130
+    assert interrupt(monkeypatch, *command(workshop, output, "--overlap", 1)).exit_code == 130
     assert (tmp_path / "out.mp4.partial").exists()
     assert run(*command(workshop, output, "--force")).exit_code == 0
     assert output.read_bytes() == (unbroken / "out.mp4").read_bytes()

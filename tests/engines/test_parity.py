@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from posecrafter_rt.engines import choose_backend, choose_precision, get_backend, names
+from posecrafter_rt.engines import choose_backend, choose_precision, get_backend
 from posecrafter_rt.engines.base import Engine
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, ShapeError
 from posecrafter_rt.export.verify import relative_error
@@ -37,16 +36,6 @@ def inputs_for(spec: NetworkSpec, frames: int, groups: int = 1, seed: int = 0) -
     return {item.name: tensor(item.dims, item.dtype) for item in spec.inputs}
 
 
-def backends() -> list[Any]:
-    """Every backend; those that need a GPU are marked, and skipped where they cannot run."""
-    marked = []
-    for name in names():
-        reason = get_backend(name).unsupported_reason("fp32")
-        marks = [pytest.mark.gpu, pytest.mark.tensorrt] if name == "tensorrt" else []
-        marked.append(pytest.param(name, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))]))
-    return marked
-
-
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PoseModel, str], dict[str, Engine]]:
     def build_and_load(model: PoseModel, name: str) -> dict[str, Engine]:
@@ -64,13 +53,12 @@ def outputs(module: torch.nn.Module, spec: NetworkSpec, inputs: dict[str, Tensor
     return {item.name: tensor for item, tensor in zip(spec.outputs, tensors, strict=True)}
 
 
-@pytest.mark.parametrize("name", backends())
 def test_every_network_equals_its_module_over_changing_frame_counts(
-    make_tiny_model: Callable[..., PoseModel], load: Callable[[PoseModel, str], dict[str, Engine]], name: str
+    make_tiny_model: Callable[..., PoseModel], load: Callable[[PoseModel, str], dict[str, Engine]], backend_name: str
 ) -> None:
     model = make_tiny_model("frame")
     model.fold()
-    engines, modules, specs = load(model, name), model.networks(), network_specs(model.architecture())
+    engines, modules, specs = load(model, backend_name), model.networks(), network_specs(model.architecture())
     assert set(engines) == set(NETWORK_NAMES)
     for network, spec in specs.items():
         varies = any("frames" in item.dims for item in spec.inputs)
@@ -83,13 +71,12 @@ def test_every_network_equals_its_module_over_changing_frame_counts(
                 )
 
 
-@pytest.mark.parametrize("name", backends())
 def test_swapping_weights_gives_what_building_with_them_gives(
-    make_tiny_model: Callable[..., PoseModel], load: Callable[[PoseModel, str], dict[str, Engine]], name: str
+    make_tiny_model: Callable[..., PoseModel], load: Callable[[PoseModel, str], dict[str, Engine]], backend_name: str
 ) -> None:
     model = make_tiny_model("frame")
     model.fold()
-    engines, specs = load(model, name), network_specs(model.architecture())
+    engines, specs = load(model, backend_name), network_specs(model.architecture())
     inputs = {network: inputs_for(specs[network], 3) for network in ("unet", "controlnet")}
     before = {network: {k: v.clone() for k, v in engines[network](**inputs[network]).items()} for network in inputs}
     generator = torch.Generator().manual_seed(9)
@@ -101,11 +88,11 @@ def test_swapping_weights_gives_what_building_with_them_gives(
                 tensors[f"{prefix}.{key}"] = parameter.detach().clone()
     held = set().union(*(engine.swap_weights(tensors) for engine in engines.values()))
     assert held == set(tensors)
-    rebuilt = load(model, name)
+    rebuilt = load(model, backend_name)
     for network in inputs:
         swapped = engines[network](**inputs[network])
         expected = rebuilt[network](**inputs[network])
-        if name == "tensorrt":  # built twice, it may choose other kernels
+        if backend_name == "tensorrt":  # built twice, it may choose other kernels
             assert all(relative_error(swapped[key], tensor) < 1e-4 for key, tensor in expected.items())
         else:
             assert all(torch.equal(swapped[key], tensor) for key, tensor in expected.items())
@@ -114,12 +101,11 @@ def test_swapping_weights_gives_what_building_with_them_gives(
         engines["unet"].swap_weights({next(k for k in tensors if k.startswith("unet")): torch.zeros(1, 2, 3)})
 
 
-@pytest.mark.parametrize("name", backends())
 def test_wrong_inputs_are_refused(
-    tiny_model: PoseModel, load: Callable[[PoseModel, str], dict[str, Engine]], name: str
+    tiny_model: PoseModel, load: Callable[[PoseModel, str], dict[str, Engine]], backend_name: str
 ) -> None:
     tiny_model.fold()
-    decoder = load(tiny_model, name)["vae_decoder"]
+    decoder = load(tiny_model, backend_name)["vae_decoder"]
     with pytest.raises(ShapeError, match="latents"):
         decoder(pixels=torch.zeros(1, 4, 16, 16))
     with pytest.raises(ShapeError, match="latents"):
