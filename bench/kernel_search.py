@@ -1,7 +1,8 @@
 """Chooses kernels/configs.json without a GPU: compile every candidate tile, model its time, keep the best.
 
-Bench: `python -m bench.kernel_search` rewrites the table (minutes; needs Triton). The model ranks, it does not predict:
-where a GPU is present, bench/kernels.py measures.
+Bench: `python -m bench.kernel_search [PYTHON...]` rewrites the table (a quarter of an hour; needs Triton). Whether a
+tile spills depends on Triton's version: each PYTHON is the interpreter of an environment with another one, and a tile
+must fit under all. The model ranks, it does not predict: where a GPU is present, bench/kernels.py measures.
 """
 
 from __future__ import annotations
@@ -9,22 +10,19 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from bench.hardware import GPUS, Gpu, blocks_per_multiprocessor
+from bench.kernel_fits import DTYPES, REPRESENTATIVES, OtherTriton, Use, fits
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig, split_head
 
 HEAD_CLASSES = {2: (48, 80, 160, 256), 4: (48, 80, 160)}  # by element size; a head takes the first that holds it
 CHUNKED = {2: (), 4: (80, 160)}  # temporal classes by element size that spill unless scores are summed in chunks
 CHUNK = 16
-REPRESENTATIVES = {48: 40, 80: 80, 160: 160, 256: 256}
 FRAME_CLASSES = {16: 9, 32: 32, 256: 101}  # and a typical clip of each
-DTYPES = {2: torch.float16, 4: torch.float32}
 EXP_PER_CYCLE = 16  # of a multiprocessor's special function units
 ALU_PER_CYCLE = 128
 ALU_PER_SCORE = 6  # scale, maximum, shift, sum, conversion, rescaling
@@ -88,6 +86,7 @@ def keyframe_candidates(head_class: int, element_bytes: int) -> Iterator[TileCon
     for block_m, block_n, stages in itertools.product(block_ms, block_ns, (1, 2) if is_large else (2, 3)):
         for warps in (2, 4, 8):
             accumulators = block_m * padded(head_class) / (warps * 32)
+            # Fewer rows a warp would split the head between warps, each exchange of which the model does not count.
             tile_bytes = stages * 2 * block_n * padded(head_class) * element_bytes
             if block_m / warps in (16, 32) and accumulators <= 128 and tile_bytes <= 128 << 10:
                 yield TileConfig(block_m, block_n, warps, stages)
@@ -97,19 +96,20 @@ def temporal_candidates(frames: int, head_class: int, element_bytes: int) -> Ite
     if head_class in CHUNKED[element_bytes]:
         yield from chunked_candidates(frames, head_class)
         return
-    tiles = {16: (16,), 32: (16, 32), 256: (32, 64)}[frames]
+    tiles = {16: (16,), 32: (16, 32), 256: (16, 32, 64)}[frames]
     keys = {16: (16,), 32: (16, 32), 256: (16, 32, 64)}[frames]
-    for block_q, block_k, num_rows, warps in itertools.product(tiles, keys, (16, 64, 128), (1, 2, 4, 8)):
+    for block_q, block_k, num_rows, warps in itertools.product(tiles, keys, (16, 32, 64, 128), (1, 2, 4, 8)):
         accumulators = num_rows * padded(head_class) / (warps * 32)
-        is_tried = num_rows == 64 or frames == 16
-        if is_tried and num_rows >= block_q and num_rows / warps in (16, 32) and accumulators <= 128:
+        is_tried = num_rows in (32, 64) or frames == 16
+        if is_tried and num_rows >= block_q and num_rows / warps in (8, 16, 32) and accumulators <= 128:
             yield TemporalConfig(num_rows // block_q, block_q, block_k, warps, 1 if frames <= 32 else 2)
 
 
 def chunked_candidates(frames: int, head_class: int) -> Iterator[TemporalConfig]:
     """Few tiles of such heads fit, and none of more queries: one row of the table serves all clips."""
-    for num_rows, warps in ((16, 1), (64, 2), (64, 4), (64, 8)):
-        if frames == 256 and num_rows * padded(head_class) / (warps * 32) <= 128:
+    for num_rows, warps in itertools.product((16, 32, 64), (1, 2, 4, 8)):
+        accumulators = num_rows * padded(head_class) / (warps * 32)
+        if frames == 256 and num_rows / warps in (8, 16, 32) and accumulators <= 128:
             yield TemporalConfig(num_rows // 16, 16, 16, warps, 1, chunk=CHUNK)
 
 
@@ -122,62 +122,67 @@ def attempt(build: Any, *arguments: Any) -> Compiled | None:
         return None
 
 
-def best(rows: list[tuple[float, Any, Compiled]], what: object, accept: Callable[[Any], bool]) -> Any | None:
+def best(rows: list[tuple[float, Any, Compiled]], what: object, use: Use, others: list[OtherTriton]) -> Any | None:
     """The cheapest configuration that fits everywhere, or None: the operator then refuses such heads."""
     for cost, config, built in sorted(rows, key=lambda row: row[0]):
-        if cost < float("inf") and accept(config):
+        if cost < float("inf") and fits(use, config) and all(other.fits(use, config) for other in others):
             print(what, config, built.registers, built.shared_bytes, f"{cost:.4f}", flush=True)
             return config
     print(what, "no candidate fits without spills", flush=True)
     return None
 
 
-def search_keyframe(gpu: Gpu, element_bytes: int, head_class: int) -> Iterator[dict[str, Any]]:
+Search = Iterator[dict[str, Any]]
+
+
+def search_keyframe(gpu: Gpu, element_bytes: int, head_class: int, others: list[OtherTriton]) -> Search:
     """The table's row for one GPU, element size and head class, if a tile fits."""
-    head_size, dtype = REPRESENTATIVES[head_class], DTYPES[element_bytes]
+    head_size, dtype = REPRESENTATIVES[head_class], DTYPES[element_bytes][0]
     key = {"capability": gpu.capability, "element_bytes": element_bytes, "max_head_size": head_class}
     costs = []
     for tile in keyframe_candidates(head_class, element_bytes):
         built = attempt(compile_keyframe, gpu.capability, dtype, head_size, tile)
         if built is not None:
             costs.append((keyframe_cost(gpu, tile, built, head_size, element_bytes), tile, built))
-    if (config := best(costs, key, lambda tile: True)) is not None:
+    use = Use("keyframe_attention", (gpu.capability,), element_bytes, head_class)
+    if (config := best(costs, key, use, others)) is not None:
         yield key | asdict(config)
 
 
-def search_temporal(gpu: Gpu, element_bytes: int, head_class: int) -> Iterator[dict[str, Any]]:
+def search_temporal(gpu: Gpu, element_bytes: int, head_class: int, others: list[OtherTriton]) -> Search:
     """The table's rows for one GPU, element size and head class: one a class of frames."""
-    head_size, dtype = REPRESENTATIVES[head_class], DTYPES[element_bytes]
+    head_size, dtype = REPRESENTATIVES[head_class], DTYPES[element_bytes][0]
     key = {"capability": gpu.capability, "element_bytes": element_bytes, "max_head_size": head_class}
+    use = Use("temporal_attention", (86, 90), element_bytes, head_class)  # one row serves both architectures
     for frames, typical in FRAME_CLASSES.items():
         costs = []
         for tile in temporal_candidates(frames, head_class, element_bytes):
             built = attempt(compile_temporal, gpu.capability, dtype, head_size, tile)
             if built is not None:
                 costs.append((temporal_cost(gpu, tile, built, head_size, typical, element_bytes), tile, built))
-
-        def fits(tile: TemporalConfig) -> bool:
-            """Spills nowhere: the table's row also serves the other architecture, and calls with a mask."""
-            # Padded heads take more registers, and tiles in chunks have none to spare.
-            sizes = (head_size, head_class - 8) if tile.chunk else (head_size,)
-            variants = itertools.product((86, 89, 90), sizes, (False, True))
-            return not any(compile_temporal(c, dtype, d, tile, has_mask=m).spill_bytes for c, d, m in variants)
-
-        if (config := best(costs, key | {"max_frames": frames}, fits)) is not None:
+        if (config := best(costs, key | {"max_frames": frames}, use, others)) is not None:
             yield key | {"max_frames": frames} | asdict(config)
 
 
-def main() -> None:
+def search(others: list[OtherTriton]) -> dict[str, list[dict[str, Any]]]:
+    """The whole table."""
     table: dict[str, list[dict[str, Any]]] = {"keyframe_attention": [], "temporal_attention": []}
     small, large = (next(gpu for gpu in GPUS if gpu.capability == capability) for capability in (86, 90))
     for element_bytes, classes in HEAD_CLASSES.items():
         for head_class in classes:
             # sm_89 takes sm_86's rows: the same instructions and limits.
             for gpu in (small, large):
-                table["keyframe_attention"] += search_keyframe(gpu, element_bytes, head_class)
-            # Batched products compile to the same instructions on both; what fits sm_86 fits sm_90.
-            for row in search_temporal(small, element_bytes, head_class):
+                table["keyframe_attention"] += search_keyframe(gpu, element_bytes, head_class, others)
+            for row in search_temporal(small, element_bytes, head_class, others):
                 table["temporal_attention"] += [row, row | {"capability": large.capability}]
+    return table
+
+
+def main() -> None:
+    others = [OtherTriton(python) for python in sys.argv[1:]]
+    table = search(others)
+    for other in others:
+        other.close()
     lines = {op: ",\n  ".join(json.dumps(row) for row in rows) for op, rows in table.items()}
     TABLE.write_text("{\n" + ",\n".join(f' "{op}": [\n  {rows}\n ]' for op, rows in lines.items()) + "\n}\n")
 

@@ -5,6 +5,7 @@ Tests of kernels/compile.py, configs.json and the kernels as device code.
 
 from __future__ import annotations
 
+import itertools
 import json
 from importlib.util import find_spec
 from typing import Any
@@ -23,7 +24,7 @@ from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig
 SHARED_LIMITS = {86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a block may use
 TARGETS = {86: (86, 89), 90: (90,)}  # what a row of the table serves
 REPRESENTATIVES = {48: 40, 80: 80, 160: 160, 256: 256}
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
+DTYPES = {2: (torch.float16, torch.bfloat16), 4: (torch.float32,)}
 KEYS = ("capability", "element_bytes", "max_head_size", "max_frames")
 
 
@@ -47,23 +48,22 @@ def assert_fits(built: Compiled, target: int) -> None:
 @pytest.mark.parametrize(("target", "row"), rows("keyframe_attention"))
 def test_keyframe_attention_compiles(target: int, row: dict[str, Any]) -> None:
     config = TileConfig(**{name: value for name, value in row.items() if name not in KEYS})
-    dtype = DTYPES[row["element_bytes"]]
-    built = compile_keyframe(target, dtype, REPRESENTATIVES[row["max_head_size"]], config)
-    assert_fits(built, target)
-    if row["element_bytes"] == 2:
-        assert ("wgmma" if target == 90 else "mma.sync") in built.ptx
-        assert config.num_stages == 1 or "cp.async" in built.ptx  # aligned strides pipeline their loads
+    for dtype in DTYPES[row["element_bytes"]]:
+        built = compile_keyframe(target, dtype, REPRESENTATIVES[row["max_head_size"]], config)
+        assert_fits(built, target)
+        if row["element_bytes"] == 2:
+            assert ("wgmma" if target == 90 else "mma.sync") in built.ptx
+            assert config.num_stages == 1 or "cp.async" in built.ptx  # aligned strides pipeline their loads
 
 
 @pytest.mark.parametrize("has_mask", [False, True])
 @pytest.mark.parametrize(("target", "row"), rows("temporal_attention"))
 def test_temporal_attention_compiles(target: int, row: dict[str, Any], has_mask: bool) -> None:
     config = TemporalConfig(**{name: value for name, value in row.items() if name not in KEYS})
-    dtype = DTYPES[row["element_bytes"]]
     sizes = [REPRESENTATIVES[row["max_head_size"]]]
     if config.chunk:  # chosen with few registers to spare, of which a padded head takes more
         sizes.append(row["max_head_size"] - 8)
-    for head_size in sizes:
+    for head_size, dtype in itertools.product(sizes, DTYPES[row["element_bytes"]]):
         assert_fits(compile_temporal(target, dtype, head_size, config, has_mask=has_mask), target)
 
 
