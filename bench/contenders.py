@@ -21,7 +21,7 @@ from diffusers import (
 )
 
 from bench.plain import Baseline, to_diffusers
-from bench.runs import Stages
+from bench.runs import Stages, forget_inversions
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines.base import TORCH_DTYPES
@@ -55,8 +55,7 @@ def load_exact(job: Job) -> Render:
     avatar = Avatar.load(job.engine)
 
     def render(target: PoseSequence, num_inference_steps: int) -> tuple[np.ndarray, dict[str, float]]:
-        for file in avatar.folder.inversions.glob("*"):
-            file.unlink()
+        forget_inversions(avatar)
         frames = avatar.render(target, num_inference_steps=num_inference_steps, inversion_substeps=1, strength=1.0)
         assert avatar.last_report is not None
         return frames, avatar.last_report.seconds

@@ -2,7 +2,8 @@
 
 Bench: `python -m bench.quality [--quick] [--checkpoint demo/tuned.ckpt]` tunes on the demonstration's eight frames,
 renders frames 46-119 by every variant and writes results/quality.json and .md. About an hour on two cores; --quick takes
-every sixth frame.
+every sixth frame. With --presets it renders by the presets alone, in turns, and writes results/presets.json and .md: how
+near each comes to the truth and to the exact render, and how much sooner it is done.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench.report import RESULTS, table, write_report
+from bench.runs import forget_inversions, psnr
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import build_engine
@@ -26,6 +29,7 @@ from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, vide
 from posecrafter_rt.demo.run import scores
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import MODES, RenderOptions
+from posecrafter_rt.runtime.presets import PRESETS
 from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
 
 QUICK_STRIDE = 6
@@ -68,6 +72,32 @@ def measure(
     return results
 
 
+def measure_presets(avatar: Avatar, target: PoseSequence, truth: np.ndarray, rounds: int) -> dict[str, dict[str, Any]]:
+    """Render by every preset, in turns so that the machine's load falls on all alike; the least time of each counts.
+
+    Returns: by preset: psnr and ssim to the truth, psnr_to_exact, seconds of a render that has to invert the reference and
+        of one that finds that done, and what its report names as approximated.
+    """
+    results: dict[str, dict[str, Any]] = {name: {"seconds": [], "seconds_inverted": []} for name in PRESETS}
+    frames = {}
+    for _ in range(rounds):
+        for name, result in results.items():
+            forget_inversions(avatar)
+            start = time.perf_counter()
+            frames[name] = avatar.render(target, preset=name)
+            seconds = time.perf_counter() - start
+            assert avatar.last_report is not None
+            result["seconds"].append(seconds)
+            result["seconds_inverted"].append(seconds - avatar.last_report.seconds["invert"])
+            result["approximations"] = avatar.last_report.to_json()["approximations"]
+            print(f"{name}: {seconds:.1f} s", file=sys.stderr)
+    for name, result in results.items():
+        result |= {key: round(min(result[key]), 3) for key in ("seconds", "seconds_inverted")}
+        result |= scores(frames[name], truth)
+        result["psnr_to_exact"] = None if name == "exact" else round(psnr(frames[name], frames["exact"]), 2)
+    return results
+
+
 def make_checkpoints(
     folder: Path, frames: np.ndarray, poses: PoseSequence, given: Path | None
 ) -> Iterator[tuple[str, Path]]:
@@ -84,6 +114,17 @@ def make_checkpoints(
     yield OWN_DECODER, folder / "own_decoder.ckpt"
     tune(frames[TUNING], poses[TUNING], folder / "clip.ckpt", replace(options, norm_scope="clip"))
     yield CLIP_SCOPE, folder / "clip.ckpt"
+
+
+def run_presets(stride: int, given: Path | None, rounds: int) -> dict[str, Any]:
+    """Render by every preset with what the demonstration tunes."""
+    frames, poses = load_clip(video_path(), load_poses(), base_size("embedded"), slice(None))
+    window = slice(TARGET.start, TARGET.stop, stride)
+    with tempfile.TemporaryDirectory() as folder:
+        _, checkpoint = next(make_checkpoints(Path(folder), frames, poses, given))
+        with Avatar.load(build_engine(checkpoint, Path(folder) / "tuned.engine").folder.path) as avatar:
+            engine = {name: avatar.folder.manifest[name] for name in ("backend", "precision")}
+            return {"engine": engine, "presets": measure_presets(avatar, poses[window], frames[window], rounds)}
 
 
 def run(steps: int, stride: int, given: Path | None) -> dict[str, Any]:
@@ -115,19 +156,45 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def presets_to_markdown(result: dict[str, Any]) -> str:
+    """One table: a row for each preset."""
+    exact = result["presets"]["exact"]
+    cells = []
+    for name, row in result["presets"].items():
+        near = "" if row["psnr_to_exact"] is None else f"{row['psnr_to_exact']:.2f}"
+        cells.append((
+            f"{name}: {', '.join(f'{key} {value}' for key, value in row['approximations'].items())}",
+            f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", near, f"{row['seconds']:.1f}",
+            f"{exact['seconds'] / row['seconds']:.2f}", f"{exact['seconds_inverted'] / row['seconds_inverted']:.2f}",
+        ))  # fmt: skip
+    header = ("preset and what it approximates", "PSNR dB", "SSIM", "PSNR to exact dB", "s", "times faster",
+              "times faster, inverted before")  # fmt: skip
+    lines = [f"{result['num_frames']} unseen frames of the demonstration's footage, PSNR and SSIM to the truth; the least "
+             f"of {result['rounds']} times, taken in turns; {result['engine']['backend']} "
+             f"{result['engine']['precision']}, {result['machine']['processor']}, "
+             f"{result['machine']['torch_threads']} threads.", ""]  # fmt: skip
+    return "\n".join(lines + table(header, cells))
+
+
 def main() -> None:
     """Parse the arguments, measure, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=RESULTS / "quality.json", help="where the result goes")
+    parser.add_argument("--json", type=Path, help="where the result goes; else results/quality.json or presets.json")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
+    parser.add_argument("--presets", action="store_true", help="the presets alone: quality and time")
     parser.add_argument("--quick", action="store_true", help="every sixth frame")
     arguments = parser.parse_args()
     stride = QUICK_STRIDE if arguments.quick else 1
     num_frames = len(range(TARGET.start, TARGET.stop, stride))
-    result = {"machine": machine(), "steps": arguments.steps, "num_frames": num_frames,
-              "tunings": run(arguments.steps, stride, arguments.checkpoint)}  # fmt: skip
-    write_report(arguments.json, result, to_markdown(result))
+    result = {"machine": machine(), "num_frames": num_frames}
+    if arguments.presets:
+        rounds = 2 if arguments.quick else 3
+        result |= {"rounds": rounds, **run_presets(stride, arguments.checkpoint, rounds)}
+        write_report(arguments.json or RESULTS / "presets.json", result, presets_to_markdown(result))
+        return
+    result |= {"steps": arguments.steps, "tunings": run(arguments.steps, stride, arguments.checkpoint)}
+    write_report(arguments.json or RESULTS / "quality.json", result, to_markdown(result))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.models.loading import load_base, named_parameters
 from posecrafter_rt.models.sources import SD15_FOLDER
@@ -60,6 +61,12 @@ def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> 
             return {"error": "the process died, most likely for lack of memory"}
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def forget_inversions(avatar: Avatar) -> None:
+    """Empty an engine's inversion cache: the next render inverts its reference anew."""
+    for file in avatar.folder.inversions.glob("*"):
+        file.unlink()
 
 
 def moving_person(num_frames: int, size: tuple[int, int], phase: float = 0.0) -> PoseSequence:

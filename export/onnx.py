@@ -5,13 +5,7 @@ Layer 4: torch.onnx.export(dynamo=True), then folds that leave the weights alone
 
 from __future__ import annotations
 
-import inspect
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
@@ -22,8 +16,8 @@ from torch import nn
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.functions import OPSET, add_functions, translation_table
 from posecrafter_rt.export.graphs import attach_weights, detach_weights, from_bytes, graph_key, to_bytes
-from posecrafter_rt.export.shapes import random_inputs, split_dim
-from posecrafter_rt.spec import Architecture, NetworkSpec, TensorSpec
+from posecrafter_rt.export.trace import quiet, trace
+from posecrafter_rt.spec import Architecture, NetworkSpec
 
 EXTERNAL_BYTES = 1_500_000_000  # a protobuf message must stay below 2 GiB; larger weights go to a file beside it
 
@@ -59,10 +53,8 @@ def export_network(
 
 
 def _trace(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> ir.Model:
-    sizes = {"frames": 4, "groups": 2, "steps": 3, "height": 3 * arch.size_multiple, "width": 2 * arch.size_multiple}
-    inputs = tuple(random_inputs(spec, sizes).values())
-    with torch.no_grad(), _quiet():
-        program = torch.export.export(module, inputs, dynamic_shapes=_dynamic_shapes(module, spec, arch), strict=False)
+    program = trace(module, spec, arch)
+    with torch.no_grad(), quiet():
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -106,32 +98,6 @@ def _simplify(model: ir.Model, parameters: set[str]) -> None:
     assert in_use() == before, f"lost in the export: {sorted(before - in_use())}"
 
 
-def _dynamic_shapes(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> tuple[Any, ...]:
-    """torch.export's description of the free dimensions, in the structure of the module's forward.
-
-    Height and width are multiples of one unit, so that halving them is exact. Frames, groups and steps are left to the
-    tracer: diffusers asks whether frames ≥ 64 (a memory-layout matter that ONNX does not have), which a named
-    dimension would turn into a refusal.
-    """
-    units: dict[str, Any] = {}
-
-    def dimension(dim: str) -> Any:
-        symbol, divisor = split_dim(dim)
-        if symbol not in ("height", "width"):
-            return torch.export.Dim.DYNAMIC
-        unit = units.setdefault(symbol, torch.export.Dim(f"{symbol}_units"))
-        factor = arch.size_multiple // divisor
-        return unit if factor == 1 else factor * unit
-
-    def tensor_dims(tensor: TensorSpec) -> dict[int, Any]:
-        return {axis: dimension(dim) for axis, dim in enumerate(tensor.dims) if isinstance(dim, str)}
-
-    dims = [tensor_dims(tensor) for tensor in spec.inputs]
-    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
-    num_named = sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
-    return (*dims[:num_named], tuple(dims[num_named:])) if num_named < len(dims) else tuple(dims)
-
-
 def _name_dimensions(model: ir.Model, spec: NetworkSpec) -> None:
     """Write the spec's dimensions on inputs and outputs, and drop the tracer's own symbols everywhere else."""
     for node in model.graph:
@@ -140,17 +106,3 @@ def _name_dimensions(model: ir.Model, spec: NetworkSpec) -> None:
     for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
         for value, tensor in zip(values, tensors, strict=True):
             value.shape = ir.Shape(tensor.dims)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's talk of packages that are not needed and of its own deprecations."""
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)

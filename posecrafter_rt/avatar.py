@@ -22,15 +22,24 @@ from posecrafter_rt.engines.folder import EngineFolder, open_folder, rebuild_hin
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.machine import library_versions
-from posecrafter_rt.method import DDIMSchedule, select_reference
+from posecrafter_rt.method import DDIMSchedule, DPMSchedule, select_reference
 from posecrafter_rt.models.loading import tokenize
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.cache import InversionCache
+from posecrafter_rt.runtime.memory import (
+    Room,
+    choose_segment,
+    explained,
+    frame_bytes,
+    free_bytes,
+    warn_unless_fits,
+)
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.prepare import Tables, invert_reference, prepare_clip, prepare_tables
+from posecrafter_rt.runtime.presets import bundle
 from posecrafter_rt.runtime.render import blend, decode, render_clip
 from posecrafter_rt.runtime.report import RenderReport, SegmentReport
-from posecrafter_rt.runtime.segments import Segment, split_clip
+from posecrafter_rt.runtime.segments import Segment, SegmentChoice, split_clip
 from posecrafter_rt.spec import Architecture
 
 OnStep = Callable[[str, int, int], None]  # stage, step, steps
@@ -60,7 +69,8 @@ class Avatar:
     def __init__(self, folder: EngineFolder, engines: dict[str, Engine]) -> None:
         self.folder, self.engines = folder, engines
         manifest = folder.manifest
-        self.schedule = DDIMSchedule.from_config(manifest["scheduler"])
+        self.schedules = {"ddim": DDIMSchedule.from_config(manifest["scheduler"]),
+                          "dpmpp": DPMSchedule.from_config(manifest["scheduler"])}  # fmt: skip
         self.size: tuple[int, int] = tuple(manifest["size"])
         self.prompt: str = manifest["prompt"]
         self.frames, self.poses = read_reference(folder)
@@ -87,17 +97,19 @@ class Avatar:
         arch = Architecture.from_json(manifest["architecture"])
         return cls(folder, backend.load(folder.networks, arch, manifest["precision"], folder.compiled))
 
-    def resolve(self, options: RenderOptions | None = None, **changes: Any) -> RenderOptions:
-        """Options with changes by name, and what they leave to the base taken from what it recommends.
+    def resolve(self, options: RenderOptions | None = None, *, preset: str = "exact", **changes: Any) -> RenderOptions:
+        """Options with a preset's and then changes by name, and what they leave to the base as it recommends.
 
         Raises: PoseCrafterError for bad options.
         """
-        return replace(options or RenderOptions(), **changes).with_recommended(self.folder.manifest["recommended"])
+        options = replace(options or RenderOptions(), **{**bundle(preset), **changes})
+        return options.with_recommended(self.folder.manifest["recommended"])
 
     def render(self, poses: PoseSequence, options: RenderOptions | None = None, **changes: Any) -> np.ndarray:
         """Render the person in every pose.
 
-        Args: poses: N target poses on any canvas. options, or single options by name: see `RenderOptions`.
+        Args: poses: N target poses on any canvas. options, or single options by name: see `RenderOptions`; preset: a
+            name of `PRESETS`, a bundle of them that those given by name beside it overrule.
         Returns: (N, H, W, 3) uint8 RGB.
         Raises: PoseError when no training pose shares a keypoint with a target; PoseCrafterError for bad options.
         """
@@ -126,6 +138,7 @@ class Avatar:
         poses: PoseSequence,
         options: RenderOptions | None = None,
         *,
+        choice: SegmentChoice | None = None,
         finished: Sequence[SegmentReport] = (),
         carried: Tensor | None = None,
         on_step: OnStep | None = None,
@@ -134,26 +147,50 @@ class Avatar:
         """As `iter_render`, yielding segments. finished: reports of the first ones, not to be rendered again.
 
         carried: what the last of those carried; to go on from there gives what an unbroken run gives, bit for bit.
+        choice: what `choose_segment` chose for the run that rendered them; None: it chooses, where it is asked to.
         """
         options = self.resolve(options, **changes)
         target = transform_keypoints(poses, self.size)  # as the training frames were fitted
+        if options.segment is None:
+            warn_unless_fits(self._room(options), len(target), options)
+        elif options.segment == "auto":
+            choice = choice or self.choose_segment(len(target), options)
+            options = replace(options, segment=choice.segment)
+        assert options.segment != "auto"
         segments = split_clip(len(target), options.segment, options.overlap)
         report = RenderReport(
-            options=options, num_frames=len(target), num_segments=len(segments), num_resumed=len(finished)
-        )
+            options=options, num_frames=len(target), num_segments=len(segments), num_resumed=len(finished),
+            segment_reason=None if choice is None else choice.reason,
+        )  # fmt: skip
         for part in finished:
             report.add(part)
-        inverted, tables = self._prepare(target, options, report, on_step or _ignore)
+        with explained(options):
+            inverted, tables = self._prepare(target, options, report, on_step or _ignore)
         for index in range(len(finished), len(segments)):
             segment, part = segments[index], SegmentReport()
             told = _naming_segment(on_step or _ignore, index, len(segments))
-            latents = self._denoise(target, segment, inverted, tables, report, part, told)
-            latents = blend(carried, latents)
+            with explained(options):
+                latents = self._denoise(target, segment, inverted, tables, report, part, told)
+                latents = blend(carried, latents)
             num_settled = segment.settled - segment.start
             carried = latents[num_settled:].clone()
-            yield RenderedSegment(self._decode(latents[:num_settled], part, told), carried, part)
+            yield RenderedSegment(self._decode(latents[:num_settled], options, part, told), carried, part)
             report.add(part)
         self.last_report = report
+
+    def choose_segment(self, num_frames: int, options: RenderOptions) -> SegmentChoice:
+        """Frames of a segment for a clip of so many, by the memory that is free now.
+
+        Raises: PoseCrafterError where the system does not say how much that is.
+        """
+        return choose_segment(self._room(options), num_frames, options.overlap)
+
+    def _room(self, options: RenderOptions) -> Room:
+        manifest = self.folder.manifest
+        reserved = sum(file.stat().st_size for file in self.folder.networks.rglob("*") if file.is_file())
+        arch = Architecture.from_json(manifest["architecture"])
+        groups = len(self._prompts(options))
+        return Room(free_bytes(manifest["device"]["type"]), reserved, frame_bytes(arch, self.size, groups))
 
     def _prepare(
         self, target: PoseSequence, options: RenderOptions, report: RenderReport, told: OnStep
@@ -164,7 +201,7 @@ class Avatar:
         with report.stage("invert"):
             inverted = self._inverted_latents(options, report, lambda *step: told("inverting the reference", *step))
         with report.stage("prepare"):
-            timesteps = self.schedule.timesteps(options.num_inference_steps)
+            timesteps = self.schedules[options.sampler].timesteps(options.num_inference_steps)
             return inverted, self._prepare_tables(timesteps, self._prompts(options))
 
     def _denoise(
@@ -180,14 +217,16 @@ class Avatar:
                 part.count_edits(clip.plan, segment)
         num_steps = options.num_inference_steps - options.start_step
         with part.stage("denoise"):
-            latents = render_clip(self.engines, self.schedule, tables, clip, options,
+            latents = render_clip(self.engines, self.schedules[options.sampler], tables, clip, options,
                                   lambda step: told("denoising", step - options.start_step, num_steps))  # fmt: skip
         return latents[1:] if options.inserts else latents  # the inserted reference is never decoded
 
-    def _decode(self, latents: Tensor, part: SegmentReport, told: OnStep) -> Iterator[np.ndarray]:
+    def _decode(
+        self, latents: Tensor, options: RenderOptions, part: SegmentReport, told: OnStep
+    ) -> Iterator[np.ndarray]:
         frames = decode(self.engines, latents)
         for index in range(len(latents)):
-            with part.stage("decode"):
+            with part.stage("decode"), explained(options):
                 frame = next(frames)
             told("decoding", index + 1, len(latents))
             yield frame
@@ -205,12 +244,13 @@ class Avatar:
     def _inversion_key(self, reference: int, options: RenderOptions) -> dict[str, Any]:
         """All that the inversion depends on, and nothing else (METHOD)."""
         manifest = self.folder.manifest
+        assert options.inversion_substeps is not None
+        steps = self.schedules[options.sampler].inversion_pairs(
+            options.num_inference_steps, options.inversion_substeps, options.start_step).tolist()  # fmt: skip
         return {
             **{name: manifest[name] for name in ("checkpoint", "base_hash", "backend", "precision", "norm_scope",
                                                  "scheduler", "size", "libraries")},
-            "source_prompt": self.prompt, "frame": reference, "steps": options.num_inference_steps,
-            "substeps": options.inversion_substeps,
-            "end_timestep": int(self.schedule.timesteps(options.num_inference_steps)[options.start_step]),
+            "source_prompt": self.prompt, "frame": reference, "steps": steps,
             "conditioning_scale": options.conditioning_scale,
         }  # fmt: skip
 
@@ -224,13 +264,14 @@ class Avatar:
         if inverted is not None:
             return inverted
         assert options.inversion_substeps is not None
-        timesteps = self.schedule.inversion_timesteps(
+        schedule = self.schedules[options.sampler]
+        timesteps = schedule.inversion_timesteps(
             options.num_inference_steps, options.inversion_substeps, options.start_step)  # fmt: skip
         pose = PoseSequence(self.poses.keypoints[[reference]], self.size)
         with torch.no_grad():
             tables = self._prepare_tables(timesteps, [self.prompt])
             inverted = invert_reference(
-                self.engines, self.schedule, tables, self.frames[reference], pose, options, progress)  # fmt: skip
+                self.engines, schedule, tables, self.frames[reference], pose, options, progress)  # fmt: skip
         if not torch.isfinite(inverted).all():
             raise PoseCrafterError("the inversion is not finite", "build the engine with --precision fp32")
         cache.save(key, inverted)

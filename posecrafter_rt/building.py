@@ -6,7 +6,7 @@ Layer 6: puts together what the layers below know.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from posecrafter_rt import __version__
 from posecrafter_rt.atomic import sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines import Backend, Precision, choose_backend, choose_precision
-from posecrafter_rt.engines.base import Progress
 from posecrafter_rt.engines.folder import EngineFolder, building, open_folder
 from posecrafter_rt.engines.refit import check_source
+from posecrafter_rt.engines.stage_log import StageLog
 from posecrafter_rt.errors import EngineFolderError, ShapeError
 from posecrafter_rt.framing import resize_to, transform_keypoints
 from posecrafter_rt.machine import library_versions
@@ -29,6 +29,9 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
 REFERENCE_FILE = "reference.safetensors"
+
+# Told the name of each stage as it begins, and how many seconds are left if all goes as the last time, or None.
+BuildProgress = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def build_engine(
     options: BuildOptions = BuildOptions(),
     *,
     force: bool = False,
-    progress: Progress = lambda stage: None,
+    progress: BuildProgress = lambda stage, seconds_left: None,
 ) -> BuildResult:
     """Build an engine folder.
 
@@ -71,7 +74,7 @@ def build_engine(
         checkpoint: what `tune` wrote. output: the folder; None: the checkpoint's name with `.engine`.
         force: replace something at `output` that is not an engine folder; an engine folder is replaced anyway, once the
             new one is complete.
-        progress: told each stage as it begins.
+        progress: told each stage as it begins, with the seconds left if there was such a build before.
     Raises: CheckpointError, ModelError, BackendUnavailable, ShapeError (a size the network cannot halve), OutputExists;
         EngineFolderError when the engine to refit is damaged, or differs in more than weights.
     """
@@ -87,7 +90,13 @@ def build_engine(
     current = _current(output, manifest["fingerprint"])
     if current is not None:
         return BuildResult(current, True, why)
-    progress("loading the base")
+    decisive = ("backend", "precision", "size", "base_hash")
+    log = StageLog({"is_refit": source is not None, **{name: manifest[name] for name in decisive}})
+
+    def on_stage(stage: str) -> None:
+        progress(stage, log.begin(stage))
+
+    on_stage("loading the base")
     model = tuned.load_model(base=options.base)
     model.fold()
     arch = replace(model.architecture(), size=(size[0], size[1]))
@@ -97,15 +106,17 @@ def build_engine(
     if source is not None:
         check_source(source, {"architecture": manifest["architecture"]})  # not known before
     with building(output, manifest, force) as staging:
-        progress("writing the reference frames")
+        on_stage("writing the reference frames")
         _write_reference(staging / REFERENCE_FILE, tuned, size)
         model.tokenizer.save_pretrained(staging / "tokenizer")
         (staging / "networks").mkdir()
         if source is None:
-            backend.build(model, arch, staging / "networks", precision, progress)
+            backend.build(model, arch, staging / "networks", precision, on_stage)
         else:
-            backend.refit(source.networks, staging / "networks", model, arch, precision, progress)
-    return BuildResult(open_folder(output), False, why)
+            backend.refit(source.networks, staging / "networks", model, arch, precision, on_stage)
+    folder = open_folder(output)
+    log.save()
+    return BuildResult(folder, False, why)
 
 
 def _choose(options: BuildOptions, source: EngineFolder | None) -> tuple[Backend, Precision, str]:

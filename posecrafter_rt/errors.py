@@ -51,5 +51,9 @@ class OutputExists(PoseCrafterError):
     """A file that the user made would be overwritten; needs `--force`."""
 
 
+class OutOfMemory(PoseCrafterError):
+    """Memory, of the machine or of the GPU, did not suffice; what was finished before is kept."""
+
+
 class DiskFull(PoseCrafterError):
     """A write failed for lack of space; nothing half-written is left behind."""

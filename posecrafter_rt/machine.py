@@ -1,6 +1,6 @@
 """Facts about this machine that torch does not tell: processor, memory, installed versions.
 
-Layer 0: reads /proc on Linux; elsewhere the answers are empty.
+Layer 0: reads /proc and /sys on Linux; elsewhere the answers are empty.
 """
 
 from __future__ import annotations
@@ -8,20 +8,17 @@ from __future__ import annotations
 import platform
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
 @cache
 def _cpuinfo() -> dict[str, str]:
     """The first processor's entries of /proc/cpuinfo."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    first = _text(Path("/proc/cpuinfo")).split("\n\n")[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}
 
 
@@ -49,6 +46,52 @@ def peak_rss_bytes() -> int:
     """The largest resident memory this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """The memory that this process may still take without swapping: what the system has left, or what the least of
+    its control groups' limits leaves it; None where the system does not say.
+
+    root: where /proc and /sys are.
+    """
+    system = _numbers(root / "proc/meminfo").get("MemAvailable:")
+    rooms = [*_cgroup_rooms(root), *([] if system is None else [system * 1024])]
+    return max(0, min(rooms)) if rooms else None
+
+
+def _cgroup_rooms(root: Path) -> Iterator[int]:
+    """What each limit on this process or on a group that holds it leaves; version 2 of control groups, and 1.
+
+    Pages of files that nothing uses just now count as free: the kernel takes them back before it refuses memory.
+    """
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            mount, limit, usage, cached = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount, limit, usage = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        inner = PurePosixPath(group.lstrip("/"))
+        for folder in (root / mount / part for part in (inner, *inner.parents)):
+            most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+            if most.isdigit() and used.isdigit():  # not "max"
+                yield int(most) - int(used) + _numbers(folder / "memory.stat").get(cached, 0)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Lines of a name, a number and perhaps a unit."""
+    words = (line.split() for line in _text(path).splitlines())
+    return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdigit()}
+
+
+def _text(path: Path) -> str:
+    """A file of the system; empty where there is none that may be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def library_versions(distributions: Iterable[str]) -> dict[str, str]:

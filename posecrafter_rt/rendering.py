@@ -87,9 +87,10 @@ def _render_resumably(
     fingerprint = _fingerprint(avatar, target, options, fps)
     with open_partial(partial_path(video), fingerprint, outputs, force=force) as partial:
         if not partial.holds(outputs):
-            segments = avatar.iter_segments(
-                target, options, finished=partial.reports(), carried=partial.carried(), on_step=told
-            )
+            if options.segment == "auto" and partial.choice is None:
+                partial.fix(avatar.choose_segment(len(target), options))
+            segments = avatar.iter_segments(target, options, choice=partial.choice, finished=partial.reports(),
+                                            carried=partial.carried(), on_step=told)  # fmt: skip
             for segment in segments:
                 partial.save(segment.frames, segment.carried, segment.report)
             staged = output_paths(partial.folder / video.name)

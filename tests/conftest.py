@@ -30,16 +30,17 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend_name`: every backend; those that need a GPU are marked, and skipped where they cannot run."""
+    """`backend_name`: every backend; those that need a GPU or minutes are marked, and skipped where they cannot run."""
     if "backend_name" not in metafunc.fixturenames:
         return
     from posecrafter_rt.engines import get_backend, names
 
+    own_marks = {"tensorrt": [pytest.mark.gpu, pytest.mark.tensorrt], "inductor": [pytest.mark.slow]}
     marked = []
     for name in names():
         reason = get_backend(name).unsupported_reason("fp32")
-        marks = [pytest.mark.gpu, pytest.mark.tensorrt] if name == "tensorrt" else []
-        marked.append(pytest.param(name, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))]))
+        skip = pytest.mark.skipif(reason is not None, reason=str(reason))
+        marked.append(pytest.param(name, marks=[*own_marks.get(name, []), skip]))
     metafunc.parametrize("backend_name", marked, scope="module")
 
 

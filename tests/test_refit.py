@@ -296,7 +296,7 @@ def test_a_damaged_or_missing_source_is_refused(copied: Path, checkpoints: tuple
 def test_an_interrupted_refit_leaves_nothing(
     torch_engine: Path, checkpoints: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    def interrupt(stage: str) -> None:
+    def interrupt(stage: str, seconds_left: float | None) -> None:
         if stage == "vae":
             raise KeyboardInterrupt
 

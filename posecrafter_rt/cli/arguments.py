@@ -1,4 +1,4 @@
-"""Option values that are more than a word: sizes and frame ranges.
+"""Option values that are more than a word: sizes, segments and frame ranges.
 
 Layer 8: bad values are bad usage (exit code 2).
 """
@@ -6,6 +6,7 @@ Layer 8: bad values are bad usage (exit code 2).
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import typer
 
@@ -18,6 +19,15 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if match is None or not int(match[1]) or not int(match[2]):
         raise typer.BadParameter(f"{text!r} is not a size; write HEIGHTxWIDTH, such as 512x768")
     return int(match[1]), int(match[2])
+
+
+def parse_segment(text: str | None) -> int | Literal["auto"] | None:
+    """`48` → 48; `auto` and None stay."""
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
+    if not re.fullmatch(r"-?\d+", text):
+        raise typer.BadParameter(f"{text!r} is no number of frames; write one, such as 48, or auto")
+    return int(text)
 
 
 def parse_range(text: str | None) -> slice:

@@ -24,7 +24,7 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         Path | None, typer.Option("-o", "--output", help="The folder; else the checkpoint's name with .engine.")
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="auto (the fastest that runs here), tensorrt, openvino or torch.")
+        str, typer.Option(help="auto (the fastest that runs here), tensorrt, openvino, torch or inductor.")
     ] = "auto",
     precision: Annotated[
         str, typer.Option(help="auto (what the device multiplies natively), fp32, bf16 or fp16.")

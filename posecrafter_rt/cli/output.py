@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -68,14 +68,34 @@ def step_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 @contextmanager
-def stages(title: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on standard error with the stage at work; yields a function that names the next one."""
-    console = Console(stderr=True)
-    with console.status(title) as status:
+def stages(title: str) -> Iterator[Callable[[str, float | None], None]]:
+    """The stage at work on standard error, with a bar and the time left where it is known.
 
-        def on_stage(stage: str) -> None:
-            status.update(f"{title}: {stage}")
+    Yields a function of the next stage's name and of the seconds left then, or None.
+    """
+    console = Console(stderr=True)
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), console=console, transient=True
+    ) as progress:
+        task, total = progress.add_task(title, total=None), 0.0
+
+        def on_stage(stage: str, seconds_left: float | None) -> None:
+            nonlocal total
+            line = f"{title}: {stage}"
+            if seconds_left is not None:
+                total = max(total, seconds_left)
+                progress.update(task, total=total, completed=total - seconds_left)
+                line += f", about {duration_of(seconds_left)} left"
+            progress.update(task, description=line)
             if not console.is_terminal:
-                console.print(f"{title}: {stage}")
+                console.print(line)
 
         yield on_stage
+
+
+def duration_of(seconds: float) -> str:
+    """Seconds for people: `5 s`, `3 min`, `1 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

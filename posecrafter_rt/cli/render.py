@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from posecrafter_rt.cli.arguments import parse_range
+from posecrafter_rt.cli.arguments import parse_range, parse_segment
 from posecrafter_rt.cli.output import print_json, print_table, size_of, step_progress
 
 app = typer.Typer()
@@ -29,9 +29,13 @@ def render(  # noqa: PLR0913 - one argument for each option
     mode: Annotated[
         str, typer.Option(help="controlvideo, +selection, +insertion or +editing (PoseCrafter).")
     ] = "+editing",
-    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 50,
+    preset: Annotated[
+        str, typer.Option(help="exact, balanced or fast: steps, sampler and substeps, unless given.")
+    ] = "exact",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; else the preset's (exact: 50).", min=1)] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim or dpmpp; else the preset's (exact: ddim).")] = None,
     inversion_substeps: Annotated[
-        int | None, typer.Option(help="Parts of each step of the inversion; else what the base recommends.", min=1)
+        int | None, typer.Option(help="Parts of each step of the inversion; else the preset's or the base's.", min=1)
     ] = None,
     strength: Annotated[
         float | None,
@@ -43,7 +47,8 @@ def render(  # noqa: PLR0913 - one argument for each option
     tau: Annotated[int, typer.Option(help="Sampling step before which face and hands are moved.", min=1)] = 1,
     resample: Annotated[str, typer.Option(help="bilinear, nearest or unit_variance.")] = "bilinear",
     segment: Annotated[
-        int | None, typer.Option(help="Frames rendered jointly, so that memory does not grow; else the whole clip.")
+        str | None,
+        typer.Option(help="Frames rendered jointly, so that memory does not grow, or auto; else the whole clip."),
     ] = None,
     overlap: Annotated[int, typer.Option(help="Frames that neighbouring segments share and blend.")] = 4,
     person: Annotated[int | None, typer.Option(help="Which of several people in the poses, from 0.")] = None,
@@ -56,12 +61,14 @@ def render(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.avatar import Avatar
     from posecrafter_rt.poses.keypoints import PoseSequence
     from posecrafter_rt.rendering import output_paths, refuse_outputs, render_to_files
-    from posecrafter_rt.runtime.options import RenderOptions
+    from posecrafter_rt.runtime.presets import preset_options
 
     refuse_outputs(output, force)
-    options = RenderOptions(
-        mode, steps, prompt, guidance_scale, control_scale, tau, resample,  # type: ignore[arg-type]
-        inversion_substeps=inversion_substeps, strength=strength, segment=segment, overlap=overlap,
+    given = {"num_inference_steps": steps, "sampler": sampler, "inversion_substeps": inversion_substeps}
+    options = preset_options(
+        preset, mode=mode, prompt=prompt, guidance_scale=guidance_scale, conditioning_scale=control_scale, tau=tau,
+        resample=resample, strength=strength, segment=parse_segment(segment), overlap=overlap,
+        **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     target = PoseSequence.load(poses, person=person)[window]
     with Avatar.load(engine) as avatar, step_progress("loading") as on_step:
@@ -75,6 +82,7 @@ def render(  # noqa: PLR0913 - one argument for each option
         ("beside it", ", ".join(path.name for path in output_paths(output)[1:])),
         ("reference", f"training frame {report['reference_index']}, inversion {'cached' if report['inversion_cached'] else 'computed'}"),
         ("edits", f"{report['edited_regions']} regions moved, {len(report['skipped_regions'])} left (see the report)"),
+        ("approximations", ", ".join(f"{name} {value}" for name, value in report["approximations"].items()) or "none"),
         *_segments_row(report),
         ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())),
         ("memory", size_of(report["peak_rss_bytes"])),
@@ -83,8 +91,9 @@ def render(  # noqa: PLR0913 - one argument for each option
 
 def _segments_row(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What was approximated, if the clip was split."""
+    options, resumed, reason = report["options"], report["num_resumed"], report["segment_reason"]
     if report["num_segments"] == 1:
-        return []
-    options, resumed = report["options"], report["num_resumed"]
+        return [("segments", f"none: {reason}")] if reason else []
     text = f"{report['num_segments']} of {options['segment']} frames at most, {options['overlap']} shared"
-    return [("segments", f"{text}; {resumed} from an interrupted run" if resumed else text)]
+    notes = [text, *([reason] if reason else []), *([f"{resumed} from an interrupted run"] if resumed else [])]
+    return [("segments", "; ".join(notes))]

@@ -17,7 +17,7 @@ import numpy as np
 
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite
 from posecrafter_rt.avatar import Avatar
-from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.building import BuildOptions, BuildProgress, build_engine
 from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
 from posecrafter_rt.evaluate.metrics import psnr, ssim
 from posecrafter_rt.framing import side_by_side
@@ -71,7 +71,7 @@ class Demo:
             if self.force or not self.checkpoint.exists():
                 tune(self.frames[TUNING], self.poses[TUNING], self.checkpoint, self.tuning, force=True, on_step=told)
 
-    def build(self, on_stage: Callable[[str], None]) -> None:
+    def build(self, on_stage: BuildProgress) -> None:
         """Build the engine for this machine."""
         with self._timed("build"):
             build_engine(self.checkpoint, self.engine, BuildOptions(), force=True, progress=on_stage)

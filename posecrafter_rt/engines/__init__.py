@@ -11,8 +11,14 @@ from posecrafter_rt.engines.base import Backend, Engine, Precision
 from posecrafter_rt.errors import BackendUnavailable
 from posecrafter_rt.machine import cpu_has_bf16
 
-# In the order that `auto` tries them. Each answers cheaply where its library is not installed.
-_BACKENDS = {"tensorrt": "TensorRTBackend", "openvino": "OpenVinoBackend", "torch": "TorchBackend"}
+# In the order that `auto` tries them. Each answers cheaply where its library is not installed. `torch` runs everywhere,
+# so what comes after it is taken by name alone: `inductor` compiles C++ for minutes.
+_BACKENDS = {
+    "tensorrt": "TensorRTBackend",
+    "openvino": "OpenVinoBackend",
+    "torch": "TorchBackend",
+    "inductor": "InductorBackend",
+}
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 __all__ = ["PRECISIONS", "Backend", "Engine", "Precision", "choose_backend", "choose_precision", "get_backend", "names"]

@@ -21,6 +21,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # They run once a prompt or schedule, and a timestep near 1000 in 16 bits loses the phase of its sinusoids altogether.
 FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
+# Activations of Stable Diffusion's VAE are known to leave float16's range.
+BEYOND_FP16 = ("vae_encoder", "vae_decoder")
 DTYPES = {"float": torch.float32, "int64": torch.int64}  # of `spec`, at the boundary
 Progress = Callable[[str], None]  # told the name of each stage as it begins
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posecrafter_rt.config import cache_dir
-from posecrafter_rt.engines.base import FULL_PRECISION, TORCH_DTYPES, Engine, Precision, Progress
+from posecrafter_rt.engines.base import BEYOND_FP16, FULL_PRECISION, TORCH_DTYPES, Engine, Precision, Progress
 from posecrafter_rt.engines.refit import (
     GRAPHS_FILE,
     WITHOUT,
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 INSTALL = {"tensorrt": "'tensorrt-cu13>=11.4'", "triton": "triton", "onnx": "onnx", "onnxscript": "onnxscript"}
 MIN_VERSION = (11, 4)  # earlier ones read a plugin's attributes in a way that newer NumPy refuses
 MIN_CAPABILITY = (8, 0)
-# Activations of Stable Diffusion's VAE are known to leave float16's range; TF32 has float16's mantissa and no such end.
-BEYOND_FP16 = ("vae_encoder", "vae_decoder")
 DESCRIPTION = "tensorrt.json"
 TIMING_CACHE = "timing.cache"
 # Of a refitted network to its module in float32, four times what the tests allow a built one: TensorRT 11.3.0 is known
@@ -59,7 +57,7 @@ def network_precision(name: str, precision: Precision) -> tuple[Precision, bool]
     if name in FULL_PRECISION:
         return "fp32", False
     if name in BEYOND_FP16 and precision == "fp16":
-        return "fp32", True
+        return "fp32", True  # TF32 has float16's mantissa and no end of its range
     return precision, False
 
 

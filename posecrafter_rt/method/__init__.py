@@ -1,10 +1,11 @@
 """The method's mathematics as pure functions of arrays and tensors; those on tensors are resolved on first use.
 
-Layer 1: numpy and the keypoint layout on import; torch only once a name of `ddim.py` is asked for.
+Layer 1: numpy and the keypoint layout on import; torch only once a name of `ddim.py` or `dpmpp.py` is asked for.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from posecrafter_rt.method.affine import fit_affine
@@ -15,17 +16,23 @@ from posecrafter_rt.method.sequence import insert_reference
 
 if TYPE_CHECKING:
     from posecrafter_rt.method.ddim import DDIMSchedule, ddim_invert, ddim_sample, ddim_step
+    from posecrafter_rt.method.dpmpp import DPMSchedule, dpmpp_sample
 
-_FROM_DDIM = ("DDIMSchedule", "ddim_invert", "ddim_sample", "ddim_step")
+_NEEDS_TORCH = {
+    "ddim": ("DDIMSchedule", "ddim_invert", "ddim_sample", "ddim_step"),
+    "dpmpp": ("DPMSchedule", "dpmpp_sample"),
+}
 
 __all__ = [
     "REGIONS",
     "DDIMSchedule",
+    "DPMSchedule",
     "EditPlan",
     "SkippedRegion",
     "ddim_invert",
     "ddim_sample",
     "ddim_step",
+    "dpmpp_sample",
     "fit_affine",
     "insert_reference",
     "medoid_reference",
@@ -38,8 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_DDIM:
-        from posecrafter_rt.method import ddim
-
-        return getattr(ddim, name)
+    for module, names in _NEEDS_TORCH.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

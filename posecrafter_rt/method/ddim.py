@@ -20,6 +20,9 @@ from posecrafter_rt.errors import ModelError, PoseCrafterError, ShapeError
 Denoise = Callable[[Tensor, int, int], Tensor]
 """(latents, index into `timesteps(num_inference_steps)`, timestep) -> noise prediction, the shape of latents."""
 
+OnStep = Callable[[int, Tensor], Tensor]
+"""(index, latents before that step) -> what is denoised in their place."""
+
 Coefficients = tuple[float, float]
 """One step is `c_latents * latents + c_prediction * noise_pred`."""
 
@@ -133,8 +136,7 @@ class DDIMSchedule:
 
         The model is asked at `to`, the noisier end, as diffusers' inverse scheduler and ControlVideo ask it.
         Args:
-            substeps: parts into which each of them is divided, as far as there are timesteps between; the step from the
-                clean end stays whole.
+            substeps: parts into which each of them is divided, as far as there are timesteps between.
             start_step: the first step that sampling will do; the inversion ends there.
         Returns: int64 (steps, 2); `from` < 0 is clean; the last `to` is the timestep of `start_step`.
         Raises: PoseCrafterError for fewer than one substep, or a start outside 0..num_inference_steps - 1.
@@ -148,8 +150,9 @@ class DDIMSchedule:
             )
         divided = []
         for start, end in self.sampling_pairs(num_inference_steps)[start_step:][::-1, ::-1].tolist():
-            parts = 1 if start < 0 else min(substeps, end - start)
-            stops = np.linspace(start, end, parts + 1).round().astype(np.int64)
+            parts = max(1, min(substeps, end - max(start, 0)))
+            stops = np.linspace(max(start, 0), end, parts + 1).round().astype(np.int64)
+            stops[0] = start
             divided.append(np.stack([stops[:-1], stops[1:]], axis=1))
         return np.concatenate(divided)
 
@@ -169,16 +172,22 @@ class DDIMSchedule:
         pairs = self.inversion_pairs(num_inference_steps, substeps, start_step)
         return [self._coefficients(*pair) for pair in pairs.tolist()]
 
+    def clean_coefficients(self, timestep: int) -> Coefficients:
+        """Of x_0, as the prediction at a timestep has it: c_latents * latents + c_prediction * noise_pred."""
+        return self._transfer(self.scales(timestep), (1.0, 0.0))
+
     def _coefficients(self, start: int, end: int) -> Coefficients:
+        return self._transfer(self.scales(start), self.scales(end))
+
+    def _transfer(self, scales: tuple[float, float], next_scales: tuple[float, float]) -> Coefficients:
         """Of x' = sqrt(a') x_0 + sqrt(1 - a') eps, with x_0 and eps written out in the latents and the prediction."""
-        signal, noise = self._scales(start)
-        next_signal, next_noise = self._scales(end)
+        (signal, noise), (next_signal, next_noise) = scales, next_scales
         if self.prediction_type == "epsilon":  # x_0 = (x - noise * eps) / signal
             return next_signal / signal, next_noise - next_signal * noise / signal
         # x_0 = signal * x - noise * v, eps = noise * x + signal * v
         return next_signal * signal + next_noise * noise, next_noise * signal - next_signal * noise
 
-    def _scales(self, timestep: int) -> tuple[float, float]:
+    def scales(self, timestep: int) -> tuple[float, float]:
         """(sqrt(a), sqrt(1 - a)) at a timestep; a negative one is the clean end."""
         level = 1.0 if timestep < 0 and self.set_alpha_to_one else float(self.alphas_cumprod[max(timestep, 0)])
         return math.sqrt(level), math.sqrt(1.0 - level)
@@ -243,7 +252,7 @@ def ddim_sample(
     num_inference_steps: int,
     *,
     start_step: int = 0,
-    on_step: Callable[[int, Tensor], Tensor] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Denoise latents deterministically (DDIM, eta = 0).
 
@@ -261,17 +270,36 @@ def ddim_sample(
     Raises: PoseCrafterError for an impossible step count or start; ShapeError if the prediction has another shape.
     """
     coefficients = schedule.sampling_coefficients(num_inference_steps)
+
+    def step(index: int, state: Tensor, noise_pred: Tensor) -> Tensor:
+        return ddim_step(state, noise_pred, coefficients[index])
+
     timesteps = schedule.timesteps(num_inference_steps).tolist()
-    if not 0 <= start_step <= num_inference_steps:
+    return walk(denoise, latents, timesteps, step, start_step=start_step, on_step=on_step)
+
+
+def walk(
+    denoise: Denoise,
+    latents: Tensor,
+    timesteps: list[int],
+    step: Callable[[int, Tensor, Tensor], Tensor],
+    *,
+    start_step: int = 0,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """The loop of every sampler; see `ddim_sample`.
+
+    Args: step: (index, latents before it in the arithmetic's dtype, noise prediction) -> latents after it.
+    """
+    if not 0 <= start_step <= len(timesteps):
         raise PoseCrafterError(
-            f"sampling was to start at step {start_step} of {num_inference_steps}",
-            hint=f"give 0 to {num_inference_steps}",
+            f"sampling was to start at step {start_step} of {len(timesteps)}", hint=f"give 0 to {len(timesteps)}"
         )
     state = latents.to(_arithmetic_dtype(latents), copy=True)  # the hook may edit in place
-    for index in range(start_step, num_inference_steps):
+    for index in range(start_step, len(timesteps)):
         if on_step is not None:
             state = on_step(index, state).to(state.dtype)
-        state = ddim_step(state, denoise(state.to(latents.dtype), index, timesteps[index]), coefficients[index])
+        state = step(index, state, denoise(state.to(latents.dtype), index, timesteps[index]))
     return state.to(latents.dtype)
 
 

@@ -5,11 +5,12 @@ Layer 5.
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from posecrafter_rt.atomic import atomic_path, sha256_json
@@ -26,14 +27,21 @@ class InversionCache:
         return self.folder / f"{sha256_json(key)}.safetensors"
 
     def load(self, key: dict[str, Any]) -> Tensor | None:
-        """The inverted latents (4, h, w) float32, or None when absent or unreadable (then they are computed anew)."""
+        """The inverted latents (4, h, w) float32, or None when absent or damaged (then they are computed anew)."""
         try:
-            return load_file(self.path(key))["inverted_latents"]
-        except (OSError, SafetensorError, KeyError):
+            with safe_open(self.path(key), "pt") as file:
+                inverted_latents, digest = file.get_tensor("inverted_latents"), (file.metadata() or {}).get("sha256")
+        except (OSError, SafetensorError):
             return None
+        return inverted_latents if digest == _digest(inverted_latents) else None
 
     def save(self, key: dict[str, Any], inverted_latents: Tensor) -> None:
         """Write atomically. Raises DiskFull."""
         self.folder.mkdir(exist_ok=True)
         with atomic_path(self.path(key)) as temporary:
-            save_file({"inverted_latents": inverted_latents.contiguous()}, temporary)
+            tensors = {"inverted_latents": inverted_latents.contiguous()}
+            save_file(tensors, temporary, metadata={"sha256": _digest(inverted_latents)})
+
+
+def _digest(tensor: Tensor) -> str:
+    return sha256(tensor.cpu().numpy().tobytes()).hexdigest()

@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method.editing import DEFAULT_REGIONS, REGIONS
-from posecrafter_rt.runtime.segments import check_split
+from posecrafter_rt.runtime.segments import check_split, least_segment
 
 MODES = ("controlvideo", "+selection", "+insertion", "+editing")
 Resample = Literal["bilinear", "nearest", "unit_variance"]
+Sampler = Literal["ddim", "dpmpp"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class RenderOptions:
 
     mode: the method's four stages, each containing those before it: `controlvideo` (training frame 0 is the reference,
         nothing inserted or edited), `+selection` (Eq. 5), `+insertion`, `+editing` (PoseCrafter).
-    num_inference_steps: of DDIM sampling, and of the inversion.
+    num_inference_steps: of sampling, and of the inversion.
     prompt: the target prompt; None: the prompt of tuning. The source prompt of the inversion is always that of tuning.
     guidance_scale: 1 needs no unconditional pass; 3 suits attribute edits by prompt.
     conditioning_scale: weight of the ControlNet residuals.
@@ -34,9 +35,11 @@ class RenderOptions:
     strength: partial inversion: the share of the steps that is walked, in (0, 1]. Below 1 the reference is inverted only
         to the step where sampling then starts, so less of it is lost and less time is spent; 1 is the paper's. None: what
         the base recommends.
+    sampler: `ddim`, the paper's, or `dpmpp`: DPM-Solver++ of second order, which needs fewer steps. The inversion is DDIM's
+        in either's timesteps, and ends where the sampler starts.
     segment: render at most so many frames jointly, each segment with the inserted reference as its key frame: memory then
         does not grow with the clip, but frames attend to their own segment only, which is an approximation. None: the
-        whole clip jointly, exact. A clip that fits into one segment is exact, too.
+        whole clip jointly, exact. A clip that fits into one segment is exact, too. `auto`: as many as free memory takes.
     overlap: frames that neighbouring segments share, at most a third of a segment; their clean latents are blended.
     """
 
@@ -50,14 +53,16 @@ class RenderOptions:
     regions: tuple[str, ...] = DEFAULT_REGIONS
     inversion_substeps: int | None = None
     strength: float | None = None
-    segment: int | None = None
+    sampler: Sampler = "ddim"
+    segment: int | Literal["auto"] | None = None
     # The ramp then goes from one segment to the next in five steps of a fifth, over 1/5 s of video at 25 frames/s, and
     # each seam costs 4 frames that are rendered twice: a fifth more work in segments of 24, a thirtieth in those of 124.
     overlap: int = 4
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise PoseCrafterError(f"unknown mode {self.mode!r}", f"choose one of {', '.join(MODES)}")
+        for name, choices in {"mode": MODES, "resample": get_args(Resample), "sampler": get_args(Sampler)}.items():
+            if getattr(self, name) not in choices:
+                raise PoseCrafterError(f"unknown {name} {getattr(self, name)!r}", f"choose one of {', '.join(choices)}")
         if self.num_inference_steps < 1:
             raise PoseCrafterError(f"{self.num_inference_steps} denoising steps", "give 1 or more")
         if self.inversion_substeps is not None and self.inversion_substeps < 1:
@@ -71,10 +76,6 @@ class RenderOptions:
             raise PoseCrafterError(f"guidance scale {self.guidance_scale}", "give 1 (no guidance) or more")
         if not math.isfinite(self.conditioning_scale):
             raise PoseCrafterError(f"conditioning scale {self.conditioning_scale}", "give a number; 1 is the paper's")
-        if self.resample not in get_args(Resample):
-            raise PoseCrafterError(
-                f"unknown resample {self.resample!r}", f"choose one of {', '.join(get_args(Resample))}"
-            )
         if unknown := sorted(set(self.regions) - set(REGIONS)):
             raise PoseCrafterError(f"unknown region {unknown[0]!r}", f"choose of {', '.join(REGIONS)}")
         self._check_segments()
@@ -82,7 +83,10 @@ class RenderOptions:
     def _check_segments(self) -> None:
         if self.segment is None:
             return
-        check_split(self.segment, self.overlap)
+        segment = least_segment(self.overlap) if self.segment == "auto" else self.segment
+        if not isinstance(segment, int):
+            raise PoseCrafterError(f"segments of {segment!r} frames", "give a number, or auto")
+        check_split(segment, self.overlap)
         if not self.inserts:
             # Each segment would take its own first frame as key frame: nothing would hold them together.
             raise PoseCrafterError(f"mode {self.mode} cannot be rendered in segments: no key frame is common to them",

@@ -22,6 +22,7 @@ from torch import Tensor
 from posecrafter_rt.atomic import atomic_path, sha256_file
 from posecrafter_rt.errors import OutputExists, PoseCrafterError
 from posecrafter_rt.runtime.report import SegmentReport
+from posecrafter_rt.runtime.segments import SegmentChoice
 from posecrafter_rt.video_io import decode_png, encode_png
 
 STATE = "state.json"
@@ -31,10 +32,20 @@ class PartialRender:
     """The folder of one unfinished render; see `open_partial`.
 
     hashes: of the files of its finished segments, in order. staged: whether all outputs lay in the folder, whole.
+    choice: what was chosen for segments of `auto`, which every run of the same render keeps to.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, hashes: list[str], staged: bool = False) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: str, hashes: list[str], staged: bool = False,
+        choice: SegmentChoice | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.fingerprint, self.hashes, self.staged = folder, fingerprint, hashes, staged
+        self.choice = choice
+
+    def fix(self, choice: SegmentChoice) -> None:
+        """Keep what was chosen for segments of `auto`; to be called before the first of them is saved."""
+        self.choice = choice
+        self._write_state()
 
     def save(self, frames: Iterable[np.ndarray], carried: Tensor, report: SegmentReport) -> None:
         """Add the next segment: its frames as PNG, what it carries to the one after, and its report.
@@ -109,7 +120,7 @@ class PartialRender:
             return file.metadata()
 
     def _write_state(self) -> None:
-        state = {"fingerprint": self.fingerprint, "segments": self.hashes, "staged": self.staged}
+        state = {"fingerprint": self.fingerprint, "segments": self.hashes, "staged": self.staged, "choice": self.choice}
         with atomic_path(self.folder / STATE) as temporary:
             temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
@@ -133,7 +144,9 @@ def open_partial(
         if state is None:
             _refuse_foreign(folder)
         elif state["fingerprint"] == fingerprint:
-            partial = PartialRender(folder, fingerprint, state["segments"], state["staged"])
+            choice = state.get("choice")
+            partial = PartialRender(folder, fingerprint, state["segments"], state["staged"],
+                                    None if choice is None else SegmentChoice(*choice))  # fmt: skip
         elif not force:
             raise OutputExists(f"{folder} holds an unfinished render with another engine, other poses or other options",
                                "give the same ones to finish it, or --force to throw it away")  # fmt: skip

@@ -19,8 +19,6 @@ from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import RenderOptions
 
-POSES_PER_CALL = 16
-
 
 @dataclass(frozen=True)
 class Tables:
@@ -60,10 +58,10 @@ def prepare_tables(engines: Mapping[str, Engine], timesteps: np.ndarray, input_i
 
 
 def embed_poses(engines: Mapping[str, Engine], poses: PoseSequence, size: tuple[int, int]) -> Tensor:
-    """Draw poses at `size` and embed them, a few at a time: (N, C, h, w)."""
+    """Draw poses at `size` and embed them, one at a time as frames are decoded: (N, C, h, w)."""
     pictures = torch.from_numpy(draw_poses(poses, size)).permute(0, 3, 1, 2)
     parts = [engines["pose_embedding"](controlnet_cond=part.float().div(255))["pose_embeddings"].clone()
-             for part in pictures.split(POSES_PER_CALL)]  # fmt: skip
+             for part in pictures.split(1)]  # fmt: skip
     return torch.cat(parts)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.method import EditPlan
 from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.presets import approximations
 from posecrafter_rt.runtime.segments import Segment
 
 
@@ -59,13 +60,15 @@ class RenderReport(SegmentReport):
     """Of a whole render: the sums over its segments, the largest resident memory, and what they have in common.
 
     num_segments: 1: the clip was rendered jointly. num_resumed: those that an earlier, interrupted run had finished.
-    reference_index: which training frame was inverted. inversion_cached: whether it was read from the cache.
+    segment_reason: how `segment="auto"` came to the number in `options`. reference_index: which training frame was
+    inverted. inversion_cached: whether it was read from the cache.
     """
 
     options: RenderOptions
     num_frames: int
     num_segments: int = 1
     num_resumed: int = 0
+    segment_reason: str | None = None
     reference_index: int = 0
     inversion_cached: bool = False
 
@@ -79,4 +82,5 @@ class RenderReport(SegmentReport):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for report.json."""
-        return {**super().to_json(), "options": vars(self.options)}
+        named = approximations(self.options, self.num_segments)
+        return {**super().to_json(), "options": vars(self.options), "approximations": named}

@@ -21,6 +21,13 @@ class Segment(NamedTuple):
     settled: int
 
 
+class SegmentChoice(NamedTuple):
+    """What `segment="auto"` became, and why, as the report says it."""
+
+    segment: int
+    reason: str
+
+
 def check_split(segment: int, overlap: int) -> None:
     """Raises PoseCrafterError unless segments of at most `segment` frames can share `overlap` with each neighbour."""
     if segment < 1:
@@ -30,8 +37,13 @@ def check_split(segment: int, overlap: int) -> None:
     if not 0 <= overlap <= segment // 3:
         raise PoseCrafterError(
             f"segments of {segment} frames cannot share {overlap} with each neighbour",
-            f"give an overlap of 0 to {segment // 3}, or segments of {max(1, 3 * overlap)} frames or more",
+            f"give an overlap of 0 to {segment // 3}, or segments of {least_segment(overlap)} frames or more",
         )
+
+
+def least_segment(overlap: int) -> int:
+    """Frames of the shortest segments that can share `overlap` with each neighbour."""
+    return max(1, 3 * overlap)
 
 
 def split_clip(num_frames: int, segment: int | None, overlap: int) -> list[Segment]:

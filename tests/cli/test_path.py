@@ -78,6 +78,12 @@ def test_building_again_is_nothing_to_do(workshop: Path) -> None:
     assert json.loads(result.stdout)["was_current"] is True
 
 
+def test_a_later_build_of_the_kind_tells_the_time_left(workshop: Path, tmp_path: Path) -> None:
+    result = ok("build-engine", workshop / "tuned.ckpt", "-o", tmp_path / "again.engine", "--backend", "torch",
+                "--precision", "fp32")  # fmt: skip
+    assert "loading the base, about" in result.stderr and "of memory" in result.stdout
+
+
 def test_inspect_shows_engine_and_checkpoint(workshop: Path) -> None:
     assert "torch" in ok("inspect", workshop / "tuned.engine").output
     ok("inspect", workshop / "tuned.ckpt")

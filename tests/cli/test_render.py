@@ -8,27 +8,54 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
+from posecrafter_rt import avatar
+from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.cli.main import app
+from posecrafter_rt.engines.torch import TorchEngine
 from posecrafter_rt.framing import contact_sheet
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.memory import KEPT_LENGTHS, USED_SHARE
+from posecrafter_rt.runtime.partial import read_state
+from posecrafter_rt.runtime.presets import PRESETS
 from posecrafter_rt.tuning import TuneOptions, tune
 from posecrafter_rt.video_io import VideoWriter, read_video
 
 ROOT = Path(__file__).parents[2]
-SIZE, COUNT, SEGMENTS = (32, 32), 14, 3
-# Runs the command once for each moment, in a process of its own that kills itself (SIGKILL: nothing is cleaned up) at
-# the n-th call of a function. Forked from one that has only imported what takes long to import.
-VICTIMS = """
-import json, os, pkgutil, signal, sys
+SIZE, COUNT, SEGMENTS, SEED = (32, 32), 14, 3, 3
+# What the scripts below begin with: processes that run the command, forked from one that has only imported what takes long
+# to import.
+FORKS = """
+import hashlib, json, os, pathlib, pkgutil, random, signal, sys, time
 import posecrafter_rt.rendering
 from posecrafter_rt.cli.main import main
 
+def start(*command, prepare=lambda: None):
+    victim = os.fork()
+    if not victim:
+        os.dup2(2, 1)
+        sys.argv = ["posecrafter-rt", *command]
+        prepare()
+        main()
+    return victim
+
+def wait(victim):
+    return os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1])
+
+def finished(output):
+    state = pathlib.Path(output + ".partial/state.json")
+    return len(json.loads(state.read_text())["segments"]) if state.exists() else None
+"""
+# Runs the command once for each moment, in a process that kills itself (SIGKILL: nothing is cleaned up) at the n-th call
+# of a function.
+VICTIMS = f"""{FORKS}
 def die_at(target, moment):
     owner, name = target.rsplit(".", 1)
     original, calls = pkgutil.resolve_name(target), []
@@ -39,16 +66,42 @@ def die_at(target, moment):
         return original(*args, **kwargs)
     setattr(pkgutil.resolve_name(owner), name, killed)
 
-output, moments, sys.argv = sys.argv[1], json.loads(sys.argv[2]), ["posecrafter-rt", *sys.argv[3:]]
-for target, call in moments:
-    victim = os.fork()
-    if not victim:
-        die_at(target, call)
-        main()
-    status = os.waitpid(victim, 0)[1]
-    with open(output + ".partial/state.json") as state:
-        finished = len(json.load(state)["segments"])
-    print(json.dumps([os.waitstatus_to_exitcode(status), finished, os.path.exists(output)]), flush=True)
+output, moments, *command = sys.argv[1:]
+for target, call in json.loads(moments):
+    status = wait(start(*command, prepare=lambda: die_at(target, call)))
+    print(json.dumps([status, finished(output), os.path.exists(output)]), flush=True)
+"""
+# Kills the command from outside until it was killed so many times, at moments drawn from what the faster of two unbroken runs
+# takes (the first one fills the system's caches). Each time the inversion is to be computed anew. A render that is done in
+# spite of it makes way for the next one. Prints after each: whether it was killed, how many segments are finished, and the
+# hashes of the outputs that are in place.
+CHAOS = f"""{FORKS}
+seed, kills, output, inversions, *command = sys.argv[1:]
+places = [pathlib.Path(output).with_suffix(suffix) for suffix in (".mp4", ".png", ".report.json")]
+rng, killed, spans = random.Random(int(seed)), 0, []
+while killed < int(kills):
+    for file in pathlib.Path(inversions).glob("*"):
+        file.unlink()
+    begin, victim = time.monotonic(), start(*command)
+    if len(spans) == 2:
+        time.sleep(rng.uniform(0, min(spans)))
+        os.kill(victim, signal.SIGKILL)
+    status = wait(victim)
+    if len(spans) < 2:
+        spans.append(time.monotonic() - begin)
+    killed += status == -signal.SIGKILL
+    hashes = {{place.name: hashlib.sha256(place.read_bytes()).hexdigest() for place in places if place.exists()}}
+    print(json.dumps([status, finished(output), hashes]), flush=True)
+    if status not in (0, -signal.SIGKILL):
+        break
+    if finished(output) is None:
+        for place in places:
+            place.unlink(missing_ok=True)
+"""
+# Two renders by one avatar at the same time, its cache of inversions empty.
+PAIR = f"""{FORKS}
+first, second, *command = sys.argv[1:]
+print(json.dumps([wait(victim) for victim in [start(*command, "-o", output) for output in (first, second)]]))
 """
 # Where each dies, and then: how many segments are finished, and whether the video is in its place.
 MOMENTS = {
@@ -96,17 +149,22 @@ def unbroken(workshop: Path) -> Path:
     return workshop / "unbroken"
 
 
+def run_script(script: str, *arguments: object) -> tuple[list[list[Any]], str]:
+    """Run one of the scripts above; returns the lines that it printed, and what it and its processes said otherwise."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
 def test_kill_9_at_any_moment_and_the_same_command_gives_the_same_bytes(
     workshop: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out.mp4"
     moments = json.dumps([moment[:2] for moment in MOMENTS.values()])
-    victims = subprocess.run(
-        [sys.executable, "-c", VICTIMS, str(output), moments, *command(workshop, output)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)  # fmt: skip
-    seen = [tuple(json.loads(line)) for line in victims.stdout.splitlines()]
-    expected = [(-signal.SIGKILL, *moment[2:]) for moment in MOMENTS.values()]
-    assert dict(zip(MOMENTS, seen, strict=False)) == dict(zip(MOMENTS, expected, strict=True)), victims.stderr
+    seen, messages = run_script(VICTIMS, output, moments, *command(workshop, output))
+    expected = [[-signal.SIGKILL, *moment[2:]] for moment in MOMENTS.values()]
+    assert dict(zip(MOMENTS, seen, strict=False)) == dict(zip(MOMENTS, expected, strict=True)), messages
     result = run(*command(workshop, output))
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "out.png", "out.report.json"]
@@ -117,6 +175,111 @@ def test_kill_9_at_any_moment_and_the_same_command_gives_the_same_bytes(
     for name in ("num_frames", "num_segments", "reference_index", "edited_regions", "skipped_regions", "options"):
         assert report[name] == whole[name], name
     assert set(report["seconds"]) == {"prepare", "invert", "denoise", "decode"}
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_leave_nothing_half_done_and_the_same_bytes(
+    workshop: Path, unbroken: Path, tmp_path: Path, kills: int
+) -> None:
+    """At any instruction, of the interpreter or of a library: while a cache, a segment or the video is written, too."""
+    output = tmp_path / "out.mp4"
+    expected = {name: sha256_file(unbroken / name) for name in ("out.mp4", "out.png")}
+    seen, messages = run_script(CHAOS, SEED, kills, output, workshop / "tuned.engine" / "inversions",
+                                *command(workshop, output))  # fmt: skip
+    assert [status for status, *_ in seen].count(-signal.SIGKILL) == kills, messages
+    assert [status for status, *_ in seen[:2]] == [0, 0], "these are not killed: they tell how long a run takes"
+    for status, finished, hashes in seen:
+        assert {name: hashes[name] for name in expected if name in hashes}.items() <= expected.items()
+        assert set(hashes) == {*expected, "out.report.json"} if finished is None and hashes else status != 0
+    if kills == 50:
+        assert any(finished for _, finished, _ in seen), "no run was killed with segments finished"
+    if seen[-1][1] is not None or not seen[-1][2]:
+        result = run(*command(workshop, output))
+        assert result.exit_code == 0, result.output
+        assert {name: sha256_file(tmp_path / name) for name in expected} == expected
+        json.loads((tmp_path / "out.report.json").read_text())
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "out.png", "out.report.json"]
+
+
+def test_two_renders_by_one_avatar_at_once_do_not_disturb_each_other(
+    workshop: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    inversions = workshop / "tuned.engine" / "inversions"
+    for file in inversions.iterdir():
+        file.unlink()
+    outputs = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+    seen, messages = run_script(PAIR, *outputs, *command(workshop, tmp_path / "later.mp4"))
+    assert seen == [[0, 0]], messages
+    for output in outputs:
+        assert output.read_bytes() == (unbroken / "out.mp4").read_bytes()
+    assert [file.suffix for file in inversions.iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize(("network", "moment"), [("unet", 3), ("vae_decoder", 5)])
+def test_a_render_that_runs_out_of_memory_says_so_and_keeps_what_is_finished(
+    workshop: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, moment: int
+) -> None:
+    """At the first call of a network for the second segment; each takes 2 steps, and the first settles 4 frames."""
+    output = tmp_path / "out.mp4"
+    original, calls = TorchEngine.__call__, []
+
+    def starved(engine: TorchEngine, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        is_inversion = network == "unet" and len(inputs.get("latents", ())) == 1
+        if engine.spec.name == network and not is_inversion:
+            calls.append(1)
+            if len(calls) == moment:
+                torch.empty(1 << 60, dtype=torch.uint8)  # more than any address space holds
+        return original(engine, **inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEngine, "__call__", starved)
+        result = run(*command(workshop, output))
+    assert result.exit_code == 1 and result.stderr.count("error: memory ran out") == 1
+    assert "hint: free some memory and run the same command again" in result.stderr
+    state = read_state(tmp_path / "out.mp4.partial")
+    assert state is not None and len(state["segments"]) == 1
+    again = run(*command(workshop, output))
+    assert again.exit_code == 0 and "1 from an interrupted run" in again.output
+    assert output.read_bytes() == (unbroken / "out.mp4").read_bytes()
+
+
+def give_memory(monkeypatch: pytest.MonkeyPatch, workshop: Path, num_frames: int) -> None:
+    """Let the system say that so much is free that segments of `num_frames` fit, no longer ones, nor twice that jointly."""
+    with avatar.Avatar.load(workshop / "tuned.engine") as loaded:
+        room = loaded._room(loaded.resolve())
+    free = (room.reserved + KEPT_LENGTHS * room.per_frame * (num_frames + 1.2)) / USED_SHARE
+    monkeypatch.setattr(avatar, "free_bytes", lambda device_type: int(free))
+
+
+def test_automatic_segments_stay_as_they_were_chosen_when_a_render_is_resumed(
+    workshop: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.mp4"
+    automatic = command(workshop, output, "--segment", "auto")
+    give_memory(monkeypatch, workshop, 6)
+    result = interrupt(monkeypatch, *automatic)
+    assert result.exit_code == 130
+    give_memory(monkeypatch, workshop, 9)
+    again = run(*automatic)
+    assert again.exit_code == 0 and f"{SEGMENTS} of 6 frames at most, 2 shared; 6 frames fit, at" in again.output
+    assert output.read_bytes() == (unbroken / "out.mp4").read_bytes()
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert report["options"]["segment"] == 6 and report["num_resumed"] == SEGMENTS
+    assert report["segment_reason"].startswith("6 frames fit")
+    assert run(*automatic, "--force").exit_code == 0
+    assert json.loads((tmp_path / "out.report.json").read_text())["options"]["segment"] == COUNT  # it fits jointly
+
+
+def test_a_joint_render_that_will_hardly_fit_is_announced(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    give_memory(monkeypatch, workshop, 3)
+    joint = ["render", workshop / "tuned.engine", "--poses", workshop / "poses.json", "--steps", 1]
+    result = run(*joint, "-o", tmp_path / "a.mp4")
+    assert result.exit_code == 0 and len(caplog.records) == 1 and "--segment auto" in caplog.text
+    caplog.clear()
+    result = run(*joint, "-o", tmp_path / "b.mp4", "--segment", "auto", "--overlap", 1)
+    assert result.exit_code == 0 and not caplog.records and "of 3 frames at most, 1 shared" in result.output
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Result:
@@ -178,6 +341,12 @@ def test_the_sheet_of_a_stream_is_that_of_all_its_frames(
     assert len(read_video(tmp_path / "a.mp4")) == COUNT
 
 
+def test_segments_of_no_number_are_bad_usage(workshop: Path, tmp_path: Path) -> None:
+    result = run(*command(workshop, tmp_path / "out.mp4", "--segment", "some"))
+    assert result.exit_code == 2 and "'some' is no number of frames" in result.output
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("more", "named"), [(["--segment", 0], "segments of 0 frames"),
                                              (["--segment", 5], "give an overlap of 0 to 1"),
                                              (["--mode", "+selection"], "no key frame is common")])  # fmt: skip
@@ -187,3 +356,13 @@ def test_bad_segments_are_one_clear_line_and_write_nothing(
     result = run(*command(workshop, tmp_path / "out.mp4", *more))
     assert result.exit_code == 1 and named in result.output.replace("\n", " ")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_given_beside_a_preset_overrules_it(workshop: Path, tmp_path: Path) -> None:
+    result = run("render", workshop / "tuned.engine", "--poses", workshop / "poses.json", "--range", "0:2",
+                 "-o", tmp_path / "out.mp4", "--preset", "fast", "--sampler", "ddim", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    steps = PRESETS["fast"]["num_inference_steps"]
+    for report in (json.loads(result.stdout), json.loads((tmp_path / "out.report.json").read_text())):
+        assert (report["options"]["sampler"], report["options"]["num_inference_steps"]) == ("ddim", steps)
+        assert report["approximations"] == {"num_inference_steps": steps}

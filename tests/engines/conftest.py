@@ -1,13 +1,16 @@
-"""The tiny base as an OpenVINO folder, built once."""
+"""The tiny base as an OpenVINO folder, and its decoder compiled by AOTInductor, built once."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from posecrafter_rt.engines.inductor import InductorBackend
 from posecrafter_rt.engines.openvino import OpenVinoBackend
 from posecrafter_rt.models.loading import PoseModel, load_base
+from posecrafter_rt.spec import network_specs
 
 
 @pytest.fixture(scope="session")
@@ -24,4 +27,18 @@ def openvino_networks(plain_model: PoseModel, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("openvino") / "networks"
     folder.mkdir()
     OpenVinoBackend().build(plain_model, plain_model.architecture(), folder, "fp32", lambda stage: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inductor_decoder(plain_model: PoseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `InductorBackend.build` writes of the decoder for 32 × 32 pixels; do not write to it.
+
+    The cheapest network that is worth it: to compile all takes minutes.
+    """
+    folder = tmp_path_factory.mktemp("inductor") / "networks"
+    folder.mkdir()
+    arch = replace(plain_model.architecture(), size=(32, 32))
+    network, spec = plain_model.networks()["vae_decoder"], network_specs(arch)["vae_decoder"]
+    InductorBackend().build_network(network, spec, arch, folder, "fp32")
     return folder

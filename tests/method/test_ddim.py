@@ -282,8 +282,9 @@ def test_a_finer_inversion_passes_through_the_samplers_timesteps(spacing: str) -
     schedule = DDIMSchedule.from_config({**SD15, "timestep_spacing": spacing})
     plain, fine = schedule.inversion_pairs(20), schedule.inversion_pairs(20, 4)
     assert np.array_equal(plain, schedule.sampling_pairs(20)[::-1, ::-1])
-    assert len(fine) == 1 + 19 * 4 and np.array_equal(fine[0], plain[0])  # the step from the clean end stays whole
-    assert np.array_equal(fine[1::4, 0], plain[1:, 0]) and np.array_equal(fine[4::4, 1], plain[1:, 1])
+    first = 4 if spacing == "trailing" else 1  # the others have no timesteps between the clean end and the last one
+    assert len(fine) == first + 19 * 4 and fine[0, 0] == plain[0, 0] and fine[first - 1, 1] == plain[0, 1]
+    assert np.array_equal(fine[first::4, 0], plain[1:, 0]) and np.array_equal(fine[first + 3 :: 4, 1], plain[1:, 1])
     assert (np.diff(fine) > 0).all() and (np.diff(fine[:, 1]) > 0).all()
     assert np.array_equal(schedule.inversion_timesteps(20, 4), fine[::-1, 1])
     assert len(schedule.inversion_pairs(20, 10**6)) <= 1000  # no finer than the timesteps are

@@ -12,6 +12,7 @@ import torch
 from posecrafter_rt.errors import OutputExists, PoseCrafterError
 from posecrafter_rt.runtime.partial import STATE, PartialRender, open_partial, read_state
 from posecrafter_rt.runtime.report import SegmentReport
+from posecrafter_rt.runtime.segments import SegmentChoice
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (7, 9, 12, 3), np.uint8)
 CARRIED = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -61,6 +62,19 @@ def test_a_segment_that_carries_nothing(folder: Path, outputs: list[Path]) -> No
         partial.save(FRAMES[:1], CARRIED[:0], report(0))
         carried = partial.carried()
         assert carried is not None and carried.shape == (0, 4, 3, 3)
+
+
+def test_what_was_chosen_for_automatic_segments_is_kept(folder: Path, outputs: list[Path]) -> None:
+    choice = SegmentChoice(6, "6 frames fit")
+    with pytest.raises(KeyboardInterrupt), open_partial(folder, "a", outputs) as partial:
+        assert partial.choice is None
+        partial.fix(choice)
+        save_two(partial)
+        raise KeyboardInterrupt
+    with open_partial(folder, "a", outputs) as partial:
+        assert partial.choice == choice and len(partial.reports()) == 2
+    with open_partial(folder, "b", outputs, force=True) as partial:
+        assert partial.choice is None
 
 
 @pytest.mark.parametrize("damage", ["altered", "missing"])

@@ -1,0 +1,165 @@
+"""What a render costs against the number of frames, the size and the steps: seconds, memory, and the log-log slopes.
+
+Bench: `python -m bench.scaling [--json FILE] [--quick]` renders by the embedded base and the torch engine, jointly and in
+segments, and writes results/scaling.json and .md, or FILE and its .md; with --quick alone it only prints. Each point is
+the fastest of its repetitions, in a process of its own, after a warm-up of one frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.report import RESULTS, table, write_report
+from bench.runs import in_own_process, moving_person, untrained_checkpoint
+from bench.timing import machine
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.machine import peak_rss_bytes
+from posecrafter_rt.runtime.options import RenderOptions
+
+TARGET_SLOPE = 1.0
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is rendered. Along each axis the others stay at `num_frames`, the base's size and `steps`.
+
+    frames: of joint renders; long: of renders in segments of `segment`; sides: picture sides over the base's.
+    """
+
+    frames: tuple[int, ...] = (1, 4, 16, 64, 256)
+    long: tuple[int, ...] = (64, 256, 1000)
+    sides: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    steps_axis: tuple[int, ...] = (1, 2, 4, 8, 16)
+    num_frames: int = 8
+    steps: int = 4
+    segment: int = 24
+    repeats: int = 3
+
+
+QUICK = Plan((1, 2, 4, 8), (12, 24), (0.5, 1.0), (1, 2, 4), 4, 2, 8, 1)
+
+
+def measure(engine: Path, num_frames: int, options: RenderOptions, repeats: int) -> Row:
+    """Render a moving person, the inversion computed each time: seconds by stage of the fastest, and the peak memory."""
+    runs = []
+    with Avatar.load(engine) as avatar:
+        for frames in (1, *[num_frames] * repeats):
+            for file in avatar.folder.inversions.glob("*"):
+                file.unlink()
+            for _ in avatar.iter_render(moving_person(frames, avatar.size, phase=1.0), options):
+                pass
+            assert avatar.last_report is not None
+            runs.append(avatar.last_report.seconds)
+    seconds = min(runs[1:], key=lambda run: sum(run.values()))
+    return {"seconds": seconds, "total_s": sum(seconds.values()), "peak_bytes": peak_rss_bytes()}
+
+
+def build(folder: Path, side: float) -> Row:
+    """An engine of the embedded base, its sides times `side`, in `folder`."""
+    checkpoint = folder / "tuned.ckpt"
+    if not checkpoint.exists():
+        untrained_checkpoint("embedded").save(checkpoint)
+    height, width = (round(length * side) for length in (128, 160))
+    path = folder / f"{height}x{width}.engine"
+    build_engine(checkpoint, path, BuildOptions("torch", "fp32", size=(height, width)))
+    return {"engine": str(path), "pixels": height * width, "size": [height, width]}
+
+
+def measure_axes(plan: Plan, folder: Path) -> dict[str, list[Row]]:
+    """Every point of every axis; `at` is where it lies."""
+
+    def point(axis: str, at: float, side: float, num_frames: int, steps: int, segment: int | None = None) -> Row:
+        built = in_own_process(build, folder, side)
+        options = RenderOptions(num_inference_steps=steps, strength=1.0, inversion_substeps=1, segment=segment,
+                                overlap=min(4, plan.segment // 3))  # fmt: skip
+        measured = built if "error" in built else in_own_process(
+            measure, Path(built["engine"]), num_frames, options, plan.repeats)  # fmt: skip
+        row = {
+            "at": at,
+            "size": built.get("size"),
+            "frames": num_frames,
+            "steps": steps,
+            "segment": segment,
+            **measured,
+        }
+        print(f"{axis} {at:g}: {row.get('error') or format(row['total_s'], '.2f') + ' s'}", flush=True)
+        return {**row, "at": built["pixels"] if axis == "pixels" and "pixels" in built else at}
+
+    frames, steps = plan.num_frames, plan.steps
+    return {
+        "frames": [point("frames", count, 1.0, count, steps) for count in plan.frames],
+        "frames, in segments": [point("frames, in segments", count, 1.0, count, steps, plan.segment)
+                                for count in plan.long],
+        "pixels": [point("pixels", side, side, frames, steps) for side in plan.sides],
+        "steps": [point("steps", count, 1.0, frames, count) for count in plan.steps_axis],
+    }  # fmt: skip
+
+
+def slope(rows: Sequence[Row], quantity: str = "total_s") -> float | None:
+    """Least squares of log(quantity) over log(at); None with fewer than two points that succeeded."""
+    points = [(row["at"], row[quantity]) for row in rows if "error" not in row]
+    if len(points) < 2:
+        return None
+    at, cost = np.log(np.array(points, float)).T
+    return float(np.polyfit(at, cost, 1)[0])
+
+
+def summarise(axes: dict[str, list[Row]]) -> dict[str, Row]:
+    """For each axis the slope over all points, and between the last two, where what is paid once weighs least."""
+    return {axis: {"slope": slope(rows), "last_slope": slope(rows[-2:]), "memory_slope": slope(rows[-2:], "peak_bytes")}
+            for axis, rows in axes.items()}  # fmt: skip
+
+
+def markdown(document: Row) -> str:
+    """The results as tables."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    info = document["machine"]
+    lines = [f"# Cost of a render, embedded base, torch fp32, {info['processor']}, {info['torch_threads']} threads", "",
+             "Log-log slopes: 1 is proportional. The last is that between the two largest points; memory is the process's "
+             f"peak, weights and libraries included. Target in frames: {TARGET_SLOPE:g} at most.", ""]  # fmt: skip
+    slopes = document["slopes"]
+    lines += table(("axis", "slope in time", "last", "last in memory"),
+                   [(axis, *map(number, values.values())) for axis, values in slopes.items()])  # fmt: skip
+    for axis, rows in document["axes"].items():
+        lines += [f"## {axis[0].upper()}{axis[1:]}", ""]
+        cells = []
+        for row in rows:
+            if "error" in row:
+                cells.append((f"{row['at']:g}", f"failed: {row['error']}", *[""] * 5))
+                continue
+            stages = (f"{row['seconds'].get(name, 0.0):.2f}" for name in ("prepare", "invert", "denoise", "decode"))
+            cells.append((f"{row['at']:g}", f"{row['total_s']:.2f}", *stages, f"{row['peak_bytes'] / 1e6:.0f}"))
+        lines += table((axis.split(",")[0], "s", "prepare", "invert", "denoise", "decode", "peak MB"), cells)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the arguments, measure, print, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write here, and the tables beside it as .md")
+    parser.add_argument("--quick", action="store_true", help="few frames and steps, each point once")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
+        axes = measure_axes(QUICK if arguments.quick else Plan(), Path(folder))
+    document = {"machine": machine(), "slopes": summarise(axes), "axes": axes}
+    text = markdown(document)
+    path = arguments.json or (None if arguments.quick else RESULTS / "scaling.json")
+    if path is not None:
+        write_report(path, document, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

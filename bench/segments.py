@@ -1,0 +1,136 @@
+"""What segments cost in quality: a tuned person's clip in segments, against the same rendered jointly and the truth.
+
+Bench: `python -m bench.segments [--json FILE] [--quick] [--checkpoint demo/tuned.ckpt]` renders frames 46-119 of the
+demonstration's footage and writes results/segments.json and .md, or FILE and its .md; without a checkpoint it tunes as the
+demonstration does. With --quick alone it only prints: 24 frames in 4 steps after 10 of tuning, which say nothing of quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.report import RESULTS, table, write_report
+from bench.runs import psnr
+from bench.timing import machine
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
+from posecrafter_rt.demo.run import scores
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.segments import split_clip
+from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
+
+SPLITS = ((12, 4), (16, 4), (24, 4), (24, 0), (48, 4))  # frames of a segment, and shared with each neighbour
+QUICK_FRAMES, QUICK_STEPS, QUICK_TUNING, QUICK_SPLITS = 24, 4, 10, ((8, 2), (16, 4))
+Row = dict[str, Any]
+
+
+def seam_frames(num_frames: int, segment: int, overlap: int) -> list[int]:
+    """The frames that two segments share, and the two on either side of each seam."""
+    near = [range(part.settled - 1, part.settled + overlap + 1)
+            for part in split_clip(num_frames, segment, overlap)[:-1]]  # fmt: skip
+    return sorted({frame for frames in near for frame in frames if frame < num_frames})
+
+
+def jumps(frames: np.ndarray, truth: np.ndarray, at: list[int]) -> float:
+    """Mean change from one frame to the next over that of the truth, at these frames: 1 is as lively as the truth."""
+
+    def change(clip: np.ndarray) -> float:
+        return float(np.mean([np.abs(clip[i].astype(int) - clip[i - 1]).mean() for i in at if i > 0]))
+
+    return change(frames) / change(truth)
+
+
+def compare(avatar: Avatar, target: PoseSequence, truth: np.ndarray, steps: int, splits: Any) -> list[Row]:
+    """A row for the joint render, and one for each split; all after a render that warms up and fills the cache."""
+    avatar.render(target[:1], num_inference_steps=steps)
+    rows, exact = [], None
+    for segment, overlap in ((None, 4), *splits):
+        options = RenderOptions(num_inference_steps=steps, segment=segment, overlap=overlap)
+        frames = avatar.render(target, options)
+        report = avatar.last_report
+        assert report is not None
+        row: Row = {"segment": segment, "overlap": overlap, "num_segments": report.num_segments,
+                    "seconds": sum(report.seconds.values()), **scores(frames, truth)}  # fmt: skip
+        if exact is None:
+            exact = frames
+        else:
+            assert segment is not None
+            at = seam_frames(len(target), segment, overlap)
+            quality = psnr(exact, frames)
+            row |= {"psnr_to_exact": quality if math.isfinite(quality) else None,
+                    "time_ratio": row["seconds"] / rows[0]["seconds"]}  # fmt: skip
+            if at:
+                row |= {"seam_change": jumps(frames, truth, at), "seam_change_exact": jumps(exact, truth, at)}
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def markdown(document: Row) -> str:
+    """The results as a table."""
+    lines = [f"{document['num_frames']} unseen frames of the demonstration's footage, {document['steps']} steps, "
+             f"{document['engine']}; {document['machine']['processor']}.",
+             "Change at seams: mean difference between neighbouring frames there, over the truth's; in brackets that of "
+             "the joint render at the same frames.", ""]  # fmt: skip
+    cells = []
+    for row in document["rows"]:
+        truth = (f"{row['psnr']:.2f}", f"{row['ssim']:.4f}")
+        if row["segment"] is None:
+            cells.append(("the whole clip", "", "", *truth, "", "1"))
+            continue
+        exact = "same" if row["psnr_to_exact"] is None else f"{row['psnr_to_exact']:.2f}"
+        seams = f"{row['seam_change']:.2f} ({row['seam_change_exact']:.2f})" if "seam_change" in row else ""
+        cells.append((f"{row['segment']}, {row['overlap']} shared", str(row["num_segments"]), exact, *truth, seams,
+                      f"{row['time_ratio']:.2f}"))  # fmt: skip
+    header = ("frames of a segment", "segments", "PSNR to the joint render", "PSNR to the truth", "SSIM to the truth",
+              "change at seams", "time")  # fmt: skip
+    return "\n".join(lines + table(header, cells))
+
+
+def run(steps: int, num_frames: int | None, splits: Any, given: Path | None, tuning_steps: int | None) -> Row:
+    """Tune unless a checkpoint is given, build, compare."""
+    frames, poses = load_clip(video_path(), load_poses(), base_size("embedded"), slice(None))
+    target, truth = poses[TARGET][:num_frames], frames[TARGET][:num_frames]
+    with tempfile.TemporaryDirectory(prefix="segments-") as folder:
+        if given is None:
+            given = Path(folder) / "tuned.ckpt"
+            device, precision = resolve_precision("auto", "auto")
+            tuning = TuneOptions(frames=FRAMES, steps=tuning_steps, decoder_steps=tuning_steps,
+                                 precision=precision, device=device)  # type: ignore[arg-type]  # fmt: skip
+            tune(frames[TUNING], poses[TUNING], given, tuning)
+        built = build_engine(given, Path(folder) / "tuned.engine", BuildOptions()).folder
+        with Avatar.load(built.path) as avatar:
+            rows = compare(avatar, target, truth, steps, splits)
+    return {"machine": machine(), "engine": f"{built.manifest['backend']} {built.manifest['precision']}", "steps": steps,
+            "num_frames": len(target), "rows": rows}  # fmt: skip
+
+
+def main() -> None:
+    """Parse the arguments, measure, print, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
+    parser.add_argument("--quick", action="store_true", help="few frames and steps, hardly tuned")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        document = run(arguments.steps or QUICK_STEPS, QUICK_FRAMES, QUICK_SPLITS, arguments.checkpoint, QUICK_TUNING)
+    else:
+        document = run(arguments.steps or 50, None, SPLITS, arguments.checkpoint, None)
+    text = markdown(document)
+    path = arguments.json or (None if arguments.quick else RESULTS / "segments.json")
+    if path is not None:
+        write_report(path, document, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The `inductor` backend: every network compiled ahead of time by AOTInductor, for this processor or this NVIDIA GPU.
+
+Layer 4.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from posecrafter_rt.config import cache_dir
+from posecrafter_rt.engines.base import (
+    BEYOND_FP16,
+    FULL_PRECISION,
+    TORCH_DTYPES,
+    Engine,
+    Precision,
+    Progress,
+    checked_inputs,
+    fitting_weights,
+)
+from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
+from posecrafter_rt.errors import BackendUnavailable, EngineFolderError
+from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.machine import cpu_device, cpu_features, library_versions
+from posecrafter_rt.models.blocks import channels_last
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
+
+OPTIONS = {
+    "always_keep_tensor_constants": True,  # else small ones become part of the code, and a swap would miss them
+    "aot_inductor.package_constants_in_so": False,  # one code for every checkpoint
+}
+# What compiled code may use of a processor; virtual machines of one processor's name differ in them.
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
+
+
+class InductorEngine:
+    """One compiled network, with the weights that it reads in place.
+
+    Compiled code without weights ends the process when it runs. So nobody holds it but this class, which binds all of
+    them before anything else.
+    """
+
+    def __init__(self, spec: NetworkSpec, package: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Raises: EngineFolderError when the weights are not those that the code reads."""
+        compiled = _open(package)
+        if set(compiled.get_constant_fqns()) != set(weights):
+            raise EngineFolderError(f"{package} and the weights beside it do not fit together", "build it again")
+        compiled.load_constants(weights, check_full_update=True, user_managed=True)
+        self.spec, self.dtype, self._compiled, self._weights = spec, dtype, compiled, weights
+        self._device = next(iter(weights.values())).device
+
+    @torch.inference_mode()
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """See `Engine`."""
+        tensors = [tensor.to(self._device, self.dtype if tensor.is_floating_point() else None)
+                   for tensor in checked_inputs(self.spec, inputs)]  # fmt: skip
+        outputs = self._compiled(*tensors)
+        return {out.name: tensor.float() for out, tensor in zip(self.spec.outputs, outputs, strict=True)}
+
+    def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """See `Engine.swap_weights`; in place, so there is nothing to bind anew."""
+        fitting = fitting_weights({name: tuple(tensor.shape) for name, tensor in self._weights.items()}, tensors)
+        for name, tensor in fitting.items():
+            self._weights[name].copy_(tensor.detach())
+        return set(fitting)
+
+
+class InductorBackend:
+    """AOTInductor on the current CUDA device, or on the CPU where there is none. Only building needs a C++ compiler."""
+
+    name = "inductor"
+    libraries = ("torch", "triton")
+
+    def device(self) -> dict[str, str]:
+        """The GPU with its compute capability, or the processor with its instruction sets."""
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            return {"type": "cuda", "name": f"{torch.cuda.get_device_name()} ({major}.{minor})"}
+        found = [name for name in INSTRUCTION_SETS if name in cpu_features()]
+        return {"type": "cpu", "name": f"{cpu_device()['name']} ({' '.join(found) or 'baseline'})"}
+
+    def unsupported_reason(self, precision: Precision) -> str | None:
+        """Why AOTInductor cannot run here; a missing compiler is told of by `build`, since loading needs none."""
+        if not torch.cuda.is_available():
+            return "it has no fp16 on a CPU; use fp32 or bf16" if precision == "fp16" else None
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed: pip install triton"
+        return None
+
+    def build(
+        self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
+    ) -> None:
+        """Write every network's code and, beside it, its weights in the precision that it runs in.
+
+        Raises: BackendUnavailable when something is to be compiled and no C++ compiler is found.
+        """
+        specs, graphs = network_specs(arch), Graphs()
+        for name, network in model.to(torch.float32).networks().items():
+            progress(f"compiling {name}")
+            graphs[name] = self.build_network(network, specs[name], arch, folder, precision)
+        write_graphs(folder, graphs)
+
+    def build_network(
+        self, network: nn.Module, spec: NetworkSpec, arch: Architecture, folder: Path, precision: Precision
+    ) -> str:
+        """Write one network, which is in float32; returns its graph's hash.
+
+        Code holds no weights. It is kept in the user's cache: another checkpoint of the same architecture is built in
+        seconds.
+        """
+        package, dtype = _package(folder, spec), _dtype(spec.name, precision)
+        graph, cache = graph_digest(network, spec, arch), BlobCache(cache_dir() / "inductor")
+        key = {"graph": graph, "dtype": str(dtype), "device": self.device(), "options": OPTIONS,
+               "libraries": library_versions(self.libraries)}  # fmt: skip
+        code = cache.load(key)
+        if code is None:
+            code = self._compile(network, spec, arch, dtype)
+            cache.save(key, code)
+        package.write_bytes(code)
+        _write_weights(package, network, dtype)
+        return graph
+
+    def _compile(self, network: nn.Module, spec: NetworkSpec, arch: Architecture, dtype: torch.dtype) -> bytes:
+        from torch._inductor import aoti_compile_and_package
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        from posecrafter_rt.export.trace import quiet, trace
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise BackendUnavailable("backend inductor: no C++ compiler was found to build with",
+                                     "install g++, or name a compiler in CXX, or give --backend torch") from error  # fmt: skip
+        copied = channels_last(copy.deepcopy(network).to(self.device()["type"], dtype))
+        program = trace(copied, spec, arch)
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            path = str(Path(folder) / f"{spec.name}.pt2")
+            options = dict(OPTIONS)  # torch adds its own to what it is given
+            return Path(aoti_compile_and_package(program, package_path=path, inductor_configs=options)).read_bytes()
+
+    def refit(
+        self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
+    ) -> None:
+        """See `Backend.refit`: the code is copied, the weights are the other checkpoint's. Needs no compiler."""
+        specs, graphs = network_specs(arch), read_graphs(source)
+        for name, network in model.to(torch.float32).networks().items():
+            check_graph(source, graphs, name, graph_digest(network, specs[name], arch))
+            progress(f"refitting {name}")
+            package = _package(folder, specs[name])
+            shutil.copyfile(source / package.name, package)
+            _write_weights(package, network, _dtype(name, precision))
+        write_graphs(folder, graphs)
+
+    def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
+        """Every network with its weights on the device.
+
+        Raises: EngineFolderError when the folder was not written by `build`.
+        """
+        return {name: self.load_network(spec, networks_folder, precision) for name, spec in network_specs(arch).items()}
+
+    def load_network(self, spec: NetworkSpec, networks_folder: Path, precision: Precision) -> Engine:
+        """One of them."""
+        package = _package(networks_folder, spec)
+        weights_file = package.with_suffix(".safetensors")
+        if not (package.is_file() and weights_file.is_file()):
+            raise EngineFolderError(f"{networks_folder} holds no {spec.name} of this backend", "build it again")
+        weights = load_file(weights_file, device=self.device()["type"])
+        return InductorEngine(spec, package, _laid_out(weights), _dtype(spec.name, precision))
+
+
+def _package(folder: Path, spec: NetworkSpec) -> Path:
+    """A network's code; its weights lie beside it as safetensors."""
+    return folder / f"{spec.name}.pt2"
+
+
+def _open(package: Path) -> Any:
+    """Compiled code that has no weights yet: it may tell their names and take them, never run."""
+    from torch._inductor import aoti_load_package
+
+    return aoti_load_package(str(package))
+
+
+def _dtype(name: str, precision: Precision) -> torch.dtype:
+    """What a network computes in inside an engine of a precision."""
+    in_full = name in FULL_PRECISION or (precision == "fp16" and name in BEYOND_FP16)
+    return torch.float32 if in_full else TORCH_DTYPES[precision]
+
+
+def _write_weights(package: Path, network: nn.Module, dtype: torch.dtype) -> None:
+    """Write those of a network's parameters and buffers that its code reads; what is no floating-point number stays."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    held = {name: tensors[name].detach() for name in _open(package).get_constant_fqns()}
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in held.items()}
+    save_file({name: tensor.contiguous() for name, tensor in cast.items()}, package.with_suffix(".safetensors"))
+
+
+def _laid_out(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in memory as the compiled code expects them: it reads addresses, not strides (see `channels_last`)."""
+    return {name: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+            for name, tensor in weights.items()}  # fmt: skip

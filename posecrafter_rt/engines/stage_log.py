@@ -1,0 +1,36 @@
+"""How long each stage of a build took the last time, and so what is left of this one.
+
+Layer 4: a few numbers in the user's cache for each kind of build.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from posecrafter_rt.config import cache_dir
+from posecrafter_rt.export.blob_cache import BlobCache
+
+
+class StageLog:
+    """The stages of a build as they begin. key: JSON values that decide how long they take."""
+
+    def __init__(self, key: dict[str, Any]) -> None:
+        self._cache, self._key = BlobCache(cache_dir() / "stages"), key
+        blob = self._cache.load(key)
+        self._earlier: dict[str, float] = json.loads(blob) if blob is not None else {}  # seconds, in their order
+        self._starts: dict[str, float] = {}
+
+    def begin(self, stage: str) -> float | None:
+        """Seconds that this stage and those after it took the last time; None where that is not known."""
+        self._starts[stage] = time.monotonic()
+        if stage not in self._earlier:
+            return None
+        return sum(list(self._earlier.values())[list(self._earlier).index(stage) :])
+
+    def save(self) -> None:
+        """Keep what was measured, in place of the last time's. For builds that came to their end."""
+        ends = [*list(self._starts.values())[1:], time.monotonic()]
+        took = {stage: end - start for (stage, start), end in zip(self._starts.items(), ends, strict=True)}
+        self._cache.save(self._key, json.dumps(took).encode())

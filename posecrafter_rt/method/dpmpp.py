@@ -1,0 +1,103 @@
+"""DPM-Solver++ (2M): the differential equation that DDIM follows, to second order and so in fewer steps.
+
+Layer 1: torch, no networks, as `ddim`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.method.ddim import Coefficients, DDIMSchedule, Denoise, OnStep, ddim_step, walk
+
+Terms = tuple[Coefficients, tuple[float, float, float]]
+"""Of one step: x_0 as `DDIMSchedule.clean_coefficients` has it; the weights of latents, x_0 and the x_0 before it."""
+
+
+@dataclass(frozen=True)
+class DPMSchedule(DDIMSchedule):
+    """The same noise levels in the timesteps of diffusers' `DPMSolverMultistepScheduler`.
+
+    With leading and linspace spacing DDIM spends its last step at timestep 0 or 1, where nothing is left to do; here the
+    timesteps are those of one step more without the last, so that every one does its part.
+    """
+
+    def timesteps(self, num_inference_steps: int) -> np.ndarray:
+        """As `DDIMSchedule.timesteps`; with leading and linspace spacing there is one step less at most."""
+        if self.timestep_spacing == "trailing":
+            return super().timesteps(num_inference_steps)
+        last = self.num_train_timesteps - 1
+        if not 1 <= num_inference_steps <= last:
+            raise PoseCrafterError(f"{num_inference_steps} denoising steps were asked for", hint=f"give 1 to {last}")
+        return super().timesteps(num_inference_steps + 1)[:-1]
+
+    def sampling_pairs(self, num_inference_steps: int) -> np.ndarray:
+        """As `DDIMSchedule.sampling_pairs`, each step to the timestep of the next, the last to the clean end."""
+        starts = self.timesteps(num_inference_steps)
+        return np.stack([starts, np.append(starts[1:], -1)], axis=1)
+
+
+def dpmpp_terms(
+    schedule: DPMSchedule, num_inference_steps: int, *, start_step: int = 0, restart_step: int | None = None
+) -> list[Terms]:
+    """What every sampling step needs, in order.
+
+    With s = sqrt(a), n = sqrt(1 - a), l = log(s / n), from t to t' (Lu et al. 2022, Algorithm 2):
+    x' = n'/n x + (s' - s n'/n) ((1 + q) x_0 - q x_0,before), q = (l' - l) / (2 (l - l_before)).
+    The first step that is done has no x_0 before it, and towards the clean end l' may be infinite: there q = 0, DDIM.
+    Args: start_step, restart_step: see `dpmpp_sample`.
+    """
+    pairs = schedule.sampling_pairs(num_inference_steps).tolist()
+    first_order = {start_step, restart_step, num_inference_steps - 1}
+    terms = []
+    for index, (start, end) in enumerate(pairs):
+        (signal, noise), (next_signal, next_noise) = schedule.scales(start), schedule.scales(end)
+        share = 0.0 if index in first_order else _extrapolation(schedule, pairs[index - 1][0], start, end)
+        weight = next_signal - signal * next_noise / noise
+        terms.append((schedule.clean_coefficients(start), (next_noise / noise, weight * (1 + share), -weight * share)))
+    return terms
+
+
+def _extrapolation(schedule: DPMSchedule, *timesteps: int) -> float:
+    """q of the timesteps before, of and after a step."""
+    before, here, after = (math.log(signal / noise) for signal, noise in map(schedule.scales, timesteps))
+    return (after - here) / (2 * (here - before))
+
+
+@torch.no_grad()
+def dpmpp_sample(
+    denoise: Denoise,
+    latents: Tensor,
+    schedule: DPMSchedule,
+    num_inference_steps: int,
+    *,
+    start_step: int = 0,
+    restart_step: int | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Denoise latents deterministically, as diffusers' `DPMSolverMultistepScheduler` does with `euler_at_final`.
+
+    Args: as `ddim_sample`. restart_step: a step before which `on_step` changes the latents, so that the x_0 before it is
+        no longer theirs; that step is of first order, as is the first that is done.
+    Returns, raises: as `ddim_sample`.
+    """
+    terms = dpmpp_terms(schedule, num_inference_steps, start_step=start_step, restart_step=restart_step)
+    before: Tensor | None = None
+
+    def step(index: int, state: Tensor, noise_pred: Tensor) -> Tensor:
+        nonlocal before
+        to_clean, (of_latents, of_clean, of_before) = terms[index]
+        clean = ddim_step(state, noise_pred, to_clean)
+        stepped = torch.add(state * of_latents, clean, alpha=of_clean)
+        if before is not None:
+            stepped.add_(before, alpha=of_before)
+        before = clean
+        return stepped
+
+    timesteps = schedule.timesteps(num_inference_steps).tolist()
+    return walk(denoise, latents, timesteps, step, start_step=start_step, on_step=on_step)

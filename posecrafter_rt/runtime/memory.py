@@ -1,0 +1,119 @@
+"""What a clip takes and what is free: how `segment="auto"` chooses, and what is said when memory does not suffice.
+
+Layer 5.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
+from posecrafter_rt.machine import available_bytes
+from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.segments import SegmentChoice, least_segment
+from posecrafter_rt.spec import Architecture
+
+# The rest is for all that does not grow with a segment, and for what an allocator cannot use between two pieces.
+USED_SHARE = 0.8
+# Segments of a clip have two lengths at most, and a backend may keep what it allocated for one beside the other's.
+KEPT_LENGTHS = 2
+# In the U-Net, whose peak is the render's, a transformer block of the widest level has so many times that level's channels
+# at once: 16 in the feed-forward (8, and 4 and 4 once gated), the rest around it.
+LEVEL_COPIES = 24
+# How libraries say that memory ran out where they raise no error of its own kind: torch, OpenVINO, the CUDA driver.
+OUT_OF_MEMORY = re.compile(
+    r"can'?t allocate memory|cannot allocate memory|not enough memory|out of memory|bad.alloc", re.I
+)
+
+log = logging.getLogger(__name__)
+
+
+class Room(NamedTuple):
+    """What there is to render in, in bytes.
+
+    free: None where the system does not say. reserved: for networks that are loaded when they are first called.
+    per_frame: of a jointly rendered frame.
+    """
+
+    free: int | None
+    reserved: int
+    per_frame: int
+
+    def fitting(self, kept_lengths: int = 1) -> int:
+        """Frames that can be rendered jointly, by estimate; the inserted reference is not counted."""
+        assert self.free is not None
+        usable = self.free * USED_SHARE - self.reserved
+        return max(0, int(usable / (self.per_frame * kept_lengths)) - 1)
+
+
+def free_bytes(device_type: str) -> int | None:
+    """Memory of the device, `cuda` or `cpu`, that this process may still take; None where the system does not say."""
+    if device_type == "cuda":
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch's own, and unused
+        return torch.cuda.mem_get_info()[0] + cached
+    return available_bytes()
+
+
+def frame_bytes(arch: Architecture, size: tuple[int, int], groups: int) -> int:
+    """About what a frame takes in a joint render, in float32 whatever type runs inside.
+
+    That is the ControlNet's residuals, and what the U-Net computes with them (`LEVEL_COPIES`).
+    Args: size: (height, width) in pixels; groups: 2 with guidance.
+    """
+    positions = size[0] // arch.vae_scale_factor * (size[1] // arch.vae_scale_factor)
+    levels = [channels * positions // scale**2 for channels, scale in (*arch.residuals, arch.mid_residual)]
+    return 4 * groups * (sum(levels) + LEVEL_COPIES * max(levels))
+
+
+def choose_segment(room: Room, num_frames: int, overlap: int) -> SegmentChoice:
+    """The whole clip where it fits, which is exact; else the longest segments that do, or the shortest that there are.
+
+    Raises: PoseCrafterError where the system does not say what is free.
+    """
+    if room.free is None:
+        raise PoseCrafterError("this system does not say how much memory is free", "give a number: --segment 48")
+    facts = f"at {_mb(room.per_frame)} a frame in {_mb(room.free)} that are free"
+    if num_frames <= room.fitting():
+        return SegmentChoice(max(num_frames, least_segment(overlap)), f"the whole clip fits, {facts}")
+    fitting, least = room.fitting(KEPT_LENGTHS), least_segment(overlap)
+    if fitting < least:
+        return SegmentChoice(least, f"not even {least} frames are sure to fit, {facts}; there are no shorter segments")
+    return SegmentChoice(fitting, f"{fitting} frames fit, {facts}")
+
+
+def warn_unless_fits(room: Room, num_frames: int, options: RenderOptions) -> None:
+    """Say in one line if a clip, rendered jointly, will hardly fit; it is tried all the same, for this is an estimate."""
+    if room.free is not None and num_frames > room.fitting():
+        log.warning("%d frames jointly take about %s, and %s are free: %s", num_frames,
+                    _mb(room.per_frame * (num_frames + 1) + room.reserved), _mb(room.free), _advice(options))  # fmt: skip
+
+
+@contextmanager
+def explained(options: RenderOptions) -> Iterator[None]:
+    """Turn what torch and other libraries raise when memory runs out into OutOfMemory, with advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        reason = (str(error).splitlines() or [""])[0]
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise OutOfMemory(f"memory ran out{reason and ': '}{reason}", _advice(options)) from error
+
+
+def _advice(options: RenderOptions) -> str:
+    if not options.inserts:
+        return "free some memory, or use +insertion or +editing, which can be rendered with --segment auto"
+    if options.segment is None:
+        return "render it in segments: --segment auto"
+    shorter = "shorter segments (--segment, with --force to begin anew)"
+    return f"free some memory and run the same command again, or render in {shorter}"
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"

@@ -1,0 +1,45 @@
+"""Named bundles of render options, and which options of a render are approximations.
+
+Layer 5: plain data. What each preset costs and gives is measured by `python -m bench.quality --presets`; see docs/presets.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.runtime.options import RenderOptions
+
+# The inversion walks the sampler's few and wide steps, in as many parts: it is of one frame, cached, and what is lost there
+# no sampler brings back.
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "balanced": {"sampler": "dpmpp", "num_inference_steps": 9, "inversion_substeps": 10},
+    "fast": {"sampler": "dpmpp", "num_inference_steps": 4, "inversion_substeps": 10},
+}
+
+
+def bundle(preset: str) -> dict[str, Any]:
+    """The options of a preset by name. Raises: PoseCrafterError for a preset that is not there."""
+    if preset not in PRESETS:
+        raise PoseCrafterError(f"unknown preset {preset!r}", f"choose one of {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def preset_options(preset: str, **given: Any) -> RenderOptions:
+    """The options of a preset, with those that are given in their place. Raises: PoseCrafterError for bad ones."""
+    return RenderOptions(**{**bundle(preset), **given})
+
+
+def approximations(options: RenderOptions, num_segments: int) -> dict[str, Any]:
+    """What a render leaves out of the paper's, as options and their values; empty when nothing.
+
+    Args: options: with nothing left to the base. num_segments: of the render; one is exact, whatever was asked for.
+    """
+    is_used = {
+        "num_inference_steps": options.num_inference_steps < RenderOptions.num_inference_steps,
+        "sampler": options.sampler != RenderOptions.sampler,
+        "strength": options.strength != 1,
+        "segment": num_segments > 1,
+    }
+    return {name: getattr(options, name) for name, used in is_used.items() if used}

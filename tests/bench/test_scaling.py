@@ -1,0 +1,58 @@
+"""The scaling benchmark: slopes are those of known curves, and every point of every axis is rendered. No timing is judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import scaling
+from bench.runs import untrained_checkpoint
+from bench.scaling import Plan, markdown, measure_axes, slope, summarise
+from posecrafter_rt.building import BuildOptions, build_engine
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_the_slope_of_a_power_is_its_exponent(exponent: float) -> None:
+    rows: list[dict[str, Any]] = [{"at": at, "total_s": 3 * at**exponent} for at in (1, 4, 16, 64)]
+    assert slope(rows) == pytest.approx(exponent)
+    assert slope([*rows, {"at": 256, "error": "the process died"}]) == pytest.approx(exponent)
+    assert slope(rows[:1]) is None
+
+
+def test_what_is_paid_once_weighs_least_between_the_last_two_points() -> None:
+    rows = [{"at": at, "total_s": 5 + at, "peak_bytes": 100} for at in (1, 10, 100, 1000)]
+    found = summarise({"frames": rows})["frames"]
+    assert found["slope"] < found["last_slope"] < 1 and found["memory_slope"] == pytest.approx(0)
+
+
+def test_every_point_is_rendered(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    untrained_checkpoint(str(tiny_base), num_frames=3).save(tmp_path / "tuned.ckpt")
+
+    def build(folder: Path, side: float) -> dict[str, Any]:
+        length = round(32 * side)
+        path = folder / f"{length}.engine"
+        build_engine(folder / "tuned.ckpt", path, BuildOptions("torch", "fp32", size=(length, length)))
+        return {"engine": str(path), "pixels": length**2, "size": [length, length]}
+
+    monkeypatch.setattr(scaling, "build", build)
+    monkeypatch.setattr(scaling, "in_own_process", lambda function, *arguments: function(*arguments))
+    plan = Plan((1, 2), (5, 8), (0.5, 1.0), (1, 2), num_frames=2, steps=1, segment=4, repeats=1)
+    axes = measure_axes(plan, tmp_path)
+    assert {axis: [row["at"] for row in rows] for axis, rows in axes.items()} == {
+        "frames": [1, 2], "frames, in segments": [5, 8], "pixels": [256, 1024], "steps": [1, 2]}  # fmt: skip
+    for rows in axes.values():
+        for row in rows:
+            assert set(row["seconds"]) == {"prepare", "invert", "denoise", "decode"} and row["peak_bytes"] > 0
+            assert row["total_s"] == sum(row["seconds"].values()) > 0
+    axes["steps"].append({"at": 4, "error": "the process died"})
+    document = {"machine": {"processor": "one", "torch_threads": 1}, "slopes": summarise(axes), "axes": axes}
+    text = markdown(document)
+    assert "| 1024 |" in text and "| 4 | failed: the process died |" in text and text.count("\n## ") == 4
+
+
+def test_quick_is_smaller_on_every_axis() -> None:
+    full, quick = Plan(), scaling.QUICK
+    assert max(quick.frames) < max(full.frames) and max(quick.long) < max(full.long) == 1000
+    assert max(quick.sides) < max(full.sides) and max(quick.steps_axis) < max(full.steps_axis)

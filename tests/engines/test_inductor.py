@@ -1,0 +1,175 @@
+"""What only the AOTInductor backend has: code apart from weights, a compiler that may be missing, kept code.
+
+One network stands for all but in the slow tests, here and in `test_parity` and `test_refit`, which compile every one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from posecrafter_rt.engines import inductor as backend_module
+from posecrafter_rt.engines.base import FULL_PRECISION, Engine
+from posecrafter_rt.engines.inductor import InductorBackend
+from posecrafter_rt.errors import BackendUnavailable, CheckpointError, EngineFolderError
+from posecrafter_rt.export.shapes import random_inputs
+from posecrafter_rt.export.verify import relative_error
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import Architecture, network_specs
+
+DECODER = "vae_decoder"
+OPTIONS = dict(backend_module.OPTIONS)  # as another process finds them
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and is taken")
+
+
+def sized(model: PoseModel) -> Architecture:
+    return replace(model.architecture(), size=(32, 32))
+
+
+def build_decoder(model: PoseModel, folder: Path) -> None:
+    arch = sized(model)
+    InductorBackend().build_network(model.networks()[DECODER], network_specs(arch)[DECODER], arch, folder, "fp32")
+
+
+def load_decoder(model: PoseModel, folder: Path) -> Engine:
+    return InductorBackend().load_network(network_specs(sized(model))[DECODER], folder, "fp32")
+
+
+def draw(model: PoseModel, name: str, frames: int) -> dict[str, Tensor]:
+    sizes = {"frames": frames, "groups": 1, "steps": frames}
+    return random_inputs(network_specs(sized(model))[name], sizes, seed=frames)
+
+
+def expected(model: PoseModel, name: str, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.networks()[name](*inputs.values())[0]
+
+
+def decoding_error(engine: Engine, model: PoseModel, frames: int) -> float:
+    inputs = draw(model, DECODER, frames)
+    return relative_error(engine(**inputs)["pixels"].cpu(), expected(model, DECODER, inputs))
+
+
+def refuse_to_compile(*arguments: object) -> bytes:
+    raise AssertionError("compiled")
+
+
+def test_one_code_serves_any_number_of_frames(plain_model: PoseModel, inductor_decoder: Path) -> None:
+    """Between 63 and 64 diffusers would take another path."""
+    engine = load_decoder(plain_model, inductor_decoder)
+    assert all(decoding_error(engine, plain_model, frames) < 1e-4 for frames in (1, 16, 1, 7, 65))
+
+
+def test_every_weight_stays_apart_from_the_code(plain_model: PoseModel, inductor_decoder: Path) -> None:
+    """Small ones too, which AOTInductor would otherwise make constants of the code."""
+    parameters = dict(plain_model.networks()[DECODER].named_parameters())
+    wanted = {key for key in parameters if key.startswith(("vae.decoder.", "vae.post_quant_conv."))}
+    assert len(wanted) > 10 and set(load_file(inductor_decoder / f"{DECODER}.safetensors")) == wanted
+
+
+def test_swapped_weights_are_used_at_once(
+    plain_model: PoseModel, make_tiny_model: Callable[..., PoseModel], inductor_decoder: Path
+) -> None:
+    """A convolution's, whose layout in memory is not that of a file, and a small one's."""
+    engine, model = load_decoder(plain_model, inductor_decoder), make_tiny_model()
+    assert decoding_error(engine, model, 3) < 1e-4
+    tensors = {}
+    for name in ("decoder.conv_out.bias", "decoder.mid_block.resnets.0.conv1.weight"):
+        parameter = model.vae.get_parameter(name)
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        tensors[f"vae.{name}"] = parameter.detach()
+    assert decoding_error(engine, model, 3) > 1e-2
+    assert engine.swap_weights({**tensors, "unet.another": torch.zeros(1)}) == set(tensors)
+    assert decoding_error(engine, model, 3) < 1e-4
+    with pytest.raises(CheckpointError, match="shape"):  # which AOTInductor would take
+        engine.swap_weights({"vae.decoder.conv_out.bias": torch.zeros(7)})
+
+
+@pytest.mark.parametrize("change", ["missing weight", "further weight", "no weights", "no code"])
+def test_code_never_runs_without_its_weights(
+    plain_model: PoseModel, inductor_decoder: Path, tmp_path: Path, change: str
+) -> None:
+    """It would end the process."""
+    folder = shutil.copytree(inductor_decoder, tmp_path / "networks")
+    file = folder / f"{DECODER}.safetensors"
+    weights = load_file(file)
+    if change == "missing weight":
+        del weights["vae.decoder.conv_out.bias"]
+        save_file(weights, file)
+    elif change == "further weight":
+        save_file({**weights, "another": torch.zeros(1)}, file)
+    else:
+        (file if change == "no weights" else file.with_suffix(".pt2")).unlink()
+    with pytest.raises(EngineFolderError, match=r"do not fit together|holds no vae_decoder") as caught:
+        load_decoder(plain_model, folder)
+    assert caught.value.hint == "build it again"
+
+
+def test_code_is_kept_for_other_checkpoints(
+    make_tiny_model: Callable[..., PoseModel], inductor_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InductorBackend, "_compile", refuse_to_compile)
+    assert backend_module.OPTIONS == OPTIONS  # they are part of the name that code is kept under
+    model = make_tiny_model()
+    model.vae.decoder.conv_in.bias.data.add_(1)
+    build_decoder(model, tmp_path)
+    assert (tmp_path / f"{DECODER}.pt2").read_bytes() == (inductor_decoder / f"{DECODER}.pt2").read_bytes()
+    assert decoding_error(load_decoder(model, tmp_path), model, 2) < 1e-4
+
+
+@on_cpu
+def test_code_of_another_processor_is_not_taken(
+    plain_model: PoseModel, inductor_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InductorBackend, "_compile", refuse_to_compile)
+    build_decoder(plain_model, tmp_path)
+    monkeypatch.setattr(backend_module, "cpu_features", lambda: {"avx2", "fma", "avx9"})
+    assert InductorBackend().device()["name"].endswith("(avx2)")
+    monkeypatch.setattr(backend_module, "cpu_features", set)
+    assert InductorBackend().device()["name"].endswith("(baseline)")
+    with pytest.raises(AssertionError, match="compiled"):
+        build_decoder(plain_model, tmp_path)
+
+
+def test_a_missing_compiler_is_one_line_with_a_hint(
+    plain_model: PoseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / "empty"))
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(BackendUnavailable, match=r"no C\+\+ compiler") as caught,
+    ):
+        build_decoder(plain_model, tmp_path)
+    assert "\n" not in str(caught.value) and caught.value.hint and "g++" in caught.value.hint
+
+
+@on_cpu
+def test_half_precision_is_for_gpus() -> None:
+    assert "fp16" in str(InductorBackend().unsupported_reason("fp16"))
+    assert InductorBackend().unsupported_reason("bf16") is None
+
+
+@pytest.mark.slow
+def test_bf16_stays_near_float32(make_tiny_model: Callable[..., PoseModel], tmp_path: Path) -> None:
+    """By at most twice torch's own error in bf16; text, prompt keys and time tables are in float32."""
+    model = make_tiny_model()
+    model.fold()
+    InductorBackend().build(model, sized(model), tmp_path, "bf16", lambda stage: None)
+    engines = InductorBackend().load(tmp_path, sized(model), "bf16", tmp_path)
+    right = {name: expected(model, name, draw(model, name, 4)) for name in engines}
+    model.to(torch.bfloat16)
+    for name, engine in engines.items():
+        inputs = draw(model, name, 4)
+        error = relative_error(next(iter(engine(**inputs).values())).cpu(), right[name])
+        if name in FULL_PRECISION:
+            assert error < 1e-5
+        else:
+            lowered = {key: tensor.bfloat16() for key, tensor in inputs.items()}
+            assert error <= 2 * relative_error(expected(model, name, lowered).float(), right[name]) + 1e-3

@@ -1,0 +1,48 @@
+"""Presets: what they bundle, what overrules them, and what a render names as approximated."""
+
+from __future__ import annotations
+
+import pytest
+
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.presets import PRESETS, approximations, preset_options
+
+
+def test_exact_is_the_defaults_and_the_first() -> None:
+    assert preset_options("exact") == RenderOptions()
+    assert next(iter(PRESETS)) == "exact"
+
+
+def test_each_preset_does_fewer_steps_than_the_one_before() -> None:
+    steps = [preset_options(name).num_inference_steps for name in PRESETS]
+    assert steps == sorted(steps, reverse=True) and len(set(steps)) == len(steps)
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "exact"])
+def test_what_is_given_overrules_the_preset(preset: str) -> None:
+    options = preset_options(preset, num_inference_steps=50, mode="+insertion")
+    assert (options.num_inference_steps, options.mode) == (50, "+insertion")
+    assert options.sampler == preset_options(preset).sampler
+    assert preset_options(preset, sampler="ddim").sampler == "ddim"
+
+
+def test_an_unknown_preset_or_sampler_is_refused_with_the_names_of_those_there_are() -> None:
+    with pytest.raises(PoseCrafterError, match="unknown preset 'quick'") as error:
+        preset_options("quick")
+    assert error.value.hint is not None and "balanced" in error.value.hint
+    with pytest.raises(PoseCrafterError, match="unknown sampler 'euler'"):
+        RenderOptions(sampler="euler")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("options", "num_segments", "named"), [
+    (RenderOptions(strength=1.0), 1, {}),
+    (RenderOptions(strength=1.0, num_inference_steps=100), 1, {}),
+    (RenderOptions(strength=1.0, segment=48), 1, {}),  # the clip fitted into one
+    (RenderOptions(strength=1.0, segment=48), 3, {"segment": 48}),
+    (RenderOptions(strength=0.6), 1, {"strength": 0.6}),
+    (RenderOptions(strength=1.0, sampler="dpmpp", num_inference_steps=10), 1,
+     {"num_inference_steps": 10, "sampler": "dpmpp"}),
+])  # fmt: skip
+def test_what_is_approximated_is_named(options: RenderOptions, num_segments: int, named: dict) -> None:
+    assert approximations(options, num_segments) == named

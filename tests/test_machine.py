@@ -1,0 +1,62 @@
+"""What is left of memory: the system's word, and the limits of control groups of both versions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from posecrafter_rt.machine import available_bytes
+
+MIB = 1 << 20
+MEMINFO = "MemTotal:       24684096 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 kB\nHugePages_Total:  0\n"
+
+
+def system(root: Path, groups: str, files: dict[str, str]) -> Path:
+    """A system with 8 GiB available, a process in `groups`, and control groups' files."""
+    for name, text in {"proc/meminfo": MEMINFO, "proc/self/cgroup": groups, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_without_limits_it_is_what_the_system_has_left(tmp_path: Path) -> None:
+    files = {"sys/fs/cgroup/job/memory.max": "max\n", "sys/fs/cgroup/job/memory.current": "99\n"}
+    assert available_bytes(system(tmp_path, "0::/job\n", files)) == 8192 * MIB
+
+
+@pytest.mark.parametrize("groups", ["0::/job/step\n", "0::/\n"])
+def test_the_least_limit_of_all_groups_above_counts(tmp_path: Path, groups: str) -> None:
+    """In a container the process's own group may be the root of what it sees."""
+    files = {}
+    for group, most in (("", 900), ("job/", 700), ("job/step/", 800)):
+        files[f"sys/fs/cgroup/{group}memory.max"] = f"{most * MIB}\n"
+        files[f"sys/fs/cgroup/{group}memory.current"] = f"{500 * MIB}\n"
+        files[f"sys/fs/cgroup/{group}memory.stat"] = f"anon 1\ninactive_file {100 * MIB}\n"
+    expected = {"0::/job/step\n": 300, "0::/\n": 500}[groups]
+    assert available_bytes(system(tmp_path, groups, files)) == expected * MIB
+
+
+def test_version_1_of_control_groups(tmp_path: Path) -> None:
+    """The process's path may not be there: a container shows its own group as the root."""
+    files = {"sys/fs/cgroup/memory/memory.limit_in_bytes": f"{600 * MIB}\n",
+             "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{400 * MIB}\n",
+             "sys/fs/cgroup/memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {50 * MIB}\n"}  # fmt: skip
+    root = system(tmp_path, "5:cpu,cpuacct:/x\n4:memory:/docker/1f\n0::/\n", files)
+    assert available_bytes(root) == 250 * MIB
+
+
+def test_a_group_beyond_its_limit_leaves_nothing(tmp_path: Path) -> None:
+    files = {"sys/fs/cgroup/memory.max": f"{MIB}\n", "sys/fs/cgroup/memory.current": f"{2 * MIB}\n"}
+    assert available_bytes(system(tmp_path, "0::/\n", files)) == 0
+
+
+def test_a_system_that_says_nothing(tmp_path: Path) -> None:
+    assert available_bytes(tmp_path) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_this_system() -> None:
+    available = available_bytes()
+    assert available is not None and 0 < available < 1 << 50
