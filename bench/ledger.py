@@ -14,7 +14,7 @@ import torch
 
 from bench.flops import Count, Counters, Setup
 from bench.hardware import GPUS
-from bench.report import RESULTS, table, write_report
+from bench.report import publish, table
 from posecrafter_rt.models.sources import EMBEDDED_FOLDER, SD15_FOLDER
 
 SHARE_OF_PEAK = 0.5
@@ -164,11 +164,7 @@ def main() -> None:
         ("embedded base", EMBEDDED_FOLDER, QUICK) if options.quick else ("SD 1.5", SD15_FOLDER, Setup())
     )
     ledger = make_ledger(configs, setup)
-    text = markdown(ledger, base)
-    path = options.json or (None if options.quick else RESULTS / "ledger.json")
-    if path is not None:
-        write_report(path, ledger, text)
-    print(text)
+    publish("ledger", ledger, markdown(ledger, base), options.json, options.quick)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,14 @@ def write_report(path: Path, document: Any, markdown: str) -> None:
     path.with_suffix(".md").write_text(markdown, encoding="utf-8")
 
 
+def publish(name: str, document: Any, markdown: str, path: Path | None, is_quick: bool) -> None:
+    """Print a text, and write both files: to `path`, else to results/, where a quick run writes nothing."""
+    path = path or (None if is_quick else RESULTS / f"{name}.json")
+    if path is not None:
+        write_report(path, document, markdown)
+    print(markdown)
+
+
 def picture_size(text: str) -> tuple[int, int]:
     """`512x768` → (512, 768), height first. Raises: ValueError, which argparse turns into its usual line."""
     height, width = map(int, text.split("x"))

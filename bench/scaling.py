@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import RESULTS, table, write_report
+from bench.report import publish, table
 from bench.runs import in_own_process, moving_person, untrained_checkpoint
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -154,11 +154,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         axes = measure_axes(QUICK if arguments.quick else Plan(), Path(folder))
     document = {"machine": machine(), "slopes": summarise(axes), "axes": axes}
-    text = markdown(document)
-    path = arguments.json or (None if arguments.quick else RESULTS / "scaling.json")
-    if path is not None:
-        write_report(path, document, text)
-    print(text)
+    publish("scaling", document, markdown(document), arguments.json, arguments.quick)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import RESULTS, table, write_report
+from bench.report import publish, table
 from bench.runs import psnr
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -125,11 +125,7 @@ def main() -> None:
         document = run(arguments.steps or QUICK_STEPS, QUICK_FRAMES, QUICK_SPLITS, arguments.checkpoint, QUICK_TUNING)
     else:
         document = run(arguments.steps or 50, None, SPLITS, arguments.checkpoint, None)
-    text = markdown(document)
-    path = arguments.json or (None if arguments.quick else RESULTS / "segments.json")
-    if path is not None:
-        write_report(path, document, text)
-    print(text)
+    publish("segments", document, markdown(document), arguments.json, arguments.quick)
 
 
 if __name__ == "__main__":

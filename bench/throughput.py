@@ -22,7 +22,7 @@ import torch
 
 from bench.contenders import METHODS, Job, run
 from bench.flops import Counters, Setup
-from bench.report import RESULTS, picture_size, write_report
+from bench.report import picture_size, publish
 from bench.runs import in_own_process, moving_person, psnr, untrained_checkpoint, write_random_base
 from bench.timing import machine, time_call
 from posecrafter_rt.building import BuildOptions, build_engine
@@ -298,11 +298,7 @@ def main() -> None:
         folder = options.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         document = benchmark(options, folder)
-    text = markdown(document)
-    path = options.json or (None if options.quick else RESULTS / "throughput.json")
-    if path is not None:
-        write_report(path, document, text)
-    print(text)
+    publish("throughput", document, markdown(document), options.json, options.quick)
 
 
 if __name__ == "__main__":

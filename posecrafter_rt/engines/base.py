@@ -27,6 +27,12 @@ DTYPES = {"float": torch.float32, "int64": torch.int64}  # of `spec`, at the bou
 Progress = Callable[[str], None]  # told the name of each stage as it begins
 
 
+def inner_precision(name: str, precision: Precision) -> Precision:
+    """What a network runs in inside an engine of a precision, where float16 is to be kept from what leaves its range."""
+    in_full = name in FULL_PRECISION or (precision == "fp16" and name in BEYOND_FP16)
+    return "fp32" if in_full else precision
+
+
 class Engine(Protocol):
     """One network that can run.
 

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import (
-    BEYOND_FP16,
-    FULL_PRECISION,
     TORCH_DTYPES,
     Engine,
     Precision,
     Progress,
     checked_inputs,
     fitting_weights,
+    inner_precision,
 )
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import BackendUnavailable, EngineFolderError
@@ -119,7 +118,7 @@ class InductorBackend:
         Code holds no weights. It is kept in the user's cache: another checkpoint of the same architecture is built in
         seconds.
         """
-        package, dtype = _package(folder, spec), _dtype(spec.name, precision)
+        package, dtype = _package(folder, spec), TORCH_DTYPES[inner_precision(spec.name, precision)]
         graph, cache = graph_digest(network, spec, arch), BlobCache(cache_dir() / "inductor")
         key = {"graph": graph, "dtype": str(dtype), "device": self.device(), "options": OPTIONS,
                "libraries": library_versions(self.libraries)}  # fmt: skip
@@ -160,7 +159,7 @@ class InductorBackend:
             progress(f"refitting {name}")
             package = _package(folder, specs[name])
             shutil.copyfile(source / package.name, package)
-            _write_weights(package, network, _dtype(name, precision))
+            _write_weights(package, network, TORCH_DTYPES[inner_precision(name, precision)])
         write_graphs(folder, graphs)
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
@@ -177,7 +176,7 @@ class InductorBackend:
         if not (package.is_file() and weights_file.is_file()):
             raise EngineFolderError(f"{networks_folder} holds no {spec.name} of this backend", "build it again")
         weights = load_file(weights_file, device=self.device()["type"])
-        return InductorEngine(spec, package, _laid_out(weights), _dtype(spec.name, precision))
+        return InductorEngine(spec, package, _laid_out(weights), TORCH_DTYPES[inner_precision(spec.name, precision)])
 
 
 def _package(folder: Path, spec: NetworkSpec) -> Path:
@@ -190,12 +189,6 @@ def _open(package: Path) -> Any:
     from torch._inductor import aoti_load_package
 
     return aoti_load_package(str(package))
-
-
-def _dtype(name: str, precision: Precision) -> torch.dtype:
-    """What a network computes in inside an engine of a precision."""
-    in_full = name in FULL_PRECISION or (precision == "fp16" and name in BEYOND_FP16)
-    return torch.float32 if in_full else TORCH_DTYPES[precision]
 
 
 def _write_weights(package: Path, network: nn.Module, dtype: torch.dtype) -> None:

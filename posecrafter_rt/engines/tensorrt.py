@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posecrafter_rt.config import cache_dir
-from posecrafter_rt.engines.base import BEYOND_FP16, FULL_PRECISION, TORCH_DTYPES, Engine, Precision, Progress
+from posecrafter_rt.engines.base import BEYOND_FP16, TORCH_DTYPES, Engine, Precision, Progress, inner_precision
 from posecrafter_rt.engines.refit import (
     GRAPHS_FILE,
     WITHOUT,
@@ -54,11 +54,9 @@ REFIT_TOLERANCES = {"fp32": 4e-4, "fp16": 0.02, "bf16": 0.12}
 
 def network_precision(name: str, precision: Precision) -> tuple[Precision, bool]:
     """A network's precision inside an engine of a precision, and whether its float32 products may be TF32."""
-    if name in FULL_PRECISION:
-        return "fp32", False
-    if name in BEYOND_FP16 and precision == "fp16":
-        return "fp32", True  # TF32 has float16's mantissa and no end of its range
-    return precision, False
+    inner = inner_precision(name, precision)
+    # TF32 has float16's mantissa and no end of its range.
+    return inner, inner != precision and name in BEYOND_FP16
 
 
 class TensorRTBackend:

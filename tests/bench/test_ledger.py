@@ -13,7 +13,6 @@ from torch import nn
 from bench.flops import Count, Counters, Setup, count_flops, layer_flops
 from bench.ledger import (
     ESTIMATES,
-    RESULTS,
     make_ledger,
     markdown,
     network_flops,
@@ -21,6 +20,7 @@ from bench.ledger import (
     published_to_exact,
 )
 from bench.plain import Baseline
+from bench.report import RESULTS
 from bench.runs import moving_person, untrained_checkpoint
 from bench.workloads import LEVELS
 from posecrafter_rt.avatar import Avatar

@@ -17,14 +17,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 if find_spec("posecrafter_rt.kernels") is None:
     pytest.skip("the package is not installed", allow_module_level=True)
 
+from bench.kernel_fits import DTYPES, REPRESENTATIVES, TARGETS
 from posecrafter_rt.kernels import keyframe_attention, temporal_attention
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig
 
 SHARED_LIMITS = {86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a block may use
-TARGETS = {86: (86, 89), 90: (90,)}  # what a row of the table serves
-REPRESENTATIVES = {48: 40, 80: 80, 160: 160, 256: 256}
-DTYPES = {2: (torch.float16, torch.bfloat16), 4: (torch.float32,)}
 KEYS = ("capability", "element_bytes", "max_head_size", "max_frames")
 
 
