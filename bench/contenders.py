@@ -25,20 +25,32 @@ from bench.runs import Stages, forget_inversions
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines.base import TORCH_DTYPES
+from posecrafter_rt.engines.device import torch_device
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.machine import peak_rss_bytes
+from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 Render = Callable[[PoseSequence, int], tuple[np.ndarray, dict[str, float]]]
 """(target, num_inference_steps) → frames (N, H, W, 3) uint8, seconds by stage."""
 
-METHODS = ("exact", "published", "plain", "plain, torch.compile", "diffusers, frame by frame")
+METHODS = {
+    "exact": "exact",
+    "published": "published",
+    "plain": "plain",
+    "diffusers": "diffusers, frame by frame",
+    "compile": "plain, torch.compile",
+}
+"""What the command line calls each, and what the tables do."""
+WARM_UP_STEPS = {"cpu": 1, "cuda": 3}
+"""Of the render before the measured one. On a GPU a second step may still compile for, and a recorded graph replays from
+the third on."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. method: of METHODS; engine: what `exact` loads; precision: of the others' weights."""
+    """One run. method: of METHODS' values; engine: what `exact` loads; precision: of the others' weights."""
 
     method: str
     checkpoint: Path
@@ -47,6 +59,11 @@ class Job:
     target: PoseSequence
     num_inference_steps: int
     output: Path
+
+
+def load_model(tuned: Checkpoint, job: Job) -> PoseModel:
+    """The tuned networks in the job's precision, on the GPU where there is one."""
+    return tuned.load_model(dtype=TORCH_DTYPES[job.precision]).to(device=torch_device())
 
 
 def load_exact(job: Job) -> Render:
@@ -66,8 +83,8 @@ def load_exact(job: Job) -> Render:
 def load_baseline(job: Job) -> Render:
     """ControlVideo's algorithm, or PoseCrafter as published."""
     tuned = Checkpoint.load(job.checkpoint)
-    baseline = Baseline(tuned.load_model(dtype=TORCH_DTYPES[job.precision]), tuned.metadata["prompt"])
-    if job.method == "plain, torch.compile":
+    baseline = Baseline(load_model(tuned, job), tuned.metadata["prompt"])
+    if job.method == METHODS["compile"]:
         networks = baseline.networks
         compiled: dict[str, Any] = {name: torch.compile(getattr(networks, name)) for name in ("unet", "controlnet")}
         baseline.networks = replace(networks, **compiled)
@@ -83,13 +100,13 @@ def load_baseline(job: Job) -> Render:
 def load_diffusers(job: Job) -> Render:
     """diffusers' own pipeline on the tuned image networks, one frame after another from one noise: no clip, no person."""
     tuned = Checkpoint.load(job.checkpoint)
-    model = tuned.load_model(dtype=TORCH_DTYPES[job.precision])
+    model = load_model(tuned, job)
     pipeline: Any = StableDiffusionControlNetPipeline(
         vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer,
         unet=to_diffusers(model.unet, UNet2DConditionModel),
         controlnet=to_diffusers(model.controlnet, ControlNetModel),
         scheduler=DDIMScheduler.from_config(model.scheduler_config), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False)  # fmt: skip
+        requires_safety_checker=False).to(torch_device())  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
 
     def render(target: PoseSequence, num_inference_steps: int) -> tuple[np.ndarray, dict[str, float]]:
@@ -111,16 +128,16 @@ def load_diffusers(job: Job) -> Render:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Load, warm up with one step, render; the frames go to `job.output`.
+    """Load, warm up with a render of few steps, render; the frames go to `job.output`.
 
-    Returns: startup_s (loading and warm-up), seconds by stage, total_s, and the process's peak memory after loading and
-        after all.
+    Returns: startup_s (loading and warm-up), seconds by stage, total_s, the process's peak memory after loading and after
+        all, and the most that torch held of the GPU's at once.
     """
-    load = {"exact": load_exact, "diffusers, frame by frame": load_diffusers}.get(job.method, load_baseline)
+    load = {"exact": load_exact, METHODS["diffusers"]: load_diffusers}.get(job.method, load_baseline)
     start = time.perf_counter()
     render = load(job)
     loaded_peak = peak_rss_bytes()
-    render(job.target, 1)
+    render(job.target, WARM_UP_STEPS[torch_device().type])
     ready = time.perf_counter()
     frames, seconds = render(job.target, job.num_inference_steps)
     total = time.perf_counter() - ready
@@ -131,4 +148,5 @@ def run(job: Job) -> dict[str, Any]:
         "total_s": total,
         "loaded_peak_bytes": loaded_peak,
         "peak_bytes": peak_rss_bytes(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,
     }

@@ -31,6 +31,9 @@ MEMORY_LATENCY_S = 700e-9
 EXPOSED_CYCLES = {1: 600, 2: 100, 3: 0}  # of a tile's loads, by pipeline stages; other resident blocks fill them
 BLOCK_CYCLES = 150  # a multiprocessor's cost of starting a block
 
+Trial = tuple[float, Any, Compiled]  # modelled cost, tile, machine code
+Table = dict[str, list[dict[str, Any]]]  # operator → rows
+
 
 def padded(head_size: int) -> int:
     return sum(split_head(head_size))
@@ -122,7 +125,7 @@ def attempt(build: Any, *arguments: Any) -> Compiled | None:
         return None
 
 
-def best(rows: list[tuple[float, Any, Compiled]], what: object, use: Use, others: list[OtherTriton]) -> Any | None:
+def best(rows: list[Trial], what: object, use: Use, others: list[OtherTriton]) -> Any | None:
     """The cheapest configuration that fits everywhere, or None: the operator then refuses such heads."""
     for cost, config, built in sorted(rows, key=lambda row: row[0]):
         if cost < float("inf") and fits(use, config) and all(other.fits(use, config) for other in others):
@@ -132,41 +135,42 @@ def best(rows: list[tuple[float, Any, Compiled]], what: object, use: Use, others
     return None
 
 
-Search = Iterator[dict[str, Any]]
+def try_tile(gpu: Gpu, use: Use, frames: int, tile: TileConfig | TemporalConfig) -> Trial | None:
+    """A tile with its modelled cost and machine code, or None where it is refused. frames: of a clip (temporal)."""
+    head_size, dtype = REPRESENTATIVES[use.head_class], DTYPES[use.element_bytes][0]
+    build = compile_keyframe if isinstance(tile, TileConfig) else compile_temporal
+    built = attempt(build, gpu.capability, dtype, head_size, tile)
+    if built is None:
+        return None
+    if isinstance(tile, TileConfig):
+        return keyframe_cost(gpu, tile, built, head_size, use.element_bytes), tile, built
+    return temporal_cost(gpu, tile, built, head_size, frames, use.element_bytes), tile, built
 
 
-def search_keyframe(gpu: Gpu, element_bytes: int, head_class: int, others: list[OtherTriton]) -> Search:
+def search_keyframe(gpu: Gpu, element_bytes: int, head_class: int, others: list[OtherTriton]) -> Iterator[Any]:
     """The table's row for one GPU, element size and head class, if a tile fits."""
-    head_size, dtype = REPRESENTATIVES[head_class], DTYPES[element_bytes][0]
     key = {"capability": gpu.capability, "element_bytes": element_bytes, "max_head_size": head_class}
-    costs = []
-    for tile in keyframe_candidates(head_class, element_bytes):
-        built = attempt(compile_keyframe, gpu.capability, dtype, head_size, tile)
-        if built is not None:
-            costs.append((keyframe_cost(gpu, tile, built, head_size, element_bytes), tile, built))
     use = Use("keyframe_attention", (gpu.capability,), element_bytes, head_class)
-    if (config := best(costs, key, use, others)) is not None:
+    trials = [try_tile(gpu, use, 0, tile) for tile in keyframe_candidates(head_class, element_bytes)]
+    if (config := best([trial for trial in trials if trial], key, use, others)) is not None:
         yield key | asdict(config)
 
 
-def search_temporal(gpu: Gpu, element_bytes: int, head_class: int, others: list[OtherTriton]) -> Search:
+def search_temporal(gpu: Gpu, element_bytes: int, head_class: int, others: list[OtherTriton]) -> Iterator[Any]:
     """The table's rows for one GPU, element size and head class: one a class of frames."""
-    head_size, dtype = REPRESENTATIVES[head_class], DTYPES[element_bytes][0]
     key = {"capability": gpu.capability, "element_bytes": element_bytes, "max_head_size": head_class}
     use = Use("temporal_attention", (86, 90), element_bytes, head_class)  # one row serves both architectures
     for frames, typical in FRAME_CLASSES.items():
-        costs = []
-        for tile in temporal_candidates(frames, head_class, element_bytes):
-            built = attempt(compile_temporal, gpu.capability, dtype, head_size, tile)
-            if built is not None:
-                costs.append((temporal_cost(gpu, tile, built, head_size, typical, element_bytes), tile, built))
-        if (config := best(costs, key | {"max_frames": frames}, use, others)) is not None:
+        trials = [try_tile(gpu, use, typical, tile) for tile in temporal_candidates(frames, head_class, element_bytes)]
+        if (
+            config := best([trial for trial in trials if trial], key | {"max_frames": frames}, use, others)
+        ) is not None:
             yield key | {"max_frames": frames} | asdict(config)
 
 
-def search(others: list[OtherTriton]) -> dict[str, list[dict[str, Any]]]:
+def search(others: list[OtherTriton]) -> Table:
     """The whole table."""
-    table: dict[str, list[dict[str, Any]]] = {"keyframe_attention": [], "temporal_attention": []}
+    table: Table = {"keyframe_attention": [], "temporal_attention": []}
     small, large = (next(gpu for gpu in GPUS if gpu.capability == capability) for capability in (86, 90))
     for element_bytes, classes in HEAD_CLASSES.items():
         for head_class in classes:
@@ -178,13 +182,18 @@ def search(others: list[OtherTriton]) -> dict[str, list[dict[str, Any]]]:
     return table
 
 
+def write_table(table: Table) -> None:
+    """Replace kernels/configs.json, a row a line."""
+    lines = {op: ",\n  ".join(json.dumps(row) for row in rows) for op, rows in table.items()}
+    TABLE.write_text("{\n" + ",\n".join(f' "{op}": [\n  {rows}\n ]' for op, rows in lines.items()) + "\n}\n")
+
+
 def main() -> None:
     others = [OtherTriton(python) for python in sys.argv[1:]]
     table = search(others)
     for other in others:
         other.close()
-    lines = {op: ",\n  ".join(json.dumps(row) for row in rows) for op, rows in table.items()}
-    TABLE.write_text("{\n" + ",\n".join(f' "{op}": [\n  {rows}\n ]' for op, rows in lines.items()) + "\n}\n")
+    write_table(table)
 
 
 if __name__ == "__main__":

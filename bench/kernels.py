@@ -7,7 +7,6 @@ measured: the time that the bytes or the FLOPs would take at the peak of a copy 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.report import RESULTS, write_report
+from bench.report import RESULTS, name_by_device, write_report
 from bench.timing import Timing, compare, machine, time_call, time_on_cpu
 from bench.workloads import HEADS, Attention, attentions, paste_bytes
 from posecrafter_rt.ops import BACKENDS, affine_warp_paste, keyframe_attention, temporal_attention, unsupported_reason
@@ -54,16 +53,25 @@ def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return memory_efficient_attention(*heads_last).reshape(frames, tokens, channels)
 
 
-def attention_calls(problem: Attention, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Tensor]]:
-    """The contenders for one problem; ours is named by the backend that it takes."""
+def attention_inputs(problem: Attention, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """One group's random q, k and v, contiguous."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
+    rows = (problem.tokens, problem.channels)
     if problem.op == "keyframe_attention":
-        q = normal(problem.frames, problem.tokens, problem.channels)
-        k, v = (normal(1, problem.num_keys, problem.channels) for _ in range(2))
+        keys = (1, problem.num_keys, problem.channels)
+        return normal(problem.frames, *rows), normal(*keys), normal(*keys)
+    clip = (1, problem.num_keys, *rows)
+    return normal(1, problem.frames, *rows), normal(*clip), normal(*clip)
+
+
+def attention_calls(problem: Attention, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Tensor]]:
+    """The contenders for one problem; ours is named by the backend that it takes."""
+    q, k, v = attention_inputs(problem, dtype, device)
+    if problem.op == "keyframe_attention":
         calls = {
             f"ours ({chosen(problem.op, q, k, v)})": lambda: keyframe_attention(q, k, v, HEADS),
             "torch SDPA, K and V expanded": lambda: expanded_sdpa(q, k, v),
@@ -71,7 +79,6 @@ def attention_calls(problem: Attention, dtype: torch.dtype, device: str) -> dict
         if device == "cuda" and find_spec("xformers") and dtype != torch.float32:
             calls["xformers, K and V expanded"] = lambda: xformers_attention(q, k, v)
         return calls
-    q, k, v = (normal(1, problem.frames, problem.tokens, problem.channels) for _ in range(3))
     return {
         f"ours ({chosen(problem.op, q, k, v)})": lambda: temporal_attention(q, k, v, HEADS),
         "torch SDPA, positions first": lambda: transposed_sdpa(q, k, v),
@@ -191,7 +198,7 @@ def main() -> None:
                 results += rows(what, timings, problem.num_bytes(dtype.itemsize), problem.flops, peaks)
     name = machine().get("gpu", "cpu")
     document = {"device": name, "machine": machine(), "peaks": peaks, "rows": results}
-    write_table("kernels-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), document)
+    write_table(name_by_device("kernels", document["machine"]), document)
 
 
 if __name__ == "__main__":

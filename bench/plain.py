@@ -125,7 +125,9 @@ class Networks:
         """(F, 4, h, w) → pixels (F, 3, H, W), about [-1, 1]."""
         return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
-    def predict(self, latents: Tensor, timestep: int, text: Tensor, pictures: Tensor, scale: float = 1.0) -> Tensor:
+    def predict(
+        self, latents: Tensor, timestep: Tensor | int, text: Tensor, pictures: Tensor, scale: float = 1.0
+    ) -> Tensor:
         """One step's noise prediction, everything computed anew: pose embedding, text K and V, timestep projections.
 
         Args: latents (F, 4, h, w); text: (1, tokens, D); pictures: (F, 3, H, W) in [0, 1]; scale: of the residuals.
@@ -239,7 +241,8 @@ class Baseline:
         """What `ddim_invert` and `ddim_sample` call; their latents stay float32."""
 
         def denoise(latents: Tensor, index: int, timestep: int) -> Tensor:
-            return self.networks.predict(latents.to(self.dtype), timestep, text, pictures).float()
+            at = torch.tensor(timestep, device=self.device)  # a number would be compiled in, anew for each step
+            return self.networks.predict(latents.to(self.dtype), at, text, pictures).float()
 
         return denoise
 

@@ -6,6 +6,7 @@ Bench: imported by the scripts here.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ def publish(name: str, document: Any, markdown: str, path: Path | None, is_quick
     if path is not None:
         write_report(path, document, markdown)
     print(markdown)
+
+
+def name_by_device(name: str, machine: dict[str, Any]) -> str:
+    """A result's name with that of the device it was measured on: ("kernels", `timing.machine()`) → "kernels-cpu"."""
+    return f"{name}-" + re.sub(r"[^a-z0-9]+", "-", machine.get("gpu", "cpu").lower()).strip("-")
 
 
 def picture_size(text: str) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,25 +26,30 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.engines.device import torch_device
 from posecrafter_rt.models.loading import load_base, named_parameters
 from posecrafter_rt.models.sources import SD15_FOLDER
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
 
-PRELOADED = ["posecrafter_rt.avatar", "diffusers.pipelines.controlnet.pipeline_controlnet"]
+
+def wait_for_gpu() -> None:
+    """Return when the GPU has done all that it was asked for; at once where none is used."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 class Stages:
-    """Wall seconds by stage, in the order of their first use; waits for a GPU before it stops the clock."""
+    """Wall seconds by stage, in the order of their first use; waits for a GPU before it reads the clock."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        wait_for_gpu()
         start = time.perf_counter()
         yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        wait_for_gpu()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -52,15 +58,23 @@ def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> 
 
     Returns: what it returned, or {"error": one line}.
     """
+    # A process that CUDA's own library was asked for devices in cannot fork ones that use it; the driver's monitor can.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     context: Any = multiprocessing.get_context("forkserver")  # forks from one that has imported, but computed nothing
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["bench.contenders"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(function, *arguments).result()
+            return pool.submit(_attempt, function, *arguments).result()
         except BrokenProcessPool:
             return {"error": "the process died, most likely for lack of memory"}
-        except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _attempt(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Turn what is raised into a line here: many a compiler's exception cannot be sent to another process."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def forget_inversions(avatar: Avatar) -> None:
@@ -94,7 +108,7 @@ def untrained_checkpoint(base: str, size: tuple[int, int] | None = None, num_fra
 
     Args: base: as `load_base` takes it. size: (height, width); None: the base's own.
     """
-    model = load_base(base)
+    model = load_base(base, dtype=torch.float16)  # of whose weights nothing is kept but names and shapes
     size = size or model.settings.size
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(parameter.shape, generator=generator) * 0.5 / parameter.shape[-1] ** 0.5
@@ -129,7 +143,7 @@ def write_random_base(folder: Path) -> Path:
     if (folder / "complete").exists():
         return folder
     shutil.copytree(SD15_FOLDER, folder, dirs_exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch_device()).manual_seed(0)
     for name, model in shapes_only(folder).items():
         file = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
         save_file(_random(model, generator), folder / name / file)
@@ -138,11 +152,12 @@ def write_random_base(folder: Path) -> Path:
 
 
 def _random(model: nn.Module, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Norms as the identity, small weights: activations stay finite, also in 16 bits."""
+    """Norms as the identity, small weights: activations stay finite, also in 16 bits. Drawn where the generator is."""
     tensors = {}
     for name, tensor in model.named_parameters():
         if tensor.ndim == 1:
             tensors[name] = torch.full(tensor.shape, float("norm" in name and name.endswith("weight"))).half()
         else:
-            tensors[name] = (torch.randn(tensor.shape, generator=generator) * 0.02).half()
+            drawn = torch.randn(tensor.shape, generator=generator, device=generator.device)
+            tensors[name] = drawn.mul_(0.02).half().cpu()
     return tensors

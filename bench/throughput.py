@@ -1,9 +1,9 @@
 """This runtime against the published algorithms and against diffusers' pipeline, end to end, in one run, in turns.
 
-Bench: `python -m bench.throughput [--json FILE] [--quick]` writes results/throughput.json and .md, or FILE and its .md; with
---quick alone (the embedded base, 4 frames, 2 steps, one round) it only prints. Runs on the CPU, which the engines do;
-`taskset` limits the cores of all contenders alike. `--base random-sd15 --size 256x256 --frames 4 --steps 2` has the size
-of Stable Diffusion 1.5, on random weights.
+Bench: `python -m bench.throughput [--json FILE] [--quick]` writes results/throughput-<device>.json and .md, or FILE and its
+.md; with --quick alone (the embedded base, 4 frames, 2 steps, one round) it only prints. All contenders run on the GPU
+where torch sees one, else on the CPU, where `taskset` limits the cores of all alike. `--base random-sd15` has the size of
+Stable Diffusion 1.5, on random weights: on a CPU with `--size 256x256 --frames 4 --steps 2`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from bench.contenders import METHODS, Job, run
+from bench.contenders import METHODS, WARM_UP_STEPS, Job, run
 from bench.flops import Counters, Setup
-from bench.report import picture_size, publish
+from bench.kernels import measure_peaks
+from bench.report import name_by_device, picture_size, publish, table
 from bench.runs import in_own_process, moving_person, psnr, untrained_checkpoint, write_random_base
-from bench.timing import machine, time_call
+from bench.timing import machine
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines import choose_backend, choose_precision
 from posecrafter_rt.engines.base import TORCH_DTYPES
+from posecrafter_rt.engines.device import torch_device
+from posecrafter_rt.errors import BackendUnavailable
 from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
 
@@ -37,9 +39,10 @@ Row = dict[str, Any]
 
 
 def measure_peak(precision: str) -> Row:
-    """FLOPs a second of a matrix product of 1024 × 1024, at its fastest."""
-    matrix = torch.randn(1024, 1024).to(TORCH_DTYPES[precision])
-    return {"flops_per_s": 2e3 * 1024**3 / time_call(lambda: matrix @ matrix, budget_s=0.5).min_ms}
+    """FLOPs a second of a large matrix product at its fastest, on the contenders' device."""
+    dtype = TORCH_DTYPES[precision]
+    peaks = measure_peaks(torch_device().type, [dtype], budget_s=0.5)
+    return {"flops_per_s": peaks[str(dtype).removeprefix("torch.")]}
 
 
 def make_checkpoint(base: str, size: tuple[int, int] | None, path: Path) -> Row:
@@ -70,24 +73,28 @@ def build(checkpoint: Path, folder: Path, backend: str, precision: str) -> Row:
     return {"build_s": 0.0 if result.was_current else time.perf_counter() - start}
 
 
-def make_contenders(job: Job, engines: list[str], is_compiled: bool, folder: Path) -> dict[str, Row]:
+def make_contenders(job: Job, methods: list[str], engines: list[str], folder: Path) -> dict[str, Row]:
     """Contenders by name, each with its job; engines are built now, in `folder`.
 
-    Args: job: what all have in common; its precision is that of all but `exact`. engines: `backend:precision` of `exact`,
-        either may be auto.
+    Args: job: what all have in common; its precision is that of all but `exact`. methods: of METHODS' values. engines:
+        `backend:precision` of `exact`, either may be auto.
     """
     contenders: dict[str, Row] = {}
-    for engine in engines:
+    for engine in engines if "exact" in methods else []:
         backend_name, _, wanted = engine.partition(":")
-        precision = choose_precision(wanted)
-        backend, _ = choose_backend(backend_name, precision)
+        try:
+            precision = choose_precision(wanted, backend_name)
+            backend, _ = choose_backend(backend_name, precision)
+        except BackendUnavailable as error:
+            contenders[f"exact, {engine}"] = {"job": job, "error": str(error)}
+            continue
         name = f"exact, {backend.name} {precision}"
         if name not in contenders:
             path = folder / f"{job.checkpoint.stem}-{backend.name}-{precision}.engine"
             built = in_own_process(build, job.checkpoint, path, backend.name, precision)
             contenders[name] = {"job": replace(job, method="exact", engine=path, precision=precision), **built}
-    for method in METHODS[1:]:
-        if is_compiled or "compile" not in method:
+    for method in methods:
+        if method != "exact":
             contenders[f"{method}, {job.precision}"] = {"job": replace(job, method=method)}
     for index, contender in enumerate(contenders.values()):
         contender["job"] = replace(contender["job"], output=folder / f"frames-{index}.npy")
@@ -98,7 +105,7 @@ def median(runs: list[Row]) -> Row:
     """The medians over runs of everything that a run measured."""
     stages = list(dict.fromkeys(stage for one in runs for stage in one["seconds"]))
     seconds = {stage: statistics.median(one["seconds"].get(stage, 0.0) for one in runs) for stage in stages}
-    names = ("startup_s", "total_s", "loaded_peak_bytes", "peak_bytes")
+    names = ("startup_s", "total_s", "loaded_peak_bytes", "peak_bytes", "peak_gpu_bytes")
     return {**{name: statistics.median(one[name] for one in runs) for name in names}, "seconds": seconds}
 
 
@@ -135,10 +142,8 @@ def measure(contenders: dict[str, Row], rounds: int) -> dict[str, list[Row]]:
         for name, contender in contenders.items():
             result = {"error": contender["error"]} if "error" in contender else in_own_process(run, contender["job"])
             runs[name].append(result)
-            print(
-                f"round {number + 1}: {name}: {result.get('error') or format(result['total_s'], '.2f') + ' s'}",
-                flush=True,
-            )
+            said = result.get("error") or "{total_s:.2f} s, after {startup_s:.0f} s to get ready".format(**result)
+            print(f"round {number + 1}: {name}: {said}", flush=True)
     return runs
 
 
@@ -178,64 +183,57 @@ def _quality(row: Row) -> str:
     return "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
 
 
+def _memory(row: Row) -> float:
+    """The peak that contenders are compared by: the GPU's where one is used."""
+    return row["peak_gpu_bytes"] or row["peak_bytes"]
+
+
+def _ratios(rows: list[Row]) -> list[str]:
+    """Times and memory over those of `exact`, where it ran."""
+    exact = [row for row in rows if row["contender"].startswith("exact")]
+    if not exact:
+        return []
+    header = ("contender", *(f"over {row['contender']}" for row in exact), "peak memory over the least of exact")
+    least, cells = min(map(_memory, exact)), []
+    for row in rows:
+        ratios = [f"{row['total_s'] / other['total_s']:.2f}×" for other in exact]
+        cells.append((row["contender"], *ratios, f"{_memory(row) / least:.2f}×"))
+    return ["## Times of each contender over those of `exact`", "", *table(header, cells)]
+
+
 def markdown(document: Row) -> str:
     """The results as tables."""
     setup, rows = document["setup"], [row for row in document["rows"] if "error" not in row]
     size, frames, steps = "×".join(map(str, setup["size"])), setup["frames"], setup["steps"]
     facts = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     lines = [f"# {frames} frames at {size}, {steps} steps, {setup['base']}", "", f"Machine: {facts}.", ""]
-    lines += [f"Medians of {setup['rounds']} rounds in turns; each run in a process of its own, after a warm-up of one step.",
-              "exact: this runtime, its inversion cache empty. published, plain: see `bench/plain.py`. PSNR is to the first",
-              "row's frames. Peak memory is the process's, weights and libraries included. FLOPs are the ledger's; peak is",
-              "that of a 1024² matrix product in the same type.", ""]  # fmt: skip
-    header = (
-        "contender",
-        "s",
-        "frames/s",
-        "s per 100 frames",
-        "peak MB",
-        "startup s",
-        "GFLOP/s",
-        "% of peak",
-        "PSNR dB",
-    )
-    lines += ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    on_gpu = any(row["peak_gpu_bytes"] for row in rows)
+    lines += [f"Medians of {setup['rounds']} rounds in turns; each run in a process of its own, after a warm-up by the same clip",
+              f"(steps: {setup['warm_up_steps']}). exact: this runtime, its inversion cache empty. published, plain: see",
+              "`bench/plain.py`. PSNR is to the first row's frames. Peak memory is the process's, weights and libraries",
+              "included. FLOPs are the ledger's; peak is that of a large matrix product in the same type. At fp16 `exact`",
+              "keeps its VAE in float32, the others do not."]  # fmt: skip
+    if on_gpu:
+        lines += ["Peak GPU memory is the most that torch had allocated at once; by it the contenders are compared."]
+    header = ("contender", "s", "frames/s", "s per 100 frames", "peak MB", *(["peak GPU MB"] if on_gpu else []), "startup s",
+              "GFLOP/s", "% of peak", "PSNR dB")  # fmt: skip
+    cells = []
     for row in rows:
-        quality = _quality(row)
-        cells = (row["contender"], f"{row['total_s']:.2f}", f"{row['frames_per_s']:.3g}", f"{row['s_per_100_frames']:.1f}",
-                 f"{row['peak_bytes'] / 1e6:.0f}", f"{row['startup_s']:.1f}", f"{row['flops_per_s'] / 1e9:.1f}",
-                 f"{row['percent_of_peak']:.0f}", quality)  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [f"| {row['contender']} | failed: {row['error']} |" for row in document["rows"] if "error" in row]
-    lines += [
-        "",
-        "## Stages (s)",
-        "",
-        "| contender | prepare | invert | denoise | decode | build |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+        gpu = [f"{row['peak_gpu_bytes'] / 1e6:.0f}"] if on_gpu else []
+        cells.append((row["contender"], f"{row['total_s']:.2f}", f"{row['frames_per_s']:.3g}",
+                      f"{row['s_per_100_frames']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}", *gpu, f"{row['startup_s']:.1f}",
+                      f"{row['flops_per_s'] / 1e9:.1f}", f"{row['percent_of_peak']:.0f}", _quality(row)))  # fmt: skip
+    cells += [(row["contender"], f"failed: {row['error']}") for row in document["rows"] if "error" in row]
+    lines += ["", *table(header, cells), "## Stages (s)", ""]
+    stages, cells = ("prepare", "invert", "denoise", "decode"), []
     for row in rows:
-        cells = tuple(f"{row['seconds'].get(stage, 0.0):.2f}" for stage in ("prepare", "invert", "denoise", "decode"))
         built = "" if row["build_s"] is None else f"{row['build_s']:.1f}"
-        lines.append("| " + " | ".join((row["contender"], *cells, built)) + " |")
-    lines += ["", "## Times of each contender over those of `exact`", ""]
-    exact = [row for row in rows if row["contender"].startswith("exact")]
-    lines += ["| contender | " + " | ".join(f"over {row['contender']}" for row in exact) + " | peak memory over the least of exact |",
-              "|---" + "|---:" * (len(exact) + 1) + "|"]  # fmt: skip
-    for row in rows:
-        ratios = [f"{row['total_s'] / other['total_s']:.2f}×" for other in exact]
-        memory = row["peak_bytes"] / min((other["peak_bytes"] for other in exact), default=float("nan"))
-        lines.append("| " + " | ".join((row["contender"], *ratios, f"{memory:.2f}×")) + " |")
+        cells.append((row["contender"], *(f"{row['seconds'].get(stage, 0.0):.2f}" for stage in stages), built))
+    lines += [*table(("contender", *stages, "build"), cells), *_ratios(rows)]
     if (frames, steps) != (FULL_FRAMES, FULL_STEPS):
-        lines += [
-            "",
-            f"## Extrapolated, not measured: {FULL_FRAMES} frames in {FULL_STEPS} steps",
-            "",
-            "| contender | s |",
-            "|---|---:|",
-        ]
-        lines += [f"| {row['contender']} | {row['extrapolated_s']:,.0f} |" for row in rows]
-    return "\n".join(lines) + "\n"
+        lines += [f"## Extrapolated, not measured: {FULL_FRAMES} frames in {FULL_STEPS} steps", ""]
+        lines += table(("contender", "s"), [(row["contender"], f"{row['extrapolated_s']:,.0f}") for row in rows])
+    return "\n".join(lines)
 
 
 def benchmark(options: argparse.Namespace, folder: Path) -> Row:
@@ -248,13 +246,15 @@ def benchmark(options: argparse.Namespace, folder: Path) -> Row:
         target = PoseSequence.load(options.poses)[: options.frames]
     setup = Setup(size, len(target), options.steps)
     job = Job("exact", checkpoint, None, options.precision, target, options.steps, folder)
-    contenders = make_contenders(job, options.engines, options.compile, folder)
+    methods = [method for name, method in METHODS.items() if name in options.contenders]
+    contenders = make_contenders(job, methods, options.engines, folder)
     runs = measure(contenders, options.rounds)
     counters = Counters(locate_base(tuned.metadata["base"]).configs)
     base = options.base if options.checkpoint is None else tuned.metadata["base"]
     return {
         "setup": {"base": base, "size": list(size), "frames": len(target), "steps": options.steps,
-                  "precision": options.precision, "rounds": options.rounds},
+                  "precision": options.precision, "rounds": options.rounds,
+                  "warm_up_steps": WARM_UP_STEPS[torch_device().type]},
         "machine": machine(),
         "rows": summarise(contenders, runs, counters, setup),
     }  # fmt: skip
@@ -273,8 +273,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--engines", nargs="+", help="backend:precision of `exact`; the first is the PSNR's reference")
-    parser.add_argument("--precision", default="fp32", choices=list(TORCH_DTYPES), help="of the other contenders")
-    parser.add_argument("--compile", action="store_true", help="also plain under torch.compile")
+    parser.add_argument("--precision", default="fp16" if torch_device().type == "cuda" else "fp32",
+                        choices=list(TORCH_DTYPES), help="of the other contenders")  # fmt: skip
+    parser.add_argument("--contenders", nargs="+", choices=list(METHODS), default=[name for name in METHODS if name != "compile"],
+                        help="compile: plain under torch.compile, which takes minutes")  # fmt: skip
     parser.add_argument("--work", type=Path, help="keep checkpoint and engines here for the next run")
     options = parser.parse_args(arguments)
     same = options.precision
@@ -298,7 +300,8 @@ def main() -> None:
         folder = options.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         document = benchmark(options, folder)
-    publish("throughput", document, markdown(document), options.json, options.quick)
+    name = name_by_device("throughput", document["machine"])
+    publish(name, document, markdown(document), options.json, options.quick)
 
 
 if __name__ == "__main__":

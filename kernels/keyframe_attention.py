@@ -81,10 +81,12 @@ def keyframe_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
             q_main, q_tail, k_base, v_base, k_row_stride, v_row_stride, start, num_keys, acc_main, acc_tail, peak,
             total, SCALE, HEAD_SIZE, DIM_MAIN, DIM_TAIL, BLOCK_N, PRECISION, False,
         )  # fmt: skip
-    if whole < num_keys:
+    # The keys beyond the last whole tile, 16 at a time: one tensor-core operation then takes them all. Of several in a
+    # row here, ptxas 12.8 (of Triton 3.6) gives the second a wrong address in shared memory on sm_90.
+    for start in range(whole, num_keys, 16):
         acc_main, acc_tail, peak, total = _step(
-            q_main, q_tail, k_base, v_base, k_row_stride, v_row_stride, whole, num_keys, acc_main, acc_tail, peak,
-            total, SCALE, HEAD_SIZE, DIM_MAIN, DIM_TAIL, BLOCK_N, PRECISION, True,
+            q_main, q_tail, k_base, v_base, k_row_stride, v_row_stride, start, num_keys, acc_main, acc_tail, peak,
+            total, SCALE, HEAD_SIZE, DIM_MAIN, DIM_TAIL, 16, PRECISION, True,
         )  # fmt: skip
     out_rows = out_ptr + first_row * channels + column + rows[:, None] * channels
     store_columns(out_rows, row_mask, acc_main / total[:, None], 0, DIM_MAIN, HEAD_SIZE)

@@ -13,6 +13,10 @@ from torch import Tensor
 from posecrafter_rt.kernels.configs import EAGER_OPTIONS, SCALE_LOG2E, TemporalConfig, split_head, temporal_config
 from posecrafter_rt.kernels.tiles import load_chunk, load_columns, store_columns
 
+# Compiled code has one tile for whatever number of frames it is called with: that of a typical clip. Frames are symbols
+# when it is traced, by which no other tile could be chosen.
+TRACED_FRAMES = 32
+
 
 @triton.jit
 def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its interface
@@ -123,9 +127,9 @@ def launch(
         k, v = k.contiguous(), v.contiguous()
     out = q.new_empty(groups, num_queries, tokens, channels)
     head_size = channels // heads
-    config = config or temporal_config(
-        torch.cuda.get_device_capability(q.device), q.dtype, head_size, num_queries, num_keys
-    )
+    if config is None:
+        frames = TRACED_FRAMES if is_traced else max(num_queries, num_keys)
+        config = temporal_config(torch.cuda.get_device_capability(q.device), q.dtype, head_size, frames, frames)
     mask_bytes = None if mask is None else mask.contiguous().view(torch.uint8)
     kernel = torch.library.wrap_triton(temporal_attention_kernel) if is_traced else temporal_attention_kernel
     grid = (heads * triton.cdiv(num_queries, config.block_q), triton.cdiv(tokens, config.block_p), groups)

@@ -262,7 +262,7 @@ class Avatar:
         inverted = cache.load(key)
         report.inversion_cached = inverted is not None
         if inverted is not None:
-            return inverted
+            return inverted.to(self.engines["unet"].device)
         assert options.inversion_substeps is not None
         schedule = self.schedules[options.sampler]
         timesteps = schedule.inversion_timesteps(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,20 @@ def tiny_checkpoint(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -
 def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("engines") / "tiny.engine"
     return build_engine(tiny_checkpoint, path, TORCH).folder.path
+
+
+class Watched:
+    """An engine that notes the batch size of every call."""
+
+    def __init__(self, engine: Engine, sizes: list[int]) -> None:
+        self.engine, self.spec, self.device, self.sizes = engine, engine.spec, engine.device, sizes
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.sizes.append(len(inputs[self.spec.inputs[0].name]))
+        return self.engine(**inputs)
+
+    def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        return self.engine.swap_weights(tensors)
 
 
 @pytest.fixture
@@ -130,14 +144,8 @@ def test_options_change_what_they_should(avatar: Avatar) -> None:
 def test_a_partial_inversion_asks_the_networks_only_below_its_start(
     avatar: Avatar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    controlnet, asked = avatar.engines["controlnet"], []
-
-    class Watched:
-        def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-            asked.append(len(inputs["latents"]))
-            return controlnet(**inputs)
-
-    monkeypatch.setitem(avatar.engines, "controlnet", Watched())
+    asked: list[int] = []
+    monkeypatch.setitem(avatar.engines, "controlnet", Watched(avatar.engines["controlnet"], asked))
     told: list[tuple[str, int, int]] = []
     list(avatar.iter_render(some_poses(2), num_inference_steps=10, strength=0.3, inversion_substeps=1,
                             on_step=lambda *step: told.append(step)))  # fmt: skip
@@ -257,15 +265,8 @@ def test_no_network_ever_sees_more_than_one_segment(avatar: Avatar, monkeypatch:
     """And what is computed once a render is not computed again for each segment."""
     seen: dict[str, list[int]] = {name: [] for name in avatar.engines}
 
-    def watched(name: str, engine: Engine) -> Callable[..., dict[str, Tensor]]:
-        def call(**inputs: Tensor) -> dict[str, Tensor]:
-            seen[name].append(len(next(iter(inputs.values()))))
-            return engine(**inputs)
-
-        return call
-
     for name, engine in list(avatar.engines.items()):
-        monkeypatch.setitem(avatar.engines, name, watched(name, engine))
+        monkeypatch.setitem(avatar.engines, name, Watched(engine, seen[name]))
     for count in (14, 26):
         for calls in seen.values():
             calls.clear()

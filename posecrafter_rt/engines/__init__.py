@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from posecrafter_rt.engines.base import Backend, Engine, Precision
+from posecrafter_rt.engines.device import torch_device
 from posecrafter_rt.errors import BackendUnavailable
 from posecrafter_rt.machine import cpu_has_bf16
 
@@ -19,6 +20,7 @@ _BACKENDS = {
     "torch": "TorchBackend",
     "inductor": "InductorBackend",
 }
+ON_CPU = ("openvino",)  # the processor even where there is a GPU
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 __all__ = ["PRECISIONS", "Backend", "Engine", "Precision", "choose_backend", "choose_precision", "get_backend", "names"]
@@ -37,18 +39,21 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-def choose_precision(precision: str, backend: str | None = None) -> Precision:
-    """`auto`: fp16 where TensorRT runs and is what `backend` asks for; else bf16 where the processor has it, or fp32.
-
-    backend: `auto` or a name; None: one that runs on the processor.
-    """
+def choose_precision(precision: str, backend: str = "auto") -> Precision:
+    """`auto`: fp16 on a GPU; on a processor bf16 where it multiplies that natively, else fp32. backend: auto or a name."""
     if precision == "auto":
-        if backend in ("auto", "tensorrt") and get_backend("tensorrt").unsupported_reason("fp16") is None:
+        if torch_device().type == "cuda" and backend not in ON_CPU:
             return "fp16"
         return "bf16" if cpu_has_bf16() else "fp32"
     if precision not in PRECISIONS:
         raise BackendUnavailable(f"there is no precision {precision!r}", f"choose auto, {', '.join(PRECISIONS)}")
     return precision  # type: ignore[return-value]
+
+
+def _candidates() -> list[str]:
+    """Backends in the order that `auto` tries them: on a GPU those that use it first."""
+    on_gpu = torch_device().type == "cuda"
+    return sorted(names(), key=lambda name: on_gpu and name in ON_CPU)
 
 
 def choose_backend(name: str, precision: Precision) -> tuple[Backend, str]:
@@ -57,7 +62,7 @@ def choose_backend(name: str, precision: Precision) -> tuple[Backend, str]:
     Raises: BackendUnavailable when an explicitly named one cannot run here; the message says why.
     """
     refused: list[str] = []
-    for candidate in names() if name == "auto" else [name]:
+    for candidate in _candidates() if name == "auto" else [name]:
         backend = get_backend(candidate)
         reason = backend.unsupported_reason(precision)
         if reason is None:

@@ -5,7 +5,7 @@ Layer 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -41,9 +41,10 @@ class Engine(Protocol):
     """
 
     spec: NetworkSpec
+    device: torch.device
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Run once. Raises ShapeError when a name or shape is not the spec's."""
+        """Run once; inputs may lie elsewhere and are moved. Raises ShapeError when a name or shape is not the spec's."""
         ...
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
@@ -90,8 +91,8 @@ class Backend(Protocol):
         ...
 
 
-def checked_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The inputs in the spec's order, contiguous.
+def checked_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor], device: torch.device) -> list[Tensor]:
+    """The inputs in the spec's order, on the device; their layout in memory is left to the engine.
 
     Raises: ShapeError for a missing or unknown name, another element type, a fixed dimension that differs, free
         dimensions that disagree between inputs (a backend might broadcast them), or frames that do not divide into
@@ -110,7 +111,12 @@ def checked_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor]) -> list[Tens
             raise ShapeError(f"{spec.name}: {expected.name} is {tuple(given.shape)}, not {expected.dims}{known}")
     if sizes.get("frames", 0) % sizes.get("groups", 1):
         raise ShapeError(f"{spec.name}: {sizes['frames']} frames do not divide into {sizes['groups']} groups")
-    return [inputs[name].contiguous() for name in names]
+    return [inputs[name].to(device) for name in names]
+
+
+def cast(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Floating-point tensors in another type; others as they are."""
+    return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
 
 
 def _fits(dims: Sequence[int | str], shape: Sequence[int], sizes: dict[str, int]) -> bool:

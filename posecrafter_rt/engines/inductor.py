@@ -23,14 +23,16 @@ from posecrafter_rt.engines.base import (
     Engine,
     Precision,
     Progress,
+    cast,
     checked_inputs,
     fitting_weights,
     inner_precision,
 )
+from posecrafter_rt.engines.device import describe_device, torch_device
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import BackendUnavailable, EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
-from posecrafter_rt.machine import cpu_device, cpu_features, library_versions
+from posecrafter_rt.machine import cpu_features, library_versions
 from posecrafter_rt.models.blocks import channels_last
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
@@ -57,14 +59,13 @@ class InductorEngine:
             raise EngineFolderError(f"{package} and the weights beside it do not fit together", "build it again")
         compiled.load_constants(weights, check_full_update=True, user_managed=True)
         self.spec, self.dtype, self._compiled, self._weights = spec, dtype, compiled, weights
-        self._device = next(iter(weights.values())).device
+        self.device = next(iter(weights.values())).device
 
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """See `Engine`."""
-        tensors = [tensor.to(self._device, self.dtype if tensor.is_floating_point() else None)
-                   for tensor in checked_inputs(self.spec, inputs)]  # fmt: skip
-        outputs = self._compiled(*tensors)
+        tensors = cast(checked_inputs(self.spec, inputs, self.device), self.dtype)
+        outputs = self._compiled(*(tensor.contiguous() for tensor in tensors))
         return {out.name: tensor.float() for out, tensor in zip(self.spec.outputs, outputs, strict=True)}
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
@@ -83,11 +84,11 @@ class InductorBackend:
 
     def device(self) -> dict[str, str]:
         """The GPU with its compute capability, or the processor with its instruction sets."""
-        if torch.cuda.is_available():
-            major, minor = torch.cuda.get_device_capability()
-            return {"type": "cuda", "name": f"{torch.cuda.get_device_name()} ({major}.{minor})"}
-        found = [name for name in INSTRUCTION_SETS if name in cpu_features()]
-        return {"type": "cpu", "name": f"{cpu_device()['name']} ({' '.join(found) or 'baseline'})"}
+        device = describe_device()
+        if device["type"] == "cpu":
+            found = [name for name in INSTRUCTION_SETS if name in cpu_features()]
+            device["name"] += f" ({' '.join(found) or 'baseline'})"
+        return device
 
     def unsupported_reason(self, precision: Precision) -> str | None:
         """Why AOTInductor cannot run here; a missing compiler is told of by `build`, since loading needs none."""
@@ -142,7 +143,7 @@ class InductorBackend:
         except InvalidCxxCompiler as error:
             raise BackendUnavailable("backend inductor: no C++ compiler was found to build with",
                                      "install g++, or name a compiler in CXX, or give --backend torch") from error  # fmt: skip
-        copied = channels_last(copy.deepcopy(network).to(self.device()["type"], dtype))
+        copied = channels_last(copy.deepcopy(network).to(torch_device(), dtype))
         program = trace(copied, spec, arch)
         with tempfile.TemporaryDirectory() as folder, quiet():
             path = str(Path(folder) / f"{spec.name}.pt2")
@@ -175,7 +176,7 @@ class InductorBackend:
         weights_file = package.with_suffix(".safetensors")
         if not (package.is_file() and weights_file.is_file()):
             raise EngineFolderError(f"{networks_folder} holds no {spec.name} of this backend", "build it again")
-        weights = load_file(weights_file, device=self.device()["type"])
+        weights = load_file(weights_file, device=str(torch_device()))
         return InductorEngine(spec, package, _laid_out(weights), TORCH_DTYPES[inner_precision(spec.name, precision)])
 
 

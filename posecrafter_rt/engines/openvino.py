@@ -53,7 +53,7 @@ class OpenVinoEngine:
         self, spec: NetworkSpec, core: openvino.Core, path: Path, properties: dict[str, Any], cache: BlobCache,
         digest: str,
     ) -> None:  # fmt: skip
-        self.spec = spec
+        self.spec, self.device = spec, torch.device("cpu")
         self._core, self._path, self._properties = core, path, properties
         self._cache, self._digest = cache, digest
         self._requests: OrderedDict[Shapes, Any] = OrderedDict()
@@ -63,7 +63,7 @@ class OpenVinoEngine:
         """See `Engine`. Inputs are read where they lie; outputs are views of the compiled model's own memory."""
         import openvino
 
-        tensors = checked_inputs(self.spec, inputs)
+        tensors = [tensor.contiguous() for tensor in checked_inputs(self.spec, inputs, self.device)]
         request = self._request(tuple(tuple(tensor.shape) for tensor in tensors))
         for expected, tensor in zip(self.spec.inputs, tensors, strict=True):
             request.set_tensor(expected.name, openvino.Tensor(tensor.detach().numpy(), shared_memory=True))

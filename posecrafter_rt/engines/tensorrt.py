@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import BEYOND_FP16, TORCH_DTYPES, Engine, Precision, Progress, inner_precision
+from posecrafter_rt.engines.device import gpu_name
 from posecrafter_rt.engines.refit import (
     GRAPHS_FILE,
     WITHOUT,
@@ -69,8 +70,8 @@ class TensorRTBackend:
         self.limits = limits or ShapeLimits()
 
     def device(self) -> dict[str, str]:
-        """The current GPU, with its compute capability."""
-        return {"type": "cuda", "name": _device()}
+        """The current GPU, with its compute capability; a plan runs on no other."""
+        return {"type": "cuda", "name": gpu_name()}
 
     def unsupported_reason(self, precision: Precision) -> str | None:
         """Why TensorRT cannot run here; CUDA is asked only where everything is installed."""
@@ -102,7 +103,7 @@ class TensorRTBackend:
         specs, cache = network_specs(arch), BlobCache(cache_dir() / "graphs")
         graphs: Graphs = {}
         register_plugins(torch.cuda.get_device_capability())
-        timings, key = BlobCache(cache_dir() / "tensorrt"), {"timings": _device(), "tensorrt": _version()}
+        timings, key = BlobCache(cache_dir() / "tensorrt"), {"timings": gpu_name(), "tensorrt": _version()}
         timing_cache = timings.load(key) or b""
         for name, network in model.to(torch.float32).networks().items():
             progress(f"exporting {name}")
@@ -113,7 +114,7 @@ class TensorRTBackend:
         timings.save(key, timing_cache)
         (folder / TIMING_CACHE).write_bytes(timing_cache)
         write_graphs(folder, graphs)
-        description = {"tensorrt": _version(), "device": _device()}
+        description = {"tensorrt": _version(), "device": gpu_name()}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
     def _build_network(
@@ -141,7 +142,7 @@ class TensorRTBackend:
 
         A network without a changed weight is copied.
         """
-        check_description(source, {"tensorrt": _version(), "device": _device()})
+        check_description(source, {"tensorrt": _version(), "device": gpu_name()})
         specs, graphs = network_specs(arch), read_graphs(source)
         for name, network in model.to(torch.float32).networks().items():
             check_graph(source, graphs, name, graph_digest(network, specs[name], arch))
@@ -187,7 +188,7 @@ class TensorRTBackend:
 
         Raises: EngineFolderError when the folder was not written by `build`, or for another GPU or TensorRT.
         """
-        check_description(networks_folder, {"tensorrt": _version(), "device": _device()})
+        check_description(networks_folder, {"tensorrt": _version(), "device": gpu_name()})
         specs = network_specs(arch)
         plans = {name: _deserialize(networks_folder, name) for name in specs}
         workspace = Workspace(torch.device("cuda", torch.cuda.current_device()))
@@ -279,9 +280,3 @@ def _version() -> str:
     import tensorrt as trt
 
     return str(trt.__version__)
-
-
-def _device() -> str:
-    """The GPU's name and compute capability: a plan runs on no other."""
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} ({major}.{minor})"

@@ -126,7 +126,7 @@ class Slot:
 
     def _bound(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor that the kernels will read: the input itself, or its buffer after a copy."""
-        if tensor.is_cuda and not is_copied(tensor):
+        if not is_copied(tensor):
             return tensor
         if name not in self.buffers:
             self.buffers[name] = torch.empty_like(tensor, device=self.workspace.device)
@@ -151,10 +151,10 @@ class Slot:
 
 
 class TensorRTEngine:
-    """One network. Inputs may lie on the CPU: they are copied in, and the outputs come back to the CPU."""
+    """One network."""
 
     def __init__(self, spec: NetworkSpec, engine: trt.ICudaEngine, workspace: Workspace, weights: Path) -> None:
-        self.spec = spec
+        self.spec, self.device = spec, workspace.device
         self._engine, self._workspace, self._weights = engine, workspace, weights
         self._slots: OrderedDict[Shapes, Slot] = OrderedDict()
         self._swapped: dict[str, Tensor] = {}
@@ -162,7 +162,7 @@ class TensorRTEngine:
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """See `Engine`; outputs are reused by the next call of the same shape."""
-        tensors = checked_inputs(self.spec, inputs)
+        tensors = [tensor.contiguous() for tensor in checked_inputs(self.spec, inputs, self.device)]
         slot = self._slot(tuple(tuple(tensor.shape) for tensor in tensors))
         stream, current = self._workspace.stream, torch.cuda.current_stream(self._workspace.device)
         stream.wait_stream(current)
@@ -170,11 +170,8 @@ class TensorRTEngine:
             outputs = slot.run(tensors)
         current.wait_stream(stream)
         for tensor in tensors:
-            if tensor.is_cuda:
-                tensor.record_stream(stream)  # so that its memory is not given away before it was read
-        if all(tensor.is_cuda for tensor in tensors):
-            return dict(outputs)
-        return {name: output.cpu() for name, output in outputs.items()}
+            tensor.record_stream(stream)  # so that its memory is not given away before it was read
+        return dict(outputs)
 
     def _slot(self, shapes: Shapes) -> Slot:
         if shapes not in self._slots:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from posecrafter_rt.engines.base import TORCH_DTYPES, Engine, Precision, Progress, checked_inputs, fitting_weights
+from posecrafter_rt.engines.base import (
+    TORCH_DTYPES,
+    Engine,
+    Precision,
+    Progress,
+    cast,
+    checked_inputs,
+    fitting_weights,
+    inner_precision,
+)
+from posecrafter_rt.engines.cuda_graphs import Recorder
+from posecrafter_rt.engines.device import describe_device, torch_device
 from posecrafter_rt.engines.refit import WITHOUT, same_bits
 from posecrafter_rt.errors import EngineFolderError
-from posecrafter_rt.machine import cpu_device
 from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.loading import PoseModel
@@ -29,19 +39,30 @@ from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
 
 COMPONENTS_FILE = "components.json"
+RECORDED = ("controlnet", "unet")  # what runs at every step; the rest runs once a frame, or once
 
 
 class TorchEngine:
-    """One network module, run eagerly in its own dtype."""
+    """One network module, run eagerly in its own dtype; the denoisers by CUDA graphs, where they help.
 
-    def __init__(self, module: nn.Module, spec: NetworkSpec, dtype: torch.dtype) -> None:
-        self.module, self.spec, self.dtype = module, spec, dtype
+    is_exact: whether a GPU's float32 convolutions must be that, not TF32.
+    """
+
+    def __init__(self, module: nn.Module, spec: NetworkSpec, is_exact: bool) -> None:
+        self.module, self.spec, self.is_exact = module, spec, is_exact
+        parameter = next(module.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self._network = Recorder(spec.name, self._run) if spec.name in RECORDED else self._run
 
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        tensors = checked_inputs(self.spec, inputs)
-        outputs = self.module(*(t.to(self.dtype) if t.is_floating_point() else t for t in tensors))
-        return {out.name: tensor.float() for out, tensor in zip(self.spec.outputs, outputs, strict=True)}
+        """See `Engine`."""
+        outputs = self._network(checked_inputs(self.spec, inputs, self.device))
+        return {out.name: tensor for out, tensor in zip(self.spec.outputs, outputs, strict=True)}
+
+    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=not self.is_exact):
+            return cast(self.module(*cast(inputs, self.dtype)), torch.float32)
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """See `Engine.swap_weights`. Networks that share a module share the swap."""
@@ -54,14 +75,14 @@ class TorchEngine:
 
 
 class TorchBackend:
-    """Eager PyTorch; runs everywhere."""
+    """Eager PyTorch on the current CUDA device, or on the processor where there is none; runs everywhere."""
 
     name = "torch"
     libraries = ("torch", "diffusers", "transformers")
 
     def device(self) -> dict[str, str]:
-        """This processor."""
-        return cpu_device()
+        """The GPU with its compute capability, or the processor."""
+        return describe_device()
 
     def unsupported_reason(self, precision: Precision) -> str | None:
         """None: a CPU runs fp16 too, only slowly."""
@@ -70,10 +91,10 @@ class TorchBackend:
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:
-        """Write each component's configuration and its weights in the engine's precision."""
+        """Write each component's configuration and its weights in the precision that it runs in."""
         for name, module in model.modules().items():
             progress(name)
-            save_file(_weights(module, precision), folder / f"{name}.safetensors")
+            save_file(_weights(name, module, precision), folder / f"{name}.safetensors")
         (folder / COMPONENTS_FILE).write_text(_describe(model), encoding="utf-8")
 
     def refit(
@@ -89,7 +110,7 @@ class TorchBackend:
                                     WITHOUT)  # fmt: skip
         for name, module in model.modules().items():
             progress(name)
-            file, weights = f"{name}.safetensors", _weights(module, precision)
+            file, weights = f"{name}.safetensors", _weights(name, module, precision)
             stored = load_file(source / file)
             if all(same_bits(stored[key], tensor) for key, tensor in weights.items()):
                 shutil.copyfile(source / file, folder / file)
@@ -100,13 +121,14 @@ class TorchBackend:
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
         """Rebuild the modules, without the base."""
         description = json.loads((networks_folder / COMPONENTS_FILE).read_text(encoding="utf-8"))
-        modules = _empty_modules(description["configs"], description["norm_scope"])
+        modules, device = _empty_modules(description["configs"], description["norm_scope"]), torch_device()
         for name, module in modules.items():
-            module.load_state_dict(load_file(networks_folder / f"{name}.safetensors"), assign=True)
-            channels_last(module.eval().requires_grad_(False))
+            weights = load_file(networks_folder / f"{name}.safetensors", device=str(device))
+            module.load_state_dict(weights, assign=True)
+            channels_last(module.to(device).eval().requires_grad_(False))
         networks = build_networks(**modules)  # type: ignore[arg-type]
         specs = network_specs(arch)
-        return {name: TorchEngine(network, specs[name], TORCH_DTYPES[precision]) for name, network in networks.items()}
+        return {name: TorchEngine(network, specs[name], precision == "fp32") for name, network in networks.items()}
 
 
 def _describe(model: PoseModel) -> str:
@@ -119,9 +141,9 @@ def _describe(model: PoseModel) -> str:
     return json.dumps({"norm_scope": model.unet.norm_scope, "configs": configs})
 
 
-def _weights(module: nn.Module, precision: Precision) -> dict[str, Tensor]:
+def _weights(name: str, module: nn.Module, precision: Precision) -> dict[str, Tensor]:
     """A component's weights as they are stored; what is no floating-point number keeps its type."""
-    dtype = TORCH_DTYPES[precision]
+    dtype = TORCH_DTYPES[inner_precision("vae_decoder" if name == "vae" else name, precision)]
     return {key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
             for key, tensor in module.state_dict().items()}  # fmt: skip
 

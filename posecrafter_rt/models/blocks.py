@@ -65,7 +65,7 @@ def group_norm(norm: nn.GroupNorm, hidden_states: Tensor, context: ClipContext) 
 
 
 def channels_last(module: nn.Module) -> nn.Module:
-    """Lay out convolution weights for the CPU's fast path, in place; returns the module."""
+    """Lay out convolution weights as CPUs and GPUs have them fastest, in place; returns the module."""
     return nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

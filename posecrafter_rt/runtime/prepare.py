@@ -60,7 +60,8 @@ def prepare_tables(engines: Mapping[str, Engine], timesteps: np.ndarray, input_i
 def embed_poses(engines: Mapping[str, Engine], poses: PoseSequence, size: tuple[int, int]) -> Tensor:
     """Draw poses at `size` and embed them, one at a time as frames are decoded: (N, C, h, w)."""
     pictures = torch.from_numpy(draw_poses(poses, size)).permute(0, 3, 1, 2)
-    parts = [engines["pose_embedding"](controlnet_cond=part.float().div(255))["pose_embeddings"].clone()
+    embed = engines["pose_embedding"]
+    parts = [embed(controlnet_cond=part.to(embed.device).float().div(255))["pose_embeddings"].clone()
              for part in pictures.split(1)]  # fmt: skip
     return torch.cat(parts)
 
@@ -124,7 +125,7 @@ class Denoiser:
         self.controlnet, self.unet = engines["controlnet"], engines["unet"]
         self.tables, self.guidance_scale = tables, guidance_scale
         self.pose_embeddings = pose_embeddings.repeat(tables.groups, 1, 1, 1)
-        self.conditioning_scale = torch.full((1,), conditioning_scale)
+        self.conditioning_scale = torch.full((1,), conditioning_scale, device=self.controlnet.device)
 
     def _step(self, network: str, index: int) -> dict[str, Tensor]:
         return {"time_projections": self.tables.time_projections[network][index : index + 1],

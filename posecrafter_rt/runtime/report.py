@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.method import EditPlan
 from posecrafter_rt.runtime.options import RenderOptions
@@ -23,19 +25,23 @@ class SegmentReport:
     """Of one segment.
 
     edited_regions, skipped_regions: of the frames that it settles; a skipped one is named by its frame in the clip, its
-    region and the reason. seconds: wall time of each stage.
+    region and the reason. seconds: wall time of each stage. peak_gpu_bytes: the most that torch allocated on the GPU.
     """
 
     edited_regions: int = 0
     skipped_regions: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
+    peak_gpu_bytes: int = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage."""
+        """Time a stage; a GPU's work counts where it was asked for, so it is waited for."""
         start = time.perf_counter()
         yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            self.peak_gpu_bytes = torch.cuda.max_memory_allocated()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.peak_rss_bytes = peak_rss_bytes()
 
@@ -57,7 +63,7 @@ class SegmentReport:
 
 @dataclass(kw_only=True)
 class RenderReport(SegmentReport):
-    """Of a whole render: the sums over its segments, the largest resident memory, and what they have in common.
+    """Of a whole render: the sums over its segments, the largest memory, and what they have in common.
 
     num_segments: 1: the clip was rendered jointly. num_resumed: those that an earlier, interrupted run had finished.
     segment_reason: how `segment="auto"` came to the number in `options`. reference_index: which training frame was
@@ -79,6 +85,7 @@ class RenderReport(SegmentReport):
         for name, value in part.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
         self.peak_rss_bytes = max(self.peak_rss_bytes, part.peak_rss_bytes)
+        self.peak_gpu_bytes = max(self.peak_gpu_bytes, part.peak_gpu_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for report.json."""

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from bench import runs, throughput
 from bench.contenders import Job, run
 from bench.flops import Counters, Setup
+from bench.report import name_by_device
 from bench.runs import in_own_process, moving_person, psnr, untrained_checkpoint, write_random_base
-from bench.throughput import extrapolate, flops_of, markdown, median, parse, summarise
+from bench.throughput import extrapolate, flops_of, make_contenders, markdown, median, parse, summarise
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.models.loading import load_base
 from posecrafter_rt.models.sources import SD15_FOLDER
@@ -46,6 +48,7 @@ def test_every_contender_renders_and_is_summed_up(job: Job, tiny_base: Path, mon
         assert set(result["seconds"]) == STAGES[contenders[name]["job"].method]
         assert 0 < sum(result["seconds"].values()) <= result["total_s"] + 0.01  # the report rounds to milliseconds
         assert result["peak_bytes"] >= result["loaded_peak_bytes"] > 0
+        assert (result["peak_gpu_bytes"] > 0) == torch.cuda.is_available()
         frames = np.load(contenders[name]["job"].output)
         assert frames.shape == (FRAMES, *SIZE, 3) and frames.dtype == np.uint8
     contenders["broken"] = {"job": job, "error": "the process died"}
@@ -55,9 +58,18 @@ def test_every_contender_renders_and_is_summed_up(job: Job, tiny_base: Path, mon
     assert set(quality) == {"exact, fp32", "published, fp32"}  # the others' frames are other ones
     assert quality["exact, fp32"] is None  # equal to itself
     assert quality["published, fp32"] is None or quality["published, fp32"] >= 60
-    text = markdown({"setup": {"base": "tiny", "size": [32, 32], "frames": FRAMES, "steps": STEPS, "rounds": 1},
-                     "machine": {"cores": 1}, "rows": rows})  # fmt: skip
+    text = tables(rows)
     assert text.count("| plain, fp32 |") == 4 and "| broken | failed: the process died |" in text
+    assert "over exact, fp32" in text and "## Times" not in tables(rows[1:])
+    on_gpu = {"exact, fp32": 2 * 10**6, "plain, fp32": 3 * 10**6}
+    chosen = [{**row, "peak_gpu_bytes": on_gpu[row["contender"]]} for row in rows if row["contender"] in on_gpu]
+    text = tables(chosen)
+    assert "| peak MB | peak GPU MB |" in text and "1.50× |" in text  # compared by the GPU's memory
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    setup = {"base": "tiny", "size": [32, 32], "frames": FRAMES, "steps": STEPS, "rounds": 1, "warm_up_steps": 1}
+    return markdown({"setup": setup, "machine": {"cores": 1}, "rows": rows})
 
 
 def test_the_exact_render_is_never_helped_by_an_earlier_one(job: Job) -> None:
@@ -71,8 +83,17 @@ def test_the_exact_render_is_never_helped_by_an_earlier_one(job: Job) -> None:
     assert first["seconds"]["invert"] > 0
 
 
-def test_a_run_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "PRELOADED", [])
+class _Unsendable(Exception):  # as torch.compile's are
+    def __init__(self, backend: str, cause: str) -> None:
+        super().__init__(f"{backend} failed: {cause}")
+
+
+def _fail() -> dict[str, Any]:
+    raise _Unsendable("inductor", "no tile fits")
+
+
+def test_a_run_that_dies_is_reported() -> None:
+    assert in_own_process(_fail) == {"error": "_Unsendable: inductor failed: no tile fits"}
     assert in_own_process(dict, [("rc", 0)]) == {"rc": 0}
     assert "died" in in_own_process(os._exit, 9)["error"]  # type: ignore[arg-type]
     assert in_own_process(json.loads, "{")["error"].startswith("JSONDecodeError: ")
@@ -81,7 +102,7 @@ def test_a_run_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_medians_are_of_each_measurement() -> None:
     def one(value: float) -> dict[str, Any]:
         return {"startup_s": value, "total_s": 2 * value, "loaded_peak_bytes": 3 * value, "peak_bytes": 4 * value,
-                "seconds": {"denoise": 5 * value}}  # fmt: skip
+                "peak_gpu_bytes": 6 * value, "seconds": {"denoise": 5 * value}}  # fmt: skip
 
     assert median([one(3.0), one(1.0), one(100.0)]) == one(3.0)
 
@@ -114,6 +135,27 @@ def test_quick_changes_defaults_and_nothing_that_was_asked_for() -> None:
     assert parse(["--quick"]).frames < parse([]).frames
     options = parse(["--quick", "--frames", "7", "--size", "64x96"])
     assert options.frames == 7 and options.size == (64, 96) and options.rounds == 1
+
+
+def test_only_the_named_contenders_run(job: Job, tmp_path: Path) -> None:
+    assert (
+        "compile" not in parse([]).contenders and parse(["--contenders", "plain", "compile"]).contenders[1] == "compile"
+    )
+    assert list(make_contenders(job, ["plain", "published"], ["torch:fp32"], tmp_path)) == [
+        "plain, fp32",
+        "published, fp32",
+    ]
+
+
+def test_an_engine_that_cannot_run_here_is_a_row_and_stops_no_other(job: Job, tmp_path: Path) -> None:
+    contenders = make_contenders(job, ["exact", "plain"], ["abacus:fp32"], tmp_path)
+    assert list(contenders) == ["exact, abacus:fp32", "plain, fp32"]
+    assert "abacus" in contenders["exact, abacus:fp32"]["error"] and "error" not in contenders["plain, fp32"]
+
+
+def test_results_are_named_by_the_device() -> None:
+    assert name_by_device("throughput", {"cores": 2}) == "throughput-cpu"
+    assert name_by_device("throughput", {"gpu": "NVIDIA H100 80GB HBM3"}) == "throughput-nvidia-h100-80gb-hbm3"
 
 
 def test_psnr() -> None:

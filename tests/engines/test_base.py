@@ -10,6 +10,7 @@ from posecrafter_rt.engines.base import checked_inputs, fitting_weights
 from posecrafter_rt.errors import CheckpointError, ShapeError
 from posecrafter_rt.spec import NetworkSpec, TensorSpec
 
+CPU = torch.device("cpu")
 SPEC = NetworkSpec(
     "net",
     (TensorSpec("latents", ("frames", 4, "height/2", "width/2")), TensorSpec("residual", ("frames", 8, "height/4", 3)),
@@ -24,11 +25,9 @@ def inputs(**changes: Tensor) -> dict[str, Tensor]:
     return {**good, **changes}
 
 
-def test_inputs_come_back_in_order_and_contiguous() -> None:
-    strided = torch.zeros(6, 8, 6, 4).permute(0, 3, 1, 2)
-    checked = checked_inputs(SPEC, dict(reversed(inputs(latents=strided).items())))
+def test_inputs_come_back_in_order() -> None:
+    checked = checked_inputs(SPEC, dict(reversed(inputs().items())), CPU)
     assert [tuple(tensor.shape) for tensor in checked] == [(6, 4, 8, 6), (6, 8, 4, 3), (2, 5), (3,)]
-    assert all(tensor.is_contiguous() for tensor in checked)
 
 
 @pytest.mark.parametrize(
@@ -47,14 +46,14 @@ def test_inputs_come_back_in_order_and_contiguous() -> None:
 )
 def test_what_does_not_fit_is_named(changes: dict[str, Tensor], named: str) -> None:
     with pytest.raises(ShapeError, match=named):
-        checked_inputs(SPEC, inputs(**changes))
+        checked_inputs(SPEC, inputs(**changes), CPU)
 
 
 def test_a_missing_input_is_named() -> None:
     given = inputs()
     del given["text"]
     with pytest.raises(ShapeError, match="text"):
-        checked_inputs(SPEC, given)
+        checked_inputs(SPEC, given, CPU)
 
 
 def test_only_weights_that_are_held_and_fit_are_taken() -> None:

@@ -127,15 +127,6 @@ def test_few_compiled_shapes_are_kept_and_outputs_outlive_them(
     assert list(engine._requests)[-1] == (tuple(newest["controlnet_cond"].shape),)
 
 
-def test_inputs_that_are_not_contiguous_are_read_right(
-    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
-) -> None:
-    engine = load(plain_model, openvino_networks, tmp_path)["pose_embedding"]
-    inputs = draw(plain_model, "pose_embedding", 2)
-    strided = inputs["controlnet_cond"].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    assert torch.equal(first(engine(controlnet_cond=strided)).clone(), first(engine(**inputs)))
-
-
 def test_a_folder_without_its_networks_is_refused(plain_model: PoseModel, tmp_path: Path) -> None:
     with pytest.raises(EngineFolderError, match="holds no networks"):
         load(plain_model, tmp_path, tmp_path / "cache")

@@ -48,6 +48,12 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PoseModel, str],
     return build_and_load
 
 
+def in_channels_last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, pictures and latents in another order in memory."""
+    return {name: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+            for name, tensor in inputs.items()}  # fmt: skip
+
+
 def outputs(module: torch.nn.Module, spec: NetworkSpec, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         tensors = module(*(inputs[item.name] for item in spec.inputs))
@@ -66,7 +72,8 @@ def test_every_network_equals_its_module_over_changing_frame_counts(
         for frames, groups in ((1, 1), (16, 1), (1, 1), (7, 1), (6, 2)) if varies else ((1, 1), (1, 2)):
             inputs = inputs_for(spec, frames, groups)
             expected = outputs(modules[network], spec, inputs)
-            for key, tensor in engines[network](**inputs).items():
+            given = in_channels_last(inputs) if frames == 7 else inputs
+            for key, tensor in engines[network](**given).items():
                 torch.testing.assert_close(
                     tensor.cpu(), expected[key], rtol=1e-3, atol=2e-4 * float(expected[key].abs().max())
                 )
@@ -113,7 +120,7 @@ def test_wrong_inputs_are_refused(
         decoder(latents=torch.zeros(1, 3, 16, 16))
 
 
-@pytest.mark.skipif(get_backend("tensorrt").unsupported_reason("fp32") is None, reason="TensorRT runs here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and is taken")
 def test_auto_takes_the_first_that_can_run_and_says_why() -> None:
     backend, why = choose_backend("auto", "fp32")
     assert backend.name == "openvino" and "tensorrt: " in why

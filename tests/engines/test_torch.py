@@ -34,7 +34,7 @@ def test_it_loads_without_the_base_in_its_precision(
             expected = modules[name](*inputs.values())
         assert list(outputs) == [tensor.name for tensor in spec.outputs]
         for result, tensor in zip(outputs.values(), expected, strict=True):
-            assert result.dtype == torch.float32 and relative_error(result, tensor) < tolerance
+            assert result.dtype == torch.float32 and relative_error(result.cpu(), tensor) < tolerance
 
 
 def test_nothing_of_the_machine_is_written(plain_model: PoseModel, tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""CUDA graphs: the launches of one network at one set of input shapes, recorded once and then replayed.
+
+Layer 4: for networks that torch runs. TensorRT's are recorded in `tensorrt_runtime`, which manages its own memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KEPT_SHAPES = 4  # a clip's, the reference's, and those of a second clip
+# Pixels of the largest batch of latents that is recorded: 32 frames of 64 × 64. Beyond it the GPU is busy for longer than
+# the processor needs to launch the next kernel, and a recording would only hold memory.
+MAX_PIXELS = 1 << 17
+
+log = logging.getLogger(__name__)
+
+Network = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Recording(NamedTuple):
+    """A graph, and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class Recorder:
+    """Runs a network; from the second call at the same shapes on, by replaying its launches.
+
+    The first call at new shapes runs plainly: it compiles kernels and fills caches, which no recording may. What a
+    replay returns is overwritten by the next one. A network that cannot be recorded runs plainly for good.
+    """
+
+    def __init__(self, name: str, network: Network) -> None:
+        self.name, self.network = name, network
+        self._recordings: OrderedDict[Shapes, Recording | None] = OrderedDict()
+        self._records = True
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """inputs: on one GPU, in the order of the network's parameters."""
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs)
+        if not self._records or not is_recorded(inputs[0]):
+            return self.network(inputs)
+        if shapes not in self._recordings:
+            self._recordings[shapes] = None
+            if len(self._recordings) > KEPT_SHAPES:
+                self._recordings.popitem(last=False)
+            return self.network(inputs)
+        self._recordings.move_to_end(shapes)
+        recording = self._recordings[shapes] or self._record(inputs)
+        if recording is None:
+            return self.network(inputs)
+        self._recordings[shapes] = recording
+        for memory, given in zip(recording.inputs, inputs, strict=True):
+            memory.copy_(given)
+        recording.graph.replay()
+        return recording.outputs
+
+    def _record(self, inputs: Sequence[Tensor]) -> Recording | None:
+        graph, memory = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                outputs = list(self.network(memory))
+        except RuntimeError as error:
+            log.warning("%s runs without a CUDA graph: %s", self.name, (str(error).splitlines() or [""])[0])
+            self._records = False
+            return None
+        return Recording(graph, memory, outputs)
+
+
+def is_recorded(latents: Tensor) -> bool:
+    """Whether a network's first input is on a GPU and small enough for a recording to help: (F, C, h, w)."""
+    return latents.is_cuda and latents.numel() // latents.shape[1] <= MAX_PIXELS

@@ -1,0 +1,101 @@
+"""Recorded networks against the same networks run plainly, on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from posecrafter_rt.engines.cuda_graphs import KEPT_SHAPES, MAX_PIXELS, Recorder, is_recorded
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")]
+
+
+class Counted:
+    """A convolution and a shift that counts how often Python runs it."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(0)).cuda()
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        self.calls += 1
+        latents, shift = inputs
+        return [torch.nn.functional.conv2d(latents, self.weight, padding=1) + shift]
+
+
+def draw(frames: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).cuda() for shape in ((frames, 4, 8, 8), (1,))]
+
+
+def gpu(function):
+    for mark in on_gpu:
+        function = mark(function)
+    return function
+
+
+@gpu
+@torch.inference_mode()
+def test_a_replay_gives_what_running_gives_and_runs_no_python() -> None:
+    network = Counted()
+    recorder = Recorder("network", network)
+    for seed in range(5):
+        inputs = draw(3, seed)
+        assert torch.equal(recorder(inputs)[0], network(inputs)[0])
+    assert network.calls == 2 + 5  # run plainly, recorded, and five times for comparison
+
+
+@gpu
+@torch.inference_mode()
+def test_weights_changed_in_place_are_seen() -> None:
+    network = Counted()
+    recorder = Recorder("network", network)
+    for _ in range(3):
+        recorder(draw(2))
+    network.weight.mul_(2)
+    assert torch.equal(recorder(draw(2, 1))[0], network(draw(2, 1))[0])
+
+
+@gpu
+@torch.inference_mode()
+def test_every_shape_has_its_own_recording_and_few_are_kept() -> None:
+    network = Counted()
+    recorder = Recorder("network", network)
+    for _ in range(3):
+        for frames in range(1, KEPT_SHAPES + 1):
+            assert torch.equal(recorder(draw(frames))[0], network(draw(frames))[0])
+    assert network.calls == 2 * KEPT_SHAPES + 3 * KEPT_SHAPES
+    recorder(draw(KEPT_SHAPES + 1))  # takes the place of the one that was used longest ago
+    calls = network.calls
+    recorder(draw(2))
+    recorder(draw(1))
+    assert network.calls == calls + 1
+
+
+@gpu
+@torch.inference_mode()
+def test_what_cannot_be_recorded_runs_plainly(caplog: pytest.LogCaptureFixture) -> None:
+    def reads_back(inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [inputs[0] * float(inputs[1])]  # waits for the GPU, which no recording may
+
+    recorder = Recorder("network", reads_back)
+    for seed in range(4):
+        assert torch.equal(recorder(draw(2, seed))[0], reads_back(draw(2, seed))[0])
+    assert caplog.text.count("runs without a CUDA graph") == 1
+
+
+@gpu
+def test_large_batches_are_not_recorded() -> None:
+    assert is_recorded(torch.empty(MAX_PIXELS // 64, 4, 8, 8, device="cuda"))
+    assert not is_recorded(torch.empty(MAX_PIXELS // 64 + 1, 4, 8, 8, device="cuda"))
+
+
+def test_nothing_is_recorded_on_a_processor() -> None:
+    calls = []
+    recorder = Recorder("network", lambda inputs: [calls.append(1) or inputs[0] + 1])
+    for _ in range(3):
+        assert recorder([torch.zeros(1, 4, 8, 8)])[0].mean() == 1
+    assert len(calls) == 3
