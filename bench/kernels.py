@@ -76,6 +76,8 @@ def attention_calls(problem: Attention, dtype: torch.dtype, device: str) -> dict
             f"ours ({chosen(problem.op, q, k, v)})": lambda: keyframe_attention(q, k, v, HEADS),
             "torch SDPA, K and V expanded": lambda: expanded_sdpa(q, k, v),
         }
+        if device == "cuda":  # where ours is not that
+            calls["torch SDPA, one K and V"] = lambda: keyframe_attention(q, k, v, HEADS, backend="reference")
         if device == "cuda" and find_spec("xformers") and dtype != torch.float32:
             calls["xformers, K and V expanded"] = lambda: xformers_attention(q, k, v)
         return calls

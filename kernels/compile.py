@@ -17,9 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from posecrafter_rt.kernels import keyframe_attention, temporal_attention
-from posecrafter_rt.kernels.configs import EAGER_OPTIONS, TemporalConfig, TileConfig
+from posecrafter_rt.kernels import group_norm, keyframe_attention, temporal_attention
+from posecrafter_rt.kernels.configs import EAGER_OPTIONS, NormConfig, TemporalConfig, TileConfig
 
+FLOAT32 = ("partials_ptr", "coefficients_ptr")  # whatever the operator's dtype
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
@@ -71,11 +72,28 @@ def compile_temporal(
     return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=has_mask, narrow=narrow)
 
 
-def _compile(  # noqa: PLR0913 - what the two above have in common
+def compile_group_norm(capability: int, dtype: torch.dtype, config: NormConfig, *, silu: bool) -> list[Compiled]:
+    """Compile group_norm's three kernels, in the order in which they run; as `compile_keyframe`."""
+    tile = {"BLOCK_ROWS": config.block_rows, "BLOCK_CHANNELS": config.block_channels}
+    kernels: list[tuple[Any, dict[str, Any]]] = [
+        (group_norm.group_norm_statistics_kernel, tile),
+        (
+            group_norm.group_norm_coefficients_kernel,
+            {"BLOCKS": config.max_blocks, "BLOCK_CHANNELS": config.group_channels},
+        ),
+        (group_norm.group_norm_apply_kernel, {"SILU": silu, **tile}),
+    ]
+    return [
+        _compile(kernel, dtype, constants, config, capability, None, has_mask=False, narrow=False)
+        for kernel, constants in kernels
+    ]
+
+
+def _compile(  # noqa: PLR0913 - what those above have in common
     kernel: Any,
     dtype: torch.dtype,
     constants: dict[str, Any],
-    config: TileConfig | TemporalConfig,
+    config: TileConfig | TemporalConfig | NormConfig,
     capability: int,
     ptx_version: int | None,
     has_mask: bool,
@@ -90,13 +108,17 @@ def _compile(  # noqa: PLR0913 - what the two above have in common
             signature[name] = "*u8" if has_mask else "constexpr"
             constants |= {} if has_mask else {"mask_ptr": None}
         elif name.endswith("_ptr"):
-            signature[name] = POINTERS[dtype]
+            signature[name] = POINTERS[torch.float32 if name in FLOAT32 else dtype]
+        elif name == "eps":
+            signature[name] = "fp32"
         else:
             signature[name] = "i64" if name.endswith("group_stride") and not narrow else "i32"
     # Alignment decides the code: without it there is no asynchronous copy and no vector load.
-    aligned = ("_stride", "channels", "q_ptr", "k_ptr", "v_ptr", "out_ptr")
+    aligned = ("_stride", "channels", "q_ptr", "k_ptr", "v_ptr", "x_ptr", "out_ptr", *FLOAT32)
     attributes = {
-        (index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name.endswith(aligned)
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if name.endswith(aligned) and name != "group_channels"  # 10 of 320 in 32 groups
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **EAGER_OPTIONS}

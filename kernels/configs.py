@@ -49,6 +49,34 @@ class TemporalConfig:
     chunk: int = 0
 
 
+@dataclass(frozen=True)
+class NormConfig:
+    """A group_norm launch: positions and channels a tile, channels at a time of a group's sums, warps, stages.
+
+    max_blocks: into how many blocks of positions a frame is divided at most, each of whole tiles.
+    """
+
+    block_rows: int
+    block_channels: int = 64  # divides all widths of SD 1.5; a warp's lanes read whole lines of 128 bytes
+    group_channels: int = 16  # 64 blocks × 32 spill registers under Triton 3.6 and 3.7
+    max_blocks: int = 64
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def rows_per_block(self, num_rows: int) -> int:
+        """Positions of a block."""
+        return -(-num_rows // (self.max_blocks * self.block_rows)) * self.block_rows
+
+
+def norm_config(num_rows: int) -> NormConfig:
+    """The tile for frames of num_rows positions.
+
+    64 × 64 give each thread of four warps four loads of 16 bytes (5120 blocks for 16 frames of 4096 × 320); small frames
+    take 16 × 64, one load a thread, so that one of 64 × 2560 still makes 160 blocks, for an H100's 132 multiprocessors.
+    """
+    return NormConfig(64 if num_rows >= 1024 else 16)
+
+
 def split_head(head_size: int) -> tuple[int, int]:
     """Head size as (main, tail) tile widths: a power of two, and what is left padded to one of at least 16; or 0.
 

@@ -17,6 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from posecrafter_rt import ops
 from posecrafter_rt.ops import keyframe_attention, temporal_attention
 
 NormScope = Literal["clip", "frame"]
@@ -53,15 +54,21 @@ def assign_slices(resnets: Iterable[ResnetBlock2D], blocks: Iterable[BasicTransf
     return time_width, kv_width
 
 
-def group_norm(norm: nn.GroupNorm, hidden_states: Tensor, context: ClipContext) -> Tensor:
-    """GroupNorm of (G·F, C, h, w) with statistics per frame, or over all frames of a clip together."""
+def frame_group_norm(norm: nn.GroupNorm, hidden_states: Tensor, *, silu: bool = False) -> Tensor:
+    """GroupNorm of (N, C, h, w) with statistics per frame, then SiLU where asked."""
+    return ops.group_norm(hidden_states, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu)
+
+
+def group_norm(norm: nn.GroupNorm, hidden_states: Tensor, context: ClipContext, *, silu: bool = False) -> Tensor:
+    """GroupNorm of (G·F, C, h, w), statistics per frame or over all frames of a clip together; SiLU where asked."""
     if context.norm_scope == "frame":
-        return norm(hidden_states)
+        return frame_group_norm(norm, hidden_states, silu=silu)
     frames = hidden_states.shape[0] // context.groups
     clips = hidden_states.reshape(context.groups, frames, norm.num_groups, -1).float()
     variance, mean = torch.var_mean(clips, dim=(1, 3), keepdim=True, correction=0)
     normalised = ((clips - mean) * torch.rsqrt(variance + norm.eps)).to(hidden_states.dtype)
-    return normalised.reshape(hidden_states.shape) * norm.weight[:, None, None] + norm.bias[:, None, None]
+    out = normalised.reshape(hidden_states.shape) * norm.weight[:, None, None] + norm.bias[:, None, None]
+    return F.silu(out) if silu else out
 
 
 def channels_last(module: nn.Module) -> nn.Module:
@@ -77,9 +84,9 @@ def per_frame(values: Tensor, num_frames: int) -> Tensor:
 def resnet_forward(resnet: ResnetBlock2D, hidden_states: Tensor, context: ClipContext) -> Tensor:
     """diffusers' ResnetBlock2D with the timestep projection read from the table. (G·F, C, h, w) → (G·F, C', h, w)."""
     shift = context.time_projections[:, resnet.time_slice, None, None]
-    out = resnet.conv1(F.silu(group_norm(resnet.norm1, hidden_states, context)))
+    out = resnet.conv1(group_norm(resnet.norm1, hidden_states, context, silu=True))
     out = out + per_frame(shift, out.shape[0])
-    out = resnet.conv2(F.silu(group_norm(resnet.norm2, out, context)))
+    out = resnet.conv2(group_norm(resnet.norm2, out, context, silu=True))
     if resnet.conv_shortcut is not None:
         hidden_states = resnet.conv_shortcut(hidden_states)
     return (hidden_states + out) / resnet.output_scale_factor
@@ -122,7 +129,7 @@ def transformer_block_forward(block: BasicTransformerBlock, hidden_states: Tenso
 def transformer_forward(model: Transformer2DModel, hidden_states: Tensor, context: ClipContext) -> Tensor:
     """diffusers' Transformer2DModel for a clip; its own GroupNorm is always per frame. (G·F, C, h, w) → same."""
     frames, channels, height, width = hidden_states.shape
-    tokens = model.norm(hidden_states)
+    tokens = frame_group_norm(model.norm, hidden_states)
     if not model.use_linear_projection:
         tokens = model.proj_in(tokens)
     tokens = tokens.flatten(2).transpose(1, 2)

@@ -162,7 +162,7 @@ class VideoUNet(ClipDenoiser):
                     hidden_states = transformer_forward(attention, hidden_states, context)
             for upsampler in block.upsamplers or ():
                 hidden_states = upsampler(hidden_states, samples[-1].shape[-2:])
-        hidden_states = nn.functional.silu(group_norm(self.conv_norm_out, hidden_states, context))
+        hidden_states = group_norm(self.conv_norm_out, hidden_states, context, silu=True)
         return self.conv_out(hidden_states)
 
 

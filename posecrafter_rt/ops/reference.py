@@ -44,6 +44,12 @@ def temporal_attention_ref(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Te
     return out.transpose(1, 2).contiguous()
 
 
+def group_norm_ref(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False) -> Tensor:
+    """torch's GroupNorm with statistics per frame, then SiLU. (N, C, h, w) → the same shape."""
+    out = F.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(out) if silu else out
+
+
 def invert_affines_ref(affines: Tensor) -> tuple[Tensor, Tensor]:
     """Invert (..., 2, 3) affines → float32 inverses, and bool (...): False where singular or not finite.
 

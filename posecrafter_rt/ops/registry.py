@@ -55,18 +55,40 @@ def _triton_missing() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
-def _triton(op: str, *tensors: Tensor, heads: int = 0) -> str | None:
-    if _triton_missing() is not None:
-        return _triton_missing()
-    if not tensors:
-        return None
-    q = tensors[0]
+def _triton_tensors(*tensors: Tensor) -> str | None:
+    """What every Triton kernel asks of its tensors; the dtype of the first three."""
+    first = tensors[0]
     if any(tensor.device.type != "cuda" for tensor in tensors):
-        return f"needs CUDA tensors, got {q.device.type}"
-    if torch.cuda.get_device_capability(q.device) < MIN_CAPABILITY:
+        return f"needs CUDA tensors, got {first.device.type}"
+    if torch.cuda.get_device_capability(first.device) < MIN_CAPABILITY:
         return "needs compute capability 8.0 or newer"
-    if any(tensor.dtype != q.dtype for tensor in tensors[:3]) or q.dtype not in native.DTYPES:
+    if any(tensor.dtype != first.dtype for tensor in tensors[:3]) or first.dtype not in native.DTYPES:
         return f"dtypes {', '.join(str(tensor.dtype) for tensor in tensors[:3])}; one of fp32, fp16, bf16 for all"
+    return None
+
+
+def _triton_group_norm(*tensors: Tensor) -> str | None:
+    if _triton_missing() is not None or not tensors:
+        return _triton_missing()
+    reason = _triton_tensors(*tensors)
+    if reason is not None:
+        return reason
+    if not tensors[0].is_contiguous(memory_format=torch.channels_last):
+        return "x must be dense in channels_last"
+    if not all(tensor.is_contiguous() for tensor in tensors[1:]):
+        return "weight and bias must be contiguous"
+    if torch.compiler.is_compiling():
+        return "is left to the compiler, which fuses the plain operations"
+    return "has no gradient" if needs_grad(*tensors) else None
+
+
+def _triton(op: str, *tensors: Tensor, heads: int = 0) -> str | None:
+    if _triton_missing() is not None or not tensors:
+        return _triton_missing()
+    reason = _triton_tensors(*tensors)
+    if reason is not None:
+        return reason
+    q = tensors[0]
     if q.shape[-1] // heads % 8:
         return f"head size {q.shape[-1] // heads}; must be a multiple of 8"
     from posecrafter_rt.kernels import configs
@@ -101,6 +123,7 @@ def _xformers(*tensors: Tensor, heads: int = 0) -> str | None:
 
 BACKENDS: dict[str, dict[str, Reason]] = {  # in order of preference
     "affine_warp_paste": {"native": _native, "reference": _reference},
+    "group_norm": {"triton": _triton_group_norm, "reference": _reference},
     "keyframe_attention": {
         "triton": partial(_triton, "keyframe_attention"),
         "xformers": _xformers,

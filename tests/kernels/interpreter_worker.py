@@ -17,9 +17,9 @@ warnings.simplefilter("ignore")
 import torch  # noqa: E402 - the variable above comes first
 from torch import Tensor  # noqa: E402
 
-from posecrafter_rt.kernels import keyframe_attention, temporal_attention  # noqa: E402
-from posecrafter_rt.kernels.configs import TemporalConfig, TileConfig  # noqa: E402
-from posecrafter_rt.ops.reference import keyframe_attention_ref, temporal_attention_ref  # noqa: E402
+from posecrafter_rt.kernels import group_norm, keyframe_attention, temporal_attention  # noqa: E402
+from posecrafter_rt.kernels.configs import NormConfig, TemporalConfig, TileConfig  # noqa: E402
+from posecrafter_rt.ops.reference import group_norm_ref, keyframe_attention_ref, temporal_attention_ref  # noqa: E402
 
 
 def normal(request: dict[str, Any], seed: int, *shape: int) -> Tensor:
@@ -64,11 +64,25 @@ def temporal(request: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return out, temporal_attention_ref(*doubles, heads, mask), temporal_attention_ref(q, k, v, heads, mask)
 
 
+def norm(request: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    channels, groups, silu = request["channels"], request["groups"], request["silu"]
+    x = normal(request, 0, request["frames"], channels, *request["size"]) + request["mean"]
+    x = x.to(memory_format=torch.channels_last)
+    weight, bias = normal(request, 1, 2, channels)
+    inputs = [exact(request, tensor) for tensor in (x, weight, bias)]
+    config = NormConfig(*request["config"]) if request["config"] else None
+    out = group_norm.launch(inputs[0], groups, *inputs[1:], 1e-5, silu=silu, config=config)
+    exactly = group_norm_ref(x.double(), groups, weight.double(), bias.double(), 1e-5, silu)
+    eager = group_norm_ref(x, groups, weight, bias, 1e-5, silu)
+    out, exactly, eager = (tensor.permute(0, 2, 3, 1) for tensor in (out, exactly, eager))
+    return out, exactly, eager  # channels last: as the kernel is to write them
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
-        out, oracle, eager = {"keyframe": keyframe, "temporal": temporal}[request["op"]](request)
+        out, oracle, eager = {"keyframe": keyframe, "temporal": temporal, "norm": norm}[request["op"]](request)
         out = out.to(eager.dtype)
         answer = {
             "error": (out.double() - oracle).abs().max().item(),

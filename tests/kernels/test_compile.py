@@ -25,8 +25,8 @@ import triton
 
 from bench.kernel_fits import DTYPES, REPRESENTATIVES, TARGETS
 from posecrafter_rt.kernels import keyframe_attention, temporal_attention
-from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
-from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig
+from posecrafter_rt.kernels.compile import Compiled, compile_group_norm, compile_keyframe, compile_temporal
+from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig, norm_config
 
 SHARED_LIMITS = {86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a block may use
 KEYS = ("capability", "element_bytes", "max_head_size", "max_frames")
@@ -97,6 +97,18 @@ def test_temporal_attention_compiles(target: int, row: dict[str, Any], has_mask:
         sizes.append(row["max_head_size"] - 8)
     for head_size, dtype in itertools.product(sizes, DTYPES[row["element_bytes"]]):
         assert_fits(compile_temporal(target, dtype, head_size, config, has_mask=has_mask), target)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtypes in DTYPES.values() for dtype in dtypes], ids=str)
+@pytest.mark.parametrize("target", SHARED_LIMITS)
+@pytest.mark.parametrize("num_rows", [64, 4096])
+def test_group_norm_compiles(num_rows: int, target: int, dtype: torch.dtype) -> None:
+    for built in compile_group_norm(target, dtype, norm_config(num_rows), silu=True):
+        assert_fits(built, target)
+        if "coefficients" not in built.name:  # the others are as fast as memory: 16 bytes a thread at a time
+            assert "ld.global.v4.b32" in built.ptx
+        if "apply" in built.name:
+            assert "st.global.v4.b32" in built.ptx and "st.global.b" not in built.ptx
 
 
 def test_the_ptx_version_can_be_capped() -> None:

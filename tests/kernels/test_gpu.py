@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU against the references in fp64, at SD 1.5's shapes and odd ones.
 
-Tests of kernels/keyframe_attention.py and temporal_attention.py through the public operators.
+Tests of kernels/keyframe_attention.py, temporal_attention.py and group_norm.py through the public operators.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from posecrafter_rt.ops import keyframe_attention, temporal_attention, unsupported_reason
-from posecrafter_rt.ops.reference import keyframe_attention_ref, temporal_attention_ref
+from posecrafter_rt.ops import group_norm, keyframe_attention, temporal_attention, unsupported_reason
+from posecrafter_rt.ops.reference import group_norm_ref, keyframe_attention_ref, temporal_attention_ref
 
 REASON = unsupported_reason("keyframe_attention", "triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -81,6 +81,42 @@ def test_temporal_attention(shape: tuple[int, ...], is_masked: bool, dtype: torc
     exact = temporal_attention_ref(q.double(), k.double(), v.double(), heads, mask)
     out = temporal_attention(q, k, v, heads, mask, backend="triton")
     assert_close(out, exact, temporal_attention_ref(q, k, v, heads, mask))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 320, 64, 64), (16, 320, 64, 64), (3, 2560, 8, 8), (2, 960, 32, 32), (1, 64, 5, 7)], ids=str
+)
+def test_group_norm(shape: tuple[int, ...], silu: bool, dtype: torch.dtype) -> None:
+    x = (normal(*shape, seed=5, dtype=dtype) + 2).to(memory_format=torch.channels_last)
+    weight, bias = normal(2, shape[1], seed=6, dtype=dtype)
+    exact = group_norm_ref(x.double(), 32, weight.double(), bias.double(), 1e-5, silu)
+    out = group_norm(x, 32, weight, bias, 1e-5, silu=silu, backend="triton")
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert_close(out, exact, group_norm_ref(x, 32, weight, bias, 1e-5, silu))
+
+
+def test_group_norm_replays_in_a_cuda_graph() -> None:
+    x = normal(2, 64, 16, 16, seed=7, dtype=torch.float16).to(memory_format=torch.channels_last)
+    weight, bias = normal(2, 64, seed=8, dtype=torch.float16)
+    group_norm(x, 32, weight, bias, 1e-5, silu=True, backend="triton")  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = group_norm(x, 32, weight, bias, 1e-5, silu=True, backend="triton")
+    x.copy_(3 * x + 1)
+    graph.replay()
+    assert torch.equal(out, group_norm(x, 32, weight, bias, 1e-5, silu=True, backend="triton"))
+
+
+def test_group_norm_in_compiled_code_is_left_to_the_compiler() -> None:
+    x = normal(1, 64, 8, 8, seed=9, dtype=torch.float32).to(memory_format=torch.channels_last)
+    weight, bias = normal(2, 64, seed=10, dtype=torch.float32)
+
+    def normalise(x: Tensor) -> Tensor:
+        return group_norm(x, 32, weight, bias, 1e-5, silu=True)
+
+    torch.testing.assert_close(torch.compile(normalise, fullgraph=True)(x), normalise(x))
 
 
 @pytest.mark.parametrize("op", ["keyframe", "temporal"])

@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter against the references, over odd, prime, single and large shapes.
 
-Tests of kernels/keyframe_attention.py, temporal_attention.py and tiles.py. bfloat16 runs upcast, since the
+Tests of kernels/keyframe_attention.py, temporal_attention.py, tiles.py and group_norm.py. bfloat16 runs upcast, since the
 interpreter's bfloat16 products are wrong (a known upstream fault); loads, shapes and masks are the other types'.
 """
 
@@ -89,3 +89,30 @@ def test_temporal_attention(
     sizes = dict(zip(("groups", "frames", "keys", "tokens", "heads", "head_size"), shape, strict=True))
     answer = ask(op="temporal", config=config, mask=mask, dtype=dtype, **sizes)
     assert_parity(answer, dtype)
+
+
+@pytest.mark.parametrize("dtype", list(FLOOR))
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(
+    ("frames", "channels", "groups", "size", "mean", "config"),
+    [
+        (1, 2, 1, (1, 1), 0.0, None),
+        (2, 12, 4, (5, 7), 2.0, None),
+        (1, 80, 8, (8, 8), 2.0, None),  # groups of 10 channels, as SD 1.5's first level; two blocks of channels
+        (1, 96, 2, (9, 13), 2.0, (16, 64, 32, 4)),  # several tiles a block, the last one short; two turns a group
+        (1, 31, 1, (1, 97), 2.0, (16, 16, 16, 2)),
+    ],
+)
+def test_group_norm(  # noqa: PLR0913 - a case
+    ask: Ask, frames: int, channels: int, groups: int, size: tuple[int, int], mean: float,
+    config: tuple[int, ...] | None, silu: bool, dtype: str,
+) -> None:  # fmt: skip
+    answer = ask(op="norm", frames=frames, channels=channels, groups=groups, size=size, mean=mean, config=config,
+                 silu=silu, dtype=dtype)  # fmt: skip
+    assert_parity(answer, dtype)
+
+
+def test_group_norm_keeps_a_variance_that_is_small_beside_the_mean(ask: Ask) -> None:
+    answer = ask(op="norm", frames=1, channels=32, groups=2, size=[9, 13], mean=3000.0, config=[16, 16, 16, 4],
+                 silu=False, dtype="float32")  # fmt: skip
+    assert answer["error"] < 1e-2, answer  # float32's step at 3000 is 2·10⁻⁴; mean(x²) - mean(x)² would be off by 0.5

@@ -48,6 +48,26 @@ def test_triton_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA tensors, got cpu" in str(unsupported_reason("keyframe_attention", "triton", q, q, q, heads=2))
 
 
+def test_group_norm_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.zeros(1, 4, 2, 3), torch.ones(4)
+
+    def reason(x: torch.Tensor) -> str:
+        return str(unsupported_reason("group_norm", "triton", x, weight, weight))
+
+    monkeypatch.setattr(registry, "_triton_missing", lambda: "no CUDA device")
+    assert reason(x) == "no CUDA device"
+    monkeypatch.setattr(registry, "_triton_missing", lambda: None)
+    assert "CUDA tensors, got cpu" in reason(x)
+    monkeypatch.setattr(registry, "_triton_tensors", lambda *tensors: None)  # as if on a GPU
+    assert "channels_last" in reason(x)
+    dense = x.to(memory_format=torch.channels_last)
+    assert unsupported_reason("group_norm", "triton", dense, weight, weight) is None
+    assert "gradient" in reason(dense.requires_grad_())
+    assert "contiguous" in str(unsupported_reason("group_norm", "triton", dense, weight, torch.ones(8)[::2]))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "compiler" in reason(dense.detach())
+
+
 def test_xformers_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 2, 16)
     assert unsupported_reason("keyframe_attention", "xformers") == registry._xformers_missing()
