@@ -1,4 +1,4 @@
-"""How every benchmark reports: a Markdown table, and a JSON file with its Markdown beside it.
+"""How every benchmark reports: a Markdown table, and a JSON file with its Markdown and its picture beside it.
 
 Bench: imported by the scripts here.
 """
@@ -20,18 +20,32 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def write_report(path: Path, document: Any, markdown: str) -> None:
-    """Write a document to `path` and its text to the .md beside it."""
+def write_json(path: Path, document: Any) -> None:
+    """Write a document, and the folder that it goes to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def write_report(path: Path, document: Any, markdown: str, picture: str | None = None) -> None:
+    """Write a document to `path`, its text to the .md beside it, and its picture, if it has one, to the .svg."""
+    write_json(path, document)
     path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    if picture is not None:
+        path.with_suffix(".svg").write_text(picture, encoding="utf-8")
 
 
-def publish(name: str, document: Any, markdown: str, path: Path | None, is_quick: bool) -> None:
-    """Print a text, and write both files: to `path`, else to results/, where a quick run writes nothing."""
-    path = path or (None if is_quick else RESULTS / f"{name}.json")
+def result_path(name: str, path: Path | None, is_quick: bool) -> Path | None:
+    """Where a result goes: to `path` if one was given, else to results/, where a quick run writes nothing (None)."""
+    return path or (None if is_quick else RESULTS / f"{name}.json")
+
+
+def publish(
+    name: str, document: Any, markdown: str, path: Path | None, is_quick: bool, picture: str | None = None
+) -> None:
+    """Print a text, and write all files of a result (see `result_path`)."""
+    path = result_path(name, path, is_quick)
     if path is not None:
-        write_report(path, document, markdown)
+        write_report(path, document, markdown, picture)
     print(markdown)
 
 

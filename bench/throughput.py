@@ -1,8 +1,8 @@
 """This runtime against the published algorithms and against diffusers' pipeline, end to end, in one run, in turns.
 
-Bench: `python -m bench.throughput [--json FILE] [--quick]` writes results/throughput-<device>.json and .md, or FILE and its
-.md; with --quick alone (the embedded base, 4 frames, 2 steps, one round) it only prints. All contenders run on the GPU
-where torch sees one, else on the CPU, where `taskset` limits the cores of all alike. `--base random-sd15` has the size of
+Bench: `python -m bench.throughput [--json FILE] [--quick]` writes results/throughput-<device>.json, .md and .svg, or FILE and
+those beside it; with --quick alone (the embedded base, 4 frames, 2 steps, one round) it only prints. All contenders run on
+the GPU where torch sees one, else on the CPU, where `taskset` limits the cores of all alike. `--base random-sd15` has the size of
 Stable Diffusion 1.5, on random weights: on a CPU with `--size 256x256 --frames 4 --steps 2`.
 """
 
@@ -22,7 +22,8 @@ import numpy as np
 from bench.contenders import METHODS, WARM_UP_STEPS, Job, run
 from bench.flops import Counters, Setup
 from bench.kernels import measure_peaks
-from bench.report import name_by_device, picture_size, publish, table
+from bench.plot import Bar, stacked_bars
+from bench.report import name_by_device, picture_size, publish, result_path, table, write_json
 from bench.runs import in_own_process, moving_person, psnr, untrained_checkpoint, write_random_base
 from bench.timing import machine
 from posecrafter_rt.building import BuildOptions, build_engine
@@ -35,6 +36,7 @@ from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 FULL_FRAMES, FULL_STEPS = 100, 50
+STAGES = ("prepare", "invert", "denoise", "decode")
 Row = dict[str, Any]
 
 
@@ -201,12 +203,27 @@ def _ratios(rows: list[Row]) -> list[str]:
     return ["## Times of each contender over those of `exact`", "", *table(header, cells)]
 
 
+def headline(setup: Row) -> str:
+    """What was rendered."""
+    size = "×".join(map(str, setup["size"]))
+    return f"{setup['frames']} frames at {size}, {setup['steps']} steps, {setup['base']}"
+
+
+def picture(document: Row) -> str:
+    """Seconds by contender and stage."""
+    bars = []
+    for row in document["rows"]:
+        parts = {stage: row["seconds"].get(stage, 0.0) for stage in STAGES} if "error" not in row else {}
+        bars.append(Bar(row["contender"], parts, f"{row['total_s']:.2f} s" if parts else "failed"))
+    return stacked_bars(headline(document["setup"]), bars)
+
+
 def markdown(document: Row) -> str:
     """The results as tables."""
     setup, rows = document["setup"], [row for row in document["rows"] if "error" not in row]
-    size, frames, steps = "×".join(map(str, setup["size"])), setup["frames"], setup["steps"]
+    frames, steps = setup["frames"], setup["steps"]
     facts = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
-    lines = [f"# {frames} frames at {size}, {steps} steps, {setup['base']}", "", f"Machine: {facts}.", ""]
+    lines = [f"# {headline(setup)}", "", f"Machine: {facts}.", ""]
     on_gpu = any(row["peak_gpu_bytes"] for row in rows)
     lines += [f"Medians of {setup['rounds']} rounds in turns; each run in a process of its own, after a warm-up by the same clip",
               f"(steps: {setup['warm_up_steps']}). exact: this runtime, its inversion cache empty. published, plain: see",
@@ -225,19 +242,23 @@ def markdown(document: Row) -> str:
                       f"{row['flops_per_s'] / 1e9:.1f}", f"{row['percent_of_peak']:.0f}", _quality(row)))  # fmt: skip
     cells += [(row["contender"], f"failed: {row['error']}") for row in document["rows"] if "error" in row]
     lines += ["", *table(header, cells), "## Stages (s)", ""]
-    stages, cells = ("prepare", "invert", "denoise", "decode"), []
+    cells = []
     for row in rows:
         built = "" if row["build_s"] is None else f"{row['build_s']:.1f}"
-        cells.append((row["contender"], *(f"{row['seconds'].get(stage, 0.0):.2f}" for stage in stages), built))
-    lines += [*table(("contender", *stages, "build"), cells), *_ratios(rows)]
+        cells.append((row["contender"], *(f"{row['seconds'].get(stage, 0.0):.2f}" for stage in STAGES), built))
+    lines += [*table(("contender", *STAGES, "build"), cells), *_ratios(rows)]
     if (frames, steps) != (FULL_FRAMES, FULL_STEPS):
         lines += [f"## Extrapolated, not measured: {FULL_FRAMES} frames in {FULL_STEPS} steps", ""]
         lines += table(("contender", "s"), [(row["contender"], f"{row['extrapolated_s']:,.0f}") for row in rows])
     return "\n".join(lines)
 
 
+def result_name(facts: Row) -> str:
+    return name_by_device("throughput", facts["machine"])
+
+
 def benchmark(options: argparse.Namespace, folder: Path) -> Row:
-    """Make what is missing, measure, and sum up."""
+    """Make what is missing, measure, and sum up. What is cut off in summing up leaves the runs in the result's file."""
     checkpoint = find_checkpoint(options, folder)
     tuned = Checkpoint.load(checkpoint)
     size = (tuned.frames.shape[1], tuned.frames.shape[2])
@@ -249,21 +270,24 @@ def benchmark(options: argparse.Namespace, folder: Path) -> Row:
     methods = [method for name, method in METHODS.items() if name in options.contenders]
     contenders = make_contenders(job, methods, options.engines, folder)
     runs = measure(contenders, options.rounds)
-    counters = Counters(locate_base(tuned.metadata["base"]).configs)
     base = options.base if options.checkpoint is None else tuned.metadata["base"]
-    return {
+    facts = {
         "setup": {"base": base, "size": list(size), "frames": len(target), "steps": options.steps,
                   "precision": options.precision, "rounds": options.rounds,
                   "warm_up_steps": WARM_UP_STEPS[torch_device().type]},
         "machine": machine(),
-        "rows": summarise(contenders, runs, counters, setup),
     }  # fmt: skip
+    path = result_path(result_name(facts), options.json, options.quick)
+    if path is not None:
+        write_json(path, {**facts, "runs": runs})
+    counters = Counters(locate_base(tuned.metadata["base"]).configs)
+    return {**facts, "rows": summarise(contenders, runs, counters, setup)}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; --quick changes defaults only."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write here, and the tables beside it as .md")
+    parser.add_argument("--json", type=Path, help="write here, and tables and plot beside it as .md and .svg")
     parser.add_argument("--quick", action="store_true", help="4 frames, 2 steps, one round, two engines")
     parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
     parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
@@ -300,8 +324,7 @@ def main() -> None:
         folder = options.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         document = benchmark(options, folder)
-    name = name_by_device("throughput", document["machine"])
-    publish(name, document, markdown(document), options.json, options.quick)
+    publish(result_name(document), document, markdown(document), options.json, options.quick, picture(document))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from posecrafter_rt.engines import Backend, Engine, get_backend
 from posecrafter_rt.engines.folder import EngineFolder, open_folder, rebuild_hint
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
-from posecrafter_rt.machine import library_versions
+from posecrafter_rt.machine import library_versions, return_freed_memory
 from posecrafter_rt.method import DDIMSchedule, DPMSchedule, select_reference
 from posecrafter_rt.models.loading import tokenize
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -175,6 +175,7 @@ class Avatar:
             num_settled = segment.settled - segment.start
             carried = latents[num_settled:].clone()
             yield RenderedSegment(self._decode(latents[:num_settled], options, part, told), carried, part)
+            return_freed_memory()
             report.add(part)
         self.last_report = report
 
@@ -250,6 +251,7 @@ class Avatar:
         return {
             **{name: manifest[name] for name in ("checkpoint", "base_hash", "backend", "precision", "norm_scope",
                                                  "scheduler", "size", "libraries")},
+            "loras": [[lora["sha256"], lora["scale"]] for lora in manifest.get("loras", [])],
             "source_prompt": self.prompt, "frame": reference, "steps": steps,
             "conditioning_scale": options.conditioning_scale,
         }  # fmt: skip

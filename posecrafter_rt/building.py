@@ -24,6 +24,7 @@ from posecrafter_rt.engines.stage_log import StageLog
 from posecrafter_rt.errors import EngineFolderError, ShapeError
 from posecrafter_rt.framing import resize_to, transform_keypoints
 from posecrafter_rt.machine import library_versions
+from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.sources import Base, locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
 
@@ -42,6 +43,7 @@ class BuildOptions:
     size: (height, width) in pixels of what is rendered; None: that of tuning. base: where the base lies, if it moved.
     refit: an engine folder of another checkpoint of the same base, whose networks are taken over and whose weights are
         replaced where they differ; `auto` then means its backend and its precision.
+    loras: fused into the tuned weights, in this order; see `fuse_loras`.
     """
 
     backend: str = "auto"
@@ -49,6 +51,7 @@ class BuildOptions:
     size: tuple[int, int] | None = None
     base: str | None = None
     refit: Path | None = None
+    loras: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,17 @@ def build_engine(
         force: replace something at `output` that is not an engine folder; an engine folder is replaced anyway, once the
             new one is complete.
         progress: told each stage as it begins, with the seconds left if there was such a build before.
-    Raises: CheckpointError, ModelError, BackendUnavailable, ShapeError (a size the network cannot halve), OutputExists;
-        EngineFolderError when the engine to refit is damaged, or differs in more than weights.
+    Raises: CheckpointError (a LoRA's included), ModelError, BackendUnavailable, ShapeError (a size the network cannot
+        halve), OutputExists; EngineFolderError when the engine to refit is damaged, or differs in more than weights.
     """
     checkpoint = Path(checkpoint)
     output = Path(output) if output is not None else checkpoint.with_suffix(".engine")
     source = open_folder(options.refit) if options.refit is not None else None
     backend, precision, why = _choose(options, source)
     tuned = Checkpoint.load(checkpoint)
+    loras = [read_lora(lora) for lora in options.loras]
     size = options.size or tuned.frames.shape[1:3]
-    manifest = _describe(tuned, locate_base(options.base or tuned.metadata["base"]), backend, precision, size)
+    manifest = _describe(tuned, locate_base(options.base or tuned.metadata["base"]), backend, precision, size, loras)
     if source is not None:
         check_source(source, manifest)
     current = _current(output, manifest["fingerprint"])
@@ -98,6 +102,7 @@ def build_engine(
 
     on_stage("loading the base")
     model = tuned.load_model(base=options.base)
+    fuse_loras(model, loras)
     model.fold()
     arch = replace(model.architecture(), size=(size[0], size[1]))
     if any(side % arch.size_multiple for side in size):
@@ -132,7 +137,7 @@ def _choose(options: BuildOptions, source: EngineFolder | None) -> tuple[Backend
 
 
 def _describe(
-    tuned: Checkpoint, base: Base, backend: Backend, precision: Precision, size: Sequence[int]
+    tuned: Checkpoint, base: Base, backend: Backend, precision: Precision, size: Sequence[int], loras: list[LoraFile]
 ) -> dict[str, Any]:
     """What of the manifest is known without the base's weights; its hash is the engine's fingerprint, refitted or not."""
     manifest: dict[str, Any] = {
@@ -141,6 +146,7 @@ def _describe(
         "scheduler": base.scheduler_config(), "recommended": base.settings().recommended,
         "libraries": {"python": platform.python_version(), **library_versions(sorted({*LIBRARIES, *backend.libraries}))},
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
+        **({"loras": [lora.describe() for lora in loras]} if loras else {}),
     }  # fmt: skip
     return {**manifest, "fingerprint": sha256_json(manifest)}
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from posecrafter_rt.errors import ShapeError
+from posecrafter_rt.errors import PoseError, ShapeError
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 MAX_COLUMNS = 8
@@ -59,6 +60,13 @@ def transform_keypoints(poses: PoseSequence, size: tuple[int, int]) -> PoseSeque
     moved = poses.keypoints.astype(np.float64)
     moved[..., :2] = (moved[..., :2] - (offset_x, offset_y) + 0.5) * (scale_x, scale_y) - 0.5
     return replace(poses, keypoints=moved, canvas=size)
+
+
+def check_one_pose_a_frame(video: Path | str, num_frames: int, num_poses: int) -> None:
+    """Raises PoseError unless a video has as many frames as there are poses."""
+    if num_frames != num_poses:
+        raise PoseError(f"{video} has {num_frames} frames but there are {num_poses} poses",
+                        "extract the poses from this very video")  # fmt: skip
 
 
 def resize_to(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

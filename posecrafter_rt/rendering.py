@@ -6,7 +6,8 @@ Layer 7: around `avatar`, for the command line and the demonstration.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import numpy as np
 from posecrafter_rt import __version__
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
 from posecrafter_rt.avatar import Avatar, OnStep
+from posecrafter_rt.errors import OutputExists
 from posecrafter_rt.framing import contact_sheet, shown_in_sheet, transform_keypoints
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.partial import open_partial, read_state
+from posecrafter_rt.runtime.stretch import Stretch
 from posecrafter_rt.video_io import VideoWriter, write_png
 
 DEFAULT_FPS = 25.0
@@ -55,37 +58,57 @@ def render_to_files(
     video: Path,
     options: RenderOptions,
     *,
-    fps: float | None = None,
+    stretch: Stretch | None = None,
     force: bool = False,
     on_step: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Render and write the video, the contact sheet and the report; returns the report.
 
+    The video has the rate of `target`, or 25 frames per second. With `stretch`, whose poses `target` then holds, it is
+    the one that the stretch is of, mended; the sheet and the report's counts are of the stretch.
     No more frames are held than an engine decodes at once and the contact sheet shows. With `options.segment`, finished
     segments are kept in `partial_path(video)`: the same call goes on from them, and gives the bytes of an unbroken run.
-    Raises: OutputExists before any work; whatever `Avatar.render`, `VideoWriter` and `open_partial` raise. An interrupted
-        render leaves none of the three.
+    Raises: OutputExists before any work, whatever `force` where the output is the video to be mended; what
+        `Avatar.render`, `Stretch.mend`, `VideoWriter` and `open_partial` raise. An interrupted render leaves none of the
+        three.
     """
     refuse_outputs(video, force)
-    fps = fps or target.fps or DEFAULT_FPS
-    VideoWriter(video, fps, force=True)  # refuses what is no name of a video before any work
+    if stretch is not None and video.resolve() == stretch.video.resolve():
+        raise OutputExists(f"{video} is itself the video to be mended", "give the output another name")
+    work = _Work(avatar, target, target.fps or DEFAULT_FPS, stretch)
+    VideoWriter(video, work.fps, force=True)  # refuses what is no name of a video before any work
 
     def told(stage: str, step: int, steps: int) -> None:
         if on_step is not None:
             on_step(step, steps, stage)
 
     if options.segment is not None:
-        return _render_resumably(avatar, target, video, avatar.resolve(options), fps, force, told)
-    frames = avatar.iter_render(target, options, on_step=told)
-    return _write_outputs(avatar, target, frames, output_paths(video), fps)
+        return _render_resumably(work, video, avatar.resolve(options), force, told)
+    return _write_outputs(work, avatar.iter_render(target, options, on_step=told), output_paths(video))
 
 
-def _render_resumably(
-    avatar: Avatar, target: PoseSequence, video: Path, options: RenderOptions, fps: float, force: bool, told: OnStep
-) -> dict[str, Any]:
-    outputs = output_paths(video)
-    fingerprint = _fingerprint(avatar, target, options, fps)
-    with open_partial(partial_path(video), fingerprint, outputs, force=force) as partial:
+@dataclass(frozen=True)
+class _Work:
+    """What is rendered: `target`, for a video of its own or, where there is one, for a stretch of another."""
+
+    avatar: Avatar
+    target: PoseSequence
+    fps: float
+    stretch: Stretch | None
+
+    def fingerprint(self, options: RenderOptions) -> str:
+        """Of all that the bytes of a video depend on; the engine's seal covers weights, backend and libraries."""
+        replaced = None if self.stretch is None else [self.stretch.start, self.stretch.stop, self.stretch.frames_sha256]
+        return sha256_json({
+            "engine": self.avatar.folder.manifest["seal"], "package": __version__, "options": vars(options),
+            "fps": self.fps, "poses": sha256(self.target.keypoints.tobytes()).hexdigest(), "canvas": self.target.canvas,
+            "replaced": replaced,
+        })  # fmt: skip
+
+
+def _render_resumably(work: _Work, video: Path, options: RenderOptions, force: bool, told: OnStep) -> dict[str, Any]:
+    outputs, avatar, target = output_paths(video), work.avatar, work.target
+    with open_partial(partial_path(video), work.fingerprint(options), outputs, force=force) as partial:
         if not partial.holds(outputs):
             if options.segment == "auto" and partial.choice is None:
                 partial.fix(avatar.choose_segment(len(target), options))
@@ -93,41 +116,40 @@ def _render_resumably(
                                             carried=partial.carried(), on_step=told)  # fmt: skip
             for segment in segments:
                 partial.save(segment.frames, segment.carried, segment.report)
-            staged = output_paths(partial.folder / video.name)
-            _write_outputs(avatar, target, partial.frames(), staged, fps)
+            _write_outputs(work, partial.frames(), output_paths(partial.folder / video.name))
         partial.publish(outputs)
     report: dict[str, Any] = json.loads(outputs[2].read_text(encoding="utf-8"))
     return report
 
 
-def _fingerprint(avatar: Avatar, target: PoseSequence, options: RenderOptions, fps: float) -> str:
-    """Of all that the bytes of a video depend on; the engine's seal covers weights, backend and libraries."""
-    return sha256_json({
-        "engine": avatar.folder.manifest["seal"], "package": __version__, "options": vars(options), "fps": fps,
-        "poses": sha256(target.keypoints.tobytes()).hexdigest(), "canvas": target.canvas,
-    })  # fmt: skip
-
-
-def _write_outputs(
-    avatar: Avatar, target: PoseSequence, frames: Iterable[np.ndarray], outputs: tuple[Path, Path, Path], fps: float
-) -> dict[str, Any]:
+def _write_outputs(work: _Work, rendered: Iterable[np.ndarray], outputs: tuple[Path, Path, Path]) -> dict[str, Any]:
     """Write the three files, replacing what is there; returns the report, of a render that ends with its frames."""
     video, sheet_path, report_path = outputs
+    avatar, target, stretch = work.avatar, work.target, work.stretch
     shown = shown_in_sheet(len(target))
-    kept = []
-    with VideoWriter(video, fps, force=True) as writer:
-        for index, frame in enumerate(frames):
+    kept: list[np.ndarray] = []
+    frames = _keeping(rendered, shown, kept)
+    with VideoWriter(video, work.fps, force=True) as writer:
+        for frame in frames if stretch is None else stretch.mend(frames):
             writer.write(frame)
-            if index in shown:
-                kept.append(frame.copy())  # of its own: a view would hold all that were decoded with it
     assert avatar.last_report is not None  # the loop above ran to its end
-    report = {**avatar.last_report.to_json(), "engine": {name: avatar.folder.manifest[name] for name in
-              ("backend", "precision", "size", "checkpoint", "base", "norm_scope")}}  # fmt: skip
+    report = {**avatar.last_report.to_json(), "replaced": stretch and [stretch.start, stretch.stop],
+              "engine": {name: avatar.folder.manifest[name] for name in
+                         ("backend", "precision", "size", "checkpoint", "base", "norm_scope")}}  # fmt: skip
     poses = PoseSequence(target.keypoints[shown], target.canvas)
     pictures = draw_poses(transform_keypoints(poses, avatar.size), avatar.size)
-    reference = avatar.frames[report["reference_index"]]
-    rows = [("reference", [reference]), ("poses", list(pictures)), ("rendered", kept)]
+    rows = [("reference", [avatar.frames[report["reference_index"]]]), ("poses", list(pictures)), ("rendered", kept)]
+    if stretch is not None:
+        rows.insert(2, ("replaced", [frame for index, frame in enumerate(stretch.replaced()) if index in shown]))
     write_png(sheet_path, contact_sheet(rows), force=True)
     with atomic_path(report_path) as temporary:
         temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
     return report
+
+
+def _keeping(frames: Iterable[np.ndarray], shown: np.ndarray, kept: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same frames; those that a sheet shows are kept as they pass."""
+    for index, frame in enumerate(frames):
+        if index in shown:
+            kept.append(frame.copy())  # of its own: a view would hold all that were decoded with it
+        yield frame

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, PoseCrafterError, PoseError
-from posecrafter_rt.framing import transform_keypoints
+from posecrafter_rt.framing import check_one_pose_a_frame, transform_keypoints
 from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
 from posecrafter_rt.models.blocks import NormScope, channels_last
@@ -349,7 +349,5 @@ def load_clip(
     Raises: VideoError; PoseError when the video and the poses do not have the same number of frames.
     """
     frames = read_video(video, size=size).frames
-    if len(frames) != len(poses):
-        raise PoseError(f"{video} has {len(frames)} frames but there are {len(poses)} poses",
-                        "extract the poses from this very video")  # fmt: skip
+    check_one_pose_a_frame(video, len(frames), len(poses))
     return frames[window], transform_keypoints(poses, size)[window]

@@ -45,6 +45,7 @@ __all__ = [
     "read_video",
     "resize_to",
     "side_by_side",
+    "stream_video",
     "transform_keypoints",
     "write_png",
     "write_video",
@@ -83,6 +84,21 @@ def read_video(
     Raises: VideoError: the path is missing, cannot be read, breaks off (naming the frame reached), holds no frame in
         that range, or is a folder whose images differ in size.
     """
+    source, fps = stream_video(path, size=size, start=start, stop=stop)
+    frames = list(source)
+    if not frames:
+        raise VideoError(f"{path} has no frame" + (f" from frame {start} on" if start else ""))
+    return Video(np.stack(frames), fps)
+
+
+def stream_video(
+    path: str | PathLike[str], *, size: tuple[int, int] | None = None, start: int = 0, stop: int | None = None
+) -> tuple[Iterator[np.ndarray], float]:
+    """As `read_video`, one frame in memory at a time.
+
+    Returns: the frames, uint8 (H, W, 3), RGB, decoded as they are taken; there may be none. Frames per second.
+    Raises: as `read_video`, but what is wrong with a frame once that is taken.
+    """
     path = Path(path)
     if start < 0 or (stop is not None and stop <= start):
         raise VideoError(f"no frame lies in {start}:{stop}", hint="give 0 <= start < stop")
@@ -92,10 +108,7 @@ def read_video(
         source, fps = _read_images(_image_paths(path)[start:stop]), DEFAULT_FPS
     else:
         source, fps = _decode(path, start, stop), _frame_rate(path)
-    frames = [frame if size is None else resize_to(frame, size) for frame in source]
-    if not frames:
-        raise VideoError(f"{path} has no frame" + (f" from frame {start} on" if start else ""))
-    return Video(np.stack(frames), fps)
+    return (frame if size is None else resize_to(frame, size) for frame in source), fps
 
 
 class VideoWriter:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from posecrafter_rt.models.loading import PoseModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach for a network
@@ -131,6 +133,55 @@ def write_tiny_base() -> Callable[..., Path]:
 def tiny_base(tmp_path_factory: pytest.TempPathFactory, write_tiny_base: Callable[..., Path]) -> Path:
     """The folder of a tiny base with random weights (see `write_tiny_base`); do not write to it."""
     return write_tiny_base(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+# Layers of the tiny base, one of each kind that a LoRA may add to; the text encoder's without the level `text_model`.
+LORA_LAYERS = {
+    "unet": [
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0",
+        "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k",
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",
+        "down_blocks.0.attentions.0.proj_in",  # 1×1
+        "down_blocks.0.resnets.0.conv1",  # 3×3
+        "down_blocks.0.downsamplers.0.conv",
+        "up_blocks.0.upsamplers.0.conv",
+        "up_blocks.0.resnets.0.time_emb_proj",
+    ],
+    "text_encoder": ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1"],
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_factors(tiny_base: Path) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """A LoRA of rank 2 for the tiny base: (down, up) by (network, layer) of LORA_LAYERS."""
+    import torch
+
+    from posecrafter_rt.models.loading import load_base
+
+    generator = torch.Generator().manual_seed(4)
+    modules, factors = load_base(str(tiny_base)).modules(), {}
+    for role, layers in LORA_LAYERS.items():
+        weights = {name.removeprefix("text_model."): tensor for name, tensor in modules[role].named_parameters()}
+        for layer in layers:
+            rows, *columns = weights[f"{layer}.weight"].shape
+            down = torch.randn(2, *columns, generator=generator) * 0.3
+            factors[role, layer] = down, torch.randn(rows, 2, *(1 for _ in columns[1:]), generator=generator) * 0.3
+    return factors
+
+
+@pytest.fixture(scope="session")
+def tiny_lora(
+    tiny_factors: dict[tuple[str, str], tuple[Tensor, Tensor]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same as a file under peft's names; do not write to it."""
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("loras") / "style.safetensors"
+    pairs = {f"{role}.{layer}": pair for (role, layer), pair in tiny_factors.items()}
+    save_file({f"{name}.lora_{side}.weight": factor for name, pair in pairs.items()
+               for side, factor in zip("AB", pair, strict=True)}, path)  # fmt: skip
+    return path
 
 
 @pytest.fixture

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 
 import pytest
 
-from posecrafter_rt.machine import available_bytes
+from posecrafter_rt.machine import available_bytes, return_freed_memory
 
 MIB = 1 << 20
 MEMINFO = "MemTotal:       24684096 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 kB\nHugePages_Total:  0\n"
@@ -60,3 +61,19 @@ def test_a_system_that_says_nothing(tmp_path: Path) -> None:
 def test_this_system() -> None:
     available = available_bytes()
     assert available is not None and 0 < available < 1 << 50
+
+
+def resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmRSS:") + 1]) * 1024
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    """Blocks that lie below one in use stay with the process until then."""
+    blocks = [bytearray(64 * 1024) for _ in range(64 * 16)]  # too small to be mapped one by one
+    last = blocks.pop()
+    blocks.clear()
+    before = resident_bytes()
+    return_freed_memory()
+    assert before - resident_bytes() > 48 * MIB and len(last)

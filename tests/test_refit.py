@@ -26,6 +26,7 @@ from posecrafter_rt.engines.torch import TorchBackend
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.models.loading import load_base, named_parameters
+from posecrafter_rt.models.lora import Lora
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.spec import Architecture, network_specs
 
@@ -159,6 +160,20 @@ def test_rendered_frames_are_those_of_a_built_engine(engines: Engines) -> None:
         assert np.abs(got.astype(int) - expected).max() <= 2
     else:
         assert np.array_equal(got, expected)
+
+
+def test_a_lora_is_fused_by_refitting_as_by_building(
+    engines: Engines, checkpoints: tuple[Path, Path], tiny_lora: Path, tmp_path: Path
+) -> None:
+    loras, name = (Lora(tiny_lora, 0.5),), read_manifest(engines.source)["backend"]
+    built = build_engine(checkpoints[1], tmp_path / "built.engine", BuildOptions(name, "fp32", loras=loras)).folder.path
+    options = BuildOptions(refit=engines.source, loras=loras)
+    refitted = build_engine(checkpoints[1], tmp_path / "refitted.engine", options).folder.path
+    assert build_engine(checkpoints[1], built, options).was_current
+    back = build_engine(checkpoints[1], tmp_path / "back.engine", BuildOptions(refit=refitted)).folder.path
+    if name != "tensorrt":  # a plan that was built anew may hold other kernels
+        assert differing_files(refitted, built) == set() and differing_files(back, engines.built) == set()
+        assert {"unet", "text_encoder"} <= differing_files(built, engines.built)
 
 
 def test_the_source_stays_as_it_is(engines: Engines, checkpoints: tuple[Path, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Option values that are more than a word: sizes, segments and frame ranges.
+"""Option values that are more than a word: sizes, segments, frame ranges and LoRAs.
 
 Layer 8: bad values are bad usage (exit code 2).
 """
@@ -6,6 +6,7 @@ Layer 8: bad values are bad usage (exit code 2).
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 
 import typer
@@ -41,3 +42,14 @@ def parse_range(text: str | None) -> slice:
     if end is not None and (start or 0) >= end:
         raise typer.BadParameter(f"{text!r} holds no frame; START must be before END")
     return slice(start, end)
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`style.safetensors:0.8` → that file and 0.8; without a scale 1. A file of the whole name is taken as it is."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(scale)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: {scale!r} is not a number; write FILE:SCALE, such as {path}:0.8") from None

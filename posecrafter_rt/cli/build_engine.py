@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from posecrafter_rt.cli.arguments import parse_size
+from posecrafter_rt.cli.arguments import parse_lora, parse_size
 from posecrafter_rt.cli.output import print_json, print_table, size_of, stages
 
 app = typer.Typer()
@@ -35,25 +35,30 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         Path | None,
         typer.Option(help="An engine of another checkpoint of the same base; its networks serve, the weights change."),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:SCALE]", help="Fuse a LoRA for Stable Diffusion 1.5; give it again for another."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is not an engine folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Build what renders; the same build twice is nothing to do."""
-    picture_size = parse_size(size)
+    picture_size, given = parse_size(size), [parse_lora(text) for text in lora or ()]
     from posecrafter_rt.building import BuildOptions, build_engine
     from posecrafter_rt.machine import peak_rss_bytes
+    from posecrafter_rt.models.lora import Lora
 
     start = time.monotonic()
     with stages("building") as on_stage:
-        options = BuildOptions(backend, precision, picture_size, base, refit)
+        options = BuildOptions(backend, precision, picture_size, base, refit, tuple(Lora(*one) for one in given))
         result = build_engine(checkpoint, output, options, force=force, progress=on_stage)
     folder = result.folder
     num_bytes = sum((folder.path / name).stat().st_size for name in folder.manifest["files"])
     summary = {
         "engine": str(folder.path), "was_current": result.was_current, "backend": folder.manifest["backend"],
         "backend_reason": result.backend_reason, "precision": folder.manifest["precision"],
-        "size": folder.manifest["size"], "bytes": num_bytes, "seconds": round(time.monotonic() - start, 2),
-        "peak_rss_bytes": peak_rss_bytes(),
+        "size": folder.manifest["size"], "loras": folder.manifest.get("loras", []), "bytes": num_bytes,
+        "seconds": round(time.monotonic() - start, 2), "peak_rss_bytes": peak_rss_bytes(),
     }  # fmt: skip
     if as_json:
         print_json(summary)
@@ -61,7 +66,9 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     print_table([
         ("engine", f"{folder.path}{'  (was current: nothing to do)' if result.was_current else ''}"),
         ("backend", f"{summary['backend']} {summary['precision']} ({result.backend_reason})"),
-        ("size", "x".join(map(str, folder.manifest["size"]))), ("on disk", size_of(num_bytes)),
+        ("size", "x".join(map(str, folder.manifest["size"]))),
+        *((f"LoRA {said['file']}", f"scale {said['scale']:g}") for said in summary["loras"]),
+        ("on disk", size_of(num_bytes)),
         ("took", f"{summary['seconds']} s, {size_of(peak_rss_bytes())} of memory"),
     ])  # fmt: skip
     typer.echo(f"next: posecrafter-rt render {folder.path} --poses poses.json -o out.mp4", err=True)

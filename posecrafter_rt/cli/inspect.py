@@ -88,6 +88,8 @@ def flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         title = f"{prefix}{name}".replace("_", " ")
         if isinstance(value, dict):
             yield from flatten(value, f"{title} ")
+        elif name == "loras":
+            yield from ((f"LoRA {one['file']}", f"scale {one['scale']:g}, SHA-256 {one['sha256']}") for one in value)
         elif name == "bytes":
             yield title.replace("bytes", "size"), size_of(value)
         else:

@@ -26,6 +26,14 @@ def render(  # noqa: PLR0913 - one argument for each option
     frame_range: Annotated[
         str | None, typer.Option("--range", metavar="START:END", help="Only these of the poses.")
     ] = None,
+    replace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START:END",
+            help="Render only these frames of --video, from its own poses; the others stay, cut to the engine's size.",
+        ),
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="What --replace is of: a video or a folder of images.")] = None,
     mode: Annotated[
         str, typer.Option(help="controlvideo, +selection, +insertion or +editing (PoseCrafter).")
     ] = "+editing",
@@ -52,16 +60,21 @@ def render(  # noqa: PLR0913 - one argument for each option
     ] = None,
     overlap: Annotated[int, typer.Option(help="Frames that neighbouring segments share and blend.")] = 4,
     person: Annotated[int | None, typer.Option(help="Which of several people in the poses, from 0.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Else the pose file's, else 25.", min=0.1)] = None,
+    fps: Annotated[float | None, typer.Option(help="Else that of --video or of the poses, else 25.", min=0.1)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the outputs if they are there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Render the person of ENGINE in every pose."""
-    window = parse_range(frame_range)
+    if (replace is None) != (video is None):
+        raise typer.BadParameter("--replace says which frames, --video of what: give both")
+    if replace is not None and frame_range is not None:
+        raise typer.BadParameter("--range does not go with --replace, which names the poses to render by itself")
+    window = parse_range(frame_range if replace is None else replace)
     from posecrafter_rt.avatar import Avatar
     from posecrafter_rt.poses.keypoints import PoseSequence
     from posecrafter_rt.rendering import output_paths, refuse_outputs, render_to_files
     from posecrafter_rt.runtime.presets import preset_options
+    from posecrafter_rt.runtime.stretch import open_stretch
 
     refuse_outputs(output, force)
     given = {"num_inference_steps": steps, "sampler": sampler, "inversion_substeps": inversion_substeps}
@@ -70,9 +83,11 @@ def render(  # noqa: PLR0913 - one argument for each option
         resample=resample, strength=strength, segment=parse_segment(segment), overlap=overlap,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
-    target = PoseSequence.load(poses, person=person)[window]
+    target = PoseSequence.load(poses, person=person)
     with Avatar.load(engine) as avatar, step_progress("loading") as on_step:
-        report = render_to_files(avatar, target, output, options, fps=fps, force=force, on_step=on_step)
+        stretch = None if video is None else open_stretch(video, window, avatar.size, len(target))
+        target = PoseSequence(target.keypoints[window], target.canvas, fps or (stretch or target).fps)
+        report = render_to_files(avatar, target, output, options, stretch=stretch, force=force, on_step=on_step)
     if as_json:
         print_json(report)
         return
@@ -80,6 +95,7 @@ def render(  # noqa: PLR0913 - one argument for each option
     print_table([
         ("video", str(output)),
         ("beside it", ", ".join(path.name for path in output_paths(output)[1:])),
+        *([("replaced", f"frames {stretch.start} to {stretch.stop - 1} of {stretch.video}")] if stretch else []),
         ("reference", f"training frame {report['reference_index']}, inversion {'cached' if report['inversion_cached'] else 'computed'}"),
         ("edits", f"{report['edited_regions']} regions moved, {len(report['skipped_regions'])} left (see the report)"),
         ("approximations", ", ".join(f"{name} {value}" for name, value in report["approximations"].items()) or "none"),

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,12 +19,23 @@ from bench.contenders import Job, run
 from bench.flops import Counters, Setup
 from bench.report import name_by_device
 from bench.runs import in_own_process, moving_person, psnr, untrained_checkpoint, write_random_base
-from bench.throughput import extrapolate, flops_of, make_contenders, markdown, median, parse, summarise
+from bench.throughput import (
+    benchmark,
+    extrapolate,
+    flops_of,
+    make_contenders,
+    markdown,
+    median,
+    parse,
+    picture,
+    summarise,
+)
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.models.loading import load_base
 from posecrafter_rt.models.sources import SD15_FOLDER
 
 SIZE, FRAMES, STEPS = (32, 32), 3, 2
+SVG = "{http://www.w3.org/2000/svg}"
 STAGES = {"exact": {"prepare", "invert", "denoise", "decode"}, "published": {"prepare", "invert", "denoise", "decode"},
           "plain": {"prepare", "invert", "denoise", "decode"}, "diffusers, frame by frame": {"denoise", "decode"}}  # fmt: skip
 
@@ -58,6 +70,8 @@ def test_every_contender_renders_and_is_summed_up(job: Job, tiny_base: Path, mon
     assert set(quality) == {"exact, fp32", "published, fp32"}  # the others' frames are other ones
     assert quality["exact, fp32"] is None  # equal to itself
     assert quality["published, fp32"] is None or quality["published, fp32"] >= 60
+    drawn = ["".join(text.itertext()) for text in ElementTree.fromstring(picture(document_of(rows))).iter(f"{SVG}text")]
+    assert {*contenders, *STAGES["exact"], "failed"} <= set(drawn)
     text = tables(rows)
     assert text.count("| plain, fp32 |") == 4 and "| broken | failed: the process died |" in text
     assert "over exact, fp32" in text and "## Times" not in tables(rows[1:])
@@ -67,9 +81,29 @@ def test_every_contender_renders_and_is_summed_up(job: Job, tiny_base: Path, mon
     assert "| peak MB | peak GPU MB |" in text and "1.50× |" in text  # compared by the GPU's memory
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
+def document_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     setup = {"base": "tiny", "size": [32, 32], "frames": FRAMES, "steps": STEPS, "rounds": 1, "warm_up_steps": 1}
-    return markdown({"setup": setup, "machine": {"cores": 1}, "rows": rows})
+    return {"setup": setup, "machine": {"cores": 1}, "rows": rows}
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    return markdown(document_of(rows))
+
+
+def test_a_run_that_is_cut_off_in_summing_up_leaves_what_was_measured(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    runs = {"plain, fp32": [{"total_s": 2.5}]}
+    monkeypatch.setattr(throughput, "measure", lambda contenders, rounds: runs)
+    monkeypatch.setattr(throughput, "summarise", cut_off)
+    options = parse(["--checkpoint", str(job.checkpoint), "--contenders", "plain", "--json", str(tmp_path / "a.json")])
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(options, tmp_path)
+    left = json.loads((tmp_path / "a.json").read_text())
+    assert left["runs"] == runs and left["setup"]["frames"] == options.frames and "processor" in left["machine"]
 
 
 def test_the_exact_render_is_never_helped_by_an_earlier_one(job: Job) -> None:

@@ -1,0 +1,181 @@
+"""LoRA files: read under kohya-ss' or diffusers' names, checked against a model and fused into its weights.
+
+Layer 3: needs no peft. The names come from the model itself, so there is no table of blocks to keep up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from posecrafter_rt.atomic import sha256_file
+from posecrafter_rt.errors import CheckpointError
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.models.weights import read_weights
+
+HINT = "give a LoRA for Stable Diffusion 1.5, under kohya-ss' or diffusers' names"
+
+# x.lora_down (kohya-ss), x.lora_A (peft), x.lora.down, x.lora_linear_layer.down, x_lora.down (diffusers)
+_FACTOR = re.compile(r"(?P<layer>.+?)(?:[._]lora[._]|\.lora_linear_layer\.)(?P<side>down|up|A|B)\.weight")
+_ATTENTION = re.compile(r"\.(to_[qkv]|to_out)(\.0)?$")
+_PROJECTION = re.compile(r"\.(q|k|v|out)_proj$")
+_SETTINGS = "lora_adapter_metadata"  # under which diffusers keeps peft's configuration in a file's header
+_UNKNOWN_SETTINGS = ("alpha_pattern", "use_rslora", "use_dora")  # each changes what is added to a weight
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file to fuse, and how strongly. Raises: CheckpointError unless `scale` is finite."""
+
+    path: Path
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise CheckpointError(f"the scale of {self.path} is {self.scale}", hint="give a number, such as 0.8")
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """What is added to one weight. down: (rank, in, …); up: (out, rank, 1…); alpha: None means the rank."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float | None
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether it can be added to a weight of that shape; trailing 1s of 1×1 convolutions may be there or not."""
+        down, up = tuple(self.down.shape), tuple(self.up.shape)
+        is_pair = min(len(down), len(up)) >= 2 and up[1] == down[0] > 0 and set(up[2:]) <= {1}
+        return is_pair and _without_ones((up[0], *down[1:])) == _without_ones(tuple(shape))
+
+    def delta(self, scale: float) -> Tensor:
+        """scale · alpha / rank · up @ down, float32 (out, in · kernel height · kernel width)."""
+        rank = len(self.down)
+        factor = scale * (rank if self.alpha is None else self.alpha) / rank
+        return factor * (self.up.flatten(1).float() @ self.down.flatten(1).float())
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file's content. layers: by the names that the file gives them."""
+
+    lora: Lora
+    sha256: str
+    layers: dict[str, LoraLayer]
+
+    def describe(self) -> dict[str, Any]:
+        """What an engine's manifest says of it: its name, hash and scale."""
+        return {"file": self.lora.path.name, "sha256": self.sha256, "scale": float(self.lora.scale)}
+
+
+def read_lora(lora: Lora) -> LoraFile:
+    """Read a LoRA file (.safetensors, or what torch.save wrote, without running the code that a pickle may hold).
+
+    Raises: CheckpointError: missing, truncated, a pickle that holds code; without a pair of factors, or with a tensor
+        that is neither a factor nor an alpha, such as those of DoRA, LoHa and LoKr.
+    """
+    tensors = read_weights(lora.path, CheckpointError)
+    settings = _read_settings(lora.path)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, Tensor] = {}
+    foreign = []
+    for name, tensor in sorted(tensors.items()):
+        if match := _FACTOR.fullmatch(name):
+            pairs.setdefault(match["layer"], {})["down" if match["side"] in ("down", "A") else "up"] = tensor
+        elif name.endswith(".alpha") and tensor.numel() == 1:
+            alphas[name.removesuffix(".alpha")] = tensor
+        else:
+            foreign.append(name)
+    foreign += [f"{layer}.alpha" for layer in alphas if layer not in pairs]
+    foreign += [f"{layer} up or down alone" for layer, pair in pairs.items() if len(pair) == 1]
+    _refuse(lora.path, "holds {}, which is no part of a LoRA", foreign)
+    if not pairs:
+        raise CheckpointError(f"{lora.path} holds no LoRA: it has no tensors", hint=HINT)
+    layers = {}
+    for layer, pair in pairs.items():
+        alpha = alphas[layer].item() if layer in alphas else settings.get(f"{layer.partition('.')[0]}.lora_alpha")
+        layers[layer] = LoraLayer(**pair, alpha=alpha)
+    return LoraFile(lora, sha256_file(lora.path), layers)
+
+
+def fuse_loras(model: PoseModel, files: Sequence[LoraFile]) -> None:
+    """Add LoRAs to the U-Net and the text encoder, in place and in the order given: W += scale · alpha / rank · up @ down.
+
+    In float32, before `PoseModel.fold`. A tuned attn1 gets it on top of what was tuned; the temporal layers, although
+    they began as copies of attn1, and the ControlNet get nothing.
+    Raises: CheckpointError, before anything is changed, for a layer that the model lacks or has in another shape.
+    """
+    weights = _weights(model)
+    for file in files:
+        path, layers = file.lora.path, file.layers
+        _refuse(path, "addresses {}, which the model lacks", [name for name in layers if name not in weights])
+        misfits = [
+            f"{name} as {tuple(layer.up.shape)} × {tuple(layer.down.shape)}, the model as {tuple(weights[name].shape)}"
+            for name, layer in layers.items()
+            if not layer.fits(weights[name].shape)
+        ]
+        _refuse(path, "has {}", misfits)
+    with torch.no_grad():
+        for file in files:
+            for name, layer in file.layers.items():
+                weights[name].add_(layer.delta(file.lora.scale).reshape(weights[name].shape))
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """peft's configuration by `unet.…` and `text_encoder.…`, where the file says it."""
+    if path.suffix.lower() != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(_SETTINGS, "{}")
+    try:
+        settings: dict[str, Any] = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} has a header that cannot be read: {_SETTINGS}", hint=HINT) from error
+    unknown = [name for name in sorted(settings) if name.endswith(_UNKNOWN_SETTINGS) and settings[name]]
+    _refuse(path, "needs {}, which is not supported", unknown)
+    return settings
+
+
+def _weights(model: PoseModel) -> dict[str, Tensor]:
+    """What LoRAs may add to, by every name that a file may give it."""
+    weights: dict[str, Tensor] = {}
+    for role, network in (("unet", model.unet), ("text_encoder", model.text_encoder)):
+        for path, module in network.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and "_temp" not in path:
+                weights |= dict.fromkeys(_names(role, path), module.weight)
+    return weights
+
+
+def _names(role: str, path: str) -> Iterator[str]:
+    if role == "text_encoder":
+        path = path.removeprefix("text_model.")  # transformers 5.6 dropped this level; files keep it
+        first = _PROJECTION.sub(r".to_\1", path)  # as diffusers named it in its first LoRAs
+        yield from (f"text_encoder.{path}", f"text_encoder.text_model.{path}", f"text_encoder.text_model.{first}")
+        yield f"lora_te_text_model_{path.replace('.', '_')}"
+        return
+    yield from (f"unet.{path}", f"lora_unet_{path.replace('.', '_')}")
+    if _ATTENTION.search(path):  # as diffusers trained attention processors, at first without the prefix
+        processor = _ATTENTION.sub(r".processor.\1", path)
+        yield from (f"unet.{processor}", processor)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _refuse(path: Path, message: str, problems: Sequence[str]) -> None:
+    if problems:
+        more = f" ({len(problems)} such in all)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{path} {message.format(problems[0])}{more}", hint=HINT)

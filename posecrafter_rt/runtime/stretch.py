@@ -1,0 +1,71 @@
+"""A stretch of a video that rendered frames take the place of; the video's other frames stay as they are.
+
+Layer 5: reads the video as a stream; how the frames are rendered is not its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from posecrafter_rt.errors import VideoError
+from posecrafter_rt.framing import check_one_pose_a_frame
+from posecrafter_rt.video_io import stream_video
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Frames [start, stop) of a video; see `open_stretch`.
+
+    video: a video or a folder of images. size: (height, width) that its frames are fitted to. fps: its own.
+    frames_sha256: of all its frames as fitted, 64 hexadecimal digits.
+    """
+
+    video: Path
+    start: int
+    stop: int
+    size: tuple[int, int]
+    fps: float
+    frames_sha256: str
+
+    def mend(self, rendered: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The video with `rendered`, stop - start frames, in place of the stretch: (H, W, 3) uint8, one at a time.
+
+        The frames before the stretch come first, before one of `rendered` is asked for; that is taken to its end.
+        Raises: VideoError when the video can no longer be read.
+        """
+        own, _ = stream_video(self.video, size=self.size)
+        yield from islice(own, self.start)
+        for frame in rendered:
+            next(own)  # it gives way
+            yield frame
+        yield from own
+
+    def replaced(self) -> Iterator[np.ndarray]:
+        """The video's own frames in the stretch, (H, W, 3) uint8. Raises: as `mend`."""
+        return stream_video(self.video, size=self.size, start=self.start, stop=self.stop)[0]
+
+
+def open_stretch(video: Path, window: slice, size: tuple[int, int], num_poses: int) -> Stretch:
+    """Read a video once from end to end, holding one frame, and check that a stretch of it can be rendered.
+
+    Args: window: the stretch; an open side is that of the video. size: (height, width) to fit its frames to, as those
+        that are tuned on. num_poses: of the video, one a frame.
+    Raises: VideoError when the video cannot be read or has no such frames; PoseError unless it has `num_poses` frames.
+    """
+    frames, fps = stream_video(video, size=size)
+    digest, num_frames = sha256(), 0
+    for frame in frames:
+        digest.update(frame.tobytes())
+        num_frames += 1
+    check_one_pose_a_frame(video, num_frames, num_poses)
+    start, stop = window.start or 0, num_frames if window.stop is None else window.stop
+    if not start < stop <= num_frames:
+        raise VideoError(f"{video} has {num_frames} frames, and {start}:{stop} is not within them",
+                         f"frames are counted from 0; give START and END of 0 to {num_frames}")  # fmt: skip
+    return Stretch(video, start, stop, size, fps, digest.hexdigest())

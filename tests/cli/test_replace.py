@@ -1,0 +1,145 @@
+"""`render --replace`: a stretch of a video is rendered from its own poses, and the rest is what it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.cli.main import app
+from posecrafter_rt.evaluate.metrics import psnr
+from posecrafter_rt.framing import contact_sheet
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.tuning import TuneOptions, load_clip, tune
+from posecrafter_rt.video_io import VideoWriter, read_video, write_video
+
+SIZE, FILMED, COUNT, START, STOP = (32, 32), (40, 48), 10, 3, 8
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with me.mp4, which is wider than the engine's pictures, its poses and an engine tuned on it."""
+    folder = tmp_path_factory.mktemp("workshop")
+    y, x = np.mgrid[: FILMED[0], : FILMED[1]]
+    waves = [[128 + 110 * np.sin(x / 9 + y / 13 + colour + index / 2) for colour in range(3)] for index in range(COUNT)]
+    write_video(folder / "me.mp4", np.moveaxis(np.uint8(waves), 1, -1), 24.0)
+    write_video(folder / "other.mp4", np.moveaxis(np.uint8(waves[::-1]), 1, -1), 24.0)
+    rng = np.random.default_rng(0)
+    points = rng.uniform((8, 4), (40, 36), (1, 134, 2)) + rng.normal(0, 1, (COUNT, 134, 2))
+    poses = PoseSequence(np.concatenate([points, np.ones((COUNT, 134, 1))], -1), FILMED)
+    poses.save(folder / "me.json")
+    poses[START:STOP].save(folder / "stretch.json")
+    frames, fitted = load_clip(folder / "me.mp4", poses, SIZE, slice(None))
+    tune(frames, fitted, folder / "tuned.ckpt", TuneOptions(base=str(tiny_base), frames=3, steps=2, precision="fp32"))
+    build_engine(folder / "tuned.ckpt", folder / "me.engine", BuildOptions("torch", "fp32"))
+    return folder
+
+
+def command(workshop: Path, output: Path, *more: object) -> list[object]:
+    return ["render", workshop / "me.engine", "--poses", workshop / "me.json", "--video", workshop / "me.mp4",
+            "--replace", f"{START}:{STOP}", "--steps", 2, "-o", output, *more]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [(), ("--segment", 3, "--overlap", 1)])
+def test_the_stretch_is_rendered_and_the_rest_is_untouched(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[object, ...]
+) -> None:
+    written: list[np.ndarray] = []
+    rows: list[list] = []
+    write = VideoWriter.write
+    monkeypatch.setattr(VideoWriter, "write", lambda self, frame: written.append(frame.copy()) or write(self, frame))
+    monkeypatch.setattr(
+        "posecrafter_rt.rendering.contact_sheet", lambda given: rows.append(given) or contact_sheet(given)
+    )
+    result = run(*command(workshop, tmp_path / "mended.mp4", *more, "--json"))
+    assert result.exit_code == 0, result.output
+    own = read_video(workshop / "me.mp4", size=SIZE).frames
+    with Avatar.load(workshop / "me.engine") as avatar:
+        split = {"segment": more[1], "overlap": more[3]} if more else {}
+        poses = PoseSequence.load(workshop / "me.json")[START:STOP]
+        rendered = avatar.render(poses, num_inference_steps=2, **split)
+    np.testing.assert_array_equal(written, np.concatenate([own[:START], rendered, own[STOP:]]))
+    decoded = read_video(tmp_path / "mended.mp4")
+    assert len(decoded) == COUNT and decoded.fps == pytest.approx(24)
+    for index in (*range(START), *range(STOP, COUNT)):
+        assert psnr(decoded.frames[[index]], own[[index]]) > 30
+    report = json.loads((tmp_path / "mended.report.json").read_text())
+    assert report == json.loads(result.stdout)
+    assert report["replaced"] == [START, STOP] and report["num_frames"] == STOP - START
+    assert report["num_segments"] == (2 if more else 1)
+    (sheet,) = rows
+    assert [name for name, _ in sheet] == ["reference", "poses", "replaced", "rendered"]
+    np.testing.assert_array_equal(sheet[2][1], own[START:STOP])
+    np.testing.assert_array_equal(sheet[3][1], rendered)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mended.mp4", "mended.png", "mended.report.json"]
+
+
+def test_a_render_of_poses_alone_replaces_nothing(workshop: Path, tmp_path: Path) -> None:
+    result = run("render", workshop / "me.engine", "--poses", workshop / "stretch.json", "--steps", 1,
+                 "-o", tmp_path / "out.mp4", "--json")  # fmt: skip
+    assert result.exit_code == 0 and json.loads(result.stdout)["replaced"] is None
+    assert read_video(tmp_path / "out.mp4").fps == pytest.approx(25)
+
+
+def test_an_interrupted_one_goes_on_only_with_the_same_stretch_of_the_same_video(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--segment", 3, "--overlap", 1)
+    assert run(*command(workshop, tmp_path / "unbroken.mp4", *more)).exit_code == 0
+    output = tmp_path / "mended.mp4"
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoWriter, "write", interrupted)
+        assert run(*command(workshop, output, *more)).exit_code == 130
+    # Other poses, as many as before; the same poses, but other frames around them; the same frames at another rate.
+    for change in (["--replace", "2:7"], ["--video", workshop / "other.mp4"], ["--fps", 12]):
+        other = run(*command(workshop, output, *more, *change))
+        assert other.exit_code == 1 and "unfinished render" in other.output, change
+    again = run(*command(workshop, output, *more))
+    assert again.exit_code == 0 and "2 from an interrupted run" in again.output
+    assert f"frames {START} to {STOP - 1} of" in again.output
+    for suffix in (".mp4", ".png"):
+        assert output.with_suffix(suffix).read_bytes() == (tmp_path / "unbroken").with_suffix(suffix).read_bytes()
+
+
+@pytest.mark.parametrize(("change", "code", "named"), [
+    (["--poses", "stretch.json"], 1, "me.mp4 has 10 frames but there are 5 poses"),
+    (["--replace", "8:11"], 1, "me.mp4 has 10 frames, and 8:11 is not within them"),
+    (["--video", "none.mp4"], 1, "there is no file or folder"),
+    (["--video", "me.json"], 1, "cannot be read as a video"),
+    (["--replace", "5:5"], 2, "'5:5' holds no frame"),
+    (["--replace", "6:4"], 2, "'6:4' holds no frame"),
+    (["--range", "0:4"], 2, "--range does not go with --replace"),
+])  # fmt: skip
+def test_what_cannot_be_replaced_is_one_clear_line_and_writes_nothing(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: list[str], code: int, named: str
+) -> None:
+    monkeypatch.chdir(workshop)
+    result = run(*command(Path("."), tmp_path / "mended.mp4", *change))
+    assert result.exit_code == code and named in " ".join(result.output.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [("--replace", "3:8"), ("--video", "me.mp4")])
+def test_which_frames_and_of_what_are_given_together(tmp_path: Path, given: tuple[str, str]) -> None:
+    result = run("render", "me.engine", "--poses", "me.json", "-o", tmp_path / "mended.mp4", *given)
+    assert result.exit_code == 2 and "give both" in result.output
+
+
+def test_the_video_itself_is_never_overwritten(workshop: Path) -> None:
+    before = (workshop / "me.mp4").read_bytes()
+    result = run(*command(workshop, workshop / "me.mp4", "--force"))
+    assert result.exit_code == 1 and "is itself the video to be mended" in " ".join(result.output.split())
+    assert (workshop / "me.mp4").read_bytes() == before

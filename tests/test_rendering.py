@@ -1,0 +1,187 @@
+"""A render as files: 10,000 frames in memory that stays flat, and nothing lost when memory or the disk runs out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from bench.runs import moving_person, untrained_checkpoint
+from posecrafter_rt import atomic
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.errors import DiskFull
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.rendering import render_to_files
+from posecrafter_rt.runtime.options import RenderOptions
+
+ROOT = Path(__file__).parents[1]
+SIZE = (32, 32)
+CHANGES = {"num_inference_steps": 1, "strength": 1.0, "inversion_substeps": 1, "segment": 50, "overlap": 2}
+OPTIONS = json.dumps(CHANGES)
+TOLERANCE = 0.03
+# What the scripts below begin with: they render a pose file in a process of their own, because what a test run holds
+# otherwise would hide what grows, and could not be taken away from it.
+RENDER = """
+import json, os, pkgutil, resource, sys
+from pathlib import Path
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.rendering import render_to_files
+from posecrafter_rt.runtime.options import RenderOptions
+
+def around(target, before=lambda: None, after=lambda: None):
+    owner, name = target.rsplit(".", 1)
+    original = pkgutil.resolve_name(target)
+    def wrapped(*arguments, **named):
+        before()
+        result = original(*arguments, **named)
+        after()
+        return result
+    setattr(pkgutil.resolve_name(owner), name, wrapped)
+
+def held_bytes(column):
+    return int(Path("/proc/self/statm").read_text().split()[column]) * os.sysconf("SC_PAGE_SIZE")
+
+def render(engine, poses, video, options):
+    with Avatar.load(engine) as avatar:
+        return render_to_files(avatar, PoseSequence.load(poses), Path(video), RenderOptions(**json.loads(options)))
+"""
+# Prints the report, and the resident memory at the end of every segment and after every frame of the video.
+NOTED = f"""{RENDER}
+seen = {{"posecrafter_rt.runtime.report.RenderReport.add": [], "posecrafter_rt.video_io.VideoWriter.write": []}}
+for target, series in seen.items():
+    around(target, after=lambda series=series: series.append(held_bytes(1)))
+report = render(*sys.argv[1:])
+print(json.dumps([report, *seen.values()]))
+"""
+# From the n-th call of a function on the process gets no more memory, and something else takes what it has left: all but a
+# megabyte, in which an error can be told. Prints the error.
+STARVED = f"""{RENDER}
+target, moment, *arguments = sys.argv[1:]
+calls, taken = [], []
+
+def starve():
+    calls.append(1)
+    if len(calls) == int(moment):
+        resource.setrlimit(resource.RLIMIT_AS, (held_bytes(0), resource.getrlimit(resource.RLIMIT_AS)[1]))
+        for size in (1 << 20, 1 << 14):
+            try:
+                while True:
+                    taken.append(bytearray(size))
+            except MemoryError:
+                pass
+        del taken[-64:]
+
+around(target, before=starve)
+try:
+    render(*arguments)
+except PoseCrafterError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rendering")
+    untrained_checkpoint(str(tiny_base), num_frames=3).save(folder / "tuned.ckpt")
+    build_engine(folder / "tuned.ckpt", folder / "tuned.engine", BuildOptions("torch", "fp32"))
+    return folder / "tuned.engine"
+
+
+def run_script(script: str, *arguments: object) -> Any:
+    """Run one of the scripts above; returns what it printed."""
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True,
+                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_ten_thousand_frames_stream_in_memory_that_stays_flat(engine: Path, tmp_path: Path) -> None:
+    """Flat: after the second segment nothing lies off the median by more than 3 %, and the last has not grown by that.
+
+    Held as pictures, the frames alone would be 31 MB, a twentieth of what the process takes: the second condition sees
+    that, the first would not.
+    """
+    num_frames = 10_000
+    moving_person(num_frames, SIZE).save(tmp_path / "poses.json")
+    report, segments, video = run_script(NOTED, engine, tmp_path / "poses.json", tmp_path / "out.mp4", OPTIONS)
+    assert len(segments) == report["num_segments"] == 209 and len(video) == report["num_frames"] == num_frames
+    settled = np.array(segments[1:])
+    spread, growth = np.abs(settled / np.median(settled) - 1).max(), settled[-1] / settled[0] - 1
+    encoding = np.array(video[1000:])  # the encoder holds some frames of its own before the first comes out
+    figures = {"MB": [round(value / 1e6, 1) for value in segments], "spread": spread, "growth": growth,
+               "video MB": [encoding.min() / 1e6, encoding.max() / 1e6]}  # fmt: skip
+    assert spread <= TOLERANCE and growth <= TOLERANCE, figures
+    assert np.abs(encoding / np.median(encoding) - 1).max() <= TOLERANCE, figures
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == num_frames
+
+
+@pytest.fixture(scope="module")
+def unbroken(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with poses of 90 frames, and the three files of their render in two segments."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    moving_person(90, SIZE).save(folder / "poses.json")
+    report = render(engine, folder, folder / "out.mp4")
+    assert report["num_segments"] == 2 and report["num_resumed"] == 0
+    return folder
+
+
+def render(engine: Path, poses: Path, video: Path) -> dict[str, Any]:
+    with Avatar.load(engine) as avatar:
+        return render_to_files(avatar, PoseSequence.load(poses / "poses.json"), video, RenderOptions(**CHANGES))
+
+
+def finish(engine: Path, unbroken: Path, video: Path, num_finished: int) -> None:
+    """After a failure nothing of its own lies in the video's place; the same call then goes on to the same bytes."""
+    assert [path.name for path in video.parent.iterdir()] == ["out.mp4.partial"]
+    assert render(engine, unbroken, video)["num_resumed"] == num_finished
+    assert sorted(path.name for path in video.parent.iterdir()) == ["out.mp4", "out.png", "out.report.json"]
+    for name in ("out.mp4", "out.png"):
+        assert video.with_name(name).read_bytes() == (unbroken / name).read_bytes(), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's memory is Linux's")
+@pytest.mark.parametrize(("target", "moment", "error", "num_finished"), [
+    ("posecrafter_rt.avatar.render_clip", 2, "OutOfMemory: memory ran out", 1),
+    ("posecrafter_rt.video_io.VideoWriter._encode", 1, "VideoError: encoding", 2),
+])  # fmt: skip
+def test_nothing_is_lost_when_memory_runs_out(
+    engine: Path, unbroken: Path, tmp_path: Path, target: str, moment: int, error: str, num_finished: int
+) -> None:
+    video = tmp_path / "out.mp4"
+    name, message = run_script(STARVED, target, moment, engine, unbroken / "poses.json", video, OPTIONS)
+    assert f"{name}: {message}".startswith(error)
+    finish(engine, unbroken, video, num_finished)
+
+
+@pytest.mark.parametrize(("begins", "suffix", "num_finished"), [
+    (".segment-00001.", ".safetensors", 1), (".out.", ".mp4", 2), (".out.", ".png", 2), (".out.", ".json", 2)])  # fmt: skip
+def test_nothing_is_lost_when_the_disk_is_full(
+    engine: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    begins: str, suffix: str, num_finished: int,
+) -> None:  # fmt: skip
+    video, flush = tmp_path / "out.mp4", atomic.flush_to_disk
+
+    def full(path: Path) -> None:
+        if path.name.startswith(begins) and path.suffix == suffix:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "flush_to_disk", full)
+        with pytest.raises(DiskFull):
+            render(engine, unbroken, video)
+    finish(engine, unbroken, video, num_finished)
