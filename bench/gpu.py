@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one go: tests, every operator's timing, a whole render's at Stable Diffusion 1.5's size.
 
-Bench: `make bench-gpu`; about eight minutes. Writes results/kernels-<device> and throughput-<device>, .json and .md each;
+Bench: `make bench-gpu`; eight minutes at most. Writes results/kernels-<device> and throughput-<device>, .json and .md each;
 exits 1 if a part fails, after the others have run.
 """
 
@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/ops/test_affine_warp_paste.py", "tests/kernels/test_gpu.py", "tests/runtime", "tests/engines/test_torch.py",
          "tests/engines/test_cuda_graphs.py", "tests/engines/test_tensorrt.py", "tests/test_avatar.py")  # fmt: skip
 PARTS = {  # each with its limit in seconds
-    "tests": (("pytest", "-q", *TESTS), 240),
-    # 36 contenders and a few peaks at 0.7 s, and each kernel's first compilation
-    "operators": (("bench.kernels", "--budget-s", "0.7"), 270),
+    "tests": (("pytest", "-q", "-n", "4", *TESTS), 150),
+    # some fifty contenders and a few peaks at a quarter of 1.2 s, and each kernel's first compilation
+    "operators": (("bench.kernels", "--budget-s", "1.2"), 130),
     "renders": (("bench.throughput", "--base", "random-sd15", "--frames", "16", "--steps", "20", "--rounds", "1",
-                 "--engines", "auto:fp16"), 300),
+                 "--engines", "auto:fp16"), 200),
 }  # fmt: skip
 
 
