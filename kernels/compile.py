@@ -132,14 +132,20 @@ def _compile(  # noqa: PLR0913 - what those above have in common
     )  # fmt: skip
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes of a cubin's only kernel, as the cuobjdump of Triton's wheel reads them."""
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the cuobjdump of Triton's wheel prints of a cubin, such as `-sass` its machine code."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a cubin's only kernel, as the cuobjdump of Triton's wheel reads them."""
+    usage = cuobjdump(cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {usage.stdout!r}")
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
     return int(found.group(1)), int(found.group(2))

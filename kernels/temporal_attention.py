@@ -128,8 +128,8 @@ def launch(
     out = q.new_empty(groups, num_queries, tokens, channels)
     head_size = channels // heads
     if config is None:
-        frames = TRACED_FRAMES if is_traced else max(num_queries, num_keys)
-        config = temporal_config(torch.cuda.get_device_capability(q.device), q.dtype, head_size, frames, frames)
+        frames = (TRACED_FRAMES, TRACED_FRAMES) if is_traced else (num_queries, num_keys)
+        config = temporal_config(torch.cuda.get_device_capability(q.device), q.dtype, head_size, *frames)
     mask_bytes = None if mask is None else mask.contiguous().view(torch.uint8)
     kernel = torch.library.wrap_triton(temporal_attention_kernel) if is_traced else temporal_attention_kernel
     grid = (heads * triton.cdiv(num_queries, config.block_q), triton.cdiv(tokens, config.block_p), groups)

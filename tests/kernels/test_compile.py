@@ -8,10 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import subprocess
-import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,11 +18,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 if find_spec("posecrafter_rt.kernels") is None:
     pytest.skip("the package is not installed", allow_module_level=True)
 
-import triton
-
 from bench.kernel_fits import DTYPES, REPRESENTATIVES, TARGETS
 from posecrafter_rt.kernels import keyframe_attention, temporal_attention
-from posecrafter_rt.kernels.compile import Compiled, compile_group_norm, compile_keyframe, compile_temporal
+from posecrafter_rt.kernels.compile import Compiled, compile_group_norm, compile_keyframe, compile_temporal, cuobjdump
 from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig, norm_config
 
 SHARED_LIMITS = {86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a block may use
@@ -55,14 +50,9 @@ def torn_descriptors(cubin: bytes) -> list[str]:
     ptxas 12.8, of Triton 3.6 and 3.7, does so for some of the operations in a branch; on an H100 they read other blocks'
     memory. In assembly: an addition with carry whose first source is that of the addition which made the carry.
     """
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        listing = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     sources: dict[str, str] = {}  # of each carry that is still good, the low word that it came from
     torn = []
-    for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?) ;", listing):
+    for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?) ;", cuobjdump(cubin, "-sass")):
         high = re.match(r"UIADD3\.X UR\d+, (UR\d+), \S+, URZ, (UP\d), !UPT", line)
         if high and sources.get(high[2]) == high[1]:
             torn.append(line)
