@@ -16,12 +16,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 CXX_SOURCES := $(wildcard csrc/*)
 PACKAGE_SOURCES := pyproject.toml setup.py README.md $(CXX_SOURCES)
-SOURCES := $(shell find posecrafter_rt kernels export -type f -not -name '*.pyc' -not -name '*.so')
+SOURCES := $(shell find posecrafter_rt kernels export -name node_modules -prune -o -type f -not -name '*.pyc' -not -name '*.so' -print)
 WHEEL_DIR := build/wheel
+WEB := posecrafter_rt/serve/web
+STATIC := posecrafter_rt/serve/static
 comma := ,
 say = @echo "==> $(1)"
 
-.PHONY: demo test test-slow check lint types wheel bench-gpu clean
+.PHONY: demo test test-slow check lint types page page-with-npm web wheel bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo
@@ -33,7 +35,7 @@ test: $(STAMPS)/dev
 test-slow: $(STAMPS)/dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-check: lint types wheel
+check: lint types page wheel
 
 lint: $(STAMPS)/dev
 	$(call say,ruff and clang-format)
@@ -47,6 +49,20 @@ types: $(STAMPS)/dev
 	@rm -rf build/types && mkdir -p build/types/posecrafter_rt
 	@ln -s $(CURDIR)/posecrafter_rt/* $(CURDIR)/kernels $(CURDIR)/export build/types/posecrafter_rt/
 	@cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p posecrafter_rt
+
+# The page of `serve`: checked and tested where npm is, and what is committed must be what its sources give.
+page:
+	@command -v npm >/dev/null || { echo "==> page: not checked, npm is not installed"; exit 0; } && $(MAKE) --no-print-directory page-with-npm
+
+page-with-npm: web
+	@cd $(WEB) && npm run --silent check && { npm test --silent >/dev/null || { npm test; exit 1; }; }
+	@test -z "$$(git status --porcelain -- $(STATIC))" || { echo "error: $(STATIC) is not what its sources give" >&2; \
+	  echo "hint: commit what \`make web\` wrote" >&2; exit 1; }
+
+# Builds the page, and adds the tracker that follows a webcam's person in the browser (26 MB, not committed).
+web:
+	$(call say,page: npm packages$(comma) build)
+	@cd $(WEB) && npm ci --silent --no-audit --no-fund && npm run --silent build -- --logLevel warn
 
 # Imported from another folder in an environment that has numpy and nothing else: what is lean stays lean.
 wheel: $(STAMPS)/wheel
@@ -92,6 +108,6 @@ $(STAMPS)/demo: $(PACKAGE_SOURCES) $(STAMPS)/torch
 # rtmlib without its dependencies: all are here already but for further builds of OpenCV, which would overwrite ours.
 $(STAMPS)/dev: $(PACKAGE_SOURCES) $(STAMPS)/torch
 	$(call say,posecrafter-rt with what the tests need)
-	@$(PIP) -e '.[demo,dev$(if $(CUDA),$(comma)cuda)]'
+	@$(PIP) -e '.[demo,serve,dev$(if $(CUDA),$(comma)cuda)]'
 	@$(PIP) --no-deps rtmlib
 	@touch $@ $(STAMPS)/demo

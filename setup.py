@@ -29,6 +29,7 @@ PACKAGES = [
     "posecrafter_rt.ops",
     "posecrafter_rt.poses",
     "posecrafter_rt.runtime",
+    "posecrafter_rt.serve",
 ]
 PACKAGE_DIR = {"posecrafter_rt.kernels": "kernels", "posecrafter_rt.export": "export"}
 CUDA_ARCHS = ("80", "86", "89", "90")  # plus PTX of the last, for what comes after

@@ -75,7 +75,7 @@ def run(base: str, size: tuple[int, int], frame_counts: list[int], budget_s: flo
                 else:
                     print(f"{name} {precision}: {reason}", file=sys.stderr)
         for frames in frame_counts:
-            sizes = {"frames": frames, "groups": 1, "steps": 1, "height": size[0], "width": size[1]}
+            sizes = {"frames": frames, "groups": 1, "steps": 1, "window": 9, "height": size[0], "width": size[1]}
             inputs = {network: random_inputs(specs[network], sizes) for network in ("controlnet", "unet")}
             calls = {name: denoising_step(engines, inputs) for name, (engines, _) in built.items()}
             first = {}

@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.plain import Networks, to_diffusers
 from bench.runs import shapes_only
 from posecrafter_rt.models.controlnet import VideoControlNet
-from posecrafter_rt.models.networks import build_networks, describe_architecture, fold_temporal_output
+from posecrafter_rt.models.folding import fold_decoder, fold_denoiser
+from posecrafter_rt.models.networks import VaeDecoder, build_networks, describe_architecture
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.ops import affine_warp_paste
 
@@ -38,6 +39,7 @@ PARTS = {
     "timestep projections": r"time_embedding|time_emb_proj",
     "temporal q, k, v": r"attn_temp\.to_[qkv]",
     "temporal output": r"attn_temp\.to_out|conv_temp|temporal_out",
+    "doubling": r"upsamplers",
 }
 
 
@@ -77,7 +79,9 @@ def count_flops(call: Callable[[], Any]) -> int:
 
 
 def layer_flops(layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
-    """FLOPs of one Linear or Conv2d by hand: 2 · outputs · inputs that each reads."""
+    """FLOPs of one layer by hand: 2 · outputs · inputs that each reads, or of a transposed one inputs · outputs of each."""
+    if isinstance(layer, nn.ConvTranspose2d):
+        return 2 * inputs.numel() * layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1]
     if isinstance(layer, nn.Conv2d):
         return 2 * output.numel() * layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
     assert isinstance(layer, nn.Linear)
@@ -90,7 +94,7 @@ Layers = dict[str, nn.Module]  # linear and convolution layers by name, the netw
 def layers_of(network: str, module: nn.Module, pattern: str = "") -> Layers:
     """The layers of a module whose names a pattern finds."""
     return {f"{network}.{name}": layer for name, layer in module.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d) and re.search(pattern, name)}  # fmt: skip
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and re.search(pattern, name)}  # fmt: skip
 
 
 def part_of(name: str) -> str:
@@ -174,15 +178,17 @@ class Counters:
         self.arch = describe_architecture(self.unet, self.controlnet, self.vae, self.text_encoder)
         model: Any = self  # has a PoseModel's four networks, and no weights
         self.plain_networks = Networks.of(model)
-        folded = copy.deepcopy(self.unet)
-        fold_temporal_output(folded)
-        self.networks = build_networks(folded, self.controlnet, self.vae, self.text_encoder)
+        folded, vae = copy.deepcopy(self.unet), copy.deepcopy(self.vae)
+        fold_denoiser(folded)
+        fold_decoder(vae)
+        self.networks = build_networks(folded, self.controlnet, vae, self.text_encoder)
+        self.plain_decoder = VaeDecoder(self.vae)
         self._measured: dict[tuple[Any, ...], Measured] = {}
-        shared = layers_of("ControlNet", self.controlnet) | layers_of("VAE", self.vae)
-        shared |= layers_of("text encoder", self.text_encoder)
-        self.exact_layers = shared | layers_of("U-Net", folded)
+        shared = layers_of("ControlNet", self.controlnet) | layers_of("text encoder", self.text_encoder)
+        self.exact_layers = shared | layers_of("U-Net", folded) | layers_of("VAE", vae)
         # The plain U-Net owns its image layers; its processors call the temporal ones, which stay the model's.
         self.plain_layers = shared | layers_of("ControlNet", self.plain_networks.controlnet)
+        self.plain_layers |= layers_of("VAE", self.vae)
         self.plain_layers |= layers_of("U-Net", self.plain_networks.unet)
         self.plain_layers |= layers_of("U-Net", self.unet, r"attn_temp|conv_temp")
 
@@ -246,6 +252,11 @@ class Counters:
         shapes = tuple(tensor.shape for tensor in inputs)
         return self.measured((name, shapes), self.exact_layers, partial(self.networks[name], *inputs))
 
+    def plain_decode(self, setup: Setup) -> Measured:
+        """Decoding one frame by diffusers' decoder as it is."""
+        latents = self.latents(setup, 1)
+        return self.measured(("plain decode", setup.size), self.plain_layers, partial(self.plain_decoder, latents))
+
     def edit(self, setup: Setup) -> Measured:
         """The latent edit of N frames."""
         affines = torch.empty(setup.frames, NUM_REGIONS, 2, 3, device="meta")
@@ -257,7 +268,7 @@ class Counters:
     def baseline(self, setup: Setup, inverted: int, sampled: int, edits: bool) -> Count:
         """A baseline of plain.py that inverts, and samples and decodes, so many frames.
 
-        Its VAE and text encoder are the runtime's: diffusers' modules, called by themselves.
+        Its VAE's encoder and text encoder are the runtime's: diffusers' modules, called by themselves.
         """
         count, steps = Count(), setup.num_inference_steps
         count.add("text", 2, self.network("text_encoder", self.input_ids()))  # for inversion, and for sampling
@@ -266,7 +277,7 @@ class Counters:
         if edits:
             count.add("edit", 1, self.edit(setup))
         count.add("sample", steps, self.plain_step(setup, sampled))
-        count.add("decode", sampled, self.network("vae_decoder", self.latents(setup, 1)))
+        count.add("decode", sampled, self.plain_decode(setup))
         return count
 
     def plain(self, setup: Setup) -> Count:

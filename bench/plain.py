@@ -82,13 +82,13 @@ def to_diffusers(module: ClipDenoiser, cls: type) -> Any:
 
 def inflate(module: ClipDenoiser, cls: type) -> Any:
     """As `to_diffusers`, with the clip's attention and the network's GroupNorm scope put into diffusers' blocks."""
-    network = to_diffusers(module, cls)
     ours = dict(module.named_modules())
+    if any(hasattr(block, "temporal_out") for block in ours.values()):
+        raise ModelError("the model is folded, and the published algorithm is not", "load it again")
+    network = to_diffusers(module, cls)
     for name, block in network.named_modules():
         if isinstance(block, BasicTransformerBlock):
             tuned: Any = ours[name]
-            if hasattr(tuned, "temporal_out"):
-                raise ModelError("the model is folded, and the published algorithm is not", "load it again")
             temporal = (tuned.attn_temp, tuned.conv_temp) if hasattr(tuned, "attn_temp") else None
             block.attn1.set_processor(KeyframeProcessor(temporal))  # type: ignore[arg-type]
         elif module.norm_scope == "clip" and isinstance(block, ResnetBlock2D):

@@ -83,10 +83,27 @@ TemporalAttention <heads> (q, k, v) => (out)
 }}"""
 
 
+# mask (G, Fq, Fk): keys that are not there get the score -inf.
+_MASKED_TEMPORAL = _TEMPORAL.replace(
+    "TemporalAttention <heads> (q, k, v)", "MaskedTemporalAttention <heads> (q, k, v, mask)"
+).replace(
+    "weights = Softmax <axis: int = -1> (scaled)",
+    """lowest = Constant <value_float: float = -1e30> ()
+  lowest_like = CastLike (lowest, q)
+  masks = Unsqueeze (mask, one)
+  repeats = Concat <axis: int = 0> (one, tokens, one, one)
+  each = Expand (masks, repeats)
+  positions_split = Concat <axis: int = 0> (positions, one, frames, rest)
+  allowed = Reshape (each, positions_split)
+  masked = Where (allowed, scaled, lowest_like)
+  weights = Softmax <axis: int = -1> (masked)""",
+)
+
+
 @cache
 def function_protos() -> tuple[onnx.FunctionProto, ...]:
     """The bodies, parsed."""
-    return tuple(onnx.parser.parse_function(text) for text in (_KEYFRAME, _TEMPORAL))
+    return tuple(onnx.parser.parse_function(text) for text in (_KEYFRAME, _TEMPORAL, _MASKED_TEMPORAL))
 
 
 def add_functions(model: ir.Model) -> None:
@@ -104,14 +121,17 @@ def add_functions(model: ir.Model) -> None:
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What torch.onnx.export makes of `torch.ops.posecrafter.*`: one node each, not its decomposition."""
     keyframe, temporal = _node_type("KeyframeAttention"), _node_type("TemporalAttention")
+    masked_temporal = _node_type("MaskedTemporalAttention", has_mask=True)
 
     def translate_keyframe(q: ir.Value, k: ir.Value, v: ir.Value, heads: int) -> ir.Value:
         return keyframe(q, k, v, heads=heads)
 
     def translate_temporal(q: ir.Value, k: ir.Value, v: ir.Value, heads: int, mask: Any = None) -> ir.Value:
-        if mask is not None:
-            raise NotImplementedError("temporal attention with a mask has no ONNX form")
-        return temporal(q, k, v, heads=heads)
+        if mask is None:
+            return temporal(q, k, v, heads=heads)
+        if mask.shape is None or len(mask.shape) != 3:
+            raise NotImplementedError(f"temporal attention with a mask of shape {mask.shape} has no ONNX form")
+        return masked_temporal(q, k, v, mask, heads=heads)
 
     return {
         torch.ops.posecrafter.keyframe_attention.default: translate_keyframe,
@@ -119,8 +139,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def _node_type(name: str) -> onnxscript.values.Op:
+def _node_type(name: str, has_mask: bool = False) -> onnxscript.values.Op:
     schema = onnx.defs.OpSchema
+    masks = [schema.FormalParameter("mask", "tensor(bool)")] if has_mask else []
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
     return onnxscript.values.Op(
         onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION),
@@ -129,7 +150,7 @@ def _node_type(name: str) -> onnxscript.values.Op:
             name,
             DOMAIN,
             DOMAIN_VERSION,
-            inputs=[schema.FormalParameter(parameter, "T") for parameter in "qkv"],
+            inputs=[*(schema.FormalParameter(parameter, "T") for parameter in "qkv"), *masks],
             outputs=[schema.FormalParameter("out", "T")],
             type_constraints=[("T", floats, "")],
             attributes=[schema.Attribute("heads", schema.AttrType.INT, "number of heads", required=True)],

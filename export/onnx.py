@@ -34,21 +34,26 @@ def export_network(
     Returns: the model, its weights still those of `module`; every parameter that it uses is an initialiser of that
         parameter's name. Inputs, outputs and their free dimensions have the names of `spec`.
     """
-    key = graph_key(module, spec, arch)
-    blob = graphs.load(key) if graphs is not None else None
-    if blob is not None:
-        model = from_bytes(blob)
-    else:
-        model = _trace(module, spec, arch)
-        _name_dimensions(model, spec)
-        ir_passes.ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine
-        detach_weights(model, [name for name, _ in module.named_parameters()])
-        if graphs is not None:
-            graphs.save(key, to_bytes(model))
+    model = export_graph(module, spec, arch, graphs)
     if inline:
         ir_passes.InlinePass()(model)
         ir_passes.RemoveUnusedOpsetsPass()(model)
     attach_weights(model, module)
+    return model
+
+
+def export_graph(module: nn.Module, spec: NetworkSpec, arch: Architecture, graphs: BlobCache | None) -> ir.Model:
+    """The model of `export_network` before weights are attached; from `graphs`, or traced and kept there."""
+    key = graph_key(module, spec, arch)
+    blob = graphs.load(key) if graphs is not None else None
+    if blob is not None:
+        return from_bytes(blob)
+    model = _trace(module, spec, arch)
+    _name_dimensions(model, spec)
+    ir_passes.ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine
+    detach_weights(model, [name for name, _ in module.named_parameters()])
+    if graphs is not None:
+        graphs.save(key, to_bytes(model))
     return model
 
 

@@ -20,7 +20,7 @@ def split_dim(dim: str) -> tuple[str, int]:
 
 
 def resolve_shape(dims: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A tensor's concrete shape. sizes: of "frames", "groups", "steps", and "height", "width" in pixels."""
+    """A tensor's concrete shape. sizes: of "frames", "groups", "steps", "window", and "height", "width" in pixels."""
 
     def resolve(dim: int | str) -> int:
         if isinstance(dim, int):
@@ -32,12 +32,14 @@ def resolve_shape(dims: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[
 
 
 def random_inputs(spec: NetworkSpec, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
-    """Normally distributed float32 inputs, and int64 ones in 0 … 255, for tracing, parity checks and warm-up."""
+    """Normally distributed float32 inputs, int64 ones in 0 … 255 and bool ones, for tracing, parity checks and warm-up."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(dtype: str, shape: tuple[int, ...]) -> Tensor:
         if dtype == "int64":
             return torch.randint(0, 256, shape, generator=generator)
+        if dtype == "bool":
+            return torch.rand(shape, generator=generator) < 0.5
         return torch.randn(shape, generator=generator)
 
     return {tensor.name: draw(tensor.dtype, resolve_shape(tensor.dims, sizes)) for tensor in spec.inputs}

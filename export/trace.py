@@ -25,7 +25,14 @@ def trace(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> ExportedP
 
     Its forward takes `spec.inputs` in order. An architecture with a size is traced faster: fewer dimensions stay symbols.
     """
-    sizes = {"frames": 4, "groups": 2, "steps": 3, "height": 3 * arch.size_multiple, "width": 2 * arch.size_multiple}
+    sizes = {
+        "frames": 4,
+        "groups": 2,
+        "steps": 3,
+        "window": 3,
+        "height": 3 * arch.size_multiple,
+        "width": 2 * arch.size_multiple,
+    }
     like = next(module.parameters())
     inputs = [tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
               for tensor in random_inputs(spec, sizes).values()]  # fmt: skip

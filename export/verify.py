@@ -23,8 +23,8 @@ def default_cases(arch: Architecture) -> list[dict[str, int]]:
     unit = arch.size_multiple
     cases = [(1, 1, 1, 1, 1), (7, 1, 4, 2, 1), (16, 1, 2, 1, 2), (4, 2, 3, 1, 3), (65, 1, 1, 1, 1)]
     return [
-        dict(zip(("frames", "groups", "steps", "height", "width"),
-                 (frames, groups, steps, *(arch.size or (height * unit, width * unit))), strict=True))
+        dict(zip(("frames", "groups", "steps", "window", "height", "width"),
+                 (frames, groups, steps, steps + 1, *(arch.size or (height * unit, width * unit))), strict=True))
         for frames, groups, steps, height, width in cases
     ]  # fmt: skip
 

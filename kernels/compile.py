@@ -68,7 +68,7 @@ def compile_temporal(
 ) -> Compiled:
     """Compile `temporal_attention_kernel` for sm_<capability>; as `compile_keyframe`."""
     kernel = temporal_attention.temporal_attention_kernel
-    constants = temporal_attention.constants(head_size, config)
+    constants = temporal_attention.constants(head_size, config, group_masks=has_mask)
     return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=has_mask, narrow=narrow)
 
 

@@ -24,13 +24,13 @@ def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
     q_group_stride, q_frame_stride, q_row_stride, k_group_stride, k_frame_stride, k_row_stride, channels, out_ptr,
     SCALE: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP_MASKS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P positions × BLOCK_Q query frames of one head. Grid: (heads × query blocks, position blocks, groups).
 
     Heads are the fastest axis: the programs that share 128-byte lines of a row run side by side. The frame axis is
     strided, so nothing is transposed before or after. v has k's strides; out is (G, Fq, L, C) contiguous;
-    mask: (Fq, Fk) bytes, contiguous, or None. A query without an allowed key yields 0.
+    mask: (Fq, Fk) bytes, contiguous, or None; with GROUP_MASKS (G, Fq, Fk). A query without an allowed key yields 0.
     CHUNK: 0 keeps q in registers; else scores sum over CHUNK columns of q and k at a time, q read anew for each tile of
     keys (from cache): large heads would spill otherwise.
     """
@@ -54,6 +54,7 @@ def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
     acc_tail = tl.zeros((BLOCK_P, BLOCK_Q, DIM_TAIL if DIM_TAIL > 0 else 16), tl.float32)
     peak = tl.full((BLOCK_P, BLOCK_Q), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    mask_row = group * num_queries if GROUP_MASKS else 0
     for start in range(0, num_keys, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
         key_mask = position_mask & (keys < num_keys)[None, :, None]  # (P, K, 1)
@@ -73,7 +74,7 @@ def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
         allowed = (keys < num_keys)[None, :]
         if mask_ptr is not None:
             allowed = tl.load(
-                mask_ptr + queries[:, None] * num_keys + keys[None, :],
+                mask_ptr + (mask_row + queries)[:, None] * num_keys + keys[None, :],
                 mask=(queries < num_queries)[:, None] & allowed, other=0,
             ) != 0  # fmt: skip
         scores = tl.where(allowed[None, :, :], scores, float("-inf"))
@@ -97,8 +98,8 @@ def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
         store_columns(out_rows, row_mask, acc_tail * inverse, DIM_MAIN, DIM_TAIL, HEAD_SIZE)
 
 
-def constants(head_size: int, config: TemporalConfig) -> dict[str, int | float | str]:
-    """The kernel's compile-time arguments."""
+def constants(head_size: int, config: TemporalConfig, *, group_masks: bool = False) -> dict[str, int | float | str]:
+    """The kernel's compile-time arguments. group_masks: whether each group has a mask of its own."""
     main, tail = split_head(head_size)
     return {
         "SCALE": SCALE_LOG2E * head_size**-0.5,
@@ -110,6 +111,7 @@ def constants(head_size: int, config: TemporalConfig) -> dict[str, int | float |
         "BLOCK_K": config.block_k,
         "PRECISION": config.precision,
         "CHUNK": config.chunk,
+        "GROUP_MASKS": group_masks,
     }
 
 
@@ -119,7 +121,7 @@ def launch(
 ) -> Tensor:  # fmt: skip
     """Run the kernel. q: (G, Fq, L, C); k, v: (G, Fk, L, C), any strides but channels contiguous → (G, Fq, L, C).
 
-    mask: bool (Fq, Fk) or None. config: None takes the table's. is_traced: emit a traceable launch.
+    mask: bool (Fq, Fk), (G, Fq, Fk) or None. config: None takes the table's. is_traced: emit a traceable launch.
     """
     groups, num_queries, tokens, channels = q.shape
     num_keys = k.shape[1]
@@ -135,7 +137,7 @@ def launch(
     grid = (heads * triton.cdiv(num_queries, config.block_q), triton.cdiv(tokens, config.block_p), groups)
     kernel[grid](
         q, k, v, mask_bytes, num_queries, num_keys, tokens, *q.stride()[:3], *k.stride()[:3], channels, out,
-        **constants(head_size, config), num_warps=config.num_warps, num_stages=config.num_stages,
+        **constants(head_size, config, group_masks=mask is not None and mask.ndim == 3), num_warps=config.num_warps, num_stages=config.num_stages,
         **({} if is_traced else EAGER_OPTIONS),
     )  # fmt: skip
     return out

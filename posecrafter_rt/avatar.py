@@ -5,6 +5,7 @@ Layer 6: the Python API; `cli` and `serve` are thin around it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +16,18 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from posecrafter_rt import __version__
+from posecrafter_rt.avatar_networks import WIDER, Networks, check_runs_here
 from posecrafter_rt.building import read_reference
-from posecrafter_rt.engines import Backend, Engine, get_backend
-from posecrafter_rt.engines.folder import EngineFolder, open_folder, rebuild_hint
-from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
+from posecrafter_rt.engines import Engine, Precision
+from posecrafter_rt.engines.folder import EngineFolder, open_folder
+from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
-from posecrafter_rt.machine import library_versions, return_freed_memory
-from posecrafter_rt.method import DDIMSchedule, DPMSchedule, select_reference
+from posecrafter_rt.machine import return_freed_memory
+from posecrafter_rt.method import DDIMSchedule, DPMSchedule, medoid_reference, select_reference
+from posecrafter_rt.method.dpmpp import dpmpp_terms
 from posecrafter_rt.models.loading import tokenize
 from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.runtime.cache import InversionCache
+from posecrafter_rt.runtime.cache import InversionCache, inversion_key
 from posecrafter_rt.runtime.memory import (
     Room,
     choose_segment,
@@ -38,11 +40,15 @@ from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.prepare import Tables, invert_reference, prepare_clip, prepare_tables
 from posecrafter_rt.runtime.presets import bundle
 from posecrafter_rt.runtime.render import blend, decode, render_clip
-from posecrafter_rt.runtime.report import RenderReport, SegmentReport
-from posecrafter_rt.runtime.segments import Segment, SegmentChoice, split_clip
-from posecrafter_rt.spec import Architecture
+from posecrafter_rt.runtime.report import RenderReport, SegmentReport, describe_adjustment
+from posecrafter_rt.runtime.segments import Adjustment, Segment, SegmentChoice, Split
+from posecrafter_rt.runtime.stream import AvatarStream, Sampling, StreamReference, sample_reference
+from posecrafter_rt.runtime.stream_options import StreamOptions
+from posecrafter_rt.spec import STREAM_NETWORKS, Architecture
 
 OnStep = Callable[[str, int, int], None]  # stage, step, steps
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,22 @@ class Avatar:
     last_report: of the latest render that ran to its end.
     """
 
-    def __init__(self, folder: EngineFolder, engines: dict[str, Engine]) -> None:
-        self.folder, self.engines = folder, engines
+    def __init__(self, folder: EngineFolder) -> None:
+        self.folder, self.networks = folder, Networks(folder)
         manifest = folder.manifest
-        self.schedules = {"ddim": DDIMSchedule.from_config(manifest["scheduler"]),
-                          "dpmpp": DPMSchedule.from_config(manifest["scheduler"])}  # fmt: skip
+        multistep = DPMSchedule.from_config(manifest["scheduler"])
+        self.schedules = {
+            "ddim": DDIMSchedule.from_config(manifest["scheduler"]),
+            "dpmpp": multistep,
+            "unipc": multistep,
+        }
         self.size: tuple[int, int] = tuple(manifest["size"])
         self.prompt: str = manifest["prompt"]
         self.frames, self.poses = read_reference(folder)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
         self.last_report: RenderReport | None = None
         self._tables: dict[tuple[Any, ...], Tables] = {}
+        self._stream_references: dict[tuple[int, RenderOptions], StreamReference] = {}
 
     @classmethod
     def load(cls, path: str | Path) -> Avatar:
@@ -86,16 +97,15 @@ class Avatar:
             package or its backend's libraries, or when its backend cannot run here.
         """
         folder = open_folder(path)
-        manifest = folder.manifest
-        backend = get_backend(manifest["backend"])
-        reason = backend.unsupported_reason(manifest["precision"])
-        if reason is not None:
-            raise EngineFolderError(f"{path} needs backend {backend.name}: {reason}", rebuild_hint(folder.path))
-        for built, here in _provenance(manifest, backend):
-            if built != here:
-                raise EngineFolderError(f"{path} was built on {built}, this is {here}", rebuild_hint(folder.path))
-        arch = Architecture.from_json(manifest["architecture"])
-        return cls(folder, backend.load(folder.networks, arch, manifest["precision"], folder.compiled))
+        check_runs_here(folder)
+        avatar = cls(folder)
+        avatar.networks.use(avatar.networks.built)
+        return avatar
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """The networks by name."""
+        return self.networks.engines
 
     def resolve(self, options: RenderOptions | None = None, *, preset: str = "exact", **changes: Any) -> RenderOptions:
         """Options with a preset's and then changes by name, and what they leave to the base as it recommends.
@@ -157,27 +167,61 @@ class Avatar:
             choice = choice or self.choose_segment(len(target), options)
             options = replace(options, segment=choice.segment)
         assert options.segment != "auto"
-        segments = split_clip(len(target), options.segment, options.overlap)
-        report = RenderReport(
-            options=options, num_frames=len(target), num_segments=len(segments), num_resumed=len(finished),
-            segment_reason=None if choice is None else choice.reason,
-        )  # fmt: skip
+        split = Split(len(target), options.segment, options.overlap)
+        report = RenderReport(options=options, num_frames=len(target), num_resumed=len(finished),
+                              segment_reason=None if choice is None else choice.reason)  # fmt: skip
         for part in finished:
-            report.add(part)
+            report.add(part, split.settle(part.adjustments))
         with explained(options):
-            inverted, tables = self._prepare(target, options, report, on_step or _ignore)
-        for index in range(len(finished), len(segments)):
-            segment, part = segments[index], SegmentReport()
-            told = _naming_segment(on_step or _ignore, index, len(segments))
-            with explained(options):
-                latents = self._denoise(target, segment, inverted, tables, report, part, told)
-                latents = blend(carried, latents)
+            inverted = self._prepare(target, options, report, on_step or _ignore)
+        while split.num_left():
+            latents, part = self._denoise_adjusting(target, split, inverted, carried, report, on_step or _ignore)
+            segment = split.settle()
             num_settled = segment.settled - segment.start
             carried = latents[num_settled:].clone()
-            yield RenderedSegment(self._decode(latents[:num_settled], options, part, told), carried, part)
+            frames = self._decode(latents[:num_settled], split, report, part, on_step or _ignore)
+            yield RenderedSegment(frames, carried, part)
             return_freed_memory()
-            report.add(part)
+            report.add(part, segment)
         self.last_report = report
+
+    def stream(
+        self, options: StreamOptions | None = None, *, calibration: PoseSequence | None = None, **changes: Any
+    ) -> AvatarStream:
+        """Follow poses as they come, one frame each: `AvatarStream.step`.
+
+        The first stream of some options inverts and samples the reference, which later ones share. Frames of a stream
+        attend to the reference and to past frames only, which a joint render's do not: an approximation of it.
+        Args: options, or single options by name: see `StreamOptions`. calibration: poses such as will come, by which the
+            reference is chosen (Eq. 5), on any canvas; None: the training pose that is nearest to all others.
+        Raises: PoseCrafterError for bad options, and for a checkpoint whose statistics run over all frames of a clip.
+        """
+        options = replace(options or StreamOptions(), **changes)
+        if self.folder.manifest["norm_scope"] != "frame":
+            raise PoseCrafterError("this checkpoint cannot stream: its GroupNorm takes statistics over all frames together",
+                                   "tune with norm_scope frame")  # fmt: skip
+        target = None if calibration is None else transform_keypoints(calibration, self.size)
+        index = medoid_reference(self.poses) if target is None else select_reference(self.poses, target)
+        render = self.resolve(options.as_render(self.folder.manifest["recommended"]["strength"]))
+        self.networks.use(self.networks.built)  # a render may have let go of them
+        key = (index, render)
+        if key not in self._stream_references:
+            self._stream_references[key] = self._sample_reference(index, render)
+        return AvatarStream(self.engines, self._stream_references[key], options)
+
+    def _sample_reference(self, index: int, options: RenderOptions) -> StreamReference:
+        """What all streams share whose sampling is that of a render with these options."""
+        report = RenderReport(options=options, num_frames=1, reference_index=index)
+        inverted = self._inverted_latents(options, report, lambda step, steps: None)
+        schedule, start = self.schedules["dpmpp"], options.start_step
+        assert isinstance(schedule, DPMSchedule)
+        timesteps = schedule.timesteps(options.num_inference_steps)[start:]
+        sampling = Sampling(
+            self._prepare_tables(timesteps, self._prompts(options)),
+            dpmpp_terms(schedule, options.num_inference_steps, start_step=start)[start:],
+            options.conditioning_scale,
+        )
+        return sample_reference(self.engines, sampling, inverted, self.poses.keypoints[index], self.size)
 
     def choose_segment(self, num_frames: int, options: RenderOptions) -> SegmentChoice:
         """Frames of a segment for a clip of so many, by the memory that is free now.
@@ -188,83 +232,140 @@ class Avatar:
 
     def _room(self, options: RenderOptions) -> Room:
         manifest = self.folder.manifest
-        reserved = sum(file.stat().st_size for file in self.folder.networks.rglob("*") if file.is_file())
+        files = (file for file in self.folder.networks.rglob("*") if file.is_file())
+        reserved = sum(file.stat().st_size for file in files if not file.name.startswith(STREAM_NETWORKS))
         arch = Architecture.from_json(manifest["architecture"])
         groups = len(self._prompts(options))
         return Room(free_bytes(manifest["device"]["type"]), reserved, frame_bytes(arch, self.size, groups))
 
-    def _prepare(
-        self, target: PoseSequence, options: RenderOptions, report: RenderReport, told: OnStep
-    ) -> tuple[Tensor, Tables]:
-        """What all segments share: the inverted reference (4, h, w) and the tables of sampling."""
+    def _prepare(self, target: PoseSequence, options: RenderOptions, report: RenderReport, told: OnStep) -> Tensor:
+        """What all segments share: the inverted reference (4, h, w)."""
         with report.stage("prepare"):
             report.reference_index = select_reference(self.poses, target) if options.selects else 0
         with report.stage("invert"):
-            inverted = self._inverted_latents(options, report, lambda *step: told("inverting the reference", *step))
-        with report.stage("prepare"):
-            timesteps = self.schedules[options.sampler].timesteps(options.num_inference_steps)
-            return inverted, self._prepare_tables(timesteps, self._prompts(options))
+            return self._inverted_latents(options, report, lambda *step: told("inverting the reference", *step))
+
+    def _denoise_adjusting(
+        self, target: PoseSequence, split: Split, inverted: Tensor, carried: Tensor | None,
+        report: RenderReport, on_step: OnStep,
+    ) -> tuple[Tensor, SegmentReport]:  # fmt: skip
+        """Clean latents (F, 4, h, w) of the next segment, joined to the one before, and its report.
+
+        Where memory runs out the segment is a shorter one; where 16 bits do not hold its numbers it is done once more
+        in float32. Both hold for all that follows.
+        Raises: OutOfMemory when there is no shorter one; PoseCrafterError when there is no wider type.
+        """
+        adjustments: list[Adjustment] = []
+        networks, options = self.networks, report.options
+        while True:
+            segment, part = split.upcoming(), SegmentReport(adjustments=adjustments)
+            told = _naming_segment(on_step, len(report.segments), split.num_left())
+            try:
+                with explained(options):
+                    networks.use(networks.needed(report, part))
+                    latents = self._denoise(target, segment, inverted, report, part, told)
+                    if torch.isfinite(latents).all():  # once a segment, for a GPU is waited for
+                        # A segment that was shortened may settle fewer frames than the one before it has carried over.
+                        shared = None if carried is None else carried[: segment.settled - segment.start]
+                        return blend(shared, latents), part
+            except OutOfMemory as error:
+                shorter = split.shorten(str(error)) if options.inserts else None
+                if shorter is None:
+                    raise
+                self._adjust(adjustments, shorter)
+            else:
+                what = f"the segment of frames {segment.start} to {segment.stop - 1}"
+                self._adjust(adjustments, networks.widening(what, segment.start, networks.needed(report, part)))
+            networks.close()  # not in the handler, which keeps alive what memory ran out with
 
     def _denoise(
-        self, target: PoseSequence, segment: Segment, inverted: Tensor, tables: Tables,
-        report: RenderReport, part: SegmentReport, told: OnStep,
+        self, target: PoseSequence, segment: Segment, inverted: Tensor, report: RenderReport, part: SegmentReport,
+        told: OnStep,
     ) -> Tensor:  # fmt: skip
         """Clean latents (F, 4, h, w) of a segment's target frames; its pose embeddings and edits go when it returns."""
-        options = report.options
+        options, schedule = report.options, self.schedules[report.options.sampler]
         with part.stage("prepare"):
+            timesteps = schedule.timesteps(options.num_inference_steps)
+            tables = self._prepare_tables(timesteps, self._prompts(options))
             reference_pose = self.poses.keypoints[report.reference_index]
             clip = prepare_clip(self.engines, inverted, reference_pose, target[segment.start : segment.stop], options)
             if clip.plan is not None:
                 part.count_edits(clip.plan, segment)
         num_steps = options.num_inference_steps - options.start_step
         with part.stage("denoise"):
-            latents = render_clip(self.engines, self.schedules[options.sampler], tables, clip, options,
+            latents = render_clip(self.engines, schedule, tables, clip, options,
                                   lambda step: told("denoising", step - options.start_step, num_steps))  # fmt: skip
         return latents[1:] if options.inserts else latents  # the inserted reference is never decoded
 
     def _decode(
-        self, latents: Tensor, options: RenderOptions, part: SegmentReport, told: OnStep
+        self, latents: Tensor, split: Split, report: RenderReport, part: SegmentReport, on_step: OnStep
     ) -> Iterator[np.ndarray]:
-        frames = decode(self.engines, latents)
+        told = _naming_segment(on_step, len(report.segments), 1 + split.num_left())
         for index in range(len(latents)):
-            with part.stage("decode"), explained(options):
-                frame = next(frames)
+            with part.stage("decode"):
+                frame = self._decode_adjusting(latents[index : index + 1], split, report, part)
             told("decoding", index + 1, len(latents))
             yield frame
+
+    def _decode_adjusting(self, latents: Tensor, split: Split, report: RenderReport, part: SegmentReport) -> np.ndarray:
+        """A frame (H, W, 3) uint8 of latents (1, 4, h, w).
+
+        It takes as much memory in every segment. Where that is not to be had, networks that hold some for the segment's
+        length let go of it, the frame is decoded once more, and the segments that are left become shorter.
+        """
+        try:
+            with explained(report.options):
+                return next(decode(self.engines, latents))
+        except OutOfMemory as error:
+            shorter = split.shorten(str(error))
+        if shorter is not None:
+            self._adjust(part.adjustments, shorter)
+        self.networks.close()
+        with explained(report.options):
+            self.networks.use(self.networks.needed(report, part))
+            return next(decode(self.engines, latents))
+
+    def _adjust(self, adjustments: list[Adjustment], adjustment: Adjustment) -> None:
+        adjustments.append(adjustment)
+        log.warning("%s", describe_adjustment(adjustment))
 
     def _prompts(self, options: RenderOptions) -> list[str]:
         prompt = self.prompt if options.prompt is None else options.prompt
         return [prompt] if options.guidance_scale == 1 else ["", prompt]  # unconditional first
 
     def _prepare_tables(self, timesteps: np.ndarray, prompts: list[str]) -> Tables:
-        key = (timesteps.tobytes(), *prompts)
+        key = (self.networks.precision, timesteps.tobytes(), *prompts)
         if key not in self._tables:
             self._tables[key] = prepare_tables(self.engines, timesteps, tokenize(self.tokenizer, prompts))
         return self._tables[key]
 
-    def _inversion_key(self, reference: int, options: RenderOptions) -> dict[str, Any]:
-        """All that the inversion depends on, and nothing else (METHOD)."""
-        manifest = self.folder.manifest
-        assert options.inversion_substeps is not None
-        steps = self.schedules[options.sampler].inversion_pairs(
-            options.num_inference_steps, options.inversion_substeps, options.start_step).tolist()  # fmt: skip
-        return {
-            **{name: manifest[name] for name in ("checkpoint", "base_hash", "backend", "precision", "norm_scope",
-                                                 "scheduler", "size", "libraries")},
-            "loras": [[lora["sha256"], lora["scale"]] for lora in manifest.get("loras", [])],
-            "source_prompt": self.prompt, "frame": reference, "steps": steps,
-            "conditioning_scale": options.conditioning_scale,
-        }  # fmt: skip
-
     def _inverted_latents(
         self, options: RenderOptions, report: RenderReport, progress: Callable[[int, int], None]
     ) -> Tensor:
-        reference = report.reference_index
-        cache, key = InversionCache(self.folder.inversions), self._inversion_key(reference, options)
-        inverted = cache.load(key)
-        report.inversion_cached = inverted is not None
-        if inverted is not None:
-            return inverted.to(self.engines["unet"].device)
+        """The inverted reference (4, h, w), cached or computed; in float32 where it is not finite in the engine's type.
+
+        What is cached in float32 is there for that reason: it is taken with the change that made it.
+        """
+        cache, precision = InversionCache(self.folder.inversions), self.networks.built
+        keys = {name: inversion_key(self.folder.manifest, self.schedules[options.sampler], options, precision=name,
+                                    frame=report.reference_index, prompt=self.prompt)
+                for name in (precision, WIDER)}  # fmt: skip
+        cached = {name: cache.load(key) for name, key in keys.items()}
+        report.inversion_cached = any(inverted is not None for inverted in cached.values())
+        while True:
+            inverted = cached[precision] if report.inversion_cached else self._invert(precision, report, progress)
+            if inverted is not None and torch.isfinite(inverted).all():
+                break
+            self._adjust(report.adjustments, self.networks.widening("the inversion", 0, precision))
+            precision = WIDER
+        if not report.inversion_cached:
+            cache.save(keys[precision], inverted)
+        self.networks.use(self.networks.needed(report))
+        return inverted.to(self.engines["unet"].device)
+
+    def _invert(self, precision: Precision, report: RenderReport, progress: Callable[[int, int], None]) -> Tensor:
+        options, reference = report.options, report.reference_index
+        self.networks.use(precision)
         assert options.inversion_substeps is not None
         schedule = self.schedules[options.sampler]
         timesteps = schedule.inversion_timesteps(
@@ -272,17 +373,14 @@ class Avatar:
         pose = PoseSequence(self.poses.keypoints[[reference]], self.size)
         with torch.no_grad():
             tables = self._prepare_tables(timesteps, [self.prompt])
-            inverted = invert_reference(
+            return invert_reference(
                 self.engines, schedule, tables, self.frames[reference], pose, options, progress)  # fmt: skip
-        if not torch.isfinite(inverted).all():
-            raise PoseCrafterError("the inversion is not finite", "build the engine with --precision fp32")
-        cache.save(key, inverted)
-        return inverted
 
     def close(self) -> None:
-        """Let go of the networks."""
-        self.engines = {}
+        """Let go of the networks; a later render would load them again."""
         self._tables = {}
+        self._stream_references = {}
+        self.networks.close()
 
     def __enter__(self) -> Avatar:
         return self
@@ -295,15 +393,7 @@ def _ignore(stage: str, step: int, steps: int) -> None:
     """Nobody asked to be told."""
 
 
-def _naming_segment(told: OnStep, index: int, count: int) -> OnStep:
-    """Stages then say of which segment they are, where there are several."""
+def _naming_segment(told: OnStep, index: int, num_left: int) -> OnStep:
+    """Stages then say of which segment they are, where there are several. num_left: with this one."""
+    count = index + num_left
     return told if count == 1 else lambda stage, *step: told(f"segment {index + 1} of {count}: {stage}", *step)
-
-
-def _provenance(manifest: dict[str, Any], backend: Backend) -> Iterator[tuple[str, str]]:
-    """What an engine is bound to, as pairs: where it was built, and here."""
-    yield manifest["device"]["name"], backend.device()["name"]
-    yield f"posecrafter-rt {manifest['package']}", f"posecrafter-rt {__version__}"
-    here = library_versions(backend.libraries)
-    for name in backend.libraries:
-        yield f"{name} {manifest['libraries'].get(name)}", f"{name} {here.get(name)}"

@@ -27,6 +27,7 @@ from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.sources import Base, locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.spec import NETWORK_NAMES
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
 REFERENCE_FILE = "reference.safetensors"
@@ -143,7 +144,7 @@ def _describe(
     manifest: dict[str, Any] = {
         "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
         "checkpoint": tuned.digest(), "device": backend.device(),
-        "scheduler": base.scheduler_config(), "recommended": base.settings().recommended,
+        "networks": list(NETWORK_NAMES), "scheduler": base.scheduler_config(), "recommended": base.settings().recommended,
         "libraries": {"python": platform.python_version(), **library_versions(sorted({*LIBRARIES, *backend.libraries}))},
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
         **({"loras": [lora.describe() for lora in loras]} if loras else {}),

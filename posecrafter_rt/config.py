@@ -1,4 +1,4 @@
-"""Where the package keeps what may be deleted at any time; the only reading of environment variables.
+"""Where the package keeps what may be deleted at any time, and secrets; the only reading of environment variables.
 
 Layer 0: a leaf.
 """
@@ -19,3 +19,8 @@ def cache_dir() -> Path:
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "posecrafter-rt"
+
+
+def serve_token() -> str | None:
+    """POSECRAFTER_TOKEN, or None: the token of a server, which on the command line every user of the machine could read."""
+    return os.environ.get("POSECRAFTER_TOKEN") or None

@@ -5,11 +5,14 @@ Layer 0: a leaf; no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+STREAM_NETWORKS = ("controlnet_stream", "unet_stream")
 NETWORK_NAMES = (
     "text_encoder", "prompt_kv", "time_tables", "pose_embedding", "vae_encoder", "vae_decoder", "controlnet", "unet",
+    *STREAM_NETWORKS,
 )  # fmt: skip
 
 
@@ -19,6 +22,8 @@ class Architecture:
 
     vae_scale_factor: pixels per latent pixel. time_widths, kv_widths: packed table widths of (U-Net, ControlNet).
     residuals: (channels, downscale) of each ControlNet down residual; mid_residual: the same of the mid residual.
+    keyframe_layers: (channels, downscale) of each self-attention of (U-Net, ControlNet), in the order of a forward.
+    temporal_layers: the same of each temporal attention of the U-Net.
     size: (height, width) in pixels where pictures have one size alone, as an engine's; None: any size, as a base's.
     """
 
@@ -31,6 +36,8 @@ class Architecture:
     kv_widths: tuple[int, int]
     residuals: tuple[tuple[int, int], ...]
     mid_residual: tuple[int, int]
+    keyframe_layers: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]
+    temporal_layers: tuple[tuple[int, int], ...]
     size: tuple[int, int] | None = None
 
     @property
@@ -54,11 +61,15 @@ class Architecture:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named tensor. dims: an int is fixed; "frames", "groups", "steps" and "height/s", "width/s" are free."""
+    """One named tensor. dims: an int is fixed; "frames", "groups", "steps", "window", "height/s", "width/s" are free.
+
+    dtype: "float": float32 at the engine's boundary, whatever runs inside; "kept": what one call gives is kept for later
+        ones, so it goes out and in as the engine has it; or "int64" or "bool".
+    """
 
     name: str
     dims: tuple[int | str, ...]
-    dtype: str = "float"  # "float": fp32 at the engine's boundary whatever runs inside; or "int64"
+    dtype: str = "float"
 
 
 @dataclass(frozen=True)
@@ -75,20 +86,33 @@ def residual_names(num_residuals: int) -> list[str]:
     return [f"down_block_residual_{index}" for index in range(num_residuals)] + ["mid_block_residual"]
 
 
+def memory_names(kind: str, count: int) -> list[str]:
+    """Names of what a stream keeps: "keyframe" or "temporal" keys and values; as outputs they begin with `new_`."""
+    return [f"{kind}_kv_{index}" for index in range(count)]
+
+
 def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
     """The contract of every network of a base with this architecture.
 
-    Free dimensions: `frames` (G·F), `groups` (G: prompts, or 1), `steps`, `height` and `width` in pixels;
-    "height/8" is the height divided by 8; both are numbers where the architecture has a size. All floating-point tensors
-    cross the boundary as float32.
+    Free dimensions: `frames` (G·F), `groups` (G: prompts, or 1), `steps`, `window` (frames that a stream remembers, the
+    reference among them), `height` and `width` in pixels; "height/8" is the height divided by 8; both are numbers where
+    the architecture has a size. All floating-point tensors but a stream's memory cross the boundary as float32.
     """
     scale = arch.vae_scale_factor
 
-    def image(channels: int, divisor: int) -> tuple[int | str, ...]:
+    def sides(divisor: int) -> tuple[int | str, int | str]:
         if arch.size is not None:
-            return ("frames", channels, arch.size[0] // divisor, arch.size[1] // divisor)
-        sides = ("height", "width") if divisor == 1 else (f"height/{divisor}", f"width/{divisor}")
-        return ("frames", channels, *sides)
+            return arch.size[0] // divisor, arch.size[1] // divisor
+        return ("height", "width") if divisor == 1 else (f"height/{divisor}", f"width/{divisor}")
+
+    def image(channels: int, divisor: int) -> tuple[int | str, ...]:
+        return ("frames", channels, *sides(divisor))
+
+    def memory(kind: str, layers: Sequence[tuple[int, int]], *free: str, prefix: str = "") -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(f"{prefix}{name}", ("frames", *free, *sides(scale * down), 2 * channels), "kept")
+            for name, (channels, down) in zip(memory_names(kind, len(layers)), layers, strict=True)
+        )
 
     latents = TensorSpec("latents", image(arch.latent_channels, scale))
     pixels = image(3, 1)
@@ -103,8 +127,16 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
     )
     pose = TensorSpec("pose_embeddings", image(arch.pose_channels, scale))
 
+    scale_spec = TensorSpec("conditioning_scale", (1,))
+    is_reference = TensorSpec("is_reference", ("frames",), "bool")
+
     def tables(time: int, kv: int) -> tuple[TensorSpec, TensorSpec]:
         return (TensorSpec("time_projections", (1, time)), TensorSpec("text_kv", ("groups", arch.text_tokens, kv)))
+
+    def stream_tables(time: int, kv: int) -> tuple[TensorSpec, TensorSpec]:
+        return (TensorSpec("time_projections", ("frames", time)), TensorSpec("text_kv", (1, arch.text_tokens, kv)))
+
+    unet_layers, controlnet_layers = arch.keyframe_layers
 
     specs = (
         NetworkSpec("text_encoder", (TensorSpec("input_ids", ("groups", arch.text_tokens), "int64"),), (text,)),
@@ -116,8 +148,17 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
         NetworkSpec("pose_embedding", (TensorSpec("controlnet_cond", pixels),), (pose,)),
         NetworkSpec("vae_encoder", (TensorSpec("pixels", pixels),), (latents,)),
         NetworkSpec("vae_decoder", (latents,), (TensorSpec("pixels", pixels),)),
-        NetworkSpec("controlnet", (latents, *tables(time_c, kv_c), pose, TensorSpec("conditioning_scale", (1,))),
-                    residuals),
+        NetworkSpec("controlnet", (latents, *tables(time_c, kv_c), pose, scale_spec), residuals),
         NetworkSpec("unet", (latents, *tables(time_u, kv_u), *residuals), (TensorSpec("noise_pred", latents.dims),)),
+        NetworkSpec("controlnet_stream",
+                    (latents, *stream_tables(time_c, kv_c), pose, scale_spec, is_reference,
+                     *memory("keyframe", controlnet_layers)),
+                    (*residuals, *memory("keyframe", controlnet_layers, prefix="new_"))),
+        NetworkSpec("unet_stream",
+                    (latents, *stream_tables(time_u, kv_u), is_reference,
+                     TensorSpec("window_mask", ("frames", "window"), "bool"), *residuals,
+                     *memory("keyframe", unet_layers), *memory("temporal", arch.temporal_layers, "window")),
+                    (TensorSpec("noise_pred", latents.dims), *memory("keyframe", unet_layers, prefix="new_"),
+                     *memory("temporal", arch.temporal_layers, prefix="new_"))),
     )  # fmt: skip
     return {spec.name: spec for spec in specs}

@@ -22,6 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # then the process that started this one has set the cache
 if IS_WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker a core: more threads would only wait for one another
+    if hasattr(os, "sched_setaffinity"):  # nor do builds start processes to help them, with the one core that they see
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 else:
     os.environ["POSECRAFTER_CACHE"] = tempfile.mkdtemp(prefix="posecrafter-tests-")
 

@@ -136,6 +136,8 @@ def test_options_change_what_they_should(avatar: Avatar) -> None:
         {"inversion_substeps": 3},
         {"strength": 0.5},
         {"sampler": "dpmpp"},
+        {"sampler": "unipc"},
+        {"controlnet_every": 2},
         {"mode": "+insertion"},
     ):
         assert not np.array_equal(avatar.render(poses, **{"num_inference_steps": 2, **change}), plain), change
@@ -184,15 +186,33 @@ def test_a_preset_is_its_options_and_the_report_names_what_it_approximates(avata
     assert avatar.last_report.to_json()["approximations"] == {"num_inference_steps": 2}
 
 
-def test_a_late_edit_restarts_the_multistep_sampler(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample, restarts = render_module.dpmpp_sample, []
+def test_residuals_that_are_kept_over_steps_save_the_controlnet_and_every_step_anew_changes_nothing(
+    avatar: Avatar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poses, asked = some_poses(2), list[int]()
+    plain = avatar.render(poses, num_inference_steps=5)
+    monkeypatch.setitem(avatar.engines, "controlnet", Watched(avatar.engines["controlnet"], asked))
+    assert np.array_equal(avatar.render(poses, num_inference_steps=5, controlnet_every=1), plain)
+    assert len(asked) == 5
+    asked.clear()
+    assert not np.array_equal(avatar.render(poses, num_inference_steps=5, controlnet_every=2), plain)
+    assert len(asked) == 3  # at steps 0, 2 and 4; the inversion is cached
+    assert avatar.last_report is not None
+    assert avatar.last_report.to_json()["approximations"]["controlnet_every"] == 2
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp", "unipc"])
+def test_a_late_edit_restarts_the_multistep_sampler(
+    avatar: Avatar, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    sample, restarts = getattr(render_module, f"{sampler}_sample"), []
 
     def watched(*arguments: object, restart_step: int | None, **named: object) -> Tensor:
         restarts.append(restart_step)
         return sample(*arguments, restart_step=restart_step, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(render_module, "dpmpp_sample", watched)
-    part = {"sampler": "dpmpp", "num_inference_steps": 6, "strength": 0.5}
+    monkeypatch.setattr(render_module, f"{sampler}_sample", watched)
+    part = {"sampler": sampler, "num_inference_steps": 6, "strength": 0.5}
     renders = [avatar.render(some_poses(2), tau=tau, **part) for tau in (1, 2)]
     assert restarts == [None, 4]  # of the steps 3, 4 and 5, the second is the one before which it edits
     assert not np.array_equal(*renders)
@@ -334,6 +354,7 @@ def test_a_pose_without_a_shared_keypoint_is_named(avatar: Avatar) -> None:
                                     {"conditioning_scale": float("inf")}, {"resample": "cubic"}, {"regions": ("ear",)},
                                     {"strength": 0.0}, {"strength": 1.01}, {"strength": float("nan")},
                                     {"strength": 0.5, "num_inference_steps": 4, "tau": 3}, {"segment": 0},
+                                    {"controlnet_every": 0}, {"overlap": -1},
                                     {"segment": 6, "overlap": 3}, {"segment": 6, "overlap": -1}, {"segment": "some"},
                                     {"segment": "auto", "overlap": -1}])  # fmt: skip
 def test_bad_options_are_refused(avatar: Avatar, change: dict) -> None:

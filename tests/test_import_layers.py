@@ -24,7 +24,7 @@ LAYERS = {
     3: ("models", "checkpoint"),
     4: ("engines", "export", "tuning", "tuning_losses", "embedded"),
     5: ("runtime",),
-    6: ("avatar", "building"),
+    6: ("avatar", "avatar_networks", "building"),
     7: ("serve", "evaluate", "rendering", "demo"),
     8: ("cli", "__main__"),
 }
@@ -44,6 +44,7 @@ ALLOWED = {
     ("engines", "export"): "an engine is built from an exported network; never back",
     ("demo", "evaluate"): "the demo measures what it rendered",
     ("demo", "rendering"): "the demo is the whole path",
+    ("avatar", "avatar_networks"): "the networks that it has loaded",
     ("avatar", "building"): "both open the same folder",
     ("__main__", "cli"): "the same command",
 }

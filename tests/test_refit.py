@@ -31,7 +31,7 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.spec import Architecture, network_specs
 
 SIZE = (32, 32)
-SIZES = {"frames": 3, "groups": 1, "steps": 2, "height": 32, "width": 32}
+SIZES = {"frames": 3, "groups": 1, "steps": 2, "window": 3, "height": 32, "width": 32}
 TUNED = (".attn1.to_out.", ".attn_temp.", ".conv_temp.")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = {"posecrafter_rt": ".", "kernels": "kernels", "export": "export"}  # in the repository, in the package
+PAGE_SOURCES = ("serve", "web")
 IMPORTED = (
     "posecrafter_rt",
     "posecrafter_rt._native",
@@ -22,9 +23,9 @@ IMPORTED = (
 
 
 def files_of(folder: Path) -> set[Path]:
-    """All files below a folder that a wheel must carry, relative to it."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".so"))
-    return {path.relative_to(folder) for path in files}
+    """All files below a folder that a wheel must carry, relative to it: not what the page is built from."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path for path in files if path.suffix not in (".pyc", ".so") and path.parts[:2] != PAGE_SOURCES}
 
 
 def main() -> None:

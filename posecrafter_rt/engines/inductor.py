@@ -27,6 +27,7 @@ from posecrafter_rt.engines.base import (
     checked_inputs,
     fitting_weights,
     inner_precision,
+    to_boundary,
 )
 from posecrafter_rt.engines.device import describe_device, torch_device
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
@@ -66,7 +67,8 @@ class InductorEngine:
         """See `Engine`."""
         tensors = cast(checked_inputs(self.spec, inputs, self.device), self.dtype)
         outputs = self._compiled(*(tensor.contiguous() for tensor in tensors))
-        return {out.name: tensor.float() for out, tensor in zip(self.spec.outputs, outputs, strict=True)}
+        tensors = to_boundary(self.spec, outputs)
+        return {out.name: tensor for out, tensor in zip(self.spec.outputs, tensors, strict=True)}
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """See `Engine.swap_weights`; in place, so there is nothing to bind anew."""

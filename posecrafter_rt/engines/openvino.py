@@ -176,10 +176,12 @@ class OpenVinoBackend:
         import openvino
 
         from posecrafter_rt.export.onnx import export_network, save_model
+        from posecrafter_rt.export.prefill import prefill
 
         core, specs, cache = openvino.Core(), network_specs(arch), BlobCache(cache_dir() / "graphs")
         graphs: Graphs = {}
-        for name, network in model.to(torch.float32).networks().items():
+        prefill(model.to(torch.float32), arch, cache, progress)
+        for name, network in model.networks().items():
             progress(f"exporting {name}")
             onnx_path, path = folder / f"{name}.onnx", folder / f"{name}.xml"
             exported = export_network(network, specs[name], arch, inline=True, graphs=cache)

@@ -99,13 +99,15 @@ class TensorRTBackend:
         Traced graphs and the timing cache are kept in the user's cache; a copy of the timing cache lies in the folder.
         """
         from posecrafter_rt.export.onnx import export_network
+        from posecrafter_rt.export.prefill import prefill
 
         specs, cache = network_specs(arch), BlobCache(cache_dir() / "graphs")
         graphs: Graphs = {}
         register_plugins(torch.cuda.get_device_capability())
         timings, key = BlobCache(cache_dir() / "tensorrt"), {"timings": gpu_name(), "tensorrt": _version()}
         timing_cache = timings.load(key) or b""
-        for name, network in model.to(torch.float32).networks().items():
+        prefill(model.to(torch.float32), arch, cache, progress)
+        for name, network in model.networks().items():
             progress(f"exporting {name}")
             graph = export_network(network, specs[name], arch, graphs=cache)
             graphs[name] = graph_digest(network, specs[name], arch)
@@ -170,7 +172,7 @@ class TensorRTBackend:
         workspace = Workspace(torch.device("cuda", torch.cuda.current_device()))
         workspace.reserve([_activation_bytes(plan)])
         engine = TensorRTEngine(spec, plan, workspace, folder / f"{spec.name}.safetensors")
-        least, _, most = self.limits.sizes(arch)
+        least, _, most = self.limits.sizes(spec, arch)
         inputs = random_inputs(spec, {**least, "frames": min(2 * least["groups"], most["frames"])})
         outputs = engine(**inputs)
         with torch.inference_mode():
@@ -206,7 +208,10 @@ def prepare_graph(graph: ir.Model, precision: Precision, capability: tuple[int, 
     from posecrafter_rt.kernels.plugins import unsupported_reason
 
     def has_plugin(name: str, channels: int, heads: int) -> bool:
-        return unsupported_reason(PLUGIN_OPS[name], capability, TORCH_DTYPES[precision], channels, heads) is None
+        return (
+            name in PLUGIN_OPS
+            and unsupported_reason(PLUGIN_OPS[name], capability, TORCH_DTYPES[precision], channels, heads) is None
+        )
 
     mark_plugins(graph, has_plugin)
     lower_precision(graph, precision)

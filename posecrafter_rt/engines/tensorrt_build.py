@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.export.shapes import resolve_shape
-from posecrafter_rt.spec import Architecture, NetworkSpec
+from posecrafter_rt.spec import STREAM_NETWORKS, Architecture, NetworkSpec
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -27,24 +27,30 @@ log = logging.getLogger(__name__)
 class ShapeLimits:
     """What an engine is built for; each a (least, usual, most).
 
-    frames: of one group; groups: 2 with guidance, more in a pipelined stream; steps: of a schedule; size: (height,
-    width) in pixels, or None for what the architecture's smallest to 64 times that allows.
+    frames: of one group; groups: 2 with guidance; steps: of a schedule; size: (height, width) in pixels, or None for what
+    the architecture's smallest to 64 times that allows. stream_frames: of a stream's batch, one or the steps of a
+    pipeline; window: frames that it remembers, the reference among them.
     """
 
     frames: tuple[int, int, int] = (1, 16, 64)
     groups: tuple[int, int, int] = (1, 1, 2)
     steps: tuple[int, int, int] = (1, 30, 1000)
     size: tuple[int, int] | None = None
+    stream_frames: tuple[int, int, int] = (1, 1, 8)
+    window: tuple[int, int, int] = (2, 9, 33)
 
-    def sizes(self, arch: Architecture) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-        """`resolve_shape`'s sizes at the three points; "frames" counts those of all groups, as `spec` does."""
+    def sizes(self, spec: NetworkSpec, arch: Architecture) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+        """`resolve_shape`'s sizes of a network at the three points; "frames" counts those of all groups, as `spec` does."""
         unit = arch.size_multiple
+        frames = [self.frames[i] * self.groups[i] for i in range(3)]
+        if spec.name in STREAM_NETWORKS:
+            frames = list(self.stream_frames)
         if self.size is None:
             heights = widths = (unit, 8 * unit, 16 * unit)
         else:
             heights, widths = (self.size[0],) * 3, (self.size[1],) * 3
         least, usual, most = (
-            {"frames": self.frames[i] * self.groups[i], "groups": self.groups[i], "steps": self.steps[i],
+            {"frames": frames[i], "groups": self.groups[i], "steps": self.steps[i], "window": self.window[i],
              "height": heights[i], "width": widths[i]}
             for i in range(3)
         )  # fmt: skip
@@ -53,7 +59,7 @@ class ShapeLimits:
 
 def profile_shapes(spec: NetworkSpec, limits: ShapeLimits, arch: Architecture) -> dict[str, tuple[Shape, Shape, Shape]]:
     """(least, usual, most) shape of every input with a free dimension."""
-    points = limits.sizes(arch)
+    points = limits.sizes(spec, arch)
     return {
         tensor.name: tuple(resolve_shape(tensor.dims, sizes) for sizes in points)  # type: ignore[misc]
         for tensor in spec.inputs

@@ -5,17 +5,13 @@ Layer 4.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from posecrafter_rt.engines.base import (
     TORCH_DTYPES,
@@ -26,20 +22,20 @@ from posecrafter_rt.engines.base import (
     checked_inputs,
     fitting_weights,
     inner_precision,
+    to_boundary,
 )
 from posecrafter_rt.engines.cuda_graphs import Recorder
 from posecrafter_rt.engines.device import describe_device, torch_device
 from posecrafter_rt.engines.refit import WITHOUT, same_bits
 from posecrafter_rt.errors import EngineFolderError
-from posecrafter_rt.models.blocks import NormScope, channels_last
-from posecrafter_rt.models.controlnet import VideoControlNet
+from posecrafter_rt.models.blocks import channels_last
+from posecrafter_rt.models.empty import describe_modules, empty_modules
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.models.networks import build_networks, fold_temporal_output
-from posecrafter_rt.models.unet import VideoUNet
-from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
+from posecrafter_rt.models.networks import build_networks
+from posecrafter_rt.spec import STREAM_NETWORKS, Architecture, NetworkSpec, network_specs
 
 COMPONENTS_FILE = "components.json"
-RECORDED = ("controlnet", "unet")  # what runs at every step; the rest runs once a frame, or once
+RECORDED = ("controlnet", "unet", *STREAM_NETWORKS)  # what runs at every step; the rest runs once a frame, or once
 
 
 class TorchEngine:
@@ -62,7 +58,7 @@ class TorchEngine:
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=not self.is_exact):
-            return cast(self.module(*cast(inputs, self.dtype)), torch.float32)
+            return to_boundary(self.spec, self.module(*cast(inputs, self.dtype)))
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """See `Engine.swap_weights`. Networks that share a module share the swap."""
@@ -95,7 +91,7 @@ class TorchBackend:
         for name, module in model.modules().items():
             progress(name)
             save_file(_weights(name, module, precision), folder / f"{name}.safetensors")
-        (folder / COMPONENTS_FILE).write_text(_describe(model), encoding="utf-8")
+        (folder / COMPONENTS_FILE).write_text(describe_modules(model), encoding="utf-8")
 
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
@@ -104,7 +100,7 @@ class TorchBackend:
 
         Nothing is compiled in this backend, so it takes no less time than `build`.
         """
-        description = _describe(model)
+        description = describe_modules(model)
         if (source / COMPONENTS_FILE).read_text(encoding="utf-8") != description:
             raise EngineFolderError(f"{source.parent} cannot be refitted to this checkpoint: its configuration differs",
                                     WITHOUT)  # fmt: skip
@@ -119,42 +115,28 @@ class TorchBackend:
         (folder / COMPONENTS_FILE).write_text(description, encoding="utf-8")
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
-        """Rebuild the modules, without the base."""
-        description = json.loads((networks_folder / COMPONENTS_FILE).read_text(encoding="utf-8"))
-        modules, device = _empty_modules(description["configs"], description["norm_scope"]), torch_device()
+        """Rebuild the modules, without the base; in the precision asked for, which may be wider than that of the files."""
+        description = (networks_folder / COMPONENTS_FILE).read_text(encoding="utf-8")
+        modules, device = empty_modules(description), torch_device()
         for name, module in modules.items():
             weights = load_file(networks_folder / f"{name}.safetensors", device=str(device))
-            module.load_state_dict(weights, assign=True)
+            module.load_state_dict(_cast_weights(weights, _dtype(name, precision)), assign=True)
             channels_last(module.to(device).eval().requires_grad_(False))
         networks = build_networks(**modules)  # type: ignore[arg-type]
         specs = network_specs(arch)
         return {name: TorchEngine(network, specs[name], precision == "fp32") for name, network in networks.items()}
 
 
-def _describe(model: PoseModel) -> str:
-    """The components' configurations, without the paths that they came from."""
-    configs = {}
-    for name, module in model.modules().items():
-        config: Any = module.config
-        config = config.to_dict() if name == "text_encoder" else dict(config)
-        configs[name] = {key: value for key, value in config.items() if not key.startswith("_")}
-    return json.dumps({"norm_scope": model.unet.norm_scope, "configs": configs})
-
-
 def _weights(name: str, module: nn.Module, precision: Precision) -> dict[str, Tensor]:
     """A component's weights as they are stored; what is no floating-point number keeps its type."""
-    dtype = TORCH_DTYPES[inner_precision("vae_decoder" if name == "vae" else name, precision)]
-    return {key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-            for key, tensor in module.state_dict().items()}  # fmt: skip
+    weights = _cast_weights(module.state_dict(), _dtype(name, precision))
+    return {key: tensor.contiguous() for key, tensor in weights.items()}
 
 
-def _empty_modules(configs: dict[str, dict], norm_scope: NormScope) -> dict[str, nn.Module]:
-    """The four modules in folded form, their weights on the meta device until they are loaded."""
-    with torch.device("meta"):
-        unet = VideoUNet(UNet2DConditionModel.from_config(configs["unet"]), norm_scope)
-        fold_temporal_output(unet)
-        controlnet = VideoControlNet(ControlNetModel.from_config(configs["controlnet"]), norm_scope)
-        vae = AutoencoderKL.from_config(configs["vae"])
-    # Not on meta: it keeps its position indices in a buffer that no weight file holds. It is small.
-    text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))
-    return {"unet": unet, "controlnet": controlnet, "vae": vae, "text_encoder": text_encoder}
+def _cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+
+
+def _dtype(name: str, precision: Precision) -> torch.dtype:
+    """What a component runs in."""
+    return TORCH_DTYPES[inner_precision("vae_decoder" if name == "vae" else name, precision)]

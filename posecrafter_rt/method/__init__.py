@@ -1,6 +1,6 @@
 """The method's mathematics as pure functions of arrays and tensors; those on tensors are resolved on first use.
 
-Layer 1: numpy and the keypoint layout on import; torch only once a name of `ddim.py` or `dpmpp.py` is asked for.
+Layer 1: numpy and the keypoint layout on import; torch only once a name of `ddim.py`, `dpmpp.py` or `unipc.py` is asked for.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from posecrafter_rt.method.sequence import insert_reference
 if TYPE_CHECKING:
     from posecrafter_rt.method.ddim import DDIMSchedule, ddim_invert, ddim_sample, ddim_step
     from posecrafter_rt.method.dpmpp import DPMSchedule, dpmpp_sample
+    from posecrafter_rt.method.unipc import unipc_sample
 
 _NEEDS_TORCH = {
     "ddim": ("DDIMSchedule", "ddim_invert", "ddim_sample", "ddim_step"),
     "dpmpp": ("DPMSchedule", "dpmpp_sample"),
+    "unipc": ("unipc_sample",),
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "pose_distances",
     "select_reference",
     "tuning_steps",
+    "unipc_sample",
     "video_sim",
 ]
 

@@ -69,6 +69,14 @@ def _extrapolation(schedule: DPMSchedule, *timesteps: int) -> float:
     return (after - here) / (2 * (here - before))
 
 
+def dpmpp_step(latents: Tensor, noise_pred: Tensor, before: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor]:
+    """One step: new latents, and the x_0 that the next one takes as `before` (None for the first that is done)."""
+    to_clean, (of_latents, of_clean, of_before) = terms
+    clean = ddim_step(latents, noise_pred, to_clean)
+    stepped = torch.add(latents * of_latents, clean, alpha=of_clean)
+    return (stepped if before is None else stepped.add_(before, alpha=of_before)), clean
+
+
 @torch.no_grad()
 def dpmpp_sample(
     denoise: Denoise,
@@ -91,13 +99,8 @@ def dpmpp_sample(
 
     def step(index: int, state: Tensor, noise_pred: Tensor) -> Tensor:
         nonlocal before
-        to_clean, (of_latents, of_clean, of_before) = terms[index]
-        clean = ddim_step(state, noise_pred, to_clean)
-        stepped = torch.add(state * of_latents, clean, alpha=of_clean)
-        if before is not None:
-            stepped.add_(before, alpha=of_before)
-        before = clean
-        return stepped
+        state, before = dpmpp_step(state, noise_pred, before, terms[index])
+        return state
 
     timesteps = schedule.timesteps(num_inference_steps).tolist()
     return walk(denoise, latents, timesteps, step, start_step=start_step, on_step=on_step)

@@ -5,8 +5,8 @@ Layer 3: diffusers' blocks hold the weights (and so keep their names); how a cli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,6 +25,25 @@ BlockForward = Callable[..., Tensor]  # (module, hidden_states, context) → hid
 
 
 @dataclass(frozen=True)
+class StreamMemory:
+    """What frames that come one by one attend to, and what later ones will attend to (METHOD: Streaming).
+
+    is_reference: bool (F,), True for frames that are the reference themselves: their own keys are the key frame's.
+    keyframe_kv: for each self-attention, in order, (F, h, w, 2C): the reference's keys and values at each frame's step.
+    temporal_kv: for each temporal attention (F, M, h, w, 2C): those of the reference and of past frames at that step.
+    window_mask: bool (F, M): which of them there are. A frame attends to itself besides.
+    new_keyframe_kv, new_temporal_kv: the frames' own, (F, h, w, 2C), appended layer by layer as a forward goes.
+    """
+
+    is_reference: Tensor
+    window_mask: Tensor
+    keyframe_kv: Sequence[Tensor]
+    temporal_kv: Sequence[Tensor]
+    new_keyframe_kv: list[Tensor] = field(default_factory=list)
+    new_temporal_kv: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class ClipContext:
     """What every block of one forward shares.
 
@@ -32,12 +51,16 @@ class ClipContext:
     time_projections: (G or 1, T) packed per-resnet projections of the timestep embedding.
     text_kv: (G, tokens, K) packed keys and values of every cross-attention.
     norm_scope: over what the residual blocks' GroupNorm takes its statistics.
+    temporal_mask: bool (F, F), which frame attends to which; None: each to all.
+    memory: of a stream; None: the frames are a clip, attend to one another, and the first is the key frame.
     """
 
     groups: int
     time_projections: Tensor
     text_kv: Tensor
     norm_scope: NormScope
+    temporal_mask: Tensor | None = None
+    memory: StreamMemory | None = None
 
 
 def assign_slices(resnets: Iterable[ResnetBlock2D], blocks: Iterable[BasicTransformerBlock]) -> tuple[int, int]:
@@ -77,8 +100,10 @@ def channels_last(module: nn.Module) -> nn.Module:
 
 
 def per_frame(values: Tensor, num_frames: int) -> Tensor:
-    """(G or 1, …) → (G·F or 1, …): one entry for each frame of its group; a single entry broadcasts."""
-    return values if values.shape[0] == 1 else values.repeat_interleave(num_frames // values.shape[0], dim=0)
+    """(G·F, G or 1, …) → (G·F or 1, …): one entry for each frame, or for each frame of a group; a single one broadcasts."""
+    return (
+        values if values.shape[0] in (num_frames, 1) else values.repeat_interleave(num_frames // values.shape[0], dim=0)
+    )
 
 
 def resnet_forward(resnet: ResnetBlock2D, hidden_states: Tensor, context: ClipContext) -> Tensor:
@@ -92,22 +117,50 @@ def resnet_forward(resnet: ResnetBlock2D, hidden_states: Tensor, context: ClipCo
     return (hidden_states + out) / resnet.output_scale_factor
 
 
-def _keyframe(attn: Attention, hidden_states: Tensor, groups: int) -> Tensor:
+def _keyframe(attn: Attention, hidden_states: Tensor, context: ClipContext) -> Tensor:
     frames, tokens, channels = hidden_states.shape
-    keyframe = hidden_states.reshape(groups, -1, tokens, channels)[:, 0]  # K, V of one frame a group, not of all
-    out = keyframe_attention(attn.to_q(hidden_states), attn.to_k(keyframe), attn.to_v(keyframe), attn.heads)
-    return attn.to_out[0](out)
+    if context.memory is None:
+        keyframe = hidden_states.reshape(context.groups, -1, tokens, channels)[
+            :, 0
+        ]  # K, V of one frame a group, not all
+        k, v = attn.to_k(keyframe), attn.to_v(keyframe)
+    else:
+        k, v = _remembered_keyframe(attn, hidden_states, context.memory)
+    return attn.to_out[0](keyframe_attention(attn.to_q(hidden_states), k, v, attn.heads))
 
 
-def _temporal(block: BasicTransformerBlock, hidden_states: Tensor, groups: int) -> Tensor:
+def _remembered_keyframe(attn: Attention, hidden_states: Tensor, memory: StreamMemory) -> tuple[Tensor, Tensor]:
+    """K and V (F, L, C) of each frame's key frame: the remembered ones, or the frame's own where it is the reference."""
+    own = torch.cat([attn.to_k(hidden_states), attn.to_v(hidden_states)], dim=-1)
+    kept = memory.keyframe_kv[len(memory.new_keyframe_kv)]
+    memory.new_keyframe_kv.append(own.reshape(kept.shape))
+    k, v = torch.where(memory.is_reference[:, None, None], own, kept.flatten(1, 2)).chunk(2, dim=-1)
+    return k, v
+
+
+def _temporal(block: BasicTransformerBlock, hidden_states: Tensor, context: ClipContext) -> Tensor:
     attn = block.attn_temp
     frames, tokens, _ = hidden_states.shape
-    clip = (groups, -1, tokens, attn.inner_dim)
+    clip = (context.groups if context.memory is None else frames, -1, tokens, attn.inner_dim)
     q, k, v = (project(hidden_states).reshape(clip) for project in (attn.to_q, attn.to_k, attn.to_v))
-    out = temporal_attention(q, k, v, attn.heads).reshape(frames, tokens, -1)
+    mask = context.temporal_mask
+    if context.memory is not None:
+        k, v, mask = _remembered_frames(k, v, context.memory)
+    out = temporal_attention(q, k, v, attn.heads, mask).reshape(frames, tokens, -1)
     if hasattr(block, "temporal_out"):  # conv_temp ∘ to_out, folded for inference
         return block.temporal_out(out)
     return block.conv_temp(attn.to_out[0](out))
+
+
+def _remembered_frames(k: Tensor, v: Tensor, memory: StreamMemory) -> tuple[Tensor, Tensor, Tensor]:
+    """K and V (F, M + 1, L, C) of what each frame attends to, itself last; and the mask of each (F, 1, M + 1)."""
+    own = torch.cat([k, v], dim=-1)  # (F, 1, L, 2C)
+    kept = memory.temporal_kv[len(memory.new_temporal_kv)]  # (F, M, h, w, 2C)
+    memory.new_temporal_kv.append(own.reshape(kept.shape[0], *kept.shape[2:]))
+    k, v = torch.cat([kept.flatten(2, 3), own], dim=1).chunk(2, dim=-1)
+    itself = torch.ones_like(memory.window_mask[:, :1])
+    mask = torch.cat([memory.window_mask, itself], dim=1)
+    return k, v, mask[:, None]
 
 
 def _text(block: BasicTransformerBlock, hidden_states: Tensor, context: ClipContext) -> Tensor:
@@ -119,9 +172,9 @@ def _text(block: BasicTransformerBlock, hidden_states: Tensor, context: ClipCont
 def transformer_block_forward(block: BasicTransformerBlock, hidden_states: Tensor, context: ClipContext) -> Tensor:
     """Key-frame, temporal and text attention, then the feed-forward. (G·F, L, C) → (G·F, L, C)."""
     normalised = block.norm1(hidden_states)
-    out = hidden_states + _keyframe(block.attn1, normalised, context.groups)
+    out = hidden_states + _keyframe(block.attn1, normalised, context)
     if hasattr(block, "attn_temp"):
-        out = out + _temporal(block, normalised, context.groups)  # in parallel with attn1, on the same input
+        out = out + _temporal(block, normalised, context)  # in parallel with attn1, on the same input
     out = out + _text(block, block.norm2(out), context)
     return out + block.ff(block.norm3(out))
 

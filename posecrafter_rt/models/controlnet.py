@@ -9,7 +9,7 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from posecrafter_rt.errors import ModelError
-from posecrafter_rt.models.blocks import NormScope
+from posecrafter_rt.models.blocks import NormScope, StreamMemory
 from posecrafter_rt.models.unet import ClipDenoiser
 
 
@@ -36,14 +36,17 @@ class VideoControlNet(ClipDenoiser):
         text_kv: Tensor,
         pose_embeddings: Tensor,
         conditioning_scale: Tensor,
+        *,
+        memory: StreamMemory | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """Residuals for the U-Net.
 
         Args: latents: (G·F, 4, h, w). time_projections, text_kv: as for `VideoUNet.forward`, of this network.
             pose_embeddings: (G·F, C, h, w) from `pose_embedding`. conditioning_scale: (1,) weight of the residuals.
+            memory: as for `VideoUNet.forward`, of this network.
         Returns: down_block_res_samples, mid_block_res_sample.
         """
-        context = self._context(latents, time_projections, text_kv)
+        context = self._context(latents, time_projections, text_kv, memory)
         samples = self._down(self.conv_in(latents) + pose_embeddings, context)
         mid = self.controlnet_mid_block(self._mid(samples[-1], context))
         residuals = [conv(sample) for conv, sample in zip(self.controlnet_down_blocks, samples, strict=True)]

@@ -19,7 +19,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from posecrafter_rt.errors import CheckpointError, ModelError
 from posecrafter_rt.models.blocks import NormScope
 from posecrafter_rt.models.controlnet import VideoControlNet
-from posecrafter_rt.models.networks import build_networks, describe_architecture, fold_temporal_output
+from posecrafter_rt.models.folding import fold_decoder, fold_denoiser
+from posecrafter_rt.models.networks import build_networks, describe_architecture
 from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.sources import first_line, hash_files, lasting_id, locate_base, locate_component
 from posecrafter_rt.models.unet import VideoUNet
@@ -74,8 +75,9 @@ class PoseModel:
         return self
 
     def fold(self) -> None:
-        """Fold conv_temp ∘ attn_temp.to_out into one map, in place; for inference only, and only once."""
-        fold_temporal_output(self.unet)
+        """Fold what is one linear map (see `folding`), in place; for inference only."""
+        fold_denoiser(self.unet)
+        fold_decoder(self.vae)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts → input_ids int64 (prompts, tokens), padded and cut to the text encoder's length."""

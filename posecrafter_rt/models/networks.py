@@ -7,14 +7,15 @@ Layer 3: the torch engine runs them, export traces them. Parameter names are `un
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from posecrafter_rt.models.blocks import StreamMemory
 from posecrafter_rt.models.controlnet import VideoControlNet
-from posecrafter_rt.models.unet import VideoUNet
+from posecrafter_rt.models.unet import ClipDenoiser, VideoUNet
 from posecrafter_rt.spec import Architecture
 
 
@@ -120,6 +121,58 @@ class UNetStep(nn.Module):
         return (self.unet(latents, time_projections, text_kv, residuals[:-1], residuals[-1]),)
 
 
+class ControlNetStream(nn.Module):
+    """One ControlNet evaluation on frames of a stream: `ControlNetStep` with the reference's keys and values at hand."""
+
+    def __init__(self, controlnet: VideoControlNet) -> None:
+        super().__init__()
+        self.controlnet = controlnet
+
+    def forward(
+        self,
+        latents: Tensor,
+        time_projections: Tensor,
+        text_kv: Tensor,
+        pose_embeddings: Tensor,
+        conditioning_scale: Tensor,
+        is_reference: Tensor,
+        *keyframe_kv: Tensor,
+    ) -> tuple[Tensor, ...]:
+        nothing = is_reference[:, None]  # it has no temporal attention, whose mask this would be
+        memory = StreamMemory(is_reference, nothing, keyframe_kv, ())
+        down, mid = self.controlnet(
+            latents, time_projections, text_kv, pose_embeddings, conditioning_scale, memory=memory
+        )
+        return (*down, mid, *memory.new_keyframe_kv)
+
+
+class UNetStream(nn.Module):
+    """One U-Net evaluation on frames of a stream: `UNetStep` with keys and values of other frames in and its own out.
+
+    memory: the ControlNet residuals, the key-frame keys and values of each layer, then the temporal ones.
+    """
+
+    def __init__(self, unet: VideoUNet) -> None:
+        super().__init__()
+        self.unet = unet
+        self.num_residuals = len(residual_layers(unet)) + 1
+        self.num_keyframe = len(attention_layers(unet))
+
+    def forward(
+        self,
+        latents: Tensor,
+        time_projections: Tensor,
+        text_kv: Tensor,
+        is_reference: Tensor,
+        window_mask: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        residuals, kept = tensors[: self.num_residuals], tensors[self.num_residuals :]
+        memory = StreamMemory(is_reference, window_mask, kept[: self.num_keyframe], kept[self.num_keyframe :])
+        noise_pred = self.unet(latents, time_projections, text_kv, residuals[:-1], residuals[-1], memory=memory)
+        return (noise_pred, *memory.new_keyframe_kv, *memory.new_temporal_kv)
+
+
 def build_networks(
     unet: VideoUNet, controlnet: VideoControlNet, vae: AutoencoderKL, text_encoder: CLIPTextModel
 ) -> dict[str, nn.Module]:
@@ -133,6 +186,8 @@ def build_networks(
         "vae_decoder": lambda: VaeDecoder(vae),
         "controlnet": lambda: ControlNetStep(controlnet),
         "unet": lambda: UNetStep(unet),
+        "controlnet_stream": lambda: ControlNetStream(controlnet),
+        "unet_stream": lambda: UNetStream(unet),
     }
     return {name: make().eval() for name, make in factories.items()}
 
@@ -141,12 +196,8 @@ def describe_architecture(
     unet: VideoUNet, controlnet: VideoControlNet, vae: AutoencoderKL, text_encoder: CLIPTextModel
 ) -> Architecture:
     """Read the tensor sizes off the modules themselves."""
-    residuals, downscale = [(controlnet.conv_in.out_channels, 1)], 1
-    for block in controlnet.down_blocks:
-        residuals += [(resnet.out_channels, downscale) for resnet in block.resnets]
-        for downsampler in block.downsamplers or ():
-            downscale *= 2
-            residuals.append((downsampler.out_channels, downscale))
+    residuals = residual_layers(controlnet)
+    layers = attention_layers(unet)
     return Architecture(
         latent_channels=unet.conv_in.in_channels,
         vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1),
@@ -156,30 +207,40 @@ def describe_architecture(
         time_widths=(unet.time_width, controlnet.time_width),
         kv_widths=(unet.kv_width, controlnet.kv_width),
         residuals=tuple(residuals),
-        mid_residual=(controlnet.mid_block.resnets[-1].out_channels, downscale),
+        mid_residual=(controlnet.mid_block.resnets[-1].out_channels, residuals[-1][1]),
+        keyframe_layers=(
+            tuple(layer[:2] for layer in layers),
+            tuple(layer[:2] for layer in attention_layers(controlnet)),
+        ),
+        temporal_layers=tuple(layer[:2] for layer in layers if layer[2]),
     )
 
 
-@torch.no_grad()
-def fold_temporal_output(unet: VideoUNet) -> None:
-    """Replace conv_temp ∘ attn_temp.to_out by the one linear map it is, `temporal_out`; for inference only."""
-    for block in unet.transformer_blocks():
-        if not hasattr(block, "conv_temp"):
-            continue
-        weight, bias = fold_pair(
-            block.conv_temp.weight,
-            block.conv_temp.bias,
-            block.attn_temp.to_out[0].weight,
-            block.attn_temp.to_out[0].bias,
-        )
-        block.temporal_out = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-        block.temporal_out.weight.copy_(weight)
-        block.temporal_out.bias.copy_(bias)
-        del block.conv_temp, block.attn_temp.to_out
+def residual_layers(network: ClipDenoiser) -> list[tuple[int, int]]:
+    """(channels, downscale) of what `conv_in` and every layer of the down blocks give, in the order of a forward."""
+    layers, downscale = [(network.conv_in.out_channels, 1)], 1
+    for block in network.down_blocks:
+        layers += [(resnet.out_channels, downscale) for resnet in block.resnets]
+        for downsampler in block.downsamplers or ():
+            downscale *= 2
+            layers.append((downsampler.out_channels, downscale))
+    return layers
 
 
-def fold_pair(conv_weight: Tensor, conv_bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of x ↦ conv(out(x)), multiplied in float32."""
-    weight = conv_weight.float() @ out_weight.float()
-    bias = conv_weight.float() @ out_bias.float() + conv_bias.float()
-    return weight.to(conv_weight.dtype), bias.to(conv_bias.dtype)
+def attention_layers(network: ClipDenoiser) -> list[tuple[int, int, bool]]:
+    """(channels, downscale, has temporal attention) of every transformer block, in the order of a forward."""
+    layers, downscale = [], 1
+
+    def add(block: Any) -> None:
+        for attention in getattr(block, "attentions", ()):
+            for inner in attention.transformer_blocks:
+                layers.append((inner.attn1.inner_dim, downscale, hasattr(inner, "attn_temp")))
+
+    for block in network.down_blocks:
+        add(block)
+        downscale *= 2 ** len(block.downsamplers or ())
+    add(network.mid_block)
+    for block in getattr(network, "up_blocks", ()):
+        add(block)
+        downscale //= 2 ** len(block.upsamplers or ())
+    return layers

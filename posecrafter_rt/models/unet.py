@@ -6,6 +6,7 @@ Layer 3: weights and names are diffusers'; the path of a clip through them is he
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from posecrafter_rt.models.blocks import (
     BlockForward,
     ClipContext,
     NormScope,
+    StreamMemory,
     assign_slices,
     checkpointed,
     group_norm,
@@ -111,11 +113,13 @@ class ClipDenoiser(nn.Module):
             hidden_states = self._run(resnet_forward, resnet, hidden_states, context)
         return hidden_states
 
-    def _context(self, latents: Tensor, time_projections: Tensor, text_kv: Tensor) -> ClipContext:
+    def _context(
+        self, latents: Tensor, time_projections: Tensor, text_kv: Tensor, memory: StreamMemory | None
+    ) -> ClipContext:
         if latents.shape[0] % text_kv.shape[0]:
             raise ShapeError(f"{latents.shape[0]} frames do not divide into {text_kv.shape[0]} prompts",
                              "give as many frames for each prompt")  # fmt: skip
-        return ClipContext(text_kv.shape[0], time_projections, text_kv, self.norm_scope)
+        return ClipContext(text_kv.shape[0], time_projections, text_kv, self.norm_scope, memory=memory)
 
 
 class VideoUNet(ClipDenoiser):
@@ -140,14 +144,19 @@ class VideoUNet(ClipDenoiser):
         text_kv: Tensor,
         down_block_additional_residuals: Sequence[Tensor] = (),
         mid_block_additional_residual: Tensor | None = None,
+        *,
+        temporal_mask: Tensor | None = None,
+        memory: StreamMemory | None = None,
     ) -> Tensor:
         """Predict the noise of a clip; frame 0 of each group is its key frame.
 
         Args: latents: (G·F, 4, h, w). time_projections: (G or 1, T) from `time_projections`. text_kv: (G, tokens, K).
             down_block_additional_residuals, mid_block_additional_residual: what the ControlNet returned.
+            temporal_mask: bool (F, F), which frame attends to which over time; None: each to all.
+            memory: what the frames of a stream attend to instead of one another; their own is added to it.
         Returns: noise_pred (G·F, 4, h, w).
         """
-        context = self._context(latents, time_projections, text_kv)
+        context = replace(self._context(latents, time_projections, text_kv, memory), temporal_mask=temporal_mask)
         samples = self._down(self.conv_in(latents), context)
         hidden_states = self._mid(samples[-1], context)
         if mid_block_additional_residual is not None:

@@ -37,6 +37,8 @@ def temporal_attention_ref(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Te
         frames_last = tensor.transpose(1, 2).reshape(groups * tokens, num_frames, channels)
         return split_heads(frames_last, heads)
 
+    if mask is not None and mask.ndim == 3:
+        mask = mask.repeat_interleave(tokens, dim=0).unsqueeze(1)  # (G·L, 1, Fq, Fk)
     out = F.scaled_dot_product_attention(
         positions_first(q, num_queries), positions_first(k, num_keys), positions_first(v, num_keys), attn_mask=mask
     )

@@ -23,8 +23,8 @@ def temporal_attention(
     Args:
         q: (G, Fq, L, C); k, v: (G, Fk, L, C); fp32, fp16 or bf16; C = heads · d, channels contiguous (groups, frames
             and rows may be strided: slices of one fused projection or of a ring buffer are read in place).
-        mask: bool (Fq, Fk), True where a query frame may attend to a key frame; None: everywhere. A query frame
-            without any key yields 0. A causal window with an anchor is such a mask.
+        mask: bool (Fq, Fk), or (G, Fq, Fk) where groups differ, True where a query frame may attend to a key frame; None:
+            everywhere. A query frame without any key yields 0. A causal window with an anchor is such a mask.
         backend: `triton` (CUDA, compute capability 8.0 or newer, no gradient, d a multiple of 8 up to 160;
             larger tiles spill registers) or `reference`; None: the first that can run.
     Returns: (G, Fq, L, C), dtype of q, new contiguous tensor.
@@ -37,10 +37,11 @@ def temporal_attention(
     if q.shape[-1] % heads:
         raise ShapeError(f"temporal_attention: {q.shape[-1]} channels do not divide into {heads} heads",
                          "want channels = heads · head size")  # fmt: skip
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[1], k.shape[1])):
+    frames = (q.shape[1], k.shape[1])
+    if mask is not None and (mask.dtype != torch.bool or mask.shape not in (frames, (q.shape[0], *frames))):
         raise ShapeError(
             f"temporal_attention: mask {tuple(mask.shape)}, {mask.dtype}",
-            f"want bool {(q.shape[1], k.shape[1])}: query frames × key frames",
+            f"want bool {frames}: query frames × key frames, with the groups before them or without",
         )
     if is_traced_as_op(backend, q, k, v):
         return torch.ops.posecrafter.temporal_attention(q, k, v, heads, mask)

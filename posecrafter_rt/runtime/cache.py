@@ -14,6 +14,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posecrafter_rt.atomic import atomic_path, sha256_json
+from posecrafter_rt.method import DDIMSchedule
+from posecrafter_rt.runtime.options import RenderOptions
+
+
+def inversion_key(
+    manifest: dict[str, Any], schedule: DDIMSchedule, options: RenderOptions, *, frame: int, prompt: str, precision: str
+) -> dict[str, Any]:
+    """All that an inversion depends on, and nothing else (METHOD), of an engine by its manifest.
+
+    Args: options: with nothing left to the base. frame: the training frame that is inverted; prompt: the source prompt;
+        precision: what it is done in.
+    """
+    assert options.inversion_substeps is not None
+    steps = schedule.inversion_pairs(options.num_inference_steps, options.inversion_substeps, options.start_step)
+    return {
+        **{name: manifest[name] for name in ("checkpoint", "base_hash", "backend", "norm_scope", "scheduler", "size",
+                                             "libraries")},
+        "loras": [[lora["sha256"], lora["scale"]] for lora in manifest.get("loras", [])],
+        "source_prompt": prompt, "frame": frame, "steps": steps.tolist(), "precision": precision,
+        "conditioning_scale": options.conditioning_scale,
+    }  # fmt: skip
 
 
 class InversionCache:

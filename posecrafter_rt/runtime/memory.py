@@ -5,6 +5,7 @@ Layer 5.
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
-from posecrafter_rt.machine import available_bytes
+from posecrafter_rt.machine import available_bytes, return_freed_memory
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.segments import SegmentChoice, least_segment
 from posecrafter_rt.spec import Architecture
@@ -26,10 +27,15 @@ KEPT_LENGTHS = 2
 # In the U-Net, whose peak is the render's, a transformer block of the widest level has so many times that level's channels
 # at once: 16 in the feed-forward (8, and 4 and 4 once gated), the rest around it.
 LEVEL_COPIES = 24
-# How libraries say that memory ran out where they raise no error of its own kind: torch, OpenVINO, the CUDA driver.
+# How libraries say that memory ran out where they raise no error of its own kind: torch, OpenVINO, the CUDA driver; and
+# oneDNN, which does not give its reason: it says the same when it has no memory for its code or its scratchpad.
 OUT_OF_MEMORY = re.compile(
-    r"can'?t allocate memory|cannot allocate memory|not enough memory|out of memory|bad.alloc", re.I
+    r"can'?t allocate memory|cannot allocate memory|not enough memory|out of memory|bad.alloc"
+    r"|could not (create|execute) a primitive$",
+    re.I | re.M,
 )
+
+IN_SEGMENTS = "free some memory, or use +insertion or +editing, which can be rendered in segments"
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +97,8 @@ def warn_unless_fits(room: Room, num_frames: int, options: RenderOptions) -> Non
     """Say in one line if a clip, rendered jointly, will hardly fit; it is tried all the same, for this is an estimate."""
     if room.free is not None and num_frames > room.fitting():
         log.warning("%d frames jointly take about %s, and %s are free: %s", num_frames,
-                    _mb(room.per_frame * (num_frames + 1) + room.reserved), _mb(room.free), _advice(options))  # fmt: skip
+                    _mb(room.per_frame * (num_frames + 1) + room.reserved), _mb(room.free),
+                    "render it in segments: --segment auto" if options.inserts else IN_SEGMENTS)  # fmt: skip
 
 
 @contextmanager
@@ -106,13 +113,21 @@ def explained(options: RenderOptions) -> Iterator[None]:
         raise OutOfMemory(f"memory ran out{reason and ': '}{reason}", _advice(options)) from error
 
 
+def let_go() -> None:
+    """Give back what is no longer used: tensors that an error's traceback held in a cycle, torch's cache on a GPU, and
+    the C library's.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return_freed_memory()
+
+
 def _advice(options: RenderOptions) -> str:
+    """For where there are no shorter segments to go on with."""
     if not options.inserts:
-        return "free some memory, or use +insertion or +editing, which can be rendered with --segment auto"
-    if options.segment is None:
-        return "render it in segments: --segment auto"
-    shorter = "shorter segments (--segment, with --force to begin anew)"
-    return f"free some memory and run the same command again, or render in {shorter}"
+        return IN_SEGMENTS
+    return "free some memory and run the same command again, or build the engine with a smaller --size"
 
 
 def _mb(num_bytes: int) -> str:

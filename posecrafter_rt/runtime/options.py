@@ -15,7 +15,7 @@ from posecrafter_rt.runtime.segments import check_split, least_segment
 
 MODES = ("controlvideo", "+selection", "+insertion", "+editing")
 Resample = Literal["bilinear", "nearest", "unit_variance"]
-Sampler = Literal["ddim", "dpmpp"]
+Sampler = Literal["ddim", "dpmpp", "unipc"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class RenderOptions:
     strength: partial inversion: the share of the steps that is walked, in (0, 1]. Below 1 the reference is inverted only
         to the step where sampling then starts, so less of it is lost and less time is spent; 1 is the paper's. None: what
         the base recommends.
-    sampler: `ddim`, the paper's, or `dpmpp`: DPM-Solver++ of second order, which needs fewer steps. The inversion is DDIM's
-        in either's timesteps, and ends where the sampler starts.
+    sampler: `ddim`, the paper's, or one of second order, which needs fewer steps: `dpmpp`, DPM-Solver++, or `unipc`, UniPC.
+        The inversion is DDIM's in the sampler's timesteps, and ends where the sampler starts.
+    controlnet_every: steps of sampling after which the ControlNet's residuals are computed anew; between them the U-Net
+        gets those of the step before. 1 is exact.
     segment: render at most so many frames jointly, each segment with the inserted reference as its key frame: memory then
         does not grow with the clip, but frames attend to their own segment only, which is an approximation. None: the
         whole clip jointly, exact. A clip that fits into one segment is exact, too. `auto`: as many as free memory takes.
@@ -54,6 +56,7 @@ class RenderOptions:
     inversion_substeps: int | None = None
     strength: float | None = None
     sampler: Sampler = "ddim"
+    controlnet_every: int = 1
     segment: int | Literal["auto"] | None = None
     # The ramp then goes from one segment to the next in five steps of a fifth, over 1/5 s of video at 25 frames/s, and
     # each seam costs 4 frames that are rendered twice: a fifth more work in segments of 24, a thirtieth in those of 124.
@@ -63,10 +66,11 @@ class RenderOptions:
         for name, choices in {"mode": MODES, "resample": get_args(Resample), "sampler": get_args(Sampler)}.items():
             if getattr(self, name) not in choices:
                 raise PoseCrafterError(f"unknown {name} {getattr(self, name)!r}", f"choose one of {', '.join(choices)}")
-        if self.num_inference_steps < 1:
-            raise PoseCrafterError(f"{self.num_inference_steps} denoising steps", "give 1 or more")
-        if self.inversion_substeps is not None and self.inversion_substeps < 1:
-            raise PoseCrafterError(f"{self.inversion_substeps} substeps of inversion", "give 1 or more")
+        counts = {"denoising steps": self.num_inference_steps, "substeps of inversion": self.inversion_substeps,
+                  "steps to keep residuals over": self.controlnet_every}  # fmt: skip
+        for what, count in counts.items():
+            if count is not None and count < 1:
+                raise PoseCrafterError(f"{count} {what}", "give 1 or more")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise PoseCrafterError(f"strength {self.strength}", "give more than 0, and 1 at most")
         last = self.num_inference_steps - (0 if self.strength is None else self.start_step)
@@ -81,13 +85,11 @@ class RenderOptions:
         self._check_segments()
 
     def _check_segments(self) -> None:
-        if self.segment is None:
-            return
-        segment = least_segment(self.overlap) if self.segment == "auto" else self.segment
+        segment = least_segment(self.overlap) if self.segment in (None, "auto") else self.segment
         if not isinstance(segment, int):
             raise PoseCrafterError(f"segments of {segment!r} frames", "give a number, or auto")
         check_split(segment, self.overlap)
-        if not self.inserts:
+        if self.segment is not None and not self.inserts:
             # Each segment would take its own first frame as key frame: nothing would hold them together.
             raise PoseCrafterError(f"mode {self.mode} cannot be rendered in segments: no key frame is common to them",
                                    "use +insertion or +editing, or no segments")  # fmt: skip

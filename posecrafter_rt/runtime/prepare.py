@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from posecrafter_rt.method import DDIMSchedule, EditPlan, ddim_invert, insert_re
 from posecrafter_rt.ops import affine_warp_paste
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.options import RenderOptions, Resample
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,39 @@ def prepare_clip(
     """
     poses = insert_reference(reference_pose, target) if options.inserts else target
     pose_embeddings = embed_poses(engines, poses, target.canvas)
-    latent_size = (inverted_latents.shape[-2], inverted_latents.shape[-1])
     if not options.edits:
         return Clip(inverted_latents.expand(len(poses), -1, -1, -1).contiguous(), pose_embeddings, None)
+    latents, plan = edit_latents(inverted_latents, reference_pose, target, options, is_late=options.tau > 1)
+    return Clip(latents, pose_embeddings, plan)
+
+
+class EditOptions(Protocol):
+    """What of a render's or stream's options an edit reads."""
+
+    @property
+    def regions(self) -> tuple[str, ...]: ...
+
+    @property
+    def resample(self) -> Resample: ...
+
+
+def edit_latents(
+    inverted_latents: Tensor, reference_pose: np.ndarray, target: PoseSequence, options: EditOptions, *,
+    is_late: bool = False,
+) -> tuple[Tensor, EditPlan]:  # fmt: skip
+    """Initial latents (1 + N, 4, h, w), of the reference and of N targets, the targets' face and hands moved (method step 4).
+
+    Args: inverted_latents: (4, h, w); poses as `prepare_clip` takes them. is_late: only plan; each frame's own latents
+        are edited at a later step.
+    """
+    latent_size = (inverted_latents.shape[-2], inverted_latents.shape[-1])
     plan = plan_edits(
         reference_pose, target.keypoints, canvas=target.canvas, vae_scale_factor=target.canvas[0] // latent_size[0],
         latent_size=latent_size, regions=options.regions)  # fmt: skip
-    rects = plan.rects if options.tau == 1 else np.zeros_like(plan.rects)  # a later edit works on the sampled latents
+    rects = np.zeros_like(plan.rects) if is_late else plan.rects
     latents = affine_warp_paste(
         inverted_latents, torch.from_numpy(plan.affines), torch.from_numpy(rects), options.resample)  # fmt: skip
-    return Clip(latents, pose_embeddings, plan)
+    return latents, plan
 
 
 class Denoiser:
@@ -120,12 +144,15 @@ class Denoiser:
 
     def __init__(
         self, engines: Mapping[str, Engine], tables: Tables, pose_embeddings: Tensor, conditioning_scale: float,
-        guidance_scale: float,
+        guidance_scale: float, controlnet_every: int = 1,
     ) -> None:  # fmt: skip
+        """controlnet_every: calls after which the ControlNet's residuals are computed anew."""
         self.controlnet, self.unet = engines["controlnet"], engines["unet"]
         self.tables, self.guidance_scale = tables, guidance_scale
         self.pose_embeddings = pose_embeddings.repeat(tables.groups, 1, 1, 1)
         self.conditioning_scale = torch.full((1,), conditioning_scale, device=self.controlnet.device)
+        self.controlnet_every, self._num_calls = controlnet_every, 0
+        self._residuals: dict[str, Tensor] = {}
 
     def _step(self, network: str, index: int) -> dict[str, Tensor]:
         return {"time_projections": self.tables.time_projections[network][index : index + 1],
@@ -134,10 +161,13 @@ class Denoiser:
     def __call__(self, latents: Tensor, index: int, timestep: int) -> Tensor:
         """latents: (F, 4, h, w) → noise_pred of the same shape; index: into the timestep table."""
         batch = latents.repeat(self.tables.groups, 1, 1, 1) if self.tables.groups > 1 else latents
-        residuals = self.controlnet(
-            latents=batch, pose_embeddings=self.pose_embeddings, conditioning_scale=self.conditioning_scale,
-            **self._step("controlnet", index))  # fmt: skip
-        noise_pred = self.unet(latents=batch, **self._step("unet", index), **residuals)["noise_pred"]
+        if self._num_calls % self.controlnet_every == 0:
+            self._residuals = {}  # before the new ones are made
+            self._residuals = self.controlnet(
+                latents=batch, pose_embeddings=self.pose_embeddings, conditioning_scale=self.conditioning_scale,
+                **self._step("controlnet", index))  # fmt: skip
+        self._num_calls += 1
+        noise_pred = self.unet(latents=batch, **self._step("unet", index), **self._residuals)["noise_pred"]
         if self.tables.groups == 1:
             return noise_pred
         unconditional, conditional = noise_pred.chunk(2)

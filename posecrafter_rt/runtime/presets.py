@@ -31,15 +31,17 @@ def preset_options(preset: str, **given: Any) -> RenderOptions:
     return RenderOptions(**{**bundle(preset), **given})
 
 
-def approximations(options: RenderOptions, num_segments: int) -> dict[str, Any]:
+def approximations(options: RenderOptions, segment: int | str | None) -> dict[str, Any]:
     """What a render leaves out of the paper's, as options and their values; empty when nothing.
 
-    Args: options: with nothing left to the base. num_segments: of the render; one is exact, whatever was asked for.
+    Args: options: with nothing left to the base. segment: frames rendered jointly at most; None: all of the clip, which is
+        exact, whatever was asked for.
     """
     is_used = {
         "num_inference_steps": options.num_inference_steps < RenderOptions.num_inference_steps,
         "sampler": options.sampler != RenderOptions.sampler,
         "strength": options.strength != 1,
-        "segment": num_segments > 1,
+        "controlnet_every": options.controlnet_every > 1,
     }
-    return {name: getattr(options, name) for name, used in is_used.items() if used}
+    named = {name: getattr(options, name) for name, used in is_used.items() if used}
+    return named if segment is None else {**named, "segment": segment}

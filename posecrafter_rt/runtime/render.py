@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.engines.base import Engine
-from posecrafter_rt.method import DDIMSchedule, DPMSchedule, ddim_sample, dpmpp_sample
+from posecrafter_rt.method import DDIMSchedule, DPMSchedule, ddim_sample, dpmpp_sample, unipc_sample
 from posecrafter_rt.ops import affine_warp_paste_
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.prepare import Clip, Denoiser, Tables
@@ -32,8 +32,8 @@ def render_clip(
 
     Returns: clean latents (F, 4, h, w), the inserted reference still at frame 0.
     """
-    denoise = Denoiser(engines, tables, clip.pose_embeddings, options.conditioning_scale, options.guidance_scale)
-
+    denoise = Denoiser(engines, tables, clip.pose_embeddings, options.conditioning_scale, options.guidance_scale,
+                       options.controlnet_every)  # fmt: skip
     plan, steps = clip.plan, options.num_inference_steps
     edit_step = None if plan is None or options.tau == 1 else options.start_step + options.tau - 1
 
@@ -45,8 +45,9 @@ def render_clip(
         return latents
 
     if isinstance(schedule, DPMSchedule):
-        return dpmpp_sample(denoise, clip.latents, schedule, steps, start_step=options.start_step,
-                            restart_step=edit_step, on_step=before_step)  # fmt: skip
+        sample = unipc_sample if options.sampler == "unipc" else dpmpp_sample
+        return sample(denoise, clip.latents, schedule, steps, start_step=options.start_step,
+                      restart_step=edit_step, on_step=before_step)  # fmt: skip
     return ddim_sample(denoise, clip.latents, schedule, steps, start_step=options.start_step, on_step=before_step)
 
 

@@ -5,7 +5,8 @@ Layer 5: integers only.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from posecrafter_rt.errors import PoseCrafterError
 
@@ -19,6 +20,11 @@ class Segment(NamedTuple):
     start: int
     stop: int
     settled: int
+
+
+# What had to change while a render was under way, as its report has it: `frame`, the first one from which it holds,
+# `reason`, and either `segment` with `overlap` or `precision`.
+Adjustment = dict[str, Any]
 
 
 class SegmentChoice(NamedTuple):
@@ -55,18 +61,71 @@ def split_clip(num_frames: int, segment: int | None, overlap: int) -> list[Segme
     Returns: the segments in order: each but the last ends `overlap` frames after the next begins.
     Raises: PoseCrafterError for what `check_split` refuses.
     """
-    if segment is None:
-        return [Segment(0, num_frames, num_frames)]
-    check_split(segment, overlap)
-    count = 1 if num_frames <= segment else -((overlap - num_frames) // (segment - overlap))  # rounded up
+    return list(_cut(num_frames, segment, overlap))
+
+
+def _cut(num_frames: int, segment: int | None, overlap: int) -> Iterator[Segment]:
+    count = _count_segments(num_frames, segment, overlap)
     shortest, longer = divmod(num_frames + (count - 1) * overlap, count)
-    segments, start = [], 0
+    start = 0
     for index in range(count):
         stop = start + shortest + (index < longer)
         settled = stop - overlap if index < count - 1 else stop
-        segments.append(Segment(start, stop, settled))
+        yield Segment(start, stop, settled)
         start = settled
-    return segments
+
+
+def _count_segments(num_frames: int, segment: int | None, overlap: int) -> int:
+    if segment is None:
+        return 1
+    check_split(segment, overlap)
+    return 1 if num_frames <= segment else -((overlap - num_frames) // (segment - overlap))  # rounded up
+
+
+class Split:
+    """The segments of a clip, one after another; where memory runs out, those that are left become shorter.
+
+    segment, overlap: what holds for the segments that are left; see `split_clip`. start: the first frame not settled.
+    Cutting what is left of a clip gives what is left of cutting the clip, so these three numbers are the whole state.
+    """
+
+    def __init__(self, num_frames: int, segment: int | None, overlap: int) -> None:
+        self.num_frames, self.segment, self.overlap = num_frames, segment, overlap
+        self.start = 0
+
+    def num_left(self) -> int:
+        """How many segments are left."""
+        num_frames = self.num_frames - self.start
+        return _count_segments(num_frames, self.segment, self.overlap) if num_frames else 0
+
+    def upcoming(self) -> Segment:
+        """The next of those that are left."""
+        segment = next(_cut(self.num_frames - self.start, self.segment, self.overlap))
+        return Segment(*(self.start + frame for frame in segment))
+
+    def settle(self, adjustments: Iterable[Adjustment] = ()) -> Segment:
+        """Take the next segment as rendered. adjustments: made before or during it by another run, to be followed."""
+        self._follow(adjustments)
+        segment = self.upcoming()
+        self.start = segment.settled
+        self._follow(adjustments)
+        return segment
+
+    def _follow(self, adjustments: Iterable[Adjustment]) -> None:
+        for adjustment in adjustments:
+            if "segment" in adjustment and adjustment["frame"] == self.start:
+                self.segment, self.overlap = adjustment["segment"], adjustment["overlap"]
+
+    def shorten(self, reason: str) -> Adjustment | None:
+        """Make what is left half as long as the next segment is, sharing no more than that allows; None if none is left
+        or the next is of one frame.
+        """
+        length = self.upcoming().stop - self.start if self.num_left() else 0
+        if length < 2:
+            return None
+        self.segment = length // 2
+        self.overlap = min(self.overlap, self.segment // 3)
+        return {"frame": self.start, "segment": self.segment, "overlap": self.overlap, "reason": reason}
 
 
 def ramp(overlap: int) -> list[float]:

@@ -136,9 +136,13 @@ def test_the_committed_ledger_is_this_codes(sd15: Counters) -> None:
         assert sum(saved.values()) == totals[before] - totals[after]
 
 
+DOUBLING = "doubling a picture and convolving it as one map"
+
+
 def test_the_estimates_hold_to_a_percent() -> None:
     committed = json.loads((RESULTS / "ledger.json").read_text())
     found = {name: algorithm["total"] / 1e15 for name, algorithm in committed["algorithms"].items()}
+    found["exact"] += committed["identities"]["published to exact"][DOUBLING] / 1e15  # the estimate knew nothing of it
     found |= {name: flops / 1e9 for name, flops in committed["networks"].items()}
     for name, estimate in ESTIMATES.items():
         assert found[name] == pytest.approx(estimate, rel=0.01), name

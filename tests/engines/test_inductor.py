@@ -43,7 +43,7 @@ def load_decoder(model: PoseModel, folder: Path) -> Engine:
 
 
 def draw(model: PoseModel, name: str, frames: int) -> dict[str, Tensor]:
-    sizes = {"frames": frames, "groups": 1, "steps": frames}
+    sizes = {"frames": frames, "groups": 1, "steps": frames, "window": 3}
     return random_inputs(network_specs(sized(model))[name], sizes, seed=frames)
 
 

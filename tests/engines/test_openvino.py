@@ -33,7 +33,7 @@ def load(
 
 
 def draw(model: PoseModel, name: str, frames: int, groups: int = 1) -> dict[str, Tensor]:
-    sizes = {"frames": frames, "groups": groups, "steps": frames, "height": 32, "width": 48}
+    sizes = {"frames": frames, "groups": groups, "steps": frames, "window": 3, "height": 32, "width": 32}
     return random_inputs(network_specs(model.architecture())[name], sizes, seed=frames)
 
 

@@ -20,7 +20,7 @@ from posecrafter_rt.spec import NETWORK_NAMES, NetworkSpec, network_specs
 def inputs_for(spec: NetworkSpec, frames: int, groups: int = 1, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs at 32 × 32 pixels."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = {"frames": frames, "groups": groups, "steps": 3, "height": 32, "width": 32}
+    sizes = {"frames": frames, "groups": groups, "steps": 3, "window": 3, "height": 32, "width": 32}
 
     def size(dim: int | str) -> int:
         if isinstance(dim, int):
@@ -32,6 +32,8 @@ def inputs_for(spec: NetworkSpec, frames: int, groups: int = 1, seed: int = 0) -
         shape = [size(dim) for dim in dims]
         if dtype == "int64":
             return torch.randint(0, 700, shape, generator=generator)
+        if dtype == "bool":
+            return torch.rand(shape, generator=generator) < 0.5
         return torch.randn(shape, generator=generator)
 
     return {item.name: tensor(item.dims, item.dtype) for item in spec.inputs}

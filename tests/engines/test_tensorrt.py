@@ -31,6 +31,7 @@ on_gpu = [pytest.mark.gpu, pytest.mark.tensorrt, pytest.mark.skipif(REASON is no
 ARCH = Architecture(
     latent_channels=4, vae_scale_factor=8, text_tokens=77, text_channels=768, pose_channels=320,
     time_widths=(10, 20), kv_widths=(30, 40), residuals=((320, 1), (640, 2), (1280, 8)), mid_residual=(1280, 8),
+    keyframe_layers=(((320, 1), (640, 2)), ((320, 1),)), temporal_layers=((320, 1),),
 )  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def test_outputs_follow_the_inputs() -> None:
         (3, 320, 16, 8), (3, 640, 8, 4), (3, 1280, 2, 1), (3, 1280, 2, 1))  # fmt: skip
 
 
-SIZES = {"frames": 3, "groups": 1, "steps": 2, "height": 128, "width": 64}
+SIZES = {"frames": 3, "groups": 1, "steps": 2, "window": 3, "height": 128, "width": 64}
 
 
 def test_only_small_or_unaligned_inputs_are_copied() -> None:
@@ -139,7 +140,7 @@ def engines_of(
 
 
 def draw(model: PoseModel, name: str, frames: int, seed: int = 0) -> dict[str, Tensor]:
-    sizes = {"frames": frames, "groups": 1, "steps": frames, "height": 32, "width": 48}
+    sizes = {"frames": frames, "groups": 1, "steps": frames, "window": 3, "height": 32, "width": 48}
     inputs = random_inputs(network_specs(model.architecture())[name], sizes, seed=seed)
     return {key: tensor.cuda() for key, tensor in inputs.items()}
 

@@ -58,6 +58,9 @@ def temporal(request: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     if request["mask"] == "holes":
         mask = torch.rand(queries, keys, generator=torch.Generator().manual_seed(2)) > 0.5
         mask[0] = False
+    if request["mask"] == "groups":  # a pipelined stream: each group has its own window
+        mask = torch.rand(groups, queries, keys, generator=torch.Generator().manual_seed(3)) > 0.5
+        mask[..., -1] = True
     inputs = [exact(request, tensor) for tensor in (q, k, v)]
     out = temporal_attention.launch(*inputs, heads, mask, config=TemporalConfig(*request["config"]))
     doubles = [tensor.double() for tensor in (q, k, v)]

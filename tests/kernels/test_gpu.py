@@ -84,6 +84,21 @@ def test_temporal_attention(shape: tuple[int, ...], is_masked: bool, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4, 1, 10, 1024, 8, 40), (8, 1, 18, 64, 8, 160), (3, 5, 7, 31, 8, 80)], ids=str)
+def test_temporal_attention_with_a_mask_for_each_group(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    groups, queries, keys, tokens, heads, head_size = shape
+    q = normal(groups, queries, tokens, heads * head_size, seed=2, dtype=dtype)
+    k, v = normal(groups, keys, tokens, 2 * heads * head_size, seed=3, dtype=dtype).chunk(2, -1)
+    masks = torch.rand(groups, queries, keys, generator=torch.Generator().manual_seed(4)) > 0.5
+    masks[..., -1] = True
+    masks = masks.cuda()
+    skip_if_refused("temporal_attention", q, k, v, heads=heads)
+    exact = temporal_attention_ref(q.double(), k.double(), v.double(), heads, masks)
+    out = temporal_attention(q, k, v, heads, masks, backend="triton")
+    assert_close(out, exact, temporal_attention_ref(q, k, v, heads, masks))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(
     "shape", [(1, 320, 64, 64), (16, 320, 64, 64), (3, 2560, 8, 8), (2, 960, 32, 32), (1, 64, 5, 7)], ids=str

@@ -69,7 +69,7 @@ def test_keyframe_attention(ask: Ask, shape: tuple[int, ...], config: tuple[int,
 
 
 @pytest.mark.parametrize("dtype", list(FLOOR))
-@pytest.mark.parametrize("mask", [None, "window", "holes"])
+@pytest.mark.parametrize("mask", [None, "window", "holes", "groups"])
 @pytest.mark.parametrize(
     ("shape", "config"),
     [

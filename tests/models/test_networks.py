@@ -9,11 +9,12 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel
 
-from posecrafter_rt.models.networks import fold_pair
+from posecrafter_rt.models.folding import fold_doubling, fold_pair
 from posecrafter_rt.spec import NETWORK_NAMES, Architecture, network_specs
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
-SIZES = {"frames": 3, "groups": 1, "steps": 5, "height": 32, "width": 48}
+DTYPES = {"int64": torch.int64, "bool": torch.bool}
+SIZES = {"frames": 3, "groups": 1, "steps": 5, "window": 3, "height": 32, "width": 48}
 
 
 def _size(dim: int | str) -> int:
@@ -28,8 +29,8 @@ def _size(dim: int | str) -> int:
 def test_forward_takes_and_returns_what_the_spec_lists(name: str, tiny_model) -> None:
     spec, generator = network_specs(tiny_model.architecture())[name], torch.Generator().manual_seed(0)
     inputs = [
-        torch.randint(0, 500, shape, generator=generator) if tensor.dtype == "int64"
-        else torch.randn(shape, generator=generator)
+        torch.randint(0, 2 if tensor.dtype == "bool" else 500, shape, generator=generator).to(DTYPES[tensor.dtype])
+        if tensor.dtype in DTYPES else torch.randn(shape, generator=generator)
         for tensor in spec.inputs for shape in [tuple(map(_size, tensor.dims))]
     ]  # fmt: skip
     outputs = tiny_model.networks()[name](*inputs)
@@ -51,6 +52,8 @@ def test_architecture_reads_the_sizes_and_survives_json(tiny_model) -> None:
     assert architecture.vae_scale_factor == 2 and architecture.size_multiple == 4
     assert (architecture.text_tokens, architecture.text_channels, architecture.latent_channels) == (77, 32, 4)
     assert architecture.residuals == ((32, 1), (32, 1), (32, 2), (64, 2)) and architecture.mid_residual == (64, 2)
+    assert architecture.keyframe_layers == (((32, 1), (64, 2), (32, 1), (32, 1)), ((32, 1), (64, 2)))
+    assert architecture.temporal_layers == ((32, 1), (32, 1), (32, 1))
     assert Architecture.from_json(architecture.to_json()) == architecture
 
 
@@ -94,9 +97,33 @@ def test_folding_the_temporal_output_changes_nothing(tiny_model, clip, predict) 
     folded = {name for name, _ in model.unet.named_parameters()}
     assert not any(".conv_temp." in name or ".attn_temp.to_out." in name for name in folded)
     assert {name.replace(".temporal_out.", ".conv_temp.") for name in folded} <= names
+    assert any(isinstance(module, torch.nn.ConvTranspose2d) for module in model.unet.modules())
     once = deepcopy(model.unet.state_dict())
     model.fold()  # nothing is left to fold
     assert once.keys() == model.unet.state_dict().keys()
+
+
+@torch.no_grad()
+def test_folding_the_upsamplers_changes_nothing(tiny_model) -> None:
+    networks, latents = tiny_model.networks(), torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    (expected,) = networks["vae_decoder"](latents)
+    convolutions = [m for m in tiny_model.vae.modules() if isinstance(m, torch.nn.ConvTranspose2d)]
+    tiny_model.fold()
+    torch.testing.assert_close(networks["vae_decoder"](latents)[0], expected, **EXACT)
+    folded = [m for part in (tiny_model.vae, tiny_model.unet) for m in part.modules()
+              if isinstance(m, torch.nn.ConvTranspose2d)]  # fmt: skip
+    assert not convolutions and [tuple(m.weight.shape[2:]) for m in folded] == [(4, 4)] * 2
+
+
+def test_fold_doubling_is_the_composition_at_the_borders_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 3, 3, 3, generator=generator)
+    for height, width in ((1, 1), (1, 4), (6, 3)):
+        picture = torch.randn(2, 3, height, width, generator=generator)
+        doubled = torch.nn.functional.interpolate(picture, scale_factor=2.0, mode="nearest")
+        expected = torch.nn.functional.conv2d(doubled, weight, padding=1)
+        found = torch.nn.functional.conv_transpose2d(picture, fold_doubling(weight), stride=2, padding=1)
+        torch.testing.assert_close(found, expected, **EXACT)
 
 
 def test_fold_pair_is_the_composition() -> None:

@@ -89,6 +89,18 @@ def test_temporal_attention(shape: tuple[int, ...], dtype: torch.dtype, is_maske
     assert_close(out, exact, temporal_formula(q, k, v, heads, mask))
 
 
+@pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
+def test_groups_may_have_masks_of_their_own(dtype: torch.dtype) -> None:
+    q = normal(3, 2, 5, 16, seed=21, dtype=dtype)
+    k, v = normal(3, 4, 5, 32, seed=22, dtype=dtype).chunk(2, -1)
+    masks = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(23)) < 0.5
+    masks[..., 0] = True
+    out = temporal_attention(q, k, v, 2, masks)
+    parts = [temporal_attention(*(t[g : g + 1] for t in (q, k, v)), 2, masks[g]) for g in range(3)]
+    assert_close(out, torch.cat(parts).double(), torch.cat(parts))
+    assert not torch.equal(out[1:2], temporal_attention(q[1:2], k[1:2], v[1:2], 2, masks[0]))
+
+
 def test_a_query_without_keys_yields_zero() -> None:
     q, k = normal(1, 3, 2, 16, seed=4), normal(1, 4, 2, 16, seed=5)
     mask = torch.tensor([[True] * 4, [False] * 4, [False, True, False, False]])
@@ -112,12 +124,13 @@ def test_gradients_flow(op: str) -> None:
         assert torch.autograd.gradcheck(lambda *qkv: temporal_attention(*qkv, 2), (q, k, v))
 
 
-@pytest.mark.parametrize("has_mask", [False, True])
-def test_opcheck(has_mask: bool) -> None:
+@pytest.mark.parametrize("has_mask", [False, True, "groups"])
+def test_opcheck(has_mask: bool | str) -> None:
     q, k = normal(4, 5, 24, seed=12), normal(2, 7, 24, seed=13)
     torch.library.opcheck(torch.ops.posecrafter.keyframe_attention.default, (q, k, k, 3))
     q, k = normal(2, 3, 5, 24, seed=14), normal(2, 4, 5, 24, seed=15)
     mask = torch.ones(3, 4, dtype=torch.bool).tril() if has_mask else None
+    mask = torch.stack([mask, mask.flip(1)]) if mask is not None and has_mask == "groups" else mask
     torch.library.opcheck(torch.ops.posecrafter.temporal_attention.default, (q, k, k, 3, mask))
 
 
@@ -192,6 +205,8 @@ def test_refusals() -> None:
         temporal_attention(q[None], q[None], q[None], 2, torch.ones(3, 2, dtype=torch.bool))
     with pytest.raises(ShapeError, match="mask"):
         temporal_attention(q[None], q[None], q[None], 2, torch.ones(3, 3))
+    with pytest.raises(ShapeError, match="mask"):
+        temporal_attention(q[None], q[None], q[None], 2, torch.ones(2, 3, 3, dtype=torch.bool))
     with pytest.raises(BackendUnavailable, match="cannot run"):
         keyframe_attention(q, k[:1], k[:1], 2, backend="triton")
     with pytest.raises(BackendUnavailable, match="no backend 'cutlass'"):

@@ -19,7 +19,8 @@ from bench.runs import shapes_only
 from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
 from posecrafter_rt.export.shapes import resolve_shape
 from posecrafter_rt.models.controlnet import VideoControlNet
-from posecrafter_rt.models.networks import build_networks, describe_architecture, fold_temporal_output
+from posecrafter_rt.models.folding import fold_denoiser
+from posecrafter_rt.models.networks import build_networks, describe_architecture
 from posecrafter_rt.models.sources import SD15_FOLDER, locate_base
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.runtime.memory import (
@@ -64,7 +65,7 @@ def network(request: pytest.FixtureRequest, tiny_base: Path) -> tuple[Any, Any, 
     models = shapes_only(folders.get(name, SD15_FOLDER))
     with torch.device("meta"):
         unet, controlnet = VideoUNet(models["unet"]), VideoControlNet(models["controlnet"])
-        fold_temporal_output(unet)
+        fold_denoiser(unet)
     parts = (unet, controlnet, models["vae"], models["text_encoder"])
     height, width = map(int, size.split("x"))
     return build_networks(*parts)["unet"], describe_architecture(*parts), (height, width)
@@ -81,7 +82,14 @@ def test_the_estimate_covers_what_a_frame_takes_and_not_much_more(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         unet.to_empty(device="cpu")
         for frames in (4, 8):
-            sizes = {"frames": frames * groups, "groups": groups, "steps": 1, "height": size[0], "width": size[1]}
+            sizes = {
+                "frames": frames * groups,
+                "groups": groups,
+                "steps": 1,
+                "window": 9,
+                "height": size[0],
+                "width": size[1],
+            }
             inputs = [torch.empty(resolve_shape(tensor.dims, sizes)) for tensor in network_specs(arch)["unet"].inputs]
             with PeakBytes() as followed:
                 unet(*inputs)
@@ -134,12 +142,12 @@ def test_a_joint_render_that_will_hardly_fit_is_announced_in_one_line(caplog: py
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8),
                                       lambda: bytearray(1 << 60)])  # fmt: skip
-@pytest.mark.parametrize("segment", [None, 12])
-def test_an_allocation_that_fails_is_an_error_with_advice(allocate: Callable[[], Any], segment: int | None) -> None:
-    with pytest.raises(OutOfMemory, match="memory ran out") as caught, explained(RenderOptions(segment=segment)):
+@pytest.mark.parametrize(("mode", "advice"), [("+editing", "--size"), ("+selection", "+insertion or +editing")])
+def test_an_allocation_that_fails_is_an_error_with_advice(allocate: Callable[[], Any], mode: str, advice: str) -> None:
+    with pytest.raises(OutOfMemory, match="memory ran out") as caught, explained(RenderOptions(mode=mode)):
         allocate()
     assert "\n" not in str(caught.value)
-    assert caught.value.hint and ("--segment auto" if segment is None else "shorter segments") in caught.value.hint
+    assert caught.value.hint and advice in caught.value.hint
 
 
 def test_a_gpu_without_memory_is_an_error_with_advice() -> None:

@@ -35,14 +35,16 @@ def test_an_unknown_preset_or_sampler_is_refused_with_the_names_of_those_there_a
         RenderOptions(sampler="euler")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("options", "num_segments", "named"), [
-    (RenderOptions(strength=1.0), 1, {}),
-    (RenderOptions(strength=1.0, num_inference_steps=100), 1, {}),
-    (RenderOptions(strength=1.0, segment=48), 1, {}),  # the clip fitted into one
-    (RenderOptions(strength=1.0, segment=48), 3, {"segment": 48}),
-    (RenderOptions(strength=0.6), 1, {"strength": 0.6}),
-    (RenderOptions(strength=1.0, sampler="dpmpp", num_inference_steps=10), 1,
+@pytest.mark.parametrize(("options", "segment", "named"), [
+    (RenderOptions(strength=1.0), None, {}),
+    (RenderOptions(strength=1.0, num_inference_steps=100), None, {}),
+    (RenderOptions(strength=1.0, segment=48), None, {}),  # the clip fitted into one
+    (RenderOptions(strength=1.0, segment=48), 48, {"segment": 48}),
+    (RenderOptions(strength=1.0), 24, {"segment": 24}),  # memory did not suffice for a joint render
+    (RenderOptions(strength=0.6), None, {"strength": 0.6}),
+    (RenderOptions(strength=1.0, controlnet_every=3, sampler="unipc"), None, {"controlnet_every": 3, "sampler": "unipc"}),
+    (RenderOptions(strength=1.0, sampler="dpmpp", num_inference_steps=10), None,
      {"num_inference_steps": 10, "sampler": "dpmpp"}),
 ])  # fmt: skip
-def test_what_is_approximated_is_named(options: RenderOptions, num_segments: int, named: dict) -> None:
-    assert approximations(options, num_segments) == named
+def test_what_is_approximated_is_named(options: RenderOptions, segment: int | None, named: dict) -> None:
+    assert approximations(options, segment) == named

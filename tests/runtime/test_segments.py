@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.runtime.render import blend
-from posecrafter_rt.runtime.segments import Segment, check_split, ramp, split_clip
+from posecrafter_rt.runtime.segments import Segment, Split, check_split, ramp, split_clip
 
 
 @st.composite
@@ -94,3 +94,46 @@ def test_impossible_splits_are_refused(segment: int, overlap: int) -> None:
     assert caught.value.hint
     with pytest.raises(PoseCrafterError):
         split_clip(5, segment, overlap)
+
+
+@given(splits())
+def test_taken_one_by_one_the_segments_are_those_of_the_whole_clip(split: tuple[int, int, int]) -> None:
+    walked, segments = Split(*split), split_clip(*split)
+    for number, segment in enumerate(segments):
+        assert walked.num_left() == len(segments) - number
+        assert walked.settle() == segment
+    assert not walked.num_left()
+
+
+@given(splits(), st.lists(st.integers(0, 3), max_size=6), st.sets(st.integers(0, 9)))
+def test_segments_that_become_shorter_settle_every_frame_once_and_another_run_can_follow(
+    split: tuple[int, int, int], before: list[int], after: set[int]
+) -> None:
+    """before: how often memory runs out before the segment of that number is done; after: in which ones also after."""
+    walked, followed, settled = Split(*split), Split(*split), []
+    for number in range(1000):
+        adjustments = []
+        for _ in range(before[number] if number < len(before) else 0):
+            length = walked.upcoming().stop - walked.start
+            adjustment = walked.shorten("memory ran out")
+            assert (adjustment is None) == (length == 1)
+            if adjustment is not None:
+                adjustments.append(adjustment)
+                assert adjustment["frame"] == walked.start and walked.upcoming().stop - walked.start <= length // 2
+        segment = walked.settle()
+        settled += range(segment.start, segment.settled)
+        if number in after and (adjustment := walked.shorten("memory ran out")):
+            adjustments.append(adjustment)
+        assert followed.settle(adjustments) == segment
+        if not walked.num_left():
+            break
+    assert settled == list(range(split[0]))
+
+
+def test_a_joint_render_becomes_segments_that_share_what_they_can() -> None:
+    split = Split(13, None, 4)
+    assert split.shorten("no") == {"frame": 0, "segment": 6, "overlap": 2, "reason": "no"}
+    assert split.num_left() == len(split_clip(13, 6, 2)) and split.settle() == split_clip(13, 6, 2)[0]
+    assert split.shorten("no") == {"frame": 4, "segment": 3, "overlap": 1, "reason": "no"}
+    assert split.shorten("no") == {"frame": 4, "segment": 1, "overlap": 0, "reason": "no"}
+    assert split.shorten("no") is None

@@ -1,0 +1,132 @@
+"""What a stream takes and computes on paper: bytes of its memory, FLOPs of a frame, what those would come to on GPUs.
+
+Bench: `python -m bench.stream_budget [--json FILE]`, a minute at most and no weights. Writes results/stream_budget.json
+and .md, or FILE and its .md. Nothing in it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.flops import Counters, Setup
+from bench.hardware import GPUS
+from bench.ledger import SHARE_OF_PEAK
+from bench.report import publish, table
+from posecrafter_rt.engines.base import DTYPES
+from posecrafter_rt.export.shapes import resolve_shape
+from posecrafter_rt.models.sources import EMBEDDED_FOLDER, SD15_FOLDER
+from posecrafter_rt.spec import STREAM_NETWORKS, Architecture, network_specs
+
+# Folder of the configurations, (height, width), and bytes of a kept number in the engines that are usual for it.
+BASES = {
+    "the embedded base": (EMBEDDED_FOLDER, (128, 160), 4),
+    "Stable Diffusion 1.5": (SD15_FOLDER, (512, 512), 2),
+}
+STEPS, WINDOWS, PAPER_WINDOW = (1, 2, 4), (0, 4, 8), 4
+Row = dict[str, Any]
+
+
+def memory_bytes(arch: Architecture, steps: int, window: int, element_bytes: int) -> dict[str, int]:
+    """What streams keep: `stream`, each its own keys and values of temporal attention; `avatar`, all of them as one.
+
+    The latter are the reference's keys and values of every step: of key-frame attention in both networks, and of
+    temporal attention, from which each stream's first slot is copied. arch: with a size.
+    """
+    specs = network_specs(arch)
+    kept = [tensor for name in STREAM_NETWORKS for tensor in specs[name].inputs if tensor.dtype == "kept"]
+
+    def num_bytes(kind: str, slots: int) -> int:
+        shapes = [resolve_shape(tensor.dims, {"frames": steps, "window": slots})
+                  for tensor in kept if tensor.name.startswith(kind)]  # fmt: skip
+        return element_bytes * sum(math.prod(shape) for shape in shapes)
+
+    return {"stream": num_bytes("temporal", window + 1), "avatar": num_bytes("keyframe", 1) + num_bytes("temporal", 1)}
+
+
+def step_flops(counters: Counters, size: tuple[int, int], window: int) -> dict[str, int]:
+    """FLOPs of the two networks for one frame at one step, by name."""
+    specs = network_specs(replace(counters.arch, size=size))
+    flops = {}
+    for name in STREAM_NETWORKS:
+        inputs = [torch.empty(resolve_shape(tensor.dims, {"frames": 1, "window": window + 1}),
+                              dtype=DTYPES.get(tensor.dtype, torch.float32), device="meta")
+                  for tensor in specs[name].inputs]  # fmt: skip
+        flops[name.removesuffix("_stream")] = counters.network(name, *inputs).flops
+    return flops
+
+
+def frame_flops(counters: Counters, size: tuple[int, int], steps: int, window: int) -> dict[str, int]:
+    """FLOPs of a frame, by stage."""
+    setup = Setup(size, frames=1)
+    return {
+        "edit": counters.edit(setup).flops,
+        "pose embedding": counters.network("pose_embedding", counters.pixels(setup, 1)).flops,
+        **{name: steps * flops for name, flops in step_flops(counters, size, window).items()},
+        "decode": counters.network("vae_decoder", counters.latents(setup, 1)).flops,
+    }
+
+
+def count_base(configs: Path, size: tuple[int, int], element_bytes: int) -> Row:
+    """Memory by steps and window, FLOPs of a frame by steps, and seconds on GPUs at a share of their peak."""
+    counters = Counters(configs)
+    arch = replace(counters.arch, size=size)
+    memory = [{"steps": steps, "window": window, **memory_bytes(arch, steps, window, element_bytes)}
+              for steps in STEPS for window in WINDOWS]  # fmt: skip
+    frames = []
+    for steps in STEPS:
+        flops = frame_flops(counters, size, steps, PAPER_WINDOW)
+        seconds = {gpu.name: sum(flops.values()) / (SHARE_OF_PEAK * gpu.tensor_flops) for gpu in GPUS}
+        frames.append({"steps": steps, "flops": flops, "seconds": seconds})
+    return {"size": list(size), "element_bytes": element_bytes, "memory": memory, "frames": frames}
+
+
+def markdown(document: Row) -> str:
+    """The results as tables."""
+    lines = ["# A stream on paper", "",
+             "Counted on shapes by `python -m bench.stream_budget`; nothing here was timed.", "",
+             "## Memory (MB)", "",
+             "A stream: steps × (window + 1) × the sum over temporal layers of positions × 2 · channels, × bytes.",
+             "For all streams of an avatar and its options together: the reference's keys and values of every step and",
+             "layer.", ""]  # fmt: skip
+    cells = []
+    for name, base in document["bases"].items():
+        what = f"{name}, {'×'.join(map(str, base['size']))}, {base['element_bytes']} bytes"
+        for row in base["memory"]:
+            megabytes = (f"{row[part] / 1e6:,.1f}" for part in ("stream", "avatar"))
+            cells.append((what, str(row["steps"]), str(row["window"]), *megabytes))
+    lines += table(("base", "steps", "window", "each stream", "its avatar"), cells)
+    lines += [f"## FLOPs of a frame (GFLOP), window {document['window']}", ""]
+    stages = list(next(iter(document["bases"].values()))["frames"][0]["flops"])
+    cells = [(name, str(row["steps"]), *(f"{row['flops'][stage] / 1e9:,.1f}" for stage in stages),
+              f"{sum(row['flops'].values()) / 1e9:,.1f}")
+             for name, base in document["bases"].items() for row in base["frames"]]  # fmt: skip
+    lines += table(("base", "steps", *stages, "all"), cells)
+    share = f"{100 * document['share_of_peak']:g} %"
+    lines += [f"## Projection, not a measurement: ms of a frame at {share} of 16-bit tensor peak", "",
+              "In brackets frames a second. Of the large base alone: the small one never comes near a GPU's peak.",
+              ""]  # fmt: skip
+    name, base = list(document["bases"].items())[-1]
+    cells = []
+    for row in base["frames"]:
+        times = (f"{1e3 * seconds:.1f} ({1 / seconds:.1f})" for seconds in row["seconds"].values())
+        cells.append((f"{name}, {row['steps']} step{'s' * (row['steps'] > 1)}", *times))
+    return "\n".join(lines + table(("", *(gpu.name for gpu in GPUS)), cells))
+
+
+def main() -> None:
+    """Parse the arguments, count, print, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write here, and the tables beside it as .md")
+    bases = {name: count_base(*what) for name, what in BASES.items()}
+    document = {"window": PAPER_WINDOW, "share_of_peak": SHARE_OF_PEAK, "bases": bases}
+    publish("stream_budget", document, markdown(document), parser.parse_args().json, is_quick=False)
+
+
+if __name__ == "__main__":
+    main()

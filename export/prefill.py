@@ -1,0 +1,120 @@
+"""Graphs of several networks traced at once, each by one process, into the cache that exporting them reads.
+
+Layer 4: tracing is Python in one thread, so other cores help only through other processes (`prefill_worker`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.export.graphs import graph_key
+from posecrafter_rt.export.onnx import export_graph
+from posecrafter_rt.machine import available_bytes
+from posecrafter_rt.models.empty import describe_modules
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import NETWORK_NAMES, Architecture, network_specs
+
+MAX_WORKERS = 2  # beside this process: the longest network takes more than a quarter of the time of all
+WORKER_BYTES = 1_500_000_000  # libraries, the largest graph and, of Stable Diffusion 1.5, the text encoder
+LONGEST_FIRST = ("unet_stream", "unet", "controlnet_stream", "controlnet", "vae_decoder", "time_tables")
+
+log = logging.getLogger(__name__)
+
+
+def prefill(model: PoseModel, arch: Architecture, graphs: BlobCache, progress: Callable[[str], None]) -> None:
+    """Trace what `graphs` lacks of a model's networks, together with other processes.
+
+    Where there is nothing to share, one core, little memory, or a cache that cannot be written, nothing is done:
+    `export_network` traces what it does not find, and so it does with what another process failed at.
+    Args: model: folded, float32, on the CPU. progress: told that there is something to wait for.
+    """
+    networks, specs = model.networks(), network_specs(arch)
+    missing = [name for name in networks if graphs.load(graph_key(networks[name], specs[name], arch)) is None]
+    missing.sort(key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST))
+    num_workers = count_workers(len(missing))
+    if num_workers == 0 or not _is_writable(graphs.folder):
+        return
+    progress("tracing the networks")
+    task = {
+        "folder": str(graphs.folder.absolute()),
+        "modules": describe_modules(model),
+        "architecture": arch.to_json(),
+        "parent": os.getpid(),
+    }
+    with start_workers(num_workers, json.dumps(task), missing) as names:
+        for name in names:
+            export_graph(networks[name], specs[name], arch, graphs)
+
+
+def count_workers(num_missing: int) -> int:
+    """How many processes are worth starting beside this one for so many graphs, and fit beside it."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = available_bytes()
+    num_fitting = MAX_WORKERS if free is None else free // WORKER_BYTES - 1  # this process takes as much
+    return max(0, min(num_cores - 1, num_missing - 1, num_fitting, MAX_WORKERS))
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether graphs can be handed over there: traced for nothing, they would take twice the time."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+@contextmanager
+def start_workers(number: int, task: str, names: Sequence[str]) -> Iterator[Iterator[str]]:
+    """Yields those of `names` that are left to this process: the first that nobody has taken, until all are.
+
+    At the end of the block the workers are waited for; when it fails or is interrupted, they are ended at once.
+    Args: task: see `prefill_worker`; names: of networks, in the order in which they are to be taken.
+    """
+    # Bytes of a pipe go to one reader each: here a byte is a name's place in NETWORK_NAMES, and taking it takes the name.
+    source, sink = os.pipe()
+    os.write(sink, bytes(NETWORK_NAMES.index(name) for name in names))
+    os.close(sink)
+    workers: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryFile() as errors:
+        try:
+            for _ in range(number):
+                try:
+                    workers.append(_start(task, source, errors))
+                except OSError as error:
+                    log.warning("no process can be started to trace networks beside this one: %s", error)
+                    break
+            yield iter(lambda: take_name(source), None)
+            if any([worker.wait() != 0 for worker in workers]):  # a list: every one is waited for
+                errors.seek(0)
+                lines = errors.read().decode(errors="replace").strip().splitlines()
+                reason = lines[-1] if lines else f"status {[worker.returncode for worker in workers]}"
+                log.warning("a process that traced networks failed: %s; its part is done again", reason)
+        finally:
+            os.close(source)
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+
+
+def _start(task: str, source: int, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A worker that takes names from `source`."""
+    # Not multiprocessing: it would run the caller's own script again in every process.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from posecrafter_rt.export.prefill_worker import main; main()"
+    command = [sys.executable, "-c", code, task]
+    return subprocess.Popen(command, stdin=source, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def take_name(source: int) -> str | None:
+    """The next name that nobody has taken; None when none is left."""
+    taken = os.read(source, 1)
+    return NETWORK_NAMES[taken[0]] if taken else None

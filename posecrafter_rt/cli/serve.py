@@ -1,0 +1,132 @@
+"""`posecrafter-rt serve`: an engine as a live avatar, until Ctrl-C.
+
+Layer 8: arguments, one server, the line that says where it is.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlencode
+
+import typer
+
+from posecrafter_rt.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+app = typer.Typer()
+
+_SHUTDOWN_S = 5
+
+
+@app.command()
+def serve(  # noqa: PLR0913 - one argument for each option
+    engine: Annotated[Path, typer.Argument(help="What `posecrafter-rt build-engine` made.", show_default=False)],
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine need --token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: any free one.", min=0, max=65535)] = 8000,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps a frame.", min=1)] = None,
+    window: Annotated[int | None, typer.Option(help="Past frames that a frame looks at.", min=0)] = None,
+    pipelined: Annotated[
+        bool,
+        typer.Option("--pipelined", help="Denoise the last poses at once: for a GPU; frames come some steps later."),
+    ] = False,
+    max_sessions: Annotated[int, typer.Option(help="Clients at a time; more are refused.")] = 4,
+    token: Annotated[
+        str | None, typer.Option(help="What clients must know; better in the environment: POSECRAFTER_TOKEN.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A page elsewhere that may connect, such as https://example.org; repeatable."),
+    ] = None,
+    virtual_camera: Annotated[
+        bool, typer.Option("--virtual-camera", help="Show the first client's avatar in a camera device.")
+    ] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print where it is as one line of JSON.")] = False,
+) -> None:
+    """Serve an engine as a live avatar."""
+    from posecrafter_rt.config import serve_token
+    from posecrafter_rt.serve.listening import listen
+    from posecrafter_rt.serve.options import ServeOptions, is_loopback
+
+    given = {"steps": steps, "window": window, "is_pipelined": pipelined or None}
+    options = ServeOptions(
+        stream={name: value for name, value in given.items() if value is not None},
+        max_sessions=max_sessions, token=token or serve_token(), allow_origins=tuple(allow_origin or ()),
+        is_loopback=is_loopback(host), has_virtual_camera=virtual_camera,
+    )  # fmt: skip
+    make_app = _app_maker()
+    with listen(host, port) as listener:
+        from posecrafter_rt.avatar import Avatar
+
+        with Avatar.load(engine) as avatar:
+            application = make_app(avatar, options)
+            url = _url(host, listener.getsockname()[1], options.token)
+
+            def on_ready() -> None:
+                if as_json:
+                    print(json.dumps({"url": url, **application.state.service.info()}), flush=True)
+                else:
+                    print(f"serving {engine} at {url} (Ctrl-C ends it)", flush=True)
+                if open_page:
+                    webbrowser.open(url)
+
+            _run(application, listener, on_ready)
+
+
+def _app_maker() -> Callable[..., FastAPI]:
+    try:
+        import uvicorn  # noqa: F401 - looked for before anything is loaded
+        import websockets  # noqa: F401 - uvicorn serves no /ws without it
+
+        from posecrafter_rt.serve.app import create_app
+    except ModuleNotFoundError as error:
+        raise BackendUnavailable(
+            f"serving needs the package {error.name}", "pip install 'posecrafter-rt[serve]'"
+        ) from error
+    return create_app
+
+
+def _url(host: str, port: int, token: str | None) -> str:
+    """Where the page is. Listening at all addresses, this machine goes by its name."""
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}/" + (f"?{urlencode({'token': token})}" if token else "")
+
+
+def _run(application: FastAPI, listener: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Serve until interrupted or terminated. Raises: PoseCrafterError when the avatar cannot be streamed."""
+    import uvicorn
+
+    from posecrafter_rt.serve.options import MAX_MESSAGE_BYTES
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                on_ready()
+
+    config = uvicorn.Config(
+        application, log_level="warning", ws_max_size=MAX_MESSAGE_BYTES, ws_per_message_deflate=False,
+        timeout_graceful_shutdown=_SHUTDOWN_S,
+    )  # fmt: skip
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # what uvicorn raises once more when it has ended
+    try:
+        application.state.service.start()
+        Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        return  # the way to end it
+    finally:
+        signal.signal(signal.SIGTERM, before)

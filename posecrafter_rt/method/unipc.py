@@ -1,0 +1,134 @@
+"""UniPC of second order: every step is corrected by the prediction at its end, which the next step needs anyway.
+
+Layer 1: torch, no networks, as `ddim`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from posecrafter_rt.method.ddim import Coefficients, Denoise, OnStep, ddim_step, walk
+from posecrafter_rt.method.dpmpp import DPMSchedule
+
+Weights = tuple[float, float, float, float]
+"""Of latents, of x_0 there, of x_0 one timestep before, and of x_0 at the end of the step, which only a corrector has."""
+
+
+class UniPCTerms(NamedTuple):
+    """Of one step.
+
+    to_clean: x_0 as `DDIMSchedule.clean_coefficients` has it. corrector: of the step before, done again with the x_0 at its
+    end; None: there is none to correct. predictor: of this step.
+    """
+
+    to_clean: Coefficients
+    corrector: Weights | None
+    predictor: Weights
+
+
+def unipc_terms(
+    schedule: DPMSchedule, num_inference_steps: int, *, start_step: int = 0, restart_step: int | None = None
+) -> list[UniPCTerms]:
+    """What every sampling step needs, in order (Zhao et al. 2023, with B(h) = e^h - 1, predicting x_0).
+
+    With s = sqrt(a), n = sqrt(1 - a), l = log(s / n), h = l' - l from t to t', E = 1 - e^-h and r = (l_before - l) / h < 0:
+    x' = n'/n x + s' E (x_0 + d), where d is (x_0,before - x_0) / 2r in the predictor. The corrector has instead
+    d = p (x_0,before - x_0) / r + q (x_0' - x_0), with p + q = b_1 and r p + q = b_2 the integrals of the polynomial.
+    Without an x_0 before it a step has d = 0, and its corrector d = (x_0' - x_0) / 2. Towards the clean end h may be
+    infinite, and no prediction is made there: the last step is of first order and stays uncorrected.
+    Args: start_step, restart_step: see `unipc_sample`.
+    """
+    pairs = schedule.sampling_pairs(num_inference_steps).tolist()
+    fresh = {start_step, restart_step}
+    terms: list[UniPCTerms] = []
+    for index, (start, end) in enumerate(pairs):
+        is_first_order = index in fresh or index == num_inference_steps - 1
+        corrector = None
+        if index > start_step and index not in fresh:
+            before = None if index - 1 in fresh else pairs[index - 2][0]
+            corrector = _corrector(schedule, before, *pairs[index - 1])
+        predictor = _predictor(schedule, None if is_first_order else pairs[index - 1][0], start, end)
+        terms.append(UniPCTerms(schedule.clean_coefficients(start), corrector, predictor))
+    return terms
+
+
+def _predictor(schedule: DPMSchedule, before: int | None, start: int, end: int) -> Weights:
+    of_latents, weight = _exponential(schedule, start, end)
+    share = 0.0 if before is None else weight / (2 * _ratio(schedule, before, start, end))
+    return of_latents, weight - share, share, 0.0
+
+
+def _corrector(schedule: DPMSchedule, before: int | None, start: int, end: int) -> Weights:
+    of_latents, weight = _exponential(schedule, start, end)
+    if before is None:
+        return of_latents, weight / 2, 0.0, weight / 2
+    step, ratio = _log_ratio(schedule, end) - _log_ratio(schedule, start), _ratio(schedule, before, start, end)
+    first = 1 / -math.expm1(-step) - 1 / step  # b_1
+    second = 2 * (first / -step - 0.5 / math.expm1(-step))  # b_2
+    of_before = (first - second) / (1 - ratio)
+    of_end = weight * (first - of_before)
+    of_before *= weight / ratio
+    return of_latents, weight - of_before - of_end, of_before, of_end
+
+
+def _exponential(schedule: DPMSchedule, start: int, end: int) -> tuple[float, float]:
+    """n'/n and s' E = s' - s n'/n."""
+    (signal, noise), (next_signal, next_noise) = schedule.scales(start), schedule.scales(end)
+    return next_noise / noise, next_signal - signal * next_noise / noise
+
+
+def _log_ratio(schedule: DPMSchedule, timestep: int) -> float:
+    signal, noise = schedule.scales(timestep)
+    return math.log(signal / noise)
+
+
+def _ratio(schedule: DPMSchedule, before: int, start: int, end: int) -> float:
+    """r of the timesteps before, of and after a step."""
+    earlier, here, after = (_log_ratio(schedule, timestep) for timestep in (before, start, end))
+    return (earlier - here) / (after - here)
+
+
+@torch.no_grad()
+def unipc_sample(
+    denoise: Denoise,
+    latents: Tensor,
+    schedule: DPMSchedule,
+    num_inference_steps: int,
+    *,
+    start_step: int = 0,
+    restart_step: int | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Denoise latents deterministically, as diffusers' `UniPCMultistepScheduler` does with order 2 and `bh2`.
+
+    Its timesteps are those of DPM-Solver++. A prediction is made before its latents are corrected, and serves both.
+    Args: as `ddim_sample`. restart_step: a step before which `on_step` changes the latents: nothing from before it is
+        theirs any longer, so it begins anew as the first step does.
+    Returns, raises: as `ddim_sample`.
+    """
+    terms = unipc_terms(schedule, num_inference_steps, start_step=start_step, restart_step=restart_step)
+    origin = before = clean = latents  # what the step before began with, and x_0 at its beginning and one earlier
+
+    def step(index: int, state: Tensor, noise_pred: Tensor) -> Tensor:
+        nonlocal origin, before, clean
+        to_clean, corrector, predictor = terms[index]
+        predicted = ddim_step(state, noise_pred, to_clean)
+        if corrector is not None:
+            state = _combine(corrector, origin, clean, before, predicted)
+        origin, before, clean = state, clean, predicted
+        return _combine(predictor, state, predicted, before)
+
+    timesteps = schedule.timesteps(num_inference_steps).tolist()
+    return walk(denoise, latents, timesteps, step, start_step=start_step, on_step=on_step)
+
+
+def _combine(weights: Weights, latents: Tensor, *cleans: Tensor) -> Tensor:
+    combined = latents * weights[0]
+    for weight, clean in zip(weights[1:], cleans, strict=False):
+        if weight:
+            combined.add_(clean, alpha=weight)
+    return combined

@@ -1,0 +1,77 @@
+"""Pairs of linear maps as the one map that they are: what inference does with a tuned model's weights before anything else.
+
+Layer 3: exact but for rounding (METHOD: computed once); training and baselines keep the model as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from posecrafter_rt.models.unet import VideoUNet
+
+
+@torch.no_grad()
+def fold_denoiser(unet: VideoUNet) -> None:
+    """Fold a U-Net in place: `fold_temporal_output` and `fold_upsamplers`. What is folded stays as it is."""
+    fold_temporal_output(unet)
+    fold_upsamplers(unet)
+
+
+@torch.no_grad()
+def fold_decoder(vae: AutoencoderKL) -> None:
+    """Fold a VAE in place: its decoder's `fold_upsamplers`."""
+    fold_upsamplers(vae.decoder)
+
+
+def fold_temporal_output(unet: VideoUNet) -> None:
+    """Replace conv_temp ∘ attn_temp.to_out by the one linear map it is, `temporal_out`."""
+    for block in unet.transformer_blocks():
+        if not hasattr(block, "conv_temp"):
+            continue
+        weight, bias = fold_pair(
+            block.conv_temp.weight,
+            block.conv_temp.bias,
+            block.attn_temp.to_out[0].weight,
+            block.attn_temp.to_out[0].bias,
+        )
+        block.temporal_out = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+        block.temporal_out.weight.copy_(weight)
+        block.temporal_out.bias.copy_(bias)
+        del block.conv_temp, block.attn_temp.to_out
+
+
+def fold_pair(conv_weight: Tensor, conv_bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of x ↦ conv(out(x)), multiplied in float32."""
+    weight = conv_weight.float() @ out_weight.float()
+    bias = conv_weight.float() @ out_bias.float() + conv_bias.float()
+    return weight.to(conv_weight.dtype), bias.to(conv_bias.dtype)
+
+
+def fold_upsamplers(network: nn.Module) -> None:
+    """Replace nearest-neighbour doubling ∘ 3×3 convolution by the one transposed convolution it is.
+
+    16 products an input pixel instead of 36, and the doubled picture is never written. An upsampler then always doubles,
+    whatever size it is asked for.
+    """
+    for module in network.modules():
+        if isinstance(module, Upsample2D) and module.use_conv and not module.use_conv_transpose:
+            conv = module.conv
+            weight = fold_doubling(conv.weight)
+            module.conv = nn.ConvTranspose2d(
+                conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device=weight.device, dtype=weight.dtype
+            )
+            module.conv.weight.copy_(weight)
+            module.conv.bias.copy_(conv.bias)
+            module.use_conv_transpose = True
+
+
+def fold_doubling(weight: Tensor) -> Tensor:
+    """Kernel (in, out, 4, 4) of stride 2, padding 1 that does what `weight` (out, in, 3, 3) does to a doubled picture.
+
+    In one dimension output 2i is w0·x[i-1] + (w1 + w2)·x[i], output 2i + 1 is (w0 + w1)·x[i] + w2·x[i+1].
+    """
+    taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32)
+    return torch.einsum("ay,oiyx,bx->ioab", taps, weight.float(), taps).to(weight.dtype)

@@ -1,0 +1,129 @@
+"""Fit another person's keypoints to the avatar: to its canvas, or to its proportions and place.
+
+Layer 1: numpy; pure functions, and one class that remembers the first second of a person.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from posecrafter_rt.errors import PoseError
+from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD, FACE
+
+CALIBRATION_S = 1.0
+MAX_SAMPLES = 64  # of the first second: enough for a median, whatever the camera's rate
+_HEAD_AND_SHOULDERS = [0, 1, 2, 5, 14, 15, 16, 17]  # nose, neck, shoulders, eyes, ears
+_MIN_SPREAD_PX = 1.0
+
+
+class Similarity(NamedTuple):
+    """x' = scale * x + shift_x, y likewise: no rotation, so that a tilted head stays tilted."""
+
+    scale: float
+    shift_x: float
+    shift_y: float
+
+    def apply(self, keypoints: np.ndarray) -> np.ndarray:
+        """Move keypoints (..., 3); float32, new array. Missing ones (confidence 0) stay (0, 0, 0)."""
+        moved = np.array(keypoints, np.float32)
+        moved[..., :2] = moved[..., :2] * self.scale + (self.shift_x, self.shift_y)
+        moved[moved[..., 2] == 0] = 0
+        return moved
+
+
+def median_pose(keypoints: np.ndarray) -> np.ndarray:
+    """The median place of each keypoint over the frames that show it.
+
+    Args: keypoints: (N, 134, 3), N at least 1.
+    Returns: float32 (134, 3); points that no frame shows with a confidence of 0.3 are zeros, the others' confidence is
+        their share of the frames.
+    """
+    shown = keypoints[..., 2] >= CONFIDENCE_THRESHOLD
+    count = shown.sum(axis=0)
+    # Sorted with what is not shown at the end: a point's median is in the middle of its first `count` values.
+    places = np.sort(np.where(shown[..., np.newaxis], keypoints[..., :2], np.inf), axis=0)
+    middle = np.maximum([(count - 1) // 2, count // 2], 0)[..., np.newaxis]
+    median = np.zeros(keypoints.shape[1:], np.float32)
+    median[:, :2] = np.where(count[:, np.newaxis] > 0, np.take_along_axis(places, middle, axis=0).mean(axis=0), 0)
+    median[:, 2] = count / len(keypoints)
+    return median
+
+
+def fit_person(person: np.ndarray, reference: np.ndarray) -> Similarity | None:
+    """The similarity that lays a person's head and shoulders onto the avatar's.
+
+    By the points that both poses show: neck, shoulders, nose, eyes, ears, and the corners of the box around the face
+    points. scale is the ratio of their root mean square distances from their centres; the centres coincide.
+    Args: person, reference: (134, 3) each, in pixels of their own canvas.
+    Returns: from the person's pixels to the reference's, or None where fewer than two points are shown by both.
+    """
+    ours, theirs = _anchors(person), _anchors(reference)
+    shared = np.isfinite(ours[:, 0]) & np.isfinite(theirs[:, 0])
+    if shared.sum() < 2:
+        return None
+    ours, theirs = ours[shared], theirs[shared]
+    own_spread, other_spread = (float(np.sqrt(points.var(axis=0).sum())) for points in (ours, theirs))
+    if min(own_spread, other_spread) < _MIN_SPREAD_PX:
+        return None
+    scale = other_spread / own_spread
+    shift = theirs.mean(axis=0) - scale * ours.mean(axis=0)
+    return Similarity(scale, float(shift[0]), float(shift[1]))
+
+
+def _anchors(pose: np.ndarray) -> np.ndarray:
+    """(10, 2) float64: single points, then the face box's corners; NaN where they are not shown."""
+    shown = pose[:, 2] >= CONFIDENCE_THRESHOLD
+    points = np.where(shown[:, np.newaxis], pose[:, :2], np.nan).astype(np.float64)
+    box = np.full((2, 2), np.nan)
+    if shown[FACE].all():  # of part of a face the box would be of another part
+        box = np.stack([points[FACE].min(axis=0), points[FACE].max(axis=0)])
+    return np.concatenate([points[_HEAD_AND_SHOULDERS], box])
+
+
+class PersonFit:
+    """Fits a live person by the median of the first second in which they are seen; then that stays until `reset`.
+
+    reference: (134, 3), the avatar's usual pose, see `median_pose`.
+    """
+
+    def __init__(self, reference: np.ndarray) -> None:
+        self._reference = reference
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the person."""
+        self._samples: list[np.ndarray] = []
+        self._canvas: tuple[int, int] | None = None
+        self._since_s: float | None = None
+        self._similarity: Similarity | None = None
+        self._is_settled = False
+
+    def similarity(self, keypoints: np.ndarray, canvas: tuple[int, int], now_s: float) -> Similarity | None:
+        """How to move a pose; None as long as too little of the person was seen.
+
+        Args: keypoints: (134, 3). canvas: (height, width); another one than before means another camera, and a new
+            person. now_s: a clock that only goes forward.
+        Raises: PoseError for another shape.
+        """
+        if keypoints.shape != self._reference.shape:
+            raise PoseError(f"a pose has the shape {keypoints.shape}", f"give {self._reference.shape}")
+        if canvas != self._canvas:
+            self.reset()
+            self._canvas = canvas
+        if not self._is_settled:
+            self._learn(keypoints, now_s)
+        return self._similarity
+
+    def _learn(self, keypoints: np.ndarray, now_s: float) -> None:
+        if self._since_s is None:
+            if fit_person(keypoints, self._reference) is None:
+                return  # nobody to fit yet: the second has not begun
+            self._since_s = now_s
+        self._is_settled = now_s - self._since_s >= CALIBRATION_S or len(self._samples) >= MAX_SAMPLES
+        if not self._is_settled:
+            self._samples.append(keypoints)
+            self._similarity = fit_person(median_pose(np.stack(self._samples)), self._reference)
+        else:
+            self._samples = []

@@ -1,0 +1,278 @@
+"""The streaming loop: a pose in, a frame out, each in the same time and memory (METHOD: Streaming).
+
+Layer 5. `AvatarStream.step` is the loop; `StreamReference` is all that every stream of an avatar shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posecrafter_rt.engines.base import Engine
+from posecrafter_rt.method.dpmpp import Terms, dpmpp_step
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.live import PoseFollower
+from posecrafter_rt.runtime.prepare import Tables, edit_latents, embed_poses
+from posecrafter_rt.runtime.render import decode
+from posecrafter_rt.runtime.stream_options import StreamOptions
+from posecrafter_rt.spec import TensorSpec
+
+
+class StepInfo(NamedTuple):
+    """How a stream came to its newest frame.
+
+    held: nobody was seen. is_repeat: the pose was that of the frame before, which was given again. reset: the pose was
+    far from the one before, so the frame attends to no other than the reference.
+    """
+
+    held: bool = False
+    is_repeat: bool = False
+    reset: bool = False
+
+
+class Sampling(NamedTuple):
+    """The denoising steps of a stream. tables: of their timesteps alone; terms: see `dpmpp_terms`; one a step."""
+
+    tables: Tables
+    terms: list[Terms]
+    conditioning_scale: float
+
+
+@dataclass(frozen=True)
+class StreamReference:
+    """What every stream of an avatar and its options shares: nobody writes to it.
+
+    pose: (134, 3) on a canvas of the frame size; inverted_latents: (4, h, w); frame: (H, W, 3) uint8, the reference as
+    the stream renders it. memory: name of the network's tensor → (S, …), the reference's keys and values at every step.
+    """
+
+    pose: np.ndarray
+    inverted_latents: Tensor
+    frame: np.ndarray
+    sampling: Sampling
+    memory: dict[str, dict[str, Tensor]]
+
+
+class StreamDenoiser:
+    """ControlNet then U-Net on frames of a stream, at the steps that each frame has reached.
+
+    Memory of keys and values is a ring for each step: slot 0 is the reference's, the others are the last frames' in any
+    order, for temporal attention knows none. The tensors are made once.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], sampling: Sampling, window: int) -> None:
+        self.controlnet, self.unet = engines["controlnet_stream"], engines["unet_stream"]
+        self.device, self.window = self.unet.device, window
+        steps = len(sampling.terms)
+        self.conditioning_scale = torch.full((1,), sampling.conditioning_scale, device=self.device)
+        self.tables = {
+            name: {"time_projections": sampling.tables.time_projections[name], "text_kv": sampling.tables.text_kv[name]}
+            for name in ("controlnet", "unet")
+        }
+        self.keyframe = {
+            network.spec.name: {spec.name: self._zeros(spec, steps) for spec in _kept(network, "keyframe")}
+            for network in (self.controlnet, self.unet)
+        }
+        self.temporal = {spec.name: self._zeros(spec, steps) for spec in _kept(self.unet, "temporal")}
+        self.window_mask = torch.zeros(steps, window + 1, dtype=torch.bool, device=self.device)
+        self.num_frames = [0] * steps  # that each step has remembered since the last `forget`
+
+    def _zeros(self, spec: TensorSpec, steps: int) -> Tensor:
+        """(S, …), of the type that networks keep, which only a call tells: float32 until then."""
+        dims = [{"frames": steps, "window": self.window + 1}.get(dim, dim) for dim in spec.dims]  # type: ignore[arg-type]
+        return torch.zeros([int(dim) for dim in dims], device=self.device)
+
+    def load(self, memory: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over the reference's keys and values; only the temporal ones are copied, into slot 0."""
+        self.keyframe = {name: dict(memory[name]) for name in self.keyframe}
+        for name, tensor in memory["temporal"].items():
+            self.temporal[name] = self.temporal[name].to(tensor.dtype)
+            self.temporal[name][:, 0] = tensor
+        self.forget(slice(None))
+
+    def forget(self, steps: slice) -> None:
+        """From these steps on, frames attend to the reference alone."""
+        self.window_mask[steps] = False
+        self.window_mask[steps, 0] = True
+        for step in range(*steps.indices(len(self.num_frames))):
+            self.num_frames[step] = 0
+
+    @torch.inference_mode()
+    def __call__(
+        self, latents: Tensor, pose_embeddings: Tensor, steps: slice, is_reference: bool = False
+    ) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
+        """latents: (F, 4, h, w), one frame at each of `steps` → noise_pred, and the frames' own keys and values.
+
+        Both may be overwritten by the next call.
+        """
+        own = torch.full((latents.shape[0],), is_reference, device=self.device)
+        residuals = self.controlnet(
+            latents=latents, pose_embeddings=pose_embeddings, conditioning_scale=self.conditioning_scale,
+            is_reference=own, **self._rows("controlnet", steps))  # fmt: skip
+        controlnet_kv = _new(residuals)
+        temporal = {name: tensor[steps] for name, tensor in self.temporal.items()}
+        outputs = self.unet(latents=latents, is_reference=own, window_mask=self.window_mask[steps], **residuals,
+                            **temporal, **self._rows("unet", steps))  # fmt: skip
+        kept = _new(outputs)
+        memory = {
+            "controlnet_stream": controlnet_kv,
+            "unet_stream": {name: tensor for name, tensor in kept.items() if name not in self.temporal},
+            "temporal": {name: tensor for name, tensor in kept.items() if name in self.temporal},
+        }
+        return outputs["noise_pred"], memory
+
+    def _rows(self, name: str, steps: slice) -> dict[str, Tensor]:
+        """What a network is told of these steps, whatever the frame."""
+        tables = self.tables[name]
+        kept = {key: tensor[steps] for key, tensor in self.keyframe[f"{name}_stream"].items()}
+        return {"time_projections": tables["time_projections"][steps], "text_kv": tables["text_kv"], **kept}
+
+    @torch.inference_mode()
+    def remember(self, temporal: Mapping[str, Tensor], steps: Iterable[tuple[int, int]]) -> None:
+        """Put frames' keys and values (F, …) in place of the oldest. steps: (row of F, step that it was at)."""
+        for row, step in steps if self.window else ():
+            slot = 1 + self.num_frames[step] % self.window
+            for name, tensor in temporal.items():
+                self.temporal[name][step, slot] = tensor[row]
+            self.window_mask[step, slot] = True
+            self.num_frames[step] += 1
+
+
+def _kept(network: Engine, kind: str) -> list[TensorSpec]:
+    return [spec for spec in network.spec.inputs if spec.name.startswith(f"{kind}_kv_")]
+
+
+def _new(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the keys and values out of a network's outputs, under the names that they have as inputs."""
+    return {name.removeprefix("new_"): outputs.pop(name) for name in list(outputs) if name.startswith("new_")}
+
+
+@torch.inference_mode()
+def sample_reference(
+    engines: Mapping[str, Engine], sampling: Sampling, inverted_latents: Tensor, pose: np.ndarray, size: tuple[int, int]
+) -> StreamReference:
+    """Denoise the reference alone, with its own pose, and keep its keys and values of every step and layer.
+
+    Args: inverted_latents: (4, h, w) at the first step's noise; pose: (134, 3) on a canvas of `size`, that of frames.
+    """
+    denoise = StreamDenoiser(engines, sampling, 0)
+    embedding = embed_poses(engines, PoseSequence(pose[None], size), size)
+    latents, before, parts = inverted_latents[None], None, []
+    for index, terms in enumerate(sampling.terms):
+        noise_pred, memory = denoise(latents, embedding, slice(index, index + 1), is_reference=True)
+        parts.append({name: {key: kept.clone() for key, kept in tensors.items()} for name, tensors in memory.items()})
+        latents, before = dpmpp_step(latents, noise_pred, before, terms)
+    memory = {name: {key: torch.cat([part[name][key] for part in parts]) for key in tensors}
+              for name, tensors in parts[0].items()}  # fmt: skip
+    return StreamReference(pose, inverted_latents, next(decode(engines, latents)), sampling, memory)
+
+
+class AvatarStream:
+    """One person following one source of poses; a context manager. Made by `Avatar.stream`.
+
+    Frames are denoised one after another; a pose's frame is what its `step` returns. With `is_pipelined` the last
+    `steps` poses are denoised at once, each one step further, in one call of the networks a frame; then `step` returns
+    the frame of the pose given `steps - 1` calls before, and the reference's frame until there is one.
+    last: how the newest frame came to be. Streams of one avatar must not step at the same time.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], reference: StreamReference, options: StreamOptions) -> None:
+        self.engines, self.reference, self.options = engines, reference, options
+        self.size = (reference.frame.shape[0], reference.frame.shape[1])
+        self.last = StepInfo()
+        self._denoiser = StreamDenoiser(engines, reference.sampling, options.window)
+        self._denoiser.load(reference.memory)
+        self._poses = PoseFollower(reference.pose, self.size, options.live)
+        self._frame = reference.frame
+        self._flights: list[_Flight] = []
+
+    def step(self, pose: np.ndarray | None) -> np.ndarray:
+        """The next frame.
+
+        Args: pose: float (134, 3) on a canvas of `size`; None or no keypoints: nobody is seen, and the last pose is
+            held, then eased to the reference's.
+        Returns: (H, W, 3) uint8 RGB, a new array.
+        Raises: PoseError for another shape or numbers that are not finite.
+        """
+        live = self._poses.next(pose)
+        self.last = StepInfo(live.held, live.is_repeat and not self._flights, live.jumped)
+        if self.last.is_repeat:
+            return self._frame.copy()
+        flight = self._take_off(live.pose, live.jumped)
+        landed = self._fly_along(flight) if self.options.is_pipelined else self._fly(flight)
+        if landed is not None:
+            self._frame = next(decode(self.engines, landed.latents))
+        return self._frame.copy()
+
+    def _take_off(self, pose: np.ndarray, starts_anew: bool) -> _Flight:
+        """Edited latents and the embedding of a pose: all that its denoising needs (method step 4)."""
+        target = PoseSequence(pose[None], self.size)
+        latents, _ = edit_latents(self.reference.inverted_latents, self.reference.pose, target, self.options)
+        return _Flight(latents[1:], embed_poses(self.engines, target, self.size), starts_anew)
+
+    def _fly(self, flight: _Flight) -> _Flight:
+        """All steps of one frame."""
+        if flight.starts_anew:
+            self._denoiser.forget(slice(None))
+        for index in range(self.options.steps):
+            self._advance([flight], slice(index, index + 1))
+        return flight
+
+    def _fly_along(self, flight: _Flight) -> _Flight | None:
+        """One step of every frame that is on its way, the newest at step 0; the one that is done, if one is."""
+        if not self._flights:  # a batch of one size from the start; nobody sees or attends to what fills it
+            self._flights = [replace(flight, is_filler=True) for _ in range(self.options.steps - 1)]
+        self._flights.insert(0, flight)
+        for step, other in enumerate(self._flights):
+            if other.starts_anew:
+                self._denoiser.forget(slice(step, step + 1))
+        self._advance(self._flights, slice(0, len(self._flights)))
+        landed = self._flights.pop()
+        return None if landed.is_filler else landed
+
+    def _advance(self, flights: list[_Flight], steps: slice) -> None:
+        """Take frames, one at each of `steps`, over that step."""
+        latents = torch.cat([flight.latents for flight in flights])
+        noise_pred, memory = self._denoiser(latents, torch.cat([flight.embedding for flight in flights]), steps)
+        are_real = enumerate(range(*steps.indices(self.options.steps)))
+        self._denoiser.remember(memory["temporal"], [at for at in are_real if not flights[at[0]].is_filler])
+        terms = self.reference.sampling.terms[steps]
+        for row, flight in enumerate(flights):
+            flight.latents, flight.before = dpmpp_step(
+                flight.latents, noise_pred[row : row + 1], flight.before, terms[row])  # fmt: skip
+
+    def reset(self) -> None:
+        """Forget all poses and frames; the next frame is a first one."""
+        self._denoiser.forget(slice(None))
+        self._poses.reset()
+        self._frame, self._flights, self.last = self.reference.frame, [], StepInfo()
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        del self._denoiser
+        self._flights = []
+
+    def __enter__(self) -> AvatarStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+@dataclass
+class _Flight:
+    """A frame on its way: latents (1, 4, h, w), its pose's embedding, x_0 of the step before.
+
+    starts_anew: it attends to no frame before it, nor does a later one to those. is_filler: it only makes up the number.
+    """
+
+    latents: Tensor
+    embedding: Tensor
+    starts_anew: bool
+    before: Tensor | None = None
+    is_filler: bool = False

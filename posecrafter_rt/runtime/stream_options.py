@@ -1,0 +1,59 @@
+"""What a stream may be told.
+
+Layer 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.method.editing import DEFAULT_REGIONS
+from posecrafter_rt.runtime.live import LiveOptions
+from posecrafter_rt.runtime.options import RenderOptions, Resample
+
+MAX_STEPS, MAX_WINDOW = 8, 32
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Options of one stream.
+
+    steps: denoising steps of a frame, 1 to 8; window: past frames that a frame attends to beside the reference, 0 to 32.
+    is_pipelined: denoise the last `steps` poses at once: more frames a second on a GPU, each `steps - 1` frames later.
+    strength, inversion_substeps, prompt, conditioning_scale, resample, regions: see `RenderOptions`; None: the base's.
+    live: how lost persons, still poses and jumps are met.
+    """
+
+    steps: int = 2
+    window: int = 4
+    is_pipelined: bool = False
+    strength: float | None = None
+    inversion_substeps: int = 10  # of one frame and cached, as in the presets of a render
+    prompt: str | None = None
+    conditioning_scale: float = 1.0
+    resample: Resample = "bilinear"
+    regions: tuple[str, ...] = DEFAULT_REGIONS
+    live: LiveOptions = field(default_factory=LiveOptions)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise PoseCrafterError(f"a stream of {self.steps} steps", f"give 1 to {MAX_STEPS}")
+        if not 0 <= self.window <= MAX_WINDOW:
+            raise PoseCrafterError(f"a stream that remembers {self.window} frames", f"give 0 to {MAX_WINDOW}")
+
+    def as_render(self, recommended_strength: float) -> RenderOptions:
+        """The render whose sampling does these very steps: their number counts what is done, not the whole schedule's.
+
+        Raises: PoseCrafterError for what `RenderOptions` refuses, and where no schedule has so many steps.
+        """
+        strength = recommended_strength if self.strength is None else self.strength
+        for total in range(self.steps, 100 * MAX_STEPS):
+            options = RenderOptions(
+                num_inference_steps=total, sampler="dpmpp", strength=strength, prompt=self.prompt,
+                inversion_substeps=self.inversion_substeps, conditioning_scale=self.conditioning_scale,
+                resample=self.resample, regions=self.regions,
+            )  # fmt: skip
+            if total - options.start_step == self.steps:
+                return options
+        raise PoseCrafterError(f"no schedule has {self.steps} steps at strength {strength}", "give a larger strength")

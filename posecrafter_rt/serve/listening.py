@@ -1,0 +1,41 @@
+"""The socket that a server listens at.
+
+Layer 7: sockets.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from posecrafter_rt.errors import PoseCrafterError
+
+# What waits in the kernel unsent is old when it comes: on a slow line a frame is then left out here instead.
+_UNSENT_BYTES = 16 * 1024
+_SEND_BUFFER_BYTES = 256 * 1024
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; port 0 takes any that is free.
+
+    Raises: PoseCrafterError naming why it cannot.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise PoseCrafterError(f"there is no host {host!r}: {error.strerror}", "take 127.0.0.1") from error
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # What it accepts inherits these.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+    try:
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PoseCrafterError(f"port {port} is in use", "take another with --port, or --port 0 for any") from error
+        raise PoseCrafterError(f"cannot listen at {host}:{port}: {error.strerror}", "see --host and --port") from error
+    return listener

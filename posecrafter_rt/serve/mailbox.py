@@ -1,0 +1,70 @@
+"""One place for each sender, and turns in the order in which they were filled: newest wins, nobody waits twice.
+
+Layer 7: between the event loop, which puts, and the worker, which takes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Mailbox(Generic[K, V]):
+    """Values by key, one of each; and jobs, which go before all of them. Safe for threads."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._values: dict[K, V] = {}  # in the order of their turns: a dict keeps the place of a key that is there
+        self._jobs: list[Callable[[], None]] = []
+        self._is_closed = False
+
+    def put(self, key: K, value: V) -> V | None:
+        """Leave a value. Returns the one that it overtakes, whose turn it then has, or None."""
+        with self._changed:
+            overtaken = self._values.get(key)
+            self._values[key] = value
+            self._changed.notify()
+            return overtaken
+
+    def put_if_free(self, key: K, value: V) -> None:
+        """Leave a value where the key has none."""
+        with self._changed:
+            self._values.setdefault(key, value)
+            self._changed.notify()
+
+    def put_job(self, job: Callable[[], None]) -> bool:
+        """Leave something to do between two values. Returns False where it is closed: nobody will do it."""
+        with self._changed:
+            if self._is_closed:
+                return False
+            self._jobs.append(job)
+            self._changed.notify()
+            return True
+
+    def discard(self, key: K) -> None:
+        """Forget a key's value."""
+        with self._changed:
+            self._values.pop(key, None)
+
+    def take(self) -> Callable[[], None] | tuple[K, V] | None:
+        """Wait for the next job, or else value with its key; None once it is closed and every job is taken."""
+        with self._changed:
+            while True:
+                if self._jobs:
+                    return self._jobs.pop(0)
+                if self._is_closed:
+                    return None
+                if self._values:
+                    key = next(iter(self._values))
+                    return key, self._values.pop(key)
+                self._changed.wait()
+
+    def close(self) -> None:
+        """End `take`, after the jobs that are there; values are left."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()

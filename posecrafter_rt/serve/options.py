@@ -1,0 +1,66 @@
+"""What a server is started with, and the limits that hold for every client.
+
+Layer 7: plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit
+
+from posecrafter_rt.errors import PoseCrafterError
+
+MAX_AGE_S = 1.0  # from a pose's arrival to the sending of its frame; older ones are never shown
+MAX_MESSAGE_BYTES = 16 * 1024  # a pose has 1632
+MAX_OFFER_BYTES = 64 * 1024
+MAX_POSE_FILE_BYTES = 32 * 1024 * 1024
+MAX_VIDEO_BYTES = 256 * 1024 * 1024
+MAX_SESSIONS = 64
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How an avatar is served.
+
+    stream: options of `Avatar.stream` by name. max_sessions: clients at a time.
+    token: what every request must bring, or None: nothing. allow_origins: pages of other hosts that may connect, such as
+        `https://example.org`. is_loopback: bound to this machine alone; requests must then name it as their host.
+    has_virtual_camera: the first session's frames go to a camera device.
+    Raises: PoseCrafterError for an impossible number of sessions, an empty token, a bad origin, or no token beyond loopback.
+    """
+
+    stream: Mapping[str, Any] = field(default_factory=dict)
+    max_sessions: int = 4
+    token: str | None = None
+    allow_origins: tuple[str, ...] = ()
+    is_loopback: bool = True
+    has_virtual_camera: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_sessions <= MAX_SESSIONS:
+            raise PoseCrafterError(f"{self.max_sessions} sessions cannot be served", f"give 1 to {MAX_SESSIONS}")
+        if self.token is not None and not self.token.strip():
+            raise PoseCrafterError("the token is empty", "give a long random one: openssl rand -hex 16")
+        for origin in self.allow_origins:
+            if "{0.scheme}://{0.netloc}".format(urlsplit(origin)) != origin:
+                raise PoseCrafterError(
+                    f"{origin!r} is no origin", "give scheme and host alone, such as https://example.org"
+                )
+        if not self.is_loopback and self.token is None:
+            raise PoseCrafterError(
+                "beyond this machine an avatar is served only to those who know a token",
+                "add --token with a long random one (openssl rand -hex 16), or leave --host at 127.0.0.1",
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine alone: `localhost`, 127.x.x.x, ::1."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,60 @@
+"""Clients by WebRTC: their offers, and the connections that come of them.
+
+Layer 7: aiortc is imported with the first offer; without it the WebSocket is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from posecrafter_rt.errors import BackendUnavailable
+from posecrafter_rt.serve.protocol import ProtocolError
+from posecrafter_rt.serve.service import Service
+
+
+class Peers:
+    """All WebRTC clients of a service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def answer(self, body: bytes) -> dict[str, str]:
+        """The answer to an offer, both as JSON objects of `sdp` and `type`; the answer also has `session`.
+
+        Raises: BackendUnavailable without aiortc; ProtocolError for what is no offer; SessionsFull.
+        """
+        try:
+            from posecrafter_rt.serve.webrtc import serve_peer
+        except ModuleNotFoundError as error:
+            raise BackendUnavailable(
+                f"WebRTC needs the package {error.name}", "pip install 'posecrafter-rt[serve]'; or use /ws"
+            ) from error
+        sdp = _parse_offer(body)
+        answered: asyncio.Future[dict[str, str]] = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(serve_peer(self._service, sdp, answered))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        waited: list[asyncio.Future[Any]] = [task, answered]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not answered.done():
+            task.result()  # raises why there is no answer
+        return answered.result()
+
+    async def close(self) -> None:
+        """End all."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _parse_offer(body: bytes) -> str:
+    try:
+        value: Any = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"an offer is not JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("type") != "offer" or not isinstance(value.get("sdp"), str):
+        raise ProtocolError("this is no offer", 'send {"type": "offer", "sdp": ...}')
+    return str(value["sdp"])

@@ -1,0 +1,113 @@
+"""Pose files and videos that a client sends → a pose track; in a process of its own, so that rendering goes on.
+
+Layer 7: asyncio; `pose_worker.py` is the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError, PoseError
+from posecrafter_rt.poses._extract_worker import DETECTORS
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve.options import MAX_POSE_FILE_BYTES, MAX_VIDEO_BYTES
+
+DEFAULT_FPS = 25.0
+NO_DETECTOR = 3  # the worker's exit status; 1 for what is wrong with the file
+_TIMEOUT_S = 600.0
+
+
+class TooLarge(PoseCrafterError):
+    """A body beyond its limit."""
+
+
+class Busy(PoseCrafterError):
+    """Another file is being read."""
+
+
+def has_pose_extraction() -> bool:
+    """Whether a detector's package is installed."""
+    return any(importlib.util.find_spec(package) is not None for package in DETECTORS.values())
+
+
+def pose_track(poses: PoseSequence) -> dict[str, Any]:
+    """Poses as JSON: fps, canvas, num_frames, and keypoints as base64 of float32 (n, 134, 3), little-endian."""
+    return {"fps": poses.fps or DEFAULT_FPS, "canvas": list(poses.canvas), "num_frames": len(poses),
+            "keypoints": base64.b64encode(poses.keypoints.astype("<f4").tobytes()).decode()}  # fmt: skip
+
+
+class PoseReader:
+    """Reads what clients send, one at a time."""
+
+    def __init__(self) -> None:
+        self._is_busy = False
+
+    async def read(self, content_type: str, body: AsyncIterator[bytes]) -> bytes:
+        """The track of a body as JSON. content_type: `application/json`, or `video/...`.
+
+        Raises: PoseError for what is no pose file or shows nobody; VideoError's message as PoseError; TooLarge; Busy;
+            BackendUnavailable for a video where no detector is installed.
+        """
+        kind = content_type.partition(";")[0].strip().lower()
+        if kind == "application/json":
+            name, limit = "poses.json", MAX_POSE_FILE_BYTES
+        elif kind.startswith("video/"):
+            name, limit = "video", MAX_VIDEO_BYTES
+            if not has_pose_extraction():
+                raise BackendUnavailable("no pose detector is installed", "pip install 'posecrafter-rt[poses]'")
+        else:
+            raise PoseError(f"a body of type {kind!r:.60}", "send OpenPose JSON as application/json, or video/mp4")
+        if self._is_busy:
+            raise Busy("another file is being read", "try again in a moment")
+        self._is_busy = True
+        try:
+            with tempfile.TemporaryDirectory(prefix="posecrafter-") as folder:
+                path = Path(folder) / name
+                await _save(body, path, limit)
+                return await _work(path)
+        finally:
+            self._is_busy = False
+
+
+async def _save(body: AsyncIterator[bytes], path: Path, limit: int) -> None:
+    size = 0
+    with path.open("wb") as file:
+        async for part in body:
+            size += len(part)
+            if size > limit:
+                raise TooLarge(f"more than {limit // 2**20} MiB", "send a shorter one")
+            file.write(part)
+
+
+async def _work(path: Path) -> bytes:
+    """The worker's answer. Raises: PoseError or BackendUnavailable as it reports."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "posecrafter_rt.serve.pose_worker", str(path), stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)  # fmt: skip
+    try:
+        with anyio.fail_after(_TIMEOUT_S):
+            answer, _ = await process.communicate()
+    except TimeoutError as error:
+        raise PoseError(f"reading it took more than {_TIMEOUT_S:g} s", "send a shorter one") from error
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode == 0:
+        return answer
+    try:
+        report = json.loads(answer)
+    except ValueError as error:
+        raise PoseError(f"reading it failed with status {process.returncode}", "send a smaller one") from error
+    kind = BackendUnavailable if process.returncode == NO_DETECTOR else PoseError
+    raise kind(report["message"], report["hint"])

@@ -1,0 +1,112 @@
+"""Recordings of what clients are shown: mp4 files that live as long as the server.
+
+Layer 7: a thread for each recording.
+"""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.serve.sampling import SAMPLES_PER_SECOND, sample
+from posecrafter_rt.video_io import VideoWriter
+
+MAX_SECONDS = 600
+MAX_FINISHED = 16  # the oldest go
+
+
+class Recording:
+    """One video in the making. on_end: told the error that ended it, or None; on the recording's thread."""
+
+    def __init__(
+        self,
+        path: Path,
+        latest: Callable[[], np.ndarray],
+        on_end: Callable[[PoseCrafterError | None], None],
+        max_seconds: float = MAX_SECONDS,
+    ) -> None:
+        self.path = path
+        self._latest, self._on_end = latest, on_end
+        self._stopped = threading.Event()
+        self._count = max(1, round(max_seconds * SAMPLES_PER_SECOND))
+        self._thread = threading.Thread(target=self._run, name="posecrafter-recording", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask it to end; `on_end` is told when the file is whole."""
+        self._stopped.set()
+
+    def join(self) -> None:
+        """Wait until the file is whole."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        error: PoseCrafterError | None = None
+        try:
+            with VideoWriter(self.path, SAMPLES_PER_SECOND) as writer:
+                writer.write(self._latest())
+                sample(self._count - 1, lambda: writer.write(self._latest()), self._stopped)
+        except PoseCrafterError as failure:
+            error = failure
+        except OSError as failure:
+            error = PoseCrafterError(f"the recording failed: {failure.strerror}")
+        self._on_end(error)
+
+
+class Recordings:
+    """All recordings of a server, in a temporary folder that goes with it. Begun and ended on one thread."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="posecrafter-recordings-")
+        self._running: dict[str, Recording] = {}
+        self._finished: OrderedDict[str, Path] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def begin(self, latest: Callable[[], np.ndarray], on_end: Callable[[str, PoseCrafterError | None], None]) -> str:
+        """Record what `latest` gives. Returns its name, which only this client is told; `on_end` is told it, too."""
+        name = secrets.token_urlsafe(16)
+        path = Path(self._folder.name) / f"{name}.mp4"
+        with self._lock:
+            self._running[name] = Recording(path, latest, partial(self._ended, name, on_end))
+        return name
+
+    def end(self, name: str) -> None:
+        """Finish one; nothing where it has ended."""
+        with self._lock:
+            recording = self._running.get(name)
+        if recording is not None:
+            recording.stop()
+
+    def path(self, name: str) -> Path | None:
+        """A finished recording's file."""
+        with self._lock:
+            return self._finished.get(name)
+
+    def close(self) -> None:
+        """End all and delete the files."""
+        with self._lock:
+            running = list(self._running.values())
+        for recording in running:
+            recording.stop()
+        for recording in running:
+            recording.join()
+        self._folder.cleanup()
+
+    def _ended(
+        self, name: str, on_end: Callable[[str, PoseCrafterError | None], None], error: PoseCrafterError | None
+    ) -> None:
+        with self._lock:
+            recording = self._running.pop(name)
+            if error is None:
+                self._finished[name] = recording.path
+            while len(self._finished) > MAX_FINISHED:
+                self._finished.popitem(last=False)[1].unlink(missing_ok=True)
+        on_end(name, error)

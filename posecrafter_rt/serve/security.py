@@ -1,0 +1,137 @@
+"""Who may speak to the server, and how much: token, host, origin, size and rate. Every answer gets strict headers.
+
+Layer 7: ASGI and arithmetic.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from posecrafter_rt.serve.options import ServeOptions, is_loopback
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+POLICY_VIOLATION, TOO_BIG, TRY_AGAIN_LATER = 1008, 1009, 1013  # close codes of a WebSocket
+PAGE_FOLDERS = ("assets", "tracker")  # the page's files; they hold no secret, and the page names them without the token
+_PAGE_FILES = tuple(f"/{folder}/" for folder in PAGE_FOLDERS)
+# Nothing from elsewhere; WebAssembly and workers are for tracking people in the browser.
+CONTENT_POLICY = (
+    "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self' blob:; img-src 'self' blob: data:; "
+    "media-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": CONTENT_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",  # the page's address may hold the token
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(self), microphone=(), geolocation=()",
+}
+
+
+class Refusal(Exception):
+    """A request that is not answered. status: of HTTP; a WebSocket is closed with 1008."""
+
+    def __init__(self, status: int, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.status, self.message, self.hint = status, message, hint
+
+
+class TokenBucket:
+    """Lets `rate` through a second, and `burst` at once."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self._rate, self._burst = rate, burst
+        self._level, self._at_s = burst, 0.0
+
+    def take(self, now_s: float) -> bool:
+        """Whether one more may pass at this time; now_s only goes forward."""
+        self._level = min(self._burst, self._level + (now_s - self._at_s) * self._rate)
+        self._at_s = now_s
+        if self._level < 1:
+            return False
+        self._level -= 1
+        return True
+
+
+def check_request(scope: Scope, options: ServeOptions) -> None:
+    """Raises Refusal unless a request may be answered.
+
+    Bound to this machine and without a token, its Host must be this machine: another name that leads here is a page that had
+    its address changed (DNS rebinding). An Origin, which browsers send, must be that host or one that is allowed. The token counts
+    in `Authorization: Bearer` and in `?token=`.
+    """
+    headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+    host = headers.get("host", "")
+    if options.is_loopback and options.token is None and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        raise Refusal(421, f"this server is not {host!r:.80}", "it answers to localhost and 127.0.0.1 only")
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != host and origin not in options.allow_origins:
+        raise Refusal(403, f"pages of {origin!r:.80} may not use this server", "serve with --allow-origin to let them")
+    if options.token is None or scope["path"] == "/health" or scope["path"].startswith(_PAGE_FILES):
+        return
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+    if not hmac.compare_digest(given.encode(), options.token.encode()):
+        raise Refusal(
+            401, "the token is missing or wrong", "add ?token=... to the address, or Authorization: Bearer ..."
+        )
+
+
+class Guard:
+    """ASGI around an app: answers refusals itself, and adds headers to every answer."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], options: ServeOptions) -> None:
+        self._app, self._options = app, options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        with_headers = _adding_headers(scope["path"], send)
+        try:
+            check_request(scope, self._options)
+        except Refusal as refusal:
+            refuse = _refuse_socket if scope["type"] == "websocket" else _refuse_request
+            await refuse(refusal, receive, with_headers)
+            return
+        await self._app(scope, receive, with_headers)
+
+
+def _adding_headers(path: str, send: Send) -> Send:
+    """The page and its files may be kept if the server is asked each time whether they are current; nothing else may."""
+    is_page = path == "/" or path.startswith(_PAGE_FILES)
+
+    async def added(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            values = {**HEADERS, "cache-control": "no-cache" if is_page and message["status"] < 400 else "no-store"}
+            message["headers"] = [*message.get("headers", ()), *((k.encode(), v.encode()) for k, v in values.items())]
+        await send(message)
+
+    return added
+
+
+async def _refuse_request(refusal: Refusal, receive: Receive, send: Send) -> None:
+    headers = [(b"content-type", b"application/json")]
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    body = json.dumps({"message": refusal.message, "hint": refusal.hint}).encode()
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _refuse_socket(refusal: Refusal, receive: Receive, send: Send) -> None:
+    """Accepted first: a browser does not tell a page why it could not connect, but does tell a close code."""
+    await receive()
+    await send({"type": "websocket.accept"})
+    text = json.dumps({"type": "error", "message": refusal.message, "hint": refusal.hint})
+    await send({"type": "websocket.send", "text": text})
+    await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": refusal.message[:120]})

@@ -1,0 +1,192 @@
+"""A served avatar: its engine thread, its sessions, recordings and camera.
+
+Layer 7: on the event loop, but for what it hands to the engine's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.machine import return_freed_memory
+from posecrafter_rt.poses.fit import median_pose
+from posecrafter_rt.serve.metrics import Metrics
+from posecrafter_rt.serve.options import ServeOptions
+from posecrafter_rt.serve.poses_api import has_pose_extraction
+from posecrafter_rt.serve.protocol import error_message
+from posecrafter_rt.serve.recording import Recordings
+from posecrafter_rt.serve.scheduler import Scheduler
+from posecrafter_rt.serve.session import Session, Stream, Waiting
+from posecrafter_rt.serve.virtual_camera import VirtualCamera
+
+if TYPE_CHECKING:
+    from posecrafter_rt.avatar import Avatar
+    from posecrafter_rt.runtime.stream_options import StreamOptions
+
+STATS_EVERY_S = 1.0
+
+
+class SessionsFull(PoseCrafterError):
+    """As many clients as are let in are there."""
+
+
+class Service:
+    """All that lives as long as the server. reference: (H, W, 3) uint8, what is shown before the first pose."""
+
+    def __init__(self, avatar: Avatar, options: ServeOptions) -> None:
+        self.avatar, self.options = avatar, options
+        self.metrics = Metrics(lambda: self.num_sessions)
+        self.reference: np.ndarray = avatar.frames[0]
+        self.stream_options: StreamOptions | None = None  # known once the first stream is there
+        self._reference_pose = median_pose(avatar.poses.keypoints)
+        self._scheduler: Scheduler[Session, Waiting] = Scheduler(lambda session, waiting: session.render(waiting))
+        self._sessions: dict[str, Session] = {}  # in the order in which they came
+        self._num_opening = 0
+        self._recordings: Recordings | None = None
+        self._recording_of: dict[str, str] = {}  # session → recording
+        self._camera: VirtualCamera | None = None
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions) + self._num_opening
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine's thread does its work."""
+        return self._scheduler.is_running
+
+    def start(self) -> None:
+        """Start the engine's thread and step once; nothing where that is done. Raises: PoseCrafterError."""
+        if self._recordings is not None:
+            return
+        if self.options.has_virtual_camera:
+            self._camera = VirtualCamera(self.avatar.size, self._first_frame)
+        self._recordings = Recordings()
+        self._scheduler.start()
+        try:
+            self._scheduler.call(self._warm_up).result()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Bring the engine to rest, and delete the recordings; the sessions have ended."""
+        if self._camera is not None:
+            self._camera.close()
+        self._scheduler.stop()
+        if self._recordings is not None:
+            self._recordings.close()
+
+    def offer(self, session: Session, waiting: Waiting) -> None:
+        """A pose of a session: it is rendered in its turn, unless a newer one comes before."""
+        self.metrics.received.inc()
+        if self._scheduler.put(session, waiting) is not None:
+            session.count_overtaken()
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Session]:
+        """A new client's session, ended with the block. Raises: SessionsFull; PoseCrafterError from its stream."""
+        if self.num_sessions >= self.options.max_sessions:
+            self.metrics.refused.inc()
+            raise SessionsFull(
+                f"all {self.options.max_sessions} places are taken", "try again later, or close another page"
+            )
+        self._num_opening += 1
+        try:
+            stream, resources = await asyncio.wrap_future(self._scheduler.call(self._open_stream))
+        finally:
+            self._num_opening -= 1
+        session = Session(stream, self.reference, self._reference_pose, self.metrics)
+        self._sessions[session.id] = session
+        session.texts.put(self._ready(session))
+        stats = asyncio.create_task(_tell_stats(session))
+        try:
+            yield session
+        finally:
+            stats.cancel()
+            self._forget(session)
+            self._scheduler.call(resources.close)
+
+    def record(self, session: Session, on: bool) -> None:
+        """Begin or end a session's recording; it is told when the recording has begun, and where it is when it ended."""
+        assert self._recordings is not None
+        if not on:
+            self._recordings.end(self._recording_of.pop(session.id, ""))
+        elif session.id not in self._recording_of:
+            recorded = partial(self._recorded, session)
+            self._recording_of[session.id] = self._recordings.begin(lambda: session.latest, recorded)
+            session.texts.put({"type": "recording", "on": True, "url": None})
+
+    def recording(self, name: str) -> Path | None:
+        """The file of a finished recording."""
+        return None if self._recordings is None else self._recordings.path(name)
+
+    def info(self) -> dict[str, Any]:
+        """What is served, as `/api/info` tells it."""
+        manifest = self.avatar.folder.manifest
+        return {
+            "name": self.avatar.folder.path.name, "size": list(self.avatar.size), "prompt": self.avatar.prompt,
+            "device": manifest["device"]["name"], "has_pose_extraction": has_pose_extraction(), **self._state(),
+        }  # fmt: skip
+
+    def _state(self) -> dict[str, Any]:
+        manifest, options = self.avatar.folder.manifest, self.stream_options
+        assert options is not None
+        return {
+            "backend": manifest["backend"], "precision": manifest["precision"], "steps": options.steps,
+            "window": options.window, "sessions": self.num_sessions, "max_sessions": self.options.max_sessions,
+        }  # fmt: skip
+
+    def _ready(self, session: Session) -> dict[str, Any]:
+        return {"type": "ready", "session": session.id, "size": list(self.avatar.size), **self._state()}
+
+    def _open_stream(self) -> tuple[Stream, ExitStack]:
+        """A stream, and what frees it; on the engine's thread."""
+        resources = ExitStack()
+        resources.callback(return_freed_memory)  # last: where clients come and go, it would add up
+        return resources.enter_context(self.avatar.stream(**self.options.stream)), resources
+
+    def _warm_up(self) -> None:
+        """What a first step makes ready is ready before the first client; on the engine's thread."""
+        with self.avatar.stream(**self.options.stream) as stream:
+            self.stream_options = stream.options
+            stream.step(self.avatar.poses.keypoints[0])
+            stream.reset()
+            self.reference = stream.step(None)
+
+    def _first_frame(self) -> np.ndarray:
+        """What the camera shows."""
+        sessions = list(self._sessions.values())
+        return sessions[0].latest if sessions else self.reference
+
+    def _forget(self, session: Session) -> None:
+        self._sessions.pop(session.id, None)
+        session.is_closed = True
+        self._scheduler.discard(session)
+        self.record(session, False)
+
+    def _recorded(self, session: Session, name: str, error: PoseCrafterError | None) -> None:
+        """On the recording's thread."""
+        if self._recording_of.get(session.id) == name:  # it has reached its greatest length
+            self._recording_of.pop(session.id, None)
+        url = None if error is not None else f"/api/recordings/{name}.mp4"
+        session.texts.put({"type": "recording", "on": False, "url": url})
+        if error is not None:
+            session.texts.put(error_message(error))
+
+
+async def _tell_stats(session: Session) -> None:
+    """Once a second, while frames are shown."""
+    while True:
+        begin_s, num_before = time.perf_counter(), session.num_shown
+        await asyncio.sleep(STATS_EVERY_S)
+        if session.num_shown > num_before:
+            session.texts.put(session.stats(time.perf_counter() - begin_s, num_before))

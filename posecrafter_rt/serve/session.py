@@ -1,0 +1,232 @@
+"""One client's avatar: the newest pose in, frames and messages out.
+
+Layer 7: `render` runs on the engine's thread, everything else on the event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.framing import transform_keypoints
+from posecrafter_rt.poses.fit import PersonFit
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve.metrics import Metrics
+from posecrafter_rt.serve.options import MAX_AGE_S
+from posecrafter_rt.serve.protocol import HELD, JPEG, REPEAT, RESET, Configure, FrameHeader, PoseMessage, error_message
+from posecrafter_rt.serve.slots import Newest, Texts
+
+if TYPE_CHECKING:
+    from posecrafter_rt.runtime.stream_options import StreamOptions
+
+_KEPT_TIMES = 256
+_KEPT_TEXTS = 32
+_ERROR_EVERY_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class StepInfo(Protocol):
+    """What a stream tells of its last step."""
+
+    @property
+    def held(self) -> bool: ...
+    @property
+    def is_repeat(self) -> bool: ...
+    @property
+    def reset(self) -> bool: ...
+
+
+class Stream(Protocol):
+    """What a session needs of an avatar's stream."""
+
+    @property
+    def last(self) -> StepInfo: ...
+    @property
+    def options(self) -> StreamOptions: ...
+    def step(self, pose: np.ndarray | None) -> np.ndarray: ...
+    def reset(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """A pose, and when it came (`time.perf_counter`)."""
+
+    pose: PoseMessage
+    arrived_s: float
+
+
+class Flight(NamedTuple):
+    """A pose whose frame is to come, the FrameHeader's flags and wait_ms of it; is_again: it was given before, too."""
+
+    waiting: Waiting
+    flags: int
+    wait_ms: float
+    is_again: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A frame for the client: uint8 (H, W, 3) RGB; how it came about."""
+
+    frame: np.ndarray
+    header: FrameHeader
+    arrived_s: float
+
+    @property
+    def age_s(self) -> float:
+        """Since its pose arrived."""
+        return time.perf_counter() - self.arrived_s
+
+
+class Session:
+    """The state of one client.
+
+    latest: the frame that it was shown last, (H, W, 3) uint8. format, quality: of the pictures that it wants.
+    frames, texts: what goes to it; whoever speaks to the client takes from both.
+    """
+
+    def __init__(self, stream: Stream, reference: np.ndarray, reference_pose: np.ndarray, metrics: Metrics) -> None:
+        self.id = secrets.token_urlsafe(9)
+        self.latest = reference
+        self.format, self.quality = JPEG, 85
+        self.frames: Newest[Shown] = Newest()
+        self.texts: Texts[dict[str, Any]] = Texts(_KEPT_TEXTS)
+        self._fits_person = True
+        self._stream = stream
+        self._size: tuple[int, int] = reference.shape[:2]
+        self._person = PersonFit(reference_pose)
+        self._metrics = metrics
+        self._flights: deque[Flight] = deque(maxlen=1 + _delay_of(stream))
+        self._is_reset_wanted = self.is_closed = False
+        self._num_overtaken = self._num_stale = self._num_limited = self.num_shown = 0
+        self._render_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
+        self._last_error_s = float("-inf")
+
+    @property
+    def num_dropped(self) -> int:
+        """Poses so far that no frame was shown for."""
+        return self._num_overtaken + self._num_stale + self._num_limited
+
+    def count_overtaken(self) -> None:
+        """A pose was overtaken by a newer one before its turn."""
+        self._num_overtaken += 1
+        self._metrics.dropped.labels("overtaken").inc()
+
+    def count_limited(self) -> None:
+        """A pose came faster than the rate limit allows."""
+        self._num_limited += 1
+        self._metrics.dropped.labels("limited").inc()
+
+    def configure(self, wish: Configure) -> None:
+        """Follow what the client wants from the next frame on."""
+        self.format, self.quality = wish.format or self.format, wish.quality or self.quality
+        if wish.fit is not None:
+            self._fits_person = wish.fit == "person"
+
+    def reset(self) -> None:
+        """Forget the past frames and the person, before the next frame."""
+        self._is_reset_wanted = True
+
+    def stats(self, seconds: float, num_before: int) -> dict[str, Any]:
+        """The message about the last `seconds`, at whose begin `num_shown` was `num_before`."""
+        times = np.array(self._render_ms or [0.0])
+        p50, p95 = np.percentile(times, [50, 95])
+        return {"type": "stats", "fps": round((self.num_shown - num_before) / seconds, 2),
+                "render_ms_p50": round(float(p50), 2), "render_ms_p95": round(float(p95), 2),
+                "dropped": self.num_dropped}  # fmt: skip
+
+    def render(self, waiting: Waiting) -> bool:
+        """Take a turn: show the frame of a pose, or tell the client what went wrong.
+
+        Returns: whether the frame of this pose is still to come, as from a pipelined stream: it does with the next turns, of
+            the same pose if there is no other.
+        """
+        if self.is_closed:
+            return False
+        is_again = bool(self._flights) and waiting is self._flights[-1].waiting
+        started_s = time.perf_counter()
+        wait_s = started_s - waiting.arrived_s
+        if not is_again:
+            self._metrics.wait.observe(wait_s)
+            if wait_s > MAX_AGE_S:
+                self._drop_stale(f"a pose waited {wait_s:.1f} s for its turn")
+                return False
+        try:
+            frame = self._step(waiting)
+        except Exception as error:  # one client's failing step must not end the service of the others
+            self._fail(error)
+            return False
+        render_ms = (time.perf_counter() - started_s) * 1000
+        self._render_ms.append(render_ms)
+        self._metrics.render.observe(render_ms / 1000)
+        last = self._stream.last
+        kind = "repeat" if last.is_repeat else "held" if last.held else "rendered"
+        self._metrics.frames.labels(kind).inc()
+        flags = HELD * last.held | REPEAT * last.is_repeat | RESET * last.reset
+        self._flights.append(Flight(waiting, flags, wait_s * 1000, is_again))
+        if len(self._flights) == self._flights.maxlen and not self._flights[0].is_again:
+            self._show(frame, self._flights[0], render_ms)
+        return self._flights[0].waiting is not waiting
+
+    def _step(self, waiting: Waiting) -> np.ndarray:
+        if self._is_reset_wanted:
+            self._is_reset_wanted = False
+            self._stream.reset()
+            self._person.reset()
+            self._flights.clear()
+        return self._stream.step(self._fit(waiting))
+
+    def _fit(self, waiting: Waiting) -> np.ndarray | None:
+        """The pose on the avatar's canvas, float32 (134, 3), or None."""
+        pose = waiting.pose
+        if pose.keypoints is None:
+            return None
+        if self._fits_person:
+            similarity = self._person.similarity(pose.keypoints, pose.canvas, waiting.arrived_s)
+            if similarity is not None:
+                return similarity.apply(pose.keypoints)
+        return transform_keypoints(PoseSequence(pose.keypoints[np.newaxis], pose.canvas), self._size).keypoints[0]
+
+    def _show(self, frame: np.ndarray, flight: Flight, render_ms: float) -> None:
+        arrived_s, pose = flight.waiting.arrived_s, flight.waiting.pose
+        if time.perf_counter() - arrived_s > MAX_AGE_S:
+            self._drop_stale(f"a frame took {render_ms / 1000:.1f} s")
+            return
+        self.num_shown += 1
+        self.latest = frame
+        header = FrameHeader(self.format, flight.flags, pose.sequence, pose.sent_ms, frame.shape[:2], self.num_dropped,
+                             flight.wait_ms, render_ms)  # fmt: skip
+        self.frames.put(Shown(frame, header, arrived_s))
+
+    def _drop_stale(self, why: str) -> None:
+        self._num_stale += 1
+        self._metrics.dropped.labels("stale").inc()
+        self._tell(PoseCrafterError(f"{why}; frames older than {MAX_AGE_S:g} s are not shown",
+                                    "serve with fewer --steps, or fewer sessions"))  # fmt: skip
+
+    def _fail(self, error: Exception) -> None:
+        self._metrics.errors.inc()
+        self._is_reset_wanted = True  # a step that was broken off may have left the past frames half changed
+        if not isinstance(error, PoseCrafterError):
+            _log.error("a step of session %s failed", self.id, exc_info=error)
+            error = PoseCrafterError(f"the step failed: {type(error).__name__}", "the server's log says more")
+        self._tell(error)
+
+    def _tell(self, error: PoseCrafterError) -> None:
+        """At most once a second: a fault tends to come with every pose."""
+        now_s = time.perf_counter()
+        if now_s - self._last_error_s >= _ERROR_EVERY_S:
+            self._last_error_s = now_s
+            self.texts.put(error_message(error))
+
+
+def _delay_of(stream: Stream) -> int:
+    """How many steps after its own a pose's frame comes."""
+    return stream.options.steps - 1 if stream.options.is_pipelined else 0

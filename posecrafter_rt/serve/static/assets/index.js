@@ -1,0 +1,1919 @@
+// src/layout.ts
+var CONFIDENCE_THRESHOLD = .3;
+var BODY = {
+	start: 0,
+	stop: 18
+};
+var FEET = {
+	start: 18,
+	stop: 24
+};
+var FACE = {
+	start: 24,
+	stop: 92
+};
+var LEFT_HAND = {
+	start: 92,
+	stop: 113
+};
+var RIGHT_HAND = {
+	start: 113,
+	stop: 134
+};
+var BODY_NAMES = [
+	"nose",
+	"neck",
+	"right shoulder",
+	"right elbow",
+	"right wrist",
+	"left shoulder",
+	"left elbow",
+	"left wrist",
+	"right hip",
+	"right knee",
+	"right ankle",
+	"left hip",
+	"left knee",
+	"left ankle",
+	"right eye",
+	"left eye",
+	"right ear",
+	"left ear"
+];
+var FEET_NAMES = [
+	"left big toe",
+	"left small toe",
+	"left heel",
+	"right big toe",
+	"right small toe",
+	"right heel"
+];
+/** Pairs of body points, in the order in which they are painted; limb i has the i-th colour, and so has joint i. */
+var LIMBS = [
+	[1, 2],
+	[1, 5],
+	[2, 3],
+	[3, 4],
+	[5, 6],
+	[6, 7],
+	[1, 8],
+	[8, 9],
+	[9, 10],
+	[1, 11],
+	[11, 12],
+	[12, 13],
+	[1, 0],
+	[0, 14],
+	[14, 16],
+	[0, 15],
+	[15, 17]
+];
+var COLOURS = [
+	[
+		255,
+		0,
+		0
+	],
+	[
+		255,
+		85,
+		0
+	],
+	[
+		255,
+		170,
+		0
+	],
+	[
+		255,
+		255,
+		0
+	],
+	[
+		170,
+		255,
+		0
+	],
+	[
+		85,
+		255,
+		0
+	],
+	[
+		0,
+		255,
+		0
+	],
+	[
+		0,
+		255,
+		85
+	],
+	[
+		0,
+		255,
+		170
+	],
+	[
+		0,
+		255,
+		255
+	],
+	[
+		0,
+		170,
+		255
+	],
+	[
+		0,
+		85,
+		255
+	],
+	[
+		0,
+		0,
+		255
+	],
+	[
+		85,
+		0,
+		255
+	],
+	[
+		170,
+		0,
+		255
+	],
+	[
+		255,
+		0,
+		255
+	],
+	[
+		255,
+		0,
+		170
+	],
+	[
+		255,
+		0,
+		85
+	]
+];
+/** Five fingers of four bones each; a finger's first bone starts at the wrist, point 0. */
+var HAND_EDGES = Array.from({ length: 20 }, (_, edge) => {
+	const tip = edge + 1;
+	return [tip % 4 === 1 ? 0 : tip - 1, tip];
+});
+/** A keypoint's name for people: "left wrist", "face 30", "right hand 4". */
+function keypointName(index) {
+	if (index < BODY.stop) return BODY_NAMES[index];
+	if (index < FEET.stop) return FEET_NAMES[index - FEET.start];
+	if (index < FACE.stop) return `face ${index - FACE.start}`;
+	if (index < LEFT_HAND.stop) return `left hand ${index - LEFT_HAND.start}`;
+	return `right hand ${index - RIGHT_HAND.start}`;
+}
+/** Whether a keypoint is sure enough to be drawn. */
+function isVisible(points, index) {
+	return points[index * 3 + 2] >= CONFIDENCE_THRESHOLD;
+}
+// src/track.ts
+/** A track as the server writes it. Throws an Error where its parts do not fit together. */
+function decodeTrack(json) {
+	const bytes = Uint8Array.from(atob(json.keypoints), (character) => character.charCodeAt(0));
+	const points = new Float32Array(bytes.buffer);
+	if (json.num_frames < 1 || points.length !== json.num_frames * 134 * 3) throw new Error(`a pose track of ${json.num_frames} frames with ${points.length} numbers`);
+	const [height, width] = json.canvas;
+	return {
+		fps: json.fps,
+		canvas: {
+			height,
+			width
+		},
+		numFrames: json.num_frames,
+		points
+	};
+}
+/** One frame of a track; nobody is seen where every confidence is 0. */
+function trackPose(track, index) {
+	const length = 402;
+	const points = track.points.subarray(index * length, (index + 1) * length);
+	const isSomebody = points.some((value, position) => position % 3 === 2 && value > 0);
+	return {
+		canvas: track.canvas,
+		points: isSomebody ? points : null
+	};
+}
+/** Where in a track the playing is. Time is given to it, so it holds no clock. */
+var Playback = class {
+	numFrames;
+	fps;
+	isPlaying = false;
+	repeat = "loop";
+	speed = 1;
+	phase = 0;
+	constructor(numFrames, fps) {
+		this.numFrames = numFrames;
+		this.fps = fps;
+	}
+	get index() {
+		const last = this.numFrames - 1;
+		const whole = Math.floor(this.phase);
+		if (this.repeat !== "swing" || last === 0) return Math.min(whole, last);
+		const turn = whole % (2 * last);
+		return turn <= last ? turn : 2 * last - turn;
+	}
+	/** Go on by so much time; stops at the end of a track that is played once. */
+	advance(elapsedMs) {
+		if (!this.isPlaying) return;
+		this.phase += elapsedMs / 1e3 * this.fps * this.speed;
+		if (this.repeat === "loop") this.phase %= this.numFrames;
+		else if (this.repeat === "swing") this.phase %= Math.max(2 * (this.numFrames - 1), 1);
+		else if (this.phase >= this.numFrames) {
+			this.phase = this.numFrames - 1;
+			this.isPlaying = false;
+		}
+	}
+	/** Play, from the start if the end was reached; or pause. */
+	toggle() {
+		this.isPlaying = !this.isPlaying;
+		if (this.isPlaying && this.repeat === "once" && this.index === this.numFrames - 1) this.phase = 0;
+	}
+	seek(index) {
+		this.phase = Math.max(0, Math.min(index, this.numFrames - 1));
+	}
+	setRepeat(repeat) {
+		this.phase = this.index;
+		this.repeat = repeat;
+	}
+};
+// src/api.ts
+/** What the server did not want to do, in its words. */
+var Refusal = class extends Error {
+	hint;
+	status;
+	constructor(message, hint, status) {
+		super(message);
+		this.hint = hint;
+		this.status = status;
+	}
+	get isAboutToken() {
+		return this.status === 401;
+	}
+};
+/** The server's address for a path such as "api/info"; the page may lie under any folder of a host. */
+function address(path) {
+	const url = new URL(path.replace(/^\//, ""), document.baseURI);
+	const token = new URLSearchParams(location.search).get("token");
+	if (token !== null) url.searchParams.set("token", token);
+	return url;
+}
+async function fetchInfo() {
+	return await (await request("api/info")).json();
+}
+/** The poses that the avatar was tuned on. */
+async function fetchPoses() {
+	return decodeTrack(await (await request("api/poses")).json());
+}
+/** What the avatar looks like before the first pose. */
+async function fetchReference() {
+	return createImageBitmap(await (await request("api/reference.jpg")).blob());
+}
+/** The poses in a pose file or a video; finding them in a video takes the server a while. */
+async function readPoses(file, signal) {
+	return decodeTrack(await (await request("api/poses", {
+		body: file,
+		type: file.type.startsWith("video/") ? file.type : "application/json",
+		signal
+	})).json());
+}
+/** Hand over an offer of a WebRTC connection; returns the answer. */
+async function exchangeOffer(offer) {
+	return (await request("api/offer", {
+		body: JSON.stringify(offer),
+		type: "application/json"
+	})).json();
+}
+async function request(path, post) {
+	const response = await fetch(address(path), post === void 0 ? {} : {
+		method: "POST",
+		body: post.body,
+		headers: { "Content-Type": post.type },
+		signal: post.signal ?? null
+	});
+	if (!response.ok) throw await refusal(response);
+	return response;
+}
+async function refusal(response) {
+	const said = await response.json().catch(() => ({}));
+	return new Refusal(said.message ?? `the server answered ${response.status}`, said.hint ?? null, response.status);
+}
+// src/backoff.ts
+var FIRST_MS = 400;
+var LONGEST_MS = 5e3;
+var GROWTH = 1.6;
+/** Milliseconds before try `attempt` (from 0): growing, capped, and spread by a fifth so that clients do not come at once. */
+function retryDelayMs(attempt, random = Math.random) {
+	return Math.min(FIRST_MS * GROWTH ** attempt, LONGEST_MS) * (.9 + .2 * random());
+}
+// src/protocol.ts
+var VERSION = 1;
+var POSE = 1;
+var FRAME = 2;
+var POSE_HEADER_BYTES = 24;
+var FRAME_HEADER_BYTES = 32;
+var HELD = 1;
+var REPEAT = 2;
+var RESET = 4;
+/** A pose as bytes, little-endian: a header of 24 and 12 for each keypoint. */
+function encodePose(pose, sequence, sentMs) {
+	const count = pose.points === null ? 0 : 134;
+	const bytes = /* @__PURE__ */ new ArrayBuffer(POSE_HEADER_BYTES + 12 * count);
+	const view = new DataView(bytes);
+	view.setUint8(0, POSE);
+	view.setUint8(1, VERSION);
+	view.setUint16(2, count, true);
+	view.setUint32(4, sequence, true);
+	view.setFloat64(8, sentMs, true);
+	view.setFloat32(16, pose.canvas.height, true);
+	view.setFloat32(20, pose.canvas.width, true);
+	pose.points?.forEach((value, index) => view.setFloat32(POSE_HEADER_BYTES + 4 * index, value, true));
+	return bytes;
+}
+/** A frame from bytes. Throws an Error for any other message. */
+function decodeFrame(bytes) {
+	if (bytes.byteLength < FRAME_HEADER_BYTES) throw new Error(`a frame message of ${bytes.byteLength} bytes`);
+	const view = new DataView(bytes);
+	const [type, version, flags] = [
+		view.getUint8(0),
+		view.getUint8(1),
+		view.getUint8(3)
+	];
+	if (type !== FRAME || version !== VERSION) throw new Error(`a message of type ${type}, version ${version}`);
+	return {
+		format: view.getUint8(2),
+		isHeld: (flags & HELD) !== 0,
+		isRepeat: (flags & REPEAT) !== 0,
+		isReset: (flags & RESET) !== 0,
+		sequence: view.getUint32(4, true),
+		sentMs: view.getFloat64(8, true),
+		size: {
+			height: view.getUint16(16, true),
+			width: view.getUint16(18, true)
+		},
+		dropped: view.getUint32(20, true),
+		waitMs: view.getFloat32(24, true),
+		renderMs: view.getFloat32(28, true),
+		picture: new Uint8Array(bytes, FRAME_HEADER_BYTES)
+	};
+}
+/** A JSON message of the server, or null for one of a later version that is not known here. */
+function parseServerMessage(text) {
+	const value = JSON.parse(text);
+	if (typeof value !== "object" || value === null || !("type" in value)) return null;
+	return [
+		"ready",
+		"stats",
+		"recording",
+		"error"
+	].includes(value.type) ? value : null;
+}
+// src/transport.ts
+/** Codes with which a connection ends; the rest are the network's. */
+var BAD_REQUEST = 1008;
+var FULL = 1013;
+var ABNORMAL = 1006;
+/** Gathering addresses or opening the channel does not take longer where it works at all. */
+var GATHERING_MS = 1500;
+var OPENING_MS = 6e3;
+function openTransport(way, events) {
+	return way === "websocket" ? openWebSocket(events) : openWebRtc(events);
+}
+function openWebSocket(events) {
+	const url = address("ws");
+	url.protocol = url.protocol.replace("http", "ws");
+	const socket = new WebSocket(url);
+	socket.binaryType = "arraybuffer";
+	socket.onmessage = ({ data }) => typeof data === "string" ? events.onText(data) : events.onBytes(data);
+	socket.onclose = ({ code, reason }) => events.onClose(code, reason);
+	return {
+		send: (data) => {
+			if (socket.readyState === WebSocket.OPEN) socket.send(data);
+		},
+		close: () => {
+			socket.onmessage = socket.onclose = null;
+			socket.close();
+		}
+	};
+}
+function openWebRtc(events) {
+	const peer = new RTCPeerConnection();
+	const channel = peer.createDataChannel("poses");
+	channel.binaryType = "arraybuffer";
+	let isOver = false;
+	const end = () => {
+		isOver = true;
+		clearTimeout(timer);
+		peer.close();
+	};
+	const fail = (code, reason) => {
+		if (isOver) return;
+		end();
+		events.onClose(code, reason);
+	};
+	const timer = setTimeout(() => fail(ABNORMAL, "WebRTC did not connect"), OPENING_MS);
+	channel.onopen = () => clearTimeout(timer);
+	channel.onclose = () => fail(ABNORMAL, "the data channel closed");
+	channel.onmessage = ({ data }) => typeof data === "string" ? events.onText(data) : events.onBytes(data);
+	peer.ontrack = ({ track, streams }) => events.onVideo(streams[0] ?? new MediaStream([track]));
+	peer.onconnectionstatechange = () => {
+		if (peer.connectionState === "failed") fail(ABNORMAL, "the WebRTC connection was lost");
+	};
+	negotiate(peer).catch((error) => fail(closeCode(error), error instanceof Error ? error.message : ""));
+	return {
+		send: (data) => {
+			if (channel.readyState !== "open" || typeof data !== "string" && channel.bufferedAmount > 0) return;
+			channel.send(data);
+		},
+		close: end
+	};
+}
+async function negotiate(peer) {
+	peer.addTransceiver("video", { direction: "recvonly" });
+	await peer.setLocalDescription(await peer.createOffer());
+	await gathered(peer);
+	const offer = peer.localDescription;
+	await peer.setRemoteDescription(await exchangeOffer({
+		type: offer.type,
+		sdp: offer.sdp
+	}));
+}
+/** Waits until the peer knows its own addresses, which the offer carries, for a moment at most. */
+function gathered(peer) {
+	return new Promise((resolve) => {
+		if (peer.iceGatheringState === "complete") return resolve();
+		setTimeout(resolve, GATHERING_MS);
+		peer.addEventListener("icegatheringstatechange", () => {
+			if (peer.iceGatheringState === "complete") resolve();
+		});
+	});
+}
+/** What the refusal of an offer would have been called on a WebSocket. */
+function closeCode(error) {
+	if (!(error instanceof Refusal)) return ABNORMAL;
+	if (error.status === 503) return FULL;
+	return error.isAboutToken ? BAD_REQUEST : ABNORMAL;
+}
+// src/connection.ts
+/** Over the cap: time enough for someone to leave, short enough to wait for. */
+var FULL_RETRY_MS = 8e3;
+var Connection = class {
+	events;
+	way;
+	transport = null;
+	timer;
+	attempt = 0;
+	isLive = false;
+	lastError = null;
+	constructor(events, way = "websocket") {
+		this.events = events;
+		this.way = way;
+	}
+	/** Connect now, by another way if one is named, whatever there was before. */
+	open(way = this.way) {
+		clearTimeout(this.timer);
+		this.transport?.close();
+		this.events.onVideo(null);
+		this.way = way;
+		this.isLive = false;
+		this.lastError = null;
+		this.events.onState({ kind: "connecting" });
+		const isCurrent = () => this.transport === transport;
+		const transport = openTransport(way, {
+			onBytes: (bytes) => this.events.onFrame(decodeFrame(bytes)),
+			onText: (text) => this.onText(text),
+			onVideo: (stream) => this.events.onVideo(stream),
+			onClose: (code, reason) => void this.onClose(code, reason, isCurrent)
+		});
+		this.transport = transport;
+	}
+	sendBytes(bytes) {
+		if (this.isLive) this.transport?.send(bytes);
+	}
+	command(command) {
+		if (this.isLive) this.transport?.send(JSON.stringify(command));
+	}
+	onText(text) {
+		const message = parseServerMessage(text);
+		if (message === null) return;
+		if (message.type === "ready") {
+			this.attempt = 0;
+			this.isLive = true;
+			this.events.onState({
+				kind: "live",
+				ready: message,
+				way: this.way
+			});
+		} else if (message.type === "error") this.lastError = {
+			message: message.message,
+			hint: message.hint
+		};
+		this.events.onMessage(message);
+	}
+	async onClose(code, reason, isCurrent) {
+		const wasLive = this.isLive;
+		this.isLive = false;
+		const message = this.lastError?.message ?? reason;
+		if (code === 1013) return this.retry({
+			kind: "full",
+			message,
+			retryInMs: FULL_RETRY_MS
+		});
+		const answer = wasLive && code !== 1008 ? "gone" : await askServer();
+		if (!isCurrent()) return;
+		if (this.way === "webrtc" && !wasLive && answer === "here" && code !== 1008) {
+			this.events.onFallback();
+			return this.open("websocket");
+		}
+		if (code !== 1008 && !(answer instanceof Refusal)) return this.retry({
+			kind: "gone",
+			retryInMs: retryDelayMs(this.attempt++)
+		});
+		const refusal = answer instanceof Refusal ? answer : null;
+		this.events.onState({
+			kind: "refused",
+			message: message || refusal?.message || "the server refused the connection",
+			hint: this.lastError?.hint ?? refusal?.hint ?? null,
+			wantsToken: refusal !== null
+		});
+	}
+	retry(state) {
+		this.events.onState(state);
+		this.timer = setTimeout(() => this.open(), state.retryInMs);
+	}
+};
+/** Whether the server is there and would have us; its refusal where it demands a token that the page does not have. */
+async function askServer() {
+	try {
+		await fetchInfo();
+		return "here";
+	} catch (error) {
+		if (!(error instanceof Refusal)) return "gone";
+		return error.isAboutToken ? error : "here";
+	}
+}
+// src/dom.ts
+/** The element of this id. Throws an Error where it is missing or of another kind. */
+function byId(id, kind) {
+	const element = document.getElementById(id);
+	if (!(element instanceof kind)) throw new Error(`the page has no ${kind.name} with the id ${id}`);
+	return element;
+}
+/** Calls back with every frame of the display until it is stopped. */
+var FrameLoop = class {
+	callback;
+	handle = 0;
+	constructor(callback) {
+		this.callback = callback;
+	}
+	start() {
+		this.stop();
+		const step = (nowMs) => {
+			this.handle = requestAnimationFrame(step);
+			this.callback(nowMs);
+		};
+		this.handle = requestAnimationFrame(step);
+	}
+	stop() {
+		cancelAnimationFrame(this.handle);
+	}
+};
+// src/recorder.ts
+var Recorder = class {
+	button = byId("record", HTMLButtonElement);
+	label = byId("record-label", HTMLSpanElement);
+	link = byId("recording", HTMLAnchorElement);
+	startedMs = 0;
+	timer;
+	constructor(ask) {
+		this.button.onclick = () => {
+			this.button.disabled = true;
+			ask(this.button.ariaPressed !== "true");
+		};
+	}
+	/** The connection is there or not; a recording ends with it. */
+	setLive(isLive) {
+		this.button.disabled = !isLive;
+		this.setOn(false);
+	}
+	onState({ on, url }) {
+		this.button.disabled = false;
+		this.setOn(on);
+		this.link.hidden = url === null;
+		if (url !== null) this.link.href = address(url).href;
+	}
+	setOn(isOn) {
+		clearInterval(this.timer);
+		this.button.ariaPressed = String(isOn);
+		this.label.textContent = isOn ? "Stop 0:00" : "Record";
+		if (!isOn) return;
+		this.startedMs = performance.now();
+		this.timer = setInterval(() => {
+			const seconds = Math.floor((performance.now() - this.startedMs) / 1e3);
+			this.label.textContent = `Stop ${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
+		}, 500);
+	}
+};
+// src/meter.ts
+var WINDOW_MS = 2e3;
+/** Looks back over the last two seconds. */
+var Meter = class {
+	samples = [];
+	/** A frame was shown at `atMs`, so long after its pose was sent. */
+	add(atMs, latencyMs) {
+		this.samples.push({
+			atMs,
+			latencyMs
+		});
+	}
+	/** Frames a second up to `nowMs`, and the median latency; null where nothing was shown lately. */
+	read(nowMs) {
+		this.samples = this.samples.filter((sample) => nowMs - sample.atMs < WINDOW_MS);
+		if (this.samples.length < 2) return null;
+		const latencies = this.samples.map((sample) => sample.latencyMs).sort((a, b) => a - b);
+		const spanMs = nowMs - this.samples[0].atMs;
+		return {
+			fps: 1e3 * (this.samples.length - 1) / Math.max(spanMs, 1),
+			latencyMs: latencies[latencies.length >> 1]
+		};
+	}
+	/** Forget everything: what comes next has nothing to do with it. */
+	clear() {
+		this.samples = [];
+	}
+};
+// src/pacing.ts
+/** A pose without an answer for so long is given up: the server may have dropped it. */
+var PATIENCE_MS = 1500;
+/**
+* Lets a few poses be under way at a time and keeps the newest of those that came meanwhile.
+*
+* A second pose sets out only when the server should be about done with the first: sooner, it would wait there and grow
+* old; later, the server would wait for it. `send` is called with every pose that goes out.
+*/
+var Pacer = class {
+	send;
+	now;
+	limit;
+	/** Poses that a newer one replaced before they were sent. */
+	overtaken = 0;
+	sequence = 0;
+	gapMs = 0;
+	underWay = [];
+	waiting = null;
+	constructor(send, now, limit = 2) {
+		this.send = send;
+		this.now = now;
+		this.limit = limit;
+	}
+	/** Send this pose now, or as soon as an answer comes, unless a newer one comes first. */
+	offer(pose) {
+		const now = this.now();
+		this.underWay = this.underWay.filter((sent) => now - sent.sentMs < PATIENCE_MS);
+		const last = this.underWay.at(-1);
+		if (last !== void 0 && (this.underWay.length >= this.limit || now - last.sentMs < this.gapMs)) {
+			if (this.waiting !== null) this.overtaken++;
+			this.waiting = pose;
+			return;
+		}
+		this.waiting = null;
+		this.sequence++;
+		const sent = {
+			sequence: this.sequence,
+			sentMs: now,
+			pose
+		};
+		this.underWay.push(sent);
+		this.send(sent);
+	}
+	/**
+	* A frame has come for this pose, so for every earlier one too.
+	*
+	* waitMs, renderMs: what the pose waited for its turn, and what the frame took.
+	* Returns: the pose, if it was still awaited.
+	*/
+	acknowledge(sequence, waitMs, renderMs) {
+		this.gapMs = renderMs + waitMs / 2;
+		const answered = this.underWay.find((sent) => sent.sequence === sequence) ?? null;
+		this.underWay = this.underWay.filter((sent) => sent.sequence > sequence);
+		const waiting = this.waiting;
+		if (waiting !== null) this.offer(waiting);
+		return answered;
+	}
+	/** The connection is a new one: no answer will come to what was sent before. */
+	restart() {
+		this.overtaken = 0;
+		this.gapMs = 0;
+		this.underWay = [];
+		this.waiting = null;
+	}
+};
+/** Lets frames through in the order of their poses; repeats of the shown one pass. */
+var FrameGate = class {
+	/** Frames that came, or were decoded, after a newer one had been shown. */
+	late = 0;
+	shown = 0;
+	/** Whether a frame may be shown; it counts as shown if so. */
+	admit(sequence) {
+		if (sequence < this.shown) {
+			this.late++;
+			return false;
+		}
+		this.shown = sequence;
+		return true;
+	}
+};
+// src/screen.ts
+var FIGURES_EVERY_MS = 250;
+var Screen = class {
+	view;
+	pacer;
+	gate = new FrameGate();
+	meter = new Meter();
+	video = document.createElement("video");
+	figures = {
+		fps: byId("fps", HTMLElement),
+		latency: byId("latency", HTMLElement),
+		dropped: byId("dropped", HTMLElement)
+	};
+	newest = null;
+	isLive = false;
+	droppedByServer = 0;
+	/** The pose whose frame is next on the video track. */
+	onVideoTrack = null;
+	constructor(view, send) {
+		this.view = view;
+		const now = () => performance.now();
+		this.pacer = new Pacer((sent) => send(encodePose(sent.pose, sent.sequence, sent.sentMs)), now);
+		this.video.muted = this.video.playsInline = true;
+		setInterval(() => this.showFigures(), FIGURES_EVERY_MS);
+	}
+	/** The avatar shall take this pose. */
+	drive(pose) {
+		this.newest = pose;
+		if (this.isLive) this.pacer.offer(pose);
+	}
+	/** A connection is there, or none is. Over a new one nothing is under way, and the newest pose is told again. */
+	setLive(isLive) {
+		this.isLive = isLive;
+		this.pacer.restart();
+		this.meter.clear();
+		this.gate.late = 0;
+		this.droppedByServer = 0;
+		if (isLive && this.newest !== null) this.pacer.offer(this.newest);
+	}
+	async onFrame(frame) {
+		const sent = this.pacer.acknowledge(frame.sequence, frame.waitMs, frame.renderMs);
+		this.droppedByServer = frame.dropped;
+		if (frame.format === 0) {
+			if (sent !== null) this.onVideoTrack = sent;
+			return;
+		}
+		const image = await createImageBitmap(new Blob([frame.picture], { type: "image/jpeg" }));
+		if (this.gate.admit(frame.sequence)) {
+			this.view.show(image, frame.size, sent?.pose ?? null);
+			const now = performance.now();
+			this.meter.add(now, now - frame.sentMs);
+		}
+		image.close();
+	}
+	/** Show a video track's frames from now on, or none. */
+	onVideo(stream) {
+		this.video.srcObject = stream;
+		this.onVideoTrack = null;
+		if (stream === null) return;
+		this.video.play();
+		const step = () => {
+			if (this.video.srcObject !== stream) return;
+			this.video.requestVideoFrameCallback(step);
+			const size = {
+				height: this.video.videoHeight,
+				width: this.video.videoWidth
+			};
+			const shown = this.onVideoTrack;
+			this.onVideoTrack = null;
+			this.view.show(this.video, size, shown?.pose ?? null);
+			const now = performance.now();
+			if (shown !== null) this.meter.add(now, now - shown.sentMs);
+		};
+		this.video.requestVideoFrameCallback(step);
+	}
+	showFigures() {
+		const read = this.meter.read(performance.now());
+		const { fps, latency, dropped } = this.figures;
+		fps.textContent = read === null ? "–" : read.fps.toFixed(read.fps < 10 ? 1 : 0);
+		latency.textContent = read === null ? "–" : `${Math.round(read.latencyMs)} ms`;
+		dropped.textContent = String(this.pacer.overtaken + this.gate.late + this.droppedByServer);
+	}
+};
+// src/files.ts
+var FilePicker = class {
+	onTrack;
+	panel = byId("file-panel", HTMLDivElement);
+	input = byId("file", HTMLInputElement);
+	status = byId("file-status", HTMLParagraphElement);
+	reading = null;
+	/** onDrop: a file was dropped on the page, whatever was shown; onTrack: its poses are there. */
+	constructor(onDrop, onTrack) {
+		this.onTrack = onTrack;
+		this.input.onchange = () => {
+			const file = this.input.files?.[0];
+			if (file !== void 0) this.read(file);
+			this.input.value = "";
+		};
+		this.acceptDrops(onDrop);
+	}
+	open() {
+		this.panel.hidden = false;
+	}
+	close() {
+		this.panel.hidden = true;
+		this.reading?.abort();
+	}
+	/** Without pose extraction on the server's side, videos are of no use. */
+	setVideosAllowed(areAllowed) {
+		this.input.accept = areAllowed ? ".json,application/json,video/*" : ".json,application/json";
+		byId("file-kinds", HTMLSpanElement).textContent = areAllowed ? "OpenPose JSON or a video" : "OpenPose JSON";
+	}
+	acceptDrops(onDrop) {
+		let depth = 0;
+		const mark = (change) => {
+			depth += change;
+			document.body.classList.toggle("is-dropping", depth > 0);
+		};
+		document.ondragenter = () => mark(1);
+		document.ondragleave = () => mark(-1);
+		document.ondragover = (event) => event.preventDefault();
+		document.ondrop = (event) => {
+			event.preventDefault();
+			mark(-depth);
+			const file = event.dataTransfer?.files[0];
+			if (file === void 0) return;
+			onDrop();
+			this.read(file);
+		};
+	}
+	async read(file) {
+		this.reading?.abort();
+		const reading = this.reading = new AbortController();
+		this.status.classList.remove("is-error");
+		this.status.textContent = `Reading the poses of ${file.name}`;
+		try {
+			const track = await readPoses(file, reading.signal);
+			this.status.textContent = `${file.name}: ${track.numFrames} ${track.numFrames === 1 ? "pose" : "poses"}`;
+			this.onTrack(track);
+		} catch (error) {
+			if (reading.signal.aborted) return;
+			this.status.classList.add("is-error");
+			this.status.textContent = describe(error);
+		}
+	}
+};
+function describe(error) {
+	if (!(error instanceof Error)) return String(error);
+	const hint = "hint" in error && typeof error.hint === "string" ? `: ${error.hint}` : "";
+	return error.message + hint;
+}
+// src/geometry.ts
+function contain(picture, box) {
+	const scale = Math.min(box.width / picture.width, box.height / picture.height);
+	return {
+		scale,
+		left: (box.width - picture.width * scale) / 2,
+		top: (box.height - picture.height * scale) / 2
+	};
+}
+/** The point of the picture, pixel centres at integers, that lies at (x, y) of the box. */
+function toPicture(placement, x, y) {
+	return {
+		x: (x - placement.left) / placement.scale - .5,
+		y: (y - placement.top) / placement.scale - .5
+	};
+}
+// src/kinematics.ts
+/** A bone shorter than this has no direction to speak of. */
+var SHORTEST_BONE_PX = .001;
+/** The keypoint that each of them hangs on; the neck hangs on nothing. */
+var PARENTS = Array.from({ length: 134 }, (_, index) => parentOf(index));
+function parentOf(index) {
+	if (index < FEET.start) return [
+		1,
+		-1,
+		1,
+		2,
+		3,
+		1,
+		5,
+		6,
+		1,
+		8,
+		9,
+		1,
+		11,
+		12,
+		0,
+		0,
+		14,
+		15
+	][index];
+	if (index < FEET.stop) return index < FEET.start + 3 ? 13 : 10;
+	if (index < FACE.stop) return 0;
+	return index < LEFT_HAND.stop ? handParent(index, LEFT_HAND.start, 7) : handParent(index, RIGHT_HAND.start, 4);
+}
+/** Within a hand each bone hangs on the one before it, and the palm on the wrist. */
+function handParent(index, start, wrist) {
+	const point = index - start;
+	if (point === 0) return wrist;
+	return point % 4 === 1 ? start : index - 1;
+}
+/** A joint and all that hangs on it, however far down. */
+function subtree(joint) {
+	const found = [joint];
+	for (const parent of found) PARENTS.forEach((candidate, index) => {
+		if (candidate === parent) found.push(index);
+	});
+	return found;
+}
+/**
+* Move a joint; what hangs on it goes along, turned as the joint's own bone turns.
+*
+* A joint whose parent is missing only shifts: no bone says how it turns.
+* points: (134, 3), left as they are. Returns: a new array.
+*/
+function moveJoint(points, joint, x, y) {
+	const moved = points.slice();
+	const [fromX, fromY] = [points[joint * 3], points[joint * 3 + 1]];
+	const turn = boneTurn(points, joint, x, y);
+	const [cos, sin] = [Math.cos(turn), Math.sin(turn)];
+	for (const index of subtree(joint)) {
+		if (points[index * 3 + 2] === 0) continue;
+		const [dx, dy] = [points[index * 3] - fromX, points[index * 3 + 1] - fromY];
+		moved[index * 3] = x + cos * dx - sin * dy;
+		moved[index * 3 + 1] = y + sin * dx + cos * dy;
+	}
+	return moved;
+}
+/** The angle by which a joint's bone turns when the joint goes to (x, y). */
+function boneTurn(points, joint, x, y) {
+	const parent = PARENTS[joint];
+	if (parent < 0 || points[parent * 3 + 2] === 0) return 0;
+	const [px, py] = [points[parent * 3], points[parent * 3 + 1]];
+	const [ax, ay] = [points[joint * 3] - px, points[joint * 3 + 1] - py];
+	const [bx, by] = [x - px, y - py];
+	if (Math.min(Math.hypot(ax, ay), Math.hypot(bx, by)) < SHORTEST_BONE_PX) return 0;
+	return Math.atan2(ax * by - ay * bx, ax * bx + ay * by);
+}
+/** The keypoint nearest to (x, y) within `reach` pixels, or null; joints of the body come before other points. */
+function nearestJoint(points, x, y, reach) {
+	return nearestWithin(points, x, y, reach, 0, FEET.start) ?? nearestWithin(points, x, y, reach, FEET.start, 134);
+}
+function nearestWithin(points, x, y, reach, start, stop) {
+	let nearest = null;
+	let distance = reach;
+	for (let index = start; index < stop; index++) {
+		if (points[index * 3 + 2] === 0) continue;
+		const candidate = Math.hypot(points[index * 3] - x, points[index * 3 + 1] - y);
+		if (candidate <= distance) [nearest, distance] = [index, candidate];
+	}
+	return nearest;
+}
+// src/joints.ts
+/** How near a pointer must come, in pixels of the page: fingers are broad. */
+var REACH_PX = {
+	mouse: 16,
+	pen: 20,
+	touch: 28
+};
+var ARROWS = {
+	ArrowLeft: [-1, 0],
+	ArrowRight: [1, 0],
+	ArrowUp: [0, -1],
+	ArrowDown: [0, 1]
+};
+/** An arrow key moves by this part of the canvas's short side; with Shift five times as far. */
+var STEP = 1 / 100;
+var LEAP = 5;
+var BODY_GROUPS = [
+	[
+		"Body",
+		0,
+		18
+	],
+	[
+		"Feet",
+		18,
+		24
+	],
+	[
+		"Face",
+		24,
+		92
+	],
+	[
+		"Left hand",
+		92,
+		113
+	],
+	[
+		"Right hand",
+		113,
+		134
+	]
+];
+var JointEditor = class {
+	view;
+	emit;
+	panel = byId("joints-panel", HTMLDivElement);
+	choice = byId("joint", HTMLSelectElement);
+	place = byId("joint-place", HTMLOutputElement);
+	start = null;
+	pose = null;
+	isActive = false;
+	constructor(view, emit) {
+		this.view = view;
+		this.emit = emit;
+		const { canvas } = view;
+		canvas.onpointerdown = (event) => this.grab(event);
+		canvas.onpointermove = (event) => this.drag(event);
+		canvas.onkeydown = (event) => this.onKey(event);
+		this.choice.onchange = () => this.select(this.selected);
+		byId("joints-reset", HTMLButtonElement).onclick = () => this.reset();
+	}
+	/** Begin with this pose, or go on where it was left. */
+	open(start) {
+		this.isActive = true;
+		this.panel.hidden = false;
+		this.view.canvas.tabIndex = 0;
+		this.view.canvas.classList.add("is-editable");
+		if (this.start !== start) {
+			this.start = start;
+			this.fillChoice(start.points);
+			this.reset();
+		} else if (this.pose !== null) this.change(this.pose.points);
+		this.select(this.selected);
+	}
+	close() {
+		this.isActive = false;
+		this.panel.hidden = true;
+		this.view.canvas.tabIndex = -1;
+		this.view.canvas.classList.remove("is-editable");
+		this.view.mark(null);
+	}
+	get selected() {
+		return Number(this.choice.value);
+	}
+	reset() {
+		if (this.start !== null) this.change(this.start.points.slice());
+	}
+	fillChoice(points) {
+		const groups = BODY_GROUPS.map(([label, start, stop]) => {
+			const group = document.createElement("optgroup");
+			group.label = label;
+			for (let index = start; index < stop; index++) if (points[index * 3 + 2] !== 0) group.append(new Option(keypointName(index), String(index)));
+			return group;
+		});
+		this.choice.replaceChildren(...groups.filter((group) => group.childElementCount > 0));
+		if (points[5] !== 0) this.choice.value = String(1);
+	}
+	select(joint) {
+		this.choice.value = String(joint);
+		this.view.mark(joint);
+		this.tellPlace();
+	}
+	grab(event) {
+		if (!this.isActive || this.pose === null || this.view.placement === null) return;
+		const { x, y } = toPicture(this.view.placement, event.offsetX, event.offsetY);
+		const reach = REACH_PX[event.pointerType] ?? REACH_PX.mouse;
+		const joint = nearestJoint(this.pose.points, x, y, reach / this.view.placement.scale);
+		if (joint === null) return;
+		this.select(joint);
+		this.view.canvas.setPointerCapture(event.pointerId);
+	}
+	drag(event) {
+		if (!this.isActive || this.pose === null || this.view.placement === null) return;
+		if (!this.view.canvas.hasPointerCapture(event.pointerId)) return;
+		const { x, y } = toPicture(this.view.placement, event.offsetX, event.offsetY);
+		this.move(x, y);
+	}
+	onKey(event) {
+		const arrow = ARROWS[event.key];
+		if (!this.isActive || this.pose === null || arrow === void 0 || event.ctrlKey || event.metaKey) return;
+		event.preventDefault();
+		const { canvas, points } = this.pose;
+		const step = Math.min(canvas.height, canvas.width) * STEP * (event.shiftKey ? LEAP : 1);
+		this.move(points[this.selected * 3] + arrow[0] * step, points[this.selected * 3 + 1] + arrow[1] * step);
+	}
+	/** Move the selected joint to (x, y), or to the canvas's edge. */
+	move(x, y) {
+		if (this.pose === null) return;
+		const { canvas, points } = this.pose;
+		const [inX, inY] = [Math.max(0, Math.min(x, canvas.width - 1)), Math.max(0, Math.min(y, canvas.height - 1))];
+		this.change(moveJoint(points, this.selected, inX, inY));
+	}
+	change(points) {
+		this.pose = {
+			canvas: this.start.canvas,
+			points
+		};
+		this.emit(this.pose);
+		this.tellPlace();
+	}
+	tellPlace() {
+		if (this.pose === null) return;
+		const [x, y] = [0, 1].map((axis) => Math.round(this.pose?.points[this.selected * 3 + axis]));
+		this.place.value = `${keypointName(this.selected)} at ${x}, ${y}`;
+	}
+};
+// src/player.ts
+/** A display that slept must not make the track leap. */
+var LONGEST_STEP_MS = 100;
+var Player = class {
+	emit;
+	bar = byId("player", HTMLDivElement);
+	playButton = byId("play", HTMLButtonElement);
+	scrubber = byId("scrub", HTMLInputElement);
+	time = byId("time", HTMLOutputElement);
+	repeatChoice = byId("repeat", HTMLSelectElement);
+	speedChoice = byId("speed", HTMLSelectElement);
+	loop = new FrameLoop((nowMs) => this.step(nowMs));
+	track = null;
+	playback = new Playback(1, 1);
+	lastMs = null;
+	shownIndex = -1;
+	constructor(emit) {
+		this.emit = emit;
+		this.playButton.onclick = () => this.toggle();
+		this.scrubber.oninput = () => this.seek(Number(this.scrubber.value));
+		this.repeatChoice.onchange = () => this.playback.setRepeat(this.repeatChoice.value);
+		this.speedChoice.onchange = () => this.playback.speed = Number(this.speedChoice.value);
+	}
+	/** Take up a track from its first pose. */
+	start(track, repeat, isPlaying) {
+		this.track = track;
+		this.playback = new Playback(track.numFrames, track.fps);
+		this.playback.isPlaying = isPlaying;
+		this.playback.repeat = repeat;
+		this.playback.speed = Number(this.speedChoice.value);
+		this.repeatChoice.value = repeat;
+		this.scrubber.max = String(track.numFrames - 1);
+		this.bar.hidden = false;
+		this.shownIndex = -1;
+		this.lastMs = null;
+		this.showButton();
+		this.loop.start();
+	}
+	stop() {
+		this.loop.stop();
+		this.bar.hidden = true;
+		this.track = null;
+	}
+	/** Play or pause. Returns: whether there is anything to play. */
+	toggle() {
+		if (this.track === null) return false;
+		this.playback.toggle();
+		this.showButton();
+		return true;
+	}
+	seek(index) {
+		this.playback.seek(index);
+		this.shownIndex = -1;
+	}
+	step(nowMs) {
+		const elapsedMs = this.lastMs === null ? 0 : Math.min(nowMs - this.lastMs, LONGEST_STEP_MS);
+		this.lastMs = nowMs;
+		this.playback.advance(elapsedMs);
+		if (this.track === null || this.playback.index === this.shownIndex) return;
+		this.shownIndex = this.playback.index;
+		this.emit(trackPose(this.track, this.shownIndex));
+		this.scrubber.value = String(this.shownIndex);
+		this.time.value = `${seconds(this.shownIndex, this.track)} / ${seconds(this.track.numFrames, this.track)} s`;
+		this.scrubber.setAttribute("aria-valuetext", this.time.value);
+		this.showButton();
+	}
+	showButton() {
+		const isPlaying = this.playback.isPlaying;
+		if (this.playButton.ariaPressed === String(isPlaying)) return;
+		this.playButton.ariaPressed = String(isPlaying);
+		this.playButton.title = isPlaying ? "Pause (Space)" : "Play (Space)";
+		this.playButton.ariaLabel = isPlaying ? "Pause" : "Play";
+	}
+};
+function seconds(frames, track) {
+	return (frames / track.fps).toFixed(1);
+}
+// src/landmarks.ts
+/** Where each body point sits among the 33; the left shoulder stands in for the neck, which is computed. */
+var MEDIAPIPE_BODY = [
+	0,
+	11,
+	12,
+	14,
+	16,
+	11,
+	13,
+	15,
+	24,
+	26,
+	28,
+	23,
+	25,
+	27,
+	5,
+	2,
+	8,
+	7
+];
+/** Big toe and heel of either foot; BlazePose has no small toe. */
+var MEDIAPIPE_FEET = [
+	[0, 31],
+	[2, 29],
+	[3, 32],
+	[5, 30]
+];
+/** The face mesh's vertex nearest each iBUG point: jaw, brows, nose, eyes, outer lips, inner lips. */
+var MESH_TO_IBUG = [
+	162,
+	234,
+	93,
+	58,
+	172,
+	136,
+	149,
+	148,
+	152,
+	377,
+	378,
+	365,
+	397,
+	288,
+	323,
+	454,
+	389,
+	71,
+	63,
+	105,
+	66,
+	107,
+	336,
+	296,
+	334,
+	293,
+	301,
+	168,
+	197,
+	5,
+	4,
+	75,
+	97,
+	2,
+	326,
+	305,
+	33,
+	160,
+	158,
+	133,
+	153,
+	144,
+	362,
+	385,
+	387,
+	263,
+	373,
+	380,
+	61,
+	39,
+	37,
+	0,
+	267,
+	269,
+	291,
+	405,
+	314,
+	17,
+	84,
+	181,
+	78,
+	82,
+	13,
+	312,
+	308,
+	317,
+	14,
+	87
+];
+var NUM_HAND_POINTS = 21;
+/** The pose on a picture of this size, or nobody where the tracker found nothing. */
+function poseFromLandmarks(found, picture) {
+	const points = /* @__PURE__ */ new Float32Array(402);
+	const put = (index, landmark, confidence) => {
+		if (landmark === void 0 || !isInside(landmark)) return;
+		points[index * 3] = landmark.x * picture.width - .5;
+		points[index * 3 + 1] = landmark.y * picture.height - .5;
+		points[index * 3 + 2] = Math.min(Math.max(confidence, 0), 1);
+	};
+	const { pose, face, leftHand, rightHand } = found;
+	MEDIAPIPE_BODY.forEach((theirs, ours) => put(BODY.start + ours, pose?.[theirs], pose?.[theirs]?.visibility ?? 1));
+	for (const [ours, theirs] of MEDIAPIPE_FEET) put(FEET.start + ours, pose?.[theirs], pose?.[theirs]?.visibility ?? 1);
+	MESH_TO_IBUG.forEach((theirs, ours) => put(FACE.start + ours, face?.[theirs], 1));
+	for (let point = 0; point < NUM_HAND_POINTS; point++) {
+		put(LEFT_HAND.start + point, leftHand?.[point], 1);
+		put(RIGHT_HAND.start + point, rightHand?.[point], 1);
+	}
+	setNeck(points);
+	return {
+		canvas: picture,
+		points: points.some((value, position) => position % 3 === 2 && value > 0) ? points : null
+	};
+}
+/** The tracker guesses where hidden limbs are, outside the picture too; those are not seen. */
+function isInside({ x, y }) {
+	return x >= 0 && x < 1 && y >= 0 && y < 1;
+}
+/** The neck is the middle of the shoulders with the lower of their confidences. */
+function setNeck(points) {
+	const confidence = Math.min(points[8], points[17]);
+	for (const axis of [0, 1]) {
+		const sum = points[6 + axis] + points[15 + axis];
+		points[3 + axis] = confidence > 0 ? sum / 2 : 0;
+	}
+	points[5] = confidence;
+}
+// src/webcam.ts
+/** Where the build puts MediaPipe's own files. */
+var TRACKER_FOLDER = "tracker/";
+var Webcam = class {
+	view;
+	emit;
+	panel = byId("webcam-panel", HTMLDivElement);
+	button = byId("camera", HTMLButtonElement);
+	mirror = byId("mirror", HTMLInputElement);
+	status = byId("camera-status", HTMLParagraphElement);
+	video = document.createElement("video");
+	loop = new FrameLoop(() => void this.track());
+	tracker = null;
+	stream = null;
+	isBusy = false;
+	constructor(view, emit) {
+		this.view = view;
+		this.emit = emit;
+		this.video.muted = this.video.playsInline = true;
+		this.button.onclick = () => void (this.stream === null ? this.begin() : this.end());
+		this.mirror.onchange = () => this.tracker?.setOptions({ selfieMode: this.mirror.checked });
+	}
+	open() {
+		this.panel.hidden = false;
+	}
+	close() {
+		this.panel.hidden = true;
+		this.end();
+	}
+	async begin() {
+		this.button.disabled = true;
+		try {
+			this.status.textContent = "Waiting for the camera";
+			this.stream = await openCamera();
+			this.video.srcObject = this.stream;
+			await this.video.play();
+			this.status.textContent = "Loading the tracker";
+			this.tracker ??= await loadTracker((results) => this.onResults(results));
+			this.tracker.setOptions({ selfieMode: this.mirror.checked });
+			this.status.textContent = "Looking for you";
+			this.button.textContent = "Stop camera";
+			if (this.panel.hidden) this.end();
+			else this.loop.start();
+		} catch (error) {
+			this.end();
+			this.status.textContent = reason(error);
+		} finally {
+			this.button.disabled = false;
+		}
+	}
+	end() {
+		this.loop.stop();
+		this.stream?.getTracks().forEach((track) => track.stop());
+		this.stream = this.video.srcObject = null;
+		this.view.setBackdrop(null);
+		this.button.textContent = "Start camera";
+		this.status.textContent = "";
+	}
+	/** Give the tracker the newest picture, unless it is still at an older one. */
+	async track() {
+		if (this.isBusy || this.tracker === null || this.video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) return;
+		this.isBusy = true;
+		try {
+			await this.tracker.send({ image: this.video });
+		} catch (error) {
+			this.end();
+			this.status.textContent = reason(error);
+		} finally {
+			this.isBusy = false;
+		}
+	}
+	onResults(results) {
+		if (this.stream === null) return;
+		const picture = {
+			height: this.video.videoHeight,
+			width: this.video.videoWidth
+		};
+		const { poseLandmarks, faceLandmarks, leftHandLandmarks, rightHandLandmarks } = results;
+		const pose = poseFromLandmarks({
+			pose: poseLandmarks,
+			face: faceLandmarks,
+			leftHand: leftHandLandmarks,
+			rightHand: rightHandLandmarks
+		}, picture);
+		this.view.setBackdrop(results.image);
+		this.status.textContent = pose.points === null ? "Nobody is in the picture" : "Following you";
+		this.emit(pose);
+	}
+};
+async function openCamera() {
+	if (navigator.mediaDevices === void 0) throw new Error("The camera needs a page from localhost or over HTTPS");
+	return navigator.mediaDevices.getUserMedia({
+		video: {
+			width: { ideal: 640 },
+			height: { ideal: 480 },
+			facingMode: "user"
+		},
+		audio: false
+	});
+}
+/** Loads MediaPipe, which is a script of the old kind, and warms it up. */
+async function loadTracker(onResults) {
+	if (window.Holistic === void 0) await loadScript(`${TRACKER_FOLDER}holistic.js`);
+	const tracker = new window.Holistic({ locateFile: (file) => TRACKER_FOLDER + file });
+	tracker.setOptions({
+		modelComplexity: 0,
+		smoothLandmarks: true,
+		refineFaceLandmarks: false,
+		enableSegmentation: false
+	});
+	tracker.onResults(onResults);
+	await tracker.initialize();
+	return tracker;
+}
+function loadScript(source) {
+	return new Promise((resolve, reject) => {
+		const script = document.createElement("script");
+		script.src = source;
+		script.onload = () => resolve();
+		script.onerror = () => reject(/* @__PURE__ */ new Error("This installation has no tracker for the camera"));
+		document.head.append(script);
+	});
+}
+function reason(error) {
+	if (!(error instanceof Error)) return "The tracker failed";
+	if (error.name === "NotAllowedError") return "The camera was not allowed; allow it in the browser's address bar";
+	if (error.name === "NotFoundError") return "There is no camera";
+	if (error.name === "NotReadableError") return "The camera is in use by another program";
+	return error.message;
+}
+// src/sources.ts
+var Sources = class {
+	onChange;
+	player;
+	editor;
+	webcam;
+	files;
+	demoPanel = byId("demo-panel", HTMLDivElement);
+	fitRow = byId("fit-row", HTMLLabelElement);
+	fitBox = byId("fit", HTMLInputElement);
+	name = "demo";
+	demo = null;
+	reference = null;
+	fromFile = null;
+	/** emit: a pose is to be shown; onChange: another source, or another fit, from the next pose on. */
+	constructor(view, emit, onChange) {
+		this.onChange = onChange;
+		this.player = new Player(emit);
+		this.editor = new JointEditor(view, emit);
+		this.webcam = new Webcam(view, emit);
+		this.files = new FilePicker(() => this.choose("file"), (track) => this.playFile(track));
+		this.fitBox.onchange = onChange;
+		for (const radio of radios()) radio.onchange = () => this.choose(radio.value);
+		document.addEventListener("keydown", (event) => this.onKey(event));
+	}
+	/** The poses are those of the avatar itself, or of somebody to be fitted to it. */
+	get fit() {
+		return this.isOfSomebody && this.fitBox.checked ? "person" : "canvas";
+	}
+	setVideosAllowed(areAllowed) {
+		this.files.setVideosAllowed(areAllowed);
+	}
+	/** The avatar's own poses are there: the demo begins, unless people have chosen something else. */
+	setDemo(track) {
+		this.demo = track;
+		this.reference = firstPose(track);
+		if (this.name === "demo" || this.name === "joints") this.begin();
+	}
+	get isOfSomebody() {
+		return this.name === "file" || this.name === "webcam";
+	}
+	choose(name) {
+		for (const radio of radios()) radio.checked = radio.value === name;
+		this.name = name;
+		this.player.stop();
+		this.editor.close();
+		this.webcam.close();
+		this.files.close();
+		this.fitRow.hidden = !this.isOfSomebody;
+		this.onChange();
+		this.begin();
+	}
+	begin() {
+		this.demoPanel.hidden = this.name !== "demo";
+		if (this.name === "demo" && this.demo !== null) this.player.start(this.demo, "swing", !prefersStillness());
+		if (this.name === "webcam") this.webcam.open();
+		if (this.name === "joints" && this.reference !== null) this.editor.open(this.reference);
+		if (this.name !== "file") return;
+		this.files.open();
+		if (this.fromFile !== null) this.player.start(this.fromFile, "loop", true);
+	}
+	playFile(track) {
+		this.fromFile = track;
+		this.player.start(track, "loop", true);
+	}
+	/** Space plays and pauses, except where it has a meaning of its own. */
+	onKey(event) {
+		const target = event.target;
+		if (event.key !== " " || target.matches("button, select, a, input:not([type=range])")) return;
+		if (this.player.toggle()) event.preventDefault();
+	}
+};
+function radios() {
+	return document.querySelectorAll("input[name=source]");
+}
+/** The first pose that shows somebody. */
+function firstPose(track) {
+	for (let index = 0; index < track.numFrames; index++) {
+		const pose = trackPose(track, index);
+		if (pose.points !== null) return pose;
+	}
+	return null;
+}
+function prefersStillness() {
+	return matchMedia("(prefers-reduced-motion: reduce)").matches;
+}
+// src/draw.ts
+/** Widths are meant for a picture whose short side has so many pixels. */
+var SHORT_SIDE_PX = 512;
+var STICK_WIDTH_PX = 4;
+var DOT_PX = 4;
+var FACE_DOT_PX = 3;
+var HAND_LINE_PX = 2;
+var LIMB_DIMMING = .6;
+var HAND_DOT_COLOUR = "rgb(0 0 255)";
+var FACE_DOT_COLOUR = "rgb(255 255 255)";
+/** Paint a pose where its canvas is placed; feet are not drawn. */
+function drawPose(context, pose, placement) {
+	if (pose.points === null) return;
+	const shortSide = Math.min(pose.canvas.height, pose.canvas.width) * placement.scale;
+	const pen = {
+		context,
+		points: pose.points,
+		placement,
+		unit: shortSide / SHORT_SIDE_PX
+	};
+	drawBody(pen);
+	drawHand(pen, LEFT_HAND);
+	drawHand(pen, RIGHT_HAND);
+	for (let index = FACE.start; index < FACE.stop; index++) drawDot(pen, index, FACE_DOT_PX, FACE_DOT_COLOUR);
+}
+/** Mark a keypoint with a ring. */
+function drawRing(context, points, index, placement, radius) {
+	const [x, y] = at({
+		points,
+		placement
+	}, index);
+	context.lineWidth = radius / 4;
+	context.strokeStyle = "white";
+	context.beginPath();
+	context.arc(x, y, radius, 0, 2 * Math.PI);
+	context.stroke();
+}
+function at({ points, placement }, index) {
+	const [x, y] = [points[index * 3], points[index * 3 + 1]];
+	return [placement.left + (x + .5) * placement.scale, placement.top + (y + .5) * placement.scale];
+}
+function drawBody(pen) {
+	LIMBS.forEach(([start, end], limb) => drawStick(pen, start, end, rgb(limb, LIMB_DIMMING)));
+	for (let index = BODY.start; index < BODY.stop; index++) drawDot(pen, index, DOT_PX, rgb(index, 1));
+}
+function rgb(index, dimming) {
+	return `rgb(${COLOURS[index]?.map((value) => Math.trunc(value * dimming)).join(" ")})`;
+}
+function drawStick(pen, start, end, colour) {
+	if (!isVisible(pen.points, start) || !isVisible(pen.points, end)) return;
+	const [[x0, y0], [x1, y1]] = [at(pen, start), at(pen, end)];
+	const angle = Math.atan2(y1 - y0, x1 - x0);
+	const { context } = pen;
+	context.fillStyle = colour;
+	context.beginPath();
+	context.ellipse((x0 + x1) / 2, (y0 + y1) / 2, Math.hypot(x1 - x0, y1 - y0) / 2, STICK_WIDTH_PX * pen.unit, angle, 0, 2 * Math.PI);
+	context.fill();
+}
+function drawDot(pen, index, radiusPx, colour) {
+	if (!isVisible(pen.points, index)) return;
+	const [x, y] = at(pen, index);
+	pen.context.fillStyle = colour;
+	pen.context.beginPath();
+	pen.context.arc(x, y, radiusPx * pen.unit, 0, 2 * Math.PI);
+	pen.context.fill();
+}
+function drawHand(pen, hand) {
+	const { context, unit } = pen;
+	context.lineWidth = HAND_LINE_PX * unit;
+	HAND_EDGES.forEach(([start, end], edge) => {
+		const [from, to] = [hand.start + start, hand.start + end];
+		if (!isVisible(pen.points, from) || !isVisible(pen.points, to)) return;
+		context.strokeStyle = `hsl(${edge * 18} 100% 50%)`;
+		context.beginPath();
+		context.moveTo(...at(pen, from));
+		context.lineTo(...at(pen, to));
+		context.stroke();
+	});
+	for (let index = hand.start; index < hand.stop; index++) drawDot(pen, index, DOT_PX, HAND_DOT_COLOUR);
+}
+// src/stage.ts
+var BACKDROP_OPACITY = .45;
+/** A pose, over the camera's picture where there is one; with as many pixels as the screen gives it. */
+var PoseView = class {
+	canvas;
+	context;
+	pose = null;
+	backdrop = null;
+	marked = null;
+	constructor(canvas) {
+		this.canvas = canvas;
+		this.context = canvas.getContext("2d");
+		new ResizeObserver(() => {
+			canvas.width = Math.round(canvas.clientWidth * devicePixelRatio);
+			canvas.height = Math.round(canvas.clientHeight * devicePixelRatio);
+			this.paint();
+		}).observe(canvas);
+	}
+	show(pose) {
+		this.pose = pose;
+		this.paint();
+	}
+	/** Paint the picture in which the next pose was found, dimmed, behind it; or none from now on. */
+	setBackdrop(image) {
+		this.backdrop = image;
+		if (image === null) this.paint();
+	}
+	/** Ring a keypoint, or none. */
+	mark(joint) {
+		this.marked = joint;
+		this.paint();
+	}
+	/** Where the pose's canvas lies within ours, in pixels of the page; null before the first pose. */
+	get placement() {
+		const box = {
+			width: this.canvas.clientWidth,
+			height: this.canvas.clientHeight
+		};
+		return this.pose === null ? null : contain(this.pose.canvas, box);
+	}
+	paint() {
+		const { context, pose } = this;
+		context.clearRect(0, 0, this.canvas.width, this.canvas.height);
+		if (pose === null) return;
+		const placement = contain(pose.canvas, this.canvas);
+		if (this.backdrop !== null) this.paintBackdrop(this.backdrop, pose.canvas, placement);
+		drawPose(context, pose, placement);
+		if (this.marked !== null && pose.points !== null) drawRing(context, pose.points, this.marked, placement, 9 * devicePixelRatio);
+	}
+	paintBackdrop(image, size, { left, top, scale }) {
+		this.context.globalAlpha = BACKDROP_OPACITY;
+		this.context.drawImage(image, left, top, size.width * scale, size.height * scale);
+		this.context.globalAlpha = 1;
+	}
+};
+/** The avatar's newest frame, which the browser enlarges, and over it, if wanted, the pose that it shows. */
+var AvatarView = class {
+	canvas;
+	overlay;
+	pose = null;
+	context;
+	constructor(canvas, overlay) {
+		this.canvas = canvas;
+		this.overlay = overlay;
+		this.context = canvas.getContext("2d");
+		overlay.canvas.hidden = true;
+	}
+	/** Show a frame of a pose; null: of the same one as before. */
+	show(image, { height, width }, pose) {
+		if (this.canvas.width !== width || this.canvas.height !== height) {
+			this.canvas.width = width;
+			this.canvas.height = height;
+		}
+		this.context.drawImage(image, 0, 0, width, height);
+		if (pose === null) return;
+		this.pose = pose;
+		if (!this.overlay.canvas.hidden) this.overlay.show(pose);
+	}
+	setOverlay(isOn) {
+		this.overlay.canvas.hidden = !isOn;
+		if (isOn && this.pose !== null) this.overlay.show(this.pose);
+	}
+};
+// src/status.ts
+var NOTE_MS = 8e3;
+var Status = class {
+	pill = byId("link", HTMLParagraphElement);
+	card = byId("notice", HTMLDivElement);
+	title = byId("notice-title", HTMLHeadingElement);
+	text = byId("notice-text", HTMLParagraphElement);
+	retryButton = byId("retry", HTMLButtonElement);
+	tokenForm = byId("token-form", HTMLFormElement);
+	noteLine = byId("note", HTMLParagraphElement);
+	noteTimer;
+	held = byId("held", HTMLParagraphElement);
+	constructor(retry) {
+		this.retryButton.onclick = retry;
+		this.tokenForm.onsubmit = (event) => {
+			event.preventDefault();
+			location.search = new URLSearchParams({ token: byId("token", HTMLInputElement).value }).toString();
+		};
+	}
+	show(state) {
+		this.pill.dataset["kind"] = state.kind;
+		if (state.kind !== "connecting") this.card.hidden = state.kind === "live";
+		this.card.dataset["kind"] = state.kind;
+		this.retryButton.hidden = state.kind === "connecting" || state.kind === "refused" && state.wantsToken;
+		this.tokenForm.hidden = !(state.kind === "refused" && state.wantsToken);
+		if (state.kind !== "live") this.setHeld(false);
+		switch (state.kind) {
+			case "connecting":
+				this.pill.textContent = "Connecting";
+				return;
+			case "live":
+				this.pill.textContent = "Live";
+				return;
+			case "gone":
+				this.pill.textContent = "Reconnecting";
+				return this.say("The server does not answer", "The page connects again by itself as soon as it is back.");
+			case "full":
+				this.pill.textContent = "Full";
+				return this.say("The avatar is busy", `${sentence(state.message)} The page tries again by itself.`);
+			case "refused":
+				this.pill.textContent = "Refused";
+				if (state.wantsToken) return this.say("A token is needed", sentence(state.message));
+				return this.say("The server refused", `${sentence(state.message)} ${sentence(state.hint ?? "")}`);
+		}
+	}
+	/** Whether the avatar holds still because nobody is seen. */
+	setHeld(isHeld) {
+		this.held.hidden = !isHeld;
+	}
+	/** Say something in passing; it stays for a while. */
+	note(text) {
+		clearTimeout(this.noteTimer);
+		this.noteLine.textContent = sentence(text);
+		this.noteTimer = setTimeout(() => this.noteLine.textContent = "", NOTE_MS);
+	}
+	say(title, text) {
+		this.title.textContent = title;
+		this.text.textContent = text;
+	}
+};
+/** A message of the server's, which starts small and ends bare, as a sentence. */
+function sentence(text) {
+	const trimmed = text.trim();
+	if (trimmed === "") return "";
+	return trimmed.charAt(0).toUpperCase() + trimmed.slice(1) + (/[.!?]$/.test(trimmed) ? "" : ".");
+}
+// src/theme.ts
+var THEMES = [
+	"auto",
+	"light",
+	"dark"
+];
+var STORAGE_KEY = "theme";
+function setUpTheme() {
+	const button = byId("theme", HTMLButtonElement);
+	let chosen = THEMES.findIndex((theme) => theme === localStorage.getItem(STORAGE_KEY));
+	if (chosen < 0) chosen = 0;
+	const apply = () => {
+		const theme = THEMES[chosen];
+		document.documentElement.dataset["theme"] = theme;
+		button.title = button.ariaLabel = `Theme: ${theme}`;
+	};
+	button.onclick = () => {
+		chosen = (chosen + 1) % THEMES.length;
+		localStorage.setItem(STORAGE_KEY, THEMES[chosen]);
+		apply();
+	};
+	apply();
+}
+// src/main.ts
+var INFO_EVERY_MS = 5e3;
+var poseView = new PoseView(byId("pose", HTMLCanvasElement));
+var overlayView = new PoseView(byId("avatar-pose", HTMLCanvasElement));
+var avatarView = new AvatarView(byId("avatar", HTMLCanvasElement), overlayView);
+var wayChoice = byId("way", HTMLSelectElement);
+var connection = new Connection({
+	onState: showState,
+	onFrame: (frame) => {
+		status.setHeld(frame.isHeld);
+		screen.onFrame(frame);
+	},
+	onMessage: takeMessage,
+	onVideo: (stream) => screen.onVideo(stream),
+	onFallback: () => {
+		wayChoice.value = "websocket";
+		status.note("WebRTC did not connect, so the page uses the WebSocket");
+	}
+});
+var screen = new Screen(avatarView, (bytes) => connection.sendBytes(bytes));
+var status = new Status(() => connection.open());
+var recorder = new Recorder((on) => connection.command({
+	type: "record",
+	on
+}));
+var sources = new Sources(poseView, (pose) => {
+	poseView.show(pose);
+	screen.drive(pose);
+}, () => {
+	connection.command({
+		type: "configure",
+		fit: sources.fit
+	});
+	connection.command({ type: "reset" });
+});
+var isLive = false;
+var avatar = null;
+function showState(state) {
+	status.show(state);
+	isLive = state.kind === "live";
+	recorder.setLive(isLive);
+	if (state.kind === "live") {
+		showInfo(state.ready);
+		connection.command({
+			type: "configure",
+			format: "jpeg",
+			fit: sources.fit
+		});
+	}
+	screen.setLive(isLive);
+	if (isLive) loadAvatar();
+}
+function takeMessage(message) {
+	if (message.type === "recording") recorder.onState(message);
+	if (message.type === "error" && isLive) status.note(message.message);
+}
+/** The avatar's name, looks and own poses, with which the demo begins; anew where the server came back with another. */
+async function loadAvatar() {
+	try {
+		const info = await fetchInfo();
+		const known = `${info.name} ${info.size}`;
+		if (avatar === known) return;
+		if (avatar !== null) return location.reload();
+		const [reference, poses] = await Promise.all([fetchReference(), fetchPoses()]);
+		if (avatar !== null) return;
+		avatar = known;
+		showAvatar(info, reference);
+		sources.setDemo(poses);
+	} catch (error) {
+		console.info("the avatar is not there yet:", error);
+	}
+}
+function showAvatar(info, reference) {
+	const [height, width] = info.size;
+	const name = info.name.replace(/\.engine$/, "");
+	document.documentElement.style.setProperty("--aspect", `${width} / ${height}`);
+	document.title = `${name} · posecrafter`;
+	byId("name", HTMLSpanElement).textContent = name;
+	sources.setVideosAllowed(info.has_pose_extraction);
+	avatarView.show(reference, {
+		height,
+		width
+	}, null);
+}
+function showInfo(info) {
+	byId("backend", HTMLElement).textContent = `${info.backend} ${info.precision}`;
+	byId("sessions", HTMLElement).textContent = `${info.sessions} of ${info.max_sessions}`;
+}
+setUpTheme();
+byId("overlay", HTMLInputElement).onchange = ({ target }) => {
+	avatarView.setOverlay(target.checked);
+};
+wayChoice.onchange = () => {
+	status.note("");
+	connection.open(wayChoice.value);
+};
+setInterval(() => {
+	if (isLive && !document.hidden) fetchInfo().then(showInfo, () => {});
+}, INFO_EVERY_MS);
+loadAvatar();
+connection.open();

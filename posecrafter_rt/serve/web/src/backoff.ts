@@ -1,0 +1,10 @@
+// How long to wait before the next try to connect.
+
+const FIRST_MS = 400;
+const LONGEST_MS = 5000;
+const GROWTH = 1.6;
+
+/** Milliseconds before try `attempt` (from 0): growing, capped, and spread by a fifth so that clients do not come at once. */
+export function retryDelayMs(attempt: number, random: () => number = Math.random): number {
+  return Math.min(FIRST_MS * GROWTH ** attempt, LONGEST_MS) * (0.9 + 0.2 * random());
+}

@@ -1,0 +1,118 @@
+// One lasting connection to the server over whichever way: it comes back by itself, and says how things stand.
+import { fetchInfo, Refusal } from "./api.ts";
+import { retryDelayMs } from "./backoff.ts";
+import { decodeFrame, parseServerMessage, type Command, type Frame, type Ready, type ServerMessage } from "./protocol.ts";
+import { BAD_REQUEST, FULL, openTransport, type Transport, type Way } from "./transport.ts";
+
+/** Over the cap: time enough for someone to leave, short enough to wait for. */
+const FULL_RETRY_MS = 8000;
+
+export type LinkState =
+  | { kind: "connecting" }
+  | { kind: "live"; ready: Ready; way: Way }
+  | { kind: "gone"; retryInMs: number }
+  | { kind: "full"; message: string; retryInMs: number }
+  | { kind: "refused"; message: string; hint: string | null; wantsToken: boolean };
+
+export interface ConnectionEvents {
+  onState(state: LinkState): void;
+  onFrame(frame: Frame): void;
+  onMessage(message: ServerMessage): void;
+  onVideo(stream: MediaStream | null): void;
+  /** WebRTC did not come about, and the WebSocket takes over. */
+  onFallback(): void;
+}
+
+export class Connection {
+  private transport: Transport | null = null;
+  private timer: ReturnType<typeof setTimeout> | undefined;
+  private attempt = 0;
+  private isLive = false;
+  private lastError: { message: string; hint: string | null } | null = null;
+
+  constructor(
+    private readonly events: ConnectionEvents,
+    private way: Way = "websocket",
+  ) {}
+
+  /** Connect now, by another way if one is named, whatever there was before. */
+  open(way: Way = this.way): void {
+    clearTimeout(this.timer);
+    this.transport?.close();
+    this.events.onVideo(null);
+    this.way = way;
+    this.isLive = false;
+    this.lastError = null;
+    this.events.onState({ kind: "connecting" });
+    // Whatever an earlier transport still says, such as a refusal that was being looked into, is not about this one.
+    const isCurrent = () => this.transport === transport;
+    const transport = openTransport(way, {
+      onBytes: (bytes) => this.events.onFrame(decodeFrame(bytes)),
+      onText: (text) => this.onText(text),
+      onVideo: (stream) => this.events.onVideo(stream),
+      onClose: (code, reason) => void this.onClose(code, reason, isCurrent),
+    });
+    this.transport = transport;
+  }
+
+  sendBytes(bytes: ArrayBuffer): void {
+    if (this.isLive) this.transport?.send(bytes);
+  }
+
+  command(command: Command): void {
+    if (this.isLive) this.transport?.send(JSON.stringify(command));
+  }
+
+  private onText(text: string): void {
+    const message = parseServerMessage(text);
+    if (message === null) return;
+    if (message.type === "ready") {
+      this.attempt = 0;
+      this.isLive = true;
+      this.events.onState({ kind: "live", ready: message, way: this.way });
+    } else if (message.type === "error") {
+      this.lastError = { message: message.message, hint: message.hint };
+    }
+    this.events.onMessage(message);
+  }
+
+  private async onClose(code: number, reason: string, isCurrent: () => boolean): Promise<void> {
+    const wasLive = this.isLive;
+    this.isLive = false;
+    const message = this.lastError?.message ?? reason;
+    if (code === FULL) return this.retry({ kind: "full", message, retryInMs: FULL_RETRY_MS });
+    // A handshake that was refused looks to a page like a server that is not there: ask in a way that gets an answer.
+    const answer = wasLive && code !== BAD_REQUEST ? "gone" : await askServer();
+    if (!isCurrent()) return;
+    if (this.way === "webrtc" && !wasLive && answer === "here" && code !== BAD_REQUEST) {
+      this.events.onFallback();
+      return this.open("websocket");
+    }
+    if (code !== BAD_REQUEST && !(answer instanceof Refusal)) {
+      return this.retry({ kind: "gone", retryInMs: retryDelayMs(this.attempt++) });
+    }
+    const refusal = answer instanceof Refusal ? answer : null;
+    this.events.onState({
+      kind: "refused",
+      message: message || refusal?.message || "the server refused the connection",
+      hint: this.lastError?.hint ?? refusal?.hint ?? null,
+      wantsToken: refusal !== null,
+    });
+  }
+
+  private retry(state: Extract<LinkState, { retryInMs: number }>): void {
+    this.events.onState(state);
+    this.timer = setTimeout(() => this.open(), state.retryInMs);
+  }
+}
+
+/** Whether the server is there and would have us; its refusal where it demands a token that the page does not have. */
+async function askServer(): Promise<"here" | "gone" | Refusal> {
+  try {
+    await fetchInfo();
+    return "here";
+  } catch (error) {
+    if (!(error instanceof Refusal)) return "gone";
+    return error.isAboutToken ? error : "here";
+  }
+}

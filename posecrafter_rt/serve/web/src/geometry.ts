@@ -1,0 +1,19 @@
+// Fitting a picture into a box, centred and undistorted.
+import type { Size } from "./layout.ts";
+
+/** Where a picture lies in its box: a point (x, y) of the picture goes to (left + (x + 0.5) · scale, likewise). */
+export interface Placement {
+  scale: number;
+  left: number;
+  top: number;
+}
+
+export function contain(picture: Size, box: Size): Placement {
+  const scale = Math.min(box.width / picture.width, box.height / picture.height);
+  return { scale, left: (box.width - picture.width * scale) / 2, top: (box.height - picture.height * scale) / 2 };
+}
+
+/** The point of the picture, pixel centres at integers, that lies at (x, y) of the box. */
+export function toPicture(placement: Placement, x: number, y: number): { x: number; y: number } {
+  return { x: (x - placement.left) / placement.scale - 0.5, y: (y - placement.top) / placement.scale - 0.5 };
+}

@@ -1,0 +1,138 @@
+// Posing by hand: joints dragged on the pose's canvas, or chosen and moved with the keyboard.
+import { byId } from "./dom.ts";
+import { toPicture } from "./geometry.ts";
+import { moveJoint, nearestJoint } from "./kinematics.ts";
+import { keypointName, NECK, NUM_KEYPOINTS, type Pose } from "./layout.ts";
+import type { PoseView } from "./stage.ts";
+
+/** How near a pointer must come, in pixels of the page: fingers are broad. */
+const REACH_PX = { mouse: 16, pen: 20, touch: 28 };
+const ARROWS: Record<string, readonly [number, number]> = {
+  ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1],
+};
+/** An arrow key moves by this part of the canvas's short side; with Shift five times as far. */
+const STEP = 1 / 100;
+const LEAP = 5;
+const BODY_GROUPS: readonly (readonly [string, number, number])[] = [
+  ["Body", 0, 18], ["Feet", 18, 24], ["Face", 24, 92], ["Left hand", 92, 113], ["Right hand", 113, NUM_KEYPOINTS],
+];
+
+export class JointEditor {
+  private readonly panel = byId("joints-panel", HTMLDivElement);
+  private readonly choice = byId("joint", HTMLSelectElement);
+  private readonly place = byId("joint-place", HTMLOutputElement);
+  private start: Pose | null = null;
+  private pose: (Pose & { points: Float32Array }) | null = null;
+  private isActive = false;
+
+  constructor(
+    private readonly view: PoseView,
+    private readonly emit: (pose: Pose) => void,
+  ) {
+    const { canvas } = view;
+    canvas.onpointerdown = (event) => this.grab(event);
+    canvas.onpointermove = (event) => this.drag(event);
+    canvas.onkeydown = (event) => this.onKey(event);
+    this.choice.onchange = () => this.select(this.selected);
+    byId("joints-reset", HTMLButtonElement).onclick = () => this.reset();
+  }
+
+  /** Begin with this pose, or go on where it was left. */
+  open(start: Pose): void {
+    this.isActive = true;
+    this.panel.hidden = false;
+    this.view.canvas.tabIndex = 0;
+    this.view.canvas.classList.add("is-editable");
+    if (this.start !== start) {
+      this.start = start;
+      this.fillChoice(start.points as Float32Array);
+      this.reset();
+    } else if (this.pose !== null) {
+      this.change(this.pose.points);
+    }
+    this.select(this.selected);
+  }
+
+  close(): void {
+    this.isActive = false;
+    this.panel.hidden = true;
+    this.view.canvas.tabIndex = -1;
+    this.view.canvas.classList.remove("is-editable");
+    this.view.mark(null);
+  }
+
+  private get selected(): number {
+    return Number(this.choice.value);
+  }
+
+  private reset(): void {
+    if (this.start !== null) this.change((this.start.points as Float32Array).slice());
+  }
+
+  private fillChoice(points: Float32Array): void {
+    const groups = BODY_GROUPS.map(([label, start, stop]) => {
+      const group = document.createElement("optgroup");
+      group.label = label;
+      for (let index = start; index < stop; index++) {
+        if (points[index * 3 + 2] !== 0) group.append(new Option(keypointName(index), String(index)));
+      }
+      return group;
+    });
+    this.choice.replaceChildren(...groups.filter((group) => group.childElementCount > 0));
+    if (points[NECK * 3 + 2] !== 0) this.choice.value = String(NECK);
+  }
+
+  private select(joint: number): void {
+    this.choice.value = String(joint);
+    this.view.mark(joint);
+    this.tellPlace();
+  }
+
+  private grab(event: PointerEvent): void {
+    if (!this.isActive || this.pose === null || this.view.placement === null) return;
+    const { x, y } = toPicture(this.view.placement, event.offsetX, event.offsetY);
+    const reach = REACH_PX[event.pointerType as keyof typeof REACH_PX] ?? REACH_PX.mouse;
+    const joint = nearestJoint(this.pose.points, x, y, reach / this.view.placement.scale);
+    if (joint === null) return;
+    this.select(joint);
+    this.view.canvas.setPointerCapture(event.pointerId);
+  }
+
+  private drag(event: PointerEvent): void {
+    if (!this.isActive || this.pose === null || this.view.placement === null) return;
+    if (!this.view.canvas.hasPointerCapture(event.pointerId)) return;
+    const { x, y } = toPicture(this.view.placement, event.offsetX, event.offsetY);
+    this.move(x, y);
+  }
+
+  private onKey(event: KeyboardEvent): void {
+    const arrow = ARROWS[event.key];
+    if (!this.isActive || this.pose === null || arrow === undefined || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    const { canvas, points } = this.pose;
+    const step = Math.min(canvas.height, canvas.width) * STEP * (event.shiftKey ? LEAP : 1);
+    this.move(
+      (points[this.selected * 3] as number) + arrow[0] * step, (points[this.selected * 3 + 1] as number) + arrow[1] * step,
+    );
+  }
+
+  /** Move the selected joint to (x, y), or to the canvas's edge. */
+  private move(x: number, y: number): void {
+    if (this.pose === null) return;
+    const { canvas, points } = this.pose;
+    const [inX, inY] = [Math.max(0, Math.min(x, canvas.width - 1)), Math.max(0, Math.min(y, canvas.height - 1))];
+    this.change(moveJoint(points, this.selected, inX, inY));
+  }
+
+  private change(points: Float32Array): void {
+    this.pose = { canvas: (this.start as Pose).canvas, points };
+    this.emit(this.pose);
+    this.tellPlace();
+  }
+
+  private tellPlace(): void {
+    if (this.pose === null) return;
+    const [x, y] = [0, 1].map((axis) => Math.round(this.pose?.points[this.selected * 3 + axis] as number));
+    this.place.value = `${keypointName(this.selected)} at ${x}, ${y}`;
+  }
+}

@@ -1,0 +1,114 @@
+// The page of posecrafter-rt serve: wires the sources of poses to the connection, and the frames to the screen.
+import "./style.css";
+import { fetchInfo, fetchPoses, fetchReference, type Info } from "./api.ts";
+import { Connection, type LinkState } from "./connection.ts";
+import { byId } from "./dom.ts";
+import type { ServerMessage } from "./protocol.ts";
+import { Recorder } from "./recorder.ts";
+import { Screen } from "./screen.ts";
+import { Sources } from "./sources.ts";
+import { AvatarView, PoseView } from "./stage.ts";
+import { Status } from "./status.ts";
+import { setUpTheme } from "./theme.ts";
+import type { Way } from "./transport.ts";
+
+const INFO_EVERY_MS = 5000;
+
+const poseView = new PoseView(byId("pose", HTMLCanvasElement));
+const overlayView = new PoseView(byId("avatar-pose", HTMLCanvasElement));
+const avatarView = new AvatarView(byId("avatar", HTMLCanvasElement), overlayView);
+const wayChoice = byId("way", HTMLSelectElement);
+const connection = new Connection({
+  onState: showState,
+  onFrame: (frame) => {
+    status.setHeld(frame.isHeld);
+    void screen.onFrame(frame);
+  },
+  onMessage: takeMessage,
+  onVideo: (stream) => screen.onVideo(stream),
+  onFallback: () => {
+    wayChoice.value = "websocket";
+    status.note("WebRTC did not connect, so the page uses the WebSocket");
+  },
+});
+const screen = new Screen(avatarView, (bytes) => connection.sendBytes(bytes));
+const status = new Status(() => connection.open());
+const recorder = new Recorder((on) => connection.command({ type: "record", on }));
+const sources = new Sources(
+  poseView,
+  (pose) => {
+    poseView.show(pose);
+    screen.drive(pose);
+  },
+  () => {
+    connection.command({ type: "configure", fit: sources.fit });
+    connection.command({ type: "reset" }); // what comes next is another person, or another place
+  },
+);
+let isLive = false;
+let avatar: string | null = null;
+
+function showState(state: LinkState): void {
+  status.show(state);
+  isLive = state.kind === "live";
+  recorder.setLive(isLive);
+  if (state.kind === "live") {
+    showInfo(state.ready);
+    connection.command({ type: "configure", format: "jpeg", fit: sources.fit });
+  }
+  screen.setLive(isLive);
+  if (isLive) void loadAvatar();
+}
+
+function takeMessage(message: ServerMessage): void {
+  if (message.type === "recording") recorder.onState(message);
+  // What is said before a connection is refused stands on the card that tells of the refusal.
+  if (message.type === "error" && isLive) status.note(message.message);
+}
+
+/** The avatar's name, looks and own poses, with which the demo begins; anew where the server came back with another. */
+async function loadAvatar(): Promise<void> {
+  try {
+    const info = await fetchInfo();
+    const known = `${info.name} ${info.size}`;
+    if (avatar === known) return;
+    if (avatar !== null) return location.reload();
+    const [reference, poses] = await Promise.all([fetchReference(), fetchPoses()]);
+    if (avatar !== null) return;
+    avatar = known;
+    showAvatar(info, reference);
+    sources.setDemo(poses);
+  } catch (error) {
+    // The connection has its own way of telling what is wrong with the server; it calls here again when it is back.
+    console.info("the avatar is not there yet:", error);
+  }
+}
+
+function showAvatar(info: Info, reference: ImageBitmap): void {
+  const [height, width] = info.size;
+  const name = info.name.replace(/\.engine$/, "");
+  document.documentElement.style.setProperty("--aspect", `${width} / ${height}`);
+  document.title = `${name} · posecrafter`;
+  byId("name", HTMLSpanElement).textContent = name;
+  sources.setVideosAllowed(info.has_pose_extraction);
+  avatarView.show(reference, { height, width }, null);
+}
+
+function showInfo(info: Pick<Info, "backend" | "precision" | "sessions" | "max_sessions">): void {
+  byId("backend", HTMLElement).textContent = `${info.backend} ${info.precision}`;
+  byId("sessions", HTMLElement).textContent = `${info.sessions} of ${info.max_sessions}`;
+}
+
+setUpTheme();
+byId("overlay", HTMLInputElement).onchange = ({ target }) => {
+  avatarView.setOverlay((target as HTMLInputElement).checked);
+};
+wayChoice.onchange = () => {
+  status.note("");
+  connection.open(wayChoice.value as Way);
+};
+setInterval(() => {
+  if (isLive && !document.hidden) void fetchInfo().then(showInfo, () => {});
+}, INFO_EVERY_MS);
+void loadAvatar();
+connection.open();

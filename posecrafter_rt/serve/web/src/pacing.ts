@@ -1,0 +1,89 @@
+// What is sent when: the newest pose wins, nothing queues, and no frame older than the shown one is let through.
+import type { Pose } from "./layout.ts";
+
+/** A pose without an answer for so long is given up: the server may have dropped it. */
+const PATIENCE_MS = 1500;
+
+export interface Sent {
+  sequence: number;
+  sentMs: number;
+  pose: Pose;
+}
+
+/**
+ * Lets a few poses be under way at a time and keeps the newest of those that came meanwhile.
+ *
+ * A second pose sets out only when the server should be about done with the first: sooner, it would wait there and grow
+ * old; later, the server would wait for it. `send` is called with every pose that goes out.
+ */
+export class Pacer {
+  /** Poses that a newer one replaced before they were sent. */
+  overtaken = 0;
+  private sequence = 0;
+  private gapMs = 0;
+  private underWay: Sent[] = [];
+  private waiting: Pose | null = null;
+
+  constructor(
+    private readonly send: (sent: Sent) => void,
+    private readonly now: () => number,
+    private readonly limit = 2,
+  ) {}
+
+  /** Send this pose now, or as soon as an answer comes, unless a newer one comes first. */
+  offer(pose: Pose): void {
+    const now = this.now();
+    this.underWay = this.underWay.filter((sent) => now - sent.sentMs < PATIENCE_MS);
+    const last = this.underWay.at(-1);
+    if (last !== undefined && (this.underWay.length >= this.limit || now - last.sentMs < this.gapMs)) {
+      if (this.waiting !== null) this.overtaken++;
+      this.waiting = pose;
+      return;
+    }
+    this.waiting = null;
+    this.sequence++;
+    const sent = { sequence: this.sequence, sentMs: now, pose };
+    this.underWay.push(sent);
+    this.send(sent);
+  }
+
+  /**
+   * A frame has come for this pose, so for every earlier one too.
+   *
+   * waitMs, renderMs: what the pose waited for its turn, and what the frame took.
+   * Returns: the pose, if it was still awaited.
+   */
+  acknowledge(sequence: number, waitMs: number, renderMs: number): Sent | null {
+    this.gapMs = renderMs + waitMs / 2; // what waited shall wait less from then on
+    const answered = this.underWay.find((sent) => sent.sequence === sequence) ?? null;
+    this.underWay = this.underWay.filter((sent) => sent.sequence > sequence);
+    const waiting = this.waiting;
+    if (waiting !== null) this.offer(waiting);
+    return answered;
+  }
+
+  /** The connection is a new one: no answer will come to what was sent before. */
+  restart(): void {
+    this.overtaken = 0;
+    this.gapMs = 0;
+    this.underWay = [];
+    this.waiting = null;
+  }
+}
+
+/** Lets frames through in the order of their poses; repeats of the shown one pass. */
+export class FrameGate {
+  /** Frames that came, or were decoded, after a newer one had been shown. */
+  late = 0;
+  private shown = 0;
+
+  /** Whether a frame may be shown; it counts as shown if so. */
+  admit(sequence: number): boolean {
+    if (sequence < this.shown) {
+      this.late++;
+      return false;
+    }
+    this.shown = sequence;
+    return true;
+  }
+}

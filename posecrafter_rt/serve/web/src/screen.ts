@@ -1,0 +1,93 @@
+// From a pose to its frame on the screen: sending at the server's pace, decoding, and the figures about both.
+import { byId } from "./dom.ts";
+import type { Pose } from "./layout.ts";
+import { Meter } from "./meter.ts";
+import { FrameGate, Pacer } from "./pacing.ts";
+import { encodePose, NO_PICTURE, type Frame } from "./protocol.ts";
+import type { AvatarView } from "./stage.ts";
+
+const FIGURES_EVERY_MS = 250;
+
+export class Screen {
+  private readonly pacer: Pacer;
+  private readonly gate = new FrameGate();
+  private readonly meter = new Meter();
+  private readonly video = document.createElement("video");
+  private readonly figures = {
+    fps: byId("fps", HTMLElement), latency: byId("latency", HTMLElement), dropped: byId("dropped", HTMLElement),
+  };
+  private newest: Pose | null = null;
+  private isLive = false;
+  private droppedByServer = 0;
+  /** The pose whose frame is next on the video track. */
+  private onVideoTrack: { sentMs: number; pose: Pose } | null = null;
+
+  constructor(
+    private readonly view: AvatarView,
+    send: (bytes: ArrayBuffer) => void,
+  ) {
+    const now = () => performance.now();
+    this.pacer = new Pacer((sent) => send(encodePose(sent.pose, sent.sequence, sent.sentMs)), now);
+    this.video.muted = this.video.playsInline = true;
+    setInterval(() => this.showFigures(), FIGURES_EVERY_MS);
+  }
+
+  /** The avatar shall take this pose. */
+  drive(pose: Pose): void {
+    this.newest = pose;
+    if (this.isLive) this.pacer.offer(pose);
+  }
+
+  /** A connection is there, or none is. Over a new one nothing is under way, and the newest pose is told again. */
+  setLive(isLive: boolean): void {
+    this.isLive = isLive;
+    this.pacer.restart();
+    this.meter.clear();
+    this.gate.late = 0;
+    this.droppedByServer = 0;
+    if (isLive && this.newest !== null) this.pacer.offer(this.newest);
+  }
+
+  async onFrame(frame: Frame): Promise<void> {
+    const sent = this.pacer.acknowledge(frame.sequence, frame.waitMs, frame.renderMs);
+    this.droppedByServer = frame.dropped;
+    if (frame.format === NO_PICTURE) {
+      if (sent !== null) this.onVideoTrack = sent;
+      return;
+    }
+    const image = await createImageBitmap(new Blob([frame.picture], { type: "image/jpeg" }));
+    if (this.gate.admit(frame.sequence)) {
+      this.view.show(image, frame.size, sent?.pose ?? null);
+      const now = performance.now();
+      this.meter.add(now, now - frame.sentMs);
+    }
+    image.close();
+  }
+
+  /** Show a video track's frames from now on, or none. */
+  onVideo(stream: MediaStream | null): void {
+    this.video.srcObject = stream;
+    this.onVideoTrack = null;
+    if (stream === null) return;
+    void this.video.play();
+    const step = () => {
+      if (this.video.srcObject !== stream) return;
+      this.video.requestVideoFrameCallback(step);
+      const size = { height: this.video.videoHeight, width: this.video.videoWidth };
+      const shown = this.onVideoTrack;
+      this.onVideoTrack = null;
+      this.view.show(this.video, size, shown?.pose ?? null);
+      const now = performance.now();
+      if (shown !== null) this.meter.add(now, now - shown.sentMs);
+    };
+    this.video.requestVideoFrameCallback(step);
+  }
+
+  private showFigures(): void {
+    const read = this.meter.read(performance.now());
+    const { fps, latency, dropped } = this.figures;
+    fps.textContent = read === null ? "–" : read.fps.toFixed(read.fps < 10 ? 1 : 0);
+    latency.textContent = read === null ? "–" : `${Math.round(read.latencyMs)} ms`;
+    dropped.textContent = String(this.pacer.overtaken + this.gate.late + this.droppedByServer);
+  }
+}

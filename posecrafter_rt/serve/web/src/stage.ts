@@ -1,0 +1,95 @@
+// The two pictures: the pose that is sent and the avatar that comes back.
+import { drawPose, drawRing } from "./draw.ts";
+import { contain, type Placement } from "./geometry.ts";
+import type { Pose, Size } from "./layout.ts";
+
+const BACKDROP_OPACITY = 0.45;
+
+/** A pose, over the camera's picture where there is one; with as many pixels as the screen gives it. */
+export class PoseView {
+  private readonly context: CanvasRenderingContext2D;
+  private pose: Pose | null = null;
+  private backdrop: CanvasImageSource | null = null;
+  private marked: number | null = null;
+
+  constructor(readonly canvas: HTMLCanvasElement) {
+    this.context = canvas.getContext("2d") as CanvasRenderingContext2D;
+    new ResizeObserver(() => {
+      canvas.width = Math.round(canvas.clientWidth * devicePixelRatio);
+      canvas.height = Math.round(canvas.clientHeight * devicePixelRatio);
+      this.paint();
+    }).observe(canvas);
+  }
+
+  show(pose: Pose): void {
+    this.pose = pose;
+    this.paint();
+  }
+
+  /** Paint the picture in which the next pose was found, dimmed, behind it; or none from now on. */
+  setBackdrop(image: CanvasImageSource | null): void {
+    this.backdrop = image;
+    if (image === null) this.paint();
+  }
+
+  /** Ring a keypoint, or none. */
+  mark(joint: number | null): void {
+    this.marked = joint;
+    this.paint();
+  }
+
+  /** Where the pose's canvas lies within ours, in pixels of the page; null before the first pose. */
+  get placement(): Placement | null {
+    const box = { width: this.canvas.clientWidth, height: this.canvas.clientHeight };
+    return this.pose === null ? null : contain(this.pose.canvas, box);
+  }
+
+  private paint(): void {
+    const { context, pose } = this;
+    context.clearRect(0, 0, this.canvas.width, this.canvas.height);
+    if (pose === null) return;
+    const placement = contain(pose.canvas, this.canvas);
+    if (this.backdrop !== null) this.paintBackdrop(this.backdrop, pose.canvas, placement);
+    drawPose(context, pose, placement);
+    if (this.marked !== null && pose.points !== null) {
+      drawRing(context, pose.points, this.marked, placement, 9 * devicePixelRatio);
+    }
+  }
+
+  private paintBackdrop(image: CanvasImageSource, size: Size, { left, top, scale }: Placement): void {
+    this.context.globalAlpha = BACKDROP_OPACITY;
+    this.context.drawImage(image, left, top, size.width * scale, size.height * scale);
+    this.context.globalAlpha = 1;
+  }
+}
+
+/** The avatar's newest frame, which the browser enlarges, and over it, if wanted, the pose that it shows. */
+export class AvatarView {
+  private pose: Pose | null = null;
+  private readonly context: CanvasRenderingContext2D;
+
+  constructor(
+    private readonly canvas: HTMLCanvasElement,
+    private readonly overlay: PoseView,
+  ) {
+    this.context = canvas.getContext("2d") as CanvasRenderingContext2D;
+    overlay.canvas.hidden = true;
+  }
+
+  /** Show a frame of a pose; null: of the same one as before. */
+  show(image: CanvasImageSource, { height, width }: Size, pose: Pose | null): void {
+    if (this.canvas.width !== width || this.canvas.height !== height) {
+      this.canvas.width = width;
+      this.canvas.height = height;
+    }
+    this.context.drawImage(image, 0, 0, width, height);
+    if (pose === null) return;
+    this.pose = pose;
+    if (!this.overlay.canvas.hidden) this.overlay.show(pose);
+  }
+
+  setOverlay(isOn: boolean): void {
+    this.overlay.canvas.hidden = !isOn;
+    if (isOn && this.pose !== null) this.overlay.show(this.pose);
+  }
+}

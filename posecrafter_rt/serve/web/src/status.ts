@@ -1,0 +1,77 @@
+// What the page says about the connection: a word in the header, and a card over the avatar when something is wrong.
+import { byId } from "./dom.ts";
+import type { LinkState } from "./connection.ts";
+
+const NOTE_MS = 8000;
+
+export class Status {
+  private readonly pill = byId("link", HTMLParagraphElement);
+  private readonly card = byId("notice", HTMLDivElement);
+  private readonly title = byId("notice-title", HTMLHeadingElement);
+  private readonly text = byId("notice-text", HTMLParagraphElement);
+  private readonly retryButton = byId("retry", HTMLButtonElement);
+  private readonly tokenForm = byId("token-form", HTMLFormElement);
+  private readonly noteLine = byId("note", HTMLParagraphElement);
+  private noteTimer: ReturnType<typeof setTimeout> | undefined;
+  private readonly held = byId("held", HTMLParagraphElement);
+
+  constructor(retry: () => void) {
+    this.retryButton.onclick = retry;
+    this.tokenForm.onsubmit = (event) => {
+      event.preventDefault();
+      location.search = new URLSearchParams({ token: byId("token", HTMLInputElement).value }).toString();
+    };
+  }
+
+  show(state: LinkState): void {
+    this.pill.dataset["kind"] = state.kind;
+    // A card that is up stays up while the next try is under way, rather than blink.
+    if (state.kind !== "connecting") this.card.hidden = state.kind === "live";
+    this.card.dataset["kind"] = state.kind;
+    this.retryButton.hidden = state.kind === "connecting" || (state.kind === "refused" && state.wantsToken);
+    this.tokenForm.hidden = !(state.kind === "refused" && state.wantsToken);
+    if (state.kind !== "live") this.setHeld(false);
+    switch (state.kind) {
+      case "connecting":
+        this.pill.textContent = "Connecting";
+        return;
+      case "live":
+        this.pill.textContent = "Live";
+        return;
+      case "gone":
+        this.pill.textContent = "Reconnecting";
+        return this.say("The server does not answer", "The page connects again by itself as soon as it is back.");
+      case "full":
+        this.pill.textContent = "Full";
+        return this.say("The avatar is busy", `${sentence(state.message)} The page tries again by itself.`);
+      case "refused":
+        this.pill.textContent = "Refused";
+        if (state.wantsToken) return this.say("A token is needed", sentence(state.message));
+        return this.say("The server refused", `${sentence(state.message)} ${sentence(state.hint ?? "")}`);
+    }
+  }
+
+  /** Whether the avatar holds still because nobody is seen. */
+  setHeld(isHeld: boolean): void {
+    this.held.hidden = !isHeld;
+  }
+
+  /** Say something in passing; it stays for a while. */
+  note(text: string): void {
+    clearTimeout(this.noteTimer);
+    this.noteLine.textContent = sentence(text);
+    this.noteTimer = setTimeout(() => (this.noteLine.textContent = ""), NOTE_MS);
+  }
+
+  private say(title: string, text: string): void {
+    this.title.textContent = title;
+    this.text.textContent = text;
+  }
+}
+
+/** A message of the server's, which starts small and ends bare, as a sentence. */
+function sentence(text: string): string {
+  const trimmed = text.trim();
+  if (trimmed === "") return "";
+  return trimmed.charAt(0).toUpperCase() + trimmed.slice(1) + (/[.!?]$/.test(trimmed) ? "" : ".");
+}

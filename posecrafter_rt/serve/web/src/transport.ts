@@ -1,0 +1,108 @@
+// Two ways to the server, alike from outside: a WebSocket, or WebRTC with a data channel and a video track.
+import { address, exchangeOffer, Refusal } from "./api.ts";
+
+export type Way = "websocket" | "webrtc";
+
+/** Codes with which a connection ends; the rest are the network's. */
+export const BAD_REQUEST = 1008;
+export const FULL = 1013;
+const ABNORMAL = 1006;
+
+export interface TransportEvents {
+  onBytes(bytes: ArrayBuffer): void;
+  onText(text: string): void;
+  onVideo(stream: MediaStream): void;
+  /** Comes once, and not after `close`. */
+  onClose(code: number, reason: string): void;
+}
+
+export interface Transport {
+  send(data: ArrayBuffer | string): void;
+  close(): void;
+}
+
+/** Gathering addresses or opening the channel does not take longer where it works at all. */
+const GATHERING_MS = 1500;
+const OPENING_MS = 6000;
+
+export function openTransport(way: Way, events: TransportEvents): Transport {
+  return way === "websocket" ? openWebSocket(events) : openWebRtc(events);
+}
+
+function openWebSocket(events: TransportEvents): Transport {
+  const url = address("ws");
+  url.protocol = url.protocol.replace("http", "ws");
+  const socket = new WebSocket(url);
+  socket.binaryType = "arraybuffer";
+  socket.onmessage = ({ data }) => (typeof data === "string" ? events.onText(data) : events.onBytes(data));
+  socket.onclose = ({ code, reason }) => events.onClose(code, reason);
+  return {
+    send: (data) => {
+      if (socket.readyState === WebSocket.OPEN) socket.send(data);
+    },
+    close: () => {
+      socket.onmessage = socket.onclose = null;
+      socket.close();
+    },
+  };
+}
+
+function openWebRtc(events: TransportEvents): Transport {
+  const peer = new RTCPeerConnection();
+  const channel = peer.createDataChannel("poses"); // reliable, for it carries commands too
+  channel.binaryType = "arraybuffer";
+  let isOver = false;
+  const end = () => {
+    isOver = true;
+    clearTimeout(timer);
+    peer.close();
+  };
+  const fail = (code: number, reason: string) => {
+    if (isOver) return;
+    end();
+    events.onClose(code, reason);
+  };
+  const timer = setTimeout(() => fail(ABNORMAL, "WebRTC did not connect"), OPENING_MS);
+  channel.onopen = () => clearTimeout(timer);
+  channel.onclose = () => fail(ABNORMAL, "the data channel closed");
+  channel.onmessage = ({ data }) => (typeof data === "string" ? events.onText(data) : events.onBytes(data));
+  peer.ontrack = ({ track, streams }) => events.onVideo(streams[0] ?? new MediaStream([track]));
+  peer.onconnectionstatechange = () => {
+    if (peer.connectionState === "failed") fail(ABNORMAL, "the WebRTC connection was lost");
+  };
+  negotiate(peer).catch((error: unknown) => fail(closeCode(error), error instanceof Error ? error.message : ""));
+  return {
+    send: (data) => {
+      // Poses that the network cannot take yet would only be late.
+      if (channel.readyState !== "open" || (typeof data !== "string" && channel.bufferedAmount > 0)) return;
+      channel.send(data as string); // either kind; the declarations know no union
+    },
+    close: end,
+  };
+}
+
+async function negotiate(peer: RTCPeerConnection): Promise<void> {
+  peer.addTransceiver("video", { direction: "recvonly" });
+  await peer.setLocalDescription(await peer.createOffer());
+  await gathered(peer);
+  const offer = peer.localDescription as RTCSessionDescription;
+  await peer.setRemoteDescription(await exchangeOffer({ type: offer.type, sdp: offer.sdp }));
+}
+
+/** Waits until the peer knows its own addresses, which the offer carries, for a moment at most. */
+function gathered(peer: RTCPeerConnection): Promise<void> {
+  return new Promise((resolve) => {
+    if (peer.iceGatheringState === "complete") return resolve();
+    setTimeout(resolve, GATHERING_MS);
+    peer.addEventListener("icegatheringstatechange", () => {
+      if (peer.iceGatheringState === "complete") resolve();
+    });
+  });
+}
+
+/** What the refusal of an offer would have been called on a WebSocket. */
+function closeCode(error: unknown): number {
+  if (!(error instanceof Refusal)) return ABNORMAL;
+  if (error.status === 503) return FULL;
+  return error.isAboutToken ? BAD_REQUEST : ABNORMAL;
+}

@@ -1,0 +1,79 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import type { Pose } from "../src/layout.ts";
+import { FrameGate, Pacer } from "../src/pacing.ts";
+
+function pose(width: number): Pose {
+  return { canvas: { height: 1, width }, points: null };
+}
+
+function pacer() {
+  const clock = { ms: 0 };
+  const sent: number[] = [];
+  return { clock, sent, pacer: new Pacer(({ pose: { canvas } }) => sent.push(canvas.width), () => clock.ms) };
+}
+
+test("two poses are under way at most, and of those that wait the newest goes next", () => {
+  const { sent, pacer: under } = pacer();
+  for (const width of [1, 2, 3, 4, 5]) under.offer(pose(width));
+  assert.deepEqual(sent, [1, 2]);
+  assert.equal(under.acknowledge(1, 0, 0)?.pose.canvas.width, 1);
+  assert.deepEqual(sent, [1, 2, 5]);
+  assert.equal(under.overtaken, 2);
+});
+
+test("a frame answers every earlier pose too", () => {
+  const { sent, pacer: under } = pacer();
+  for (const width of [1, 2, 3]) under.offer(pose(width));
+  under.acknowledge(2, 0, 0);
+  under.offer(pose(4));
+  assert.deepEqual(sent, [1, 2, 3, 4]);
+});
+
+test("an answer to nothing changes nothing", () => {
+  const { sent, pacer: under } = pacer();
+  under.offer(pose(1));
+  assert.equal(under.acknowledge(0, 0, 0), null);
+  assert.deepEqual(sent, [1]);
+});
+
+test("poses whose frame never comes do not stop the rest for ever", () => {
+  const { clock, sent, pacer: under } = pacer();
+  for (const width of [1, 2, 3]) under.offer(pose(width));
+  clock.ms = 1499;
+  under.offer(pose(4));
+  assert.deepEqual(sent, [1, 2]);
+  clock.ms = 1500;
+  under.offer(pose(5));
+  assert.deepEqual(sent, [1, 2, 5]);
+});
+
+test("a second pose sets out when the server should be about done with the first", () => {
+  const { clock, sent, pacer: under } = pacer();
+  under.offer(pose(1));
+  clock.ms = 60;
+  under.acknowledge(1, 20, 40);
+  under.offer(pose(2));
+  clock.ms = 109;
+  under.offer(pose(3));
+  assert.deepEqual(sent, [1, 2]);
+  clock.ms = 110;
+  under.offer(pose(4));
+  assert.deepEqual(sent, [1, 2, 4]);
+});
+
+test("a new connection owes no answers, and sequences go on", () => {
+  const sequences: number[] = [];
+  const under = new Pacer(({ sequence }) => sequences.push(sequence), () => 0);
+  for (const width of [1, 2, 3]) under.offer(pose(width));
+  under.restart();
+  under.offer(pose(4));
+  assert.deepEqual(sequences, [1, 2, 3]);
+  assert.equal(under.acknowledge(3, 0, 0)?.pose.canvas.width, 4);
+});
+
+test("no frame older than the shown one passes, and a repeat of it does", () => {
+  const gate = new FrameGate();
+  assert.deepEqual([1, 3, 2, 3, 4].map((sequence) => gate.admit(sequence)), [true, true, false, true, true]);
+  assert.equal(gate.late, 1);
+});

@@ -1,0 +1,162 @@
+"""One WebRTC client: its avatar as a video track, and the data channel `poses` for everything else.
+
+Layer 7: aiortc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from fractions import Fraction
+from typing import Any
+
+import anyio
+import av
+import numpy as np
+from aiortc import MediaStreamTrack, RTCConfiguration, RTCDataChannel, RTCPeerConnection, RTCSessionDescription
+from aiortc.mediastreams import MediaStreamError
+
+from posecrafter_rt.serve.conversation import Conversation, Disconnect
+from posecrafter_rt.serve.options import MAX_AGE_S
+from posecrafter_rt.serve.protocol import ProtocolError, encode_frame, error_message
+from posecrafter_rt.serve.service import Service
+from posecrafter_rt.serve.session import Session, Shown
+
+CHANNEL = "poses"
+_CLOCK_HZ = 90_000  # of video in RTP
+_CONNECT_TIMEOUT_S = 20.0
+_STILL_EVERY_S = 0.25  # the last frame again: whoever missed a packet, or the first frame, needs another
+_LAST_WORD_S = 0.5  # for the message that says why a client must go
+_MAX_BUFFERED_BYTES = 16 * 1024
+
+
+class AvatarTrack(MediaStreamTrack):
+    """A session's newest frame, each as it comes; what the encoder is too slow for is left out, never queued."""
+
+    kind = "video"
+
+    def __init__(self, service: Service, session: Session) -> None:
+        super().__init__()
+        self._service, self._session = service, session
+        self._frame, self._is_first = session.latest, True
+        self._begin_s = time.perf_counter()
+        self.channel: RTCDataChannel | None = None
+
+    async def recv(self) -> av.VideoFrame:
+        """The next frame, with the time at which it is shown."""
+        if self.readyState != "live":
+            raise MediaStreamError
+        if not self._is_first:
+            await self._wait_for_news()
+        self._is_first = False
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(self._frame), format="rgb24")
+        picture.pts = round((time.perf_counter() - self._begin_s) * _CLOCK_HZ)
+        picture.time_base = Fraction(1, _CLOCK_HZ)
+        return picture
+
+    async def _wait_for_news(self) -> None:
+        """Take the next frame that is new enough; without any for a while the last one is sent again."""
+        with anyio.move_on_after(_STILL_EVERY_S):
+            while (shown := await self._session.frames.take()).age_s > MAX_AGE_S:
+                pass
+            self._frame = shown.frame
+            self._announce(shown)
+
+    def _announce(self, shown: Shown) -> None:
+        """Which pose the next picture is of: a video track cannot say."""
+        self._service.metrics.age.observe(shown.age_s)
+        channel = self.channel
+        if channel is not None and channel.readyState == "open" and channel.bufferedAmount < _MAX_BUFFERED_BYTES:
+            channel.send(encode_frame(shown.header.without_picture(), b""))
+
+
+async def serve_peer(service: Service, sdp: str, answered: asyncio.Future[dict[str, str]]) -> None:
+    """Serve one client until it goes, or must go. answered: gets the answer to its offer.
+
+    Raises: ProtocolError for an offer that cannot be answered; SessionsFull.
+    """
+    # No server for addresses: nothing outside is asked. Both ends then meet where they can reach one another as they are.
+    peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+    try:
+        async with service.session() as session:
+            track = AvatarTrack(service, session)
+            link = _Link(service, session, peer, track)
+            answered.set_result({**await _answer(peer, track, sdp), "session": session.id})
+            await link.run()
+    finally:
+        await peer.close()
+
+
+async def _answer(peer: RTCPeerConnection, track: AvatarTrack, sdp: str) -> dict[str, str]:
+    try:
+        await peer.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
+        if not any(transceiver.kind == "video" for transceiver in peer.getTransceivers()):
+            raise ProtocolError("the offer has no video", "add a transceiver that receives video")
+        peer.addTrack(track)
+        await peer.setLocalDescription(await peer.createAnswer())
+    except ProtocolError:
+        raise
+    except Exception as error:  # whatever a parser makes of text from outside
+        raise ProtocolError(
+            f"the offer cannot be answered: {error or type(error).__name__}", "send what createOffer gives"
+        ) from error
+    return {"sdp": peer.localDescription.sdp, "type": peer.localDescription.type}
+
+
+class _Link:
+    """A peer's events, and the task that waits for its end."""
+
+    def __init__(self, service: Service, session: Session, peer: RTCPeerConnection, track: AvatarTrack) -> None:
+        self._session, self._peer, self._track = session, peer, track
+        self._conversation = Conversation(service, session)
+        self._channel: asyncio.Future[RTCDataChannel] = asyncio.get_running_loop().create_future()
+        self._ended = asyncio.Event()
+        self._is_refused = False
+        peer.on("connectionstatechange", self._on_state)
+        peer.on("datachannel", self._on_channel)
+
+    async def run(self) -> None:
+        """Returns when the client is gone, or never came."""
+        channel = None
+        with anyio.move_on_after(_CONNECT_TIMEOUT_S):
+            channel = await self._channel
+        if channel is None:
+            return
+        tell = asyncio.create_task(self._tell(channel))
+        try:
+            await self._ended.wait()
+        finally:
+            tell.cancel()
+
+    def _on_state(self) -> None:
+        if self._peer.connectionState in ("failed", "closed", "disconnected"):
+            self._ended.set()
+
+    def _on_channel(self, channel: RTCDataChannel) -> None:
+        if channel.label == CHANNEL and not self._channel.done():
+            channel.on("message", self._hear)
+            channel.on("close", self._ended.set)
+            self._track.channel = channel
+            self._channel.set_result(channel)
+
+    def _hear(self, message: bytes | str) -> None:
+        if self._is_refused:
+            return
+        try:
+            self._conversation.hear(message)
+        except Disconnect as refusal:
+            self._is_refused = True
+            _send(self._channel.result(), error_message(refusal.error))
+            asyncio.get_running_loop().call_later(_LAST_WORD_S, self._ended.set)
+
+    async def _tell(self, channel: RTCDataChannel) -> None:
+        while True:
+            message = await self._session.texts.take()
+            if channel.bufferedAmount < _MAX_BUFFERED_BYTES:
+                _send(channel, message)
+
+
+def _send(channel: RTCDataChannel, message: dict[str, Any]) -> None:
+    if channel.readyState == "open":
+        channel.send(json.dumps(message))

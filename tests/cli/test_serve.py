@@ -1,0 +1,76 @@
+"""`posecrafter-rt serve` before it serves: what it refuses, in one line and a hint, without loading anything slow."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from posecrafter_rt.cli import serve as serve_module
+from posecrafter_rt.cli.main import app
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("POSECRAFTER_TOKEN", raising=False)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["serve", *arguments])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])
+def test_beyond_this_machine_a_token_is_demanded(host: str) -> None:
+    result = run("me.engine", "--host", host)
+    assert result.exit_code == 1 and "token" in result.stderr and "hint: add --token" in result.stderr
+
+
+def test_what_the_environment_holds_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("POSECRAFTER_TOKEN", "a secret of some length")
+    result = run(str(tmp_path / "no.engine"), "--host", "0.0.0.0", "--port", "0")
+    assert result.exit_code == 1 and "no.engine is not an engine folder" in result.stderr
+
+
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        result = run(str(tmp_path / "no.engine"), "--port", port)
+    assert result.exit_code == 1 and result.stderr.startswith(f"error: port {port} is in use\nhint: ")
+
+
+def test_a_host_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    result = run(str(tmp_path / "no.engine"), "--host", "127.0.0.1.invalid", "--token", "a secret")
+    assert result.exit_code == 1 and "no host '127.0.0.1.invalid'" in result.stderr
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "websockets", "prometheus_client"])
+def test_a_missing_package_is_one_line(package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(sys.modules):
+        if name == package or name.startswith((f"{package}.", "posecrafter_rt.serve.")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    result = run(str(tmp_path / "no.engine"), "--port", "0")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: serving needs the package {package}\nhint: pip install 'posecrafter-rt[serve]'\n"
+
+
+@pytest.mark.parametrize("arguments", [("--max-sessions", "0"), ("--token", " ")])
+def test_bad_options_have_a_hint(arguments: tuple[str, ...]) -> None:
+    result = run("me.engine", *arguments)
+    assert result.exit_code == 1 and "hint: " in result.stderr
+
+
+def test_an_engine_that_is_not_there(tmp_path: Path) -> None:
+    result = run(str(tmp_path / "no.engine"), "--port", "0")
+    assert result.exit_code == 1 and "no.engine" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("host", "token", "url"), [
+    ("127.0.0.1", None, "http://127.0.0.1:80/"), ("::1", None, "http://[::1]:80/"),
+    ("localhost", "a&b", "http://localhost:80/?token=a%26b"), ("0.0.0.0", None, f"http://{socket.gethostname()}:80/"),
+])  # fmt: skip
+def test_the_address_can_be_followed(host: str, token: str | None, url: str) -> None:
+    assert serve_module._url(host, 80, token) == url

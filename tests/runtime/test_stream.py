@@ -1,0 +1,187 @@
+"""Streaming frame by frame against one batched forward with the causal window mask, for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from posecrafter_rt.engines import get_backend
+from posecrafter_rt.engines.base import Engine
+from posecrafter_rt.errors import PoseError
+from posecrafter_rt.method import DPMSchedule, dpmpp_sample
+from posecrafter_rt.method.dpmpp import dpmpp_terms
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.live import LiveOptions
+from posecrafter_rt.runtime.prepare import edit_latents, embed_poses, prepare_tables
+from posecrafter_rt.runtime.stream import AvatarStream, Sampling, sample_reference
+from posecrafter_rt.runtime.stream_options import StreamOptions
+
+SIZE = (32, 32)
+NUM_POSES = 7
+EVERY_POSE = LiveOptions(still=0, jump=10)  # nothing is skipped, no past is forgotten
+
+
+class Setting(NamedTuple):
+    """A tiny avatar: its modules, its engines, the latents that its frames start from and the reference's pose."""
+
+    model: PoseModel
+    engines: dict[str, Engine]
+    schedule: DPMSchedule
+    inverted: Tensor
+    pose: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_base: Any, backend_name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+    from posecrafter_rt.models.loading import load_base
+
+    model = load_base(str(tiny_base))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.unet.named_parameters():
+        if ".conv_temp." in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.fold()
+    folder, arch = tmp_path_factory.mktemp(backend_name), replace(model.architecture(), size=SIZE)
+    backend = get_backend(backend_name)
+    backend.build(model, arch, folder, "fp32", lambda stage: None)
+    engines = backend.load(folder, arch, "fp32", folder / "compiled")
+    inverted = torch.randn(4, 16, 16, generator=generator).to(engines["unet"].device)
+    yield Setting(model, engines, DPMSchedule.from_config(model.scheduler_config), inverted, some_poses(1, seed=5)[0])
+
+
+def some_poses(count: int, seed: int = 0) -> np.ndarray:
+    """Poses of a whole person on a 32 × 32 canvas, each a little farther to the right."""
+    generator = np.random.default_rng(seed)
+    pose = np.concatenate([generator.uniform(6, 22, (134, 2)), np.ones((134, 1))], axis=1)
+    poses = np.repeat(pose[None], count, axis=0)
+    poses[:, :, 0] += np.arange(count)[:, None] * 0.7
+    return poses.astype(np.float32)
+
+
+def sampling_of(setting: Setting, steps: int) -> Sampling:
+    input_ids = setting.model.tokenize(["a person"])
+    timesteps = setting.schedule.timesteps(steps)
+    return Sampling(prepare_tables(setting.engines, timesteps, input_ids), dpmpp_terms(setting.schedule, steps), 1.0)
+
+
+def window_mask(frames: int, window: int) -> Tensor:
+    """bool (frames, frames): frame 0 is the reference, alone; frame i sees it, itself and the `window` before."""
+    age = torch.arange(frames)[:, None] - torch.arange(frames)
+    mask = (age >= 0) & (age <= window)
+    mask[:, 0] = True
+    mask[1:, 0] |= True
+    return mask
+
+
+@torch.no_grad()
+def batched(setting: Setting, sampling: Sampling, poses: np.ndarray, window: int) -> np.ndarray:
+    """All frames in one forward a step, by the plain modules: (N, H, W, 3), the reference dropped."""
+    model, options = setting.model, StreamOptions()
+    target = PoseSequence(poses, SIZE)
+    latents, _ = edit_latents(setting.inverted, setting.pose, target, options)
+    latents = latents.cpu()
+    embeddings = embed_poses(
+        setting.engines, PoseSequence(np.concatenate([setting.pose[None], poses]), SIZE), SIZE
+    ).cpu()
+    mask = window_mask(len(latents), window)
+    tables = {name: (sampling.tables.time_projections[name].cpu(), sampling.tables.text_kv[name].cpu())
+              for name in ("unet", "controlnet")}  # fmt: skip
+
+    def denoise(frames: Tensor, index: int, timestep: int) -> Tensor:
+        time = {name: projections[index : index + 1] for name, (projections, _) in tables.items()}
+        down, mid = model.controlnet(frames, time["controlnet"], tables["controlnet"][1], embeddings, torch.ones(1))
+        return model.unet(frames, time["unet"], tables["unet"][1], down, mid, temporal_mask=mask)
+
+    clean = dpmpp_sample(denoise, latents, setting.schedule, len(sampling.terms))
+    pixels = model.networks()["vae_decoder"](clean[1:])[0]
+    return pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def open_stream(setting: Setting, sampling: Sampling, **options: Any) -> AvatarStream:
+    reference = sample_reference(setting.engines, sampling, setting.inverted, setting.pose, SIZE)
+    return AvatarStream(setting.engines, reference, StreamOptions(steps=len(sampling.terms), **options))
+
+
+def assert_same_pictures(given: np.ndarray, expected: np.ndarray) -> None:
+    """Equal but for rounding: a level here and there."""
+    difference = np.abs(given.astype(int) - expected.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize(("steps", "window"), [(3, 2), (1, 4), (2, 0), (2, 16)])
+def test_streaming_is_one_forward_with_a_causal_window(setting: Setting, steps: int, window: int) -> None:
+    sampling, poses = sampling_of(setting, steps), some_poses(NUM_POSES)
+    expected = batched(setting, sampling, poses, window)
+    with open_stream(setting, sampling, window=window, live=EVERY_POSE) as stream:
+        frames = np.stack([stream.step(pose) for pose in poses])
+    assert_same_pictures(frames, expected)
+    assert np.abs(np.diff(expected.astype(int), axis=0)).max() > 2  # the frames do differ
+    if window < NUM_POSES - 1:
+        wider = batched(setting, sampling, poses, NUM_POSES)
+        assert np.abs(wider.astype(int) - expected.astype(int)).max() > 1  # and the window bears on them
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_pipeline_gives_the_same_frames_later(setting: Setting, steps: int) -> None:
+    sampling, poses = sampling_of(setting, steps), some_poses(NUM_POSES)
+    expected = batched(setting, sampling, poses, 2)
+    with open_stream(setting, sampling, window=2, is_pipelined=True, live=EVERY_POSE) as stream:
+        frames = np.stack([stream.step(pose) for pose in poses])
+        assert all(np.array_equal(frame, stream.reference.frame) for frame in frames[: steps - 1])
+    assert_same_pictures(frames[steps - 1 :], expected[: NUM_POSES - steps + 1])
+
+
+def test_a_jump_forgets_the_past_and_reset_everything(setting: Setting) -> None:
+    sampling, poses = sampling_of(setting, 2), some_poses(4)
+    far = poses[3].copy()
+    far[:, :2] = 31 - far[:, :2]
+    with open_stream(setting, sampling, window=4, live=LiveOptions(still=0, jump=0.1)) as stream:
+        first = [stream.step(pose) for pose in (*poses[:3], far)]
+        assert stream.last.reset
+        stream.reset()
+        assert np.array_equal(stream.step(far), first[3]) and not stream.last.reset
+        stream.reset()
+        assert all(np.array_equal(stream.step(pose), frame) for pose, frame in zip(poses[:3], first, strict=False))
+
+
+def test_a_jump_travels_down_the_pipeline(setting: Setting) -> None:
+    sampling, poses = sampling_of(setting, 3), some_poses(3)
+    far = poses[2].copy()
+    far[:, :2] = 31 - far[:, :2]
+    later = far.copy()
+    later[:, 0] -= 0.5
+    live = LiveOptions(still=0, jump=0.1)
+    with open_stream(setting, sampling, window=4, live=live) as stream:
+        expected = [stream.step(pose) for pose in (*poses, far, later)]
+    with open_stream(setting, sampling, window=4, is_pipelined=True, live=live) as stream:
+        frames = [stream.step(pose) for pose in (*poses, far, later, later, later)]
+    for frame, wanted in zip(frames[2:], expected, strict=True):
+        assert_same_pictures(frame, wanted)
+
+
+def test_still_poses_cost_nothing_and_a_lost_person_is_held(setting: Setting) -> None:
+    sampling, pose = sampling_of(setting, 1), some_poses(1)[0]
+    with open_stream(setting, sampling) as stream:
+        first = stream.step(pose)
+        again = stream.step(pose)
+        assert stream.last.is_repeat and np.array_equal(first, again) and again is not first
+        again[:] = 0
+        assert np.array_equal(stream.step(None), first) and stream.last.held
+        assert stream.step(pose + np.float32([1, 0, 0])).shape == (*SIZE, 3) and not stream.last.is_repeat
+        for bad in (np.zeros((18, 3)), np.full((134, 3), np.nan)):
+            with pytest.raises(PoseError):
+                stream.step(bad)
+
+
+def test_before_anybody_is_seen_the_reference_stands_there(setting: Setting) -> None:
+    with open_stream(setting, sampling_of(setting, 2), window=3) as stream:
+        frame = stream.step(None)
+        assert stream.last.held
+        assert_same_pictures(frame, stream.reference.frame)

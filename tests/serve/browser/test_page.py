@@ -1,0 +1,349 @@
+"""The page in a real browser, on a server whose avatar draws its poses, so that what is shown can be told exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aioice.ice
+import av
+import cv2
+import numpy as np
+import pytest
+from websockets.sync.client import connect
+
+from posecrafter_rt.poses.draw import draw_pose
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve.options import ServeOptions
+from posecrafter_rt.serve.pictures import encode_picture
+from posecrafter_rt.serve.protocol import JPEG, decode_pose
+from tests.serve.browser.pages import LivePage
+from tests.serve.drawn import SIZE, DrawnAvatar, Running, running
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+pytestmark = pytest.mark.browser
+Serve = Callable[..., Running]
+OpenPage = Callable[..., LivePage]
+STILL = {"reduced_motion": "reduce"}  # where nothing has to move: without a GPU, moving takes a core
+PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, **STILL}
+NOSE, NECK = 0, 1
+
+
+def person(x: float = 0.0, y: float = 0.0) -> np.ndarray:
+    """Somebody who stands upright, moved by some pixels: body and left hand, float32 (134, 3)."""
+    body = [(24, 12), (24, 20), (18, 20), (15, 28), (13, 36), (30, 20), (33, 28), (35, 36), (20, 36), (20, 46), (20, 56),
+            (28, 36), (28, 46), (28, 56), (23, 10), (25, 10), (21, 11), (27, 11)]  # fmt: skip
+    pose = np.zeros((134, 3), np.float32)
+    pose[:18] = [(px + x, py + y, 1) for px, py in body]
+    pose[92:113] = [(35 + x + finger % 4, 37 + y + finger // 4, 1) for finger in range(21)]
+    return pose
+
+
+def nod(pose: np.ndarray, x: float, y: float) -> np.ndarray:
+    """The nose moved by some pixels, and eyes and ears with it, turned as the line from the neck to the nose turns."""
+    points = pose[:18, 0] + 1j * pose[:18, 1]
+    nose = points[NOSE] + x + 1j * y
+    turn = (nose - points[NECK]) / (points[NOSE] - points[NECK])
+    head = [NOSE, 14, 15, 16, 17]
+    points[head] = nose + turn / abs(turn) * (points[head] - points[NOSE])
+    nodded = pose.copy()
+    nodded[:18, 0], nodded[:18, 1] = points.real, points.imag
+    return nodded
+
+
+@pytest.fixture
+def avatar() -> DrawnAvatar:
+    """Walks to the right in five poses."""
+    avatar = DrawnAvatar()
+    avatar.poses = PoseSequence(np.stack([person(x) for x in range(-4, 6, 2)]), SIZE, 25.0)
+    return avatar
+
+
+def drawn(pose: np.ndarray) -> np.ndarray:
+    """What the server sends of this pose, int (H, W, 3)."""
+    data = np.frombuffer(encode_picture(draw_pose(pose, SIZE), JPEG, 85), np.uint8)
+    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB).astype(int)
+
+
+def assert_shows(page: LivePage, pose: np.ndarray) -> None:
+    """Wait until the avatar is this pose's drawing; half a pixel beside it is 2 to 3 levels away."""
+    expected = drawn(pose)
+
+    def is_shown() -> bool:
+        pixels = page.pixels()  # of another size before the first frame
+        return pixels.shape == expected.shape and np.abs(pixels - expected).mean() < 0.5
+
+    page.wait_until(is_shown)
+
+
+def pause_demo(page: LivePage, index: int) -> None:
+    page.wait_for_link("Live")
+    page.page.get_by_role("button", name="Pause").click()
+    page.page.get_by_label("Position").fill(str(index))
+
+
+def test_the_page_opens_and_says_what_it_shows(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    page.wait_for_text("#name", "drawn")
+    assert page.page.title() == "drawn · posecrafter"
+    page.wait_for_text("#backend", "torch fp32")
+    page.wait_for_text("#sessions", "1 of 4")
+    page.wait_until(lambda: page.page.text_content("#fps") not in ("–", "0"))
+    assert page.page.text_content("#latency", timeout=1000).endswith(" ms")
+    assert page.bodies == []
+
+
+def test_the_demo_plays_by_itself_and_the_avatar_follows(
+    serve: Serve, open_page: OpenPage, avatar: DrawnAvatar
+) -> None:
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    page.wait_until(lambda: page.count_looks() > 2)
+    pause_demo(page, 3)
+    assert_shows(page, avatar.poses.keypoints[3])
+    assert np.abs(page.pixels("pose").astype(int)).max() > 200  # and beside it is the pose
+    page.page.get_by_label("Position").fill("0")
+    assert_shows(page, avatar.poses.keypoints[0])
+    page.page.keyboard.press("Space")
+    page.wait_until(lambda: page.count_looks() > 2)
+
+
+def test_a_pose_file_drives_the_avatar(serve: Serve, open_page: OpenPage, tmp_path: Path) -> None:
+    poses = PoseSequence(np.stack([person(y=-5), person(y=5)]), SIZE, 5.0)
+    poses.save(tmp_path / "walk.json")
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    page.choose("File")
+    page.page.get_by_label("Fit the person").uncheck()
+    page.page.set_input_files("#file", tmp_path / "walk.json")
+    page.wait_for_text("#file-status", "walk.json: 2 poses")
+    page.page.get_by_role("button", name="Pause").click()
+    for index in (1, 0):
+        page.page.get_by_label("Position").fill(str(index))
+        assert_shows(page, poses.keypoints[index])
+
+
+def test_a_file_may_be_dropped_anywhere_and_a_bad_one_is_refused_with_the_reason(
+    serve: Serve, open_page: OpenPage, tmp_path: Path
+) -> None:
+    PoseSequence(person(3)[np.newaxis], SIZE).save(tmp_path / "still.json")
+    page = open_page(serve().url(), is_lost=True)  # browsers complain of answers that refuse
+    page.wait_for_link("Live")
+    for text in ((tmp_path / "still.json").read_text(), '{"shoes": 2}'):
+        transfer = page.page.evaluate_handle(
+            "text => { const t = new DataTransfer(); t.items.add(new File([text], 'still.json')); return t; }", text
+        )
+        page.page.dispatch_event("body", "drop", {"dataTransfer": transfer})
+        page.wait_for_text("#file-status", "still.json: 1 pose" if "people" in text else "people")
+    assert page.page.get_by_role("radio", name="File").is_checked()
+    assert "is-error" in (page.page.get_attribute("#file-status", "class") or "")
+
+
+def test_joints_follow_the_mouse_and_the_arrow_keys(serve: Serve, open_page: OpenPage, avatar: DrawnAvatar) -> None:
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    page.choose("Joints")
+    assert_shows(page, avatar.poses.keypoints[0])
+    box = page.page.locator("#pose").bounding_box()
+    assert box is not None
+    scale = box["height"] / SIZE[0]
+    left = box["x"] + (box["width"] - SIZE[1] * scale) / 2
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (x + 0.5) * scale, box["y"] + (y + 0.5) * scale
+
+    x, y = map(float, avatar.poses.keypoints[0, NECK, :2])
+    page.page.mouse.move(*at(x, y))
+    page.page.mouse.down()
+    page.page.mouse.move(*at(x + 3, y + 2), steps=4)
+    page.page.mouse.move(*at(x + 6, y + 4), steps=4)
+    page.page.mouse.up()
+    moved = person(2, 4)
+    assert_shows(page, moved)
+
+    page.page.get_by_label("Joint", exact=True).select_option("nose")
+    page.page.locator("#pose").focus()
+    for key in ("Shift+ArrowUp", "ArrowRight"):
+        page.page.keyboard.press(key)
+    step = SIZE[1] / 100
+    nodded = nod(moved, step, -5 * step)
+    page.wait_for_text("#joint-place", "nose at {:.0f}, {:.0f}".format(*nodded[NOSE]))
+    assert_shows(page, nodded)
+    page.page.get_by_role("button", name="Start over").click()
+    assert_shows(page, avatar.poses.keypoints[0])
+
+
+def test_nobody_is_told_and_the_pose_is_shown_over_the_avatar_if_wanted(
+    serve: Serve, open_page: OpenPage, avatar: DrawnAvatar
+) -> None:
+    avatar.poses = PoseSequence(np.stack([person(), np.zeros((134, 3), np.float32)]), SIZE, 25.0)
+    page = open_page(serve().url())
+    pause_demo(page, 1)
+    page.wait_for_text("#held:not([hidden])", "Nobody is seen")
+    page.page.get_by_label("Position").fill("0")
+    assert_shows(page, person())
+    assert not page.page.is_visible("#held")
+    assert not page.page.is_visible("#avatar-pose")
+    page.page.get_by_label("Show pose").check()
+    page.wait_until(lambda: page.pixels("avatar-pose").max() > 200)
+
+
+def test_a_recording_can_be_saved(serve: Serve, open_page: OpenPage, tmp_path: Path) -> None:
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    page.page.get_by_role("button", name="Record").click()
+    page.wait_for_text("#record-label", "Stop 0:01")
+    page.page.get_by_role("button", name="Stop").click()
+    with page.page.expect_download() as download:
+        page.page.get_by_role("link", name="Save recording").click()
+    download.value.save_as(tmp_path / "avatar.mp4")
+    with av.open(str(tmp_path / "avatar.mp4")) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert len(frames) > 5 and frames[0].shape == (*SIZE, 3)
+
+
+def test_the_page_comes_back_when_the_server_does(open_page: OpenPage, avatar: DrawnAvatar) -> None:
+    with running(avatar, ServeOptions()) as server:
+        page = open_page(server.url(), is_lost=True)
+        page.wait_for_link("Live")
+    page.wait_for_link("Reconnecting")
+    page.wait_for_text("#notice-title", "The server does not answer")
+    avatar.poses = PoseSequence(avatar.poses.keypoints + np.float32([0, 3, 0]), SIZE, 25.0)
+    with running(avatar, ServeOptions(), port=server.port):
+        page.wait_for_link("Live")
+        assert not page.page.is_visible("#notice")
+        page.wait_until(lambda: page.count_looks() > 2)
+
+
+def test_another_avatar_behind_the_same_address_is_taken_up(open_page: OpenPage, avatar: DrawnAvatar) -> None:
+    with running(avatar, ServeOptions()) as server:
+        page = open_page(server.url(), is_lost=True)
+        page.wait_for_text("#name", "drawn")
+        page.wait_for_link("Live")
+    avatar.folder.path = Path("painted.engine")
+    with running(avatar, ServeOptions(), port=server.port):
+        page.wait_for_text("#name", "painted")
+        page.wait_for_link("Live")
+
+
+def test_over_the_cap_the_page_says_so_and_gets_in_once_there_is_room(serve: Serve, open_page: OpenPage) -> None:
+    server = serve(max_sessions=1)
+    with connect(server.url("/ws", "ws")) as other:
+        assert json.loads(other.recv(timeout=10))["type"] == "ready"
+        page = open_page(server.url(), **STILL)
+        page.wait_for_link("Full")
+        page.wait_for_text("#notice-title", "The avatar is busy")
+        page.wait_for_text("#notice-text", "All 1 places are taken.")
+    page.page.get_by_role("button", name="Try now").click()
+    page.wait_for_link("Live")
+
+
+def test_a_token_is_asked_for_when_it_is_wrong(open_page: OpenPage, avatar: DrawnAvatar) -> None:
+    with running(avatar, ServeOptions(token="open sesame")) as server:
+        page = open_page(server.url("/?token=open+sesame"), is_lost=True)
+        page.wait_for_link("Live")
+        page.wait_until(lambda: page.count_looks() > 2)
+    with running(avatar, ServeOptions(token="another"), port=server.port):
+        page.wait_for_link("Refused")
+        page.wait_for_text("#notice-title", "A token is needed")
+        page.page.get_by_label("Token").fill("another")
+        page.page.keyboard.press("Enter")
+        page.wait_for_link("Live")
+
+
+def test_webrtc_shows_the_avatar(
+    serve: Serve, open_page: OpenPage, launch: Callable[..., Browser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ends leave out loopback when they look for addresses, unless told; here they are to use nothing else."""
+    monkeypatch.setattr(aioice.ice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
+    browser = launch("--allow-loopback-in-peer-connection", "--disable-features=WebRtcHideLocalIpsWithMdns")
+    page = open_page(serve().url(), browser=browser)
+    page.wait_for_link("Live")
+    page.page.get_by_label("Connection").select_option("WebRTC")
+    page.wait_for_link("Connecting")
+    page.wait_for_link("Live")
+    page.wait_until(lambda: page.count_looks() > 2)
+    page.wait_until(lambda: page.page.text_content("#latency") != "–")
+    assert page.page.get_by_label("Connection").input_value() == "webrtc"
+
+
+def test_where_webrtc_does_not_come_about_the_websocket_takes_over(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url(), is_lost=True)
+    page.wait_for_link("Live")
+    page.page.route("**/api/offer", lambda route: route.fulfill(status=501, json={"message": "no aiortc", "hint": ""}))
+    page.page.get_by_label("Connection").select_option("WebRTC")
+    page.wait_for_text("#note", "WebRTC did not connect")
+    page.wait_for_link("Live")
+    page.wait_until(lambda: page.count_looks() > 2)
+    assert page.page.get_by_label("Connection").input_value() == "websocket"
+
+
+@pytest.mark.parametrize("source", ["Demo", "File", "Webcam", "Joints"])
+def test_a_phone_scrolls_down_only(serve: Serve, open_page: OpenPage, source: str) -> None:
+    page = open_page(serve().url(), **PHONE)
+    page.wait_for_link("Live")
+    page.choose(source)
+    assert page.page.evaluate("document.documentElement.scrollWidth") == 360
+    too_wide = """[...document.querySelectorAll("main *, header *, footer *")].filter((element) => {
+      const { left, right, width } = element.getBoundingClientRect();
+      return width > 1 && (left < 0 || right > 360);
+    }).map((element) => element.outerHTML)"""
+    assert page.page.evaluate(too_wide) == []
+
+
+def test_dark_and_light_follow_the_system_until_one_is_chosen(serve: Serve, open_page: OpenPage) -> None:
+    url = serve().url()
+
+    def brightness(page: LivePage) -> int:
+        colour = page.page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+        return int(colour.removeprefix("rgb(").split(",")[0])
+
+    dark, light = open_page(url, color_scheme="dark", **STILL), open_page(url, color_scheme="light", **STILL)
+    assert brightness(dark) < 50 and brightness(light) > 200
+    button = dark.page.get_by_role("button", name="Theme")
+    button.click()
+    assert dark.page.get_by_role("button", name="Theme: light").is_visible() and brightness(dark) > 200
+    dark.page.reload()
+    assert brightness(dark) > 200
+    button.click()
+    assert brightness(dark) < 50
+
+
+def test_every_control_can_be_reached_with_the_tab_key(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url(), **STILL)
+    page.wait_for_link("Live")
+    page.page.get_by_role("radio", name="Joints").focus()
+    page.page.keyboard.press("ArrowLeft")  # to the webcam, as arrow keys do in a group of radio buttons
+    assert page.page.is_visible("#webcam-panel")
+    page.page.keyboard.press("ArrowRight")
+    page.page.evaluate("document.activeElement.blur()")
+    reached = []
+    for _ in range(14):
+        page.page.keyboard.press("Tab")
+        reached.append(page.page.evaluate("document.activeElement.id || document.activeElement.value"))
+    assert [name for name in dict.fromkeys(reached) if name] == [
+        "joint", "joints-reset", "way", "theme", "pose", "overlay", "record", "joints",
+    ]  # fmt: skip
+
+
+def test_who_wants_less_motion_is_not_moved_at(serve: Serve, open_page: OpenPage, avatar: DrawnAvatar) -> None:
+    page = open_page(serve().url(), **STILL)
+    page.wait_for_link("Live")
+    assert_shows(page, avatar.poses.keypoints[0])
+    assert page.count_looks() == 1
+    page.page.get_by_role("button", name="Play", exact=True).click()
+    page.wait_until(lambda: page.count_looks() > 2)
+
+
+def test_what_the_page_sends_is_what_it_shows(serve: Serve, open_page: OpenPage, avatar: DrawnAvatar) -> None:
+    page = open_page(serve().url())
+    pause_demo(page, 2)
+    assert_shows(page, avatar.poses.keypoints[2])
+    sent = [decode_pose(message) for message in page.poses]
+    assert np.array_equal(sent[-1].keypoints, avatar.poses.keypoints[2]) and sent[-1].canvas == SIZE
+    assert [pose.sequence for pose in sent] == list(range(1, len(sent) + 1))

@@ -1,0 +1,53 @@
+"""The page on a server of a real avatar, tuned and built on the tiny base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve.options import ServeOptions
+from tests.serve.browser.pages import LivePage
+from tests.serve.drawn import Running, running
+
+pytestmark = pytest.mark.browser
+OpenPage = Callable[..., LivePage]
+
+
+@pytest.fixture(scope="module")
+def avatar(tiny_engine: Path) -> Iterator[Avatar]:
+    with Avatar.load(tiny_engine) as avatar:
+        yield avatar
+
+
+@pytest.fixture(scope="module")
+def server(avatar: Avatar) -> Iterator[Running]:
+    with running(avatar, ServeOptions(stream={"steps": 2, "window": 2})) as server:
+        yield server
+
+
+def test_the_demo_a_file_and_dragged_joints_move_the_avatar(
+    avatar: Avatar, server: Running, open_page: OpenPage, tmp_path: Path
+) -> None:
+    page = open_page(server.url())
+    page.wait_for_link("Live")
+    page.wait_until(lambda: page.pixels().shape == (*avatar.size, 3) and page.count_looks() > 2)
+
+    shifts = np.float32([[3, 0, 0], [-3, 0, 0]])[:, np.newaxis]
+    PoseSequence(avatar.poses.keypoints[0] + shifts, avatar.size, 10.0).save(tmp_path / "sway.json")
+    page.choose("File")
+    page.page.set_input_files("#file", tmp_path / "sway.json")
+    page.wait_for_text("#file-status", "sway.json: 2 poses")
+    page.wait_until(lambda: page.count_looks() > 2)
+
+    page.choose("Joints")
+    page.wait_until(lambda: page.count_looks() == 1)
+    before = page.pixels()
+    page.page.locator("#pose").focus()
+    for _ in range(4):
+        page.page.keyboard.press("Shift+ArrowRight")
+    page.wait_for_change(before)

@@ -1,0 +1,234 @@
+"""The HTTP side: what is served, pose files, what is refused, and the numbers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import httpx
+import numpy as np
+import pytest
+from websockets.sync.client import connect
+
+from posecrafter_rt.errors import PoseError, VideoError
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve import app as app_module
+from posecrafter_rt.serve import pose_worker, poses_api
+from posecrafter_rt.video_io import write_video
+from tests.serve.drawn import SIZE, DrawnAvatar, Running, make_pose, pose_bytes, wait_until
+
+Serve = Callable[..., Running]
+
+
+def decoded(track: dict) -> np.ndarray:
+    assert set(track) == {"fps", "canvas", "num_frames", "keypoints"}
+    return np.frombuffer(base64.b64decode(track["keypoints"]), "<f4").reshape(track["num_frames"], 134, 3)
+
+
+def post(server: Running, content: bytes, kind: str = "application/json", **options: object) -> httpx.Response:
+    return httpx.post(server.url("/api/poses"), content=content, headers={"content-type": kind}, timeout=60, **options)
+
+
+def test_health_and_info(serve: Serve) -> None:
+    server = serve()
+    assert httpx.get(server.url("/health")).json() == {"status": "ok", "sessions": 0, "max_sessions": 4}
+    info = httpx.get(server.url("/api/info")).json()
+    assert info["size"] == list(SIZE) and info["name"] == "drawn.engine" and info["steps"] == 1
+    assert set(info) == {"name", "size", "backend", "precision", "device", "steps", "window", "max_sessions", "sessions",
+                         "prompt", "has_pose_extraction"}  # fmt: skip
+    assert httpx.get(server.url("/docs")).status_code == httpx.get(server.url("/openapi.json")).status_code == 404
+
+
+def test_a_dead_engine_thread_is_not_healthy(serve: Serve) -> None:
+    server = serve()
+    server.app.state.service.stop()
+    answer = httpx.get(server.url("/health"))
+    assert (answer.status_code, answer.json()["status"]) == (503, "failed")
+
+
+def test_metrics_are_counted(serve: Serve) -> None:
+    server = serve()
+    with connect(server.url("/ws", "ws")) as client:
+        for number in range(10):
+            client.send(pose_bytes(number))
+            while isinstance(client.recv(timeout=10), str):
+                pass
+        lines = httpx.get(server.url("/metrics")).text.splitlines()
+    assert "posecrafter_sessions 1.0" in lines and "posecrafter_poses_received_total 10.0" in lines
+    values = {line.split()[0]: float(line.split()[1]) for line in lines if line and line[0] != "#"}
+    assert values["posecrafter_frame_age_seconds_count"] == values["posecrafter_render_seconds_count"] == 10
+    assert 0 < values["posecrafter_frame_age_seconds_sum"] < 10
+    wait_until(lambda: "posecrafter_sessions 0.0" in httpx.get(server.url("/metrics")).text)
+
+
+def test_the_avatars_own_poses_and_picture(serve: Serve, avatar: DrawnAvatar) -> None:
+    server = serve()
+    track = httpx.get(server.url("/api/poses")).json()
+    assert np.array_equal(decoded(track), avatar.poses.keypoints) and track["canvas"] == list(SIZE)
+    picture = httpx.get(server.url("/api/reference.jpg"))
+    assert picture.headers["content-type"] == "image/jpeg"
+    assert cv2.imdecode(np.frombuffer(picture.content, np.uint8), cv2.IMREAD_COLOR).shape == (*SIZE, 3)
+
+
+def test_a_pose_file_is_read(serve: Serve, tmp_path: Path) -> None:
+    poses = PoseSequence(np.stack([make_pose(shift) for shift in range(3)]), SIZE, 12.5)
+    poses.save(tmp_path / "poses.json")
+    answer = post(serve(), (tmp_path / "poses.json").read_bytes(), "application/json; charset=utf-8")
+    track = answer.json()
+    assert answer.status_code == 200 and track["fps"] == 12.5
+    assert np.allclose(decoded(track), poses.keypoints, atol=0.01)
+
+
+def test_a_frame_without_anybody_is_kept(serve: Serve, tmp_path: Path) -> None:
+    PoseSequence(np.stack([make_pose(), make_pose()]), SIZE).save(tmp_path / "poses.json")
+    document = json.loads((tmp_path / "poses.json").read_text())
+    document["frames"][1] = {"people": []}
+    track = post(serve(), json.dumps(document).encode()).json()
+    assert decoded(track)[0].any() and not decoded(track)[1].any() and track["fps"] == 25
+
+
+@pytest.mark.parametrize(("content", "kind", "status", "why"), [
+    (b"{", "application/json", 400, "the file: not valid JSON"), (b"[]", "application/json", 400, "0 frames"),
+    (b'{"people": [{"pose_keypoints_2d": [1, 2]}], "canvas_width": 9, "canvas_height": 9}', "application/json", 400, "2 values"),
+    (b"no video", "video/mp4", 400, "the file cannot be read as a video"), (b"x", "text/plain", 400, "'text/plain'"),
+    (b"", "", 400, "send OpenPose JSON"),
+])  # fmt: skip
+def test_what_is_no_pose_file_is_refused_in_words(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, content: bytes, kind: str, status: int, why: str
+) -> None:
+    monkeypatch.setattr(poses_api, "has_pose_extraction", lambda: True)
+    answer = post(serve(), content, kind)
+    said = answer.json()
+    assert answer.status_code == status and why in said["message"] + said["hint"] and "/tmp" not in answer.text
+
+
+def test_a_video_without_a_detector_names_what_to_install(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poses_api, "has_pose_extraction", lambda: False)
+    answer = post(serve(), b"x", "video/mp4")
+    assert answer.status_code == 501 and "pip install" in answer.json()["hint"]
+
+
+def test_a_detector_that_cannot_start_is_not_the_files_fault(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The detector's process finds neither package here, whatever is installed."""
+    write_video(tmp_path / "grey.mp4", np.full((3, 64, 64, 3), 90, np.uint8), 10)
+    for package in ("rtmlib", "mediapipe"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('not today')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setattr(poses_api, "has_pose_extraction", lambda: True)
+    answer = post(serve(), (tmp_path / "grey.mp4").read_bytes(), "video/mp4")
+    assert (
+        answer.status_code == 501 and "not today" in answer.json()["message"] and "pip install" in answer.json()["hint"]
+    )
+
+
+def test_a_video_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pose_worker, "MAX_DECODED_BYTES", 30_000)
+    write_video(tmp_path / "grey.mp4", np.full((3, 64, 64, 3), 90, np.uint8), 10)
+    with pytest.raises(VideoError, match="too long"):
+        pose_worker.read_track(tmp_path / "grey.mp4")
+
+
+def test_too_much_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poses_api, "MAX_POSE_FILE_BYTES", 1000)
+    server = serve()
+    assert post(server, b" " * 3000).status_code == 413
+    assert httpx.post(server.url("/api/offer"), content=b" " * 100_000).status_code == 413
+
+
+def test_a_file_that_asks_for_too_much_memory_is_refused(serve: Serve) -> None:
+    """Eight megabytes that say nothing, of people whose keypoints would take gigabytes."""
+    many = b'{"canvas_width":64,"canvas_height":64,"people":[' + b",".join([b"{}"] * 2_500_000) + b"]}"
+    answer = post(serve(), many)
+    assert answer.status_code == 400 and "memory" in answer.json()["message"], answer.text
+
+
+def test_too_many_frames_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pose_worker, "MAX_FRAMES", 3)
+    for count in (3, 4):
+        PoseSequence(np.stack([make_pose()] * count), SIZE).save(tmp_path / f"{count}.json")
+    assert len(pose_worker.read_track(tmp_path / "3.json")) == 3
+    with pytest.raises(PoseError, match="4 frames"):
+        pose_worker.read_track(tmp_path / "4.json")
+
+
+def test_reading_goes_on_beside_rendering(serve: Serve, tmp_path: Path) -> None:
+    """A file that takes a while does not hold up frames; a second file is told to wait."""
+    server = serve()
+    PoseSequence(np.stack([make_pose()] * 400), SIZE).save(tmp_path / "poses.json")
+    answers: list[httpx.Response] = []
+    reading = threading.Thread(target=lambda: answers.append(post(server, (tmp_path / "poses.json").read_bytes())))
+    with connect(server.url("/ws", "ws")) as client:
+        reading.start()
+        times: list[float] = []
+        second = None
+        while reading.is_alive():
+            begin_s = time.perf_counter()
+            client.send(pose_bytes(0, shift=begin_s % 1))
+            while isinstance(client.recv(timeout=10), str):
+                pass
+            times.append(time.perf_counter() - begin_s)
+            if len(times) == 5:
+                second = post(server, b"{")
+            time.sleep(0.01)
+    assert answers[0].status_code == 200 and second is not None and second.status_code == 429
+    assert np.median(times) < 0.25
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"type": "answer", "sdp": ""}', b'{"type": "offer", "sdp": 3}',
+                                  b'{"type": "offer", "sdp": "nonsense"}', b'{"type": "offer", "sdp": "v=0"}'])  # fmt: skip
+def test_what_is_no_offer_is_refused(serve: Serve, body: bytes) -> None:
+    server = serve()
+    answer = httpx.post(server.url("/api/offer"), content=body)
+    assert answer.status_code == 400 and answer.json()["message"]
+    assert server.app.state.service.num_sessions == 0
+
+
+def test_without_aiortc_there_is_the_websocket(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiortc", None)
+    monkeypatch.delitem(sys.modules, "posecrafter_rt.serve.webrtc", raising=False)
+    answer = httpx.post(serve().url("/api/offer"), json={"type": "offer", "sdp": ""})
+    assert answer.status_code == 501 and "aiortc" in answer.json()["message"] and "/ws" in answer.json()["hint"]
+
+
+def test_refusals_of_the_guard_reach_http(serve: Serve) -> None:
+    server = serve(token="a secret of some length")
+    assert httpx.get(server.url("/health")).status_code == 200
+    assert httpx.get(server.url("/api/info")).headers["www-authenticate"] == "Bearer"
+    assert httpx.get(server.url("/api/info?token=a+secret+of+some+length")).status_code == 200
+    assert httpx.get(serve().url("/health"), headers={"host": "evil.example"}).status_code == 421
+    refused = httpx.post(
+        server.url("/api/poses?token=a+secret+of+some+length"), headers={"origin": "http://evil.example"})  # fmt: skip
+    assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
+
+
+@pytest.mark.parametrize("name", ["x", "..%2F..%2Fetc%2Fpasswd", "."])
+def test_recordings_that_are_not_there(serve: Serve, name: str) -> None:
+    assert httpx.get(serve().url(f"/api/recordings/{name}.mp4")).status_code == 404
+
+
+def test_the_page_and_its_files(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(app_module, "STATIC", tmp_path)
+    answer = httpx.get(serve().url())
+    assert answer.status_code == 503 and "make web" in answer.text
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "index.html").write_text("<!doctype html>the page")
+    (tmp_path / "assets" / "main.js").write_text("1")
+    (tmp_path / "secret.txt").write_text("no")
+    server = serve()
+    page = httpx.get(server.url())
+    assert page.text == "<!doctype html>the page" and page.headers["cache-control"] == "no-cache"
+    script = httpx.get(server.url("/assets/main.js"))
+    assert "javascript" in script.headers["content-type"]
+    again = httpx.get(server.url("/assets/main.js"), headers={"if-none-match": script.headers["etag"]})
+    assert again.status_code == 304
+    for path in ("/secret.txt", "/assets/../secret.txt", "/assets/%2e%2e/secret.txt"):
+        assert httpx.get(server.url(path)).status_code == 404

@@ -1,0 +1,103 @@
+"""The command as a process, with a real engine: it says where it is, serves the client of the documentation, and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import httpx
+
+from posecrafter_rt.avatar import Avatar
+
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "serve.md"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "POSECRAFTER_TOKEN"}
+
+
+@contextlib.contextmanager
+def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`posecrafter-rt serve` with arguments, on a free port."""
+    call = [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+            "from posecrafter_rt.cli.main import main; main()", "serve", *arguments, "--port", "0"]  # fmt: skip
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], 240)
+    assert ready, "it says nothing"
+    return process.stdout.readline()
+
+
+def end(process: subprocess.Popen[str], by: signal.Signals) -> tuple[int, str, str]:
+    process.send_signal(by)
+    stdout, stderr = process.communicate(timeout=60)
+    return process.returncode, stdout, stderr
+
+
+def documented_client() -> str:
+    """The Python of the section `A client`."""
+    return re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL)[0]
+
+
+def test_the_documented_client_is_short() -> None:
+    assert len(documented_client().splitlines()) <= 40
+
+
+def test_it_serves_the_documented_client_until_ctrl_c(tiny_engine: Path, tmp_path: Path) -> None:
+    with Avatar.load(tiny_engine) as avatar:
+        avatar.poses.save(tmp_path / "poses.json")
+        num_poses = len(avatar.poses)
+    (tmp_path / "client.py").write_text(documented_client())
+    with command(str(tiny_engine), "--steps", "1", "--window", "2", "--json") as process:
+        said = json.loads(first_line(process))
+        assert said["backend"] == "torch" and (said["steps"], said["window"], said["size"]) == (1, 2, [32, 32])
+        url = said["url"].replace("http", "ws") + "ws"
+        call = [sys.executable, "client.py", url, "poses.json", "frames"]
+        client = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert client.returncode == 0, client.stderr
+        assert '"type": "ready"' in client.stdout and re.search(r"frame of pose \d+: \d+ ms after", client.stdout)
+        pictures = sorted((tmp_path / "frames").iterdir())
+        assert 1 <= len(pictures) <= num_poses and pictures[-1].name == f"{num_poses:05}.jpg"
+        assert all(cv2.imread(str(picture)).shape == (32, 32, 3) for picture in pictures)
+        assert httpx.get(said["url"] + "health").json()["status"] == "ok"
+        code, stdout, stderr = end(process, signal.SIGINT)
+    assert (code, stdout, stderr) == (0, "", "")
+
+
+def test_termination_is_an_end_too_even_with_a_client(tiny_engine: Path) -> None:
+    from websockets.sync.client import connect
+
+    with command(str(tiny_engine), "--steps", "2", "--pipelined", "--token", "a secret of some length") as process:
+        line = first_line(process)
+        found = re.fullmatch(
+            r"serving .*tiny\.engine at (http://127\.0\.0\.1:\d+/)\?token=(\S+) \(Ctrl-C ends it\)\n", line
+        )
+        assert found is not None, line
+        assert httpx.get(found[1] + "api/info").status_code == 401
+        with connect(f"{found[1].replace('http', 'ws')}ws?token={found[2]}") as client:
+            assert json.loads(client.recv(timeout=30))["type"] == "ready"
+            begin_s = time.monotonic()
+            code, _, stderr = end(process, signal.SIGTERM)
+    assert (code, stderr) == (0, "") and time.monotonic() - begin_s < 30
+
+
+def test_what_cannot_be_streamed_is_one_line(tiny_engine: Path) -> None:
+    with command(str(tiny_engine), "--steps", "99") as process:
+        stdout, stderr = process.communicate(timeout=240)
+    assert (process.returncode, stdout) == (1, "")
+    assert stderr.startswith("error: ") and "99" in stderr and "hint: " in stderr and "Traceback" not in stderr

@@ -1,0 +1,197 @@
+"""A session's turns: fits, flags, what is too old, what fails; and its counts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from posecrafter_rt.errors import PoseError
+from posecrafter_rt.framing import transform_keypoints
+from posecrafter_rt.poses.draw import draw_pose
+from posecrafter_rt.poses.fit import median_pose
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve.metrics import Metrics
+from posecrafter_rt.serve.protocol import HELD, REPEAT, RGB, Configure, PoseMessage
+from posecrafter_rt.serve.session import Session, Waiting
+from tests.serve.drawn import SIZE, DrawnAvatar, DrawnStream, make_pose
+
+
+class Client:
+    """A session and what it was sent so far."""
+
+    def __init__(self) -> None:
+        self.avatar = DrawnAvatar()
+        self.stream = DrawnStream(self.avatar)
+        self.metrics = Metrics(lambda: 1)
+        reference_pose = median_pose(self.avatar.poses.keypoints)
+        self.session = Session(self.stream, self.avatar.frames[0], reference_pose, self.metrics)
+
+    async def render(self, pose: np.ndarray | None, age_s: float = 0.0, canvas: tuple[int, int] = SIZE) -> None:
+        """A turn on another thread, as the engine's."""
+        waiting = Waiting(PoseMessage(3, 99.5, canvas, pose), time.perf_counter() - age_s)
+        await asyncio.to_thread(self.session.render, waiting)
+
+    async def frame(self) -> Any:
+        return await asyncio.wait_for(self.session.frames.take(), 5)
+
+    async def text(self) -> dict[str, Any]:
+        return await asyncio.wait_for(self.session.texts.take(), 5)
+
+    def count(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+def on_loop(test: Callable[[Client], Awaitable[None]]) -> Callable[[], None]:
+    """Runs a test of a client on an event loop."""
+
+    async def with_client() -> None:
+        await test(Client())
+
+    def run() -> None:
+        asyncio.run(with_client())
+
+    run.__name__ = test.__name__  # type: ignore[attr-defined]
+    return run
+
+
+@on_loop
+async def test_a_pose_becomes_a_frame_that_names_it(client: Client) -> None:
+    client.session.configure(Configure(fit="canvas"))
+    await client.render(make_pose())
+    shown = await client.frame()
+    assert np.array_equal(shown.frame, draw_pose(make_pose(), SIZE))
+    header = shown.header
+    assert (header.sequence, header.sent_ms, header.size, header.flags, header.dropped) == (3, 99.5, SIZE, 0, 0)
+    assert 0 <= header.wait_ms < 1000 and 0 < header.render_ms < 1000 and shown.age_s > 0
+    assert client.session.latest is shown.frame and client.count("posecrafter_frames_total", kind="rendered") == 1
+
+
+@on_loop
+async def test_flags_tell_a_lost_person_and_a_repeat(client: Client) -> None:
+    flags = []
+    for pose in (make_pose(), make_pose(), None):
+        await client.render(pose)
+        flags.append((await client.frame()).header.flags)
+    assert flags == [0, REPEAT, HELD]
+    assert (
+        client.count("posecrafter_frames_total", kind="repeat")
+        == client.count("posecrafter_frames_total", kind="held")
+        == 1
+    )
+
+
+@on_loop
+async def test_a_canvas_of_another_size_is_carried_over(client: Client) -> None:
+    client.session.configure(Configure(fit="canvas"))
+    canvas, pose = (640, 640), make_pose() * (10, 10, 1)
+    await client.render(pose.astype(np.float32), canvas=canvas)
+    expected = transform_keypoints(PoseSequence(pose[np.newaxis], canvas), SIZE).keypoints[0]
+    assert np.array_equal((await client.frame()).frame, draw_pose(expected, SIZE))
+
+
+@on_loop
+async def test_a_person_elsewhere_and_of_another_size_is_fitted(client: Client) -> None:
+    far = make_pose() * (7, 7, 1) + (300, 100, 0)
+    await client.render(far.astype(np.float32), canvas=(720, 1280))
+    drawn = (await client.frame()).frame.astype(float)
+    usual = draw_pose(median_pose(client.avatar.poses.keypoints), SIZE).astype(float)
+    assert np.abs(drawn - usual).mean() < 0.02 * 255  # rounding moves edges a little
+
+
+@on_loop
+async def test_an_old_pose_is_not_rendered(client: Client) -> None:
+    await client.render(make_pose(), age_s=1.2)
+    assert client.stream.past is None and client.session.num_dropped == 1
+    assert "waited 1.2 s" in (await client.text())["message"]
+    assert client.count("posecrafter_poses_dropped_total", reason="stale") == 1
+
+
+@on_loop
+async def test_a_frame_that_took_too_long_is_not_shown(client: Client) -> None:
+    client.avatar.seconds = 0.3
+    before = client.session.latest
+    await client.render(make_pose(), age_s=0.9)
+    message = await client.text()
+    assert message["type"] == "error" and "took 0.3 s" in message["message"] and message["hint"]
+    assert client.session.latest is before and client.session.num_shown == 0
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(client.session.frames.take(), 0.1)
+
+
+@on_loop
+async def test_a_failing_step_is_told_once_a_second_and_resets(client: Client) -> None:
+    client.session.configure(Configure(fit="canvas"))
+    await client.render(make_pose(-1000))
+    await client.render(make_pose(-1000))
+    message = await client.text()
+    assert message["type"] == "error" and "RuntimeError" in message["message"]
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(client.session.texts.take(), 0.1)
+    assert client.count("posecrafter_step_errors_total") == 2
+    await client.render(make_pose())
+    await client.frame()
+    assert client.avatar.num_resets == 2  # before the second and the third step
+
+
+@on_loop
+async def test_an_error_of_ours_keeps_its_words(client: Client) -> None:
+    def step(pose: np.ndarray | None) -> np.ndarray:
+        raise PoseError("a bad pose", "a better one")
+
+    client.stream.step = step  # type: ignore[method-assign]
+    await client.render(make_pose())
+    assert await client.text() == {"type": "error", "message": "a bad pose", "hint": "a better one"}
+
+
+@on_loop
+async def test_a_closed_session_renders_nothing(client: Client) -> None:
+    client.session.is_closed = True
+    await client.render(make_pose())
+    assert not client.avatar.steps
+
+
+@on_loop
+async def test_reset_comes_before_the_next_frame(client: Client) -> None:
+    await client.render(make_pose())
+    client.session.reset()
+    assert client.avatar.num_resets == 0
+    await client.render(make_pose())
+    assert client.avatar.num_resets == 1 and (await client.frame()).header.flags == 0
+
+
+@on_loop
+async def test_a_frame_that_nobody_takes_is_overtaken(client: Client) -> None:
+    for shift in range(4):
+        await client.render(make_pose(shift))
+    await asyncio.sleep(0)
+    assert np.array_equal((await client.frame()).frame, client.session.latest)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(client.session.frames.take(), 0.1)
+
+
+@on_loop
+async def test_counts_and_wishes(client: Client) -> None:
+    session = client.session
+    session.count_overtaken()
+    session.count_limited()
+    session.configure(Configure(format=RGB))
+    session.configure(Configure(quality=40))
+    assert (session.format, session.quality, session.num_dropped) == (RGB, 40, 2)
+    for shift in range(5):
+        await client.render(make_pose(shift))
+    stats = session.stats(0.5, 1)
+    assert stats["fps"] == 8 and stats["dropped"] == 2 and 0 < stats["render_ms_p50"] <= stats["render_ms_p95"]
+    assert session.stats(1.0, 5)["fps"] == 0
+
+
+@on_loop
+async def test_a_line_of_messages_is_bounded(client: Client) -> None:
+    for number in range(100):
+        client.session.texts.put({"number": number})
+    await asyncio.sleep(0)
+    assert [(await client.text())["number"] for _ in range(32)] == list(range(68, 100))
