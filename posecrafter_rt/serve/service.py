@@ -97,7 +97,7 @@ class Service:
         if self.num_sessions >= self.options.max_sessions:
             self.metrics.refused.inc()
             raise SessionsFull(
-                f"all {self.options.max_sessions} places are taken", "try again later, or close another page"
+                f"no place is free, of {self.options.max_sessions}", "try again later, or close another page"
             )
         self._num_opening += 1
         try:

@@ -130,7 +130,7 @@ def test_over_the_cap_is_refused_clearly_and_a_place_becomes_free(serve: Serve, 
     with speak(server):
         with speak(server) as second:
             code, (error,) = closing(second)
-            assert code == 1013 and "1 places are taken" in error["message"] and error["hint"]
+            assert code == 1013 and "no place is free, of 1" in error["message"] and error["hint"]
         assert avatar.num_open == 1
     wait_until(lambda: avatar.num_open == 0)
     with speak(server) as third:

@@ -238,7 +238,7 @@ def test_over_the_cap_the_page_says_so_and_gets_in_once_there_is_room(serve: Ser
         page = open_page(server.url(), **STILL)
         page.wait_for_link("Full")
         page.wait_for_text("#notice-title", "The avatar is busy")
-        page.wait_for_text("#notice-text", "All 1 places are taken.")
+        page.wait_for_text("#notice-text", "No place is free, of 1.")
     page.page.get_by_role("button", name="Try now").click()
     page.wait_for_link("Live")
 
