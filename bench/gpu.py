@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, in one go: tests, every operator's timing, a whole render's at Stable Diffusion 1.5's size.
+"""Everything that needs a GPU, in one go: tests, every operator's timing, a whole render's and a stream's at Stable Diffusion 1.5's size.
 
-Bench: `make bench-gpu`; eight minutes at most. Writes results/kernels-<device> and throughput-<device>, .json and .md each;
+Bench: `make bench-gpu`; ten minutes at most. Writes results/kernels-<device>, throughput-<device> and latency-<device>, .json and .md each;
 exits 1 if a part fails, after the others have run.
 """
 
@@ -19,9 +19,11 @@ TESTS = ("tests/ops/test_affine_warp_paste.py", "tests/kernels/test_gpu.py", "te
 PARTS = {  # each with its limit in seconds
     "tests": (("pytest", "-q", "-n", "4", *TESTS), 150),
     # some fifty contenders and a few peaks at a quarter of 1.2 s, and each kernel's first compilation
-    "operators": (("bench.kernels", "--budget-s", "1.2"), 130),
+    "operators": (("bench.kernels", "--budget-s", "1.2"), 110),
     "renders": (("bench.throughput", "--base", "random-sd15", "--frames", "16", "--steps", "20", "--rounds", "1",
-                 "--engines", "auto:fp16"), 200),
+                 "--engines", "auto:fp16"), 190),
+    "streams": (("bench.latency", "--base", "random-sd15", "--size", "512x512", "--precision", "bf16", "--steps", "2",
+                 "--rate", "60", "--seconds", "5"), 140),
 }  # fmt: skip
 
 

@@ -39,6 +39,10 @@ def serve(  # noqa: PLR0913 - one argument for each option
         bool,
         typer.Option("--pipelined", help="Denoise the last poses at once: for a GPU; frames come some steps later."),
     ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Poses such as will come: they choose the reference, a decibel on the demonstration."),
+    ] = None,
     max_sessions: Annotated[int, typer.Option(help="Clients at a time; more are refused.")] = 4,
     token: Annotated[
         str | None, typer.Option(help="What clients must know; better in the environment: POSECRAFTER_TOKEN.")
@@ -55,10 +59,12 @@ def serve(  # noqa: PLR0913 - one argument for each option
 ) -> None:
     """Serve an engine as a live avatar."""
     from posecrafter_rt.config import serve_token
+    from posecrafter_rt.poses.keypoints import PoseSequence
     from posecrafter_rt.serve.listening import listen
     from posecrafter_rt.serve.options import ServeOptions, is_loopback
 
-    given = {"steps": steps, "window": window, "is_pipelined": pipelined or None}
+    given = {"steps": steps, "window": window, "is_pipelined": pipelined or None,
+             "calibration": None if calibration is None else PoseSequence.load(calibration)}  # fmt: skip
     options = ServeOptions(
         stream={name: value for name, value in given.items() if value is not None},
         max_sessions=max_sessions, token=token or serve_token(), allow_origins=tuple(allow_origin or ()),

@@ -26,7 +26,7 @@ class StreamOptions:
     """
 
     steps: int = 2
-    window: int = 4
+    window: int = 2  # more of them cost memory and time, and were not seen to give anything (docs/streaming.md)
     is_pipelined: bool = False
     strength: float | None = None
     inversion_substeps: int = 10  # of one frame and cached, as in the presets of a render

@@ -173,7 +173,8 @@ class Session:
         self._flights.append(Flight(waiting, flags, wait_s * 1000, is_again))
         if len(self._flights) == self._flights.maxlen and not self._flights[0].is_again:
             self._show(frame, self._flights[0], render_ms)
-        return self._flights[0].waiting is not waiting
+        is_filling = len(self._flights) < self._flights.maxlen  # type: ignore[operator]
+        return is_filling or self._flights[0].waiting is not waiting
 
     def _step(self, waiting: Waiting) -> np.ndarray:
         if self._is_reset_wanted:

@@ -57,6 +57,11 @@ def test_a_missing_package_is_one_line(package: str, monkeypatch: pytest.MonkeyP
     assert result.stderr == f"error: serving needs the package {package}\nhint: pip install 'posecrafter-rt[serve]'\n"
 
 
+def test_missing_calibration_poses_are_one_line(tmp_path: Path) -> None:
+    result = run(str(tmp_path / "no.engine"), "--port", "0", "--calibration", str(tmp_path / "no.json"))
+    assert result.exit_code == 1 and "no.json" in result.stderr and "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("arguments", [("--max-sessions", "0"), ("--token", " ")])
 def test_bad_options_have_a_hint(arguments: tuple[str, ...]) -> None:
     result = run("me.engine", *arguments)

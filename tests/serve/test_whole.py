@@ -121,6 +121,15 @@ def test_frames_of_a_pipelined_stream_name_their_own_poses(avatar: Avatar) -> No
     assert sorted(frames) == list(range(8))
 
 
+def test_a_lone_pose_comes_through_a_pipeline(avatar: Avatar) -> None:
+    options = ServeOptions(stream={**STREAM, "steps": 3, "is_pipelined": True})
+    with running(avatar, options) as server, connect(server.url("/ws", "ws")) as client:
+        client.send(message(avatar, 5))
+        while isinstance(received := client.recv(timeout=30), str):
+            pass
+        assert decode_frame(received)[0].sequence == 5
+
+
 def test_the_reference_is_shown_before_the_first_pose(avatar: Avatar, server: Running) -> None:
     with avatar.stream(**STREAM) as stream:
         expected = stream.step(None)
