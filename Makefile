@@ -23,7 +23,7 @@ STATIC := posecrafter_rt/serve/static
 comma := ,
 say = @echo "==> $(1)"
 
-.PHONY: demo test test-slow check lint types page page-with-npm web wheel bench-gpu clean
+.PHONY: demo test test-slow test-browser check lint types page page-with-npm web wheel bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo
@@ -34,6 +34,10 @@ test: $(STAMPS)/dev
 
 test-slow: $(STAMPS)/dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# The page of `serve` in the system's Chromium; skipped, with the reason, where there is none.
+test-browser: $(STAMPS)/dev
+	$(BIN)/python -m pytest -m "browser and not slow" tests/serve/browser $(PYTEST_ARGS)
 
 check: lint types page wheel
 

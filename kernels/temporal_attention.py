@@ -54,7 +54,8 @@ def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
     acc_tail = tl.zeros((BLOCK_P, BLOCK_Q, DIM_TAIL if DIM_TAIL > 0 else 16), tl.float32)
     peak = tl.full((BLOCK_P, BLOCK_Q), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-    mask_row = group * num_queries if GROUP_MASKS else 0
+    if GROUP_MASKS:
+        mask_ptr += group * num_queries * num_keys
     for start in range(0, num_keys, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
         key_mask = position_mask & (keys < num_keys)[None, :, None]  # (P, K, 1)
@@ -74,7 +75,7 @@ def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
         allowed = (keys < num_keys)[None, :]
         if mask_ptr is not None:
             allowed = tl.load(
-                mask_ptr + (mask_row + queries)[:, None] * num_keys + keys[None, :],
+                mask_ptr + queries[:, None] * num_keys + keys[None, :],
                 mask=(queries < num_queries)[:, None] & allowed, other=0,
             ) != 0  # fmt: skip
         scores = tl.where(allowed[None, :, :], scores, float("-inf"))

@@ -28,7 +28,7 @@ from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.models.loading import load_base, named_parameters
 from posecrafter_rt.models.lora import Lora
 from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.spec import Architecture, network_specs
+from posecrafter_rt.spec import STREAM_NETWORKS, Architecture, network_specs
 
 SIZE = (32, 32)
 SIZES = {"frames": 3, "groups": 1, "steps": 2, "window": 3, "height": 32, "width": 32}
@@ -147,7 +147,7 @@ def test_every_network_computes_what_a_built_one_computes(engines: Engines) -> N
                 assert all(torch.equal(got[key], expected[key]) for key in expected), name
             if not all(torch.equal(before[key], expected[key]) for key in expected):
                 changed.add(name)
-        assert changed == {"unet", "controlnet", "vae_decoder"}
+        assert changed == {"unet", "controlnet", "vae_decoder", *STREAM_NETWORKS}
 
 
 def test_rendered_frames_are_those_of_a_built_engine(engines: Engines) -> None:
@@ -359,7 +359,12 @@ class TestOpenVino:
             build_engine(checkpoints[1], tmp_path / "b.engine", BuildOptions("openvino", "fp32"))
         refitted = build_engine(checkpoints[1], tmp_path / "r.engine", BuildOptions(refit=source)).folder.path
         ours, theirs = (json.loads((folder / "networks" / "digests.json").read_text()) for folder in (refitted, source))
-        assert {name for name in ours if ours[name] != theirs[name]} == {"unet", "controlnet", "vae_decoder"}
+        assert {name for name in ours if ours[name] != theirs[name]} == {
+            "unet",
+            "controlnet",
+            "vae_decoder",
+            *STREAM_NETWORKS,
+        }
 
     def test_merged_weights_and_missing_graphs_are_refused(
         self, source: Path, checkpoints: tuple[Path, Path], tmp_path: Path

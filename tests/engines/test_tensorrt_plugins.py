@@ -68,8 +68,10 @@ def test_temporal_attention(monkeypatch: pytest.MonkeyPatch, groups: int, querie
     assert recorder.order == ["tensor"] * 3 + ["integer"] * len(names) + ["tensor"]
 
 
-def test_every_node_of_ours_has_a_plugin() -> None:
-    assert DOMAIN == "posecrafter" and {proto.name for proto in function_protos()} == set(PLUGIN_OPS)
+def test_every_node_of_ours_has_a_plugin_but_a_streams() -> None:
+    """TensorRT writes out what has none by its function's body."""
+    names = {proto.name for proto in function_protos()}
+    assert DOMAIN == "posecrafter" and names - {"MaskedTemporalAttention"} == set(PLUGIN_OPS)
 
 
 def test_strides_must_fit_32_bits() -> None:
