@@ -63,12 +63,13 @@ def compile_temporal(
     config: TemporalConfig,
     *,
     has_mask: bool = False,
+    group_masks: bool = False,
     ptx_version: int | None = None,
     narrow: bool = False,
 ) -> Compiled:
-    """Compile `temporal_attention_kernel` for sm_<capability>; as `compile_keyframe`."""
+    """Compile `temporal_attention_kernel` for sm_<capability>; as `compile_keyframe`. group_masks: each has its own."""
     kernel = temporal_attention.temporal_attention_kernel
-    constants = temporal_attention.constants(head_size, config, group_masks=has_mask)
+    constants = temporal_attention.constants(head_size, config, group_masks=group_masks)
     return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=has_mask, narrow=narrow)
 
 

@@ -37,7 +37,7 @@ class ShapeLimits:
     steps: tuple[int, int, int] = (1, 30, 1000)
     size: tuple[int, int] | None = None
     stream_frames: tuple[int, int, int] = (1, 1, 8)
-    window: tuple[int, int, int] = (2, 9, 33)
+    window: tuple[int, int, int] = (1, 3, 31)
 
     def sizes(self, spec: NetworkSpec, arch: Architecture) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
         """`resolve_shape`'s sizes of a network at the three points; "frames" counts those of all groups, as `spec` does."""

@@ -12,14 +12,15 @@ from posecrafter_rt.method.editing import DEFAULT_REGIONS
 from posecrafter_rt.runtime.live import LiveOptions
 from posecrafter_rt.runtime.options import RenderOptions, Resample
 
-MAX_STEPS, MAX_WINDOW = 8, 32
+MAX_STEPS = 8
+MAX_WINDOW = 30  # with the reference and the frame itself 32, for which kernels have tiles of their own
 
 
 @dataclass(frozen=True)
 class StreamOptions:
     """Options of one stream.
 
-    steps: denoising steps of a frame, 1 to 8; window: past frames that a frame attends to beside the reference, 0 to 32.
+    steps: denoising steps of a frame, 1 to 8; window: past frames that a frame attends to beside the reference, 0 to 30.
     is_pipelined: denoise the last `steps` poses at once: more frames a second on a GPU, each `steps - 1` frames later.
     strength, inversion_substeps, prompt, conditioning_scale, resample, regions: see `RenderOptions`; None: the base's.
     live: how lost persons, still poses and jumps are met.
