@@ -44,7 +44,9 @@ def fits(use: Use, tile: TileConfig | TemporalConfig) -> bool:
         # Padded heads take more registers, and tiles in chunks have none to spare.
         sizes = (head_size, use.head_class - 8) if tile.chunk else (head_size,)
         temporal = itertools.product(targets, DTYPES[use.element_bytes], sizes, (False, True))
-        return not any(compile_temporal(c, t, d, tile, has_mask=m).spill_bytes for c, t, d, m in temporal)
+        return not any(
+            compile_temporal(c, t, d, tile, mask="shared" if m else "none").spill_bytes for c, t, d, m in temporal
+        )
     except Exception as error:  # the compiler raises many kinds; a refused tile does not fit
         print(f"    refused: {use} {tile}: {type(error).__name__}", file=sys.stderr)
         return False

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -62,15 +62,17 @@ def compile_temporal(
     head_size: int,
     config: TemporalConfig,
     *,
-    has_mask: bool = False,
-    group_masks: bool = False,
+    mask: Literal["none", "shared", "groups"] = "none",
     ptx_version: int | None = None,
     narrow: bool = False,
 ) -> Compiled:
-    """Compile `temporal_attention_kernel` for sm_<capability>; as `compile_keyframe`. group_masks: each has its own."""
+    """Compile `temporal_attention_kernel` for sm_<capability>; as `compile_keyframe`.
+
+    mask: none, one that all groups share, or one for each group.
+    """
     kernel = temporal_attention.temporal_attention_kernel
-    constants = temporal_attention.constants(head_size, config, group_masks=group_masks)
-    return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=has_mask, narrow=narrow)
+    constants = temporal_attention.constants(head_size, config, group_masks=mask == "groups")
+    return _compile(kernel, dtype, constants, config, capability, ptx_version, has_mask=mask != "none", narrow=narrow)
 
 
 def compile_group_norm(capability: int, dtype: torch.dtype, config: NormConfig, *, silu: bool) -> list[Compiled]:

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -81,16 +81,17 @@ def test_keyframe_attention_compiles(target: int, row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mask", ["none", "shared", "groups"])
 @pytest.mark.parametrize(("target", "row"), rows("temporal_attention"))
-def test_temporal_attention_compiles(target: int, row: dict[str, Any], mask: str) -> None:
+def test_temporal_attention_compiles(
+    target: int, row: dict[str, Any], mask: Literal["none", "shared", "groups"]
+) -> None:
     if mask == "groups" and row["max_frames"] > MAX_STREAM_FRAMES:
         pytest.skip("only a stream has a mask for each group, and it remembers fewer frames")
-    masks = {"has_mask": mask != "none", "group_masks": mask == "groups"}
     config = TemporalConfig(**{name: value for name, value in row.items() if name not in KEYS})
     sizes = [REPRESENTATIVES[row["max_head_size"]]]
     if config.chunk:  # chosen with few registers to spare, of which a padded head takes more
         sizes.append(row["max_head_size"] - 8)
     for head_size, dtype in itertools.product(sizes, DTYPES[row["element_bytes"]]):
-        assert_fits(compile_temporal(target, dtype, head_size, config, **masks), target)
+        assert_fits(compile_temporal(target, dtype, head_size, config, mask=mask), target)
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtypes in DTYPES.values() for dtype in dtypes], ids=str)
