@@ -19,7 +19,7 @@ from typing import IO
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.graphs import graph_key
 from posecrafter_rt.export.onnx import export_graph
-from posecrafter_rt.machine import available_bytes
+from posecrafter_rt.machine import available_bytes, usable_cores
 from posecrafter_rt.models.empty import describe_modules
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import NETWORK_NAMES, Architecture, network_specs
@@ -58,10 +58,9 @@ def prefill(model: PoseModel, arch: Architecture, graphs: BlobCache, progress: C
 
 def count_workers(num_missing: int) -> int:
     """How many processes are worth starting beside this one for so many graphs, and fit beside it."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = available_bytes()
     num_fitting = MAX_WORKERS if free is None else free // WORKER_BYTES - 1  # this process takes as much
-    return max(0, min(num_cores - 1, num_missing - 1, num_fitting, MAX_WORKERS))
+    return max(0, min(usable_cores() - 1, num_missing - 1, num_fitting, MAX_WORKERS))
 
 
 def _is_writable(folder: Path) -> bool:

@@ -6,6 +6,7 @@ Layer 0: reads /proc and /sys on Linux; elsewhere the answers are empty.
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import resource
 import sys
@@ -57,6 +58,11 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def usable_cores() -> int:
+    """The processor's cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

@@ -86,9 +86,9 @@ def first_line(error: BaseException) -> str:
 
 def check_machine() -> list[Finding]:
     """Python, processor, memory."""
-    from posecrafter_rt.machine import cpu_features, cpu_has_bf16, cpu_name
+    from posecrafter_rt.machine import cpu_features, cpu_has_bf16, cpu_name, usable_cores
 
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_cores = usable_cores()
     flags = [flag for flag in ISA_FLAGS if flag in cpu_features()]
     bf16 = "multiplies bf16" if cpu_has_bf16() else "no bf16: fp32 is the fast precision"
     findings = [

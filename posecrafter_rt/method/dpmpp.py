@@ -41,6 +41,16 @@ class DPMSchedule(DDIMSchedule):
         starts = self.timesteps(num_inference_steps)
         return np.stack([starts, np.append(starts[1:], -1)], axis=1)
 
+    def first_order_weights(self, start: int, end: int) -> tuple[float, float]:
+        """Of latents and x_0 in a step of first order: n'/n and s' - s n'/n, with s = sqrt(a), n = sqrt(1 - a)."""
+        (signal, noise), (next_signal, next_noise) = self.scales(start), self.scales(end)
+        return next_noise / noise, next_signal - signal * next_noise / noise
+
+    def log_ratio(self, timestep: int) -> float:
+        """l = log(s / n), half the logarithm of the signal-to-noise ratio."""
+        signal, noise = self.scales(timestep)
+        return math.log(signal / noise)
+
 
 def dpmpp_terms(
     schedule: DPMSchedule, num_inference_steps: int, *, start_step: int = 0, restart_step: int | None = None
@@ -56,16 +66,15 @@ def dpmpp_terms(
     first_order = {start_step, restart_step, num_inference_steps - 1}
     terms = []
     for index, (start, end) in enumerate(pairs):
-        (signal, noise), (next_signal, next_noise) = schedule.scales(start), schedule.scales(end)
+        of_latents, weight = schedule.first_order_weights(start, end)
         share = 0.0 if index in first_order else _extrapolation(schedule, pairs[index - 1][0], start, end)
-        weight = next_signal - signal * next_noise / noise
-        terms.append((schedule.clean_coefficients(start), (next_noise / noise, weight * (1 + share), -weight * share)))
+        terms.append((schedule.clean_coefficients(start), (of_latents, weight * (1 + share), -weight * share)))
     return terms
 
 
 def _extrapolation(schedule: DPMSchedule, *timesteps: int) -> float:
     """q of the timesteps before, of and after a step."""
-    before, here, after = (math.log(signal / noise) for signal, noise in map(schedule.scales, timesteps))
+    before, here, after = map(schedule.log_ratio, timesteps)
     return (after - here) / (2 * (here - before))
 
 

@@ -57,16 +57,16 @@ def unipc_terms(
 
 
 def _predictor(schedule: DPMSchedule, before: int | None, start: int, end: int) -> Weights:
-    of_latents, weight = _exponential(schedule, start, end)
+    of_latents, weight = schedule.first_order_weights(start, end)
     share = 0.0 if before is None else weight / (2 * _ratio(schedule, before, start, end))
     return of_latents, weight - share, share, 0.0
 
 
 def _corrector(schedule: DPMSchedule, before: int | None, start: int, end: int) -> Weights:
-    of_latents, weight = _exponential(schedule, start, end)
+    of_latents, weight = schedule.first_order_weights(start, end)
     if before is None:
         return of_latents, weight / 2, 0.0, weight / 2
-    step, ratio = _log_ratio(schedule, end) - _log_ratio(schedule, start), _ratio(schedule, before, start, end)
+    step, ratio = schedule.log_ratio(end) - schedule.log_ratio(start), _ratio(schedule, before, start, end)
     first = 1 / -math.expm1(-step) - 1 / step  # b_1
     second = 2 * (first / -step - 0.5 / math.expm1(-step))  # b_2
     of_before = (first - second) / (1 - ratio)
@@ -75,20 +75,9 @@ def _corrector(schedule: DPMSchedule, before: int | None, start: int, end: int) 
     return of_latents, weight - of_before - of_end, of_before, of_end
 
 
-def _exponential(schedule: DPMSchedule, start: int, end: int) -> tuple[float, float]:
-    """n'/n and s' E = s' - s n'/n."""
-    (signal, noise), (next_signal, next_noise) = schedule.scales(start), schedule.scales(end)
-    return next_noise / noise, next_signal - signal * next_noise / noise
-
-
-def _log_ratio(schedule: DPMSchedule, timestep: int) -> float:
-    signal, noise = schedule.scales(timestep)
-    return math.log(signal / noise)
-
-
 def _ratio(schedule: DPMSchedule, before: int, start: int, end: int) -> float:
     """r of the timesteps before, of and after a step."""
-    earlier, here, after = (_log_ratio(schedule, timestep) for timestep in (before, start, end))
+    earlier, here, after = map(schedule.log_ratio, (before, start, end))
     return (earlier - here) / (after - here)
 
 

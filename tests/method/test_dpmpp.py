@@ -19,13 +19,15 @@ CONFIGS = [
 ]
 
 
-def diffusers_sample(config, denoise, latents, steps, start_step):
-    """diffusers' own, from `start_step` on; returns the latents and all timesteps."""
+DPMPP = {"algorithm_type": "dpmsolver++", "euler_at_final": True}
+
+
+def diffusers_sample(name, options, config, denoise, latents, steps, start_step):
+    """That of diffusers' scheduler `name`, from `start_step` on; returns the latents and all timesteps."""
     diffusers = pytest.importorskip("diffusers")
     known = {key: value for key, value in config.items() if not key.startswith("_")}
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
-        known, algorithm_type="dpmsolver++", solver_order=2, euler_at_final=True,
-        final_sigmas_type="zero" if config["set_alpha_to_one"] else "sigma_min")  # fmt: skip
+    final = "zero" if config["set_alpha_to_one"] else "sigma_min"
+    scheduler = getattr(diffusers, name).from_config(known, solver_order=2, final_sigmas_type=final, **options)
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(start_step)
     for index, timestep in enumerate(scheduler.timesteps[start_step:], start_step):
@@ -38,7 +40,9 @@ def diffusers_sample(config, denoise, latents, steps, start_step):
 def test_sampling_agrees_with_diffusers(config, steps, start_step):
     schedule = DPMSchedule.from_config(config)
     denoise = toy_denoiser(schedule)
-    expected, timesteps = diffusers_sample(config, denoise, latents_of(0), steps, start_step)
+    expected, timesteps = diffusers_sample(
+        "DPMSolverMultistepScheduler", DPMPP, config, denoise, latents_of(0), steps, start_step
+    )
     assert schedule.timesteps(steps).tolist() == timesteps
     sampled = dpmpp_sample(denoise, latents_of(0), schedule, steps, start_step=start_step)
     torch.testing.assert_close(sampled, expected, rtol=1e-5, atol=1e-5)

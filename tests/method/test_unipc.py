@@ -7,21 +7,9 @@ import torch
 
 from posecrafter_rt.method import DPMSchedule, ddim_sample, dpmpp_sample, unipc_sample
 from tests.method.test_ddim import SD15, latents_of, toy_denoiser
-from tests.method.test_dpmpp import CONFIGS, EMBEDDED
+from tests.method.test_dpmpp import CONFIGS, EMBEDDED, diffusers_sample
 
-
-def diffusers_sample(config, denoise, latents, steps, start_step):
-    """diffusers' own, from `start_step` on; returns the latents and all timesteps."""
-    diffusers = pytest.importorskip("diffusers")
-    known = {key: value for key, value in config.items() if not key.startswith("_")}
-    scheduler = diffusers.UniPCMultistepScheduler.from_config(
-        known, solver_order=2, solver_type="bh2", predict_x0=True,
-        final_sigmas_type="zero" if config["set_alpha_to_one"] else "sigma_min")  # fmt: skip
-    scheduler.set_timesteps(steps)
-    scheduler.set_begin_index(start_step)
-    for index, timestep in enumerate(scheduler.timesteps[start_step:], start_step):
-        latents = scheduler.step(denoise(latents, index, int(timestep)), timestep, latents).prev_sample
-    return latents, scheduler.timesteps.tolist()
+UNIPC = {"solver_type": "bh2", "predict_x0": True}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.get('timestep_spacing')}-{c.get('prediction_type')}")
@@ -31,7 +19,9 @@ def diffusers_sample(config, denoise, latents, steps, start_step):
 def test_sampling_agrees_with_diffusers(config, steps, start_step):
     schedule = DPMSchedule.from_config(config)
     denoise = toy_denoiser(schedule)
-    expected, timesteps = diffusers_sample(config, denoise, latents_of(0), steps, start_step)
+    expected, timesteps = diffusers_sample(
+        "UniPCMultistepScheduler", UNIPC, config, denoise, latents_of(0), steps, start_step
+    )
     assert schedule.timesteps(steps).tolist() == timesteps
     sampled = unipc_sample(denoise, latents_of(0), schedule, steps, start_step=start_step)
     torch.testing.assert_close(sampled, expected, rtol=1e-5, atol=1e-5)

@@ -76,7 +76,6 @@ def window_mask(frames: int, window: int) -> Tensor:
     age = torch.arange(frames)[:, None] - torch.arange(frames)
     mask = (age >= 0) & (age <= window)
     mask[:, 0] = True
-    mask[1:, 0] |= True
     return mask
 
 
