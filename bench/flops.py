@@ -24,8 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.plain import Networks, to_diffusers
 from bench.runs import shapes_only
 from posecrafter_rt.models.controlnet import VideoControlNet
-from posecrafter_rt.models.folding import fold_decoder, fold_denoiser
+from posecrafter_rt.models.folding import fold_denoiser, fold_vae
 from posecrafter_rt.models.networks import VaeDecoder, build_networks, describe_architecture
+from posecrafter_rt.models.small_decoder import new_small_decoder
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.ops import affine_warp_paste
 
@@ -180,7 +181,7 @@ class Counters:
         self.plain_networks = Networks.of(model)
         folded, vae = copy.deepcopy(self.unet), copy.deepcopy(self.vae)
         fold_denoiser(folded)
-        fold_decoder(vae)
+        fold_vae(vae)
         self.networks = build_networks(folded, self.controlnet, vae, self.text_encoder)
         self.plain_decoder = VaeDecoder(self.vae)
         self._measured: dict[tuple[Any, ...], Measured] = {}
@@ -191,6 +192,12 @@ class Counters:
         self.plain_layers |= layers_of("VAE", self.vae)
         self.plain_layers |= layers_of("U-Net", self.plain_networks.unet)
         self.plain_layers |= layers_of("U-Net", self.unet, r"attn_temp|conv_temp")
+
+    def small_decoder(self, setup: Setup) -> Measured:
+        """One frame decoded by a small decoder as tuning makes it."""
+        small = new_small_decoder(self.arch.latent_channels, self.arch.vae_scale_factor, torch.Generator()).to("meta")
+        call = partial(small, self.latents(setup, 1))
+        return self.measured(("small decoder", setup.size), layers_of("small decoder", small), call)
 
     def latents(self, setup: Setup, frames: int) -> Tensor:
         """(frames, 4, h, w), on the meta device as everything here."""

@@ -1,7 +1,7 @@
-"""Everything that needs a GPU, in one go: tests, every operator's timing, a whole render's and a stream's at Stable Diffusion 1.5's size.
+"""Everything that needs a GPU, in one go: tests, every operator's timing, whole renders' and a stream's at Stable Diffusion 1.5's size.
 
-Bench: `make bench-gpu`; ten minutes at most. Writes results/kernels-<device>, throughput-<device> and latency-<device>, .json and .md each;
-exits 1 if a part fails, after the others have run.
+Bench: `make bench-gpu`; a quarter of an hour at most. Writes results/kernels-<device>, presets-…, throughput-… and latency-…, .json and
+.md each; exits 1 if a part fails, after the others have run.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 # What is marked gpu, and what runs on a GPU where there is one.
 TESTS = ("tests/ops/test_affine_warp_paste.py", "tests/kernels/test_gpu.py", "tests/runtime", "tests/engines/test_torch.py",
-         "tests/engines/test_cuda_graphs.py", "tests/engines/test_tensorrt.py", "tests/test_avatar.py")  # fmt: skip
+         "tests/engines/test_cuda_graphs.py", "tests/engines/test_tensorrt.py", "tests/test_avatar.py",
+         "tests/test_avatar_segments.py", "tests/test_building.py")  # fmt: skip
 PARTS = {  # each with its limit in seconds
     "tests": (("pytest", "-q", "-n", "4", *TESTS), 150),
     # some fifty contenders and a few peaks at a quarter of 1.2 s, and each kernel's first compilation
     "operators": (("bench.kernels", "--budget-s", "1.2"), 110),
+    "presets": (("bench.presets", "--base", "random-sd15", "--precision", "bf16"), 150),
     "renders": (("bench.throughput", "--base", "random-sd15", "--frames", "16", "--steps", "20", "--rounds", "1",
                  "--engines", "auto:fp16"), 190),
     "streams": (("bench.latency", "--base", "random-sd15", "--size", "512x512", "--precision", "bf16", "--steps", "2",
-                 "--rate", "60", "--seconds", "5"), 140),
+                 "--rate", "60", "--seconds", "5"), 200),
 }  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def benchmark(engine: Path, options: argparse.Namespace) -> Row:
     """Measure every way of streaming, then the server, once the networks of this process are gone."""
     rows: list[Row] = []
     kinds = [(steps, is_pipelined) for steps in options.steps for is_pipelined in (False, True)[: min(steps, 2)]]
-    streams = [StreamOptions(steps=steps, window=options.window, is_pipelined=kind) for steps, kind in kinds]
+    streams = [StreamOptions(steps=steps, window=options.window, is_pipelined=kind, decoder=options.decoder)
+               for steps, kind in kinds]  # fmt: skip
 
     def add(way: str, stream: StreamOptions, measure: Callable[[], Row]) -> None:
         row: Row = {"way": way, "steps": stream.steps, "is_pipelined": stream.is_pipelined}
@@ -83,12 +84,12 @@ def benchmark(engine: Path, options: argparse.Namespace) -> Row:
         camera = Camera(transform_keypoints(load_poses(), avatar.size)[TARGET], options.rate, options.seconds)
         for stream in streams:
             add("stream", stream, partial(measure_stream, avatar, stream, camera))
-        manifest = avatar.folder.manifest
+        manifest, used = avatar.folder.manifest, options.decoder or ("small" if avatar.has_small_decoder else "full")
     for stream in streams:
         if not options.quick or (stream.steps == options.steps[-1] and not stream.is_pipelined):
             add("serve", stream, partial(measure_serve, engine, stream, camera))
-    setup = {"base": manifest["base"], **{name: manifest[name] for name in ("backend", "precision", "size")},
-             "window": options.window, "rate": options.rate, "seconds": options.seconds}  # fmt: skip
+    setup = {"base": Path(manifest["base"]).name, **{name: manifest[name] for name in ("backend", "precision", "size")},
+             "window": options.window, "decoder": used, "rate": options.rate, "seconds": options.seconds}  # fmt: skip
     return {"machine": machine(), "setup": setup, "load_s": round(load_s, 3), "rows": rows}
 
 
@@ -107,7 +108,7 @@ def markdown(document: Row) -> str:
         f"# Latency of a stream at {size}, {setup['backend']} {setup['precision']}", "",
         f"Machine: {', '.join(f'{key} {value}' for key, value in facts.items())}.", "",
         f"Poses of the demonstration's footage, {setup['rate']:g} a second for {setup['seconds']:g} s, window "
-        f"{setup['window']}; the newest pose wins.",
+        f"{setup['window']}, {setup['decoder']} decoder; the newest pose wins.",
         "Times in ms. Pose to frame: from when the pose is there to when its frame is there as an array; with serve",
         "over a WebSocket on loopback, JPEG decoded. Jitter: how intervals between frames change from one to the next.",
         "Behind: how much older a frame's pose is than the newest. Overdue: frames that came later after the pose that",
@@ -180,6 +181,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="keep what is built here for the next run")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--window", type=int, default=4)
+    parser.add_argument("--decoder", choices=["full", "small"], help="else small where the engine has one")
     parser.add_argument("--rate", type=float, default=25.0, help="poses a second")
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--json", type=Path, help="write here, and the tables beside it as .md")

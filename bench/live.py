@@ -230,6 +230,7 @@ def serving(engine: Path, options: StreamOptions) -> Iterator[tuple[str, float]]
     begin = time.perf_counter()
     command = [sys.executable, "-m", "posecrafter_rt", "serve", str(engine), "--port", "0", "--json",
                "--steps", str(options.steps), "--window", str(options.window),
+               *(["--decoder", options.decoder] if options.decoder else []),
                *(["--pipelined"] if options.is_pipelined else [])]  # fmt: skip
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=log, text=True) as server:  # fmt: skip

@@ -3,7 +3,8 @@
 Bench: `python -m bench.quality [--quick] [--checkpoint demo/tuned.ckpt]` tunes on the demonstration's eight frames,
 renders frames 46-119 by every variant and writes results/quality.json and .md. About an hour on two cores; --quick takes
 every sixth frame. With --presets it renders by the presets alone, in turns, and writes results/presets.json and .md: how
-near each comes to the truth and to the exact render, and how much sooner it is done.
+near each comes to the truth and to the exact render, and how much sooner it is done. With --reuse it renders so with
+the U-Net run whole at every step, every second and so on, and writes results/reuse.json and .md.
 """
 
 from __future__ import annotations
@@ -13,26 +14,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.footage import load_footage, tune_person
 from bench.report import RESULTS, table, write_report
 from bench.runs import forget_inversions, psnr
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
-from posecrafter_rt.building import build_engine
+from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
-from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
+from posecrafter_rt.demo.footage import TARGET
 from posecrafter_rt.demo.run import scores
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import MODES, RenderOptions
-from posecrafter_rt.runtime.presets import PRESETS
-from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
+from posecrafter_rt.runtime.presets import PRESETS, preset_options
 
 QUICK_STRIDE = 6
+REUSED = {50: (2, 3, 5), 25: (1, 2, 3), 15: (1, 2, 3), 9: (1, 2, 3), 4: (1, 2)}  # unet_every by steps
 TUNED, OWN_DECODER, CLIP_SCOPE = "as the demonstration tunes", "the base's own decoder", "norm_scope clip"
 
 
@@ -72,19 +73,34 @@ def measure(
     return results
 
 
-def measure_presets(avatar: Avatar, target: PoseSequence, truth: np.ndarray, rounds: int) -> dict[str, dict[str, Any]]:
-    """Render by every preset, in turns so that the machine's load falls on all alike; the least time of each counts.
+def timed_variants(is_reuse: bool) -> dict[str, RenderOptions]:
+    """What is compared in quality and time, the exact render first: the presets, or steps with features kept over some."""
+    variants = {name: preset_options(name) for name in PRESETS}
+    if is_reuse:
+        variants = {"exact": variants["exact"]}
+        for steps, all_every in REUSED.items():
+            preset = "exact" if steps == RenderOptions.num_inference_steps else "balanced"
+            for every in all_every:
+                options = preset_options(preset, num_inference_steps=steps, unet_every=every)
+                variants[f"{steps} steps of {options.sampler}, U-Net every {every}"] = options
+    return variants
 
-    Returns: by preset: psnr and ssim to the truth, psnr_to_exact, seconds of a render that has to invert the reference and
-        of one that finds that done, and what its report names as approximated.
+
+def measure_timed(
+    avatar: Avatar, target: PoseSequence, truth: np.ndarray, rounds: int, variants: dict[str, RenderOptions]
+) -> dict[str, dict[str, Any]]:
+    """Render every variant, in turns so that the machine's load falls on all alike; the least time of each counts.
+
+    Returns: by variant: psnr and ssim to the truth, psnr_to_exact, seconds of a render that has to invert the reference
+        and of one that finds that done, and what its report names as approximated.
     """
-    results: dict[str, dict[str, Any]] = {name: {"seconds": [], "seconds_inverted": []} for name in PRESETS}
+    results: dict[str, dict[str, Any]] = {name: {"seconds": [], "seconds_inverted": []} for name in variants}
     frames = {}
     for _ in range(rounds):
         for name, result in results.items():
             forget_inversions(avatar)
             start = time.perf_counter()
-            frames[name] = avatar.render(target, preset=name)
+            frames[name] = avatar.render(target, variants[name])
             seconds = time.perf_counter() - start
             assert avatar.last_report is not None
             result["seconds"].append(seconds)
@@ -98,42 +114,37 @@ def measure_presets(avatar: Avatar, target: PoseSequence, truth: np.ndarray, rou
     return results
 
 
-def make_checkpoints(
-    folder: Path, frames: np.ndarray, poses: PoseSequence, given: Path | None
-) -> Iterator[tuple[str, Path]]:
+def make_checkpoints(folder: Path, given: Path | None) -> Iterator[tuple[str, Path]]:
     """The tunings that are compared, by name; `given` in place of the first."""
-    device, precision = resolve_precision("auto", "auto")
-    options = TuneOptions(frames=FRAMES, precision=precision, device=device)  # type: ignore[arg-type]
-    if given is None:
-        given = folder / "tuned.ckpt"
-        tune(frames[TUNING], poses[TUNING], given, options)
-    yield TUNED, given
-    tuned = Checkpoint.load(given)
+    checkpoint = tune_person(folder / "tuned.ckpt", given)
+    yield TUNED, checkpoint
+    tuned = Checkpoint.load(checkpoint)
     tuned.tensors = {name: tensor for name, tensor in tuned.tensors.items() if not name.startswith("vae.")}
     tuned.save(folder / "own_decoder.ckpt")
     yield OWN_DECODER, folder / "own_decoder.ckpt"
-    tune(frames[TUNING], poses[TUNING], folder / "clip.ckpt", replace(options, norm_scope="clip"))
-    yield CLIP_SCOPE, folder / "clip.ckpt"
+    yield CLIP_SCOPE, tune_person(folder / "clip.ckpt", norm_scope="clip")
 
 
-def run_presets(stride: int, given: Path | None, rounds: int) -> dict[str, Any]:
-    """Render by every preset with what the demonstration tunes."""
-    frames, poses = load_clip(video_path(), load_poses(), base_size("embedded"), slice(None))
+def run_timed(stride: int, given: Path | None, rounds: int, is_reuse: bool) -> dict[str, Any]:
+    """Render by every preset, or with features kept over steps, with what the demonstration tunes."""
+    variants, build = timed_variants(is_reuse), BuildOptions(feature_reuse=is_reuse)
+    frames, poses = load_footage()
     window = slice(TARGET.start, TARGET.stop, stride)
     with tempfile.TemporaryDirectory() as folder:
-        _, checkpoint = next(make_checkpoints(Path(folder), frames, poses, given))
-        with Avatar.load(build_engine(checkpoint, Path(folder) / "tuned.engine").folder.path) as avatar:
+        checkpoint = tune_person(Path(folder) / "tuned.ckpt", given)
+        with Avatar.load(build_engine(checkpoint, Path(folder) / "tuned.engine", build).folder.path) as avatar:
             engine = {name: avatar.folder.manifest[name] for name in ("backend", "precision")}
-            return {"engine": engine, "presets": measure_presets(avatar, poses[window], frames[window], rounds)}
+            results = measure_timed(avatar, poses[window], frames[window], rounds, variants)
+            return {"engine": engine, "variants": results}
 
 
 def run(steps: int, stride: int, given: Path | None) -> dict[str, Any]:
     """Render every variant with what the demonstration tunes, and the modes with the others."""
-    frames, poses = load_clip(video_path(), load_poses(), base_size("embedded"), slice(None))
+    frames, poses = load_footage()
     window = slice(TARGET.start, TARGET.stop, stride)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, checkpoint) in enumerate(make_checkpoints(Path(folder), frames, poses, given)):
+        for number, (name, checkpoint) in enumerate(make_checkpoints(Path(folder), given)):
             variants = render_variants(steps)
             if name != TUNED:
                 variants = {name: options for name, options in variants.items() if name.startswith("mode")}
@@ -156,18 +167,18 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def presets_to_markdown(result: dict[str, Any]) -> str:
-    """One table: a row for each preset."""
-    exact = result["presets"]["exact"]
+def timed_to_markdown(result: dict[str, Any]) -> str:
+    """One table: a row for each variant."""
+    exact = result["variants"]["exact"]
     cells = []
-    for name, row in result["presets"].items():
+    for name, row in result["variants"].items():
         near = "" if row["psnr_to_exact"] is None else f"{row['psnr_to_exact']:.2f}"
         cells.append((
             f"{name}: {', '.join(f'{key} {value}' for key, value in row['approximations'].items())}",
             f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", near, f"{row['seconds']:.1f}",
             f"{exact['seconds'] / row['seconds']:.2f}", f"{exact['seconds_inverted'] / row['seconds_inverted']:.2f}",
         ))  # fmt: skip
-    header = ("preset and what it approximates", "PSNR dB", "SSIM", "PSNR to exact dB", "s", "times faster",
+    header = ("variant and what it approximates", "PSNR dB", "SSIM", "PSNR to exact dB", "s", "times faster",
               "times faster, inverted before")  # fmt: skip
     lines = [f"{result['num_frames']} unseen frames of the demonstration's footage, PSNR and SSIM to the truth; the least "
              f"of {result['rounds']} times, taken in turns; {result['engine']['backend']} "
@@ -179,19 +190,23 @@ def presets_to_markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     """Parse the arguments, measure, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where the result goes; else results/quality.json or presets.json")
+    parser.add_argument("--json", type=Path, help="where the result goes; else its own place in results")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
     parser.add_argument("--presets", action="store_true", help="the presets alone: quality and time")
-    parser.add_argument("--quick", action="store_true", help="every sixth frame")
+    parser.add_argument("--reuse", action="store_true", help="features kept over steps: quality and time")
+    parser.add_argument("--quick", action="store_true", help="every sixth frame, in two rounds")
+    parser.add_argument("--stride", type=int, help="every so many-th frame; else every one")
+    parser.add_argument("--rounds", type=int, help="of --presets and --reuse, whose least time counts; else 3")
     arguments = parser.parse_args()
-    stride = QUICK_STRIDE if arguments.quick else 1
+    stride = arguments.stride or (QUICK_STRIDE if arguments.quick else 1)
     num_frames = len(range(TARGET.start, TARGET.stop, stride))
     result = {"machine": machine(), "num_frames": num_frames}
-    if arguments.presets:
-        rounds = 2 if arguments.quick else 3
-        result |= {"rounds": rounds, **run_presets(stride, arguments.checkpoint, rounds)}
-        write_report(arguments.json or RESULTS / "presets.json", result, presets_to_markdown(result))
+    if arguments.presets or arguments.reuse:
+        rounds = arguments.rounds or (2 if arguments.quick else 3)
+        result |= {"rounds": rounds, **run_timed(stride, arguments.checkpoint, rounds, arguments.reuse)}
+        name = "reuse" if arguments.reuse else "presets"
+        write_report(arguments.json or RESULTS / f"{name}.json", result, timed_to_markdown(result))
         return
     result |= {"steps": arguments.steps, "tunings": run(arguments.steps, stride, arguments.checkpoint)}
     write_report(arguments.json or RESULTS / "quality.json", result, to_markdown(result))

@@ -28,6 +28,7 @@ from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines.device import torch_device
 from posecrafter_rt.models.loading import load_base, named_parameters
+from posecrafter_rt.models.small_decoder import describe_config, new_small_decoder
 from posecrafter_rt.models.sources import SD15_FOLDER
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
 
@@ -104,7 +105,7 @@ def moving_person(num_frames: int, size: tuple[int, int], phase: float = 0.0) ->
 
 
 def untrained_checkpoint(base: str, size: tuple[int, int] | None = None, num_frames: int = 8) -> Checkpoint:
-    """A checkpoint whose temporal attention acts although nothing was tuned: costs what a tuned one costs.
+    """A checkpoint whose temporal attention acts although nothing was tuned, with a small decoder: costs what a tuned one costs.
 
     Args: base: as `load_base` takes it. size: (height, width); None: the base's own.
     """
@@ -113,10 +114,14 @@ def untrained_checkpoint(base: str, size: tuple[int, int] | None = None, num_fra
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(parameter.shape, generator=generator) * 0.5 / parameter.shape[-1] ** 0.5
                for name, parameter in named_parameters(model) if name.endswith("conv_temp.weight")}  # fmt: skip
+    arch = model.architecture()
+    small = new_small_decoder(arch.latent_channels, arch.vae_scale_factor, generator)
+    tensors |= {f"small_decoder.{name}": parameter.detach() for name, parameter in small.named_parameters()}
     frames = np.random.default_rng(0).integers(0, 256, (num_frames, *(side // 8 for side in size), 3), np.uint8)
     frames = frames.repeat(8, axis=1).repeat(8, axis=2)  # patches: pure noise is no picture to a VAE
     metadata = {**model.identity(), "prompt": model.settings.prompt, "size": list(size),
-                "norm_scope": model.unet.norm_scope, "seed": 0, "steps": 0}  # fmt: skip
+                "norm_scope": model.unet.norm_scope, "seed": 0, "steps": 0,
+                "small_decoder": describe_config(small)}  # fmt: skip
     return Checkpoint(tensors, frames, moving_person(num_frames, size), metadata)
 
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from bench.footage import load_footage, tune_person
 from bench.report import publish, table
 from bench.runs import psnr
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
-from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
+from posecrafter_rt.demo.footage import TARGET
 from posecrafter_rt.demo.run import scores
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.segments import split_clip
-from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
 
 SPLITS = ((12, 4), (16, 4), (24, 4), (24, 0), (48, 4))  # frames of a segment, and shared with each neighbour
 QUICK_FRAMES, QUICK_STEPS, QUICK_TUNING, QUICK_SPLITS = 24, 4, 10, ((8, 2), (16, 4))
@@ -97,16 +97,11 @@ def markdown(document: Row) -> str:
 
 def run(steps: int, num_frames: int | None, splits: Any, given: Path | None, tuning_steps: int | None) -> Row:
     """Tune unless a checkpoint is given, build, compare."""
-    frames, poses = load_clip(video_path(), load_poses(), base_size("embedded"), slice(None))
+    frames, poses = load_footage()
     target, truth = poses[TARGET][:num_frames], frames[TARGET][:num_frames]
     with tempfile.TemporaryDirectory(prefix="segments-") as folder:
-        if given is None:
-            given = Path(folder) / "tuned.ckpt"
-            device, precision = resolve_precision("auto", "auto")
-            tuning = TuneOptions(frames=FRAMES, steps=tuning_steps, decoder_steps=tuning_steps,
-                                 precision=precision, device=device)  # type: ignore[arg-type]  # fmt: skip
-            tune(frames[TUNING], poses[TUNING], given, tuning)
-        built = build_engine(given, Path(folder) / "tuned.engine", BuildOptions()).folder
+        checkpoint = tune_person(Path(folder) / "tuned.ckpt", given, steps=tuning_steps, decoder_steps=tuning_steps)
+        built = build_engine(checkpoint, Path(folder) / "tuned.engine", BuildOptions()).folder
         with Avatar.load(built.path) as avatar:
             rows = compare(avatar, target, truth, steps, splits)
     return {"machine": machine(), "engine": f"{built.manifest['backend']} {built.manifest['precision']}", "steps": steps,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bench.report import publish, table
 from posecrafter_rt.engines.base import DTYPES
 from posecrafter_rt.export.shapes import resolve_shape
 from posecrafter_rt.models.sources import EMBEDDED_FOLDER, SD15_FOLDER
+from posecrafter_rt.runtime.options import Decoder
 from posecrafter_rt.spec import STREAM_NETWORKS, Architecture, network_specs
 
 # Folder of the configurations, (height, width), and bytes of a kept number in the engines that are usual for it.
@@ -39,7 +41,7 @@ def memory_bytes(arch: Architecture, steps: int, window: int, element_bytes: int
     temporal attention, from which each stream's first slot is copied. arch: with a size.
     """
     specs = network_specs(arch)
-    kept = [tensor for name in STREAM_NETWORKS for tensor in specs[name].inputs if tensor.dtype == "kept"]
+    kept = [tensor for name in STREAM_NETWORKS for tensor in specs[name].inputs if "_kv_" in tensor.name]
 
     def num_bytes(kind: str, slots: int) -> int:
         shapes = [resolve_shape(tensor.dims, {"frames": steps, "window": slots})
@@ -61,14 +63,15 @@ def step_flops(counters: Counters, size: tuple[int, int], window: int) -> dict[s
     return flops
 
 
-def frame_flops(counters: Counters, size: tuple[int, int], steps: int, window: int) -> dict[str, int]:
+def frame_flops(counters: Counters, size: tuple[int, int], steps: int, window: int, decoder: Decoder) -> dict[str, int]:
     """FLOPs of a frame, by stage."""
     setup = Setup(size, frames=1)
+    full = counters.network("vae_decoder", counters.latents(setup, 1))
     return {
         "edit": counters.edit(setup).flops,
         "pose embedding": counters.network("pose_embedding", counters.pixels(setup, 1)).flops,
         **{name: steps * flops for name, flops in step_flops(counters, size, window).items()},
-        "decode": counters.network("vae_decoder", counters.latents(setup, 1)).flops,
+        "decode": (full if decoder == "full" else counters.small_decoder(setup)).flops,
     }
 
 
@@ -79,10 +82,11 @@ def count_base(configs: Path, size: tuple[int, int], element_bytes: int) -> Row:
     memory = [{"steps": steps, "window": window, **memory_bytes(arch, steps, window, element_bytes)}
               for steps in STEPS for window in WINDOWS]  # fmt: skip
     frames = []
-    for steps in STEPS:
-        flops = frame_flops(counters, size, steps, PAPER_WINDOW)
+    decoders: tuple[Decoder, ...] = ("full", "small")
+    for steps, decoder in product(STEPS, decoders):
+        flops = frame_flops(counters, size, steps, PAPER_WINDOW, decoder)
         seconds = {gpu.name: sum(flops.values()) / (SHARE_OF_PEAK * gpu.tensor_flops) for gpu in GPUS}
-        frames.append({"steps": steps, "flops": flops, "seconds": seconds})
+        frames.append({"steps": steps, "decoder": decoder, "flops": flops, "seconds": seconds})
     return {"size": list(size), "element_bytes": element_bytes, "memory": memory, "frames": frames}
 
 
@@ -103,10 +107,10 @@ def markdown(document: Row) -> str:
     lines += table(("base", "steps", "window", "each stream", "its avatar"), cells)
     lines += [f"## FLOPs of a frame (GFLOP), window {document['window']}", ""]
     stages = list(next(iter(document["bases"].values()))["frames"][0]["flops"])
-    cells = [(name, str(row["steps"]), *(f"{row['flops'][stage] / 1e9:,.1f}" for stage in stages),
+    cells = [(name, str(row["steps"]), row["decoder"], *(f"{row['flops'][stage] / 1e9:,.1f}" for stage in stages),
               f"{sum(row['flops'].values()) / 1e9:,.1f}")
              for name, base in document["bases"].items() for row in base["frames"]]  # fmt: skip
-    lines += table(("base", "steps", *stages, "all"), cells)
+    lines += table(("base", "steps", "decoder", *stages, "all"), cells)
     share = f"{100 * document['share_of_peak']:g} %"
     lines += [f"## Projection, not a measurement: ms of a frame at {share} of 16-bit tensor peak", "",
               "In brackets frames a second. Of the large base alone: the small one never comes near a GPU's peak.",
@@ -115,7 +119,7 @@ def markdown(document: Row) -> str:
     cells = []
     for row in base["frames"]:
         times = (f"{1e3 * seconds:.1f} ({1 / seconds:.1f})" for seconds in row["seconds"].values())
-        cells.append((f"{name}, {row['steps']} step{'s' * (row['steps'] > 1)}", *times))
+        cells.append((f"{name}, {row['steps']} step{'s' * (row['steps'] > 1)}, {row['decoder']} decoder", *times))
     return "\n".join(lines + table(("", *(gpu.name for gpu in GPUS)), cells))
 
 

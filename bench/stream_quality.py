@@ -1,4 +1,4 @@
-"""What a stream costs in quality, by steps and window: against the truth and against the joint render of its poses.
+"""What a stream costs in quality, by steps, window and decoder: against the truth and against the joint render of its poses.
 
 Bench: `python -m bench.stream_quality [ENGINE | --checkpoint demo/tuned.ckpt] [--json FILE] [--quick]` streams frames
 46-119 of the demonstration's footage and writes results/stream_quality.json and .md, or FILE and its .md; without one
@@ -17,19 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from bench.quality import make_checkpoints
+from bench.footage import load_footage, tune_person
 from bench.report import publish, table
 from bench.segments import jumps
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import build_engine
-from posecrafter_rt.demo.footage import TARGET, load_poses, video_path
+from posecrafter_rt.demo.footage import TARGET
 from posecrafter_rt.demo.run import scores
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.stream_options import StreamOptions
-from posecrafter_rt.tuning import base_size, load_clip
 
-STEPS, WINDOWS = (1, 2, 4, 8), (0, 2, 4, 8)
+STEPS, WINDOWS = (1, 2, 4), (0, 2, 8)
 QUICK_FRAMES, QUICK_STEPS, QUICK_WINDOWS, QUICK_OFFLINE_STEPS = 16, (2, 4), (0, 4), 20
 Row = dict[str, Any]
 
@@ -85,7 +84,7 @@ def compare(
     for options in streams:
         for calibration in (None, target):
             frames, notes = stream_clip(avatar, target, options, calibration)
-            add({"what": "stream", "steps": options.steps, "window": options.window,
+            add({"what": "stream", "steps": options.steps, "window": options.window, "decoder": options.decoder,
                  "is_calibrated": calibration is not None, **notes, **grade(frames, truth, offline)})  # fmt: skip
     return rows
 
@@ -95,11 +94,11 @@ def run(
     offline_steps: int,
 ) -> Row:  # fmt: skip
     """Tune and build what is not given, and compare."""
-    frames, poses = load_clip(video_path(), load_poses(), base_size("embedded"), slice(None))
+    frames, poses = load_footage()
     target, truth = poses[TARGET][:num_frames], frames[TARGET][:num_frames]
     with tempfile.TemporaryDirectory(prefix="stream-quality-") as folder:
         if engine is None:
-            _, checkpoint = next(make_checkpoints(Path(folder), frames, poses, checkpoint))
+            checkpoint = tune_person(Path(folder) / "tuned.ckpt", checkpoint)
             engine = build_engine(checkpoint, Path(folder) / "tuned.engine").folder.path
         with Avatar.load(engine) as avatar:
             manifest = avatar.folder.manifest
@@ -113,7 +112,8 @@ def name_of(row: Row) -> str:
     if row["what"] != "stream":
         return row["what"]
     steps = f"{row['steps']} step{'s' * (row['steps'] > 1)}"
-    return f"{steps}, window {row['window']}" + (", calibrated" if row["is_calibrated"] else "")
+    decoder = f", {row['decoder']} decoder" if row["decoder"] else ""
+    return f"{steps}, window {row['window']}{decoder}" + (", calibrated" if row["is_calibrated"] else "")
 
 
 def markdown(document: Row) -> str:
@@ -149,6 +149,7 @@ def main() -> None:
     options = parser.parse_args()
     steps, windows = (QUICK_STEPS, QUICK_WINDOWS) if options.quick else (STEPS, WINDOWS)
     streams = [StreamOptions(steps=s, window=w) for s in steps for w in windows]
+    streams += [StreamOptions(steps=s, decoder="full") for s in steps]
     num_frames, offline_steps = (QUICK_FRAMES, QUICK_OFFLINE_STEPS) if options.quick else (None, 50)
     document = run(options.engine, options.checkpoint, streams, num_frames, offline_steps)
     publish("stream_quality", document, markdown(document), options.json, options.quick)

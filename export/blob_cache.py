@@ -32,6 +32,10 @@ class BlobCache:
         """The file for a key of JSON values."""
         return self.folder / f"{sha256_json(key)}.blob"
 
+    def holds(self, key: dict[str, Any]) -> bool:
+        """Whether there is a blob, which may be damaged: without reading it."""
+        return self.path(key).is_file()
+
     def load(self, key: dict[str, Any]) -> bytes | None:
         """The blob, or None when absent or damaged."""
         try:

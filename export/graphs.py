@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +27,8 @@ SOURCES = ("models", "ops", "export")  # whose code decides what a graph looks l
 def graph_key(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> dict[str, Any]:
     """All that a network's graph depends on: structure, configurations, code and versions; no weight."""
     return {
-        "network": spec.name,
-        "architecture": arch.to_json(),
+        "network": asdict(spec),
+        "size_multiple": arch.size_multiple,
         "modules": str(module),
         "parameters": {name: list(parameter.shape) for name, parameter in module.named_parameters()},
         "configurations": {name: _configuration(child) for name, child in module.named_children()},

@@ -22,7 +22,7 @@ from posecrafter_rt.export.onnx import export_graph
 from posecrafter_rt.machine import available_bytes, usable_cores
 from posecrafter_rt.models.empty import describe_modules
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.spec import NETWORK_NAMES, Architecture, network_specs
+from posecrafter_rt.spec import ALL_NETWORKS, Architecture, network_specs
 
 MAX_WORKERS = 2  # beside this process: the longest network takes more than a quarter of the time of all
 WORKER_BYTES = 1_500_000_000  # libraries, the largest graph and, of Stable Diffusion 1.5, the text encoder
@@ -39,7 +39,7 @@ def prefill(model: PoseModel, arch: Architecture, graphs: BlobCache, progress: C
     Args: model: folded, float32, on the CPU. progress: told that there is something to wait for.
     """
     networks, specs = model.networks(), network_specs(arch)
-    missing = [name for name in networks if graphs.load(graph_key(networks[name], specs[name], arch)) is None]
+    missing = [name for name in networks if not graphs.holds(graph_key(networks[name], specs[name], arch))]
     missing.sort(key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST))
     num_workers = count_workers(len(missing))
     if num_workers == 0 or not _is_writable(graphs.folder):
@@ -79,9 +79,9 @@ def start_workers(number: int, task: str, names: Sequence[str]) -> Iterator[Iter
     At the end of the block the workers are waited for; when it fails or is interrupted, they are ended at once.
     Args: task: see `prefill_worker`; names: of networks, in the order in which they are to be taken.
     """
-    # Bytes of a pipe go to one reader each: here a byte is a name's place in NETWORK_NAMES, and taking it takes the name.
+    # Bytes of a pipe go to one reader each: here a byte is a name's place in ALL_NETWORKS, and taking it takes the name.
     source, sink = os.pipe()
-    os.write(sink, bytes(NETWORK_NAMES.index(name) for name in names))
+    os.write(sink, bytes(ALL_NETWORKS.index(name) for name in names))
     os.close(sink)
     workers: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryFile() as errors:
@@ -116,4 +116,4 @@ def _start(task: str, source: int, errors: IO[bytes]) -> subprocess.Popen[bytes]
 def take_name(source: int) -> str | None:
     """The next name that nobody has taken; None when none is left."""
     taken = os.read(source, 1)
-    return NETWORK_NAMES[taken[0]] if taken else None
+    return ALL_NETWORKS[taken[0]] if taken else None

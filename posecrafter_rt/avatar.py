@@ -39,14 +39,13 @@ from posecrafter_rt.runtime.memory import (
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.prepare import Tables, invert_reference, prepare_clip, prepare_tables
 from posecrafter_rt.runtime.presets import bundle
+from posecrafter_rt.runtime.progress import OnStep, ignore, naming_segment
 from posecrafter_rt.runtime.render import blend, decode, render_clip
 from posecrafter_rt.runtime.report import RenderReport, SegmentReport, describe_adjustment
 from posecrafter_rt.runtime.segments import Adjustment, Segment, SegmentChoice, Split
 from posecrafter_rt.runtime.stream import AvatarStream, Sampling, StreamReference, sample_reference
 from posecrafter_rt.runtime.stream_options import StreamOptions
 from posecrafter_rt.spec import STREAM_NETWORKS, Architecture
-
-OnStep = Callable[[str, int, int], None]  # stage, step, steps
 
 log = logging.getLogger(__name__)
 
@@ -107,12 +106,21 @@ class Avatar:
         """The networks by name."""
         return self.networks.engines
 
+    @property
+    def has_small_decoder(self) -> bool:
+        """Whether the engine has a decoder of a few convolutions beside the VAE's."""
+        return bool(self.folder.manifest["architecture"].get("has_small_decoder"))
+
     def resolve(self, options: RenderOptions | None = None, *, preset: str = "exact", **changes: Any) -> RenderOptions:
         """Options with a preset's and then changes by name, and what they leave to the base as it recommends.
 
-        Raises: PoseCrafterError for bad options.
+        Raises: PoseCrafterError for bad options, and for those that need networks which the engine has not.
         """
         options = replace(options or RenderOptions(), **{**bundle(preset), **changes})
+        if options.decoder == "small" and not self.has_small_decoder:
+            raise PoseCrafterError("this engine has no small decoder", "tune with --small-decoder-steps, or build with "
+                                   "--small-decoder")  # fmt: skip
+        self.networks.check_feature_reuse(options)
         return options.with_recommended(self.folder.manifest["recommended"])
 
     def render(self, poses: PoseSequence, options: RenderOptions | None = None, **changes: Any) -> np.ndarray:
@@ -173,13 +181,13 @@ class Avatar:
         for part in finished:
             report.add(part, split.settle(part.adjustments))
         with explained(options):
-            inverted = self._prepare(target, options, report, on_step or _ignore)
+            inverted = self._prepare(target, options, report, on_step or ignore)
         while split.num_left():
-            latents, part = self._denoise_adjusting(target, split, inverted, carried, report, on_step or _ignore)
+            latents, part = self._denoise_adjusting(target, split, inverted, carried, report, on_step or ignore)
             segment = split.settle()
             num_settled = segment.settled - segment.start
             carried = latents[num_settled:].clone()
-            frames = self._decode(latents[:num_settled], split, report, part, on_step or _ignore)
+            frames = self._decode(latents[:num_settled], split, report, part, on_step or ignore)
             yield RenderedSegment(frames, carried, part)
             return_freed_memory()
             report.add(part, segment)
@@ -202,7 +210,8 @@ class Avatar:
                                    "tune with norm_scope frame")  # fmt: skip
         target = None if calibration is None else transform_keypoints(calibration, self.size)
         index = medoid_reference(self.poses) if target is None else select_reference(self.poses, target)
-        render = self.resolve(options.as_render(self.folder.manifest["recommended"]["strength"]))
+        recommended = self.folder.manifest["recommended"]["strength"]
+        render = self.resolve(options.as_render(recommended, self.has_small_decoder))
         self.networks.use(self.networks.built)  # a render may have let go of them
         key = (index, render)
         if key not in self._stream_references:
@@ -221,7 +230,8 @@ class Avatar:
             dpmpp_terms(schedule, options.num_inference_steps, start_step=start)[start:],
             options.conditioning_scale,
         )
-        return sample_reference(self.engines, sampling, inverted, self.poses.keypoints[index], self.size)
+        return sample_reference(self.engines, sampling, inverted, self.poses.keypoints[index], self.size,
+                                options.decoder)  # fmt: skip
 
     def choose_segment(self, num_frames: int, options: RenderOptions) -> SegmentChoice:
         """Frames of a segment for a clip of so many, by the memory that is free now.
@@ -259,7 +269,7 @@ class Avatar:
         networks, options = self.networks, report.options
         while True:
             segment, part = split.upcoming(), SegmentReport(adjustments=adjustments)
-            told = _naming_segment(on_step, len(report.segments), split.num_left())
+            told = naming_segment(on_step, len(report.segments), split.num_left())
             try:
                 with explained(options):
                     networks.use(networks.needed(report, part))
@@ -300,7 +310,7 @@ class Avatar:
     def _decode(
         self, latents: Tensor, split: Split, report: RenderReport, part: SegmentReport, on_step: OnStep
     ) -> Iterator[np.ndarray]:
-        told = _naming_segment(on_step, len(report.segments), 1 + split.num_left())
+        told = naming_segment(on_step, len(report.segments), 1 + split.num_left())
         for index in range(len(latents)):
             with part.stage("decode"):
                 frame = self._decode_adjusting(latents[index : index + 1], split, report, part)
@@ -315,7 +325,7 @@ class Avatar:
         """
         try:
             with explained(report.options):
-                return next(decode(self.engines, latents))
+                return next(decode(self.engines, latents, report.options.decoder))
         except OutOfMemory as error:
             shorter = split.shorten(str(error))
         if shorter is not None:
@@ -323,7 +333,7 @@ class Avatar:
         self.networks.close()
         with explained(report.options):
             self.networks.use(self.networks.needed(report, part))
-            return next(decode(self.engines, latents))
+            return next(decode(self.engines, latents, report.options.decoder))
 
     def _adjust(self, adjustments: list[Adjustment], adjustment: Adjustment) -> None:
         adjustments.append(adjustment)
@@ -387,13 +397,3 @@ class Avatar:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _ignore(stage: str, step: int, steps: int) -> None:
-    """Nobody asked to be told."""
-
-
-def _naming_segment(told: OnStep, index: int, num_left: int) -> OnStep:
-    """Stages then say of which segment they are, where there are several. num_left: with this one."""
-    count = index + num_left
-    return told if count == 1 else lambda stage, *step: told(f"segment {index + 1} of {count}: {stage}", *step)

@@ -14,6 +14,7 @@ from posecrafter_rt.engines.folder import EngineFolder, rebuild_hint
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.runtime.memory import let_go
+from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import Adjustment
 from posecrafter_rt.spec import NETWORK_NAMES, Architecture
@@ -41,7 +42,8 @@ class Networks:
     def use(self, precision: Precision) -> None:
         """Load the networks in this precision, unless they are."""
         if self.precision != precision:
-            self.close()
+            if self.engines:
+                self.close()
             manifest = self.folder.manifest
             arch, backend = Architecture.from_json(manifest["architecture"]), get_backend(manifest["backend"])
             self.engines = backend.load(self.folder.networks, arch, precision, self.folder.compiled)
@@ -51,6 +53,12 @@ class Networks:
         """The precision that a render of these reports has come to."""
         adjustments = [adjustment for report in reports for adjustment in report.adjustments]
         return WIDER if any("precision" in adjustment for adjustment in adjustments) else self.built
+
+    def check_feature_reuse(self, options: RenderOptions) -> None:
+        """Raise PoseCrafterError where options keep the U-Net's features over steps, and the engine is not built for it."""
+        if options.unet_every > 1 and not self.folder.manifest.get("feature_reuse"):
+            raise PoseCrafterError("this engine was built without feature reuse, which unet_every needs",
+                                   f"posecrafter-rt build-engine tuned.ckpt -o {self.folder.path} --feature-reuse")  # fmt: skip
 
     def widening(self, what: str, frame: int, precision: Precision) -> Adjustment:
         """What is to change, from this frame of the clip on, because `what` was not finite in `precision`.

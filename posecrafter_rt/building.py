@@ -25,6 +25,7 @@ from posecrafter_rt.errors import EngineFolderError, ShapeError
 from posecrafter_rt.framing import resize_to, transform_keypoints
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
+from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
 from posecrafter_rt.models.sources import Base, locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.spec import NETWORK_NAMES
@@ -45,6 +46,8 @@ class BuildOptions:
     refit: an engine folder of another checkpoint of the same base, whose networks are taken over and whose weights are
         replaced where they differ; `auto` then means its backend and its precision.
     loras: fused into the tuned weights, in this order; see `fuse_loras`.
+    small_decoder: in place of the checkpoint's; see `load_small_decoder`.
+    feature_reuse: build what `RenderOptions.unet_every` needs; an engine that is refitted has it if it did.
     """
 
     backend: str = "auto"
@@ -53,6 +56,8 @@ class BuildOptions:
     base: str | None = None
     refit: Path | None = None
     loras: tuple[Lora, ...] = ()
+    small_decoder: str | None = None
+    feature_reuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,11 @@ def build_engine(
     loras = [read_lora(lora) for lora in options.loras]
     size = options.size or tuned.frames.shape[1:3]
     manifest = _describe(tuned, locate_base(options.base or tuned.metadata["base"]), backend, precision, size, loras)
+    if options.small_decoder is not None:
+        manifest["small_decoder"] = hash_small_decoder(options.small_decoder)
+    is_reused = source is not None and source.manifest.get("feature_reuse", False)
+    manifest["feature_reuse"] = options.feature_reuse or is_reused
+    manifest["fingerprint"] = sha256_json(manifest)
     if source is not None:
         check_source(source, manifest)
     current = _current(output, manifest["fingerprint"])
@@ -103,7 +113,12 @@ def build_engine(
 
     on_stage("loading the base")
     model = tuned.load_model(base=options.base)
+    if options.small_decoder is not None:
+        arch = model.architecture()
+        model.small_decoder = load_small_decoder(options.small_decoder, arch.latent_channels, arch.vae_scale_factor,
+                                                 torch.float32)  # fmt: skip
     fuse_loras(model, loras)
+    model.unet.gives_deep_features = manifest["feature_reuse"]
     model.fold()
     arch = replace(model.architecture(), size=(size[0], size[1]))
     if any(side % arch.size_multiple for side in size):
@@ -140,8 +155,8 @@ def _choose(options: BuildOptions, source: EngineFolder | None) -> tuple[Backend
 def _describe(
     tuned: Checkpoint, base: Base, backend: Backend, precision: Precision, size: Sequence[int], loras: list[LoraFile]
 ) -> dict[str, Any]:
-    """What of the manifest is known without the base's weights; its hash is the engine's fingerprint, refitted or not."""
-    manifest: dict[str, Any] = {
+    """What of the manifest is known without the weights that go in; its hash is the engine's fingerprint, refitted or not."""
+    return {
         "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
         "checkpoint": tuned.digest(), "device": backend.device(),
         "networks": list(NETWORK_NAMES), "scheduler": base.scheduler_config(), "recommended": base.settings().recommended,
@@ -149,7 +164,6 @@ def _describe(
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
         **({"loras": [lora.describe() for lora in loras]} if loras else {}),
     }  # fmt: skip
-    return {**manifest, "fingerprint": sha256_json(manifest)}
 
 
 def _current(output: Path, fingerprint: str) -> EngineFolder | None:

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
 from posecrafter_rt.errors import CheckpointError, PoseError
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.loading import PoseModel, apply_tensors, load_base
+from posecrafter_rt.models.small_decoder import empty_small_decoder
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 FORMAT = "posecrafter-rt checkpoint"
@@ -30,18 +31,18 @@ LIBRARIES = ("posecrafter-rt", "torch", "diffusers", "transformers")
 REQUIRED_METADATA = ("base", "base_hash", "controlnet", "vae", "prompt", "size", "norm_scope", "seed", "steps")
 # One key only: safetensors writes several in random order, and equal content shall be equal bytes.
 _HEADER = "posecrafter"
-_PREFIXES = ("unet.", "controlnet.", "vae.")
+_PREFIXES = ("unet.", "controlnet.", "vae.", "small_decoder.")
 
 
 @dataclass(eq=False)
 class Checkpoint:
     """A tuned person.
 
-    tensors: tuned tensors by `unet.…`, `controlnet.…` and `vae.…` name.
+    tensors: tuned tensors by `unet.…`, `controlnet.…`, `vae.…` and `small_decoder.…` name.
     frames: (n, H, W, 3) uint8 RGB. poses: n poses on a canvas of H × W pixels.
     metadata: JSON values, among them those of REQUIRED_METADATA: base, controlnet, vae as `load_base` takes them (or
-        None); base_hash; prompt; size [height, width]; norm_scope; seed; steps. A loaded one also has "versions" and
-        "format_version".
+        None); base_hash; prompt; size [height, width]; norm_scope; seed; steps. Where a small decoder was distilled,
+        small_decoder is its configuration. A loaded one also has "versions" and "format_version".
     Raises: CheckpointError when frames, poses and metadata do not fit together.
     """
 
@@ -66,7 +67,8 @@ class Checkpoint:
         foreign = [name for name in self.tensors if not name.startswith(_PREFIXES)]
         if foreign:
             raise CheckpointError(
-                f"a tensor is called {foreign[0]}", hint="tuned tensors are unet.…, controlnet.… and vae.…"
+                f"a tensor is called {foreign[0]}",
+                hint=f"tuned tensors are {', '.join(f'{prefix}…' for prefix in _PREFIXES)}",
             )
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
@@ -123,8 +125,23 @@ class Checkpoint:
         model = load_base(base or metadata["base"], controlnet=metadata["controlnet"], vae=metadata["vae"],
                           norm_scope=metadata["norm_scope"], dtype=dtype)  # fmt: skip
         self.require_base(model)
+        if metadata.get("small_decoder") is not None:
+            model.small_decoder = self._small_decoder(dtype)
         apply_tensors(model, self.tensors)
         return model
+
+    def _small_decoder(self, dtype: torch.dtype) -> nn.Module:
+        """The one that was distilled, all of which is here."""
+        module = empty_small_decoder(self.metadata["small_decoder"]).eval().requires_grad_(False)
+        prefix = "small_decoder."
+        tensors = {name.removeprefix(prefix): tensor.to(dtype)
+                   for name, tensor in self.tensors.items() if name.startswith(prefix)}  # fmt: skip
+        try:
+            module.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            raise CheckpointError("the checkpoint is damaged: its small decoder is not complete",
+                                  hint="tune again") from error  # fmt: skip
+        return module
 
     def digest(self) -> str:
         """SHA-256 over the content; the same before saving and after loading, on every machine."""

@@ -16,13 +16,14 @@ import numpy as np
 
 from posecrafter_rt import __version__
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
-from posecrafter_rt.avatar import Avatar, OnStep
+from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.errors import OutputExists
 from posecrafter_rt.framing import contact_sheet, shown_in_sheet, transform_keypoints
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.partial import open_partial, read_state
+from posecrafter_rt.runtime.progress import OnStep
 from posecrafter_rt.runtime.stretch import Stretch
 from posecrafter_rt.video_io import VideoWriter, write_png
 
@@ -64,8 +65,9 @@ def render_to_files(
 ) -> dict[str, Any]:
     """Render and write the video, the contact sheet and the report; returns the report.
 
-    The video has the rate of `target`, or 25 frames per second. With `stretch`, whose poses `target` then holds, it is
-    the one that the stretch is of, mended; the sheet and the report's counts are of the stretch.
+    The video has the rate of `target`, or 25 frames per second. With `stretch`, it is the one that the stretch is of,
+    mended: `target` then holds the poses of `Stretch.rendered`, of which the report's counts are; the sheet shows the
+    stretch.
     No more frames are held than an engine decodes at once and the contact sheet shows. With `options.segment`, finished
     segments are kept in `partial_path(video)`: the same call goes on from them, and gives the bytes of an unbroken run.
     Raises: OutputExists before any work, whatever `force` where the output is the video to be mended; what
@@ -126,9 +128,10 @@ def _write_outputs(work: _Work, rendered: Iterable[np.ndarray], outputs: tuple[P
     """Write the three files, replacing what is there; returns the report, of a render that ends with its frames."""
     video, sheet_path, report_path = outputs
     avatar, target, stretch = work.avatar, work.target, work.stretch
-    shown = shown_in_sheet(len(target))
+    of_sheet = target.keypoints if stretch is None else target.keypoints[stretch.inside]
+    shown = shown_in_sheet(len(of_sheet))
     kept: list[np.ndarray] = []
-    frames = _keeping(rendered, shown, kept)
+    frames = _keeping(rendered if stretch is None else stretch.draw_to_neighbours(rendered), shown, kept)
     with VideoWriter(video, work.fps, force=True) as writer:
         for frame in frames if stretch is None else stretch.mend(frames):
             writer.write(frame)
@@ -136,7 +139,7 @@ def _write_outputs(work: _Work, rendered: Iterable[np.ndarray], outputs: tuple[P
     report = {**avatar.last_report.to_json(), "replaced": stretch and [stretch.start, stretch.stop],
               "engine": {name: avatar.folder.manifest[name] for name in
                          ("backend", "precision", "size", "checkpoint", "base", "norm_scope")}}  # fmt: skip
-    poses = PoseSequence(target.keypoints[shown], target.canvas)
+    poses = PoseSequence(of_sheet[shown], target.canvas)
     pictures = draw_poses(transform_keypoints(poses, avatar.size), avatar.size)
     rows = [("reference", [avatar.frames[report["reference_index"]]]), ("poses", list(pictures)), ("rendered", kept)]
     if stretch is not None:

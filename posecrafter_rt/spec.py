@@ -10,10 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 STREAM_NETWORKS = ("controlnet_stream", "unet_stream")
+SMALL_DECODER = "vae_decoder_small"  # only where the architecture has one
+SHALLOW_UNET = "unet_shallow"  # only where the architecture gives deep features
 NETWORK_NAMES = (
     "text_encoder", "prompt_kv", "time_tables", "pose_embedding", "vae_encoder", "vae_decoder", "controlnet", "unet",
     *STREAM_NETWORKS,
 )  # fmt: skip
+ALL_NETWORKS = (*NETWORK_NAMES, SMALL_DECODER, SHALLOW_UNET)
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Architecture:
     keyframe_layers: (channels, downscale) of each self-attention of (U-Net, ControlNet), in the order of a forward.
     temporal_layers: the same of each temporal attention of the U-Net.
     size: (height, width) in pixels where pictures have one size alone, as an engine's; None: any size, as a base's.
+    has_small_decoder: whether there is a small decoder beside the VAE's.
+    deep_channels: of the deep features that the U-Net gives beside its prediction; None: it gives none.
     """
 
     latent_channels: int
@@ -39,6 +44,8 @@ class Architecture:
     keyframe_layers: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]
     temporal_layers: tuple[tuple[int, int], ...]
     size: tuple[int, int] | None = None
+    has_small_decoder: bool = False
+    deep_channels: int | None = None
 
     @property
     def size_multiple(self) -> int:
@@ -63,8 +70,8 @@ class Architecture:
 class TensorSpec:
     """One named tensor. dims: an int is fixed; "frames", "groups", "steps", "window", "height/s", "width/s" are free.
 
-    dtype: "float": float32 at the engine's boundary, whatever runs inside; "kept": what one call gives is kept for later
-        ones, so it goes out and in as the engine has it; or "int64" or "bool".
+    dtype: "float": float32 at the engine's boundary, whatever runs inside; "kept": what is only handed on, to another
+        network or to later calls, goes out and in as the engine has it; or "int64" or "bool".
     """
 
     name: str
@@ -96,7 +103,7 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
 
     Free dimensions: `frames` (G·F), `groups` (G: prompts, or 1), `steps`, `window` (frames that a stream remembers, the
     reference among them), `height` and `width` in pixels; "height/8" is the height divided by 8; both are numbers where
-    the architecture has a size. All floating-point tensors but a stream's memory cross the boundary as float32.
+    the architecture has a size. All floating-point tensors but residuals and a stream's memory cross the boundary as float32.
     """
     scale = arch.vae_scale_factor
 
@@ -120,7 +127,7 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
     time_u, time_c = arch.time_widths
     kv_u, kv_c = arch.kv_widths
     residuals = tuple(
-        TensorSpec(name, image(channels, scale * down))
+        TensorSpec(name, image(channels, scale * down), "kept")
         for name, (channels, down) in zip(
             residual_names(len(arch.residuals)), (*arch.residuals, arch.mid_residual), strict=True
         )
@@ -137,8 +144,10 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
         return (TensorSpec("time_projections", ("frames", time)), TensorSpec("text_kv", (1, arch.text_tokens, kv)))
 
     unet_layers, controlnet_layers = arch.keyframe_layers
+    predicted: tuple[TensorSpec, ...] = (TensorSpec("noise_pred", latents.dims),)
+    deep = () if arch.deep_channels is None else (TensorSpec("deep_features", image(arch.deep_channels, scale), "kept"),)
 
-    specs = (
+    specs: tuple[NetworkSpec, ...] = (
         NetworkSpec("text_encoder", (TensorSpec("input_ids", ("groups", arch.text_tokens), "int64"),), (text,)),
         NetworkSpec("prompt_kv", (text,), (TensorSpec("unet_text_kv", ("groups", arch.text_tokens, kv_u)),
                                            TensorSpec("controlnet_text_kv", ("groups", arch.text_tokens, kv_c)))),
@@ -149,7 +158,7 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
         NetworkSpec("vae_encoder", (TensorSpec("pixels", pixels),), (latents,)),
         NetworkSpec("vae_decoder", (latents,), (TensorSpec("pixels", pixels),)),
         NetworkSpec("controlnet", (latents, *tables(time_c, kv_c), pose, scale_spec), residuals),
-        NetworkSpec("unet", (latents, *tables(time_u, kv_u), *residuals), (TensorSpec("noise_pred", latents.dims),)),
+        NetworkSpec("unet", (latents, *tables(time_u, kv_u), *residuals), predicted + deep),
         NetworkSpec("controlnet_stream",
                     (latents, *stream_tables(time_c, kv_c), pose, scale_spec, is_reference,
                      *memory("keyframe", controlnet_layers)),
@@ -158,7 +167,11 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
                     (latents, *stream_tables(time_u, kv_u), is_reference,
                      TensorSpec("window_mask", ("frames", "window"), "bool"), *residuals,
                      *memory("keyframe", unet_layers), *memory("temporal", arch.temporal_layers, "window")),
-                    (TensorSpec("noise_pred", latents.dims), *memory("keyframe", unet_layers, prefix="new_"),
+                    (*predicted, *memory("keyframe", unet_layers, prefix="new_"),
                      *memory("temporal", arch.temporal_layers, prefix="new_"))),
     )  # fmt: skip
+    if arch.has_small_decoder:
+        specs += (NetworkSpec(SMALL_DECODER, (latents,), (TensorSpec("pixels", pixels),)),)
+    if deep:
+        specs += (NetworkSpec(SHALLOW_UNET, (latents, *tables(time_u, kv_u), *deep, residuals[0]), predicted),)
     return {spec.name: spec for spec in specs}

@@ -33,13 +33,24 @@ from posecrafter_rt.models.loading import (
     load_controlvideo_weights,
     named_parameters,
 )
+from posecrafter_rt.models.small_decoder import describe_config, new_small_decoder
 from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.tuning_losses import TrainingSet, decoder_loss, decoder_parameters, denoiser_loss, encode
+from posecrafter_rt.tuning_losses import (
+    Lessons,
+    TrainingSet,
+    decoder_loss,
+    decoder_parameters,
+    denoiser_loss,
+    encode,
+    small_decoder_loss,
+    teach,
+)
 from posecrafter_rt.video_io import read_video
 
 SAVE_EVERY_SECONDS = 30.0
 LOSS_SMOOTHING = 0.05
+Part = Literal["denoiser", "decoder", "small decoder"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,8 @@ class TuneOptions:
 
     base: `embedded`, a diffusers folder, a hub id or a single file; controlnet, vae: the same, when not in the base.
     frames: training frames, taken uniformly from the video.
-    steps: of the denoiser; decoder_steps: of the autoencoder's decoder after it.
+    steps: of the denoiser; decoder_steps: of the autoencoder's decoder after it; small_decoder_steps: of a small decoder
+        that is distilled from that one at last, for streams; 0: there is none.
     precision: of the activations (autocast); the trained weights stay float32.
     controlvideo_weights: the U-Net's and the ControlNet's file of ControlVideo's training, to start from instead of the
         base's own weights; with 0 steps they are taken as they are.
@@ -61,6 +73,7 @@ class TuneOptions:
     frames: int = 8
     steps: int | None = None
     decoder_steps: int | None = None
+    small_decoder_steps: int | None = None
     learning_rate: float | None = None
     prompt: str | None = None
     norm_scope: NormScope | None = None
@@ -73,7 +86,7 @@ class TuneOptions:
     def __post_init__(self) -> None:
         if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise PoseCrafterError(f"learning rate {self.learning_rate}", "give a positive number")
-        for steps in (self.steps, self.decoder_steps):
+        for steps in (self.steps, self.decoder_steps, self.small_decoder_steps):
             if steps is not None and steps < 0:
                 raise PoseCrafterError(f"{steps} steps of tuning", "give 0 or more")
 
@@ -82,14 +95,14 @@ class TuneOptions:
 class TuneStatus:
     """Passed to the progress callback after every step.
 
-    part: what is being tuned. loss: exponentially smoothed; of the denoiser its squared error, of the decoder that of the
+    part: what is being tuned. loss: exponentially smoothed; of the denoiser its squared error, of the decoders that of the
     pixels.
     """
 
     step: int
     steps: int
     loss: float
-    part: Literal["denoiser", "decoder"]
+    part: Part
 
 
 def choose_frames(num_available: int, num_wanted: int) -> np.ndarray:
@@ -105,7 +118,7 @@ def trainable_parameters(model: PoseModel, patterns: tuple[str, ...]) -> dict[st
     """
     chosen = {
         name: parameter for name, parameter in named_parameters(model)
-        if not name.startswith("vae.") and any(re.search(p, name) for p in patterns)
+        if name.startswith(("unet.", "controlnet.")) and any(re.search(p, name) for p in patterns)
     }  # fmt: skip
     if not chosen:
         raise CheckpointError(f"no parameter of {model.base_id} matches {patterns}", "mend the base's posecrafter.json")
@@ -142,6 +155,10 @@ def tune(
     settings = model.settings
     chosen = choose_frames(len(frames), options.frames)
     steps = settings.steps or tuning_steps(len(chosen))
+    small_decoder_steps = _given(options.small_decoder_steps, settings.small_decoder_steps)
+    if small_decoder_steps:
+        arch, generator = model.architecture(), torch.Generator().manual_seed(options.seed)
+        model.small_decoder = new_small_decoder(arch.latent_channels, arch.vae_scale_factor, generator)
     checkpoint = Checkpoint(
         tensors={},
         frames=frames[chosen],
@@ -150,8 +167,10 @@ def tune(
             **model.identity(),
             "prompt": options.prompt or settings.prompt, "size": list(frames.shape[1:3]),
             "norm_scope": model.unet.norm_scope, "seed": options.seed, "precision": options.precision,
-            "steps": steps if options.steps is None else options.steps,
-            "decoder_steps": settings.decoder_steps if options.decoder_steps is None else options.decoder_steps,
+            "steps": _given(options.steps, steps),
+            "decoder_steps": _given(options.decoder_steps, settings.decoder_steps),
+            "small_decoder_steps": small_decoder_steps,
+            "small_decoder": None if model.small_decoder is None else describe_config(model.small_decoder),
             "learning_rate": options.learning_rate or settings.learning_rate,
         },
     )  # fmt: skip
@@ -164,12 +183,15 @@ def tune(
     return checkpoint
 
 
+def _given(steps: int | None, recommended: int) -> int:
+    return recommended if steps is None else steps
+
+
 @dataclass
 class _Run:
-    """The state of a run that a resumed one needs: all but the frozen weights. The decoder's steps follow the denoiser's."""
+    """The state of a run that a resumed one needs: all but the frozen weights. steps_of: its parts, one after another."""
 
-    denoiser_steps: int
-    decoder_steps: int
+    steps_of: dict[Part, int]
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -182,13 +204,21 @@ class _Run:
     def __post_init__(self) -> None:
         self.drawn = self.generator.get_state()
 
-    @property
-    def steps(self) -> int:
-        return self.denoiser_steps + self.decoder_steps
+    lessons: Lessons | None = None
 
     @property
-    def on_decoder(self) -> bool:
-        return self.step >= self.denoiser_steps
+    def steps(self) -> int:
+        return sum(self.steps_of.values())
+
+    @property
+    def position(self) -> tuple[Part, int]:
+        """The part that the next step is of, and its number in that part."""
+        step = self.step
+        for part, steps in self.steps_of.items():
+            if step < steps:
+                return part, step
+            step -= steps
+        raise AssertionError("no step is left")
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Keep the state that the last finished step left; between weights old and new, what was kept before stands."""
@@ -238,7 +268,7 @@ def _optimise(
     saved_at = time.monotonic()
     try:
         while run.step < run.steps:
-            part: Literal["denoiser", "decoder"] = "decoder" if run.on_decoder else "denoiser"
+            part, _ = run.position
             _step(model, data, run, options, schedule)
             if on_step is not None:
                 on_step(TuneStatus(run.step, run.steps, run.loss, part))
@@ -254,24 +284,30 @@ def _optimise(
 def _begin(model: PoseModel, metadata: dict[str, Any], options: TuneOptions) -> _Run:
     """Make the networks ready to train, and the optimizer of what is trained in them."""
     settings = model.settings
-    for network in (model.unet, model.controlnet, model.vae):
+    for name, network in model.modules().items():
         network.requires_grad_(False)
-        if options.device == "cpu":
+        if options.device == "cpu" and name != "text_encoder":
             channels_last(network)
     if options.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
         model.controlnet.enable_gradient_checkpointing()
     parameters = trainable_parameters(model, settings.trainable)
     decoder = decoder_parameters(model.vae) if metadata["decoder_steps"] else {}
-    for parameter in (*parameters.values(), *decoder.values()):
+    small = {f"small_decoder.{name}": parameter for name, parameter in model.small_decoder.named_parameters()} \
+        if model.small_decoder is not None else {}  # fmt: skip
+    rates = ((parameters, metadata["learning_rate"]), (decoder, settings.decoder_learning_rate),
+             (small, settings.small_decoder_learning_rate))  # fmt: skip
+    groups = [{"params": list(group.values()), "base_lr": rate} for group, rate in rates if group]
+    trained = parameters | decoder | small
+    for parameter in trained.values():
         parameter.requires_grad_(True)
-    groups: list[dict[str, Any]] = [{"params": list(parameters.values()), "base_lr": metadata["learning_rate"]}]
-    if decoder:
-        groups.append({"params": list(decoder.values()), "base_lr": settings.decoder_learning_rate})
     return _Run(
-        int(metadata["steps"]),
-        int(metadata["decoder_steps"]),
-        parameters | decoder,
+        {
+            "denoiser": metadata["steps"],
+            "decoder": metadata["decoder_steps"],
+            "small decoder": metadata["small_decoder_steps"],
+        },
+        trained,
         torch.optim.AdamW(groups, weight_decay=settings.weight_decay),
         torch.amp.GradScaler(options.device, enabled=options.precision == "fp16"),
         torch.Generator().manual_seed(options.seed),
@@ -279,18 +315,23 @@ def _begin(model: PoseModel, metadata: dict[str, Any], options: TuneOptions) -> 
 
 
 def _step(model: PoseModel, data: TrainingSet, run: _Run, options: TuneOptions, schedule: DDIMSchedule) -> None:
-    with _autocast(options, keep_range=run.on_decoder):
-        if run.on_decoder:
-            step, steps, decay = run.step - run.denoiser_steps, run.decoder_steps, True
+    part, step = run.position
+    with _autocast(options, keep_range=part != "denoiser"):
+        if part == "denoiser":
+            loss = denoiser_loss(model, data, run.generator, schedule)
+        elif part == "decoder":
             loss = decoder_loss(model.vae, data, run.generator)
         else:
-            step, steps, decay = run.step, run.denoiser_steps, model.settings.learning_rate_decay
-            loss = denoiser_loss(model, data, run.generator, schedule)
+            if run.lessons is None:  # of the decoder as it is now, tuned; the same ones for a resumed run
+                run.lessons = teach(model.vae, data, torch.Generator().manual_seed(options.seed))
+            assert model.small_decoder is not None
+            loss = small_decoder_loss(model.small_decoder, run.lessons, run.generator)
     if not torch.isfinite(loss):
         raise PoseCrafterError(f"the loss became {loss.item()} at step {run.step}",
                                "lower --learning-rate, or tune with --precision fp32")  # fmt: skip
+    decay = part != "denoiser" or model.settings.learning_rate_decay
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate_at(step, steps, decay) * group["base_lr"]
+        group["lr"] = learning_rate_at(step, run.steps_of[part], decay) * group["base_lr"]
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.is_torn = True

@@ -1,4 +1,4 @@
-"""What tuning minimises: the denoiser's error (Eq. 3), then, where a base asks for it, the decoder's.
+"""What tuning minimises: the denoiser's error (Eq. 3), then, where a base asks for it, the decoder's and a small decoder's.
 
 Layer 4. The paper leaves Stable Diffusion's autoencoder alone, and so does every base whose `decoder_steps` is 0. A small
 autoencoder spends few numbers on colour and contours; a few frames suffice for its decoder to know this person's. The
@@ -18,10 +18,13 @@ from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.method.noise import shared_noise
 from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.models.networks import VaeDecoder
 from posecrafter_rt.poses.draw import draw_poses
 
 LATENT_NOISE = 0.2  # of the latents' unit deviation, at most: rendered latents are never quite those of a real picture
 ABSOLUTE_WEIGHT = 0.25
+LESSONS, LESSONS_A_STEP = 64, 2
+MAX_SHIFT = 3  # latent pixels
 
 
 @dataclass(frozen=True)
@@ -95,5 +98,49 @@ def decoder_loss(vae: AutoencoderKL, data: TrainingSet, generator: torch.Generat
     amount = LATENT_NOISE * torch.rand(1, generator=generator)
     noise = torch.randn(1, *data.latents.shape[1:], generator=generator)
     disturbed = data.latents[chosen] + (amount * noise).to(data.latents.device)
-    error = vae.decode(disturbed / vae.config["scaling_factor"]).sample.float() - data.pixels[chosen]
+    decoded = vae.decode(disturbed / vae.config["scaling_factor"]).sample.float()
+    return pixel_loss(decoded, data.pixels[chosen])
+
+
+def pixel_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """Squared and absolute error."""
+    error = decoded - pixels
     return error.square().mean() + ABSOLUTE_WEIGHT * error.abs().mean()
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Latents like those that will be decoded (LESSONS, 4, h, w), and what the full decoder makes of them, (…, 3, H, W)."""
+
+    latents: Tensor
+    pixels: Tensor
+
+
+@torch.no_grad()
+def teach(vae: AutoencoderKL, data: TrainingSet, generator: torch.Generator) -> Lessons:
+    """Training latents, every other one mixed with another and every third moved, all disturbed; and their pictures.
+
+    Rendered latents lie between those of training and beside them: there the small decoder is to do what the full one
+    does, whatever that is.
+    """
+    latents = torch.stack([_lesson(data.latents.cpu(), number, generator) for number in range(LESSONS)])
+    latents = latents.to(data.latents.device)
+    decoder = VaeDecoder(vae)
+    return Lessons(latents, torch.cat([decoder(part)[0].float() for part in latents.split(1)]))
+
+
+def _lesson(latents: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    first, second = latents[torch.randint(len(latents), (2,), generator=generator)]
+    share = 0.5 * torch.rand(1, generator=generator) if number % 2 else torch.zeros(1)
+    lesson = torch.lerp(first, second, share)
+    if number % 3 == 0:
+        shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,), generator=generator)
+        lesson = lesson.roll((int(shift[0]), int(shift[1])), (1, 2))
+    amount = LATENT_NOISE * torch.rand(1, generator=generator)
+    return lesson + amount * torch.randn(lesson.shape, generator=generator)
+
+
+def small_decoder_loss(small_decoder: nn.Module, lessons: Lessons, generator: torch.Generator) -> Tensor:
+    """`pixel_loss` of a few lessons: a scalar, float32. generator: on the CPU."""
+    chosen = torch.randint(len(lessons.latents), (LESSONS_A_STEP,), generator=generator).to(lessons.latents.device)
+    return pixel_loss(small_decoder(lessons.latents[chosen]).float(), lessons.pixels[chosen])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from posecrafter_rt.avatar import Avatar
     from posecrafter_rt.models.loading import PoseModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach for a network
@@ -27,6 +29,53 @@ if IS_WORKER:
         os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 else:
     os.environ["POSECRAFTER_CACHE"] = tempfile.mkdtemp(prefix="posecrafter-tests-")
+
+
+# The files that take longest, in the order in which they are begun, so that at the end no core waits for another. The
+# second exports the tiny base's networks for 32 × 32 pixels, which those after it then find in the cache.
+LONGEST_FILES = (
+    "cli/test_demo.py",
+    "test_refit.py",
+    "export/test_onnx.py",
+    "cli/test_render.py",
+    "kernels/test_compile.py",
+    "test_rendering.py",
+    "runtime/test_stream.py",
+    "engines/test_parity.py",
+    "test_adjusting.py",
+    "serve/test_command.py",
+    "engines/test_inductor.py",
+    "native/test_fuzz.py",
+    "bench/test_latency.py",
+    "bench/test_throughput.py",
+    "serve/test_soak.py",
+    "bench/test_scaling.py",
+    "native/test_build.py",
+    "test_tuning.py",
+    "test_avatar.py",
+    "test_building.py",
+    "embedded/test_train.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files are handed to the workers in the order of `pytest_collection_modifyitems`, not by their number of tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if IS_WORKER:
+        folder = Path(__file__).parent
+        ranks = {folder / name: rank for rank, name in enumerate(LONGEST_FILES)}
+        items.sort(key=lambda item: ranks.get(item.path, len(ranks)))  # stable: within a file nothing moves
+
+
+def pytest_collection_finish() -> None:
+    """What importing has made stays to the end: no collection, and every avatar that closes makes one, looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
@@ -138,6 +187,38 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, write_tiny_base: Callabl
     return write_tiny_base(tmp_path_factory.mktemp("bases") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tuned for three steps on four frames of noise; do not write to it."""
+    import numpy as np
+
+    from posecrafter_rt.tuning import TuneOptions, tune
+    from tests.tiny import SIZE, some_poses
+
+    path = tmp_path_factory.mktemp("tuned") / "tuned.ckpt"
+    frames = np.random.default_rng(0).integers(0, 256, (4, *SIZE, 3), np.uint8)
+    tune(frames, some_poses(4), path, TuneOptions(base=str(tiny_base), frames=4, steps=3, precision="fp32"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its engine of the torch backend; nothing but its caches may be written to."""
+    from posecrafter_rt.building import build_engine
+    from tests.tiny import TORCH
+
+    return build_engine(tiny_checkpoint, tmp_path_factory.mktemp("engines") / "tiny.engine", TORCH).folder.path
+
+
+@pytest.fixture
+def avatar(tiny_engine: Path) -> Iterator[Avatar]:
+    """That engine, loaded for one test."""
+    from posecrafter_rt.avatar import Avatar
+
+    with Avatar.load(tiny_engine) as avatar:
+        yield avatar
+
+
 # Layers of the tiny base, one of each kind that a LoRA may add to; the text encoder's without the level `text_model`.
 LORA_LAYERS = {
     "unet": [
@@ -187,7 +268,7 @@ def tiny_lora(
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny_model(tiny_base: Path) -> Callable[..., PoseModel]:
     """Loads the tiny base: make_tiny_model(norm_scope="frame"), with conv_temp random, so that frames do interact."""
     import torch

@@ -1,10 +1,8 @@
-"""The whole path on a tiny base: build, load, render; modes, caches, and refusals."""
+"""Rendering on a tiny base: modes, options, the cache of inversions, and refusals."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,68 +11,12 @@ from torch import Tensor
 
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
-from posecrafter_rt.engines import Engine
-from posecrafter_rt.engines.folder import write_manifest
-from posecrafter_rt.errors import (
-    BackendUnavailable,
-    EngineFolderError,
-    OutputExists,
-    PoseCrafterError,
-    PoseError,
-    ShapeError,
-)
+from posecrafter_rt.errors import PoseCrafterError, PoseError
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime import render as render_module
 from posecrafter_rt.runtime.options import MODES
 from posecrafter_rt.runtime.presets import PRESETS
-from posecrafter_rt.runtime.segments import split_clip
-from posecrafter_rt.tuning import TuneOptions, tune
-
-SIZE = (32, 32)
-TORCH = BuildOptions(backend="torch", precision="fp32")
-
-
-def some_poses(count: int, seed: int = 3, size: tuple[int, int] = SIZE) -> PoseSequence:
-    rng = np.random.default_rng(seed)
-    keypoints = np.concatenate(
-        [rng.uniform(0, 1, (1, 134, 2)) + rng.normal(0, 0.02, (count, 134, 2)), np.ones((count, 134, 1))], -1
-    )
-    keypoints[..., :2] *= (size[1], size[0])
-    return PoseSequence(keypoints.astype(np.float32), size, 25.0)
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tuned") / "tuned.ckpt"
-    frames = np.random.default_rng(0).integers(0, 256, (4, *SIZE, 3), np.uint8)
-    tune(frames, some_poses(4), path, TuneOptions(base=str(tiny_base), frames=4, steps=3, precision="fp32"))
-    return path
-
-
-@pytest.fixture(scope="session")
-def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("engines") / "tiny.engine"
-    return build_engine(tiny_checkpoint, path, TORCH).folder.path
-
-
-class Watched:
-    """An engine that notes the batch size of every call."""
-
-    def __init__(self, engine: Engine, sizes: list[int]) -> None:
-        self.engine, self.spec, self.device, self.sizes = engine, engine.spec, engine.device, sizes
-
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        self.sizes.append(len(inputs[self.spec.inputs[0].name]))
-        return self.engine(**inputs)
-
-    def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        return self.engine.swap_weights(tensors)
-
-
-@pytest.fixture
-def avatar(tiny_engine: Path):
-    with Avatar.load(tiny_engine) as avatar:
-        yield avatar
+from tests.tiny import SIZE, Watched, some_poses
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -232,107 +174,6 @@ def test_iter_render_yields_the_same_frames_one_by_one(avatar: Avatar) -> None:
     assert len(frames) == 3 and np.array_equal(np.stack(frames), whole)
 
 
-SEGMENTS = {"num_inference_steps": 2, "segment": 6, "overlap": 2}
-
-
-@pytest.mark.parametrize("count", [5, 6])
-def test_a_clip_that_fits_into_one_segment_is_rendered_as_without(avatar: Avatar, count: int) -> None:
-    plain = avatar.render(some_poses(count), num_inference_steps=2)
-    assert np.array_equal(avatar.render(some_poses(count), **SEGMENTS), plain)
-    assert avatar.last_report is not None and avatar.last_report.num_segments == 1
-
-
-def test_segments_are_clips_of_their_own_blended_where_they_overlap(
-    avatar: Avatar, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """13 frames in segments of 6 that share 2 are 3 of 5, 6 and 6 frames in some order; each is its own render."""
-    poses = some_poses(13)
-    spans = split_clip(13, 6, 2)
-    assert sorted(span.stop - span.start for span in spans) == [5, 6, 6]
-    rendered = avatar.render(poses, **SEGMENTS)
-    monkeypatch.setattr("posecrafter_rt.avatar.select_reference", lambda train, target: reference)
-    assert avatar.last_report is not None
-    reference = avatar.last_report.reference_index  # of the whole clip, which a part alone might not choose
-    for earlier, span in zip([None, *spans], spans, strict=False):
-        alone = avatar.render(poses[span.start : span.stop], num_inference_steps=2)
-        shared = 0 if earlier is None else earlier.stop - span.start
-        settled = slice(shared, span.settled - span.start)
-        assert np.array_equal(rendered[span.start : span.settled][settled], alone[settled])
-        if shared:
-            assert not np.array_equal(rendered[span.start : span.start + shared], alone[:shared])
-
-
-def test_the_report_names_the_segments_and_counts_each_frame_once(avatar: Avatar) -> None:
-    keypoints = some_poses(13).keypoints.copy()
-    keypoints[[3, 4, 9], 92:113] = 0  # the left hand of frames that two segments render, and of one that ends the clip
-    keypoints[12, 24:92] = 0
-    poses = PoseSequence(keypoints, SIZE)
-    avatar.render(poses, num_inference_steps=2)
-    assert avatar.last_report is not None
-    whole = avatar.last_report.to_json()
-    avatar.render(poses, **SEGMENTS)
-    split = avatar.last_report.to_json()
-    assert whole["num_segments"] == 1 and whole["options"]["segment"] is None
-    assert split["num_segments"] == 3 and (split["options"]["segment"], split["options"]["overlap"]) == (6, 2)
-    assert [(skipped["frame"], skipped["region"]) for skipped in split["skipped_regions"]] == [
-        (3, "left_hand"), (4, "left_hand"), (9, "left_hand"), (12, "face")]  # fmt: skip
-    for name in ("skipped_regions", "edited_regions", "reference_index"):
-        assert split[name] == whole[name], name
-    assert set(split["seconds"]) == {"prepare", "invert", "denoise", "decode"}
-
-
-def test_no_network_ever_sees_more_than_one_segment(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is computed once a render is not computed again for each segment."""
-    seen: dict[str, list[int]] = {name: [] for name in avatar.engines}
-
-    for name, engine in list(avatar.engines.items()):
-        monkeypatch.setitem(avatar.engines, name, Watched(engine, seen[name]))
-    for count in (14, 26):
-        for calls in seen.values():
-            calls.clear()
-        avatar._tables.clear()
-        taken = 0
-        for _ in avatar.iter_render(some_poses(count), inversion_substeps=1, **SEGMENTS):
-            taken += 1
-            # A segment's frames come before the next one's are denoised.
-            assert len(seen["unet"]) <= 2 + 2 * (1 + (taken - 1) // 3)
-        assert taken == count
-        for name in ("controlnet", "unet"):
-            assert max(seen[name]) == 1 + 6  # the reference and a segment
-        assert {*seen["pose_embedding"], *seen["vae_decoder"]} == {1}  # what sees frames apart is given them apart
-        assert sum(seen["vae_decoder"]) == count  # each frame once, the reference never
-        assert len(seen["vae_encoder"]) <= 1 and seen["text_encoder"] == [1] and len(seen["time_tables"]) == 1
-
-
-def test_going_on_from_a_finished_segment_gives_the_same_bytes(avatar: Avatar) -> None:
-    poses = some_poses(13)
-    whole = avatar.render(poses, **SEGMENTS)
-    first = next(avatar.iter_segments(poses, **SEGMENTS))
-    head = list(first.frames)
-    rest = avatar.iter_segments(poses, finished=[first.report], carried=first.carried, **SEGMENTS)
-    frames = [*head, *(frame for segment in rest for frame in segment.frames)]
-    assert np.array_equal(np.stack(frames), whole)
-    assert avatar.last_report is not None and avatar.last_report.num_resumed == 1
-
-
-def test_automatic_segments_are_those_that_fit(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
-    poses, changes = some_poses(13), {**SEGMENTS, "segment": "auto"}
-    whole = avatar.render(poses, num_inference_steps=2)
-    assert np.array_equal(avatar.render(poses, **changes), whole)  # this machine has memory for so much
-    assert avatar.last_report is not None and avatar.last_report.num_segments == 1
-    assert str(avatar.last_report.segment_reason).startswith("the whole clip fits, at ")
-    monkeypatch.setattr("posecrafter_rt.avatar.free_bytes", lambda device_type: 0)
-    split = avatar.render(poses, **changes)
-    assert avatar.last_report.num_segments == 3 and avatar.last_report.options.segment == 6
-    assert np.array_equal(split, avatar.render(poses, **SEGMENTS))
-
-
-@pytest.mark.parametrize("mode", ["controlvideo", "+selection"])
-def test_modes_without_a_common_key_frame_are_not_split(avatar: Avatar, mode: str) -> None:
-    with pytest.raises(PoseCrafterError, match="no key frame is common"):
-        avatar.render(some_poses(3), mode=mode, **SEGMENTS)
-
-
 def test_target_poses_from_another_canvas_are_scaled(avatar: Avatar) -> None:
     small = avatar.render(some_poses(2), num_inference_steps=2).astype(int)
     keypoints = some_poses(2).keypoints.copy()
@@ -354,101 +195,12 @@ def test_a_pose_without_a_shared_keypoint_is_named(avatar: Avatar) -> None:
                                     {"conditioning_scale": float("inf")}, {"resample": "cubic"}, {"regions": ("ear",)},
                                     {"strength": 0.0}, {"strength": 1.01}, {"strength": float("nan")},
                                     {"strength": 0.5, "num_inference_steps": 4, "tau": 3}, {"segment": 0},
-                                    {"controlnet_every": 0}, {"overlap": -1},
+                                    {"controlnet_every": 0}, {"unet_every": 0}, {"overlap": -1},
                                     {"segment": 6, "overlap": 3}, {"segment": 6, "overlap": -1}, {"segment": "some"},
                                     {"segment": "auto", "overlap": -1}])  # fmt: skip
 def test_bad_options_are_refused(avatar: Avatar, change: dict) -> None:
     with pytest.raises(PoseCrafterError):
         avatar.render(some_poses(1), **change)
-
-
-def test_the_same_build_twice_is_nothing_to_do(tiny_checkpoint: Path, tiny_engine: Path) -> None:
-    before = (tiny_engine / "manifest.json").stat().st_mtime_ns
-    result = build_engine(tiny_checkpoint, tiny_engine, TORCH)
-    assert result.was_current and (tiny_engine / "manifest.json").stat().st_mtime_ns == before
-
-
-def test_what_the_base_recommends_anew_reaches_an_engine_that_was_built_before(tiny_base: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(tiny_base, base)
-    frames = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), np.uint8)
-    tune(frames, some_poses(2), tmp_path / "a.ckpt", TuneOptions(base=str(base), frames=2, steps=1, precision="fp32"))
-    build_engine(tmp_path / "a.ckpt", options=TORCH)
-    settings = json.loads((base / "posecrafter.json").read_text())
-    (base / "posecrafter.json").write_text(json.dumps({**settings, "strength": 0.5}))
-    again = build_engine(tmp_path / "a.ckpt", options=TORCH)
-    assert not again.was_current and again.folder.manifest["recommended"]["strength"] == 0.5
-
-
-def test_one_byte_changed_is_refused_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = build_engine(tiny_checkpoint, tmp_path / "e", TORCH).folder.path
-    file = folder / "networks" / "unet.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(EngineFolderError, match="networks/unet.safetensors"):
-        Avatar.load(folder)
-    assert not build_engine(tiny_checkpoint, folder, TORCH).was_current  # building again mends it
-    Avatar.load(folder).close()
-
-
-@pytest.mark.parametrize(("damage", "named"), [("missing", "is missing"), ("extra", "was not built with it"),
-                                               ("torn manifest", "damaged"), ("schema", "another version"),
-                                               ("device", "was built on another processor"),
-                                               ("library", "was built on torch 1.0, this is torch 2"),
-                                               ("package", "was built on posecrafter-rt 0.0")])  # fmt: skip
-def test_other_damage_is_refused_with_the_reason(
-    tiny_checkpoint: Path, tmp_path: Path, damage: str, named: str
-) -> None:
-    folder = build_engine(tiny_checkpoint, tmp_path / "e", TORCH).folder.path
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if damage == "missing":
-        (folder / "networks" / "vae.safetensors").unlink()
-    elif damage == "extra":
-        (folder / "networks" / "more.bin").write_bytes(b"x")
-    elif damage == "torn manifest":
-        (folder / "manifest.json").write_text("{")
-    else:
-        manifest |= {
-            "schema": {"schema": 99},
-            "device": {"device": {"type": "cpu", "name": "another processor"}},
-            "library": {"libraries": {**manifest["libraries"], "torch": "1.0"}},
-            "package": {"package": "0.0"},
-        }[damage]
-        write_manifest(folder, manifest)
-    with pytest.raises(EngineFolderError, match=named) as caught:
-        Avatar.load(folder)
-    assert caught.value.hint and "build-engine" in caught.value.hint
-
-
-def test_what_the_user_made_is_not_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(OutputExists):
-        build_engine(tiny_checkpoint, tmp_path / "notes", TORCH)
-    assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
-
-
-def test_a_build_that_fails_leaves_nothing_and_the_old_engine_works(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = build_engine(tiny_checkpoint, tmp_path / "e", TORCH).folder.path
-
-    def interrupt(stage: str, seconds_left: float | None) -> None:
-        if stage == "vae":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(tiny_checkpoint, folder, BuildOptions("torch", "bf16"), progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == ["e"]
-    Avatar.load(folder).close()
-
-
-def test_sizes_and_backends_that_cannot_be_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ShapeError, match="33x32"):
-        build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("torch", "fp32", size=(33, 32)))
-    with pytest.raises(BackendUnavailable, match="magic"):
-        build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("magic"))
-    with pytest.raises(BackendUnavailable, match="fp8"):
-        build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("torch", "fp8"))
 
 
 def test_an_engine_of_another_size_renders_at_that_size(tiny_checkpoint: Path, tmp_path: Path) -> None:

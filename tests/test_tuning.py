@@ -118,6 +118,34 @@ def test_the_decoder_is_tuned_after_the_denoiser_and_nears_the_frames(clip, opti
     assert error(checkpoint) < 0.9 * error(without)
 
 
+def test_a_small_decoder_is_distilled_at_last_and_nears_the_full_one(clip, options, tmp_path: Path) -> None:
+    options = replace(options, decoder_steps=2)
+    without = tune(*clip, tmp_path / "a.ckpt", options)
+    statuses: list[TuneStatus] = []
+    options = replace(options, small_decoder_steps=60)
+    checkpoint = tune(*clip, tmp_path / "b.ckpt", options, on_step=statuses.append)
+    assert [status.part for status in statuses] == ["denoiser"] * 4 + ["decoder"] * 2 + ["small decoder"] * 60
+    assert all(torch.equal(tensor, checkpoint.tensors[name]) for name, tensor in without.tensors.items())
+    small = {name for name in checkpoint.tensors if name.startswith("small_decoder.")}
+    assert small == set(checkpoint.tensors) - set(without.tensors) and without.metadata["small_decoder"] is None
+    networks = Checkpoint.load(tmp_path / "b.ckpt").load_model().networks()
+    pixels = torch.from_numpy(checkpoint.frames).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    with torch.no_grad():
+        latents = networks["vae_encoder"](pixels)[0]
+        full, near = networks["vae_decoder"](latents)[0], networks["vae_decoder_small"](latents)[0]
+    assert float((near - full).square().mean()) < 0.9 * float(full.square().mean())  # of noise, which frames here are
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "c.ckpt", options, on_step=interrupt_at(40))
+    assert same_tensors(tune(*clip, tmp_path / "c.ckpt", options), checkpoint)
+
+
+def test_a_checkpoint_with_half_a_small_decoder_is_refused(clip, options, tmp_path: Path) -> None:
+    checkpoint = tune(*clip, tmp_path / "a.ckpt", replace(options, steps=0, small_decoder_steps=1))
+    del checkpoint.tensors["small_decoder.conv_in.bias"]
+    with pytest.raises(CheckpointError, match="its small decoder is not complete"):
+        checkpoint.load_model()
+
+
 @pytest.mark.parametrize("place", ["posecrafter_rt.tuning_losses._predict", "torch.nn.utils.clip_grad_norm_"])
 def test_an_interruption_within_a_step_changes_nothing_either(
     clip, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -156,7 +184,7 @@ def test_a_run_with_other_settings_of_the_base_is_not_resumed(
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 0.0}, {"learning_rate": -1e-3}, {"learning_rate": float("nan")}, {"steps": -1}, {"decoder_steps": -1}]
+    "change", [{"learning_rate": 0.0}, {"learning_rate": -1e-3}, {"learning_rate": float("nan")}, {"steps": -1}, {"decoder_steps": -1}, {"small_decoder_steps": -1}]
 )  # fmt: skip
 def test_senseless_numbers_are_refused(change: dict) -> None:
     with pytest.raises(PoseCrafterError):

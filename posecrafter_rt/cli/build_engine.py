@@ -39,6 +39,12 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         list[str] | None,
         typer.Option(metavar="FILE[:SCALE]", help="Fuse a LoRA for Stable Diffusion 1.5; give it again for another."),
     ] = None,
+    small_decoder: Annotated[
+        str | None, typer.Option(help="A folder or hub id of a TAESD (AutoencoderTiny) of the base's VAE, for streams.")
+    ] = None,
+    feature_reuse: Annotated[
+        bool, typer.Option("--feature-reuse", help="Build what `render --unet-every` needs, too.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is not an engine folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -50,7 +56,8 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
 
     start = time.monotonic()
     with stages("building") as on_stage:
-        options = BuildOptions(backend, precision, picture_size, base, refit, tuple(Lora(*one) for one in given))
+        options = BuildOptions(backend, precision, picture_size, base, refit, tuple(Lora(*one) for one in given),
+                               small_decoder, feature_reuse)  # fmt: skip
         result = build_engine(checkpoint, output, options, force=force, progress=on_stage)
     folder = result.folder
     num_bytes = sum((folder.path / name).stat().st_size for name in folder.manifest["files"])

@@ -24,6 +24,7 @@ def demo(
     ),
     tuning_steps: Annotated[int | None, typer.Option(help="Else the embedded base's own.", min=1)] = None,
     decoder_steps: Annotated[int | None, typer.Option(help="Else the embedded base's own.", min=0)] = None,
+    small_decoder_steps: Annotated[int | None, typer.Option(help="Else the embedded base's own.", min=0)] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
     force: Annotated[bool, typer.Option("--force", help="Do it all anew where it was done before.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
@@ -32,7 +33,9 @@ def demo(
     from posecrafter_rt.demo.run import Demo
     from posecrafter_rt.tuning import TuneOptions
 
-    run = Demo(output, steps, TuneOptions(steps=tuning_steps, decoder_steps=decoder_steps), force)
+    tuning = TuneOptions(
+        steps=tuning_steps, decoder_steps=decoder_steps, small_decoder_steps=small_decoder_steps)  # fmt: skip
+    run = Demo(output, steps, tuning, force)
     with step_progress("tuning") as on_step:
         run.tune(on_step)
     with stages("building") as on_stage:

@@ -52,6 +52,12 @@ def render(  # noqa: PLR0913 - one argument for each option
     controlnet_every: Annotated[
         int, typer.Option(help="Steps over which the ControlNet's residuals are kept; 1 is exact.", min=1)
     ] = 1,
+    unet_every: Annotated[
+        int, typer.Option(help="Steps over which most of the U-Net's features are kept; 1 is exact.", min=1)
+    ] = 1,
+    decoder: Annotated[
+        str, typer.Option(help="full, or small: faster and a little less true, where the engine has one.")
+    ] = "full",
     prompt: Annotated[str | None, typer.Option(help="Target prompt; else that of tuning.")] = None,
     guidance_scale: Annotated[float, typer.Option(help="1: none; 3 suits edits by prompt.")] = 1.0,
     control_scale: Annotated[float, typer.Option(help="Weight of the poses.")] = 1.0,
@@ -84,13 +90,15 @@ def render(  # noqa: PLR0913 - one argument for each option
     given = {"num_inference_steps": steps, "sampler": sampler, "inversion_substeps": inversion_substeps}
     options = preset_options(
         preset, mode=mode, prompt=prompt, guidance_scale=guidance_scale, conditioning_scale=control_scale, tau=tau,
-        resample=resample, strength=strength, controlnet_every=controlnet_every, segment=parse_segment(segment), overlap=overlap,
+        resample=resample, strength=strength, controlnet_every=controlnet_every, unet_every=unet_every, decoder=decoder,
+        segment=parse_segment(segment), overlap=overlap,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     target = PoseSequence.load(poses, person=person)
     with Avatar.load(engine) as avatar, step_progress("loading") as on_step:
         stretch = None if video is None else open_stretch(video, window, avatar.size, len(target))
-        target = PoseSequence(target.keypoints[window], target.canvas, fps or (stretch or target).fps)
+        rendered = window if stretch is None else stretch.rendered
+        target = PoseSequence(target.keypoints[rendered], target.canvas, fps or (stretch or target).fps)
         report = render_to_files(avatar, target, output, options, stretch=stretch, force=force, on_step=on_step)
     if as_json:
         print_json(report)

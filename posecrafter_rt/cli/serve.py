@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_SHUTDOWN_S = 5
-
 
 @app.command()
 def serve(  # noqa: PLR0913 - one argument for each option
@@ -39,6 +37,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
         bool,
         typer.Option("--pipelined", help="Denoise the last poses at once: for a GPU; frames come some steps later."),
     ] = False,
+    decoder: Annotated[str | None, typer.Option(help="full or small; else small where the engine has one.")] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Poses such as will come: they choose the reference, a decibel on the demonstration."),
@@ -63,7 +62,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.serve.listening import listen
     from posecrafter_rt.serve.options import ServeOptions, is_loopback
 
-    given = {"steps": steps, "window": window, "is_pipelined": pipelined or None,
+    given = {"steps": steps, "window": window, "is_pipelined": pipelined or None, "decoder": decoder,
              "calibration": None if calibration is None else PoseSequence.load(calibration)}  # fmt: skip
     options = ServeOptions(
         stream={name: value for name, value in given.items() if value is not None},
@@ -114,7 +113,7 @@ def _run(application: FastAPI, listener: socket.socket, on_ready: Callable[[], N
     """Serve until interrupted or terminated. Raises: PoseCrafterError when the avatar cannot be streamed."""
     import uvicorn
 
-    from posecrafter_rt.serve.options import MAX_MESSAGE_BYTES
+    from posecrafter_rt.serve.server import server_config
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -122,16 +121,12 @@ def _run(application: FastAPI, listener: socket.socket, on_ready: Callable[[], N
             if self.started:
                 on_ready()
 
-    config = uvicorn.Config(
-        application, log_level="warning", ws_max_size=MAX_MESSAGE_BYTES, ws_per_message_deflate=False,
-        timeout_graceful_shutdown=_SHUTDOWN_S,
-    )  # fmt: skip
     before = signal.signal(
         signal.SIGTERM, signal.default_int_handler
     )  # what uvicorn raises once more when it has ended
     try:
         application.state.service.start()
-        Server(config).run(sockets=[listener])
+        Server(server_config(application)).run(sockets=[listener])
     except KeyboardInterrupt:
         return  # the way to end it
     finally:

@@ -37,6 +37,10 @@ def tune(  # noqa: PLR0913 - one argument for each option
     decoder_steps: Annotated[
         int | None, typer.Option(help="Steps of the autoencoder's decoder after them; else the base's.", min=0)
     ] = None,
+    small_decoder_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of a small decoder for streams, distilled at last; 0: none; else the base's.", min=0),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Else the base's (0.003 for SD 1.5).")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the video shows; else the base's.")] = None,
     norm_scope: Annotated[str | None, typer.Option(help="GroupNorm over each `frame`, or the whole `clip`.")] = None,
@@ -66,7 +70,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
     device, precision = resolve_precision(device, precision)
     options = TuneOptions(
         base=base, controlnet=controlnet, vae=vae, frames=frames, steps=steps, decoder_steps=decoder_steps,
-        learning_rate=learning_rate, prompt=prompt, norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]
+        small_decoder_steps=small_decoder_steps, learning_rate=learning_rate, prompt=prompt, norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]
         gradient_checkpointing=gradient_checkpointing, controlvideo_weights=controlvideo_weights)  # fmt: skip
     clip, clip_poses = load_clip(video, PoseSequence.load(poses), picture_size or base_size(base), window)
     with step_progress("tuning") as on_step:
@@ -77,5 +81,5 @@ def tune(  # noqa: PLR0913 - one argument for each option
         print_json(summary)
     else:
         print_table((name.replace("_", " "), str(summary[name]))
-                    for name in ("checkpoint", "base", "prompt", "size", "steps", "decoder_steps", "learning_rate", "norm_scope"))  # fmt: skip
+                    for name in ("checkpoint", "base", "prompt", "size", "steps", "decoder_steps", "small_decoder_steps", "learning_rate", "norm_scope"))  # fmt: skip
         typer.echo(f"next: posecrafter-rt build-engine {output}", err=True)

@@ -62,5 +62,5 @@ SCHEDULER: dict[str, Any] = {
 # the person's colours with its decoder; and it is weakest where the noise is strongest, so renders start below that.
 SETTINGS = BaseSettings(
     size=SIZE, trainable=(".",), learning_rate=3e-4, steps=200, learning_rate_decay=True, shared_noise=0.5,
-    decoder_steps=100, inversion_substeps=5, strength=0.6,
+    decoder_steps=100, small_decoder_steps=400, inversion_substeps=5, strength=0.6,
 )  # fmt: skip

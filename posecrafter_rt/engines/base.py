@@ -23,7 +23,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
 # Activations of Stable Diffusion's VAE are known to leave float16's range.
 BEYOND_FP16 = ("vae_encoder", "vae_decoder")
-DTYPES = {"float": torch.float32, "int64": torch.int64, "bool": torch.bool}  # of `spec`, at the boundary
+# Of `spec`, at the boundary; what is kept, unless the engine has it in another.
+DTYPES = {"float": torch.float32, "kept": torch.float32, "int64": torch.int64, "bool": torch.bool}
 Progress = Callable[[str], None]  # told the name of each stage as it begins
 
 
@@ -107,7 +108,7 @@ def checked_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor], device: torc
         is_kept = expected.dtype == "kept"
         if not (given.is_floating_point() if is_kept else given.dtype == DTYPES[expected.dtype]):
             raise ShapeError(
-                f"{spec.name}: {expected.name} is {given.dtype}, not {DTYPES.get(expected.dtype, 'floats')}"
+                f"{spec.name}: {expected.name} is {given.dtype}, not {'floats' if is_kept else DTYPES[expected.dtype]}"
             )
         if not _fits(expected.dims, given.shape, sizes):
             known = f" with {', '.join(f'{name} {size}' for name, size in sizes.items())}" if sizes else ""

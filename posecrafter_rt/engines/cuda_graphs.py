@@ -8,15 +8,12 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 KEPT_SHAPES = 4  # a clip's, the reference's, and those of a second clip
-# Pixels of the largest batch of latents that is recorded: 32 frames of 64 × 64. Beyond it the GPU is busy for longer than
-# the processor needs to launch the next kernel, and a recording would only hold memory.
-MAX_PIXELS = 1 << 17
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +34,21 @@ class Recorder:
 
     The first call at new shapes runs plainly: it compiles kernels and fills caches, which no recording may. What a
     replay returns is overwritten by the next one. A network that cannot be recorded runs plainly for good.
+    max_pixels: of the first input, over all frames, beyond which nothing is recorded: the GPU is then busy for longer
+        than the processor needs to launch the next kernel, and a recording would only hold memory.
+    pool: torch's handle of memory that recorders share for what lives within a replay. They must not replay at the same time, and what one of them
+        returned may be overwritten by the replay of one that was recorded before it.
     """
 
-    def __init__(self, name: str, network: Network) -> None:
-        self.name, self.network = name, network
+    def __init__(self, name: str, network: Network, max_pixels: int, pool: Any = None) -> None:
+        self.name, self.network, self.max_pixels, self.pool = name, network, max_pixels, pool
         self._recordings: OrderedDict[Shapes, Recording | None] = OrderedDict()
         self._records = True
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """inputs: on one GPU, in the order of the network's parameters."""
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
-        if not self._records or not is_recorded(inputs[0]):
+        if not self._records or not self.is_recorded(inputs[0]):
             return self.network(inputs)
         if shapes not in self._recordings:
             self._recordings[shapes] = None
@@ -64,18 +65,17 @@ class Recorder:
         recording.graph.replay()
         return recording.outputs
 
+    def is_recorded(self, first: Tensor) -> bool:
+        """Whether a first input (F, C, h, w) is on a GPU and small enough for a recording to help."""
+        return first.is_cuda and first.numel() // first.shape[1] <= self.max_pixels
+
     def _record(self, inputs: Sequence[Tensor]) -> Recording | None:
         graph, memory = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                 outputs = list(self.network(memory))
         except RuntimeError as error:
             log.warning("%s runs without a CUDA graph: %s", self.name, (str(error).splitlines() or [""])[0])
             self._records = False
             return None
         return Recording(graph, memory, outputs)
-
-
-def is_recorded(latents: Tensor) -> bool:
-    """Whether a network's first input is on a GPU and small enough for a recording to help: (F, C, h, w)."""
-    return latents.is_cuda and latents.numel() // latents.shape[1] <= MAX_PIXELS

@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import importlib.util
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +137,10 @@ class InductorBackend:
 
     def _compile(self, network: nn.Module, spec: NetworkSpec, arch: Architecture, dtype: torch.dtype) -> bytes:
         from torch._inductor import aoti_compile_and_package
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
 
         from posecrafter_rt.export.trace import quiet, trace
 
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler as error:
-            raise BackendUnavailable("backend inductor: no C++ compiler was found to build with",
-                                     "install g++, or name a compiler in CXX, or give --backend torch") from error  # fmt: skip
+        _check_compiler()
         copied = channels_last(copy.deepcopy(network).to(torch_device(), dtype))
         program = trace(copied, spec, arch)
         with tempfile.TemporaryDirectory() as folder, quiet():
@@ -180,6 +176,35 @@ class InductorBackend:
             raise EngineFolderError(f"{networks_folder} holds no {spec.name} of this backend", "build it again")
         weights = load_file(weights_file, device=str(torch_device()))
         return InductorEngine(spec, package, _laid_out(weights), TORCH_DTYPES[inner_precision(spec.name, precision)])
+
+
+def _check_compiler() -> None:
+    """Raise BackendUnavailable unless a C++ compiler is found that links the C++ library which torch uses, too."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise BackendUnavailable("backend inductor: no C++ compiler was found to build with",
+                                 "install g++, or name a compiler in CXX, or give --backend torch") from error  # fmt: skip
+    if not _shares_cxx_library(compiler):
+        raise BackendUnavailable(f"backend inductor: {compiler} puts a C++ library of its own into what it links",
+                                 "name the system's compiler: CXX=g++, or give --backend torch")  # fmt: skip
+
+
+@cache
+def _shares_cxx_library(compiler: str) -> bool:
+    """Whether what a compiler links asks for the system's C++ library.
+
+    A second copy of it within a package ends the process when that is loaded: std::regex there meets torch's locale.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "library.so"
+        command = [compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+        done = subprocess.run(command, input=b"#include <locale>\nstd::locale f() { return {}; }", capture_output=True)
+        # What fails here fails in torch's hands, too, and is told of there.
+        return done.returncode != 0 or any(name in library.read_bytes() for name in (b"libstdc++.so", b"libc++.so"))
 
 
 def _package(folder: Path, spec: NetworkSpec) -> Path:

@@ -41,6 +41,7 @@ _FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "size": ("size", _size),
     "base_hash": ("base's hash", _digits),
     "norm_scope": ("norm_scope", str),
+    "feature_reuse": ("feature reuse", lambda is_built: "on" if is_built else "off"),
     "architecture": ("architecture's hash", lambda arch: _digits(sha256_json(arch))),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,23 +33,29 @@ from posecrafter_rt.models.blocks import channels_last
 from posecrafter_rt.models.empty import describe_modules, empty_modules
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.models.networks import build_networks
-from posecrafter_rt.spec import STREAM_NETWORKS, Architecture, NetworkSpec, network_specs
+from posecrafter_rt.spec import SHALLOW_UNET, SMALL_DECODER, STREAM_NETWORKS, Architecture, NetworkSpec, network_specs
 
 COMPONENTS_FILE = "components.json"
-RECORDED = ("controlnet", "unet", *STREAM_NETWORKS)  # what runs at every step; the rest runs once a frame, or once
+# What runs at every step or for every frame, and the pixels of the largest batch that is recorded: 32 frames of 64 × 64
+# latents for denoisers, one and two frames of 512 × 512 for what makes pictures of latents and reads pictures of poses.
+RECORDED = {**dict.fromkeys(("controlnet", "unet", SHALLOW_UNET, *STREAM_NETWORKS), 1 << 17), "vae_decoder": 1 << 12,
+            SMALL_DECODER: 1 << 12, "pose_embedding": 1 << 19}  # fmt: skip
+# Whose results are taken or copied before another network runs: only these recordings may share their memory.
+SHARING = ("unet_stream", "vae_decoder", SMALL_DECODER, "pose_embedding")
 
 
 class TorchEngine:
-    """One network module, run eagerly in its own dtype; the denoisers by CUDA graphs, where they help.
+    """One network module, run eagerly in its own dtype; those of RECORDED by CUDA graphs, where they help.
 
-    is_exact: whether a GPU's float32 convolutions must be that, not TF32.
+    is_exact: whether a GPU's float32 convolutions must be that, not TF32. pool: see `Recorder`.
     """
 
-    def __init__(self, module: nn.Module, spec: NetworkSpec, is_exact: bool) -> None:
+    def __init__(self, module: nn.Module, spec: NetworkSpec, is_exact: bool, pool: Any = None) -> None:
         self.module, self.spec, self.is_exact = module, spec, is_exact
         parameter = next(module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self._network = Recorder(spec.name, self._run) if spec.name in RECORDED else self._run
+        most = RECORDED.get(spec.name)
+        self._network = self._run if most is None else Recorder(spec.name, self._run, most, pool)
 
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -124,7 +131,9 @@ class TorchBackend:
             channels_last(module.to(device).eval().requires_grad_(False))
         networks = build_networks(**modules)  # type: ignore[arg-type]
         specs = network_specs(arch)
-        return {name: TorchEngine(network, specs[name], precision == "fp32") for name, network in networks.items()}
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        return {name: TorchEngine(network, specs[name], precision == "fp32", pool if name in SHARING else None)
+                for name, network in networks.items()}  # fmt: skip
 
 
 def _weights(name: str, module: nn.Module, precision: Precision) -> dict[str, Tensor]:

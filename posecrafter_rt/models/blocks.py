@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from posecrafter_rt import ops
 from posecrafter_rt.ops import keyframe_attention, temporal_attention
 
+FEED_FORWARD_TOKENS = 1 << 16  # at once: 16 frames of 64 × 64
+
 NormScope = Literal["clip", "frame"]
 BlockForward = Callable[..., Tensor]  # (module, hidden_states, context) → hidden_states
 
@@ -176,7 +178,16 @@ def transformer_block_forward(block: BasicTransformerBlock, hidden_states: Tenso
     if hasattr(block, "attn_temp"):
         out = out + _temporal(block, normalised, context)  # in parallel with attn1, on the same input
     out = out + _text(block, block.norm2(out), context)
-    return out + block.ff(block.norm3(out))
+    return out + _feed_forward(block, block.norm3(out))
+
+
+def _feed_forward(block: BasicTransformerBlock, hidden_states: Tensor) -> Tensor:
+    """(G·F, L, C) → (G·F, L, C), so many frames at a time that what is twelve times as wide inside stays small."""
+    frames, tokens, _ = hidden_states.shape
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or frames * tokens <= FEED_FORWARD_TOKENS:
+        return block.ff(hidden_states)
+    parts = hidden_states.split(max(1, FEED_FORWARD_TOKENS // tokens))
+    return torch.cat([block.ff(part) for part in parts])
 
 
 def transformer_forward(model: Transformer2DModel, hidden_states: Tensor, context: ClipContext) -> Tensor:

@@ -14,23 +14,23 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from posecrafter_rt.models.controlnet import VideoControlNet
-from posecrafter_rt.models.folding import fold_decoder, fold_denoiser
+from posecrafter_rt.models.folding import fold_denoiser, fold_vae
 from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.models.small_decoder import describe_config, empty_small_decoder
 from posecrafter_rt.models.unet import VideoUNet
 
 
 def describe_modules(model: PoseModel) -> str:
     """The components' configurations as JSON, without the paths that they came from."""
-    configs = {}
-    for name, module in model.modules().items():
-        config: Any = module.config
-        config = config.to_dict() if name == "text_encoder" else dict(config)
-        configs[name] = {key: value for key, value in config.items() if not key.startswith("_")}
-    return json.dumps({"norm_scope": model.unet.norm_scope, "configs": configs})
+    text_encoder: Any = model.text_encoder.config.to_dict()
+    configs = {name: describe_config(module) for name, module in model.modules().items() if name != "text_encoder"}
+    configs["text_encoder"] = {key: value for key, value in text_encoder.items() if not key.startswith("_")}
+    unet = {"norm_scope": model.unet.norm_scope, "gives_deep_features": model.unet.gives_deep_features}
+    return json.dumps({**unet, "configs": configs})
 
 
 def empty_modules(description: str) -> dict[str, nn.Module]:
-    """The four modules of `PoseModel.modules`, folded; all but the text encoder's weights are on the meta device.
+    """The modules of `PoseModel.modules`, folded; all but the text encoder's weights are on the meta device.
 
     Args: description: what `describe_modules` wrote.
     """
@@ -38,10 +38,12 @@ def empty_modules(description: str) -> dict[str, nn.Module]:
     configs, norm_scope = described["configs"], described["norm_scope"]
     with torch.device("meta"):
         unet = VideoUNet(UNet2DConditionModel.from_config(configs["unet"]), norm_scope)
+        unet.gives_deep_features = described.get("gives_deep_features", False)
         fold_denoiser(unet)
         controlnet = VideoControlNet(ControlNetModel.from_config(configs["controlnet"]), norm_scope)
         vae = AutoencoderKL.from_config(configs["vae"])
-        fold_decoder(vae)
+        fold_vae(vae)
+        small = {name: empty_small_decoder(configs[name]) for name in ("small_decoder",) if name in configs}
     # Not on meta: it keeps its position indices in a buffer that no weight file holds. It is small.
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))
-    return {"unet": unet, "controlnet": controlnet, "vae": vae, "text_encoder": text_encoder}
+    return {"unet": unet, "controlnet": controlnet, "vae": vae, "text_encoder": text_encoder, **small}

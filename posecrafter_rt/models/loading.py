@@ -19,9 +19,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from posecrafter_rt.errors import CheckpointError, ModelError
 from posecrafter_rt.models.blocks import NormScope
 from posecrafter_rt.models.controlnet import VideoControlNet
-from posecrafter_rt.models.folding import fold_decoder, fold_denoiser
+from posecrafter_rt.models.folding import fold_denoiser, fold_vae
 from posecrafter_rt.models.networks import build_networks, describe_architecture
 from posecrafter_rt.models.settings import BaseSettings
+from posecrafter_rt.models.small_decoder import fold_small_decoder
 from posecrafter_rt.models.sources import first_line, hash_files, lasting_id, locate_base, locate_component
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.models.weights import load_network, load_text_encoder, read_weights
@@ -35,7 +36,8 @@ class PoseModel:
     """Everything of one base, as torch modules: in evaluation mode, no parameter requiring gradients.
 
     base_id, controlnet_id, vae_id: what `load_base` takes to find them again, from any working directory; None where
-    the base's own is used. base_hash: SHA-256 over the weights of all four networks.
+    the base's own is used. base_hash: SHA-256 over the weights of all four networks. small_decoder: of a tuned person, or
+    one that was given; a base has none.
     """
 
     unet: VideoUNet
@@ -49,23 +51,24 @@ class PoseModel:
     settings: BaseSettings
     controlnet_id: str | None = None
     vae_id: str | None = None
+    small_decoder: nn.Module | None = None
 
     def identity(self) -> dict[str, str | None]:
         """What a checkpoint's metadata says of its base: base, controlnet, vae and base_hash."""
         return {"base": self.base_id, "controlnet": self.controlnet_id, "vae": self.vae_id, "base_hash": self.base_hash}
 
     def modules(self) -> dict[str, nn.Module]:
-        """The four modules under the prefixes of their parameters' names."""
-        names = ("unet", "controlnet", "vae", "text_encoder")
-        return {name: getattr(self, name) for name in names}
+        """The modules under the prefixes of their parameters' names."""
+        names = ("unet", "controlnet", "vae", "text_encoder", "small_decoder")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def networks(self) -> dict[str, nn.Module]:
-        """Every network under its name in `spec.NETWORK_NAMES`, sharing these modules' weights."""
-        return build_networks(self.unet, self.controlnet, self.vae, self.text_encoder)
+        """Every network under its name in `spec`, sharing these modules' weights."""
+        return build_networks(**self.modules())  # type: ignore[arg-type]
 
     def architecture(self) -> Architecture:
         """The sizes that fix every network's tensor shapes."""
-        return describe_architecture(self.unet, self.controlnet, self.vae, self.text_encoder)
+        return describe_architecture(**self.modules())  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> PoseModel:
         """Convert and move every module in place; returns self."""
@@ -77,7 +80,9 @@ class PoseModel:
     def fold(self) -> None:
         """Fold what is one linear map (see `folding`), in place; for inference only."""
         fold_denoiser(self.unet)
-        fold_decoder(self.vae)
+        fold_vae(self.vae)
+        if self.small_decoder is not None:
+            fold_small_decoder(self.small_decoder)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts → input_ids int64 (prompts, tokens), padded and cut to the text encoder's length."""
@@ -179,10 +184,11 @@ def _check_fit(model: PoseModel) -> None:
 
 
 def named_parameters(model: PoseModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of U-Net, ControlNet and VAE under their `unet.…`, `controlnet.…` and `vae.…` names, in a fixed order."""
-    for prefix in ("unet", "controlnet", "vae"):
-        for name, parameter in getattr(model, prefix).named_parameters():
-            yield f"{prefix}.{name}", parameter
+    """Parameters of all modules but the text encoder under their `unet.…`, `vae.…` and so on names, in a fixed order."""
+    for prefix, module in model.modules().items():
+        if prefix != "text_encoder":
+            for name, parameter in module.named_parameters():
+                yield f"{prefix}.{name}", parameter
 
 
 def apply_tensors(model: PoseModel, tensors: Mapping[str, Tensor]) -> None:

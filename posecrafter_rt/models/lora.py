@@ -29,6 +29,8 @@ _FACTOR = re.compile(r"(?P<layer>.+?)(?:[._]lora[._]|\.lora_linear_layer\.)(?P<s
 _ATTENTION = re.compile(r"\.(to_[qkv]|to_out)(\.0)?$")
 _PROJECTION = re.compile(r"\.(q|k|v|out)_proj$")
 _SETTINGS = "lora_adapter_metadata"  # under which diffusers keeps peft's configuration in a file's header
+_OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr",
+                "lora_mid.": "LoCon with a Tucker core"}  # fmt: skip
 _UNKNOWN_SETTINGS = ("alpha_pattern", "use_rslora", "use_dora")  # each changes what is added to a weight
 
 
@@ -58,6 +60,11 @@ class LoraLayer:
         is_pair = min(len(down), len(up)) >= 2 and up[1] == down[0] > 0 and set(up[2:]) <= {1}
         return is_pair and _without_ones((up[0], *down[1:])) == _without_ones(tuple(shape))
 
+    def is_finite(self) -> bool:
+        """Whether every number in it is one."""
+        factors = (factor.float() for factor in (self.down, self.up))
+        return all(torch.isfinite(factor).all() for factor in factors) and math.isfinite(self.alpha or 0)
+
     def delta(self, scale: float) -> Tensor:
         """scale · alpha / rank · up @ down, float32 (out, in · kernel height · kernel width)."""
         rank = len(self.down)
@@ -81,8 +88,8 @@ class LoraFile:
 def read_lora(lora: Lora) -> LoraFile:
     """Read a LoRA file (.safetensors, or what torch.save wrote, without running the code that a pickle may hold).
 
-    Raises: CheckpointError: missing, truncated, a pickle that holds code; without a pair of factors, or with a tensor
-        that is neither a factor nor an alpha, such as those of DoRA, LoHa and LoKr.
+    Raises: CheckpointError: missing, truncated, a pickle that holds code; without a pair of factors, with a tensor that
+        is neither a factor nor an alpha, such as those of DoRA, LoHa and LoKr, or with a number that is not finite.
     """
     tensors = read_weights(lora.path, CheckpointError)
     settings = _read_settings(lora.path)
@@ -98,6 +105,9 @@ def read_lora(lora: Lora) -> LoraFile:
             foreign.append(name)
     foreign += [f"{layer}.alpha" for layer in alphas if layer not in pairs]
     foreign += [f"{layer} up or down alone" for layer, pair in pairs.items() if len(pair) == 1]
+    for mark, kind in _OTHER_KINDS.items():
+        marked = [name for name in foreign if mark in name]
+        _refuse(lora.path, f"is a {kind}, which is not supported: it holds {{}}", marked)
     _refuse(lora.path, "holds {}, which is no part of a LoRA", foreign)
     if not pairs:
         raise CheckpointError(f"{lora.path} holds no LoRA: it has no tensors", hint=HINT)
@@ -105,6 +115,8 @@ def read_lora(lora: Lora) -> LoraFile:
     for layer, pair in pairs.items():
         alpha = alphas[layer].item() if layer in alphas else settings.get(f"{layer.partition('.')[0]}.lora_alpha")
         layers[layer] = LoraLayer(**pair, alpha=alpha)
+    broken = [name for name, layer in layers.items() if not layer.is_finite()]
+    _refuse(lora.path, "has numbers that are not finite in {}", broken)
     return LoraFile(lora, sha256_file(lora.path), layers)
 
 

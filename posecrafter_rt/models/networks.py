@@ -15,8 +15,9 @@ from transformers import CLIPTextModel
 
 from posecrafter_rt.models.blocks import StreamMemory
 from posecrafter_rt.models.controlnet import VideoControlNet
+from posecrafter_rt.models.small_decoder import decode_small
 from posecrafter_rt.models.unet import ClipDenoiser, VideoUNet
-from posecrafter_rt.spec import Architecture
+from posecrafter_rt.spec import SHALLOW_UNET, SMALL_DECODER, Architecture
 
 
 class TextEncoder(nn.Module):
@@ -91,6 +92,17 @@ class VaeDecoder(nn.Module):
         return (self.vae.decoder(latents),)
 
 
+class SmallVaeDecoder(nn.Module):
+    """latents → pixels (F, 3, H, W), about [-1, 1], not clipped, by the small decoder."""
+
+    def __init__(self, small_decoder: nn.Module) -> None:
+        super().__init__()
+        self.small_decoder = small_decoder
+
+    def forward(self, latents: Tensor) -> tuple[Tensor]:
+        return (decode_small(self.small_decoder, latents),)
+
+
 class ControlNetStep(nn.Module):
     """One ControlNet evaluation on a clip, tables in, residuals out."""
 
@@ -111,14 +123,30 @@ class ControlNetStep(nn.Module):
 
 
 class UNetStep(nn.Module):
-    """One U-Net evaluation on a clip: tables and ControlNet residuals in, noise_pred out."""
+    """One U-Net evaluation on a clip: tables and ControlNet residuals in, noise_pred out, and where asked deep_features."""
 
     def __init__(self, unet: VideoUNet) -> None:
         super().__init__()
         self.unet = unet
 
-    def forward(self, latents: Tensor, time_projections: Tensor, text_kv: Tensor, *residuals: Tensor) -> tuple[Tensor]:
-        return (self.unet(latents, time_projections, text_kv, residuals[:-1], residuals[-1]),)
+    def forward(
+        self, latents: Tensor, time_projections: Tensor, text_kv: Tensor, *residuals: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs = self.unet.predict(latents, time_projections, text_kv, residuals[:-1], residuals[-1])
+        return tuple(output for output in outputs if output is not None)
+
+
+class UNetShallow(nn.Module):
+    """The U-Net's first and last layer on a clip: deep_features of an earlier step in, noise_pred out."""
+
+    def __init__(self, unet: VideoUNet) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, latents: Tensor, time_projections: Tensor, text_kv: Tensor, deep_features: Tensor, residual: Tensor
+    ) -> tuple[Tensor]:
+        return (self.unet.predict_shallow(latents, time_projections, text_kv, deep_features, residual),)
 
 
 class ControlNetStream(nn.Module):
@@ -174,9 +202,13 @@ class UNetStream(nn.Module):
 
 
 def build_networks(
-    unet: VideoUNet, controlnet: VideoControlNet, vae: AutoencoderKL, text_encoder: CLIPTextModel
+    unet: VideoUNet,
+    controlnet: VideoControlNet,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    small_decoder: nn.Module | None = None,
 ) -> dict[str, nn.Module]:
-    """Every network under its name in `spec.NETWORK_NAMES`; they share the given modules' weights."""
+    """Every network under its name in `spec.NETWORK_NAMES`, and of the others those that there are; they share weights."""
     factories: dict[str, Callable[[], nn.Module]] = {
         "text_encoder": lambda: TextEncoder(text_encoder),
         "prompt_kv": lambda: PromptKV(unet, controlnet),
@@ -189,11 +221,19 @@ def build_networks(
         "controlnet_stream": lambda: ControlNetStream(controlnet),
         "unet_stream": lambda: UNetStream(unet),
     }
+    if small_decoder is not None:
+        factories[SMALL_DECODER] = lambda: SmallVaeDecoder(small_decoder)
+    if unet.gives_deep_features:
+        factories[SHALLOW_UNET] = lambda: UNetShallow(unet)
     return {name: make().eval() for name, make in factories.items()}
 
 
 def describe_architecture(
-    unet: VideoUNet, controlnet: VideoControlNet, vae: AutoencoderKL, text_encoder: CLIPTextModel
+    unet: VideoUNet,
+    controlnet: VideoControlNet,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    small_decoder: nn.Module | None = None,
 ) -> Architecture:
     """Read the tensor sizes off the modules themselves."""
     residuals = residual_layers(controlnet)
@@ -213,6 +253,8 @@ def describe_architecture(
             tuple(layer[:2] for layer in attention_layers(controlnet)),
         ),
         temporal_layers=tuple(layer[:2] for layer in layers if layer[2]),
+        has_small_decoder=small_decoder is not None,
+        deep_channels=unet.deep_channels if unet.gives_deep_features else None,
     )
 
 

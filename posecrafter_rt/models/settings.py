@@ -28,6 +28,7 @@ class BaseSettings:
     whose frames have a part of their noise in common, as they do when rendering. timestep_exponent: the timesteps of
     tuning are drawn with density proportional to t^exponent; 0 is uniform, more dwells on the noisy ones.
     decoder_steps, decoder_learning_rate: of the autoencoder's decoder, tuned after the denoiser; the paper's is 0 steps.
+    small_decoder_steps, small_decoder_learning_rate: of a small decoder that is distilled from it; 0: there will be none.
     inversion_substeps, strength: what `RenderOptions` leaves to the base.
     Raises: ModelError for a value out of range.
     """
@@ -45,6 +46,8 @@ class BaseSettings:
     timestep_exponent: float = 0.0
     decoder_steps: int = 0
     decoder_learning_rate: float = 1e-3
+    small_decoder_steps: int = 0
+    small_decoder_learning_rate: float = 2e-3
     inversion_substeps: int = 1
     strength: float = 1.0
 
@@ -65,6 +68,9 @@ class BaseSettings:
             "timestep_exponent": _is_number(self.timestep_exponent) and self.timestep_exponent >= 0,
             "decoder_steps": type(self.decoder_steps) is int and self.decoder_steps >= 0,
             "decoder_learning_rate": _is_number(self.decoder_learning_rate) and self.decoder_learning_rate > 0,
+            "small_decoder_steps": type(self.small_decoder_steps) is int and self.small_decoder_steps >= 0,
+            "small_decoder_learning_rate": _is_number(self.small_decoder_learning_rate)
+            and self.small_decoder_learning_rate > 0,
         }
         for name, is_valid in valid.items():
             if not is_valid:

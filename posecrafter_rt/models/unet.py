@@ -38,6 +38,9 @@ UNSUPPORTED_OPTIONS = (
 )
 
 
+UpLayer = tuple[ResnetBlock2D, Any, Any]  # and its attention and upsampler, each or None
+
+
 class ClipDenoiser(nn.Module):
     """What the U-Net and the ControlNet share: tables, down blocks and mid block over a clip.
 
@@ -123,8 +126,12 @@ class ClipDenoiser(nn.Module):
 
 
 class VideoUNet(ClipDenoiser):
-    """SD 1.5's U-Net inflated to clips (METHOD: key-frame attention everywhere, temporal in its down and up blocks)."""
+    """SD 1.5's U-Net inflated to clips (METHOD: key-frame attention everywhere, temporal in its down and up blocks).
 
+    gives_deep_features: whether `predict` gives what `predict_shallow` takes.
+    """
+
+    gives_deep_features = False
     up_blocks: Any
     conv_norm_out: nn.GroupNorm
 
@@ -137,7 +144,11 @@ class VideoUNet(ClipDenoiser):
                 for transformer_block in attention.transformer_blocks:
                     _add_temporal_attention(transformer_block)
 
-    def forward(
+    def forward(self, *tensors: Any, **named: Any) -> Tensor:
+        """noise_pred (G·F, 4, h, w): the first of what `predict` gives."""
+        return self.predict(*tensors, **named)[0]
+
+    def predict(
         self,
         latents: Tensor,
         time_projections: Tensor,
@@ -147,30 +158,75 @@ class VideoUNet(ClipDenoiser):
         *,
         temporal_mask: Tensor | None = None,
         memory: StreamMemory | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Predict the noise of a clip; frame 0 of each group is its key frame.
 
         Args: latents: (G·F, 4, h, w). time_projections: (G or 1, T) from `time_projections`. text_kv: (G, tokens, K).
             down_block_additional_residuals, mid_block_additional_residual: what the ControlNet returned.
             temporal_mask: bool (F, F), which frame attends to which over time; None: each to all.
             memory: what the frames of a stream attend to instead of one another; their own is added to it.
-        Returns: noise_pred (G·F, 4, h, w).
+        Returns: noise_pred (G·F, 4, h, w); deep_features (G·F, C, h, w), which the last layer read beside `conv_in`'s
+            output, or None where they are not asked for.
         """
         context = replace(self._context(latents, time_projections, text_kv, memory), temporal_mask=temporal_mask)
         samples = self._down(self.conv_in(latents), context)
-        hidden_states = self._mid(samples[-1], context)
+        samples.append(self._mid(samples[-1], context))
         if mid_block_additional_residual is not None:
-            hidden_states = hidden_states + mid_block_additional_residual
-            samples = [sample + extra for sample, extra in zip(samples, down_block_additional_residuals, strict=True)]
+            residuals = (*down_block_additional_residuals, mid_block_additional_residual)
+            samples = [sample + residual for sample, residual in zip(samples, residuals, strict=True)]
+        layers, deep_features = self._up_layers(), None
+        if self.gives_deep_features:
+            deep_features = self._up(layers[:-1], samples, context)
+            samples.append(deep_features)
+            layers = layers[-1:]
+        return self._out(self._up(layers, samples, context), context), deep_features
+
+    def predict_shallow(
+        self,
+        latents: Tensor,
+        time_projections: Tensor,
+        text_kv: Tensor,
+        deep_features: Tensor,
+        down_block_additional_residual: Tensor,
+    ) -> Tensor:
+        """Predict the noise by the first and the last layer alone; what all others gave comes from another step.
+
+        Features and residual of the same step give what `predict` does; those of an earlier step an approximation, the
+        cheapest of DeepCache's (Ma et al. 2024).
+        Args: as `predict` takes and gives them; down_block_additional_residual: the first of the ControlNet's.
+        Returns: noise_pred (G·F, 4, h, w).
+        """
+        context = self._context(latents, time_projections, text_kv, None)
+        samples = [self.conv_in(latents) + down_block_additional_residual, deep_features]
+        return self._out(self._up(self._up_layers()[-1:], samples, context), context)
+
+    @property
+    def deep_channels(self) -> int:
+        """Of deep_features."""
+        channels: int = self._up_layers()[-1][0].in_channels - self.conv_in.out_channels
+        return channels
+
+    def _up_layers(self) -> list[UpLayer]:
+        layers = []
         for block in self.up_blocks:
             attentions = getattr(block, "attentions", [None] * len(block.resnets))
-            for resnet, attention in zip(block.resnets, attentions, strict=True):
-                hidden_states = torch.cat([hidden_states, samples.pop()], dim=1)
-                hidden_states = self._run(resnet_forward, resnet, hidden_states, context)
-                if attention is not None:
-                    hidden_states = transformer_forward(attention, hidden_states, context)
-            for upsampler in block.upsamplers or ():
+            upsamplers = [None] * (len(block.resnets) - 1) + list(block.upsamplers or [None])
+            layers += list(zip(block.resnets, attentions, upsamplers, strict=True))
+        return layers
+
+    def _up(self, layers: list[UpLayer], samples: list[Tensor], context: ClipContext) -> Tensor:
+        """Run some up layers. samples: what they read, the input last; taken out, so that nothing is held for longer."""
+        hidden_states = samples.pop()
+        for resnet, attention, upsampler in layers:
+            hidden_states = torch.cat([hidden_states, samples.pop()], dim=1)
+            hidden_states = self._run(resnet_forward, resnet, hidden_states, context)
+            if attention is not None:
+                hidden_states = transformer_forward(attention, hidden_states, context)
+            if upsampler is not None:
                 hidden_states = upsampler(hidden_states, samples[-1].shape[-2:])
+        return hidden_states
+
+    def _out(self, hidden_states: Tensor, context: ClipContext) -> Tensor:
         hidden_states = group_norm(self.conv_norm_out, hidden_states, context, silu=True)
         return self.conv_out(hidden_states)
 

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 
@@ -96,6 +97,9 @@ def _detect(
             process.wait()
         finally:
             process.kill()
+            with suppress(BrokenPipeError):  # what was not yet sent is of no use, and must not hide an interruption
+                assert process.stdin is not None
+                process.stdin.close()
             process.wait()
             listener.join()
         listener.raise_for_status(process.returncode)
@@ -103,12 +107,12 @@ def _detect(
             return _split(result["points"], result["frames"], int(result["num_frames"]))
 
 
-def _feed(process: subprocess.Popen[bytes], frames: np.ndarray) -> None:
+def _feed(process: subprocess.Popen[bytes], frames: Iterable[np.ndarray]) -> None:
     assert process.stdin is not None
     try:
-        with process.stdin as pipe:
-            for frame in frames:
-                pipe.write(np.ascontiguousarray(frame).data)
+        for frame in frames:
+            process.stdin.write(np.ascontiguousarray(frame).data)
+        process.stdin.close()
     except BrokenPipeError:
         # The worker has ended; what it said on stderr tells why.
         return

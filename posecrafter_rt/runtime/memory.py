@@ -69,11 +69,12 @@ def free_bytes(device_type: str) -> int | None:
 def frame_bytes(arch: Architecture, size: tuple[int, int], groups: int) -> int:
     """About what a frame takes in a joint render, in float32 whatever type runs inside.
 
-    That is the ControlNet's residuals, and what the U-Net computes with them (`LEVEL_COPIES`).
+    That is the ControlNet's residuals and deep features, if they are built for, and what the U-Net computes with them (`LEVEL_COPIES`).
     Args: size: (height, width) in pixels; groups: 2 with guidance.
     """
     positions = size[0] // arch.vae_scale_factor * (size[1] // arch.vae_scale_factor)
-    levels = [channels * positions // scale**2 for channels, scale in (*arch.residuals, arch.mid_residual)]
+    kept = (*arch.residuals, arch.mid_residual, (arch.deep_channels or 0, 1))
+    levels = [channels * positions // scale**2 for channels, scale in kept]
     return 4 * groups * (sum(levels) + LEVEL_COPIES * max(levels))
 
 

@@ -16,6 +16,7 @@ from posecrafter_rt.runtime.segments import check_split, least_segment
 MODES = ("controlvideo", "+selection", "+insertion", "+editing")
 Resample = Literal["bilinear", "nearest", "unit_variance"]
 Sampler = Literal["ddim", "dpmpp", "unipc"]
+Decoder = Literal["full", "small"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class RenderOptions:
         The inversion is DDIM's in the sampler's timesteps, and ends where the sampler starts.
     controlnet_every: steps of sampling after which the ControlNet's residuals are computed anew; between them the U-Net
         gets those of the step before. 1 is exact.
+    unet_every: steps of sampling after which the whole U-Net runs; between them its first and last layer do, on what the
+        others gave before, and the ControlNet's residuals are kept. 1 is exact; more needs an engine built for it.
+    decoder: of latents into pictures: `full`, the VAE's, or `small`, where the engine has one: an approximation.
     segment: render at most so many frames jointly, each segment with the inserted reference as its key frame: memory then
         does not grow with the clip, but frames attend to their own segment only, which is an approximation. None: the
         whole clip jointly, exact. A clip that fits into one segment is exact, too. `auto`: as many as free memory takes.
@@ -57,17 +61,26 @@ class RenderOptions:
     strength: float | None = None
     sampler: Sampler = "ddim"
     controlnet_every: int = 1
+    unet_every: int = 1
+    decoder: Decoder = "full"
     segment: int | Literal["auto"] | None = None
     # The ramp then goes from one segment to the next in five steps of a fifth, over 1/5 s of video at 25 frames/s, and
     # each seam costs 4 frames that are rendered twice: a fifth more work in segments of 24, a thirtieth in those of 124.
     overlap: int = 4
 
     def __post_init__(self) -> None:
-        for name, choices in {"mode": MODES, "resample": get_args(Resample), "sampler": get_args(Sampler)}.items():
+        named = {
+            "mode": MODES,
+            "resample": get_args(Resample),
+            "sampler": get_args(Sampler),
+            "decoder": get_args(Decoder),
+        }
+        for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise PoseCrafterError(f"unknown {name} {getattr(self, name)!r}", f"choose one of {', '.join(choices)}")
         counts = {"denoising steps": self.num_inference_steps, "substeps of inversion": self.inversion_substeps,
-                  "steps to keep residuals over": self.controlnet_every}  # fmt: skip
+                  "steps to keep residuals over": self.controlnet_every,
+                  "steps to keep features over": self.unet_every}  # fmt: skip
         for what, count in counts.items():
             if count is not None and count < 1:
                 raise PoseCrafterError(f"{count} {what}", "give 1 or more")

@@ -19,6 +19,7 @@ from posecrafter_rt.ops import affine_warp_paste
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import RenderOptions, Resample
+from posecrafter_rt.spec import SHALLOW_UNET, residual_names
 
 
 @dataclass(frozen=True)
@@ -139,20 +140,36 @@ def edit_latents(
     return latents, plan
 
 
+@dataclass(frozen=True)
+class Every:
+    """Calls of a `Denoiser` after which a network is computed anew; 1 is exact.
+
+    Between whole evaluations of the U-Net its first and last layer run alone, and the ControlNet does not.
+    """
+
+    controlnet: int = 1
+    unet: int = 1
+
+
 class Denoiser:
     """ControlNet then U-Net on one clip: `denoise(latents, index, timestep) → noise_pred`."""
 
     def __init__(
         self, engines: Mapping[str, Engine], tables: Tables, pose_embeddings: Tensor, conditioning_scale: float,
-        guidance_scale: float, controlnet_every: int = 1,
+        guidance_scale: float, every: Every = Every(),
     ) -> None:  # fmt: skip
-        """controlnet_every: calls after which the ControlNet's residuals are computed anew."""
-        self.controlnet, self.unet = engines["controlnet"], engines["unet"]
+        """every: more than 1 for the U-Net needs engines that have its shallow form."""
+        self.engines, self.every = engines, every
         self.tables, self.guidance_scale = tables, guidance_scale
         self.pose_embeddings = pose_embeddings.repeat(tables.groups, 1, 1, 1)
-        self.conditioning_scale = torch.full((1,), conditioning_scale, device=self.controlnet.device)
-        self.controlnet_every, self._num_calls = controlnet_every, 0
+        self.conditioning_scale = torch.full((1,), conditioning_scale, device=engines["controlnet"].device)
+        self.forget()
+
+    def forget(self) -> None:
+        """Compute everything anew in the next call: latents have become others."""
+        self._num_calls = self._num_calls_with_residuals = 0
         self._residuals: dict[str, Tensor] = {}
+        self._deep: dict[str, Tensor] = {}
 
     def _step(self, network: str, index: int) -> dict[str, Tensor]:
         return {"time_projections": self.tables.time_projections[network][index : index + 1],
@@ -161,14 +178,27 @@ class Denoiser:
     def __call__(self, latents: Tensor, index: int, timestep: int) -> Tensor:
         """latents: (F, 4, h, w) → noise_pred of the same shape; index: into the timestep table."""
         batch = latents.repeat(self.tables.groups, 1, 1, 1) if self.tables.groups > 1 else latents
-        if self._num_calls % self.controlnet_every == 0:
-            self._residuals = {}  # before the new ones are made
-            self._residuals = self.controlnet(
-                latents=batch, pose_embeddings=self.pose_embeddings, conditioning_scale=self.conditioning_scale,
-                **self._step("controlnet", index))  # fmt: skip
+        is_whole = self._num_calls % self.every.unet == 0
+        noise_pred = self._predict(batch, index) if is_whole else self._predict_shallow(batch, index)
         self._num_calls += 1
-        noise_pred = self.unet(latents=batch, **self._step("unet", index), **self._residuals)["noise_pred"]
         if self.tables.groups == 1:
             return noise_pred
         unconditional, conditional = noise_pred.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def _predict(self, batch: Tensor, index: int) -> Tensor:
+        self._deep = {}  # before new ones are made, and so with the residuals
+        if self._num_calls >= self._num_calls_with_residuals:
+            self._residuals = {}
+            self._residuals = self.engines["controlnet"](
+                latents=batch, pose_embeddings=self.pose_embeddings, conditioning_scale=self.conditioning_scale,
+                **self._step("controlnet", index))  # fmt: skip
+            self._num_calls_with_residuals = self._num_calls + self.every.controlnet
+        outputs = self.engines["unet"](latents=batch, **self._step("unet", index), **self._residuals)
+        if self.every.unet > 1:
+            first = residual_names(len(self._residuals) - 1)[0]
+            self._deep = {"deep_features": outputs["deep_features"], first: self._residuals[first]}
+        return outputs["noise_pred"]
+
+    def _predict_shallow(self, batch: Tensor, index: int) -> Tensor:
+        return self.engines[SHALLOW_UNET](latents=batch, **self._step("unet", index), **self._deep)["noise_pred"]

@@ -42,6 +42,8 @@ def approximations(options: RenderOptions, segment: int | str | None) -> dict[st
         "sampler": options.sampler != RenderOptions.sampler,
         "strength": options.strength != 1,
         "controlnet_every": options.controlnet_every > 1,
+        "unet_every": options.unet_every > 1,
+        "decoder": options.decoder != "full",
     }
     named = {name: getattr(options, name) for name, used in is_used.items() if used}
     return named if segment is None else {**named, "segment": segment}

@@ -14,9 +14,12 @@ from torch import Tensor
 from posecrafter_rt.engines.base import Engine
 from posecrafter_rt.method import DDIMSchedule, DPMSchedule, ddim_sample, dpmpp_sample, unipc_sample
 from posecrafter_rt.ops import affine_warp_paste_
-from posecrafter_rt.runtime.options import RenderOptions
-from posecrafter_rt.runtime.prepare import Clip, Denoiser, Tables
+from posecrafter_rt.runtime.options import Decoder, RenderOptions
+from posecrafter_rt.runtime.prepare import Clip, Denoiser, Every, Tables
 from posecrafter_rt.runtime.segments import ramp
+from posecrafter_rt.spec import SMALL_DECODER
+
+DECODERS: dict[Decoder, str] = {"full": "vae_decoder", "small": SMALL_DECODER}
 
 
 @torch.no_grad()
@@ -33,7 +36,7 @@ def render_clip(
     Returns: clean latents (F, 4, h, w), the inserted reference still at frame 0.
     """
     denoise = Denoiser(engines, tables, clip.pose_embeddings, options.conditioning_scale, options.guidance_scale,
-                       options.controlnet_every)  # fmt: skip
+                       Every(options.controlnet_every, options.unet_every))  # fmt: skip
     plan, steps = clip.plan, options.num_inference_steps
     edit_step = None if plan is None or options.tau == 1 else options.start_step + options.tau - 1
 
@@ -42,6 +45,7 @@ def render_clip(
             on_step(index)
         if plan is not None and index == edit_step:
             affine_warp_paste_(latents, torch.from_numpy(plan.affines), torch.from_numpy(plan.rects), options.resample)
+            denoise.forget()
         return latents
 
     if isinstance(schedule, DPMSchedule):
@@ -66,13 +70,14 @@ def blend(carried: Tensor | None, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(engines: Mapping[str, Engine], latents: Tensor) -> Iterator[np.ndarray]:
+def decode(engines: Mapping[str, Engine], latents: Tensor, decoder: Decoder = "full") -> Iterator[np.ndarray]:
     """Decode latents (N, 4, h, w); yields frames (H, W, 3) uint8 RGB.
 
     One at a time: decoding takes several times the memory that denoising takes for a frame (0.8 GB at Stable Diffusion
     1.5's 512²). And so a frame is, bit for bit, what it is among others.
     """
+    network = engines[DECODERS[decoder]]
     for part in latents.split(1):
-        pixels = engines["vae_decoder"](latents=part)["pixels"]
+        pixels = network(latents=part)["pixels"]
         frame = pixels[0].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
         yield frame.permute(1, 2, 0).cpu().numpy()

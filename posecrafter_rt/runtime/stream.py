@@ -17,6 +17,7 @@ from posecrafter_rt.engines.base import Engine
 from posecrafter_rt.method.dpmpp import Terms, dpmpp_step
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.live import PoseFollower
+from posecrafter_rt.runtime.options import Decoder
 from posecrafter_rt.runtime.prepare import Tables, edit_latents, embed_poses
 from posecrafter_rt.runtime.render import decode
 from posecrafter_rt.runtime.stream_options import StreamOptions
@@ -47,7 +48,7 @@ class Sampling(NamedTuple):
 class StreamReference:
     """What every stream of an avatar and its options shares: nobody writes to it.
 
-    pose: (134, 3) on a canvas of the frame size; inverted_latents: (4, h, w); frame: (H, W, 3) uint8, the reference as
+    decoder: of its frames. pose: (134, 3) on a canvas of the frame size; inverted_latents: (4, h, w); frame: (H, W, 3) uint8, the reference as
     the stream renders it. memory: name of the network's tensor → (S, …), the reference's keys and values at every step.
     """
 
@@ -56,6 +57,7 @@ class StreamReference:
     frame: np.ndarray
     sampling: Sampling
     memory: dict[str, dict[str, Tensor]]
+    decoder: Decoder = "full"
 
 
 class StreamDenoiser:
@@ -154,8 +156,9 @@ def _new(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def sample_reference(
-    engines: Mapping[str, Engine], sampling: Sampling, inverted_latents: Tensor, pose: np.ndarray, size: tuple[int, int]
-) -> StreamReference:
+    engines: Mapping[str, Engine], sampling: Sampling, inverted_latents: Tensor, pose: np.ndarray, size: tuple[int, int],
+    decoder: Decoder = "full",
+) -> StreamReference:  # fmt: skip
     """Denoise the reference alone, with its own pose, and keep its keys and values of every step and layer.
 
     Args: inverted_latents: (4, h, w) at the first step's noise; pose: (134, 3) on a canvas of `size`, that of frames.
@@ -169,7 +172,8 @@ def sample_reference(
         latents, before = dpmpp_step(latents, noise_pred, before, terms)
     memory = {name: {key: torch.cat([part[name][key] for part in parts]) for key in tensors}
               for name, tensors in parts[0].items()}  # fmt: skip
-    return StreamReference(pose, inverted_latents, next(decode(engines, latents)), sampling, memory)
+    frame = next(decode(engines, latents, decoder))
+    return StreamReference(pose, inverted_latents, frame, sampling, memory, decoder)
 
 
 class AvatarStream:
@@ -206,7 +210,7 @@ class AvatarStream:
         flight = self._take_off(live.pose, live.jumped)
         landed = self._fly_along(flight) if self.options.is_pipelined else self._fly(flight)
         if landed is not None:
-            self._frame = next(decode(self.engines, landed.latents))
+            self._frame = next(decode(self.engines, landed.latents, self.reference.decoder))
         return self._frame.copy()
 
     def _take_off(self, pose: np.ndarray, starts_anew: bool) -> _Flight:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method.editing import DEFAULT_REGIONS
 from posecrafter_rt.runtime.live import LiveOptions
-from posecrafter_rt.runtime.options import RenderOptions, Resample
+from posecrafter_rt.runtime.options import Decoder, RenderOptions, Resample
 
 MAX_STEPS = 8
 MAX_WINDOW = 30  # with the reference and the frame itself 32, for which kernels have tiles of their own
@@ -22,6 +22,7 @@ class StreamOptions:
 
     steps: denoising steps of a frame, 1 to 8; window: past frames that a frame attends to beside the reference, 0 to 30.
     is_pipelined: denoise the last `steps` poses at once: more frames a second on a GPU, each `steps - 1` frames later.
+    decoder: `full`, `small` (see `RenderOptions`), or None: small where the engine has one.
     strength, inversion_substeps, prompt, conditioning_scale, resample, regions: see `RenderOptions`; None: the base's.
     live: how lost persons, still poses and jumps are met.
     """
@@ -29,6 +30,7 @@ class StreamOptions:
     steps: int = 2
     window: int = 2  # more of them cost memory and time, and were not seen to give anything (docs/streaming.md)
     is_pipelined: bool = False
+    decoder: Decoder | None = None
     strength: float | None = None
     inversion_substeps: int = 10  # of one frame and cached, as in the presets of a render
     prompt: str | None = None
@@ -43,17 +45,18 @@ class StreamOptions:
         if not 0 <= self.window <= MAX_WINDOW:
             raise PoseCrafterError(f"a stream that remembers {self.window} frames", f"give 0 to {MAX_WINDOW}")
 
-    def as_render(self, recommended_strength: float) -> RenderOptions:
+    def as_render(self, recommended_strength: float, has_small_decoder: bool) -> RenderOptions:
         """The render whose sampling does these very steps: their number counts what is done, not the whole schedule's.
 
-        Raises: PoseCrafterError for what `RenderOptions` refuses, and where no schedule has so many steps.
+        Args: of the engine. Raises: PoseCrafterError for what `RenderOptions` refuses, and where no schedule has so many steps.
         """
         strength = recommended_strength if self.strength is None else self.strength
+        decoder = self.decoder or ("small" if has_small_decoder else "full")
         for total in range(self.steps, 100 * MAX_STEPS):
             options = RenderOptions(
                 num_inference_steps=total, sampler="dpmpp", strength=strength, prompt=self.prompt,
                 inversion_substeps=self.inversion_substeps, conditioning_scale=self.conditioning_scale,
-                resample=self.resample, regions=self.regions,
+                resample=self.resample, regions=self.regions, decoder=decoder,
             )  # fmt: skip
             if total - options.start_step == self.steps:
                 return options

@@ -15,6 +15,7 @@ import numpy as np
 
 from posecrafter_rt.errors import VideoError
 from posecrafter_rt.framing import check_one_pose_a_frame
+from posecrafter_rt.runtime.seams import draw_to_anchors
 from posecrafter_rt.video_io import stream_video
 
 
@@ -23,7 +24,8 @@ class Stretch:
     """Frames [start, stop) of a video; see `open_stretch`.
 
     video: a video or a folder of images. size: (height, width) that its frames are fitted to. fps: its own.
-    frames_sha256: of all its frames as fitted, 64 hexadecimal digits.
+    frames_sha256: of all its frames as fitted, 64 hexadecimal digits. before, after: the frames on either side, (H, W, 3)
+        uint8; None where the video begins or ends.
     """
 
     video: Path
@@ -32,16 +34,33 @@ class Stretch:
     size: tuple[int, int]
     fps: float
     frames_sha256: str
+    before: np.ndarray | None
+    after: np.ndarray | None
 
-    def mend(self, rendered: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """The video with `rendered`, stop - start frames, in place of the stretch: (H, W, 3) uint8, one at a time.
+    @property
+    def rendered(self) -> slice:
+        """Which of the video's frames are to be rendered: the stretch, and those on either side, to compare with."""
+        return slice(self.start - (self.before is not None), self.stop + (self.after is not None))
 
-        The frames before the stretch come first, before one of `rendered` is asked for; that is taken to its end.
+    @property
+    def inside(self) -> slice:
+        """Which of the rendered ones are of the stretch."""
+        first = self.start - self.rendered.start
+        return slice(first, first + self.stop - self.start)
+
+    def draw_to_neighbours(self, rendered: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Of the frames `self.rendered`, those of the stretch, drawn to the real frames on either side; see `seams`."""
+        return draw_to_anchors(rendered, self.stop - self.start, self.before, self.after)
+
+    def mend(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The video with `frames`, stop - start of them, in place of the stretch: (H, W, 3) uint8, one at a time.
+
+        The frames before the stretch come first, before one of `frames` is asked for; that is taken to its end.
         Raises: VideoError when the video can no longer be read.
         """
         own, _ = stream_video(self.video, size=self.size)
         yield from islice(own, self.start)
-        for frame in rendered:
+        for frame in frames:
             next(own)  # it gives way
             yield frame
         yield from own
@@ -52,7 +71,7 @@ class Stretch:
 
 
 def open_stretch(video: Path, window: slice, size: tuple[int, int], num_poses: int) -> Stretch:
-    """Read a video once from end to end, holding one frame, and check that a stretch of it can be rendered.
+    """Read a video once from end to end, holding three frames, and check that a stretch of it can be rendered.
 
     Args: window: the stretch; an open side is that of the video. size: (height, width) to fit its frames to, as those
         that are tuned on. num_poses: of the video, one a frame.
@@ -60,12 +79,16 @@ def open_stretch(video: Path, window: slice, size: tuple[int, int], num_poses: i
     """
     frames, fps = stream_video(video, size=size)
     digest, num_frames = sha256(), 0
+    beside: dict[int, np.ndarray] = {}
+    start = window.start or 0
     for frame in frames:
         digest.update(frame.tobytes())
+        if num_frames in (start - 1, window.stop):
+            beside[num_frames] = frame
         num_frames += 1
     check_one_pose_a_frame(video, num_frames, num_poses)
-    start, stop = window.start or 0, num_frames if window.stop is None else window.stop
+    stop = num_frames if window.stop is None else window.stop
     if not start < stop <= num_frames:
         raise VideoError(f"{video} has {num_frames} frames, and {start}:{stop} is not within them",
                          f"frames are counted from 0; give START and END of 0 to {num_frames}")  # fmt: skip
-    return Stretch(video, start, stop, size, fps, digest.hexdigest())
+    return Stretch(video, start, stop, size, fps, digest.hexdigest(), beside.get(start - 1), beside.get(stop))

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from starlette.requests import ClientDisconnect
 
 from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError
 from posecrafter_rt.serve.metrics import CONTENT_TYPE
 from posecrafter_rt.serve.options import MAX_OFFER_BYTES, ServeOptions
 from posecrafter_rt.serve.peers import Peers
 from posecrafter_rt.serve.pictures import encode_picture
-from posecrafter_rt.serve.poses_api import Busy, PoseReader, TooLarge, pose_track
+from posecrafter_rt.serve.poses_api import Busy, Left, PoseReader, TooLarge, pose_track
 from posecrafter_rt.serve.protocol import JPEG
 from posecrafter_rt.serve.security import PAGE_FOLDERS, Guard
 from posecrafter_rt.serve.service import Service, SessionsFull
@@ -48,9 +49,11 @@ def create_app(avatar: Avatar, options: ServeOptions) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(service.start)
+        watching = asyncio.create_task(service.watch.run())
         try:
             yield
         finally:
+            watching.cancel()
             await peers.close()
             await asyncio.to_thread(service.stop)
 
@@ -58,6 +61,8 @@ def create_app(avatar: Avatar, options: ServeOptions) -> FastAPI:
     app.state.service = service
     app.add_middleware(Guard, options=options)
     app.add_exception_handler(PoseCrafterError, _answer_error)
+    for kind in (ClientDisconnect, Left):
+        app.add_exception_handler(kind, _answer_nobody)
     _add_page(app)
     _add_facts(app, service)
     _add_poses(app, service, reader)
@@ -104,7 +109,11 @@ def _add_poses(app: FastAPI, service: Service, reader: PoseReader) -> None:
 
     @app.post("/api/poses")
     async def read_poses(request: Request) -> Response:
-        track = await reader.read(request.headers.get("content-type", ""), request.stream())
+        async def leave() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        track = await reader.read(request.headers.get("content-type", ""), request.stream(), leave)
         return Response(track, media_type="application/json")
 
 
@@ -130,6 +139,11 @@ def _add_live(app: FastAPI, service: Service, peers: Peers) -> None:
         if path is None:
             return JSONResponse({"message": "there is no such recording", "hint": "the oldest are deleted"}, 404)
         return FileResponse(path, media_type="video/mp4", filename="avatar.mp4")
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client has left."""
+    return Response(status_code=400)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,15 @@ from posecrafter_rt.serve.options import MAX_POSE_FILE_BYTES, MAX_VIDEO_BYTES
 DEFAULT_FPS = 25.0
 NO_DETECTOR = 3  # the worker's exit status; 1 for what is wrong with the file
 _TIMEOUT_S = 600.0
+_UPLOAD_TIMEOUT_S = 300.0  # as long as it comes, nobody else's is read
 
 
 class TooLarge(PoseCrafterError):
     """A body beyond its limit."""
+
+
+class Left(Exception):
+    """Whoever wanted the poses is gone."""
 
 
 class Busy(PoseCrafterError):
@@ -52,11 +57,13 @@ class PoseReader:
     def __init__(self) -> None:
         self._is_busy = False
 
-    async def read(self, content_type: str, body: AsyncIterator[bytes]) -> bytes:
-        """The track of a body as JSON. content_type: `application/json`, or `video/...`.
+    async def read(self, content_type: str, body: AsyncIterator[bytes], leave: Callable[[], Awaitable[None]]) -> bytes:
+        """The track of a body as JSON.
+
+        content_type: `application/json`, or `video/...`. leave: returns when the client has left; called after the body.
 
         Raises: PoseError for what is no pose file or shows nobody; VideoError's message as PoseError; TooLarge; Busy;
-            BackendUnavailable for a video where no detector is installed.
+            BackendUnavailable for a video where no detector is installed; Left.
         """
         kind = content_type.partition(";")[0].strip().lower()
         if kind == "application/json":
@@ -73,8 +80,14 @@ class PoseReader:
         try:
             with tempfile.TemporaryDirectory(prefix="posecrafter-") as folder:
                 path = Path(folder) / name
-                await _save(body, path, limit)
-                return await _work(path)
+                try:
+                    with anyio.fail_after(_UPLOAD_TIMEOUT_S):
+                        await _save(body, path, limit)
+                except TimeoutError as error:
+                    raise PoseError(
+                        f"it took more than {_UPLOAD_TIMEOUT_S:g} s to come", "send a smaller one"
+                    ) from error
+                return await _work(path, leave)
         finally:
             self._is_busy = False
 
@@ -89,17 +102,21 @@ async def _save(body: AsyncIterator[bytes], path: Path, limit: int) -> None:
             file.write(part)
 
 
-async def _work(path: Path) -> bytes:
-    """The worker's answer. Raises: PoseError or BackendUnavailable as it reports."""
+async def _work(path: Path, leave: Callable[[], Awaitable[None]]) -> bytes:
+    """The worker's answer. Raises: PoseError or BackendUnavailable as it reports; Left."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "posecrafter_rt.serve.pose_worker", str(path), stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)  # fmt: skip
+    working, leaving = asyncio.create_task(process.communicate()), asyncio.ensure_future(leave())
     try:
-        with anyio.fail_after(_TIMEOUT_S):
-            answer, _ = await process.communicate()
-    except TimeoutError as error:
-        raise PoseError(f"reading it took more than {_TIMEOUT_S:g} s", "send a shorter one") from error
+        await asyncio.wait((working, leaving), timeout=_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done():
+            raise Left
+        if not working.done():
+            raise PoseError(f"reading it took more than {_TIMEOUT_S:g} s", "send a shorter one")
+        answer, _ = working.result()
     finally:
+        leaving.cancel()
         if process.returncode is None:
             process.kill()
             await process.wait()

@@ -23,6 +23,7 @@ HELD, REPEAT, RESET = 1, 2, 4  # flags of a frame
 FITS = ("person", "canvas")
 MAX_CANVAS_PX = 16384
 _MAX_COORDINATE = 1e6
+_MAX_REASON_BYTES = 123
 _POSE = struct.Struct("<BBHIdff")
 _FRAME = struct.Struct("<BBBBIdHHIff")
 FRAME_HEADER_BYTES = _FRAME.size
@@ -181,6 +182,11 @@ def _configure(value: dict[str, Any]) -> Configure:
     if fit is not None and fit not in FITS:
         raise ProtocolError(f"fit {fit!r:.40}", f"choose one of {', '.join(FITS)}")
     return Configure(None if form is None else FORMATS[form], quality, fit)
+
+
+def close_reason(message: str) -> str:
+    """As much of a message as the close of a WebSocket can carry."""
+    return message.encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
 
 
 def error_message(error: PoseCrafterError) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from posecrafter_rt.serve.options import ServeOptions, is_loopback
+from posecrafter_rt.serve.protocol import close_reason
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -70,10 +71,10 @@ def check_request(scope: Scope, options: ServeOptions) -> None:
     """
     headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
     host = headers.get("host", "")
-    if options.is_loopback and options.token is None and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+    if options.is_loopback and options.token is None and not is_loopback(_host_name(host)):
         raise Refusal(421, f"this server is not {host!r:.80}", "it answers to localhost and 127.0.0.1 only")
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host and origin not in options.allow_origins:
+    if origin is not None and origin.partition("://")[2] != host and origin not in options.allow_origins:
         raise Refusal(403, f"pages of {origin!r:.80} may not use this server", "serve with --allow-origin to let them")
     if options.token is None or scope["path"] == "/health" or scope["path"].startswith(_PAGE_FILES):
         return
@@ -84,6 +85,14 @@ def check_request(scope: Scope, options: ServeOptions) -> None:
         raise Refusal(
             401, "the token is missing or wrong", "add ?token=... to the address, or Authorization: Bearer ..."
         )
+
+
+def _host_name(host: str) -> str:
+    """A Host header without its port; empty where it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class Guard:
@@ -134,4 +143,4 @@ async def _refuse_socket(refusal: Refusal, receive: Receive, send: Send) -> None
     await send({"type": "websocket.accept"})
     text = json.dumps({"type": "error", "message": refusal.message, "hint": refusal.hint})
     await send({"type": "websocket.send", "text": text})
-    await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": refusal.message[:120]})
+    await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": close_reason(refusal.message)})

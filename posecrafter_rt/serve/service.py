@@ -18,6 +18,7 @@ import numpy as np
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.machine import return_freed_memory
 from posecrafter_rt.poses.fit import median_pose
+from posecrafter_rt.serve.loop_watch import LoopWatch
 from posecrafter_rt.serve.metrics import Metrics
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.poses_api import has_pose_extraction
@@ -39,11 +40,15 @@ class SessionsFull(PoseCrafterError):
 
 
 class Service:
-    """All that lives as long as the server. reference: (H, W, 3) uint8, what is shown before the first pose."""
+    """All that lives as long as the server. reference: (H, W, 3) uint8, what is shown before the first pose.
+
+    watch: of the event loop; whoever runs the loop runs it.
+    """
 
     def __init__(self, avatar: Avatar, options: ServeOptions) -> None:
         self.avatar, self.options = avatar, options
         self.metrics = Metrics(lambda: self.num_sessions)
+        self.watch = LoopWatch()
         self.reference: np.ndarray = avatar.frames[0]
         self.stream_options: StreamOptions | None = None  # known once the first stream is there
         self._reference_pose = median_pose(avatar.poses.keypoints)

@@ -56,7 +56,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """A pose, and when it came (`time.perf_counter`)."""
+    """A pose, and when it came, at the earliest where that is not known (`time.perf_counter`)."""
 
     pose: PoseMessage
     arrived_s: float
@@ -123,6 +123,11 @@ class Session:
         """A pose came faster than the rate limit allows."""
         self._num_limited += 1
         self._metrics.dropped.labels("limited").inc()
+
+    def count_stale(self) -> None:
+        """A pose, or its frame, grew too old to be shown."""
+        self._num_stale += 1
+        self._metrics.dropped.labels("stale").inc()
 
     def configure(self, wish: Configure) -> None:
         """Follow what the client wants from the next frame on."""
@@ -207,8 +212,7 @@ class Session:
         self.frames.put(Shown(frame, header, arrived_s))
 
     def _drop_stale(self, why: str) -> None:
-        self._num_stale += 1
-        self._metrics.dropped.labels("stale").inc()
+        self.count_stale()
         self._tell(PoseCrafterError(f"{why}; frames older than {MAX_AGE_S:g} s are not shown",
                                     "serve with fewer --steps, or fewer sessions"))  # fmt: skip
 

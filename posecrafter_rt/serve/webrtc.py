@@ -59,7 +59,7 @@ class AvatarTrack(MediaStreamTrack):
         """Take the next frame that is new enough; without any for a while the last one is sent again."""
         with anyio.move_on_after(_STILL_EVERY_S):
             while (shown := await self._session.frames.take()).age_s > MAX_AGE_S:
-                pass
+                self._session.count_stale()
             self._frame = shown.frame
             self._announce(shown)
 

@@ -17,12 +17,11 @@ from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.serve.conversation import Conversation, Disconnect
 from posecrafter_rt.serve.options import MAX_AGE_S
 from posecrafter_rt.serve.pictures import encode_picture
-from posecrafter_rt.serve.protocol import encode_frame, error_message
+from posecrafter_rt.serve.protocol import close_reason, encode_frame, error_message
 from posecrafter_rt.serve.security import TRY_AGAIN_LATER
 from posecrafter_rt.serve.service import Service, SessionsFull
 from posecrafter_rt.serve.session import Session
 
-_MAX_REASON_BYTES = 120  # of a close frame
 _INTERNAL_ERROR = 1011
 _SEND_TIMEOUT_S = 20.0  # then nobody reads at the other end
 
@@ -47,8 +46,9 @@ async def serve_socket(service: Service, socket: WebSocket) -> None:
 
 async def _converse(service: Service, session: Session, socket: WebSocket) -> None:
     """Returns when the client is gone. Raises: Disconnect."""
+    line = asyncio.Lock()  # whoever holds it may send, and holds it until the message is on its way
     tasks = [asyncio.create_task(job) for job in (
-        _hear(Conversation(service, session), socket), _show(service, session, socket), _tell(session, socket))]  # fmt: skip
+        _hear(Conversation(service, session), socket), _show(service, session, socket, line), _tell(session, socket, line))]  # fmt: skip
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -70,19 +70,24 @@ async def _hear(conversation: Conversation, socket: WebSocket) -> None:
         conversation.hear(message["bytes"] if text is None else text)
 
 
-async def _show(service: Service, session: Session, socket: WebSocket) -> None:
+async def _show(service: Service, session: Session, socket: WebSocket, line: asyncio.Lock) -> None:
     while True:
         shown = await session.frames.take()
         picture = await asyncio.to_thread(encode_picture, shown.frame, shown.header.format, session.quality)
-        if shown.age_s <= MAX_AGE_S:  # else a slow line held up the frame before
-            service.metrics.age.observe(shown.age_s)
+        async with line:
+            age_s = shown.age_s
+            if age_s > MAX_AGE_S:  # a slow line held up what was sent before
+                session.count_stale()
+                continue
+            service.metrics.age.observe(age_s)
             await _send(socket.send_bytes(encode_frame(shown.header, picture)))
 
 
-async def _tell(session: Session, socket: WebSocket) -> None:
+async def _tell(session: Session, socket: WebSocket, line: asyncio.Lock) -> None:
     while True:
         message = await session.texts.take()
-        await _send(socket.send_text(json.dumps(message)))
+        async with line:
+            await _send(socket.send_text(json.dumps(message)))
 
 
 async def _send(sending: Awaitable[None]) -> None:
@@ -99,7 +104,6 @@ async def _send(sending: Awaitable[None]) -> None:
 
 
 async def _close(socket: WebSocket, error: PoseCrafterError, code: int) -> None:
-    reason = str(error).encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
     with contextlib.suppress(Gone):
         await _send(socket.send_text(json.dumps(error_message(error))))
-        await _send(socket.close(code, reason))
+        await _send(socket.close(code, close_reason(str(error))))

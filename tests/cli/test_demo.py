@@ -20,7 +20,7 @@ from posecrafter_rt.demo.footage import load_poses
 from posecrafter_rt.video_io import read_video
 
 NUM_FRAMES = 3
-SHORT = ("--tuning-steps", "1", "--decoder-steps", "1", "--steps", "2")
+SHORT = ("--tuning-steps", "1", "--decoder-steps", "1", "--small-decoder-steps", "1", "--steps", "2")
 
 
 def invoke(*arguments: object) -> Result:

@@ -6,7 +6,12 @@ Tests; no layer.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -182,3 +187,74 @@ def test_preview_refusals(poses: Path, tmp_path: Path) -> None:
     again = run("preview", poses, "-o", tmp_path / "out.png")
     assert isinstance(again.exception, OutputExists)
     assert run("preview", poses, "-o", tmp_path / "out.png", "--force").exit_code == 0
+
+
+# A real process: handlers as at a terminal, which a job in the background does not inherit.
+COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from posecrafter_rt.cli.main import main; main()\n"
+)
+# From its second picture on the detector says so, in a file, and takes its time.
+SLOW = """
+import pathlib, time
+Quick = solutions.holistic.Holistic
+class Slow(Quick):
+    def process(self, picture):
+        note = pathlib.Path(__file__).with_name("note")
+        if note.exists():
+            note.with_name("busy").touch()
+            time.sleep(60)
+        note.touch()
+        return super().process(picture)
+solutions.holistic.Holistic = Slow
+"""
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
+def interrupt(process: subprocess.Popen[str], output: Path) -> None:
+    """Ctrl-C, as a terminal sends it: to the command and all that it started. Then nothing is left, and one line tells."""
+    try:
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert stdout == "" and "Traceback" not in stderr
+    assert stderr.rstrip().endswith("interrupted; run the same command again to continue")
+    assert not [path for path in output.parent.iterdir() if output.stem in path.name]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no detector of it goes on
+
+
+def start(*arguments: object, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, start_new_session=True,
+                            env={**os.environ, "TMPDIR": str(folder)})  # fmt: skip
+
+
+def test_ctrl_c_ends_the_detection(python: Path, tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    with (library / "mediapipe.py").open("a") as file:
+        file.write(SLOW)
+    (tmp_path / "temporary").mkdir()
+    clip, output = video(tmp_path / "clip.mp4", *[200] * 40), tmp_path / "out.json"
+    process = start("poses", "extract", clip, "-o", output, "--detector", "mediapipe", "--python", python,
+                    folder=tmp_path / "temporary")  # fmt: skip
+    wait_for((library / "busy").exists, process)
+    interrupt(process, output)
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_ctrl_c_ends_a_preview(tmp_path: Path) -> None:
+    keypoints = np.random.default_rng(3).random((400, NUM_KEYPOINTS, 3)) * [64, 48, 1]
+    PoseSequence(keypoints, (48, 64), 12.5).save(tmp_path / "poses.json")
+    output = tmp_path / "drawn.mp4"
+    process = start("poses", "preview", tmp_path / "poses.json", "-o", output, "--size", "2400x3200", folder=tmp_path)
+    wait_for(lambda: any(tmp_path.glob(".drawn*")), process)
+    interrupt(process, output)

@@ -15,6 +15,7 @@ from posecrafter_rt.cli.main import app
 from posecrafter_rt.evaluate.metrics import psnr
 from posecrafter_rt.framing import contact_sheet
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.seams import draw_to_anchors
 from posecrafter_rt.tuning import TuneOptions, load_clip, tune
 from posecrafter_rt.video_io import VideoWriter, read_video, write_video
 
@@ -65,8 +66,10 @@ def test_the_stretch_is_rendered_and_the_rest_is_untouched(
     own = read_video(workshop / "me.mp4", size=SIZE).frames
     with Avatar.load(workshop / "me.engine") as avatar:
         split = {"segment": more[1], "overlap": more[3]} if more else {}
-        poses = PoseSequence.load(workshop / "me.json")[START:STOP]
-        rendered = avatar.render(poses, num_inference_steps=2, **split)
+        poses = PoseSequence.load(workshop / "me.json")[START - 1 : STOP + 1]
+        alone = avatar.render(poses, num_inference_steps=2, **split)
+    rendered = list(draw_to_anchors(alone, STOP - START, own[START - 1], own[STOP]))
+    assert not np.array_equal(rendered, alone[1:-1])
     np.testing.assert_array_equal(written, np.concatenate([own[:START], rendered, own[STOP:]]))
     decoded = read_video(tmp_path / "mended.mp4")
     assert len(decoded) == COUNT and decoded.fps == pytest.approx(24)
@@ -74,8 +77,8 @@ def test_the_stretch_is_rendered_and_the_rest_is_untouched(
         assert psnr(decoded.frames[[index]], own[[index]]) > 30
     report = json.loads((tmp_path / "mended.report.json").read_text())
     assert report == json.loads(result.stdout)
-    assert report["replaced"] == [START, STOP] and report["num_frames"] == STOP - START
-    assert report["num_segments"] == (2 if more else 1)
+    assert report["replaced"] == [START, STOP] and report["num_frames"] == STOP - START + 2
+    assert report["num_segments"] == (3 if more else 1)
     (sheet,) = rows
     assert [name for name, _ in sheet] == ["reference", "poses", "replaced", "rendered"]
     np.testing.assert_array_equal(sheet[2][1], own[START:STOP])
@@ -108,7 +111,7 @@ def test_an_interrupted_one_goes_on_only_with_the_same_stretch_of_the_same_video
         other = run(*command(workshop, output, *more, *change))
         assert other.exit_code == 1 and "unfinished render" in other.output, change
     again = run(*command(workshop, output, *more))
-    assert again.exit_code == 0 and "2 from an interrupted run" in again.output
+    assert again.exit_code == 0 and "3 from an interrupted run" in again.output
     assert f"frames {START} to {STOP - 1} of" in again.output
     for suffix in (".mp4", ".png"):
         assert output.with_suffix(suffix).read_bytes() == (tmp_path / "unbroken").with_suffix(suffix).read_bytes()

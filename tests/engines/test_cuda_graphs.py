@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from posecrafter_rt.engines.cuda_graphs import KEPT_SHAPES, MAX_PIXELS, Recorder, is_recorded
+from posecrafter_rt.engines.cuda_graphs import KEPT_SHAPES, Recorder
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")]
+
+MANY = 1 << 17  # pixels
 
 
 class Counted:
@@ -41,7 +43,7 @@ def gpu(function):
 @torch.inference_mode()
 def test_a_replay_gives_what_running_gives_and_runs_no_python() -> None:
     network = Counted()
-    recorder = Recorder("network", network)
+    recorder = Recorder("network", network, MANY)
     for seed in range(5):
         inputs = draw(3, seed)
         assert torch.equal(recorder(inputs)[0], network(inputs)[0])
@@ -52,7 +54,7 @@ def test_a_replay_gives_what_running_gives_and_runs_no_python() -> None:
 @torch.inference_mode()
 def test_weights_changed_in_place_are_seen() -> None:
     network = Counted()
-    recorder = Recorder("network", network)
+    recorder = Recorder("network", network, MANY)
     for _ in range(3):
         recorder(draw(2))
     network.weight.mul_(2)
@@ -63,7 +65,7 @@ def test_weights_changed_in_place_are_seen() -> None:
 @torch.inference_mode()
 def test_every_shape_has_its_own_recording_and_few_are_kept() -> None:
     network = Counted()
-    recorder = Recorder("network", network)
+    recorder = Recorder("network", network, MANY)
     for _ in range(3):
         for frames in range(1, KEPT_SHAPES + 1):
             assert torch.equal(recorder(draw(frames))[0], network(draw(frames))[0])
@@ -81,7 +83,7 @@ def test_what_cannot_be_recorded_runs_plainly(caplog: pytest.LogCaptureFixture) 
     def reads_back(inputs: Sequence[Tensor]) -> list[Tensor]:
         return [inputs[0] * float(inputs[1])]  # waits for the GPU, which no recording may
 
-    recorder = Recorder("network", reads_back)
+    recorder = Recorder("network", reads_back, MANY)
     for seed in range(4):
         assert torch.equal(recorder(draw(2, seed))[0], reads_back(draw(2, seed))[0])
     assert caplog.text.count("runs without a CUDA graph") == 1
@@ -89,13 +91,29 @@ def test_what_cannot_be_recorded_runs_plainly(caplog: pytest.LogCaptureFixture) 
 
 @gpu
 def test_large_batches_are_not_recorded() -> None:
-    assert is_recorded(torch.empty(MAX_PIXELS // 64, 4, 8, 8, device="cuda"))
-    assert not is_recorded(torch.empty(MAX_PIXELS // 64 + 1, 4, 8, 8, device="cuda"))
+    recorder = Recorder("network", Counted(), 128)
+    assert recorder.is_recorded(torch.empty(2, 4, 8, 8, device="cuda"))
+    assert not recorder.is_recorded(torch.empty(3, 4, 8, 8, device="cuda"))
+
+
+@gpu
+@torch.inference_mode()
+def test_recorders_of_one_pool_keep_the_results_of_those_recorded_before() -> None:
+    """What one returned stays until that one replays, whatever those do that were recorded after it."""
+    pool = torch.cuda.graph_pool_handle()
+    networks = [Counted(), Counted()]
+    first, second = (Recorder("network", network, MANY, pool) for network in networks)
+    for seed in range(5):
+        inputs = draw(3, seed)
+        residual = first(inputs)[0]
+        out = second([residual, inputs[1]])[0]
+        assert torch.equal(residual, networks[0](inputs)[0])
+        assert torch.equal(out, networks[1]([residual, inputs[1]])[0])
 
 
 def test_nothing_is_recorded_on_a_processor() -> None:
     calls = []
-    recorder = Recorder("network", lambda inputs: [calls.append(1) or inputs[0] + 1])
+    recorder = Recorder("network", lambda inputs: [calls.append(1) or inputs[0] + 1], MANY)
     for _ in range(3):
         assert recorder([torch.zeros(1, 4, 8, 8)])[0].mean() == 1
     assert len(calls) == 3

@@ -152,6 +152,23 @@ def test_a_missing_compiler_is_one_line_with_a_hint(
 
 
 @on_cpu
+def test_a_compiler_that_brings_a_cxx_library_of_its_own_is_refused(
+    plain_model: PoseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it links would end the process when it is loaded."""
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / "empty"))
+    compiler = tmp_path / "static-g++"
+    compiler.write_text('#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n')
+    compiler.chmod(0o755)
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, str(compiler))}),
+        pytest.raises(BackendUnavailable, match=r"static-g\+\+ puts a C\+\+ library of its own") as caught,
+    ):
+        build_decoder(plain_model, tmp_path)
+    assert caught.value.hint and "CXX=g++" in caught.value.hint
+
+
+@on_cpu
 def test_half_precision_is_for_gpus() -> None:
     assert "fp16" in str(InductorBackend().unsupported_reason("fp16"))
     assert InductorBackend().unsupported_reason("bf16") is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import openvino
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from posecrafter_rt.engines import openvino as backend_module
 from posecrafter_rt.engines.base import FULL_PRECISION, Precision
 from posecrafter_rt.engines.openvino import KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
+from posecrafter_rt.engines.openvino_norms import normalise_by_channel
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
@@ -144,3 +146,38 @@ def test_a_full_disk_is_told_from_other_failures(
     with pytest.raises(OSError if number else RuntimeError) as caught:
         backend_module._save_ir(openvino.Core(), openvino_networks / "unet.xml", tmp_path / "unet.xml")
     assert getattr(caught.value, "errno", None) == number
+
+
+def norm_model(scale: float) -> Any:
+    """GroupNorm of 2 groups as ONNX brings it, with a factor within; parameter `x` (2, 8, 5, 6)."""
+    import openvino
+    from openvino import opset13 as op
+
+    x = op.parameter([2, 8, 5, 6], np.float32, "x")
+    grouped = op.reshape(x, np.array([2, 2, -1]), special_zero=False)
+    normalised = op.mvn(grouped, np.array([2]), True, 1e-5, "INSIDE_SQRT")
+    scaled = op.add(op.multiply(normalised, op.constant(np.full((1, 2, 1), scale, np.float32))),
+                    op.constant(np.zeros((1, 2, 1), np.float32)))  # fmt: skip
+    return openvino.Model([op.reshape(scaled, np.array([2, 8, 5, 6]), special_zero=False)], [x], "norm")
+
+
+@pytest.mark.parametrize(("scale", "count"), [(1.0, 1), (2.0, 0)])
+def test_norms_by_channel_are_the_norms(scale: float, count: int) -> None:
+    """And what is no plain GroupNorm stays as it is."""
+    import openvino
+
+    pixels = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    model = norm_model(scale)
+    assert normalise_by_channel(model) == count
+    assert any(node.get_type_name() == "MVN" for node in model.get_ops()) is (count == 0)
+    found = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(pixels.numpy())[0]
+    expected = torch.nn.functional.group_norm(pixels, 2, eps=1e-5) * scale
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_decoders_norms_are_taken_by_channel(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
+) -> None:
+    engine = load(plain_model, openvino_networks, tmp_path)["vae_decoder"]
+    left = [node for node in engine._read(((1, 4, 16, 16),)).get_ops() if node.get_type_name() == "MVN"]
+    assert len(left) == 1  # of the attention, whose tokens are no picture

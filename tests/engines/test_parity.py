@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,14 +41,35 @@ def inputs_for(spec: NetworkSpec, frames: int, groups: int = 1, seed: int = 0) -
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PoseModel, str], dict[str, Engine]]:
-    def build_and_load(model: PoseModel, name: str) -> dict[str, Engine]:
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PoseModel, str], Path]:
+    def build(model: PoseModel, name: str) -> Path:
         folder, arch = tmp_path_factory.mktemp(name), replace(model.architecture(), size=(32, 32))
-        backend = get_backend(name)
-        backend.build(model, arch, folder, "fp32", lambda stage: None)
-        return backend.load(folder, arch, "fp32", folder / "compiled")
+        get_backend(name).build(model, arch, folder, "fp32", lambda stage: None)
+        return folder
 
-    return build_and_load
+    return build
+
+
+def load(folder: Path, model: PoseModel, name: str) -> dict[str, Engine]:
+    arch = replace(model.architecture(), size=(32, 32))
+    return get_backend(name).load(folder, arch, "fp32", folder / "compiled")
+
+
+@pytest.fixture
+def model(make_tiny_model: Callable[..., PoseModel]) -> PoseModel:
+    model = make_tiny_model("frame")
+    model.fold()
+    return model
+
+
+@pytest.fixture(scope="module")
+def built(
+    build: Callable[[PoseModel, str], Path], make_tiny_model: Callable[..., PoseModel], backend_name: str
+) -> Path:
+    """What the backend writes of `model`, once for all tests; what is compiled lies there too."""
+    model = make_tiny_model("frame")
+    model.fold()
+    return build(model, backend_name)
 
 
 def in_channels_last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,11 +85,10 @@ def outputs(module: torch.nn.Module, spec: NetworkSpec, inputs: dict[str, Tensor
 
 
 def test_every_network_equals_its_module_over_changing_frame_counts(
-    make_tiny_model: Callable[..., PoseModel], load: Callable[[PoseModel, str], dict[str, Engine]], backend_name: str
+    model: PoseModel, built: Path, backend_name: str
 ) -> None:
-    model = make_tiny_model("frame")
-    model.fold()
-    engines, modules, specs = load(model, backend_name), model.networks(), network_specs(model.architecture())
+    engines, modules = load(built, model, backend_name), model.networks()
+    specs = network_specs(model.architecture())
     assert set(engines) == set(NETWORK_NAMES)
     for network, spec in specs.items():
         varies = any("frames" in item.dims for item in spec.inputs)
@@ -82,11 +103,9 @@ def test_every_network_equals_its_module_over_changing_frame_counts(
 
 
 def test_swapping_weights_gives_what_building_with_them_gives(
-    make_tiny_model: Callable[..., PoseModel], load: Callable[[PoseModel, str], dict[str, Engine]], backend_name: str
+    model: PoseModel, built: Path, build: Callable[[PoseModel, str], Path], backend_name: str
 ) -> None:
-    model = make_tiny_model("frame")
-    model.fold()
-    engines, specs = load(model, backend_name), network_specs(model.architecture())
+    engines, specs = load(built, model, backend_name), network_specs(model.architecture())
     inputs = {network: inputs_for(specs[network], 3) for network in ("unet", "controlnet")}
     before = {network: {k: v.clone() for k, v in engines[network](**inputs[network]).items()} for network in inputs}
     generator = torch.Generator().manual_seed(9)
@@ -98,7 +117,7 @@ def test_swapping_weights_gives_what_building_with_them_gives(
                 tensors[f"{prefix}.{key}"] = parameter.detach().clone()
     held = set().union(*(engine.swap_weights(tensors) for engine in engines.values()))
     assert held == set(tensors)
-    rebuilt = load(model, backend_name)
+    rebuilt = load(build(model, backend_name), model, backend_name)
     for network in inputs:
         swapped = engines[network](**inputs[network])
         expected = rebuilt[network](**inputs[network])
@@ -111,11 +130,8 @@ def test_swapping_weights_gives_what_building_with_them_gives(
         engines["unet"].swap_weights({next(k for k in tensors if k.startswith("unet")): torch.zeros(1, 2, 3)})
 
 
-def test_wrong_inputs_are_refused(
-    tiny_model: PoseModel, load: Callable[[PoseModel, str], dict[str, Engine]], backend_name: str
-) -> None:
-    tiny_model.fold()
-    decoder = load(tiny_model, backend_name)["vae_decoder"]
+def test_wrong_inputs_are_refused(model: PoseModel, built: Path, backend_name: str) -> None:
+    decoder = load(built, model, backend_name)["vae_decoder"]
     with pytest.raises(ShapeError, match="latents"):
         decoder(pixels=torch.zeros(1, 4, 16, 16))
     with pytest.raises(ShapeError, match="latents"):

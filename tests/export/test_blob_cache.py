@@ -15,7 +15,8 @@ from posecrafter_rt.export.blob_cache import BlobCache
 def test_what_was_saved_is_loaded_by_another_cache(tmp_path: Path) -> None:
     BlobCache(tmp_path / "new").save({"a": 1, "b": [2, 3]}, b"content")
     assert BlobCache(tmp_path / "new").load({"b": (2, 3), "a": 1}) == b"content"
-    assert BlobCache(tmp_path / "new").load({"a": 2}) is None
+    assert BlobCache(tmp_path / "new").holds({"b": [2, 3], "a": 1})
+    assert BlobCache(tmp_path / "new").load({"a": 2}) is None and not BlobCache(tmp_path / "new").holds({"a": 2})
     assert BlobCache(tmp_path / "absent").load({"a": 1}) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,8 @@ def test_a_network_in_float16_is_valid_and_near(tiny_model: PoseModel, tmp_path:
     from posecrafter_rt.export.verify import relative_error
 
     tiny_model.fold()
-    arch, module = tiny_model.architecture(), tiny_model.networks()[name]
+    arch = replace(tiny_model.architecture(), size=(32, 32))  # whose graphs other tests have traced
+    module = tiny_model.networks()[name]
     spec, path = network_specs(arch)[name], tmp_path / "low.onnx"
     model = export_network(module, spec, arch, graphs=BlobCache(cache_dir() / "graphs"))
     lower_precision(model, "fp16")
@@ -112,7 +114,7 @@ def test_a_network_in_float16_is_valid_and_near(tiny_model: PoseModel, tmp_path:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    inputs = random_inputs(spec, {"frames": 4, "groups": 2, "steps": 1, "height": 32, "width": 16})
+    inputs = random_inputs(spec, {"frames": 4, "groups": 2})
     results = session.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
     with torch.no_grad():
         expected = module(*inputs.values())

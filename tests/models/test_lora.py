@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bench.runs import shapes_only
 from posecrafter_rt.errors import CheckpointError
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.models.lora import Lora, fuse_loras, read_lora
+from posecrafter_rt.models.lora import Lora, _weights, fuse_loras, read_lora
+from posecrafter_rt.models.sources import SD15_FOLDER
+from posecrafter_rt.models.unet import VideoUNet
 
 Factors = dict[tuple[str, str], tuple[Tensor, Tensor]]
 RESNET = "down_blocks.0.resnets.0.conv1"
@@ -237,13 +241,35 @@ def test_no_file_is_fused_when_a_later_one_is_refused(
 
 
 @pytest.mark.parametrize("extra", [
-    "lora_unet_conv_in.dora_scale", "lora_unet_conv_in.hada_w1_a", "lora_unet_conv_in.lokr_w1", "weight",
-    "lora_unet_conv_in.lora_mid.weight", "lora_unet_conv_in.alpha", "unet.conv_in.lora_magnitude_vector",
+    "weight", "lora_unet_conv_in.alpha", "lora_unet_conv_in.diff", "unet.conv_in.lora_A.default.weight",
     "lora_unet_conv_in.lora_down.weight", "unet.conv_in.lora_B.weight", "unet.conv_in.lora_B.bias",
 ])  # fmt: skip
 def test_what_is_no_part_of_a_lora_is_refused(tiny_factors: Factors, write: Callable[..., Path], extra: str) -> None:
     path = write({**tensors_of(tiny_factors), extra: torch.ones(1)})
     refused(lambda: read_lora(Lora(path)), rf"holds \S*{extra.rpartition('.lora_')[0]}.*, which is no part of a LoRA$")
+
+
+@pytest.mark.parametrize(("extra", "kind"), [
+    ("lora_unet_conv_in.dora_scale", "DoRA"), ("unet.conv_in.lora_magnitude_vector", "DoRA"),
+    ("lora_unet_conv_in.hada_w1_a", "LoHa"), ("lora_unet_conv_in.lokr_w1", "LoKr"),
+    ("lora_unet_conv_in.lora_mid.weight", "LoCon with a Tucker core"),
+])  # fmt: skip
+def test_another_kind_of_file_is_named(
+    tiny_factors: Factors, write: Callable[..., Path], extra: str, kind: str
+) -> None:
+    path = write({**tensors_of(tiny_factors), extra: torch.ones(1)})
+    refused(lambda: read_lora(Lora(path)), rf"is a {kind}, which is not supported: it holds {re.escape(extra)}$")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("part", range(3))
+def test_numbers_that_are_not_finite_are_refused(
+    tiny_factors: Factors, write: Callable[..., Path], value: float, part: int
+) -> None:
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(tiny_factors, alpha=1.0).items()}
+    tensors[kohya("unet", QUERY)[part]].view(-1)[0] = value
+    name = re.escape(kohya("unet", QUERY)[2].removesuffix(".alpha"))
+    refused(lambda: read_lora(Lora(write(tensors))), f"has numbers that are not finite in {name}$")
 
 
 class _Harm:
@@ -280,3 +306,70 @@ def test_files_of_something_else_are_one_line(write: Callable[..., Path], tmp_pa
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_scale_must_be_finite(scale: float) -> None:
     refused(lambda: Lora(Path("style.safetensors"), scale), f"the scale of style.safetensors is {scale}")
+
+
+def transformer_of_sd15(at: str, width: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{at}.proj_in": (width, width, 1, 1), f"{at}.proj_out": (width, width, 1, 1)}
+    block = f"{at}.transformer_blocks.0"
+    shapes |= {f"{block}.ff.net.0.proj": (8 * width, width), f"{block}.ff.net.2": (width, 4 * width)}
+    for attention, source in (("attn1", width), ("attn2", 768)):
+        shapes |= {f"{block}.{attention}.{layer}": (width, columns) for layer, columns in
+                   (("to_q", width), ("to_k", source), ("to_v", source), ("to_out.0", width))}  # fmt: skip
+    return shapes
+
+
+def resnet_of_sd15(at: str, source: int, width: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{at}.time_emb_proj": (width, 1280)}
+    shapes |= {f"{at}.conv1": (width, source, 3, 3), f"{at}.conv2": (width, width, 3, 3)}
+    return shapes if source == width else {**shapes, f"{at}.conv_shortcut": (width, source, 1, 1)}
+
+
+def layers_of_sd15() -> dict[tuple[str, str], tuple[int, ...]]:
+    """(rows, columns and kernel) of all that is trained for Stable Diffusion 1.5, by (network, layer); from its structure."""
+    unet = transformer_of_sd15("mid_block.attentions.0", 1280)
+    unet |= resnet_of_sd15("mid_block.resnets.0", 1280, 1280) | resnet_of_sd15("mid_block.resnets.1", 1280, 1280)
+    before, skips = 320, [320, 320, 320, 320, 640, 640, 640, 1280, 1280, 1280, 1280, 1280]
+    sides = [("down", index, 2, width) for index, width in enumerate((320, 640, 1280, 1280))]
+    sides += [("up", index, 3, width) for index, width in enumerate((1280, 1280, 640, 320))]
+    for side, index, count, width in sides:
+        block = f"{side}_blocks.{index}"
+        for number in range(count):
+            unet |= resnet_of_sd15(f"{block}.resnets.{number}", before + (skips.pop() if side == "up" else 0), width)
+            before = width
+            if (side, index) not in (("down", 3), ("up", 0)):
+                unet |= transformer_of_sd15(f"{block}.attentions.{number}", width)
+        if index < 3:
+            unet[f"{block}.{side}samplers.0.conv"] = (width, width, 3, 3)
+    layer = {f"self_attn.{name}_proj": (768, 768) for name in ("q", "k", "v", "out")}
+    layer |= {"mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}
+    text = {f"encoder.layers.{index}.{name}": shape for index in range(12) for name, shape in layer.items()}
+    return {(role, name): shape for role, shapes in (("unet", unet), ("text_encoder", text))
+            for name, shape in shapes.items()}  # fmt: skip
+
+
+def test_every_layer_of_stable_diffusion_15_is_found_under_every_familys_name(write: Callable[..., Path]) -> None:
+    """kohya-ss' trainer makes 192 of the U-Net and 72 of the text encoder, LoCon and LCM-LoRA 278 of the U-Net."""
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+    shapes = layers_of_sd15()
+    assert sum(role == "text_encoder" for role, _ in shapes) == 72 and len(shapes) == 72 + 278
+    assert sum("transformer" in layer or ".proj_" in layer for role, layer in shapes if role == "unet") == 192
+    factors = {place: (torch.zeros(1, *shape[1:]), torch.zeros(shape[0], 1, *(1 for _ in shape[2:])))
+               for place, shape in shapes.items()}  # fmt: skip
+    networks = shapes_only(SD15_FOLDER)
+    with torch.device("meta"):
+        networks["unet"] = VideoUNet(networks["unet"], "frame")
+    weights = _weights(SimpleNamespace(**networks))
+    files = {family.__name__: tensors_of(factors, family, alpha=1.0) for family in FAMILIES}
+    files["by diffusers"], _ = _convert_non_diffusers_lora_to_diffusers(tensors_of(factors, alpha=1.0))
+    unet = {name: tensor for name, tensor in files["by diffusers"].items() if name.startswith("unet.")}
+    text = {name: tensor for name, tensor in files["by diffusers"].items() if name not in unet}
+    files["by diffusers, for peft"] = {**convert_unet_state_dict_to_peft(unet), **convert_state_dict_to_peft(text)}
+    for name, tensors in files.items():
+        layers = read_lora(Lora(write(tensors))).layers
+        assert len(layers) == len(shapes), name
+        assert not [
+            layer for layer in layers if layer not in weights or not layers[layer].fits(weights[layer].shape)
+        ], name
+        assert len({id(weights[layer]) for layer in layers}) == len(shapes), name

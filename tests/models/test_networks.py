@@ -7,9 +7,10 @@ from copy import deepcopy
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from transformers import CLIPTextModel
 
-from posecrafter_rt.models.folding import fold_doubling, fold_pair
+from posecrafter_rt.models.folding import NormSilu, fold_doubling, fold_pair, fuse_norms
 from posecrafter_rt.spec import NETWORK_NAMES, Architecture, network_specs
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
@@ -88,6 +89,14 @@ def test_folding_keeps_the_dtype(tiny_model) -> None:
 
 
 @torch.no_grad()
+def test_the_feed_forward_in_parts_is_the_whole(tiny_model, clip, predict, monkeypatch) -> None:
+    inputs = clip(5)
+    expected = predict(tiny_model, **inputs)
+    monkeypatch.setattr("posecrafter_rt.models.blocks.FEED_FORWARD_TOKENS", 2 * inputs["latents"][0, 0].numel())
+    torch.testing.assert_close(predict(tiny_model, **inputs), expected, **EXACT)
+
+
+@torch.no_grad()
 def test_folding_the_temporal_output_changes_nothing(tiny_model, clip, predict) -> None:
     model, inputs = tiny_model, clip(3)
     expected = predict(model, **inputs)
@@ -113,6 +122,21 @@ def test_folding_the_upsamplers_changes_nothing(tiny_model) -> None:
     folded = [m for part in (tiny_model.vae, tiny_model.unet) for m in part.modules()
               if isinstance(m, torch.nn.ConvTranspose2d)]  # fmt: skip
     assert not convolutions and [tuple(m.weight.shape[2:]) for m in folded] == [(4, 4)] * 2
+
+
+@torch.no_grad()
+def test_fusing_the_norms_of_the_vae_changes_nothing(tiny_model) -> None:
+    networks, generator = tiny_model.networks(), torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 3, 32, 48, generator=generator)
+    for parameter in tiny_model.vae.parameters():  # norms that do something
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    names = set(tiny_model.vae.state_dict())
+    (expected,) = networks["vae_encoder"](pixels)
+    fuse_norms(tiny_model.vae)
+    torch.testing.assert_close(networks["vae_encoder"](pixels)[0], expected, **EXACT)
+    assert set(tiny_model.vae.state_dict()) == names
+    assert sum(isinstance(module, NormSilu) for module in tiny_model.vae.modules()) == 2 * sum(
+        isinstance(module, ResnetBlock2D) for module in tiny_model.vae.modules()) + 2  # fmt: skip
 
 
 def test_fold_doubling_is_the_composition_at_the_borders_too() -> None:

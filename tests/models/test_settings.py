@@ -32,6 +32,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         {"learning_rate": "fast"}, {"steps": True}, {"weight_decay": -1}, {"minibatch": 0}, {"shared_noise": 2},
         {"prompt": 3}, {"learning_rate_decay": 1}, {"inversion_substeps": 0}, {"strength": 0}, {"strength": 1.1},
         {"decoder_steps": -1}, {"decoder_steps": True}, {"decoder_steps": "many"}, {"decoder_learning_rate": 0},
+        {"small_decoder_steps": 1.5}, {"small_decoder_learning_rate": -1},
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(wrong: dict, tmp_path: Path) -> None:

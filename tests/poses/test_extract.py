@@ -6,7 +6,9 @@ Tests; no layer.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from posecrafter_rt.errors import BackendUnavailable, PoseError
-from posecrafter_rt.poses.extract import extract_poses
+from posecrafter_rt.poses.extract import _feed, extract_poses
 from posecrafter_rt.poses.keypoints import BODY, FACE, FEET, LEFT_HAND, RIGHT_HAND, PoseSequence
 
 RED = (255, 0, 0)
@@ -214,3 +216,19 @@ def test_dwpose_says_which_weights_are_missing(video: list, tmp_path: Path) -> N
     with pytest.raises(BackendUnavailable, match=r"missing: \S*dw-ll_ucoco_384\.onnx$"):
         extract_poses("clip.mp4", detector="dwpose", weights=tmp_path)
     assert os.listdir(tmp_path) == ["yolox_l.onnx"]
+
+
+def test_an_interruption_is_not_taken_for_a_detector_that_has_ended() -> None:
+    """Ctrl-C ends the detector too: what waits to be sent to it can then no longer be."""
+    process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
+
+    def frames() -> Iterator[np.ndarray]:
+        yield np.zeros((2, 2, 3), np.uint8)
+        process.wait()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _feed(process, frames())
+    assert process.stdin is not None
+    with pytest.raises(BrokenPipeError):  # there was something to send
+        process.stdin.close()

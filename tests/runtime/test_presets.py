@@ -43,6 +43,7 @@ def test_an_unknown_preset_or_sampler_is_refused_with_the_names_of_those_there_a
     (RenderOptions(strength=1.0), 24, {"segment": 24}),  # memory did not suffice for a joint render
     (RenderOptions(strength=0.6), None, {"strength": 0.6}),
     (RenderOptions(strength=1.0, controlnet_every=3, sampler="unipc"), None, {"controlnet_every": 3, "sampler": "unipc"}),
+    (RenderOptions(strength=1.0, unet_every=2), None, {"unet_every": 2}),
     (RenderOptions(strength=1.0, sampler="dpmpp", num_inference_steps=10), None,
      {"num_inference_steps": 10, "sampler": "dpmpp"}),
 ])  # fmt: skip

@@ -33,6 +33,13 @@ def test_all_but_the_stretch_are_the_videos_own_frames(clip: Path, window: slice
     mended = list(stretch.mend(iter(rendered)))
     np.testing.assert_array_equal(mended, np.concatenate([own[:start], rendered, own[stop:]]))
     np.testing.assert_array_equal(list(stretch.replaced()), own[start:stop])
+    beside = [frame for frame in (stretch.before, stretch.after) if frame is not None]
+    expected = [own[index] for index in (start - 1, stop) if 0 <= index < COUNT]
+    np.testing.assert_array_equal(beside, expected)
+    asked = own[stretch.rendered]
+    assert len(asked) == stop - start + len(beside)
+    np.testing.assert_array_equal(asked[stretch.inside], own[start:stop])
+    np.testing.assert_array_equal(list(stretch.draw_to_neighbours(iter(asked))), own[start:stop])
 
 
 def test_frames_are_asked_for_when_their_turn_comes_and_to_the_end(clip: Path) -> None:

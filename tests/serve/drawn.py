@@ -22,8 +22,9 @@ from posecrafter_rt.poses.draw import draw_pose
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.app import create_app
 from posecrafter_rt.serve.listening import listen
-from posecrafter_rt.serve.options import MAX_MESSAGE_BYTES, ServeOptions
+from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import PoseMessage, encode_pose
+from posecrafter_rt.serve.server import server_config
 
 SIZE = (64, 48)
 
@@ -103,9 +104,7 @@ class Running:
 def running(avatar: Any, options: ServeOptions, port: int = 0) -> Iterator[Running]:
     """Serve on a thread while the block lasts; port 0 takes any that is free."""
     app = create_app(avatar, options)
-    config = uvicorn.Config(app, log_level="warning", ws_max_size=MAX_MESSAGE_BYTES, ws_per_message_deflate=False,
-                            timeout_graceful_shutdown=3)  # fmt: skip
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(app))
     with listen("127.0.0.1", port) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -340,6 +340,19 @@ def test_who_wants_less_motion_is_not_moved_at(serve: Serve, open_page: OpenPage
     page.wait_until(lambda: page.count_looks() > 2)
 
 
+def test_a_pose_whose_frame_was_too_late_is_shown_in_the_end(
+    serve: Serve, open_page: OpenPage, avatar: DrawnAvatar
+) -> None:
+    page = open_page(serve().url(), **STILL)
+    page.wait_for_link("Live")
+    assert_shows(page, avatar.poses.keypoints[0])
+    avatar.seconds = 1.3
+    page.page.get_by_label("Position").fill("3")
+    page.wait_for_text("#note", "older than 1 s are not shown")
+    avatar.seconds = 0
+    assert_shows(page, avatar.poses.keypoints[3])
+
+
 def test_what_the_page_sends_is_what_it_shows(serve: Serve, open_page: OpenPage, avatar: DrawnAvatar) -> None:
     page = open_page(serve().url())
     pause_demo(page, 2)

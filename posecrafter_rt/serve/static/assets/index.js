@@ -208,6 +208,11 @@ function trackPose(track, index) {
 var Playback = class {
 	numFrames;
 	fps;
+	repeats = [
+		"swing",
+		"loop",
+		"once"
+	];
 	isPlaying = false;
 	repeat = "loop";
 	speed = 1;
@@ -279,11 +284,11 @@ async function fetchPoses() {
 async function fetchReference() {
 	return createImageBitmap(await (await request("api/reference.jpg")).blob());
 }
-/** The poses in a pose file or a video; finding them in a video takes the server a while. */
-async function readPoses(file, signal) {
+/** The poses in a pose file or a video; finding them in a video, of whatever kind, takes the server a while. */
+async function readPoses(file, type, signal) {
 	return decodeTrack(await (await request("api/poses", {
 		body: file,
-		type: file.type.startsWith("video/") ? file.type : "application/json",
+		type,
 		signal
 	})).json());
 }
@@ -588,6 +593,10 @@ var FrameLoop = class {
 		cancelAnimationFrame(this.handle);
 	}
 };
+/** Let an element say this; one that says it already is left alone, for screen readers read every change aloud. */
+function setText(element, text) {
+	if (element.textContent !== text) element.textContent = text;
+}
 // src/recorder.ts
 var Recorder = class {
 	button = byId("record", HTMLButtonElement);
@@ -679,7 +688,7 @@ var Pacer = class {
 	/** Send this pose now, or as soon as an answer comes, unless a newer one comes first. */
 	offer(pose) {
 		const now = this.now();
-		this.underWay = this.underWay.filter((sent) => now - sent.sentMs < PATIENCE_MS);
+		this.giveUp(now);
 		const last = this.underWay.at(-1);
 		if (last !== void 0 && (this.underWay.length >= this.limit || now - last.sentMs < this.gapMs)) {
 			if (this.waiting !== null) this.overtaken++;
@@ -710,6 +719,11 @@ var Pacer = class {
 		if (waiting !== null) this.offer(waiting);
 		return answered;
 	}
+	/** Send a pose once more whose frame has not been shown, unless one is still to come. */
+	offerAgain(pose) {
+		this.giveUp(this.now());
+		if (this.underWay.length === 0) this.offer(pose);
+	}
 	/** The connection is a new one: no answer will come to what was sent before. */
 	restart() {
 		this.overtaken = 0;
@@ -717,15 +731,18 @@ var Pacer = class {
 		this.underWay = [];
 		this.waiting = null;
 	}
+	giveUp(now) {
+		this.underWay = this.underWay.filter((sent) => now - sent.sentMs < PATIENCE_MS);
+	}
 };
-/** Lets frames through in the order of their poses; repeats of the shown one pass. */
+/** Lets frames through in the order of their poses, unless they are too old; repeats of the shown one pass. */
 var FrameGate = class {
-	/** Frames that came, or were decoded, after a newer one had been shown. */
+	/** Frames that came, or were decoded, too late or after a newer one had been shown. */
 	late = 0;
 	shown = 0;
 	/** Whether a frame may be shown; it counts as shown if so. */
-	admit(sequence) {
-		if (sequence < this.shown) {
+	admit(sequence, isTooOld = false) {
+		if (isTooOld || sequence < this.shown) {
 			this.late++;
 			return false;
 		}
@@ -735,8 +752,11 @@ var FrameGate = class {
 };
 // src/screen.ts
 var FIGURES_EVERY_MS = 250;
+/** What comes later is not shown, as the server does not send it. */
+var MAX_AGE_MS = 1e3;
 var Screen = class {
 	view;
+	onLate;
 	pacer;
 	gate = new FrameGate();
 	meter = new Meter();
@@ -747,16 +767,23 @@ var Screen = class {
 		dropped: byId("dropped", HTMLElement)
 	};
 	newest = null;
+	/** The pose whose frame was shown last. */
+	shown = null;
 	isLive = false;
 	droppedByServer = 0;
 	/** The pose whose frame is next on the video track. */
 	onVideoTrack = null;
-	constructor(view, send) {
+	/** onLate: a frame came too late to be shown. */
+	constructor(view, send, onLate) {
 		this.view = view;
+		this.onLate = onLate;
 		const now = () => performance.now();
 		this.pacer = new Pacer((sent) => send(encodePose(sent.pose, sent.sequence, sent.sentMs)), now);
 		this.video.muted = this.video.playsInline = true;
-		setInterval(() => this.showFigures(), FIGURES_EVERY_MS);
+		setInterval(() => {
+			this.showFigures();
+			this.persist();
+		}, FIGURES_EVERY_MS);
 	}
 	/** The avatar shall take this pose. */
 	drive(pose) {
@@ -776,13 +803,19 @@ var Screen = class {
 		const sent = this.pacer.acknowledge(frame.sequence, frame.waitMs, frame.renderMs);
 		this.droppedByServer = frame.dropped;
 		if (frame.format === 0) {
-			if (sent !== null) this.onVideoTrack = sent;
+			if (sent !== null) {
+				this.onVideoTrack = sent;
+				this.shown = sent.pose;
+			}
 			return;
 		}
 		const image = await createImageBitmap(new Blob([frame.picture], { type: "image/jpeg" }));
-		if (this.gate.admit(frame.sequence)) {
+		const now = performance.now();
+		const isLate = now - frame.sentMs > MAX_AGE_MS;
+		if (isLate) this.onLate();
+		if (this.gate.admit(frame.sequence, isLate)) {
 			this.view.show(image, frame.size, sent?.pose ?? null);
-			const now = performance.now();
+			if (sent !== null) this.shown = sent.pose;
 			this.meter.add(now, now - frame.sentMs);
 		}
 		image.close();
@@ -808,6 +841,10 @@ var Screen = class {
 		};
 		this.video.requestVideoFrameCallback(step);
 	}
+	/** The last pose of all, as of a paused clip, is not left without its frame because that was too late, or lost. */
+	persist() {
+		if (this.isLive && this.newest !== null && this.newest !== this.shown) this.pacer.offerAgain(this.newest);
+	}
 	showFigures() {
 		const read = this.meter.read(performance.now());
 		const { fps, latency, dropped } = this.figures;
@@ -816,22 +853,405 @@ var Screen = class {
 		dropped.textContent = String(this.pacer.overtaken + this.gate.late + this.droppedByServer);
 	}
 };
+// src/landmarks.ts
+/** Where each body point sits among the 33; the left shoulder stands in for the neck, which is computed. */
+var MEDIAPIPE_BODY = [
+	0,
+	11,
+	12,
+	14,
+	16,
+	11,
+	13,
+	15,
+	24,
+	26,
+	28,
+	23,
+	25,
+	27,
+	5,
+	2,
+	8,
+	7
+];
+/** Big toe and heel of either foot; BlazePose has no small toe. */
+var MEDIAPIPE_FEET = [
+	[0, 31],
+	[2, 29],
+	[3, 32],
+	[5, 30]
+];
+/** The face mesh's vertex nearest each iBUG point: jaw, brows, nose, eyes, outer lips, inner lips. */
+var MESH_TO_IBUG = [
+	162,
+	234,
+	93,
+	58,
+	172,
+	136,
+	149,
+	148,
+	152,
+	377,
+	378,
+	365,
+	397,
+	288,
+	323,
+	454,
+	389,
+	71,
+	63,
+	105,
+	66,
+	107,
+	336,
+	296,
+	334,
+	293,
+	301,
+	168,
+	197,
+	5,
+	4,
+	75,
+	97,
+	2,
+	326,
+	305,
+	33,
+	160,
+	158,
+	133,
+	153,
+	144,
+	362,
+	385,
+	387,
+	263,
+	373,
+	380,
+	61,
+	39,
+	37,
+	0,
+	267,
+	269,
+	291,
+	405,
+	314,
+	17,
+	84,
+	181,
+	78,
+	82,
+	13,
+	312,
+	308,
+	317,
+	14,
+	87
+];
+var NUM_HAND_POINTS = 21;
+/** The pose on a picture of this size, or nobody where the tracker found nothing. */
+function poseFromLandmarks(found, picture) {
+	const points = /* @__PURE__ */ new Float32Array(402);
+	const put = (index, landmark, confidence) => {
+		if (landmark === void 0 || !isInside(landmark)) return;
+		points[index * 3] = landmark.x * picture.width - .5;
+		points[index * 3 + 1] = landmark.y * picture.height - .5;
+		points[index * 3 + 2] = Math.min(Math.max(confidence, 0), 1);
+	};
+	const { pose, face, leftHand, rightHand } = found;
+	MEDIAPIPE_BODY.forEach((theirs, ours) => put(BODY.start + ours, pose?.[theirs], pose?.[theirs]?.visibility ?? 1));
+	for (const [ours, theirs] of MEDIAPIPE_FEET) put(FEET.start + ours, pose?.[theirs], pose?.[theirs]?.visibility ?? 1);
+	MESH_TO_IBUG.forEach((theirs, ours) => put(FACE.start + ours, face?.[theirs], 1));
+	for (let point = 0; point < NUM_HAND_POINTS; point++) {
+		put(LEFT_HAND.start + point, leftHand?.[point], 1);
+		put(RIGHT_HAND.start + point, rightHand?.[point], 1);
+	}
+	setNeck(points);
+	return {
+		canvas: picture,
+		points: points.some((value, position) => position % 3 === 2 && value > 0) ? points : null
+	};
+}
+/** The tracker guesses where hidden limbs are, outside the picture too; those are not seen. */
+function isInside({ x, y }) {
+	return x >= 0 && x < 1 && y >= 0 && y < 1;
+}
+/** The neck is the middle of the shoulders with the lower of their confidences. */
+function setNeck(points) {
+	const confidence = Math.min(points[8], points[17]);
+	for (const axis of [0, 1]) {
+		const sum = points[6 + axis] + points[15 + axis];
+		points[3 + axis] = confidence > 0 ? sum / 2 : 0;
+	}
+	points[5] = confidence;
+}
+// src/tracker.ts
+/** Where the build puts MediaPipe's own files. */
+var TRACKER_FOLDER = "tracker/";
+/** A tracker that takes longer for a picture leaves the page no time of its own. */
+var SLOW_MS = 300;
+/** So much it is then given, between two pictures: enough for the avatar's frame to come and be shown. */
+var REST_MS = 250;
+/** This installation has no tracker. */
+var NoTracker = class extends Error {};
+/** One for the whole page, whatever the pictures are of: it is large and slow to load. */
+var Tracker = class {
+	loading = null;
+	results = null;
+	isMirrored = false;
+	/** With a picture, or resting from one. */
+	isBusy = false;
+	/** Took long for the last picture; until there was one that is assumed. */
+	isSlow = true;
+	/** Load and warm up, unless that is done. Throws NoTracker where there is none. */
+	async load() {
+		this.loading ??= loadHolistic((results) => this.results = results);
+		try {
+			await this.loading;
+		} catch (error) {
+			this.loading = null;
+			throw error;
+		}
+	}
+	/** Look for the person in what a video shows now; null while it is still at an older picture. */
+	async find(video, isMirrored) {
+		if (this.isBusy || this.loading === null) return null;
+		this.isBusy = true;
+		const beginMs = performance.now();
+		const size = {
+			height: video.videoHeight,
+			width: video.videoWidth
+		};
+		try {
+			const holistic = await this.loading;
+			if (this.isMirrored !== isMirrored) holistic.setOptions({ selfieMode: isMirrored });
+			this.isMirrored = isMirrored;
+			this.results = null;
+			await holistic.send({ image: video });
+			return this.results === null ? null : understood(this.results, size);
+		} finally {
+			this.isSlow = performance.now() - beginMs > SLOW_MS;
+			setTimeout(() => this.isBusy = false, this.isSlow ? REST_MS : 0);
+		}
+	}
+};
+function understood({ image, ...found }, size) {
+	return {
+		pose: poseFromLandmarks({
+			pose: found.poseLandmarks,
+			face: found.faceLandmarks,
+			leftHand: found.leftHandLandmarks,
+			rightHand: found.rightHandLandmarks
+		}, size),
+		picture: image
+	};
+}
+/** MediaPipe is a script of the old kind. */
+async function loadHolistic(onResults) {
+	if (window.Holistic === void 0) await loadScript(`${TRACKER_FOLDER}holistic.js`);
+	const tracker = new window.Holistic({ locateFile: (file) => TRACKER_FOLDER + file });
+	tracker.setOptions({
+		modelComplexity: 0,
+		smoothLandmarks: true,
+		refineFaceLandmarks: false,
+		enableSegmentation: false,
+		selfieMode: false
+	});
+	tracker.onResults(onResults);
+	await tracker.initialize();
+	return tracker;
+}
+function loadScript(source) {
+	return new Promise((resolve, reject) => {
+		const script = document.createElement("script");
+		script.src = source;
+		script.onload = () => resolve();
+		script.onerror = () => {
+			script.remove();
+			reject(new NoTracker("This installation has no tracker of people, which `make web` adds"));
+		};
+		document.head.append(script);
+	});
+}
+// src/video.ts
+/** Later than any video's end: to go there makes a browser look for an end that the file does not tell. */
+var BEYOND_S = 1e9;
+/** The browser cannot play a file. */
+var Unplayable = class extends Error {};
+var TrackedVideo = class {
+	view;
+	tracker;
+	events;
+	fps = 25;
+	repeats = ["loop", "once"];
+	video = document.createElement("video");
+	isOpen = false;
+	isWanted = false;
+	isNew = false;
+	constructor(view, tracker, events) {
+		this.view = view;
+		this.tracker = tracker;
+		this.events = events;
+		this.video.muted = this.video.playsInline = true;
+		this.video.onended = () => this.isWanted = false;
+		this.video.onerror = () => {
+			if (!this.isOpen) return;
+			this.close();
+			this.events.onProblem(new Unplayable("The video is broken from here on"));
+		};
+		this.watch();
+	}
+	/** Show a file's first picture, and make the tracker ready. Throws Unplayable, NoTracker; leaves off when aborted. */
+	async load(file, signal, onShown) {
+		this.close();
+		URL.revokeObjectURL(this.video.src);
+		this.video.src = URL.createObjectURL(file);
+		this.video.loop = true;
+		await this.event("loadeddata", signal, `This browser cannot play ${file.name}`);
+		if (this.video.videoWidth === 0) throw new Unplayable(`There are no pictures in ${file.name}`);
+		if (!Number.isFinite(this.video.duration)) await this.findEnd(signal);
+		signal.throwIfAborted();
+		this.view.setBackdrop(this.video);
+		this.view.show({
+			canvas: this.size,
+			points: null
+		});
+		onShown();
+		await this.tracker.load();
+		signal.throwIfAborted();
+	}
+	/** Play what was loaded, from where it is. */
+	open() {
+		this.isOpen = true;
+		this.setPlaying(true);
+	}
+	/** Stop, and clear the view. */
+	close() {
+		this.isOpen = false;
+		this.setPlaying(false);
+		this.view.setBackdrop(null);
+	}
+	get numFrames() {
+		return Math.max(1, Math.round(this.video.duration * this.fps));
+	}
+	get index() {
+		return Math.min(Math.floor(this.video.currentTime * this.fps + 1e-6), this.numFrames - 1);
+	}
+	get isPlaying() {
+		return this.isWanted;
+	}
+	get repeat() {
+		return this.video.loop ? "loop" : "once";
+	}
+	setRepeat(repeat) {
+		this.video.loop = repeat === "loop";
+	}
+	get speed() {
+		return this.video.playbackRate;
+	}
+	set speed(speed) {
+		this.video.playbackRate = speed;
+	}
+	toggle() {
+		this.setPlaying(!this.isWanted);
+	}
+	seek(index) {
+		this.video.currentTime = index / this.fps;
+	}
+	/** Its time goes on by itself, but for a slow tracker, which would miss most of what happens. */
+	advance() {
+		if (!this.isOpen || this.tracker.isBusy) return;
+		if (this.isNew) this.track();
+		else if (this.isWanted && this.video.paused && !this.video.ended) this.play();
+	}
+	get size() {
+		return {
+			height: this.video.videoHeight,
+			width: this.video.videoWidth
+		};
+	}
+	setPlaying(isWanted) {
+		this.isWanted = isWanted;
+		if (isWanted) this.play();
+		else this.video.pause();
+	}
+	async play() {
+		try {
+			await this.video.play();
+		} catch (error) {
+			if (this.isOpen && !(error instanceof Error && error.name === "AbortError")) this.events.onProblem(error);
+		}
+	}
+	/** Called with every picture that the video shows, playing or not. */
+	watch() {
+		this.video.requestVideoFrameCallback(() => {
+			this.isNew = true;
+			this.watch();
+		});
+	}
+	async track() {
+		this.isNew = false;
+		if (this.tracker.isSlow) this.video.pause();
+		const { src } = this.video;
+		try {
+			const found = await this.tracker.find(this.video, false);
+			if (found === null || !this.isOpen || this.video.src !== src) return;
+			this.view.setBackdrop(found.picture);
+			this.events.onPose(found.pose);
+		} catch (error) {
+			this.close();
+			this.events.onProblem(error);
+		}
+	}
+	/** Some recordings do not tell how long they are. */
+	async findEnd(signal) {
+		for (const time of [BEYOND_S, 0]) {
+			this.video.currentTime = time;
+			await this.event("seeked", signal, "The video has no end that can be found");
+		}
+	}
+	/** Wait for an event of the video. Throws Unplayable saying `failure` where an error comes instead; leaves off when aborted. */
+	event(name, signal, failure) {
+		return new Promise((resolve, reject) => {
+			const over = new AbortController();
+			const settle = (act) => () => {
+				over.abort();
+				act();
+			};
+			const options = { signal: over.signal };
+			this.video.addEventListener(name, settle(resolve), options);
+			this.video.addEventListener("error", settle(() => reject(new Unplayable(failure))), options);
+			signal.addEventListener("abort", settle(() => reject(signal.reason)), options);
+		});
+	}
+};
 // src/files.ts
 var FilePicker = class {
-	onTrack;
+	events;
 	panel = byId("file-panel", HTMLDivElement);
 	input = byId("file", HTMLInputElement);
 	status = byId("file-status", HTMLParagraphElement);
+	help = byId("file-help", HTMLDivElement);
+	command = byId("file-command", HTMLElement);
+	sendButton = byId("file-send", HTMLButtonElement);
 	reading = null;
-	/** onDrop: a file was dropped on the page, whatever was shown; onTrack: its poses are there. */
-	constructor(onDrop, onTrack) {
-		this.onTrack = onTrack;
+	file = null;
+	constructor(events) {
+		this.events = events;
 		this.input.onchange = () => {
 			const file = this.input.files?.[0];
-			if (file !== void 0) this.read(file);
+			if (file !== void 0) this.take(file);
 			this.input.value = "";
 		};
-		this.acceptDrops(onDrop);
+		this.sendButton.onclick = () => {
+			if (this.file !== null) this.read(this.file, (file, signal) => this.readPoses(file, "video/mp4", signal));
+		};
+		this.acceptDrops();
 	}
 	open() {
 		this.panel.hidden = false;
@@ -840,12 +1260,24 @@ var FilePicker = class {
 		this.panel.hidden = true;
 		this.reading?.abort();
 	}
-	/** Without pose extraction on the server's side, videos are of no use. */
-	setVideosAllowed(areAllowed) {
-		this.input.accept = areAllowed ? ".json,application/json,video/*" : ".json,application/json";
-		byId("file-kinds", HTMLSpanElement).textContent = areAllowed ? "OpenPose JSON or a video" : "OpenPose JSON";
+	/** Whether the server finds poses in videos; it is asked only where people say so, for it is sent the pictures. */
+	setServerReadsVideos(does) {
+		this.sendButton.hidden = !does;
 	}
-	acceptDrops(onDrop) {
+	/** Whether the person in the video is found. */
+	showPerson(isSomebody) {
+		setText(this.status, `${this.file?.name}: ${isSomebody ? "following the person" : "nobody is in the picture"}`);
+	}
+	/** Say why the file cannot be played, and what to do. */
+	fail(error) {
+		this.status.classList.add("is-error");
+		this.status.textContent = describe(error);
+		if (this.file === null || !(error instanceof Unplayable || error instanceof NoTracker)) return;
+		const { name } = this.file;
+		this.command.textContent = `posecrafter-rt poses extract ${word(name)} -o ${word(`${name.replace(/\.[^.]*$/, "")}.json`)}`;
+		this.help.hidden = false;
+	}
+	acceptDrops() {
 		let depth = 0;
 		const mark = (change) => {
 			depth += change;
@@ -859,26 +1291,50 @@ var FilePicker = class {
 			mark(-depth);
 			const file = event.dataTransfer?.files[0];
 			if (file === void 0) return;
-			onDrop();
-			this.read(file);
+			this.events.onDrop();
+			this.take(file);
 		};
 	}
-	async read(file) {
+	take(file) {
+		return this.read(file, (chosen, signal) => isPoseFile(chosen) ? this.readPoses(chosen, "application/json", signal) : this.loadVideo(chosen, signal));
+	}
+	/** Read a file in one way or another, unless the next one comes first. */
+	async read(file, way) {
 		this.reading?.abort();
-		const reading = this.reading = new AbortController();
+		const { signal } = this.reading = new AbortController();
+		this.file = file;
+		this.events.onFile();
 		this.status.classList.remove("is-error");
-		this.status.textContent = `Reading the poses of ${file.name}`;
+		this.help.hidden = true;
 		try {
-			const track = await readPoses(file, reading.signal);
-			this.status.textContent = `${file.name}: ${track.numFrames} ${track.numFrames === 1 ? "pose" : "poses"}`;
-			this.onTrack(track);
+			await way(file, signal);
 		} catch (error) {
-			if (reading.signal.aborted) return;
-			this.status.classList.add("is-error");
-			this.status.textContent = describe(error);
+			if (!signal.aborted) this.fail(error);
 		}
 	}
+	async readPoses(file, type, signal) {
+		this.status.textContent = `Reading the poses of ${file.name}`;
+		const track = await readPoses(file, type, signal);
+		this.status.textContent = `${file.name}: ${track.numFrames} ${track.numFrames === 1 ? "pose" : "poses"}`;
+		this.events.onTrack(track);
+	}
+	async loadVideo(file, signal) {
+		if (file.type !== "" && !file.type.startsWith("video/")) throw new Error(`${file.name} is neither OpenPose JSON nor a video`);
+		this.status.textContent = `Opening ${file.name}`;
+		await this.events.loadVideo(file, signal, () => {
+			this.status.textContent = `${file.name}: loading the tracker, which takes a while at first`;
+		});
+		this.status.textContent = `${file.name}: looking for the person`;
+		this.events.onVideo();
+	}
 };
+function isPoseFile(file) {
+	return file.type === "application/json" || file.name.toLowerCase().endsWith(".json");
+}
+/** A file's name as a shell takes it. */
+function word(name) {
+	return /^[\w.,+@%/-]+$/.test(name) && !name.startsWith("-") ? name : `'./${name.replaceAll("'", `'\\''`)}'`;
+}
 function describe(error) {
 	if (!(error instanceof Error)) return String(error);
 	const hint = "hint" in error && typeof error.hint === "string" ? `: ${error.hint}` : "";
@@ -1135,10 +1591,9 @@ var JointEditor = class {
 	}
 };
 // src/player.ts
-/** A display that slept must not make the track leap. */
+/** A display that slept must not make poses leap. */
 var LONGEST_STEP_MS = 100;
 var Player = class {
-	emit;
 	bar = byId("player", HTMLDivElement);
 	playButton = byId("play", HTMLButtonElement);
 	scrubber = byId("scrub", HTMLInputElement);
@@ -1146,213 +1601,74 @@ var Player = class {
 	repeatChoice = byId("repeat", HTMLSelectElement);
 	speedChoice = byId("speed", HTMLSelectElement);
 	loop = new FrameLoop((nowMs) => this.step(nowMs));
-	track = null;
-	playback = new Playback(1, 1);
+	clip = null;
+	show = () => {};
 	lastMs = null;
 	shownIndex = -1;
-	constructor(emit) {
-		this.emit = emit;
+	constructor() {
 		this.playButton.onclick = () => this.toggle();
 		this.scrubber.oninput = () => this.seek(Number(this.scrubber.value));
-		this.repeatChoice.onchange = () => this.playback.setRepeat(this.repeatChoice.value);
-		this.speedChoice.onchange = () => this.playback.speed = Number(this.speedChoice.value);
+		this.repeatChoice.onchange = () => this.clip?.setRepeat(this.repeatChoice.value);
+		this.speedChoice.onchange = () => this.setSpeed();
 	}
-	/** Take up a track from its first pose. */
-	start(track, repeat, isPlaying) {
-		this.track = track;
-		this.playback = new Playback(track.numFrames, track.fps);
-		this.playback.isPlaying = isPlaying;
-		this.playback.repeat = repeat;
-		this.playback.speed = Number(this.speedChoice.value);
-		this.repeatChoice.value = repeat;
-		this.scrubber.max = String(track.numFrames - 1);
+	/** Take up a clip as it is, at the speed that is chosen. show: called with every place that it comes to. */
+	start(clip, show = () => {}) {
+		this.clip = clip;
+		this.show = show;
+		this.setSpeed();
+		for (const option of this.repeatChoice.options) option.hidden = !clip.repeats.includes(option.value);
+		this.repeatChoice.value = clip.repeat;
+		this.scrubber.max = String(clip.numFrames - 1);
 		this.bar.hidden = false;
 		this.shownIndex = -1;
 		this.lastMs = null;
-		this.showButton();
 		this.loop.start();
 	}
 	stop() {
 		this.loop.stop();
 		this.bar.hidden = true;
-		this.track = null;
+		this.clip = null;
 	}
 	/** Play or pause. Returns: whether there is anything to play. */
 	toggle() {
-		if (this.track === null) return false;
-		this.playback.toggle();
-		this.showButton();
-		return true;
+		this.clip?.toggle();
+		return this.clip !== null;
 	}
 	seek(index) {
-		this.playback.seek(index);
+		this.clip?.seek(index);
 		this.shownIndex = -1;
+	}
+	setSpeed() {
+		if (this.clip !== null) this.clip.speed = Number(this.speedChoice.value);
 	}
 	step(nowMs) {
 		const elapsedMs = this.lastMs === null ? 0 : Math.min(nowMs - this.lastMs, LONGEST_STEP_MS);
 		this.lastMs = nowMs;
-		this.playback.advance(elapsedMs);
-		if (this.track === null || this.playback.index === this.shownIndex) return;
-		this.shownIndex = this.playback.index;
-		this.emit(trackPose(this.track, this.shownIndex));
+		const { clip } = this;
+		if (clip === null) return;
+		clip.advance(elapsedMs);
+		this.showButton(clip.isPlaying);
+		if (clip.index === this.shownIndex) return;
+		this.shownIndex = clip.index;
+		this.show(this.shownIndex);
 		this.scrubber.value = String(this.shownIndex);
-		this.time.value = `${seconds(this.shownIndex, this.track)} / ${seconds(this.track.numFrames, this.track)} s`;
+		this.time.value = `${seconds(this.shownIndex, clip)} / ${seconds(clip.numFrames, clip)} s`;
 		this.scrubber.setAttribute("aria-valuetext", this.time.value);
-		this.showButton();
 	}
-	showButton() {
-		const isPlaying = this.playback.isPlaying;
+	showButton(isPlaying) {
 		if (this.playButton.ariaPressed === String(isPlaying)) return;
 		this.playButton.ariaPressed = String(isPlaying);
 		this.playButton.title = isPlaying ? "Pause (Space)" : "Play (Space)";
 		this.playButton.ariaLabel = isPlaying ? "Pause" : "Play";
 	}
 };
-function seconds(frames, track) {
-	return (frames / track.fps).toFixed(1);
-}
-// src/landmarks.ts
-/** Where each body point sits among the 33; the left shoulder stands in for the neck, which is computed. */
-var MEDIAPIPE_BODY = [
-	0,
-	11,
-	12,
-	14,
-	16,
-	11,
-	13,
-	15,
-	24,
-	26,
-	28,
-	23,
-	25,
-	27,
-	5,
-	2,
-	8,
-	7
-];
-/** Big toe and heel of either foot; BlazePose has no small toe. */
-var MEDIAPIPE_FEET = [
-	[0, 31],
-	[2, 29],
-	[3, 32],
-	[5, 30]
-];
-/** The face mesh's vertex nearest each iBUG point: jaw, brows, nose, eyes, outer lips, inner lips. */
-var MESH_TO_IBUG = [
-	162,
-	234,
-	93,
-	58,
-	172,
-	136,
-	149,
-	148,
-	152,
-	377,
-	378,
-	365,
-	397,
-	288,
-	323,
-	454,
-	389,
-	71,
-	63,
-	105,
-	66,
-	107,
-	336,
-	296,
-	334,
-	293,
-	301,
-	168,
-	197,
-	5,
-	4,
-	75,
-	97,
-	2,
-	326,
-	305,
-	33,
-	160,
-	158,
-	133,
-	153,
-	144,
-	362,
-	385,
-	387,
-	263,
-	373,
-	380,
-	61,
-	39,
-	37,
-	0,
-	267,
-	269,
-	291,
-	405,
-	314,
-	17,
-	84,
-	181,
-	78,
-	82,
-	13,
-	312,
-	308,
-	317,
-	14,
-	87
-];
-var NUM_HAND_POINTS = 21;
-/** The pose on a picture of this size, or nobody where the tracker found nothing. */
-function poseFromLandmarks(found, picture) {
-	const points = /* @__PURE__ */ new Float32Array(402);
-	const put = (index, landmark, confidence) => {
-		if (landmark === void 0 || !isInside(landmark)) return;
-		points[index * 3] = landmark.x * picture.width - .5;
-		points[index * 3 + 1] = landmark.y * picture.height - .5;
-		points[index * 3 + 2] = Math.min(Math.max(confidence, 0), 1);
-	};
-	const { pose, face, leftHand, rightHand } = found;
-	MEDIAPIPE_BODY.forEach((theirs, ours) => put(BODY.start + ours, pose?.[theirs], pose?.[theirs]?.visibility ?? 1));
-	for (const [ours, theirs] of MEDIAPIPE_FEET) put(FEET.start + ours, pose?.[theirs], pose?.[theirs]?.visibility ?? 1);
-	MESH_TO_IBUG.forEach((theirs, ours) => put(FACE.start + ours, face?.[theirs], 1));
-	for (let point = 0; point < NUM_HAND_POINTS; point++) {
-		put(LEFT_HAND.start + point, leftHand?.[point], 1);
-		put(RIGHT_HAND.start + point, rightHand?.[point], 1);
-	}
-	setNeck(points);
-	return {
-		canvas: picture,
-		points: points.some((value, position) => position % 3 === 2 && value > 0) ? points : null
-	};
-}
-/** The tracker guesses where hidden limbs are, outside the picture too; those are not seen. */
-function isInside({ x, y }) {
-	return x >= 0 && x < 1 && y >= 0 && y < 1;
-}
-/** The neck is the middle of the shoulders with the lower of their confidences. */
-function setNeck(points) {
-	const confidence = Math.min(points[8], points[17]);
-	for (const axis of [0, 1]) {
-		const sum = points[6 + axis] + points[15 + axis];
-		points[3 + axis] = confidence > 0 ? sum / 2 : 0;
-	}
-	points[5] = confidence;
+function seconds(frames, clip) {
+	return (frames / clip.fps).toFixed(1);
 }
 // src/webcam.ts
-/** Where the build puts MediaPipe's own files. */
-var TRACKER_FOLDER = "tracker/";
 var Webcam = class {
 	view;
+	tracker;
 	emit;
 	panel = byId("webcam-panel", HTMLDivElement);
 	button = byId("camera", HTMLButtonElement);
@@ -1360,15 +1676,13 @@ var Webcam = class {
 	status = byId("camera-status", HTMLParagraphElement);
 	video = document.createElement("video");
 	loop = new FrameLoop(() => void this.track());
-	tracker = null;
 	stream = null;
-	isBusy = false;
-	constructor(view, emit) {
+	constructor(view, tracker, emit) {
 		this.view = view;
+		this.tracker = tracker;
 		this.emit = emit;
 		this.video.muted = this.video.playsInline = true;
 		this.button.onclick = () => void (this.stream === null ? this.begin() : this.end());
-		this.mirror.onchange = () => this.tracker?.setOptions({ selfieMode: this.mirror.checked });
 	}
 	open() {
 		this.panel.hidden = false;
@@ -1385,8 +1699,7 @@ var Webcam = class {
 			this.video.srcObject = this.stream;
 			await this.video.play();
 			this.status.textContent = "Loading the tracker";
-			this.tracker ??= await loadTracker((results) => this.onResults(results));
-			this.tracker.setOptions({ selfieMode: this.mirror.checked });
+			await this.tracker.load();
 			this.status.textContent = "Looking for you";
 			this.button.textContent = "Stop camera";
 			if (this.panel.hidden) this.end();
@@ -1408,33 +1721,18 @@ var Webcam = class {
 	}
 	/** Give the tracker the newest picture, unless it is still at an older one. */
 	async track() {
-		if (this.isBusy || this.tracker === null || this.video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) return;
-		this.isBusy = true;
+		if (this.video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) return;
+		const { stream } = this;
 		try {
-			await this.tracker.send({ image: this.video });
+			const found = await this.tracker.find(this.video, this.mirror.checked);
+			if (found === null || stream === null || this.stream !== stream) return;
+			this.view.setBackdrop(found.picture);
+			setText(this.status, found.pose.points === null ? "Nobody is in the picture" : "Following you");
+			this.emit(found.pose);
 		} catch (error) {
 			this.end();
 			this.status.textContent = reason(error);
-		} finally {
-			this.isBusy = false;
 		}
-	}
-	onResults(results) {
-		if (this.stream === null) return;
-		const picture = {
-			height: this.video.videoHeight,
-			width: this.video.videoWidth
-		};
-		const { poseLandmarks, faceLandmarks, leftHandLandmarks, rightHandLandmarks } = results;
-		const pose = poseFromLandmarks({
-			pose: poseLandmarks,
-			face: faceLandmarks,
-			leftHand: leftHandLandmarks,
-			rightHand: rightHandLandmarks
-		}, picture);
-		this.view.setBackdrop(results.image);
-		this.status.textContent = pose.points === null ? "Nobody is in the picture" : "Following you";
-		this.emit(pose);
 	}
 };
 async function openCamera() {
@@ -1448,29 +1746,6 @@ async function openCamera() {
 		audio: false
 	});
 }
-/** Loads MediaPipe, which is a script of the old kind, and warms it up. */
-async function loadTracker(onResults) {
-	if (window.Holistic === void 0) await loadScript(`${TRACKER_FOLDER}holistic.js`);
-	const tracker = new window.Holistic({ locateFile: (file) => TRACKER_FOLDER + file });
-	tracker.setOptions({
-		modelComplexity: 0,
-		smoothLandmarks: true,
-		refineFaceLandmarks: false,
-		enableSegmentation: false
-	});
-	tracker.onResults(onResults);
-	await tracker.initialize();
-	return tracker;
-}
-function loadScript(source) {
-	return new Promise((resolve, reject) => {
-		const script = document.createElement("script");
-		script.src = source;
-		script.onload = () => resolve();
-		script.onerror = () => reject(/* @__PURE__ */ new Error("This installation has no tracker for the camera"));
-		document.head.append(script);
-	});
-}
 function reason(error) {
 	if (!(error instanceof Error)) return "The tracker failed";
 	if (error.name === "NotAllowedError") return "The camera was not allowed; allow it in the browser's address bar";
@@ -1480,10 +1755,12 @@ function reason(error) {
 }
 // src/sources.ts
 var Sources = class {
+	emit;
 	onChange;
-	player;
+	player = new Player();
 	editor;
 	webcam;
+	video;
 	files;
 	demoPanel = byId("demo-panel", HTMLDivElement);
 	fitRow = byId("fit-row", HTMLLabelElement);
@@ -1494,11 +1771,28 @@ var Sources = class {
 	fromFile = null;
 	/** emit: a pose is to be shown; onChange: another source, or another fit, from the next pose on. */
 	constructor(view, emit, onChange) {
+		this.emit = emit;
 		this.onChange = onChange;
-		this.player = new Player(emit);
+		const tracker = new Tracker();
 		this.editor = new JointEditor(view, emit);
-		this.webcam = new Webcam(view, emit);
-		this.files = new FilePicker(() => this.choose("file"), (track) => this.playFile(track));
+		this.webcam = new Webcam(view, tracker, emit);
+		this.video = new TrackedVideo(view, tracker, {
+			onPose: (pose) => {
+				this.files.showPerson(pose.points !== null);
+				emit(pose);
+			},
+			onProblem: (error) => {
+				this.leaveFile();
+				this.files.fail(error);
+			}
+		});
+		this.files = new FilePicker({
+			onDrop: () => this.choose("file"),
+			onFile: () => this.leaveFile(),
+			onTrack: (track) => this.playFile(track),
+			loadVideo: (file, signal, onShown) => this.video.load(file, signal, onShown),
+			onVideo: () => this.playFile(this.video)
+		});
 		this.fitBox.onchange = onChange;
 		for (const radio of radios()) radio.onchange = () => this.choose(radio.value);
 		document.addEventListener("keydown", (event) => this.onKey(event));
@@ -1507,8 +1801,9 @@ var Sources = class {
 	get fit() {
 		return this.isOfSomebody && this.fitBox.checked ? "person" : "canvas";
 	}
-	setVideosAllowed(areAllowed) {
-		this.files.setVideosAllowed(areAllowed);
+	/** Whether the server finds poses in videos, where this page cannot. */
+	setServerReadsVideos(does) {
+		this.files.setServerReadsVideos(does);
 	}
 	/** The avatar's own poses are there: the demo begins, unless people have chosen something else. */
 	setDemo(track) {
@@ -1523,6 +1818,7 @@ var Sources = class {
 		for (const radio of radios()) radio.checked = radio.value === name;
 		this.name = name;
 		this.player.stop();
+		this.video.close();
 		this.editor.close();
 		this.webcam.close();
 		this.files.close();
@@ -1532,16 +1828,31 @@ var Sources = class {
 	}
 	begin() {
 		this.demoPanel.hidden = this.name !== "demo";
-		if (this.name === "demo" && this.demo !== null) this.player.start(this.demo, "swing", !prefersStillness());
+		if (this.name === "demo" && this.demo !== null) this.play(this.demo, "swing", !prefersStillness());
 		if (this.name === "webcam") this.webcam.open();
 		if (this.name === "joints" && this.reference !== null) this.editor.open(this.reference);
 		if (this.name !== "file") return;
 		this.files.open();
-		if (this.fromFile !== null) this.player.start(this.fromFile, "loop", true);
+		if (this.fromFile !== null) this.playFile(this.fromFile);
 	}
-	playFile(track) {
-		this.fromFile = track;
-		this.player.start(track, "loop", true);
+	/** Another file was chosen, or the one that was played is broken. */
+	leaveFile() {
+		this.player.stop();
+		this.video.close();
+		this.fromFile = null;
+		this.onChange();
+	}
+	playFile(file) {
+		this.fromFile = file;
+		if (!(file instanceof TrackedVideo)) return this.play(file, "loop", true);
+		this.player.start(file);
+		file.open();
+	}
+	play(track, repeat, isPlaying) {
+		const playback = new Playback(track.numFrames, track.fps);
+		playback.repeat = repeat;
+		playback.isPlaying = isPlaying;
+		this.player.start(playback, (index) => this.emit(trackPose(track, index)));
 	}
 	/** Space plays and pauses, except where it has a meaning of its own. */
 	onKey(event) {
@@ -1835,7 +2146,9 @@ var connection = new Connection({
 		status.note("WebRTC did not connect, so the page uses the WebSocket");
 	}
 });
-var screen = new Screen(avatarView, (bytes) => connection.sendBytes(bytes));
+var screen = new Screen(avatarView, (bytes) => connection.sendBytes(bytes), () => {
+	status.note("Frames come more than a second late, and are not shown: this machine or the line to the server is too slow");
+});
 var status = new Status(() => connection.open());
 var recorder = new Recorder((on) => connection.command({
 	type: "record",
@@ -1894,7 +2207,7 @@ function showAvatar(info, reference) {
 	document.documentElement.style.setProperty("--aspect", `${width} / ${height}`);
 	document.title = `${name} · posecrafter`;
 	byId("name", HTMLSpanElement).textContent = name;
-	sources.setVideosAllowed(info.has_pose_extraction);
+	sources.setServerReadsVideos(info.has_pose_extraction);
 	avatarView.show(reference, {
 		height,
 		width

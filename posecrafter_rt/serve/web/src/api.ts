@@ -51,9 +51,10 @@ export async function fetchReference(): Promise<ImageBitmap> {
   return createImageBitmap(await (await request("api/reference.jpg")).blob());
 }
 
-/** The poses in a pose file or a video; finding them in a video takes the server a while. */
-export async function readPoses(file: File, signal: AbortSignal): Promise<Track> {
-  const type = file.type.startsWith("video/") ? file.type : "application/json";
+/** The poses in a pose file or a video; finding them in a video, of whatever kind, takes the server a while. */
+export async function readPoses(
+  file: File, type: "application/json" | "video/mp4", signal: AbortSignal,
+): Promise<Track> {
   return decodeTrack(await (await request("api/poses", { body: file, type, signal })).json());
 }
 

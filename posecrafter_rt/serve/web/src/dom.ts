@@ -26,3 +26,8 @@ export class FrameLoop {
     cancelAnimationFrame(this.handle);
   }
 }
+
+/** Let an element say this; one that says it already is left alone, for screen readers read every change aloud. */
+export function setText(element: Element, text: string): void {
+  if (element.textContent !== text) element.textContent = text;
+}

@@ -1,22 +1,43 @@
-// Pose files and videos: chosen or dropped, sent to the server, which answers with their poses.
+// Pose files and videos: chosen or dropped. Pose files are read by the server; videos are played in the page.
 import { readPoses } from "./api.ts";
-import { byId } from "./dom.ts";
+import { byId, setText } from "./dom.ts";
 import type { Track } from "./track.ts";
+import { NoTracker } from "./tracker.ts";
+import { Unplayable } from "./video.ts";
+
+export interface FileEvents {
+  /** A file was dropped on the page, whatever was shown. */
+  onDrop(): void;
+  /** Another file comes; what was played of the last one ends. */
+  onFile(): void;
+  /** A pose file's poses are there. */
+  onTrack(track: Track): void;
+  /** Make a video ready; `onShown` when its first picture is seen. Throws what is wrong with it. */
+  loadVideo(file: File, signal: AbortSignal, onShown: () => void): Promise<void>;
+  /** The video is ready. */
+  onVideo(): void;
+}
 
 export class FilePicker {
   private readonly panel = byId("file-panel", HTMLDivElement);
   private readonly input = byId("file", HTMLInputElement);
   private readonly status = byId("file-status", HTMLParagraphElement);
+  private readonly help = byId("file-help", HTMLDivElement);
+  private readonly command = byId("file-command", HTMLElement);
+  private readonly sendButton = byId("file-send", HTMLButtonElement);
   private reading: AbortController | null = null;
+  private file: File | null = null;
 
-  /** onDrop: a file was dropped on the page, whatever was shown; onTrack: its poses are there. */
-  constructor(onDrop: () => void, private readonly onTrack: (track: Track) => void) {
+  constructor(private readonly events: FileEvents) {
     this.input.onchange = () => {
       const file = this.input.files?.[0];
-      if (file !== undefined) void this.read(file);
+      if (file !== undefined) void this.take(file);
       this.input.value = ""; // so that the same file can be chosen again
     };
-    this.acceptDrops(onDrop);
+    this.sendButton.onclick = () => {
+      if (this.file !== null) void this.read(this.file, (file, signal) => this.readPoses(file, "video/mp4", signal));
+    };
+    this.acceptDrops();
   }
 
   open(): void {
@@ -28,13 +49,27 @@ export class FilePicker {
     this.reading?.abort();
   }
 
-  /** Without pose extraction on the server's side, videos are of no use. */
-  setVideosAllowed(areAllowed: boolean): void {
-    this.input.accept = areAllowed ? ".json,application/json,video/*" : ".json,application/json";
-    byId("file-kinds", HTMLSpanElement).textContent = areAllowed ? "OpenPose JSON or a video" : "OpenPose JSON";
+  /** Whether the server finds poses in videos; it is asked only where people say so, for it is sent the pictures. */
+  setServerReadsVideos(does: boolean): void {
+    this.sendButton.hidden = !does;
   }
 
-  private acceptDrops(onDrop: () => void): void {
+  /** Whether the person in the video is found. */
+  showPerson(isSomebody: boolean): void {
+    setText(this.status, `${this.file?.name}: ${isSomebody ? "following the person" : "nobody is in the picture"}`);
+  }
+
+  /** Say why the file cannot be played, and what to do. */
+  fail(error: unknown): void {
+    this.status.classList.add("is-error");
+    this.status.textContent = describe(error);
+    if (this.file === null || !(error instanceof Unplayable || error instanceof NoTracker)) return;
+    const { name } = this.file;
+    this.command.textContent = `posecrafter-rt poses extract ${word(name)} -o ${word(`${name.replace(/\.[^.]*$/, "")}.json`)}`;
+    this.help.hidden = false;
+  }
+
+  private acceptDrops(): void {
     let depth = 0; // every element under the pointer enters and leaves by itself
     const mark = (change: number) => {
       depth += change;
@@ -48,26 +83,58 @@ export class FilePicker {
       mark(-depth);
       const file = event.dataTransfer?.files[0];
       if (file === undefined) return;
-      onDrop();
-      void this.read(file);
+      this.events.onDrop();
+      void this.take(file);
     };
   }
 
-  private async read(file: File): Promise<void> {
+  private take(file: File): Promise<void> {
+    return this.read(file, (chosen, signal) =>
+      isPoseFile(chosen) ? this.readPoses(chosen, "application/json", signal) : this.loadVideo(chosen, signal));
+  }
+
+  /** Read a file in one way or another, unless the next one comes first. */
+  private async read(file: File, way: (file: File, signal: AbortSignal) => Promise<void>): Promise<void> {
     this.reading?.abort();
-    const reading = (this.reading = new AbortController());
+    const { signal } = (this.reading = new AbortController());
+    this.file = file;
+    this.events.onFile();
     this.status.classList.remove("is-error");
-    this.status.textContent = `Reading the poses of ${file.name}`;
+    this.help.hidden = true;
     try {
-      const track = await readPoses(file, reading.signal);
-      this.status.textContent = `${file.name}: ${track.numFrames} ${track.numFrames === 1 ? "pose" : "poses"}`;
-      this.onTrack(track);
+      await way(file, signal);
     } catch (error) {
-      if (reading.signal.aborted) return;
-      this.status.classList.add("is-error");
-      this.status.textContent = describe(error);
+      if (!signal.aborted) this.fail(error);
     }
   }
+
+  private async readPoses(file: File, type: "application/json" | "video/mp4", signal: AbortSignal): Promise<void> {
+    this.status.textContent = `Reading the poses of ${file.name}`;
+    const track = await readPoses(file, type, signal);
+    this.status.textContent = `${file.name}: ${track.numFrames} ${track.numFrames === 1 ? "pose" : "poses"}`;
+    this.events.onTrack(track);
+  }
+
+  private async loadVideo(file: File, signal: AbortSignal): Promise<void> {
+    if (file.type !== "" && !file.type.startsWith("video/")) {
+      throw new Error(`${file.name} is neither OpenPose JSON nor a video`);
+    }
+    this.status.textContent = `Opening ${file.name}`;
+    await this.events.loadVideo(file, signal, () => {
+      this.status.textContent = `${file.name}: loading the tracker, which takes a while at first`;
+    });
+    this.status.textContent = `${file.name}: looking for the person`;
+    this.events.onVideo();
+  }
+}
+
+function isPoseFile(file: File): boolean {
+  return file.type === "application/json" || file.name.toLowerCase().endsWith(".json");
+}
+
+/** A file's name as a shell takes it. */
+function word(name: string): string {
+  return /^[\w.,+@%/-]+$/.test(name) && !name.startsWith("-") ? name : `'./${name.replaceAll("'", `'\\''`)}'`;
 }
 
 function describe(error: unknown): string {

@@ -31,7 +31,9 @@ const connection = new Connection({
     status.note("WebRTC did not connect, so the page uses the WebSocket");
   },
 });
-const screen = new Screen(avatarView, (bytes) => connection.sendBytes(bytes));
+const screen = new Screen(avatarView, (bytes) => connection.sendBytes(bytes), () => {
+  status.note("Frames come more than a second late, and are not shown: this machine or the line to the server is too slow");
+});
 const status = new Status(() => connection.open());
 const recorder = new Recorder((on) => connection.command({ type: "record", on }));
 const sources = new Sources(
@@ -90,7 +92,7 @@ function showAvatar(info: Info, reference: ImageBitmap): void {
   document.documentElement.style.setProperty("--aspect", `${width} / ${height}`);
   document.title = `${name} · posecrafter`;
   byId("name", HTMLSpanElement).textContent = name;
-  sources.setVideosAllowed(info.has_pose_extraction);
+  sources.setServerReadsVideos(info.has_pose_extraction);
   avatarView.show(reference, { height, width }, null);
 }
 

@@ -33,7 +33,7 @@ export class Pacer {
   /** Send this pose now, or as soon as an answer comes, unless a newer one comes first. */
   offer(pose: Pose): void {
     const now = this.now();
-    this.underWay = this.underWay.filter((sent) => now - sent.sentMs < PATIENCE_MS);
+    this.giveUp(now);
     const last = this.underWay.at(-1);
     if (last !== undefined && (this.underWay.length >= this.limit || now - last.sentMs < this.gapMs)) {
       if (this.waiting !== null) this.overtaken++;
@@ -62,6 +62,12 @@ export class Pacer {
     return answered;
   }
 
+  /** Send a pose once more whose frame has not been shown, unless one is still to come. */
+  offerAgain(pose: Pose): void {
+    this.giveUp(this.now());
+    if (this.underWay.length === 0) this.offer(pose);
+  }
+
   /** The connection is a new one: no answer will come to what was sent before. */
   restart(): void {
     this.overtaken = 0;
@@ -69,17 +75,21 @@ export class Pacer {
     this.underWay = [];
     this.waiting = null;
   }
+
+  private giveUp(now: number): void {
+    this.underWay = this.underWay.filter((sent) => now - sent.sentMs < PATIENCE_MS);
+  }
 }
 
-/** Lets frames through in the order of their poses; repeats of the shown one pass. */
+/** Lets frames through in the order of their poses, unless they are too old; repeats of the shown one pass. */
 export class FrameGate {
-  /** Frames that came, or were decoded, after a newer one had been shown. */
+  /** Frames that came, or were decoded, too late or after a newer one had been shown. */
   late = 0;
   private shown = 0;
 
   /** Whether a frame may be shown; it counts as shown if so. */
-  admit(sequence: number): boolean {
-    if (sequence < this.shown) {
+  admit(sequence: number, isTooOld = false): boolean {
+    if (isTooOld || sequence < this.shown) {
       this.late++;
       return false;
     }

@@ -1,9 +1,8 @@
-// Playing a pose track: the clock, and the bar with which people play, pause and search.
+// Playing a clip: the clock, and the bar with which people play, pause and search.
 import { byId, FrameLoop } from "./dom.ts";
-import type { Pose } from "./layout.ts";
-import { Playback, trackPose, type Repeat, type Track } from "./track.ts";
+import type { Clip, Repeat } from "./clip.ts";
 
-/** A display that slept must not make the track leap. */
+/** A display that slept must not make poses leap. */
 const LONGEST_STEP_MS = 100;
 
 export class Player {
@@ -14,68 +13,69 @@ export class Player {
   private readonly repeatChoice = byId("repeat", HTMLSelectElement);
   private readonly speedChoice = byId("speed", HTMLSelectElement);
   private readonly loop = new FrameLoop((nowMs) => this.step(nowMs));
-  private track: Track | null = null;
-  private playback = new Playback(1, 1);
+  private clip: Clip | null = null;
+  private show: (index: number) => void = () => {};
   private lastMs: number | null = null;
   private shownIndex = -1;
 
-  constructor(private readonly emit: (pose: Pose) => void) {
+  constructor() {
     this.playButton.onclick = () => this.toggle();
     this.scrubber.oninput = () => this.seek(Number(this.scrubber.value));
-    this.repeatChoice.onchange = () => this.playback.setRepeat(this.repeatChoice.value as Repeat);
-    this.speedChoice.onchange = () => (this.playback.speed = Number(this.speedChoice.value));
+    this.repeatChoice.onchange = () => this.clip?.setRepeat(this.repeatChoice.value as Repeat);
+    this.speedChoice.onchange = () => this.setSpeed();
   }
 
-  /** Take up a track from its first pose. */
-  start(track: Track, repeat: Repeat, isPlaying: boolean): void {
-    this.track = track;
-    this.playback = new Playback(track.numFrames, track.fps);
-    this.playback.isPlaying = isPlaying;
-    this.playback.repeat = repeat;
-    this.playback.speed = Number(this.speedChoice.value);
-    this.repeatChoice.value = repeat;
-    this.scrubber.max = String(track.numFrames - 1);
+  /** Take up a clip as it is, at the speed that is chosen. show: called with every place that it comes to. */
+  start(clip: Clip, show: (index: number) => void = () => {}): void {
+    this.clip = clip;
+    this.show = show;
+    this.setSpeed();
+    for (const option of this.repeatChoice.options) option.hidden = !clip.repeats.includes(option.value as Repeat);
+    this.repeatChoice.value = clip.repeat;
+    this.scrubber.max = String(clip.numFrames - 1);
     this.bar.hidden = false;
     this.shownIndex = -1;
     this.lastMs = null;
-    this.showButton();
     this.loop.start();
   }
 
   stop(): void {
     this.loop.stop();
     this.bar.hidden = true;
-    this.track = null;
+    this.clip = null;
   }
 
   /** Play or pause. Returns: whether there is anything to play. */
   toggle(): boolean {
-    if (this.track === null) return false;
-    this.playback.toggle();
-    this.showButton();
-    return true;
+    this.clip?.toggle();
+    return this.clip !== null;
   }
 
   private seek(index: number): void {
-    this.playback.seek(index);
+    this.clip?.seek(index);
     this.shownIndex = -1;
+  }
+
+  private setSpeed(): void {
+    if (this.clip !== null) this.clip.speed = Number(this.speedChoice.value);
   }
 
   private step(nowMs: number): void {
     const elapsedMs = this.lastMs === null ? 0 : Math.min(nowMs - this.lastMs, LONGEST_STEP_MS);
     this.lastMs = nowMs;
-    this.playback.advance(elapsedMs);
-    if (this.track === null || this.playback.index === this.shownIndex) return;
-    this.shownIndex = this.playback.index;
-    this.emit(trackPose(this.track, this.shownIndex));
+    const { clip } = this;
+    if (clip === null) return;
+    clip.advance(elapsedMs);
+    this.showButton(clip.isPlaying);
+    if (clip.index === this.shownIndex) return;
+    this.shownIndex = clip.index;
+    this.show(this.shownIndex);
     this.scrubber.value = String(this.shownIndex);
-    this.time.value = `${seconds(this.shownIndex, this.track)} / ${seconds(this.track.numFrames, this.track)} s`;
+    this.time.value = `${seconds(this.shownIndex, clip)} / ${seconds(clip.numFrames, clip)} s`;
     this.scrubber.setAttribute("aria-valuetext", this.time.value);
-    this.showButton();
   }
 
-  private showButton(): void {
-    const isPlaying = this.playback.isPlaying;
+  private showButton(isPlaying: boolean): void {
     if (this.playButton.ariaPressed === String(isPlaying)) return;
     this.playButton.ariaPressed = String(isPlaying);
     this.playButton.title = isPlaying ? "Pause (Space)" : "Play (Space)";
@@ -83,6 +83,6 @@ export class Player {
   }
 }
 
-function seconds(frames: number, track: Track): string {
-  return (frames / track.fps).toFixed(1);
+function seconds(frames: number, clip: Clip): string {
+  return (frames / clip.fps).toFixed(1);
 }

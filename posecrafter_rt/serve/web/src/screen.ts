@@ -7,6 +7,8 @@ import { encodePose, NO_PICTURE, type Frame } from "./protocol.ts";
 import type { AvatarView } from "./stage.ts";
 
 const FIGURES_EVERY_MS = 250;
+/** What comes later is not shown, as the server does not send it. */
+const MAX_AGE_MS = 1000;
 
 export class Screen {
   private readonly pacer: Pacer;
@@ -17,19 +19,26 @@ export class Screen {
     fps: byId("fps", HTMLElement), latency: byId("latency", HTMLElement), dropped: byId("dropped", HTMLElement),
   };
   private newest: Pose | null = null;
+  /** The pose whose frame was shown last. */
+  private shown: Pose | null = null;
   private isLive = false;
   private droppedByServer = 0;
   /** The pose whose frame is next on the video track. */
   private onVideoTrack: { sentMs: number; pose: Pose } | null = null;
 
+  /** onLate: a frame came too late to be shown. */
   constructor(
     private readonly view: AvatarView,
     send: (bytes: ArrayBuffer) => void,
+    private readonly onLate: () => void,
   ) {
     const now = () => performance.now();
     this.pacer = new Pacer((sent) => send(encodePose(sent.pose, sent.sequence, sent.sentMs)), now);
     this.video.muted = this.video.playsInline = true;
-    setInterval(() => this.showFigures(), FIGURES_EVERY_MS);
+    setInterval(() => {
+      this.showFigures();
+      this.persist();
+    }, FIGURES_EVERY_MS);
   }
 
   /** The avatar shall take this pose. */
@@ -52,13 +61,19 @@ export class Screen {
     const sent = this.pacer.acknowledge(frame.sequence, frame.waitMs, frame.renderMs);
     this.droppedByServer = frame.dropped;
     if (frame.format === NO_PICTURE) {
-      if (sent !== null) this.onVideoTrack = sent;
+      if (sent !== null) {
+        this.onVideoTrack = sent;
+        this.shown = sent.pose;
+      }
       return;
     }
     const image = await createImageBitmap(new Blob([frame.picture], { type: "image/jpeg" }));
-    if (this.gate.admit(frame.sequence)) {
+    const now = performance.now();
+    const isLate = now - frame.sentMs > MAX_AGE_MS;
+    if (isLate) this.onLate();
+    if (this.gate.admit(frame.sequence, isLate)) {
       this.view.show(image, frame.size, sent?.pose ?? null);
-      const now = performance.now();
+      if (sent !== null) this.shown = sent.pose;
       this.meter.add(now, now - frame.sentMs);
     }
     image.close();
@@ -81,6 +96,11 @@ export class Screen {
       if (shown !== null) this.meter.add(now, now - shown.sentMs);
     };
     this.video.requestVideoFrameCallback(step);
+  }
+
+  /** The last pose of all, as of a paused clip, is not left without its frame because that was too late, or lost. */
+  private persist(): void {
+    if (this.isLive && this.newest !== null && this.newest !== this.shown) this.pacer.offerAgain(this.newest);
   }
 
   private showFigures(): void {

@@ -1,20 +1,24 @@
 // What drives the avatar: the demo, a file, the webcam or joints; one at a time.
+import type { Repeat } from "./clip.ts";
 import { byId } from "./dom.ts";
 import { FilePicker } from "./files.ts";
 import { JointEditor } from "./joints.ts";
 import type { Pose } from "./layout.ts";
 import { Player } from "./player.ts";
 import type { PoseView } from "./stage.ts";
-import { trackPose, type Track } from "./track.ts";
+import { Playback, trackPose, type Track } from "./track.ts";
+import { Tracker } from "./tracker.ts";
+import { TrackedVideo } from "./video.ts";
 import { Webcam } from "./webcam.ts";
 
 type Name = "demo" | "file" | "webcam" | "joints";
 export type Fit = "person" | "canvas";
 
 export class Sources {
-  private readonly player: Player;
+  private readonly player = new Player();
   private readonly editor: JointEditor;
   private readonly webcam: Webcam;
+  private readonly video: TrackedVideo;
   private readonly files: FilePicker;
   private readonly demoPanel = byId("demo-panel", HTMLDivElement);
   private readonly fitRow = byId("fit-row", HTMLLabelElement);
@@ -22,14 +26,34 @@ export class Sources {
   private name: Name = "demo";
   private demo: Track | null = null;
   private reference: Pose | null = null;
-  private fromFile: Track | null = null;
+  private fromFile: Track | TrackedVideo | null = null;
 
   /** emit: a pose is to be shown; onChange: another source, or another fit, from the next pose on. */
-  constructor(view: PoseView, emit: (pose: Pose) => void, private readonly onChange: () => void) {
-    this.player = new Player(emit);
+  constructor(
+    view: PoseView,
+    private readonly emit: (pose: Pose) => void,
+    private readonly onChange: () => void,
+  ) {
+    const tracker = new Tracker();
     this.editor = new JointEditor(view, emit);
-    this.webcam = new Webcam(view, emit);
-    this.files = new FilePicker(() => this.choose("file"), (track) => this.playFile(track));
+    this.webcam = new Webcam(view, tracker, emit);
+    this.video = new TrackedVideo(view, tracker, {
+      onPose: (pose) => {
+        this.files.showPerson(pose.points !== null);
+        emit(pose);
+      },
+      onProblem: (error) => {
+        this.leaveFile();
+        this.files.fail(error);
+      },
+    });
+    this.files = new FilePicker({
+      onDrop: () => this.choose("file"),
+      onFile: () => this.leaveFile(),
+      onTrack: (track) => this.playFile(track),
+      loadVideo: (file, signal, onShown) => this.video.load(file, signal, onShown),
+      onVideo: () => this.playFile(this.video),
+    });
     this.fitBox.onchange = onChange;
     for (const radio of radios()) radio.onchange = () => this.choose(radio.value as Name);
     document.addEventListener("keydown", (event) => this.onKey(event));
@@ -40,8 +64,9 @@ export class Sources {
     return this.isOfSomebody && this.fitBox.checked ? "person" : "canvas";
   }
 
-  setVideosAllowed(areAllowed: boolean): void {
-    this.files.setVideosAllowed(areAllowed);
+  /** Whether the server finds poses in videos, where this page cannot. */
+  setServerReadsVideos(does: boolean): void {
+    this.files.setServerReadsVideos(does);
   }
 
   /** The avatar's own poses are there: the demo begins, unless people have chosen something else. */
@@ -59,6 +84,7 @@ export class Sources {
     for (const radio of radios()) radio.checked = radio.value === name;
     this.name = name;
     this.player.stop();
+    this.video.close();
     this.editor.close();
     this.webcam.close();
     this.files.close();
@@ -69,17 +95,34 @@ export class Sources {
 
   private begin(): void {
     this.demoPanel.hidden = this.name !== "demo";
-    if (this.name === "demo" && this.demo !== null) this.player.start(this.demo, "swing", !prefersStillness());
+    if (this.name === "demo" && this.demo !== null) this.play(this.demo, "swing", !prefersStillness());
     if (this.name === "webcam") this.webcam.open();
     if (this.name === "joints" && this.reference !== null) this.editor.open(this.reference);
     if (this.name !== "file") return;
     this.files.open();
-    if (this.fromFile !== null) this.player.start(this.fromFile, "loop", true);
+    if (this.fromFile !== null) this.playFile(this.fromFile);
   }
 
-  private playFile(track: Track): void {
-    this.fromFile = track;
-    this.player.start(track, "loop", true);
+  /** Another file was chosen, or the one that was played is broken. */
+  private leaveFile(): void {
+    this.player.stop();
+    this.video.close();
+    this.fromFile = null;
+    this.onChange();
+  }
+
+  private playFile(file: Track | TrackedVideo): void {
+    this.fromFile = file;
+    if (!(file instanceof TrackedVideo)) return this.play(file, "loop", true);
+    this.player.start(file);
+    file.open();
+  }
+
+  private play(track: Track, repeat: Repeat, isPlaying: boolean): void {
+    const playback = new Playback(track.numFrames, track.fps);
+    playback.repeat = repeat;
+    playback.isPlaying = isPlaying;
+    this.player.start(playback, (index) => this.emit(trackPose(track, index)));
   }
 
   /** Space plays and pauses, except where it has a meaning of its own. */

@@ -1,4 +1,5 @@
 // Pose tracks: a few seconds of poses, and the clock that plays them.
+import type { Clip, Repeat } from "./clip.ts";
 import { NUM_KEYPOINTS, type Pose, type Size } from "./layout.ts";
 
 export interface Track {
@@ -7,8 +8,6 @@ export interface Track {
   numFrames: number;
   points: Float32Array;
 }
-
-export type Repeat = "swing" | "loop" | "once";
 
 /** A track as the server writes it. Throws an Error where its parts do not fit together. */
 export function decodeTrack(json: { fps: number; canvas: [number, number]; num_frames: number; keypoints: string }): Track {
@@ -30,7 +29,8 @@ export function trackPose(track: Track, index: number): Pose {
 }
 
 /** Where in a track the playing is. Time is given to it, so it holds no clock. */
-export class Playback {
+export class Playback implements Clip {
+  readonly repeats: readonly Repeat[] = ["swing", "loop", "once"];
   isPlaying = false;
   repeat: Repeat = "loop";
   speed = 1;

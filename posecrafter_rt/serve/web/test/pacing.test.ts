@@ -72,8 +72,27 @@ test("a new connection owes no answers, and sequences go on", () => {
   assert.equal(under.acknowledge(3, 0, 0)?.pose.canvas.width, 4);
 });
 
+test("a pose whose frame was lost is sent again once nothing is under way", () => {
+  const { clock, sent, pacer: under } = pacer();
+  const last = pose(1);
+  under.offer(last);
+  under.offerAgain(last);
+  assert.deepEqual(sent, [1]);
+  clock.ms = 1500;
+  under.offerAgain(last);
+  under.offerAgain(last);
+  assert.deepEqual(sent, [1, 1]);
+  under.acknowledge(2, 0, 0);
+  clock.ms = 1600;
+  under.offerAgain(last); // its frame came, but too late to be shown
+  assert.deepEqual(sent, [1, 1, 1]);
+});
+
 test("no frame older than the shown one passes, and a repeat of it does", () => {
   const gate = new FrameGate();
   assert.deepEqual([1, 3, 2, 3, 4].map((sequence) => gate.admit(sequence)), [true, true, false, true, true]);
   assert.equal(gate.late, 1);
+  assert.equal(gate.admit(5, true), false);
+  assert.equal(gate.admit(5), true);
+  assert.equal(gate.late, 2);
 });

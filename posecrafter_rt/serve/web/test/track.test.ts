@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { NUM_KEYPOINTS } from "../src/layout.ts";
-import { decodeTrack, Playback, trackPose, type Repeat } from "../src/track.ts";
+import type { Repeat } from "../src/clip.ts";
+import { decodeTrack, Playback, trackPose } from "../src/track.ts";
 
 function json(points: Float32Array, numFrames: number) {
   const keypoints = Buffer.from(points.buffer).toString("base64");

@@ -1,0 +1,122 @@
+"""What each preset takes, stage by stage, for a long clip: time and memory, not quality (that is `quality.py --presets`).
+
+Bench: `python -m bench.presets [--json FILE] [--quick]` writes results/presets-<device>.json and .md, or FILE and its .md; with
+--quick alone (the embedded base, 8 frames) it only prints. `--base random-sd15` has the size of Stable Diffusion 1.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.report import name_by_device, picture_size, publish, table
+from bench.runs import forget_inversions, in_own_process, moving_person
+from bench.throughput import build, find_checkpoint
+from bench.timing import machine
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.machine import peak_rss_bytes
+
+Row = dict[str, Any]
+STAGES = ("prepare", "invert", "denoise", "decode")
+WAYS: dict[str, dict[str, Any]] = {
+    "exact": {"preset": "exact"},
+    "exact, inversion cached": {"preset": "exact"},
+    "balanced": {"preset": "balanced"},
+    "fast": {"preset": "fast"},
+    "fast, small decoder": {"preset": "fast", "decoder": "small"},
+}
+# What is to be reached on a card at 512 × 512 with 100 frames, in seconds.
+TARGETS = {"RTX 3090": {"exact": 115, "balanced": 40, "fast": 12}, "H100": {"exact": 12, "balanced": 4, "fast": 1.5}}
+
+
+def measure(engine: Path, way: str, num_frames: int) -> Row:
+    """One render, after one of a few frames less, so that nothing is compiled in it; in a process of its own."""
+    with Avatar.load(engine) as avatar:
+        target = moving_person(num_frames, avatar.size, phase=1.0)
+        options = avatar.resolve(**WAYS[way])
+        avatar.render(target, options, num_inference_steps=max(3, options.num_inference_steps // 10))
+        if not way.endswith("cached"):
+            forget_inversions(avatar)
+        else:
+            avatar.render(target[:1], options)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        avatar.render(target, options)
+        total = time.perf_counter() - start
+        assert avatar.last_report is not None
+        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        return {"total_s": total, "seconds": avatar.last_report.seconds, "peak_bytes": peak_rss_bytes(),
+                "peak_gpu_bytes": gpu}  # fmt: skip
+
+
+def markdown(document: Row) -> str:
+    """The results as a table."""
+    setup, facts = document["setup"], document["machine"]
+    rows = {way: row for way, row in document["rows"].items() if "error" not in row}
+    size = "×".join(map(str, setup["size"]))
+    goals = next((goals for card, goals in TARGETS.items() if card in str(facts.get("gpu", ""))), {})
+    if setup["size"] != [512, 512] or setup["frames"] != 100:
+        goals = {}
+    lines = [f"# Presets: {setup['frames']} frames at {size}, {setup['base']}, {setup['backend']} {setup['precision']}", "",
+             f"Machine: {', '.join(f'{key} {value}' for key, value in facts.items())}.", "",
+             "Seconds of one render after a shorter one, engine loaded; the inversion is in it unless it says cached.", ""]  # fmt: skip
+    header = ("preset", "s", "goal", "frames/s", *STAGES, "peak MB", "peak GPU MB")
+    cells = []
+    for way, row in rows.items():
+        goal = f"{goals[way]:g}" if way in goals else ""
+        stages = [f"{row['seconds'].get(stage, 0.0):.2f}" for stage in STAGES]
+        memory = [f"{row[name] / 1e6:.0f}" for name in ("peak_bytes", "peak_gpu_bytes")]
+        cells.append((way, f"{row['total_s']:.2f}", goal, f"{setup['frames'] / row['total_s']:.1f}", *stages, *memory))
+    cells += [(way, f"failed: {row['error']}") for way, row in document["rows"].items() if "error" in row]
+    return "\n".join([*lines, *table(header, cells)])
+
+
+def parse() -> argparse.Namespace:
+    """The command line; --quick changes the number of frames."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="a tuned one, instead of an untrained one over --base")
+    parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
+    parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--frames", type=int)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--work", type=Path, help="keep what is built here for the next run")
+    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
+    parser.add_argument("--quick", action="store_true", help="8 frames")
+    options = parser.parse_args()
+    options.frames = options.frames or (8 if options.quick else 100)
+    return options
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory(prefix="presets-") as temporary:
+        folder = options.work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = find_checkpoint(options, folder)
+        engine = folder / f"{checkpoint.stem}-{options.backend}-{options.precision}.engine"
+        built = in_own_process(build, checkpoint, engine, options.backend, options.precision)
+        if "error" in built:
+            raise SystemExit(f"error: no engine could be built: {built['error']}")
+        rows = {}
+        for way in options.ways:
+            rows[way] = in_own_process(measure, engine, way, options.frames)
+            print(way, rows[way], file=sys.stderr, flush=True)
+        with Avatar.load(engine) as avatar:
+            manifest = avatar.folder.manifest
+    setup = {"frames": options.frames, "base": Path(manifest["base"]).name,
+             **{name: manifest[name] for name in ("size", "backend", "precision")}}  # fmt: skip
+    document = {"setup": setup, "machine": machine(), "rows": rows}
+    publish(name_by_device("presets", document["machine"]), document, markdown(document), options.json, options.quick)
+
+
+if __name__ == "__main__":
+    main()

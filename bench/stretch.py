@@ -1,0 +1,124 @@
+"""What `render --replace` leaves of the seams, and how near the mended frames come to the true ones.
+
+Bench: `python -m bench.stretch [ENGINE | --checkpoint demo/tuned.ckpt] [--json FILE] [--preset NAME]` mends stretches of the
+demonstration's footage and writes results/stretch.json and .md, or FILE and its .md; without one it tunes as the
+demonstration does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.footage import load_footage, tune_person
+from bench.report import publish, table
+from bench.runs import psnr
+from bench.timing import machine
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.building import build_engine
+from posecrafter_rt.demo.run import scores
+from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD, FACE, PoseSequence
+from posecrafter_rt.runtime.seams import draw_to_anchors
+
+STRETCHES = ((50, 62), (64, 88), (92, 112), (47, 119))  # none of these frames was tuned on
+Row = dict[str, Any]
+
+
+def change(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean difference of two pictures or clips, in grey levels."""
+    return float(np.abs(first.astype(int) - second).mean())
+
+
+def face_psnr(frames: np.ndarray, truth: np.ndarray, poses: PoseSequence) -> float:
+    """PSNR in dB within the rectangles around the face's keypoints, where a person moves most."""
+    cut: list[list[np.ndarray]] = [[], []]
+    for index, keypoints in enumerate(poses):
+        points = keypoints[FACE][keypoints[FACE, 2] >= CONFIDENCE_THRESHOLD, :2]
+        (left, top), (right, bottom) = points.min(0).clip(0).astype(int), np.ceil(points.max(0)).astype(int) + 1
+        for kept, clip in zip(cut, (frames, truth), strict=True):
+            kept.append(clip[index, top:bottom, left:right].reshape(-1))
+    return psnr(np.concatenate(cut[0]), np.concatenate(cut[1]))
+
+
+def grade(mended: np.ndarray, footage: np.ndarray, poses: PoseSequence, start: int, stop: int) -> Row:
+    """Nearness to the truth; the change from frame to frame at both seams, and within."""
+    truth = footage[start:stop]
+    seams = (change(mended[0], footage[start - 1]), change(mended[-1], footage[stop]))
+    row: Row = {"seam": float(np.mean(seams)), "inside": change(mended[1:], mended[:-1])}
+    if np.array_equal(mended, truth):
+        return row
+    return {**row, **scores(mended, truth), "face_psnr": face_psnr(mended, truth, poses[start:stop])}
+
+
+def compare(avatar: Avatar, footage: np.ndarray, poses: PoseSequence, start: int, stop: int, preset: str) -> list[Row]:
+    """Of one stretch: its true frames, a crossfade of the frames beside it, its render, and that drawn to those frames."""
+    before, after = footage[start - 1], footage[stop]
+    rendered = avatar.render(poses[start - 1 : stop + 1], preset=preset)
+    shares = (np.arange(1, stop - start + 1) / (stop - start + 1))[:, None, None, None]
+    ways = {
+        "the truth": footage[start:stop],
+        "the frames beside it, crossfaded": np.uint8(np.rint((1 - shares) * before + shares * after)),
+        "rendered": rendered[1:-1],
+        "rendered, drawn to the frames beside it": np.stack(
+            list(draw_to_anchors(rendered, stop - start, before, after))
+        ),
+    }
+    rows = [{"start": start, "stop": stop, "way": way, **grade(frames, footage, poses, start, stop)}
+            for way, frames in ways.items()]  # fmt: skip
+    print(*rows, sep="\n", file=sys.stderr)
+    return rows
+
+
+def markdown(document: Row) -> str:
+    """The results as a table."""
+    lines = [f"Frames of the demonstration's footage that were not tuned on, preset {document['preset']}, {document['engine']}; "
+             f"{document['machine']['processor']}. Change: mean difference of neighbouring frames in grey levels, at the "
+             "two seams and within the stretch.", ""]  # fmt: skip
+    cells = []
+    for row in document["rows"]:
+        near = [f"{row[name]:.{digits}f}" if name in row else ""
+                for name, digits in (("psnr", 2), ("ssim", 4), ("face_psnr", 2))]  # fmt: skip
+        cells.append(
+            (f"{row['start']}:{row['stop']}, {row['way']}", *near, f"{row['seam']:.2f}", f"{row['inside']:.2f}")
+        )
+    header = ("stretch", "PSNR dB", "SSIM", "PSNR of the face dB", "change at the seams", "change within")
+    return "\n".join(lines + table(header, cells))
+
+
+def run(engine: Path | None, checkpoint: Path | None, preset: str) -> Row:
+    """Tune and build what is not given, and compare."""
+    footage, poses = load_footage()
+    with tempfile.TemporaryDirectory(prefix="stretch-") as folder:
+        if engine is None:
+            checkpoint = tune_person(Path(folder) / "tuned.ckpt", checkpoint)
+            engine = build_engine(checkpoint, Path(folder) / "tuned.engine").folder.path
+        with Avatar.load(engine) as avatar:
+            manifest = avatar.folder.manifest
+            rows = [row for stretch in STRETCHES for row in compare(avatar, footage, poses, *stretch, preset)]
+    return {
+        "machine": machine(),
+        "engine": f"{manifest['backend']} {manifest['precision']}",
+        "preset": preset,
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    """Parse the arguments, measure, print, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", type=Path, nargs="?", help="an engine of the demonstration's person")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
+    parser.add_argument("--preset", default="exact")
+    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
+    arguments = parser.parse_args()
+    document = run(arguments.engine, arguments.checkpoint, arguments.preset)
+    publish("stretch", document, markdown(document), arguments.json, is_quick=False)
+
+
+if __name__ == "__main__":
+    main()

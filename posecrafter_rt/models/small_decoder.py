@@ -1,0 +1,153 @@
+"""A decoder of a few convolutions in the VAE's place: ours, distilled from it (see `tuning_losses`), or one that is given.
+
+Layer 3. The full decoder costs as much as several denoising steps; on one person's pictures a small one comes close.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from posecrafter_rt.errors import ModelError
+from posecrafter_rt.models.folding import fold_doubling
+from posecrafter_rt.models.sources import hash_files, locate_component, reading
+from posecrafter_rt.models.weights import load_network
+
+CHANNELS, BLOCKS = (128, 64, 32), (3, 3, 2)  # of as many levels as the VAE doubles, counted from the picture
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(SiLU(conv(SiLU(x)))): (N, C, h, w) → the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.conv2(F.silu(self.conv1(F.silu(hidden_states))))
+
+
+class SmallDecoder(ModelMixin, ConfigMixin):
+    """Scaled latents (N, 4, h, w) → pixels (N, 3, H, W), about [-1, 1].
+
+    Each level is residual blocks, then a transposed convolution that doubles the picture, the last one into RGB: nothing
+    is convolved at full size. No norms: each frame and each place is by itself.
+    Args: channels, blocks: of each level, from the latents on.
+    """
+
+    @register_to_config
+    def __init__(
+        self, latent_channels: int = 4, channels: tuple[int, ...] = CHANNELS, blocks: tuple[int, ...] = BLOCKS
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(width) for _ in range(count)), nn.SiLU(),
+                          nn.ConvTranspose2d(width, following, 4, stride=2, padding=1))
+            for width, following, count in zip(channels, (*channels[1:], 3), blocks, strict=True)
+        )  # fmt: skip
+
+    def forward(self, latents: Tensor) -> Tensor:
+        hidden_states = self.conv_in(latents)
+        for level in self.levels:
+            hidden_states = level(hidden_states)
+        return hidden_states
+
+
+def new_small_decoder(latent_channels: int, vae_scale_factor: int, generator: torch.Generator) -> SmallDecoder:
+    """An untrained one for a VAE, in float32 on the CPU; random as the generator has it, each block next to nothing."""
+    levels = round(math.log2(vae_scale_factor))
+    decoder = SmallDecoder(latent_channels, CHANNELS[-levels:], BLOCKS[-levels:])
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            # What torch draws by default, but from this generator: each output of a doubling sees a quarter of its taps.
+            taps = module.weight[0].numel() if isinstance(module, nn.Conv2d) else 4 * module.in_channels
+            nn.init.uniform_(module.weight, -(taps**-0.5), taps**-0.5, generator=generator)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+        if isinstance(module, ResidualBlock):
+            with torch.no_grad():
+                module.conv2.weight.mul_(0.3)
+    return decoder
+
+
+def describe_config(module: nn.Module) -> dict[str, Any]:
+    """A diffusers module's configuration as JSON has it, without the paths that it came from."""
+    config: Any = module.config
+    return {key: list(value) if isinstance(value, tuple) else value
+            for key, value in config.items() if not key.startswith("_")}  # fmt: skip
+
+
+def empty_small_decoder(config: dict[str, Any]) -> nn.Module:
+    """A small decoder of this configuration, without weights (on the meta device), folded."""
+    kind = AutoencoderTiny if "num_decoder_blocks" in config else SmallDecoder
+    config = {name: value for name, value in config.items() if name != "block_out_channels"}  # which it adds itself
+    with torch.device("meta"):
+        module: nn.Module = kind.from_config(config)
+        fold_small_decoder(module)
+    return module
+
+
+def load_small_decoder(source: str, latent_channels: int, vae_scale_factor: int, dtype: torch.dtype) -> nn.Module:
+    """One that is given: a folder or hub id of diffusers' `AutoencoderTiny` (TAESD), or of a `SmallDecoder`.
+
+    Raises: ModelError: not there, of another kind, or of another VAE's latents.
+    """
+    part = locate_component(source, "small_decoder")
+    with reading(source):
+        name = SmallDecoder.load_config(part.config_folder, local_files_only=True).get("_class_name")
+    kind = {"AutoencoderTiny": AutoencoderTiny, "SmallDecoder": SmallDecoder}.get(name)
+    if kind is None:
+        raise ModelError(
+            f"{source} is a {name}, no small decoder", hint="give an AutoencoderTiny, such as TAESD's folder"
+        )
+    module: nn.Module = load_network(kind, part, dtype).eval().requires_grad_(False)
+    found = latents_of(module)
+    if found != (latent_channels, vae_scale_factor):
+        raise ModelError(f"the small decoder in {source} reads {found[0]} channels and enlarges {found[1]} times, the "
+                         f"base's VAE {latent_channels} and {vae_scale_factor}", hint="take the one of this VAE")  # fmt: skip
+    return module
+
+
+def hash_small_decoder(source: str) -> str:
+    """SHA-256 over its weight files. Raises: ModelError where there are none."""
+    return hash_files({"small_decoder": locate_component(source, "small_decoder").files})
+
+
+def latents_of(module: nn.Module) -> tuple[int, int]:
+    """Channels of the latents that a small decoder reads, and how many times it enlarges them."""
+    config: Any = module.config
+    if isinstance(module, AutoencoderTiny):
+        return config["latent_channels"], config["upsampling_scaling_factor"] ** (len(config["num_decoder_blocks"]) - 1)
+    return config["latent_channels"], 2 ** len(config["channels"])
+
+
+def decode_small(module: nn.Module, latents: Tensor) -> Tensor:
+    """Scaled latents (N, 4, h, w) → pixels (N, 3, H, W), about [-1, 1]."""
+    pixels: Tensor = module.decoder(latents) if isinstance(module, AutoencoderTiny) else module(latents)
+    return pixels
+
+
+@torch.no_grad()
+def fold_small_decoder(module: nn.Module) -> None:
+    """Fold an `AutoencoderTiny` in place: its doublings as in `folding.fold_upsamplers`, and away with its encoder."""
+    if not isinstance(module, AutoencoderTiny):
+        return
+    module.encoder = nn.Identity()
+    layers = module.decoder.layers
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.Upsample):
+            conv = layers[index + 1]
+            weight = fold_doubling(conv.weight)
+            doubling = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1, bias=False,
+                                          device=weight.device, dtype=weight.dtype)  # fmt: skip
+            doubling.weight.copy_(weight)
+            layers[index], layers[index + 1] = nn.Identity(), doubling

@@ -1,0 +1,101 @@
+// MediaPipe Holistic, which finds the person in a picture: loaded into this page when it is first wanted.
+import type { Holistic as HolisticTracker, Results } from "@mediapipe/holistic";
+import { poseFromLandmarks } from "./landmarks.ts";
+import type { Pose } from "./layout.ts";
+
+/** Where the build puts MediaPipe's own files. */
+const TRACKER_FOLDER = "tracker/";
+
+/** A tracker that takes longer for a picture leaves the page no time of its own. */
+const SLOW_MS = 300;
+/** So much it is then given, between two pictures: enough for the avatar's frame to come and be shown. */
+const REST_MS = 250;
+
+declare global {
+  interface Window {
+    Holistic?: typeof HolisticTracker;
+  }
+}
+
+/** The person, and the picture that was looked at, mirrored where that was wanted; it lasts until the next one. */
+export interface Found {
+  pose: Pose;
+  picture: CanvasImageSource;
+}
+
+/** This installation has no tracker. */
+export class NoTracker extends Error {}
+
+/** One for the whole page, whatever the pictures are of: it is large and slow to load. */
+export class Tracker {
+  private loading: Promise<HolisticTracker> | null = null;
+  private results: Results | null = null;
+  private isMirrored = false;
+  /** With a picture, or resting from one. */
+  isBusy = false;
+  /** Took long for the last picture; until there was one that is assumed. */
+  isSlow = true;
+
+  /** Load and warm up, unless that is done. Throws NoTracker where there is none. */
+  async load(): Promise<void> {
+    this.loading ??= loadHolistic((results) => (this.results = results));
+    try {
+      await this.loading;
+    } catch (error) {
+      this.loading = null;
+      throw error;
+    }
+  }
+
+  /** Look for the person in what a video shows now; null while it is still at an older picture. */
+  async find(video: HTMLVideoElement, isMirrored: boolean): Promise<Found | null> {
+    if (this.isBusy || this.loading === null) return null;
+    this.isBusy = true;
+    const beginMs = performance.now();
+    const size = { height: video.videoHeight, width: video.videoWidth };
+    try {
+      const holistic = await this.loading;
+      if (this.isMirrored !== isMirrored) holistic.setOptions({ selfieMode: isMirrored });
+      this.isMirrored = isMirrored;
+      this.results = null;
+      await holistic.send({ image: video });
+      return this.results === null ? null : understood(this.results, size);
+    } finally {
+      this.isSlow = performance.now() - beginMs > SLOW_MS;
+      setTimeout(() => (this.isBusy = false), this.isSlow ? REST_MS : 0);
+    }
+  }
+}
+
+function understood({ image, ...found }: Results, size: { height: number; width: number }): Found {
+  const landmarks = {
+    pose: found.poseLandmarks, face: found.faceLandmarks,
+    leftHand: found.leftHandLandmarks, rightHand: found.rightHandLandmarks,
+  };
+  return { pose: poseFromLandmarks(landmarks, size), picture: image };
+}
+
+/** MediaPipe is a script of the old kind. */
+async function loadHolistic(onResults: (results: Results) => void): Promise<HolisticTracker> {
+  if (window.Holistic === undefined) await loadScript(`${TRACKER_FOLDER}holistic.js`);
+  const tracker = new (window.Holistic as typeof HolisticTracker)({ locateFile: (file) => TRACKER_FOLDER + file });
+  tracker.setOptions({
+    modelComplexity: 0, smoothLandmarks: true, refineFaceLandmarks: false, enableSegmentation: false, selfieMode: false,
+  });
+  tracker.onResults(onResults);
+  await tracker.initialize();
+  return tracker;
+}
+
+function loadScript(source: string): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const script = document.createElement("script");
+    script.src = source;
+    script.onload = () => resolve();
+    script.onerror = () => {
+      script.remove();
+      reject(new NoTracker("This installation has no tracker of people, which `make web` adds"));
+    };
+    document.head.append(script);
+  });
+}

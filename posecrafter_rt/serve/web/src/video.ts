@@ -1,0 +1,179 @@
+// A video file, and the person in it: played and tracked within this page, which only keypoints leave.
+import type { Clip, Repeat } from "./clip.ts";
+import type { Pose } from "./layout.ts";
+import type { PoseView } from "./stage.ts";
+import type { Tracker } from "./tracker.ts";
+
+/** Later than any video's end: to go there makes a browser look for an end that the file does not tell. */
+const BEYOND_S = 1e9;
+
+/** The browser cannot play a file. */
+export class Unplayable extends Error {}
+
+export interface VideoEvents {
+  onPose(pose: Pose): void;
+  /** It was being played, and cannot be any further. */
+  onProblem(error: unknown): void;
+}
+
+export class TrackedVideo implements Clip {
+  readonly fps = 25; // of the places to go to; browsers do not tell a video's own
+  readonly repeats: readonly Repeat[] = ["loop", "once"];
+  private readonly video = document.createElement("video");
+  private isOpen = false;
+  private isWanted = false; // people want it to play; it may be waiting for the tracker
+  private isNew = false; // what the video shows has not been looked at
+
+  constructor(
+    private readonly view: PoseView,
+    private readonly tracker: Tracker,
+    private readonly events: VideoEvents,
+  ) {
+    this.video.muted = this.video.playsInline = true;
+    this.video.onended = () => (this.isWanted = false);
+    this.video.onerror = () => {
+      if (!this.isOpen) return; // whoever opens it is told
+      this.close();
+      this.events.onProblem(new Unplayable("The video is broken from here on"));
+    };
+    this.watch();
+  }
+
+  /** Show a file's first picture, and make the tracker ready. Throws Unplayable, NoTracker; leaves off when aborted. */
+  async load(file: File, signal: AbortSignal, onShown: () => void): Promise<void> {
+    this.close();
+    URL.revokeObjectURL(this.video.src);
+    this.video.src = URL.createObjectURL(file);
+    this.video.loop = true;
+    await this.event("loadeddata", signal, `This browser cannot play ${file.name}`);
+    if (this.video.videoWidth === 0) throw new Unplayable(`There are no pictures in ${file.name}`);
+    if (!Number.isFinite(this.video.duration)) await this.findEnd(signal);
+    signal.throwIfAborted();
+    this.view.setBackdrop(this.video);
+    this.view.show({ canvas: this.size, points: null });
+    onShown();
+    await this.tracker.load();
+    signal.throwIfAborted();
+  }
+
+  /** Play what was loaded, from where it is. */
+  open(): void {
+    this.isOpen = true;
+    this.setPlaying(true);
+  }
+
+  /** Stop, and clear the view. */
+  close(): void {
+    this.isOpen = false;
+    this.setPlaying(false);
+    this.view.setBackdrop(null);
+  }
+
+  get numFrames(): number {
+    return Math.max(1, Math.round(this.video.duration * this.fps));
+  }
+
+  get index(): number {
+    return Math.min(Math.floor(this.video.currentTime * this.fps + 1e-6), this.numFrames - 1);
+  }
+
+  get isPlaying(): boolean {
+    return this.isWanted;
+  }
+
+  get repeat(): Repeat {
+    return this.video.loop ? "loop" : "once";
+  }
+
+  setRepeat(repeat: Repeat): void {
+    this.video.loop = repeat === "loop";
+  }
+
+  get speed(): number {
+    return this.video.playbackRate;
+  }
+
+  set speed(speed: number) {
+    this.video.playbackRate = speed;
+  }
+
+  toggle(): void {
+    this.setPlaying(!this.isWanted);
+  }
+
+  seek(index: number): void {
+    this.video.currentTime = index / this.fps;
+  }
+
+  /** Its time goes on by itself, but for a slow tracker, which would miss most of what happens. */
+  advance(): void {
+    if (!this.isOpen || this.tracker.isBusy) return;
+    if (this.isNew) void this.track();
+    else if (this.isWanted && this.video.paused && !this.video.ended) void this.play();
+  }
+
+  private get size(): Pose["canvas"] {
+    return { height: this.video.videoHeight, width: this.video.videoWidth };
+  }
+
+  private setPlaying(isWanted: boolean): void {
+    this.isWanted = isWanted;
+    if (isWanted) void this.play();
+    else this.video.pause();
+  }
+
+  private async play(): Promise<void> {
+    try {
+      await this.video.play();
+    } catch (error) {
+      // A pause that came before it began is no failure.
+      if (this.isOpen && !(error instanceof Error && error.name === "AbortError")) this.events.onProblem(error);
+    }
+  }
+
+  /** Called with every picture that the video shows, playing or not. */
+  private watch(): void {
+    this.video.requestVideoFrameCallback(() => {
+      this.isNew = true;
+      this.watch();
+    });
+  }
+
+  private async track(): Promise<void> {
+    this.isNew = false;
+    if (this.tracker.isSlow) this.video.pause();
+    const { src } = this.video;
+    try {
+      const found = await this.tracker.find(this.video, false);
+      if (found === null || !this.isOpen || this.video.src !== src) return;
+      this.view.setBackdrop(found.picture);
+      this.events.onPose(found.pose);
+    } catch (error) {
+      this.close();
+      this.events.onProblem(error);
+    }
+  }
+
+  /** Some recordings do not tell how long they are. */
+  private async findEnd(signal: AbortSignal): Promise<void> {
+    for (const time of [BEYOND_S, 0]) {
+      this.video.currentTime = time;
+      await this.event("seeked", signal, "The video has no end that can be found");
+    }
+  }
+
+  /** Wait for an event of the video. Throws Unplayable saying `failure` where an error comes instead; leaves off when aborted. */
+  private event(name: "loadeddata" | "seeked", signal: AbortSignal, failure: string): Promise<void> {
+    return new Promise((resolve, reject) => {
+      const over = new AbortController();
+      const settle = (act: () => void) => () => {
+        over.abort();
+        act();
+      };
+      const options = { signal: over.signal };
+      this.video.addEventListener(name, settle(resolve), options);
+      this.video.addEventListener("error", settle(() => reject(new Unplayable(failure))), options);
+      signal.addEventListener("abort", settle(() => reject(signal.reason as Error)), options);
+    });
+  }
+}

@@ -1,0 +1,112 @@
+"""Clips in segments on a tiny base: what each network sees, what the report says, and going on from a finished one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.segments import split_clip
+from tests.tiny import SIZE, Watched, some_poses
+
+SEGMENTS = {"num_inference_steps": 2, "segment": 6, "overlap": 2}
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_a_clip_that_fits_into_one_segment_is_rendered_as_without(avatar: Avatar, count: int) -> None:
+    plain = avatar.render(some_poses(count), num_inference_steps=2)
+    assert np.array_equal(avatar.render(some_poses(count), **SEGMENTS), plain)
+    assert avatar.last_report is not None and avatar.last_report.num_segments == 1
+
+
+def test_segments_are_clips_of_their_own_blended_where_they_overlap(
+    avatar: Avatar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 frames in segments of 6 that share 2 are 3 of 5, 6 and 6 frames in some order; each is its own render."""
+    poses = some_poses(13)
+    spans = split_clip(13, 6, 2)
+    assert sorted(span.stop - span.start for span in spans) == [5, 6, 6]
+    rendered = avatar.render(poses, **SEGMENTS)
+    monkeypatch.setattr("posecrafter_rt.avatar.select_reference", lambda train, target: reference)
+    assert avatar.last_report is not None
+    reference = avatar.last_report.reference_index  # of the whole clip, which a part alone might not choose
+    for earlier, span in zip([None, *spans], spans, strict=False):
+        alone = avatar.render(poses[span.start : span.stop], num_inference_steps=2)
+        shared = 0 if earlier is None else earlier.stop - span.start
+        settled = slice(shared, span.settled - span.start)
+        assert np.array_equal(rendered[span.start : span.settled][settled], alone[settled])
+        if shared:
+            assert not np.array_equal(rendered[span.start : span.start + shared], alone[:shared])
+
+
+def test_the_report_names_the_segments_and_counts_each_frame_once(avatar: Avatar) -> None:
+    keypoints = some_poses(13).keypoints.copy()
+    keypoints[[3, 4, 9], 92:113] = 0  # the left hand of frames that two segments render, and of one that ends the clip
+    keypoints[12, 24:92] = 0
+    poses = PoseSequence(keypoints, SIZE)
+    avatar.render(poses, num_inference_steps=2)
+    assert avatar.last_report is not None
+    whole = avatar.last_report.to_json()
+    avatar.render(poses, **SEGMENTS)
+    split = avatar.last_report.to_json()
+    assert whole["num_segments"] == 1 and whole["options"]["segment"] is None
+    assert split["num_segments"] == 3 and (split["options"]["segment"], split["options"]["overlap"]) == (6, 2)
+    assert [(skipped["frame"], skipped["region"]) for skipped in split["skipped_regions"]] == [
+        (3, "left_hand"), (4, "left_hand"), (9, "left_hand"), (12, "face")]  # fmt: skip
+    for name in ("skipped_regions", "edited_regions", "reference_index"):
+        assert split[name] == whole[name], name
+    assert set(split["seconds"]) == {"prepare", "invert", "denoise", "decode"}
+
+
+def test_no_network_ever_sees_more_than_one_segment(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is computed once a render is not computed again for each segment."""
+    seen: dict[str, list[int]] = {name: [] for name in avatar.engines}
+
+    for name, engine in list(avatar.engines.items()):
+        monkeypatch.setitem(avatar.engines, name, Watched(engine, seen[name]))
+    for count in (14, 26):
+        for calls in seen.values():
+            calls.clear()
+        avatar._tables.clear()
+        taken = 0
+        for _ in avatar.iter_render(some_poses(count), inversion_substeps=1, **SEGMENTS):
+            taken += 1
+            # A segment's frames come before the next one's are denoised.
+            assert len(seen["unet"]) <= 2 + 2 * (1 + (taken - 1) // 3)
+        assert taken == count
+        for name in ("controlnet", "unet"):
+            assert max(seen[name]) == 1 + 6  # the reference and a segment
+        assert {*seen["pose_embedding"], *seen["vae_decoder"]} == {1}  # what sees frames apart is given them apart
+        assert sum(seen["vae_decoder"]) == count  # each frame once, the reference never
+        assert len(seen["vae_encoder"]) <= 1 and seen["text_encoder"] == [1] and len(seen["time_tables"]) == 1
+
+
+def test_going_on_from_a_finished_segment_gives_the_same_bytes(avatar: Avatar) -> None:
+    poses = some_poses(13)
+    whole = avatar.render(poses, **SEGMENTS)
+    first = next(avatar.iter_segments(poses, **SEGMENTS))
+    head = list(first.frames)
+    rest = avatar.iter_segments(poses, finished=[first.report], carried=first.carried, **SEGMENTS)
+    frames = [*head, *(frame for segment in rest for frame in segment.frames)]
+    assert np.array_equal(np.stack(frames), whole)
+    assert avatar.last_report is not None and avatar.last_report.num_resumed == 1
+
+
+def test_automatic_segments_are_those_that_fit(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
+    poses, changes = some_poses(13), {**SEGMENTS, "segment": "auto"}
+    whole = avatar.render(poses, num_inference_steps=2)
+    assert np.array_equal(avatar.render(poses, **changes), whole)  # this machine has memory for so much
+    assert avatar.last_report is not None and avatar.last_report.num_segments == 1
+    assert str(avatar.last_report.segment_reason).startswith("the whole clip fits, at ")
+    monkeypatch.setattr("posecrafter_rt.avatar.free_bytes", lambda device_type: 0)
+    split = avatar.render(poses, **changes)
+    assert avatar.last_report.num_segments == 3 and avatar.last_report.options.segment == 6
+    assert np.array_equal(split, avatar.render(poses, **SEGMENTS))
+
+
+@pytest.mark.parametrize("mode", ["controlvideo", "+selection"])
+def test_modes_without_a_common_key_frame_are_not_split(avatar: Avatar, mode: str) -> None:
+    with pytest.raises(PoseCrafterError, match="no key frame is common"):
+        avatar.render(some_poses(3), mode=mode, **SEGMENTS)

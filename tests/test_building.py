@@ -1,0 +1,107 @@
+"""Building engines of a tiny base: once, anew where something changed, never over what is not ours; and damaged ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.engines.folder import write_manifest
+from posecrafter_rt.errors import BackendUnavailable, EngineFolderError, OutputExists, ShapeError
+from posecrafter_rt.tuning import TuneOptions, tune
+from tests.tiny import SIZE, TORCH, some_poses
+
+
+@pytest.fixture
+def copied(tiny_engine: Path, tmp_path: Path) -> Path:
+    """The tiny engine to write to."""
+    return shutil.copytree(tiny_engine, tmp_path / "e")
+
+
+def test_the_same_build_twice_is_nothing_to_do(tiny_checkpoint: Path, tiny_engine: Path) -> None:
+    before = (tiny_engine / "manifest.json").stat().st_mtime_ns
+    result = build_engine(tiny_checkpoint, tiny_engine, TORCH)
+    assert result.was_current and (tiny_engine / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_what_the_base_recommends_anew_reaches_an_engine_that_was_built_before(tiny_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    frames = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), np.uint8)
+    tune(frames, some_poses(2), tmp_path / "a.ckpt", TuneOptions(base=str(base), frames=2, steps=1, precision="fp32"))
+    build_engine(tmp_path / "a.ckpt", options=TORCH)
+    settings = json.loads((base / "posecrafter.json").read_text())
+    (base / "posecrafter.json").write_text(json.dumps({**settings, "strength": 0.5}))
+    again = build_engine(tmp_path / "a.ckpt", options=TORCH)
+    assert not again.was_current and again.folder.manifest["recommended"]["strength"] == 0.5
+
+
+def test_one_byte_changed_is_refused_by_name(tiny_checkpoint: Path, copied: Path) -> None:
+    file = copied / "networks" / "unet.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(EngineFolderError, match="networks/unet.safetensors"):
+        Avatar.load(copied)
+    assert not build_engine(tiny_checkpoint, copied, TORCH).was_current  # building again mends it
+    Avatar.load(copied).close()
+
+
+@pytest.mark.parametrize(("damage", "named"), [("missing", "is missing"), ("extra", "was not built with it"),
+                                               ("torn manifest", "damaged"), ("schema", "another version"),
+                                               ("device", "was built on another processor"),
+                                               ("library", "was built on torch 1.0, this is torch 2"),
+                                               ("package", "was built on posecrafter-rt 0.0")])  # fmt: skip
+def test_other_damage_is_refused_with_the_reason(copied: Path, damage: str, named: str) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    if damage == "missing":
+        (copied / "networks" / "vae.safetensors").unlink()
+    elif damage == "extra":
+        (copied / "networks" / "more.bin").write_bytes(b"x")
+    elif damage == "torn manifest":
+        (copied / "manifest.json").write_text("{")
+    else:
+        manifest |= {
+            "schema": {"schema": 99},
+            "device": {"device": {"type": "cpu", "name": "another processor"}},
+            "library": {"libraries": {**manifest["libraries"], "torch": "1.0"}},
+            "package": {"package": "0.0"},
+        }[damage]
+        write_manifest(copied, manifest)
+    with pytest.raises(EngineFolderError, match=named) as caught:
+        Avatar.load(copied)
+    assert caught.value.hint and "build-engine" in caught.value.hint
+
+
+def test_what_the_user_made_is_not_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputExists):
+        build_engine(tiny_checkpoint, tmp_path / "notes", TORCH)
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+
+
+def test_a_build_that_fails_leaves_nothing_and_the_old_engine_works(tiny_checkpoint: Path, copied: Path) -> None:
+
+    def interrupt(stage: str, seconds_left: float | None) -> None:
+        if stage == "vae":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(tiny_checkpoint, copied, BuildOptions("torch", "bf16"), progress=interrupt)
+    assert list(copied.parent.iterdir()) == [copied]
+    Avatar.load(copied).close()
+
+
+def test_sizes_and_backends_that_cannot_be_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShapeError, match="33x32"):
+        build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("torch", "fp32", size=(33, 32)))
+    with pytest.raises(BackendUnavailable, match="magic"):
+        build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("magic"))
+    with pytest.raises(BackendUnavailable, match="fp8"):
+        build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("torch", "fp8"))

@@ -1,0 +1,38 @@
+"""What tests of avatars on the tiny base share: its size, poses of noise, and an engine that is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from posecrafter_rt.building import BuildOptions
+from posecrafter_rt.engines import Engine
+from posecrafter_rt.poses.keypoints import PoseSequence
+
+SIZE = (32, 32)
+TORCH = BuildOptions(backend="torch", precision="fp32")
+
+
+def some_poses(count: int, seed: int = 3, size: tuple[int, int] = SIZE) -> PoseSequence:
+    rng = np.random.default_rng(seed)
+    keypoints = np.concatenate(
+        [rng.uniform(0, 1, (1, 134, 2)) + rng.normal(0, 0.02, (count, 134, 2)), np.ones((count, 134, 1))], -1
+    )
+    keypoints[..., :2] *= (size[1], size[0])
+    return PoseSequence(keypoints.astype(np.float32), size, 25.0)
+
+
+class Watched:
+    """An engine that notes the batch size of every call."""
+
+    def __init__(self, engine: Engine, sizes: list[int]) -> None:
+        self.engine, self.spec, self.device, self.sizes = engine, engine.spec, engine.device, sizes
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.sizes.append(len(inputs[self.spec.inputs[0].name]))
+        return self.engine(**inputs)
+
+    def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        return self.engine.swap_weights(tensors)
