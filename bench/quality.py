@@ -37,6 +37,12 @@ REUSED = {50: (2, 3, 5), 25: (1, 2, 3), 15: (1, 2, 3), 9: (1, 2, 3), 4: (1, 2)} 
 TUNED, OWN_DECODER, CLIP_SCOPE = "as the demonstration tunes", "the base's own decoder", "norm_scope clip"
 
 
+CHANGED: dict[str, dict[str, Any]] = {
+    "unipc": {"sampler": "unipc"}, "residuals kept": {"controlnet_every": 2}, "small decoder": {"decoder": "small"},
+}  # fmt: skip
+"""What else is priced beside the presets."""
+
+
 def render_variants(steps: int) -> dict[str, RenderOptions]:
     """What is compared: each of the options alone against the defaults."""
     variants = {f"mode {mode}": RenderOptions(mode, steps) for mode in MODES}
@@ -76,6 +82,8 @@ def measure(
 def timed_variants(is_reuse: bool) -> dict[str, RenderOptions]:
     """What is compared in quality and time, the exact render first: the presets, or steps with features kept over some."""
     variants = {name: preset_options(name) for name in PRESETS}
+    for name, changes in CHANGED.items():
+        variants |= {f"{preset}, {name}": preset_options(preset, **changes) for preset in PRESETS if preset != "exact"}
     if is_reuse:
         variants = {"exact": variants["exact"]}
         for steps, all_every in REUSED.items():

@@ -145,7 +145,9 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
 
     unet_layers, controlnet_layers = arch.keyframe_layers
     predicted: tuple[TensorSpec, ...] = (TensorSpec("noise_pred", latents.dims),)
-    deep = () if arch.deep_channels is None else (TensorSpec("deep_features", image(arch.deep_channels, scale), "kept"),)
+    deep = (
+        () if arch.deep_channels is None else (TensorSpec("deep_features", image(arch.deep_channels, scale), "kept"),)
+    )
 
     specs: tuple[NetworkSpec, ...] = (
         NetworkSpec("text_encoder", (TensorSpec("input_ids", ("groups", arch.text_tokens), "int64"),), (text,)),

@@ -24,6 +24,7 @@ from posecrafter_rt.poses.draw import draw_poses
 LATENT_NOISE = 0.2  # of the latents' unit deviation, at most: rendered latents are never quite those of a real picture
 ABSOLUTE_WEIGHT = 0.25
 LESSONS, LESSONS_A_STEP = 64, 2
+CONTOUR_WEIGHT = 0.25  # without it a small decoder blurs more than it must
 MAX_SHIFT = 3  # latent pixels
 
 
@@ -141,6 +142,8 @@ def _lesson(latents: Tensor, number: int, generator: torch.Generator) -> Tensor:
 
 
 def small_decoder_loss(small_decoder: nn.Module, lessons: Lessons, generator: torch.Generator) -> Tensor:
-    """`pixel_loss` of a few lessons: a scalar, float32. generator: on the CPU."""
+    """`pixel_loss` of a few lessons, and the absolute error of their contours: a scalar, float32. generator: on the CPU."""
     chosen = torch.randint(len(lessons.latents), (LESSONS_A_STEP,), generator=generator).to(lessons.latents.device)
-    return pixel_loss(small_decoder(lessons.latents[chosen]).float(), lessons.pixels[chosen])
+    decoded, pixels = small_decoder(lessons.latents[chosen]).float(), lessons.pixels[chosen]
+    contours = sum((decoded - pixels).diff(dim=dim).abs().mean() for dim in (-1, -2))
+    return pixel_loss(decoded, pixels) + CONTOUR_WEIGHT * contours
