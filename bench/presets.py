@@ -36,7 +36,7 @@ TARGETS = {"RTX 3090": {"exact": 115, "balanced": 40, "fast": 12}, "H100": {"exa
 
 
 def measure(engine: Path, way: str, num_frames: int) -> Row:
-    """One render, after one of a few frames less, so that nothing is compiled in it; in a process of its own."""
+    """One render, after one of few steps, so that nothing is compiled in it; in a process of its own."""
     with Avatar.load(engine) as avatar:
         target = moving_person(num_frames, avatar.size, phase=1.0)
         options = avatar.resolve(**WAYS[way])

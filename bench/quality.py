@@ -37,10 +37,10 @@ REUSED = {50: (2, 3, 5), 25: (1, 2, 3), 15: (1, 2, 3), 9: (1, 2, 3), 4: (1, 2)} 
 TUNED, OWN_DECODER, CLIP_SCOPE = "as the demonstration tunes", "the base's own decoder", "norm_scope clip"
 
 
+# What else is priced beside the presets.
 CHANGED: dict[str, dict[str, Any]] = {
     "unipc": {"sampler": "unipc"}, "residuals kept": {"controlnet_every": 2}, "small decoder": {"decoder": "small"},
 }  # fmt: skip
-"""What else is priced beside the presets."""
 
 
 def render_variants(steps: int) -> dict[str, RenderOptions]:
@@ -142,6 +142,8 @@ def run_timed(stride: int, given: Path | None, rounds: int, is_reuse: bool) -> d
         checkpoint = tune_person(Path(folder) / "tuned.ckpt", given)
         with Avatar.load(build_engine(checkpoint, Path(folder) / "tuned.engine", build).folder.path) as avatar:
             engine = {name: avatar.folder.manifest[name] for name in ("backend", "precision")}
+            variants = {name: options for name, options in variants.items()
+                        if options.decoder == "full" or avatar.has_small_decoder}  # fmt: skip
             results = measure_timed(avatar, poses[window], frames[window], rounds, variants)
             return {"engine": engine, "variants": results}
 

@@ -132,16 +132,16 @@ class Checkpoint:
 
     def _small_decoder(self, dtype: torch.dtype) -> nn.Module:
         """The one that was distilled, all of which is here."""
-        module = empty_small_decoder(self.metadata["small_decoder"]).eval().requires_grad_(False)
         prefix = "small_decoder."
         tensors = {name.removeprefix(prefix): tensor.to(dtype)
                    for name, tensor in self.tensors.items() if name.startswith(prefix)}  # fmt: skip
         try:
+            module = empty_small_decoder(self.metadata["small_decoder"])
             module.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError("the checkpoint is damaged: its small decoder is not complete",
                                   hint="tune again") from error  # fmt: skip
-        return module
+        return module.eval().requires_grad_(False)
 
     def digest(self) -> str:
         """SHA-256 over the content; the same before saving and after loading, on every machine."""

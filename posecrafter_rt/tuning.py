@@ -150,8 +150,8 @@ def tune(
     if len(frames) != len(poses):
         raise PoseError(f"{len(frames)} frames but {len(poses)} poses", "extract the poses from this very video")
     model = load_base(options.base, controlnet=options.controlnet, vae=options.vae, norm_scope=options.norm_scope)
-    if options.controlvideo_weights is not None:
-        apply_tensors(model, load_controlvideo_weights(*options.controlvideo_weights))
+    given = {} if options.controlvideo_weights is None else load_controlvideo_weights(*options.controlvideo_weights)
+    apply_tensors(model, given)
     settings = model.settings
     chosen = choose_frames(len(frames), options.frames)
     steps = settings.steps or tuning_steps(len(chosen))
@@ -160,7 +160,7 @@ def tune(
         arch, generator = model.architecture(), torch.Generator().manual_seed(options.seed)
         model.small_decoder = new_small_decoder(arch.latent_channels, arch.vae_scale_factor, generator)
     checkpoint = Checkpoint(
-        tensors={},
+        tensors={name: parameter.detach().clone() for name, parameter in named_parameters(model) if name in given},
         frames=frames[chosen],
         poses=PoseSequence(poses.keypoints[chosen], poses.canvas, poses.fps),
         metadata={
@@ -200,11 +200,10 @@ class _Run:
     loss: float = 1.0
     drawn: Tensor = field(init=False)  # the generator's state when the last finished step ended
     is_torn: bool = False  # whether a step is changing the weights just now
+    lessons: Lessons | None = None
 
     def __post_init__(self) -> None:
         self.drawn = self.generator.get_state()
-
-    lessons: Lessons | None = None
 
     @property
     def steps(self) -> int:
@@ -262,7 +261,8 @@ def _optimise(
     run = _begin(model, checkpoint.metadata, options)
     schedule = DDIMSchedule.from_config(model.scheduler_config)
     # Nothing is tuned yet: what it starts from, frames and poses, options and the base's settings.
-    start = replace(checkpoint, tensors={name: parameter.detach().cpu() for name, parameter in run.parameters.items()})
+    trained = {name: parameter.detach().cpu() for name, parameter in run.parameters.items()}
+    start = replace(checkpoint, tensors={**checkpoint.tensors, **trained})
     fingerprint = sha256_json([start.digest(), model.settings.to_json()])
     run.restore(partial, fingerprint)
     saved_at = time.monotonic()

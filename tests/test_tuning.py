@@ -206,6 +206,23 @@ def test_weights_of_controlvideo_are_taken_as_they_are_or_tuned_on(clip, options
     assert not same_tensors(further, tuned)
 
 
+def test_weights_of_controlvideo_are_kept_where_the_base_tunes_fewer(
+    clip, options, tmp_path: Path, write_tiny_base: Callable[..., Path]
+) -> None:
+    tuned = tune(*clip, tmp_path / "a.ckpt", options)
+    files = []
+    for network in ("unet", "controlnet"):
+        files.append(tmp_path / f"4-{network}.pt")
+        torch.save({name.removeprefix(f"{network}."): tensor + 1 for name, tensor in tuned.tensors.items()
+                    if name.startswith(f"{network}.")}, files[-1])  # fmt: skip
+    base = write_tiny_base(tmp_path / "narrow", settings={"trainable": [r"\.conv_temp\."]})
+    options = replace(options, base=str(base), controlvideo_weights=(files[0], files[1]), steps=1)
+    checkpoint = tune(*clip, tmp_path / "b.ckpt", options)
+    assert set(checkpoint.tensors) == set(tuned.tensors)
+    for name, tensor in checkpoint.tensors.items():
+        assert torch.equal(tensor, tuned.tensors[name] + 1) is (".conv_temp." not in name)
+
+
 @pytest.mark.parametrize("interruption", [2, 4, 5])
 def test_a_run_interrupted_in_either_part_resumes(clip, options, tmp_path: Path, interruption: int) -> None:
     options = TuneOptions(**{**vars(options), "decoder_steps": 3})

@@ -204,7 +204,9 @@ def _shares_cxx_library(compiler: str) -> bool:
         command = [compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
         done = subprocess.run(command, input=b"#include <locale>\nstd::locale f() { return {}; }", capture_output=True)
         # What fails here fails in torch's hands, too, and is told of there.
-        return done.returncode != 0 or any(name in library.read_bytes() for name in (b"libstdc++.so", b"libc++.so"))
+        return done.returncode != 0 or any(
+            name in library.read_bytes() for name in (b"libstdc++.so", b"libc++.so", b"libc++.1.dylib")
+        )
 
 
 def _package(folder: Path, spec: NetworkSpec) -> Path:

@@ -25,10 +25,22 @@ def _rewrite(mvn: Any) -> bool:
         return False
     pixels = grouping.input_value(0)
     shape, groups = list(pixels.get_shape()), mvn.get_output_shape(0)[1]
-    if len(shape) != 4 or list(back.get_output_shape(0)) != shape or shape[1] % groups:
+    if len(shape) != 4 or list(back.get_output_shape(0)) != shape or shape[1] % groups or not _is_of_groups(mvn):
         return False
     back.output(0).replace(_normalised(pixels, shape, groups, mvn.get_attributes()["eps"]).output(0))
     return True
+
+
+def _is_of_groups(mvn: Any) -> bool:
+    """Whether it takes mean and variance over the last of three dimensions, eps under the root."""
+    axes, facts = mvn.input_value(1).get_node(), mvn.get_attributes()
+    return (
+        len(mvn.get_output_shape(0)) == 3
+        and axes.get_type_name() == "Constant"
+        and axes.data.tolist() in ([2], [-1])
+        and facts["normalize_variance"]
+        and facts["eps_mode"] == "INSIDE_SQRT"
+    )
 
 
 def _end(mvn: Any) -> Any:

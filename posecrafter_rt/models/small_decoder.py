@@ -63,8 +63,14 @@ class SmallDecoder(ModelMixin, ConfigMixin):
 
 
 def new_small_decoder(latent_channels: int, vae_scale_factor: int, generator: torch.Generator) -> SmallDecoder:
-    """An untrained one for a VAE, in float32 on the CPU; random as the generator has it, each block next to nothing."""
+    """An untrained one for a VAE, in float32 on the CPU; random as the generator has it, each block next to nothing.
+
+    Raises: ModelError for a VAE of factor 1, or above 8.
+    """
     levels = round(math.log2(vae_scale_factor))
+    if not 1 <= levels <= len(CHANNELS):
+        raise ModelError(f"there is no small decoder for a VAE that shrinks pictures {vae_scale_factor} times",
+                         hint="tune with --small-decoder-steps 0")  # fmt: skip
     decoder = SmallDecoder(latent_channels, CHANNELS[-levels:], BLOCKS[-levels:])
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -118,8 +124,9 @@ def load_small_decoder(source: str, latent_channels: int, vae_scale_factor: int,
 
 
 def hash_small_decoder(source: str) -> str:
-    """SHA-256 over its weight files. Raises: ModelError where there are none."""
-    return hash_files({"small_decoder": locate_component(source, "small_decoder").files})
+    """SHA-256 over its weight files and configuration. Raises: ModelError where there are none."""
+    part = locate_component(source, "small_decoder")
+    return hash_files({"small_decoder": part.files, "config": (part.config_folder / "config.json",)})
 
 
 def latents_of(module: nn.Module) -> tuple[int, int]:

@@ -61,8 +61,10 @@ class Room(NamedTuple):
 def free_bytes(device_type: str) -> int | None:
     """Memory of the device, `cuda` or `cpu`, that this process may still take; None where the system does not say."""
     if device_type == "cuda":
-        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch's own, and unused
-        return torch.cuda.mem_get_info()[0] + cached
+        segments = torch.cuda.memory_snapshot()  # torch's own; a CUDA graph's are for that graph alone
+        cached = [segment["total_size"] - segment["allocated_size"] for segment in segments
+                  if tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)]  # fmt: skip
+        return torch.cuda.mem_get_info()[0] + sum(cached)
     return available_bytes()
 
 

@@ -148,14 +148,14 @@ def test_a_full_disk_is_told_from_other_failures(
     assert getattr(caught.value, "errno", None) == number
 
 
-def norm_model(scale: float) -> Any:
+def norm_model(scale: float, axis: int = 2, eps_mode: str = "INSIDE_SQRT") -> Any:
     """GroupNorm of 2 groups as ONNX brings it, with a factor within; parameter `x` (2, 8, 5, 6)."""
     import openvino
     from openvino import opset13 as op
 
     x = op.parameter([2, 8, 5, 6], np.float32, "x")
     grouped = op.reshape(x, np.array([2, 2, -1]), special_zero=False)
-    normalised = op.mvn(grouped, np.array([2]), True, 1e-5, "INSIDE_SQRT")
+    normalised = op.mvn(grouped, np.array([axis]), True, 1e-5, eps_mode)
     scaled = op.add(op.multiply(normalised, op.constant(np.full((1, 2, 1), scale, np.float32))),
                     op.constant(np.zeros((1, 2, 1), np.float32)))  # fmt: skip
     return openvino.Model([op.reshape(scaled, np.array([2, 8, 5, 6]), special_zero=False)], [x], "norm")
@@ -173,6 +173,11 @@ def test_norms_by_channel_are_the_norms(scale: float, count: int) -> None:
     found = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(pixels.numpy())[0]
     expected = torch.nn.functional.group_norm(pixels, 2, eps=1e-5) * scale
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", [{"axis": 1}, {"eps_mode": "OUTSIDE_SQRT"}])
+def test_other_norms_are_left_alone(other: dict[str, Any]) -> None:
+    assert normalise_by_channel(norm_model(1.0, **other)) == 0
 
 
 def test_the_decoders_norms_are_taken_by_channel(
