@@ -40,7 +40,11 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         typer.Option(metavar="FILE[:SCALE]", help="Fuse a LoRA for Stable Diffusion 1.5; give it again for another."),
     ] = None,
     small_decoder: Annotated[
-        str | None, typer.Option(help="A folder or hub id of a TAESD (AutoencoderTiny) of the base's VAE, for streams.")
+        str | None,
+        typer.Option(
+            help="A folder or hub id of a TAESD (AutoencoderTiny) of the base's VAE, in place of the tuned "
+            "small decoder."
+        ),
     ] = None,
     feature_reuse: Annotated[
         bool, typer.Option("--feature-reuse", help="Build what `render --unet-every` needs, too.")

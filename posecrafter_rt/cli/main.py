@@ -26,7 +26,7 @@ COMMANDS = {
     "build-engine": "Turn a tuned.ckpt into an engine folder.",
     "render": "Render a pose sequence with an engine into a video.",
     "serve": "The live avatar: a page in the browser, a WebSocket for programs, a camera for meetings.",
-    "eval": "PSNR and SSIM of a rendered video against the true one.",
+    "eval": "PSNR and SSIM of a rendered video against the true one; with poses the pose's error, too.",
     "inspect": "What is in an engine folder or a tuned.ckpt.",
     "doctor": "What this machine can run, and the command that mends what is missing.",
 }

@@ -31,8 +31,8 @@ def serve(  # noqa: PLR0913 - one argument for each option
         str, typer.Option(help="Address to listen at; others than this machine need --token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0: any free one.", min=0, max=65535)] = 8000,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps a frame.", min=1)] = None,
-    window: Annotated[int | None, typer.Option(help="Past frames that a frame looks at.", min=0)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps a frame; else 2.", min=1)] = None,
+    window: Annotated[int | None, typer.Option(help="Past frames that a frame looks at; else 2.", min=0)] = None,
     pipelined: Annotated[
         bool,
         typer.Option("--pipelined", help="Denoise the last poses at once: for a GPU; frames come some steps later."),
@@ -40,7 +40,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     decoder: Annotated[str | None, typer.Option(help="full or small; else small where the engine has one.")] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Poses such as will come: they choose the reference, a decibel on the demonstration."),
+        typer.Option(help="Poses such as will come: they choose the reference, 0.8 dB on the demonstration."),
     ] = None,
     max_sessions: Annotated[int, typer.Option(help="Clients at a time; more are refused.")] = 4,
     token: Annotated[
