@@ -23,7 +23,8 @@ class StreamOptions:
     steps: denoising steps of a frame, 1 to 8; window: past frames that a frame attends to beside the reference, 0 to 30.
     is_pipelined: denoise the last `steps` poses at once: more frames a second on a GPU, each `steps - 1` frames later.
     decoder: `full`, `small` (see `RenderOptions`), or None: small where the engine has one.
-    strength, inversion_substeps, prompt, conditioning_scale, resample, regions: see `RenderOptions`; None: the base's.
+    strength, inversion_substeps, prompt, conditioning_scale, resample, regions: see `RenderOptions`; strength None: what
+        the base recommends, prompt None: that of tuning.
     live: how lost persons, still poses and jumps are met.
     """
 
