@@ -5,10 +5,12 @@ Tests of posecrafter_rt/embedded/train.py and what it calls.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from posecrafter_rt.embedded import corpus, train, train_denoiser, train_vae
 from posecrafter_rt.embedded.architecture import SETTINGS
@@ -17,6 +19,13 @@ from posecrafter_rt.errors import ModelError
 from posecrafter_rt.models.loading import load_base, named_parameters
 
 SECONDS = 2 / 60  # of each training stage, in minutes
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """Training turns them off for its process; other tests want them."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def test_clips_come_back_from_a_file(tmp_path: Path) -> None:
