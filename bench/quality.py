@@ -203,7 +203,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the result goes; else its own place in results")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
-    parser.add_argument("--presets", action="store_true", help="the presets and what else may be left out: quality and time")
+    parser.add_argument(
+        "--presets", action="store_true", help="the presets and what else may be left out: quality and time"
+    )
     parser.add_argument("--reuse", action="store_true", help="features kept over steps: quality and time")
     parser.add_argument("--quick", action="store_true", help="every sixth frame, in two rounds")
     parser.add_argument("--stride", type=int, help="every so many-th frame; else every one")
