@@ -113,7 +113,7 @@ def load_small_decoder(source: str, latent_channels: int, vae_scale_factor: int,
     kind = {"AutoencoderTiny": AutoencoderTiny, "SmallDecoder": SmallDecoder}.get(name)
     if kind is None:
         raise ModelError(
-            f"{source} is a {name}, no small decoder", hint="give an AutoencoderTiny, such as TAESD's folder"
+            f"{source} holds {name}, no small decoder", hint="give an AutoencoderTiny, such as TAESD's folder"
         )
     module: nn.Module = load_network(kind, part, dtype).eval().requires_grad_(False)
     found = latents_of(module)

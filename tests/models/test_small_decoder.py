@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="enlarges 4 times, the base's VAE 4 and 2"):
         load_small_decoder(str(tmp_path / "larger"), 4, 2, torch.float32)
     AutoencoderKL(block_out_channels=(32,), norm_num_groups=32).save_pretrained(tmp_path / "vae")
-    with pytest.raises(ModelError, match="is a AutoencoderKL, no small decoder"):
+    with pytest.raises(ModelError, match="holds AutoencoderKL, no small decoder"):
         load_small_decoder(str(tmp_path / "vae"), 4, 2, torch.float32)
     with pytest.raises(ModelError, match="small_decoder"):
         load_small_decoder(str(tmp_path / "nowhere"), 4, 2, torch.float32)
