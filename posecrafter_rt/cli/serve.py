@@ -40,7 +40,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     decoder: Annotated[str | None, typer.Option(help="full or small; else small where the engine has one.")] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Poses such as will come: they choose the reference, 0.8 dB on the demonstration."),
+        typer.Option(help="Poses such as will come: they choose the reference, 1 dB on the demonstration."),
     ] = None,
     max_sessions: Annotated[int, typer.Option(help="Clients at a time; more are refused.")] = 4,
     token: Annotated[
