@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 from bench.live import BUDGET_FRAMES, Camera, RunFailed, measure_serve, measure_stream
 from bench.report import name_by_device, picture_size, publish, table
-from bench.runs import in_own_process
-from bench.throughput import build, find_checkpoint
+from bench.throughput import find_engine
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.demo.footage import TARGET, load_poses
@@ -155,18 +154,6 @@ def judged(document: Row, rows: list[Row]) -> list[str]:
     cells = [(name, *(f"{value}: {'met' if is_met else 'missed'}" for value, is_met in (one[name] for one in verdicts)))
              for name in verdicts[0]]  # fmt: skip
     return [f"## Targets for {targets.of}", "", *table(("target", *map(name_of, rows)), cells)]
-
-
-def find_engine(options: argparse.Namespace, folder: Path) -> Path:
-    """The engine that was given, or one built of the checkpoint, or of an untrained one over the base."""
-    if options.engine is not None:
-        return options.engine
-    checkpoint = find_checkpoint(options, folder)
-    engine = folder / f"{checkpoint.stem}-{options.backend}-{options.precision}.engine"
-    built = in_own_process(build, checkpoint, engine, options.backend, options.precision)
-    if "error" in built:
-        raise SystemExit(f"error: no engine could be built: {built['error']}")
-    return engine
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

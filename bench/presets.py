@@ -1,6 +1,6 @@
 """What each preset takes, stage by stage, for a long clip: time and memory, not quality (that is `quality.py --presets`).
 
-Bench: `python -m bench.presets [--json FILE] [--quick]` writes results/presets-<device>.json and .md, or FILE and its .md; with
+Bench: `python -m bench.presets [ENGINE] [--json FILE] [--quick]` writes results/presets-<device>.json and .md, or FILE and its .md; with
 --quick alone (the embedded base, 8 frames) it only prints. `--base random-sd15` has the size of Stable Diffusion 1.5.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 from bench.report import name_by_device, picture_size, publish, table
 from bench.runs import forget_inversions, in_own_process, moving_person
-from bench.throughput import build, find_checkpoint
+from bench.throughput import find_engine
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.machine import peak_rss_bytes
@@ -81,6 +81,7 @@ def markdown(document: Row) -> str:
 def parse() -> argparse.Namespace:
     """The command line; --quick changes the number of frames."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", type=Path, nargs="?", help="an engine; else one is built")
     parser.add_argument("--checkpoint", type=Path, help="a tuned one, instead of an untrained one over --base")
     parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
     parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
@@ -101,11 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="presets-") as temporary:
         folder = options.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = find_checkpoint(options, folder)
-        engine = folder / f"{checkpoint.stem}-{options.backend}-{options.precision}.engine"
-        built = in_own_process(build, checkpoint, engine, options.backend, options.precision)
-        if "error" in built:
-            raise SystemExit(f"error: no engine could be built: {built['error']}")
+        engine = find_engine(options, folder)
         rows = {}
         for way in options.ways:
             rows[way] = in_own_process(measure, engine, way, options.frames)

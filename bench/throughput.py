@@ -75,6 +75,19 @@ def build(checkpoint: Path, folder: Path, backend: str, precision: str) -> Row:
     return {"build_s": 0.0 if result.was_current else time.perf_counter() - start}
 
 
+def find_engine(options: argparse.Namespace, folder: Path) -> Path:
+    """The engine that was given, or one built of the checkpoint, or of an untrained one over the base."""
+    if options.engine is not None:
+        engine: Path = options.engine
+        return engine
+    checkpoint = find_checkpoint(options, folder)
+    engine = folder / f"{checkpoint.stem}-{options.backend}-{options.precision}.engine"
+    built = in_own_process(build, checkpoint, engine, options.backend, options.precision)
+    if "error" in built:
+        raise SystemExit(f"error: no engine could be built: {built['error']}")
+    return engine
+
+
 def make_contenders(job: Job, methods: list[str], engines: list[str], folder: Path) -> dict[str, Row]:
     """Contenders by name, each with its job; engines are built now, in `folder`.
 

@@ -16,32 +16,16 @@ from posecrafter_rt.engines import Engine
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.spec import SHALLOW_UNET, network_specs
-from posecrafter_rt.tuning import TuneOptions, tune
+from tests.tiny import some_poses
 
-SIZE = (32, 32)
 Network = Callable[..., dict[str, Tensor]]
 
 
-def some_poses(count: int) -> PoseSequence:
-    rng = np.random.default_rng(3)
-    points = rng.uniform(0, 32, (1, 134, 2)) + rng.normal(0, 0.6, (count, 134, 2))
-    return PoseSequence(np.concatenate([points, np.ones((count, 134, 1))], -1).astype(np.float32), SIZE, 25.0)
-
-
 @pytest.fixture(scope="module")
-def checkpoint(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tuned") / "tuned.ckpt"
-    frames = np.random.default_rng(0).integers(0, 256, (4, *SIZE, 3), np.uint8)
-    tune(frames, some_poses(4), path, TuneOptions(base=str(tiny_base), frames=4, steps=3, precision="fp32"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = BuildOptions(backend="torch", precision="fp32", feature_reuse=True)
-    return build_engine(checkpoint, tmp_path_factory.mktemp("engines") / "tiny.engine", options).folder.path
+    return build_engine(tiny_checkpoint, tmp_path_factory.mktemp("engines") / "tiny.engine", options).folder.path
 
 
 @pytest.fixture
@@ -83,10 +67,10 @@ def test_modules_on_features_of_the_same_step_give_the_same_bits(
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=pytest.mark.slow)])
-def test_engines_on_features_of_the_same_step_agree(checkpoint: Path, backend: str, tmp_path: Path) -> None:
+def test_engines_on_features_of_the_same_step_agree(tiny_checkpoint: Path, backend: str, tmp_path: Path) -> None:
     pytest.importorskip(backend)
     options = BuildOptions(backend=backend, precision="fp32", feature_reuse=True)
-    with Avatar.load(build_engine(checkpoint, tmp_path / "tiny.engine", options).folder.path) as avatar:
+    with Avatar.load(build_engine(tiny_checkpoint, tmp_path / "tiny.engine", options).folder.path) as avatar:
         unet, shallow = avatar.engines["unet"], avatar.engines[SHALLOW_UNET]
         for frames, groups in ((3, 1), (6, 2)):
             check_identity(unet, shallow, random_inputs(unet.spec, {"frames": frames, "groups": groups}), 1e-5)
@@ -138,16 +122,16 @@ def test_the_report_names_it(avatar: Avatar) -> None:
     assert avatar.last_report.to_json()["approximations"] == {"num_inference_steps": 2, "unet_every": 2}
 
 
-def test_it_is_built_only_when_asked_for(checkpoint: Path, engine: Path, tmp_path: Path) -> None:
+def test_it_is_built_only_when_asked_for(tiny_checkpoint: Path, engine: Path, tmp_path: Path) -> None:
     plain = BuildOptions(backend="torch", precision="fp32")
-    built = build_engine(checkpoint, tmp_path / "plain.engine", plain).folder
+    built = build_engine(tiny_checkpoint, tmp_path / "plain.engine", plain).folder
     with Avatar.load(built.path) as avatar:
         assert SHALLOW_UNET not in avatar.engines
         assert len(avatar.engines["unet"].spec.outputs) == 1
         with pytest.raises(PoseCrafterError, match="without feature reuse") as refusal:
             avatar.render(some_poses(1), num_inference_steps=2, unet_every=2)
         assert refusal.value.hint is not None and refusal.value.hint.endswith("--feature-reuse")
-    refitted = build_engine(checkpoint, tmp_path / "refitted.engine", BuildOptions(refit=engine)).folder
+    refitted = build_engine(tiny_checkpoint, tmp_path / "refitted.engine", BuildOptions(refit=engine)).folder
     assert refitted.manifest["feature_reuse"]
     with pytest.raises(EngineFolderError, match="its feature reuse is off, not on"):
-        build_engine(checkpoint, tmp_path / "other.engine", BuildOptions(refit=built.path, feature_reuse=True))
+        build_engine(tiny_checkpoint, tmp_path / "other.engine", BuildOptions(refit=built.path, feature_reuse=True))

@@ -36,8 +36,8 @@ class Recorder:
     replay returns is overwritten by the next one. A network that cannot be recorded runs plainly for good.
     max_pixels: of the first input, over all frames, beyond which nothing is recorded: the GPU is then busy for longer
         than the processor needs to launch the next kernel, and a recording would only hold memory.
-    pool: torch's handle of memory that recorders share for what lives within a replay. They must not replay at the same time, and what one of them
-        returned may be overwritten by the replay of one that was recorded before it.
+    pool: torch's handle of memory that recorders share for what lives within a replay. They must not replay at the same
+        time, and what one of them returned may be overwritten by the replay of one that was recorded before it.
     """
 
     def __init__(self, name: str, network: Network, max_pixels: int, pool: Any = None) -> None:

@@ -86,14 +86,19 @@ def fold_upsamplers(network: nn.Module) -> None:
     """
     for module in network.modules():
         if isinstance(module, Upsample2D) and module.use_conv and not module.use_conv_transpose:
-            conv = module.conv
-            weight = fold_doubling(conv.weight)
-            module.conv = nn.ConvTranspose2d(
-                conv.in_channels, conv.out_channels, 4, stride=2, padding=1, device=weight.device, dtype=weight.dtype
-            )
-            module.conv.weight.copy_(weight)
-            module.conv.bias.copy_(conv.bias)
+            module.conv = fold_doubled(module.conv)
             module.use_conv_transpose = True
+
+
+def fold_doubled(conv: nn.Conv2d) -> nn.ConvTranspose2d:
+    """What does to a picture what a 3×3 convolution of padding 1, with or without bias, does to it doubled."""
+    weight = fold_doubling(conv.weight)
+    folded = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1, bias=conv.bias is not None,
+                                device=weight.device, dtype=weight.dtype)  # fmt: skip
+    folded.weight.copy_(weight)
+    if conv.bias is not None and folded.bias is not None:
+        folded.bias.copy_(conv.bias)
+    return folded
 
 
 def fold_doubling(weight: Tensor) -> Tensor:

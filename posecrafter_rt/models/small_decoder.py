@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from posecrafter_rt.errors import ModelError
-from posecrafter_rt.models.folding import fold_doubling
+from posecrafter_rt.models.folding import fold_doubled
 from posecrafter_rt.models.sources import hash_files, locate_component, reading
 from posecrafter_rt.models.weights import load_network
 
@@ -152,9 +152,4 @@ def fold_small_decoder(module: nn.Module) -> None:
     layers = module.decoder.layers
     for index, layer in enumerate(layers):
         if isinstance(layer, nn.Upsample):
-            conv = layers[index + 1]
-            weight = fold_doubling(conv.weight)
-            doubling = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1, bias=False,
-                                          device=weight.device, dtype=weight.dtype)  # fmt: skip
-            doubling.weight.copy_(weight)
-            layers[index], layers[index + 1] = nn.Identity(), doubling
+            layers[index], layers[index + 1] = nn.Identity(), fold_doubled(layers[index + 1])

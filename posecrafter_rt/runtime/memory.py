@@ -71,7 +71,8 @@ def free_bytes(device_type: str) -> int | None:
 def frame_bytes(arch: Architecture, size: tuple[int, int], groups: int) -> int:
     """About what a frame takes in a joint render, in float32 whatever type runs inside.
 
-    That is the ControlNet's residuals and deep features, if they are built for, and what the U-Net computes with them (`LEVEL_COPIES`).
+    That is the ControlNet's residuals, the deep features where an engine has them, and what the U-Net computes with them
+    (`LEVEL_COPIES`).
     Args: size: (height, width) in pixels; groups: 2 with guidance.
     """
     positions = size[0] // arch.vae_scale_factor * (size[1] // arch.vae_scale_factor)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import latency, throughput
+from bench import throughput
 from bench.flops import Counters, count_flops
-from bench.latency import Targets, find_engine, markdown, parse, targets_for
+from bench.latency import Targets, markdown, parse, targets_for
 from bench.live import (
     Camera,
     Client,
@@ -31,6 +31,7 @@ from bench.report import RESULTS
 from bench.runs import moving_person, untrained_checkpoint
 from bench.stream_budget import BASES, count_base, frame_flops, memory_bytes
 from bench.stream_budget import markdown as budget_markdown
+from bench.throughput import find_engine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.runtime.live import LiveOptions
@@ -168,8 +169,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
 def test_an_engine_is_built_where_none_is_given(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (latency, throughput):
-        monkeypatch.setattr(module, "in_own_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(throughput, "in_own_process", lambda function, *arguments: function(*arguments))
     options = parse(["--base", str(tiny_base), "--backend", "torch", "--precision", "fp32", "--quick"])
     engine = find_engine(options, tmp_path)
     with Avatar.load(engine) as avatar:
