@@ -35,12 +35,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         PoseCrafterError: the folder or file cannot be written; the message holds the system's reason.
     """
     path = Path(path)
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The suffix stays last, because encoders choose their format by it; the dot hides the file from listings.
-        temporary = path.parent / f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}"
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    # The suffix stays last, because encoders choose their format by it; the dot hides the file from listings.
+    temporary = path.parent / f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}"
     try:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         with _writing(path):
             flush_to_disk(temporary)
@@ -49,7 +49,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             with suppress(OSError):
                 flush_to_disk(path.parent)
     except BaseException as error:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # never made, or in no folder of ours: the error tells which
             temporary.unlink()
         if isinstance(error, Exception) and means_full(error):
             raise disk_full(path) from error

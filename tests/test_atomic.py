@@ -38,6 +38,19 @@ def test_a_failure_leaves_nothing_and_keeps_the_old_file(tmp_path, error):
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
+def test_an_interrupt_while_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
+    close = os.close
+
+    def interrupted(descriptor):
+        close(descriptor)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_writer_that_removed_its_file_gets_its_own_error(tmp_path):
     with pytest.raises(KeyError), atomic_path(tmp_path / "a") as temporary:
         temporary.unlink()
