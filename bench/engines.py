@@ -1,54 +1,110 @@
-"""Times one denoising step (ControlNet + U-Net) by every backend and precision, with its distance from PyTorch float32.
+"""Times one denoising step (ControlNet + U-Net) by every engine that can run here, with its distance from PyTorch float32.
 
-Bench: `python -m bench.engines [--base embedded] [--size 128x160] [--frames 1 4 16] [--quick]` builds every backend that
-can run here, calls them in turns and writes results/engines-<base>.json and .md.
+Bench: `python -m bench.engines [--base embedded] [--size 128x160] [--frames 1 4 16] [--json FILE] [--quick]` takes every
+backend and precision, and what `bench.onnx_engines` has; each is built, and called, in processes of its own, in turns. Writes
+results/engines-<base>-<size>-<device>.json and .md, or FILE and its .md; with --quick alone it only prints. `--base
+random-sd15` has the size of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.report import RESULTS, picture_size, table, write_report
-from bench.timing import compare, machine
-from posecrafter_rt.engines import Engine, get_backend, names
+from bench.onnx_engines import ENGINES, Network
+from bench.report import name_by_device, picture_size, publish, table
+from bench.runs import in_own_process, wait_for_gpu, write_random_base
+from bench.timing import machine, time_call
+from posecrafter_rt.engines import PRECISIONS, get_backend, names
 from posecrafter_rt.export.shapes import random_inputs
+from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.models.loading import PoseModel, load_base
-from posecrafter_rt.spec import network_specs
+from posecrafter_rt.spec import Architecture, network_specs
 
 REFERENCE = "torch fp32"
-PRECISIONS = ("fp32", "bf16")
+TARGET_SPEEDUP, TARGET_PSNR_DB = 5.0, 40.0  # of the fastest engine, against REFERENCE
+ARCHITECTURE = "architecture.json"
+Row = dict[str, Any]
 
 
-def build_and_load(model: PoseModel, name: str, precision: str, folder: Path) -> tuple[dict[str, Engine], float]:
-    """A backend's networks, compiled on their first call, and the seconds that building them took."""
-    backend, arch = get_backend(name), model.architecture()
-    networks = folder / f"{name}-{precision}"
-    networks.mkdir()
+@dataclass(frozen=True)
+class Job:
+    """One engine. name: of `ENGINES`, or a backend's and a precision; folder: of its networks and of its outputs."""
+
+    name: str
+    base: str
+    size: tuple[int, int]
+    folder: Path
+
+
+def candidates() -> dict[str, str | None]:
+    """Every engine's name, and why it cannot run here."""
+    backends = {f"{name} {precision}": get_backend(name).unsupported_reason(precision)
+                for name in reversed(names()) for precision in PRECISIONS}  # fmt: skip
+    return {**backends, **dict.fromkeys(ENGINES)}
+
+
+def build(job: Job) -> Row:
+    """Write an engine's networks; build_s: how long it took after the base was loaded, and the most memory it had."""
+    model = load_base(job.base)
+    model.fold()
+    arch = replace(model.architecture(), size=job.size)
+    job.folder.mkdir()
+    (job.folder / ARCHITECTURE).write_text(json.dumps(arch.to_json()))
     start = time.perf_counter()
-    backend.build(model, arch, networks, precision, lambda stage: None)  # type: ignore[arg-type]
-    seconds = time.perf_counter() - start
-    cache = folder / f"{name}-{precision}-compiled"
-    cache.mkdir()
-    return backend.load(networks, arch, precision, cache), seconds  # type: ignore[arg-type]
+    write_networks(job.name, model, arch, job.folder)
+    return {"build_s": time.perf_counter() - start, "build_peak_bytes": peak_rss_bytes()}
 
 
-def denoising_step(engines: Mapping[str, Engine], inputs: dict[str, dict[str, Tensor]]) -> Callable[[], Tensor]:
-    """What the render loop does in one step: the ControlNet's residuals go into the U-Net."""
+def write_networks(name: str, model: PoseModel, arch: Architecture, folder: Path) -> None:
+    if name in ENGINES:
+        ENGINES[name].build(model, arch, folder)
+        return
+    backend, precision = name.split()
+    get_backend(backend).build(model, arch, folder, precision, lambda stage: None)  # type: ignore[arg-type]
 
-    def call() -> Tensor:
-        residuals = engines["controlnet"](**inputs["controlnet"])
-        return engines["unet"](**{**inputs["unet"], **residuals})["noise_pred"]
 
-    return call
+def load_networks(name: str, arch: Architecture, folder: Path) -> dict[str, Network]:
+    """The networks by name; some are compiled at their first call."""
+    if name in ENGINES:
+        return ENGINES[name].load(folder, arch)
+    backend, precision = name.split()
+    return dict(get_backend(backend).load(folder, arch, precision, folder / "compiled"))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def measure(job: Job, frame_counts: list[int], budget_s: float) -> Row:
+    """Milliseconds of a step, and of the first one, by frame count; the outputs go to `job.folder`."""
+    arch = Architecture.from_json(json.loads((job.folder / ARCHITECTURE).read_text()))
+    (job.folder / "compiled").mkdir(exist_ok=True)
+    start = time.perf_counter()
+    networks = load_networks(job.name, arch, job.folder)
+    load_s, specs = time.perf_counter() - start, network_specs(arch)
+    steps: dict[str, Row] = {}
+    for frames in frame_counts:
+        sizes = {"frames": frames, "groups": 1, "steps": 1, "window": 9, "height": job.size[0], "width": job.size[1]}
+        inputs = {name: random_inputs(specs[name], sizes) for name in ("controlnet", "unet")}
+
+        def step(inputs: dict[str, dict[str, Tensor]] = inputs) -> Tensor:
+            residuals = networks["controlnet"](**inputs["controlnet"])
+            return networks["unet"](**{**inputs["unet"], **residuals})["noise_pred"]
+
+        start = time.perf_counter()
+        output = step().clone().cpu()
+        first_s = time.perf_counter() - start
+        torch.save(output, job.folder / f"{frames}.pt")
+        wait_for_gpu()
+        steps[str(frames)] = {**time_call(step, budget_s=budget_s, min_repeats=2).to_json(), "first_s": first_s}
+    return {"load_s": load_s, "steps": steps, "peak_bytes": peak_rss_bytes()}
 
 
 def psnr_db(output: Tensor, reference: Tensor) -> float:
@@ -58,77 +114,103 @@ def psnr_db(output: Tensor, reference: Tensor) -> float:
     return float(10 * torch.log10(span.square() / error.clamp_min(1e-30)))
 
 
-@torch.no_grad()
-def run(base: str, size: tuple[int, int], frame_counts: list[int], budget_s: float) -> list[dict[str, Any]]:
-    """One row for each backend, precision and frame count."""
-    model = load_base(base)
-    model.fold()
-    specs = network_specs(model.architecture())
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        built: dict[str, tuple[dict[str, Engine], float]] = {}
-        for name in reversed(names()):
-            for precision in PRECISIONS:
-                reason = get_backend(name).unsupported_reason(precision)  # type: ignore[arg-type]
-                if reason is None:
-                    built[f"{name} {precision}"] = build_and_load(model, name, precision, Path(folder))
-                else:
-                    print(f"{name} {precision}: {reason}", file=sys.stderr)
-        for frames in frame_counts:
-            sizes = {"frames": frames, "groups": 1, "steps": 1, "window": 9, "height": size[0], "width": size[1]}
-            inputs = {network: random_inputs(specs[network], sizes) for network in ("controlnet", "unet")}
-            calls = {name: denoising_step(engines, inputs) for name, (engines, _) in built.items()}
-            first = {}
-            for name, call in calls.items():
-                start = time.perf_counter()
-                first[name] = (call().clone(), time.perf_counter() - start)
-            for name, timing in compare(calls, budget_s=budget_s, min_repeats=2).items():
-                rows.append({
-                    "engine": name, "frames": frames, **timing.to_json(), "build_s": round(built[name][1], 1),
-                    "first_call_s": round(first[name][1], 2), "psnr_db": round(psnr_db(first[name][0], first[REFERENCE][0]), 1),
-                })  # fmt: skip
-                print(rows[-1], file=sys.stderr)
-    return rows
+def best_of(runs: list[Row]) -> Row:
+    """The run with the least times, taken for each frame count on its own."""
+    fastest = {frames: min((run["steps"][frames] for run in runs), key=lambda step: step["median_ms"])
+               for frames in runs[0]["steps"]}  # fmt: skip
+    return {**runs[0], "steps": fastest}
 
 
-def to_markdown(result: dict[str, Any]) -> str:
-    """A row for each engine, a pair of columns for each frame count; times relative to float32 PyTorch."""
-    rows, counts = result["rows"], result["frame_counts"]
-    cells = {(row["engine"], row["frames"]): row for row in rows}
-    lines = [
-        f"Base `{result['base']}`, {result['size'][0]}x{result['size'][1]} pixels, one denoising step (ControlNet + U-Net), "
-        f"milliseconds (times faster than `{REFERENCE}`); {result['machine']['processor']}, "
-        f"{result['machine']['torch_threads']} threads. PSNR: of the step's output against `{REFERENCE}`, the lowest.",
-        "",
-    ]
-    table_rows = []
-    for engine in dict.fromkeys(row["engine"] for row in rows):
-        own = [cells[engine, count] for count in counts]
-        times = [f"{row['median_ms']:.1f} ({cells[REFERENCE, row['frames']]['median_ms'] / row['median_ms']:.2f}×)"
-                 for row in own]  # fmt: skip
-        lowest = min(row["psnr_db"] for row in own)
-        last = (f"{min(lowest, 99):.1f}" if engine != REFERENCE else "", f"{own[0]['build_s']:.1f}",
-                f"{own[0]['first_call_s']:.1f}")  # fmt: skip
-        table_rows.append((engine, *times, *last))
-    header = ("engine", *(f"{count} frames" for count in counts), "PSNR dB", "build s", "first call s")
-    return "\n".join(lines + table(header, table_rows))
+def run(jobs: list[Job], frame_counts: list[int], budget_s: float, rounds: int) -> list[Row]:
+    """A row for each engine."""
+    rows = {job.name: in_own_process(build, job) for job in jobs}
+    runs: dict[str, list[Row]] = {job.name: [] for job in jobs if "error" not in rows[job.name]}
+    for _ in range(rounds):
+        for job in jobs:
+            if job.name in runs:
+                runs[job.name].append(in_own_process(measure, job, frame_counts, budget_s))
+                print(job.name, runs[job.name][-1], file=sys.stderr, flush=True)
+    outputs = {job.name: job.folder for job in jobs}
+    for name, measured in runs.items():
+        failed = next((one for one in measured if "error" in one), None)
+        rows[name] |= failed or best_of(measured)
+        for frames, step in rows[name].get("steps", {}).items():
+            output, reference = (torch.load(outputs[which] / f"{frames}.pt") for which in (name, REFERENCE))
+            step["psnr_db"] = psnr_db(output, reference)
+    return [{"engine": name, **row} for name, row in rows.items()]
+
+
+def to_markdown(document: Row) -> str:
+    """A row for each engine, a column for each frame count; times relative to float32 PyTorch."""
+    setup, facts, counts = document["setup"], document["machine"], document["setup"]["frame_counts"]
+    height, width = setup["size"]
+    rows = [row for row in document["rows"] if "error" not in row]
+    base = next(row["steps"] for row in rows if row["engine"] == REFERENCE)
+    lines = [f"# One denoising step by each engine: {setup['base']}, {height}x{width}", "",
+             f"{facts.get('gpu', facts['processor'])}, {facts['torch_threads']} threads, {facts['torch']}. Milliseconds of ControlNet "
+             f"and U-Net (times faster than `{REFERENCE}`), the least median of {setup['rounds']} rounds in turns. PSNR: of the step's",
+             f"output to `{REFERENCE}`'s, the lowest. First: the first step of {counts[0]} frames, where some compile. Build: of all",
+             "networks; ONNX Runtime's of these two. Memory: the peak of the process that runs it.", ""]  # fmt: skip
+    cells = []
+    for row in rows:
+        own = [row["steps"][str(count)] for count in counts]
+        times = [f"{step['median_ms']:.1f} ({base[str(count)]['median_ms'] / step['median_ms']:.2f}×)"
+                 for step, count in zip(own, counts, strict=True)]  # fmt: skip
+        quality = "" if row["engine"] == REFERENCE else f"{min(99.0, *(step['psnr_db'] for step in own)):.1f}"
+        cells.append((row["engine"], *times, quality, f"{row['build_s']:.0f}", f"{own[0]['first_s']:.1f}",
+                      f"{row['peak_bytes'] / 1e6:.0f}"))  # fmt: skip
+    header = ("engine", *(f"{count} frames" for count in counts), "PSNR dB", "build s", "first s", "peak MB")
+    lines += table(header, cells)
+    lines += [f"- {row['engine']}: {row['error']}" for row in document["rows"] if "error" in row]
+    lines += [f"- {name}: {reason}" for name, reason in document["not_here"].items()]
+    return "\n".join([*lines, "", *judged(rows, base, [str(count) for count in counts]), ""])
+
+
+def judged(rows: list[Row], base: Row, counts: list[str]) -> list[str]:
+    """The fastest engine of sufficient quality, and the target."""
+    good = [row for row in rows if all(row["steps"][count]["psnr_db"] >= TARGET_PSNR_DB for count in counts)]
+
+    def speedup(row: Row) -> float:
+        return float(min(base[count]["median_ms"] / row["steps"][count]["median_ms"] for count in counts))
+
+    best = max(good, key=speedup)
+    verdict = "met" if speedup(best) >= TARGET_SPEEDUP else "missed"
+    return [f"Fastest of those with {TARGET_PSNR_DB:g} dB at least: {best['engine']}, {speedup(best):.2f} times as fast as "
+            f"`{REFERENCE}` where it gains least. Target {TARGET_SPEEDUP:g}: {verdict}."]  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="embedded", help="as for `posecrafter-rt tune`, or random-sd15")
+    parser.add_argument("--size", type=picture_size, default=(128, 160), help="HEIGHTxWIDTH in pixels")
+    parser.add_argument("--frames", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument(
+        "--engines", nargs="+", choices=list(candidates()), metavar="NAME", help=f"else all; {REFERENCE} always"
+    )
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
+    parser.add_argument("--quick", action="store_true", help="half a second for each engine instead of four, one round")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Parse the arguments, measure, write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="embedded", help="as for `posecrafter-rt tune`")
-    parser.add_argument("--size", type=picture_size, default=(128, 160), help="HEIGHTxWIDTH in pixels")
-    parser.add_argument("--frames", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--json", type=Path, help="where the result goes")
-    parser.add_argument("--quick", action="store_true", help="half a second for each engine instead of four")
-    arguments = parser.parse_args()
-    size = arguments.size
-    path = arguments.json or RESULTS / f"engines-{Path(arguments.base).name}.json"
-    rows = run(arguments.base, size, arguments.frames, 0.5 if arguments.quick else 4.0)
-    result = {"machine": machine(), "base": Path(arguments.base).name, "size": size, "frame_counts": arguments.frames,
-              "rows": rows}  # fmt: skip
-    write_report(path, result, to_markdown(result))
+    """Build, measure, write both files."""
+    options = parse()
+    budget_s, rounds = (0.5, 1) if options.quick else (4.0, options.rounds)
+    wanted = {REFERENCE, *(options.engines or candidates())}
+    reasons = {name: reason for name, reason in candidates().items() if name in wanted}
+    with tempfile.TemporaryDirectory(prefix="engines-") as temporary:
+        folder = Path(temporary)
+        base = str(write_random_base(folder / "base")) if options.base == "random-sd15" else options.base
+        jobs = [Job(name, base, options.size, folder / name.replace(" ", "-").replace(",", ""))
+                for name, reason in reasons.items() if reason is None]  # fmt: skip
+        rows = run(jobs, options.frames, budget_s, rounds)
+    setup = {"base": Path(options.base).name, "size": options.size, "frame_counts": options.frames, "rounds": rounds}
+    document = {"setup": setup, "machine": machine(), "rows": rows,
+                "not_here": {name: reason for name, reason in reasons.items() if reason is not None}}  # fmt: skip
+    name = name_by_device("engines-{base}-{0}x{1}".format(*options.size, **setup), document["machine"])
+    publish(name, document, to_markdown(document), options.json, options.quick)
 
 
 if __name__ == "__main__":

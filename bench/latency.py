@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.live import BUDGET_FRAMES, Camera, RunFailed, measure_serve, measure_stream
-from bench.report import name_by_device, picture_size, publish, table
-from bench.throughput import find_engine
+from bench.report import name_by_device, publish, table
+from bench.throughput import add_engine_arguments, find_engine
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.demo.footage import TARGET, load_poses
@@ -159,13 +159,7 @@ def judged(document: Row, rows: list[Row]) -> list[str]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; --quick changes the seconds, and how many servers are started."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", type=Path, nargs="?", help="an engine; else one is built")
-    parser.add_argument("--checkpoint", type=Path, help="a tuned one, instead of an untrained one over --base")
-    parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
-    parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--work", type=Path, help="keep what is built here for the next run")
+    add_engine_arguments(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--window", type=int, default=4)
     parser.add_argument("--decoder", choices=["full", "small"], help="else small where the engine has one")

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from bench.report import name_by_device, picture_size, publish, table
+from bench.report import name_by_device, publish, table
 from bench.runs import forget_inversions, in_own_process, moving_person
-from bench.throughput import find_engine
+from bench.throughput import add_engine_arguments, find_engine
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.machine import peak_rss_bytes
@@ -81,15 +81,9 @@ def markdown(document: Row) -> str:
 def parse() -> argparse.Namespace:
     """The command line; --quick changes the number of frames."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", type=Path, nargs="?", help="an engine; else one is built")
-    parser.add_argument("--checkpoint", type=Path, help="a tuned one, instead of an untrained one over --base")
-    parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
-    parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--precision", default="auto")
+    add_engine_arguments(parser)
     parser.add_argument("--frames", type=int)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--work", type=Path, help="keep what is built here for the next run")
     parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
     parser.add_argument("--quick", action="store_true", help="8 frames")
     options = parser.parse_args()

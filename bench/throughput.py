@@ -75,6 +75,17 @@ def build(checkpoint: Path, folder: Path, backend: str, precision: str) -> Row:
     return {"build_s": 0.0 if result.was_current else time.perf_counter() - start}
 
 
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `find_engine` reads."""
+    parser.add_argument("engine", type=Path, nargs="?", help="an engine; else one is built")
+    parser.add_argument("--checkpoint", type=Path, help="a tuned one, instead of an untrained one over --base")
+    parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
+    parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--work", type=Path, help="keep what is built here for the next run")
+
+
 def find_engine(options: argparse.Namespace, folder: Path) -> Path:
     """The engine that was given, or one built of the checkpoint, or of an untrained one over the base."""
     if options.engine is not None:

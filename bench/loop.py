@@ -1,0 +1,105 @@
+"""What a render costs outside its networks: the sampler's arithmetic, the latent editing, and all that Python does between.
+
+Bench: `python -m bench.loop [ENGINE] [--json FILE] [--quick]` writes results/loop-<device>.json and .md, or FILE and its .md;
+with --quick alone (few frames, one round) it only prints. `--base random-sd15` has the size of Stable Diffusion 1.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bench.report import name_by_device, publish, table
+from bench.runs import in_own_process, moving_person, wait_for_gpu
+from bench.throughput import add_engine_arguments, find_engine
+from bench.timing import machine
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.engines import Engine
+
+Row = dict[str, Any]
+TARGET_SHARE = 0.03  # of the denoising loop's time
+
+
+class Clocked:
+    """An engine with a clock on its calls; a GPU is waited for after each."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.spec, self.device = engine, engine.spec, engine.device
+        self.seconds = 0.0
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        start = time.perf_counter()
+        outputs = self.engine(**inputs)
+        wait_for_gpu()
+        self.seconds += time.perf_counter() - start
+        return outputs
+
+
+def measure(path: Path, num_frames: int, num_inference_steps: int, rounds: int) -> Row:
+    """The render with the least time outside the networks: seconds of its denoising, and of the networks in it.
+
+    The inversion is cached, so the denoisers run in the denoising alone; a render before it has compiled everything.
+    """
+    rows = []
+    with Avatar.load(path) as avatar:
+        target = moving_person(num_frames, avatar.size, phase=1.0)
+        avatar.render(target, num_inference_steps=num_inference_steps)
+        for _ in range(rounds):
+            clocked = {name: Clocked(engine) for name, engine in avatar.engines.items()}
+            avatar.networks.engines = clocked  # type: ignore[assignment]
+            avatar.render(target, num_inference_steps=num_inference_steps)
+            avatar.networks.engines = {name: clock.engine for name, clock in clocked.items()}
+            assert avatar.last_report is not None and avatar.last_report.inversion_cached
+            networks = {name: clocked[name].seconds for name in ("controlnet", "unet")}
+            denoise = avatar.last_report.seconds["denoise"]
+            rows.append({"denoise_s": denoise, **networks, "outside_s": denoise - sum(networks.values())})
+    best = min(rows, key=lambda row: row["outside_s"] / row["denoise_s"])
+    return {"frames": num_frames, "steps": num_inference_steps, **best, "share": best["outside_s"] / best["denoise_s"]}
+
+
+def markdown(document: Row) -> str:
+    """The results as a table."""
+    setup, facts = document["setup"], document["machine"]
+    height, width = setup["size"]
+    lines = [f"# The denoising loop: {setup['base']}, {height}x{width}, {setup['backend']} {setup['precision']}", "",
+             f"{facts.get('gpu', facts['processor'])}, {facts['torch_threads']} threads. Milliseconds of one step; outside: everything "
+             f"but the two networks' calls. Target: {TARGET_SHARE:.0%} of the loop at most.", ""]  # fmt: skip
+    cells = []
+    for row in document["rows"]:
+        if "error" in row:
+            cells.append((str(row["frames"]), f"failed: {row['error']}", "", "", "", ""))
+            continue
+        times = (f"{1e3 * row[name] / row['steps']:.2f}" for name in ("denoise_s", "controlnet", "unet", "outside_s"))
+        cells.append((str(row["frames"]), *times, f"{row['share']:.2%}"))
+    return "\n".join([*lines, *table(("frames", "a step", "ControlNet", "U-Net", "outside", "share"), cells)])
+
+
+def main() -> None:
+    """Parse the arguments, measure each number of frames in a process of its own, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_arguments(parser)
+    parser.add_argument("--frames", type=int, nargs="+")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
+    parser.add_argument("--quick", action="store_true", help="1 and 4 frames, one round")
+    options = parser.parse_args()
+    counts, rounds = options.frames or ((1, 4) if options.quick else (1, 4, 16)), 1 if options.quick else 5
+    with tempfile.TemporaryDirectory(prefix="loop-") as temporary:
+        folder = options.work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        engine = find_engine(options, folder)
+        rows = [{"frames": count, **in_own_process(measure, engine, count, options.steps, rounds)} for count in counts]
+        with Avatar.load(engine) as avatar:
+            manifest = avatar.folder.manifest
+    setup = {"base": Path(manifest["base"]).name, **{name: manifest[name] for name in ("size", "backend", "precision")}}
+    document = {"setup": setup, "machine": machine(), "rows": rows}
+    publish(name_by_device("loop", document["machine"]), document, markdown(document), options.json, options.quick)
+
+
+if __name__ == "__main__":
+    main()

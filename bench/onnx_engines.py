@@ -1,0 +1,112 @@
+"""Engines that the package does not use, to compare its own with: ONNX Runtime, and OpenVINO with free shapes.
+
+Bench: imported by engines.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import openvino
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import Tensor
+
+from posecrafter_rt.engines.openvino import OpenVinoBackend
+from posecrafter_rt.export.onnx import export_network, save_model
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
+
+Network = Callable[..., dict[str, Tensor]]
+DENOISERS = ("controlnet", "unet")
+
+
+class OnnxRuntime:
+    """ONNX Runtime on the CPU. is_static: a session for each shape; int8: weights and activations of products in 8 bits."""
+
+    def __init__(self, is_static: bool = False, int8: bool = False) -> None:
+        self.is_static, self.int8 = is_static, int8
+
+    def build(self, model: PoseModel, arch: Architecture, folder: Path) -> None:
+        """Write the two denoisers as ONNX."""
+        networks, specs = model.networks(), network_specs(arch)
+        for name in DENOISERS:
+            path = folder / f"{name}.onnx"
+            exported = export_network(networks[name], specs[name], arch, inline=True)
+            save_model(exported, path)
+            if self.int8:
+                has_data = path.with_name(f"{path.name}.data").exists()
+                quantize_dynamic(path, path.with_name(f"{name}-int8.onnx"), weight_type=QuantType.QInt8,
+                                 op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+                                 use_external_data_format=has_data)  # fmt: skip
+
+    def load(self, folder: Path, arch: Architecture) -> dict[str, Network]:
+        """The denoisers, ready to be called."""
+        specs = network_specs(arch)
+        return {name: self._network(folder / f"{name}{'-int8' if self.int8 else ''}.onnx", specs[name])
+                for name in DENOISERS}  # fmt: skip
+
+    def _network(self, path: Path, spec: NetworkSpec) -> Network:
+        sessions: dict[tuple[tuple[str, int], ...], Any] = {}
+
+        def call(**inputs: Tensor) -> dict[str, Tensor]:
+            sizes = free_sizes(spec, inputs) if self.is_static else {}
+            key = tuple(sizes.items())
+            if key not in sessions:
+                sessions[key] = new_session(path, sizes)
+            results = sessions[key].run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+            return {out.name: torch.from_numpy(result) for out, result in zip(spec.outputs, results, strict=True)}
+
+        return call
+
+
+class FreeOpenVino:
+    """OpenVINO with one compiled model for all shapes, as `engines.openvino` does not have it: it fails silently there."""
+
+    def build(self, model: PoseModel, arch: Architecture, folder: Path) -> None:
+        """As the backend does."""
+        OpenVinoBackend().build(model, arch, folder, "fp32", lambda stage: None)
+
+    def load(self, folder: Path, arch: Architecture) -> dict[str, Network]:
+        """The denoisers, compiled."""
+        core, specs = openvino.Core(), network_specs(arch)
+        properties = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "CPU_RUNTIME_CACHE_CAPACITY": 0}
+
+        def network(name: str) -> Network:
+            compiled = core.compile_model(core.read_model(folder / f"{name}.xml"), "CPU", properties)
+
+            def call(**inputs: Tensor) -> dict[str, Tensor]:
+                results = compiled({key: tensor.numpy() for key, tensor in inputs.items()})
+                return {out.name: torch.from_numpy(np.array(results[out.name])) for out in specs[name].outputs}
+
+            return call
+
+        return {name: network(name) for name in DENOISERS}
+
+
+ENGINES: Mapping[str, OnnxRuntime | FreeOpenVino] = {
+    "openvino fp32, free shapes": FreeOpenVino(),
+    "onnxruntime fp32": OnnxRuntime(is_static=True),
+    "onnxruntime fp32, free shapes": OnnxRuntime(),
+    "onnxruntime int8": OnnxRuntime(int8=True),
+}
+
+
+def free_sizes(spec: NetworkSpec, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """What the free dimensions are in these inputs."""
+    return {dim: size for tensor in spec.inputs for dim, size in zip(tensor.dims, inputs[tensor.name].shape, strict=True)
+            if isinstance(dim, str)}  # fmt: skip
+
+
+def new_session(path: Path, sizes: Mapping[str, int]) -> Any:
+    """A session on as many threads as torch has, its free dimensions fixed to these."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    for name, size in sizes.items():
+        options.add_free_dimension_override_by_name(name, size)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,26 @@
+"""The loop's benchmark: what is outside the networks is what is left of the loop's time. No timing is judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.loop import markdown, measure
+
+
+def test_the_rest_of_the_loop_is_what_its_networks_do_not_take(tiny_engine: Path) -> None:
+    row = measure(tiny_engine, 2, 3, 1)
+    assert (row["frames"], row["steps"]) == (2, 3) and min(row["controlnet"], row["unet"], row["outside_s"]) > 0
+    assert row["denoise_s"] == pytest.approx(row["controlnet"] + row["unet"] + row["outside_s"])
+    assert row["share"] == pytest.approx(row["outside_s"] / row["denoise_s"])
+
+
+def test_the_table_has_a_steps_times() -> None:
+    row: dict[str, Any] = {"frames": 4, "steps": 10, "denoise_s": 2.0, "controlnet": 0.5, "unet": 1.45, "outside_s": 0.05}
+    rows = [{**row, "share": 0.025}, {"frames": 16, "error": "the process died"}]
+    setup = {"base": "embedded", "size": [128, 160], "backend": "torch", "precision": "fp32"}
+    text = markdown({"setup": setup, "machine": {"processor": "one", "torch_threads": 2}, "rows": rows})
+    assert "| 4 | 200.00 | 50.00 | 145.00 | 5.00 | 2.50% |" in text
+    assert "| 16 | failed: the process died |" in text and "embedded, 128x160, torch fp32" in text
