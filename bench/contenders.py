@@ -32,8 +32,8 @@ from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
 
-Render = Callable[[PoseSequence, int], tuple[np.ndarray, dict[str, float]]]
-"""(target, num_inference_steps) → frames (N, H, W, 3) uint8, seconds by stage."""
+Render = Callable[[PoseSequence, int], tuple[np.ndarray, dict[str, float], int]]
+"""(target, num_inference_steps) → frames (N, H, W, 3) uint8, seconds by stage, the most that torch allocated on the GPU."""
 
 METHODS = {
     "exact": "exact",
@@ -61,6 +61,11 @@ class Job:
     output: Path
 
 
+def gpu_peak_bytes() -> int:
+    """The most that torch has had allocated on the GPU; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+
+
 def load_model(tuned: Checkpoint, job: Job) -> PoseModel:
     """The tuned networks in the job's precision, on the GPU where there is one."""
     return tuned.load_model(dtype=TORCH_DTYPES[job.precision]).to(device=torch_device())
@@ -71,11 +76,11 @@ def load_exact(job: Job) -> Render:
     assert job.engine is not None
     avatar = Avatar.load(job.engine)
 
-    def render(target: PoseSequence, num_inference_steps: int) -> tuple[np.ndarray, dict[str, float]]:
+    def render(target: PoseSequence, num_inference_steps: int) -> tuple[np.ndarray, dict[str, float], int]:
         forget_inversions(avatar)
         frames = avatar.render(target, num_inference_steps=num_inference_steps, inversion_substeps=1, strength=1.0)
         assert avatar.last_report is not None
-        return frames, avatar.last_report.seconds
+        return frames, avatar.last_report.seconds, avatar.last_report.peak_gpu_bytes  # it counts each stage anew
 
     return render
 
@@ -90,9 +95,9 @@ def load_baseline(job: Job) -> Render:
         baseline.networks = replace(networks, **compiled)
     algorithm = baseline.published if job.method == "published" else baseline.plain
 
-    def render(target: PoseSequence, num_inference_steps: int) -> tuple[np.ndarray, dict[str, float]]:
+    def render(target: PoseSequence, num_inference_steps: int) -> tuple[np.ndarray, dict[str, float], int]:
         rendered = algorithm(tuned.frames, tuned.poses, target, num_inference_steps)
-        return rendered.frames, rendered.seconds
+        return rendered.frames, rendered.seconds, gpu_peak_bytes()
 
     return render
 
@@ -109,7 +114,7 @@ def load_diffusers(job: Job) -> Render:
         requires_safety_checker=False).to(torch_device())  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
 
-    def render(target: PoseSequence, num_inference_steps: int) -> tuple[np.ndarray, dict[str, float]]:
+    def render(target: PoseSequence, num_inference_steps: int) -> tuple[np.ndarray, dict[str, float], int]:
         stages, frames = Stages(), []
         poses = transform_keypoints(target, tuned.frames.shape[1:3])
         pictures = torch.from_numpy(draw_poses(poses, poses.canvas)).permute(0, 3, 1, 2).float().div(255)
@@ -122,7 +127,7 @@ def load_diffusers(job: Job) -> Render:
                 pixels = model.vae.decode(latents / model.vae.config["scaling_factor"], return_dict=False)[0].float()
                 frame = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
                 frames.append(frame[0].permute(1, 2, 0).cpu().numpy())
-        return np.stack(frames), stages.seconds
+        return np.stack(frames), stages.seconds, gpu_peak_bytes()
 
     return render
 
@@ -139,7 +144,7 @@ def run(job: Job) -> dict[str, Any]:
     loaded_peak = peak_rss_bytes()
     render(job.target, WARM_UP_STEPS[torch_device().type])
     ready = time.perf_counter()
-    frames, seconds = render(job.target, job.num_inference_steps)
+    frames, seconds, gpu_bytes = render(job.target, job.num_inference_steps)
     total = time.perf_counter() - ready
     np.save(job.output, frames)
     return {
@@ -148,5 +153,5 @@ def run(job: Job) -> dict[str, Any]:
         "total_s": total,
         "loaded_peak_bytes": loaded_peak,
         "peak_bytes": peak_rss_bytes(),
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0,
+        "peak_gpu_bytes": gpu_bytes,
     }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.onnx_engines import ENGINES, Network
-from bench.report import name_by_device, picture_size, publish, table
+from bench.report import add_output_arguments, name_by_device, picture_size, publish, table
 from bench.runs import in_own_process, wait_for_gpu, write_random_base
 from bench.timing import machine, time_call
 from posecrafter_rt.engines import PRECISIONS, get_backend, names
@@ -189,8 +189,7 @@ def parse() -> argparse.Namespace:
         "--engines", nargs="+", choices=list(candidates()), metavar="NAME", help=f"else all; {REFERENCE} always"
     )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
-    parser.add_argument("--quick", action="store_true", help="half a second for each engine instead of four, one round")
+    add_output_arguments(parser, "half a second for each engine instead of four, one round")
     return parser.parse_args()
 
 

@@ -302,8 +302,7 @@ class Counters:
         count.add("text", 1, self.network("prompt_kv", self.text()))
         timesteps = torch.empty(steps, dtype=torch.int64, device="meta")
         count.add("timestep tables", 1, self.network("time_tables", timesteps))
-        # The reference pose twice: for the inversion, and as the clip's first.
-        count.add("poses", setup.frames + 2, self.network("pose_embedding", self.pixels(setup, 1)))
+        count.add("poses", setup.frames + 1, self.network("pose_embedding", self.pixels(setup, 1)))
         count.add("encode", 1, self.network("vae_encoder", self.pixels(setup, 1)))
         count.add("invert", steps, self.exact_step(setup, 1))
         count.add("edit", 1, self.edit(setup))

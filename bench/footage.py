@@ -5,14 +5,18 @@ Bench: imported by quality.py, segments.py, stream_quality.py and stretch.py.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posecrafter_rt.demo.footage import FRAMES, TUNING, load_poses, video_path
+from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
+from posecrafter_rt.embedded.people import sample_clip
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
+
+DRAWN_SEED = 2405  # beside which a person's own number stands
 
 
 def load_footage() -> tuple[np.ndarray, PoseSequence]:
@@ -20,12 +24,45 @@ def load_footage() -> tuple[np.ndarray, PoseSequence]:
     return load_clip(video_path(), load_poses(), base_size("embedded"), slice(None))
 
 
-def tune_person(output: Path, given: Path | None = None, **changes: Any) -> Path:
-    """A checkpoint, tuned as the demonstration tunes; `given` where there is one. changes: of `TuneOptions`."""
+@dataclass(frozen=True)
+class Subject:
+    """A person of whom some frames are tuned on, and others are the truth; frames (N, H, W, 3) uint8."""
+
+    name: str
+    tuned: tuple[np.ndarray, PoseSequence]
+    unseen: tuple[np.ndarray, PoseSequence]
+
+
+def filmed_person(stride: int = 1) -> Subject:
+    """The person of the demonstration, and every `stride`-th of the frames that it renders."""
+    frames, poses = load_footage()
+    window = slice(TARGET.start, TARGET.stop, stride)
+    return Subject("the demonstration's footage", (frames[TUNING], poses[TUNING]), (frames[window], poses[window]))
+
+
+def drawn_person(seed: int, num_unseen: int = 8) -> Subject:
+    """A person drawn as those that the embedded base learned from are, by a seed that its training does not use."""
+    rng = np.random.default_rng([DRAWN_SEED, seed])
+    frames, keypoints, _ = sample_clip(rng, FRAMES + num_unseen, base_size("embedded"))
+    poses = PoseSequence(keypoints, (frames.shape[1], frames.shape[2]))
+    return Subject(f"a drawn person, {seed}", (frames[:FRAMES], poses[:FRAMES]), (frames[FRAMES:], poses[FRAMES:]))
+
+
+HARDLY = {"steps": 10, "decoder_steps": 10, "small_decoder_steps": 10}
+
+
+def tune_person(
+    output: Path, given: Path | None = None, *, subject: Subject | None = None, is_quick: bool = False, **changes: Any
+) -> Path:
+    """A checkpoint, tuned as the demonstration tunes, hardly if `is_quick`; `given` where there is one.
+
+    Args: subject: who is tuned on; None: the person of the demonstration. changes: of `TuneOptions`.
+    """
     if given is not None:
         return given
-    frames, poses = load_footage()
+    changes = {**(HARDLY if is_quick else {}), **changes}
+    frames, poses = (subject or filmed_person()).tuned
     device, precision = resolve_precision("auto", "auto")
     options = TuneOptions(**{"frames": FRAMES, "precision": precision, "device": device, **changes})  # type: ignore[arg-type]
-    tune(frames[TUNING], poses[TUNING], output, options)
+    tune(frames, poses, output, options)
     return output

@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one go: tests, every operator's timing, whole renders' and a stream's at Stable Diffusion 1.5's size.
 
-Bench: `make bench-gpu`; a quarter of an hour at most. Writes results/kernels-<device>, presets-…, throughput-… and latency-…, .json and
-.md each; exits 1 if a part fails, after the others have run.
+Bench: `make bench-gpu`; a quarter of an hour at most, and as long again where TensorRT can run. Writes results/kernels-<device>,
+presets-…, throughput-… and latency-…, .json and .md each; exits 1 if a part fails, after the others have run.
 """
 
 from __future__ import annotations
@@ -12,21 +12,28 @@ from pathlib import Path
 
 import torch
 
+from posecrafter_rt.engines import get_backend
+
 ROOT = Path(__file__).resolve().parents[1]
 # What is marked gpu, and what runs on a GPU where there is one.
 TESTS = ("tests/ops/test_affine_warp_paste.py", "tests/kernels/test_gpu.py", "tests/runtime", "tests/engines/test_torch.py",
-         "tests/engines/test_cuda_graphs.py", "tests/engines/test_tensorrt.py", "tests/test_avatar.py",
-         "tests/test_avatar_segments.py", "tests/test_building.py")  # fmt: skip
+         "tests/engines/test_cuda_graphs.py", "tests/test_avatar.py", "tests/test_avatar_segments.py", "tests/test_building.py")  # fmt: skip
+# For every backend in turn.
+OF_BACKENDS = ("tests/engines/test_parity.py", "tests/test_refit.py")
 PARTS = {  # each with its limit in seconds
     "tests": (("pytest", "-q", "-n", "4", *TESTS), 150),
+    "refits": (("pytest", "-q", "-n", "2", "-k", "torch", *OF_BACKENDS), 40),
+    "inductor": (("pytest", "-q", "tests/engines/test_inductor.py"), 60),
     # some fifty contenders and a few peaks at a quarter of 1.2 s, and each kernel's first compilation
     "operators": (("bench.kernels", "--budget-s", "1.2"), 110),
-    "presets": (("bench.presets", "--base", "random-sd15", "--precision", "bf16"), 150),
+    "presets": (("bench.presets", "--base", "random-sd15", "--backend", "torch", "--precision", "bf16"), 150),
     "renders": (("bench.throughput", "--base", "random-sd15", "--frames", "16", "--steps", "20", "--rounds", "1",
-                 "--engines", "auto:fp16"), 190),
-    "streams": (("bench.latency", "--base", "random-sd15", "--size", "512x512", "--precision", "bf16", "--steps", "2",
-                 "--rate", "60", "--seconds", "5"), 200),
+                 "--engines", "torch:fp16"), 190),
+    "streams": (("bench.latency", "--base", "random-sd15", "--size", "512x512", "--backend", "torch", "--precision", "bf16",
+                 "--steps", "2", "--rate", "60", "--seconds", "5"), 200),
 }  # fmt: skip
+# Its plans take minutes to build: no part of the others.
+TENSORRT = (("pytest", "-q", "-k", "tensorrt", "tests/engines/test_tensorrt.py", *OF_BACKENDS), 900)
 
 
 def main() -> int:
@@ -34,7 +41,9 @@ def main() -> int:
         print("error: torch sees no GPU", file=sys.stderr)
         return 1
     failed = []
-    for name, (module, limit_s) in PARTS.items():
+    can_run_tensorrt = get_backend("tensorrt").unsupported_reason("fp16") is None
+    parts = {**PARTS, "tensorrt": TENSORRT} if can_run_tensorrt else PARTS
+    for name, (module, limit_s) in parts.items():
         try:
             done = subprocess.run([sys.executable, "-m", *module], cwd=ROOT, timeout=limit_s).returncode == 0
         except subprocess.TimeoutExpired:

@@ -1,17 +1,18 @@
 """The Triton kernels as compiled for three GPUs: registers, spills, shared memory, occupancy, roofline time.
 
-Bench: `python -m bench.kernel_table` writes results/kernel_table.json and .md; needs Triton, no GPU. The times are
+Bench: `python -m bench.kernel_table [--json FILE] [--quick]` writes results/kernel_table.json and .md, or FILE and its .md; needs Triton, no GPU. The times are
 bounds, not measurements. Exits 1 if a configuration spills or does not fit.
 """
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
 
 from bench.hardware import GPUS, Gpu, blocks_per_multiprocessor, roofline_s
-from bench.report import RESULTS, write_report
+from bench.report import add_output_arguments, publish
 from bench.workloads import FRAMES, Attention, attentions
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TemporalConfig, TileConfig, keyframe_config, temporal_config
@@ -61,15 +62,18 @@ def make_row(gpu: Gpu, problem: Attention) -> dict[str, Any]:
 
 
 def main() -> None:
-    problems = [problem for frames in FRAMES for problem in attentions(frames)]
-    rows = [make_row(gpu, problem) for gpu in GPUS for problem in problems]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_output_arguments(parser, "one GPU, the first number of frames")
+    options = parser.parse_args()
+    gpus, frame_counts = (GPUS[:1], FRAMES[:1]) if options.quick else (GPUS, FRAMES)
+    problems = [problem for frames in frame_counts for problem in attentions(frames)]
+    rows = [make_row(gpu, problem) for gpu in gpus for problem in problems]
     lines = ["# Triton kernels as compiled, bf16, SD 1.5 at 512²", ""]
     lines += ["Compiled offline; the times are the roofline's (the larger of bytes and FLOPs at the card's peaks),", ""]
     lines[-2] += " not measurements."
     lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
-    write_report(RESULTS / "kernel_table.json", rows, "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    publish("kernel_table", rows, "\n".join(lines) + "\n", options.json, options.quick)
     if any(row["spill_bytes"] or not row["occupancy_percent"] for row in rows):
         raise SystemExit("a configuration spills or does not fit")
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from bench.kernel_fits import DTYPES, REPRESENTATIVES, OtherTriton, Use
 from bench.kernel_search import FRAME_CLASSES, keyframe_candidates, temporal_candidates, try_tile, write_table
 from bench.kernel_trials import Tile, Trial
 from bench.kernels import measure_peaks
-from bench.report import RESULTS, write_report
+from bench.report import add_output_arguments, name_by_device, publish
 from bench.timing import machine
 from bench.workloads import HEADS, LEVELS, Attention
 from posecrafter_rt.kernels.configs import TABLE, table_capability
@@ -253,7 +252,7 @@ def measure_here(budget_s: float) -> Record:
 def main() -> int:
     """Measure or read, print and write. Returns 1 if a result was wrong or the GPU failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
+    add_output_arguments(parser, "twenty seconds")
     parser.add_argument("--budget-s", type=float, default=140.0, help="seconds to measure for")
     parser.add_argument("--from", dest="source", type=Path, help="take an earlier run's times")
     parser.add_argument("--write", action="store_true", help="put what is faster into kernels/configs.json")
@@ -262,13 +261,13 @@ def main() -> int:
     if options.source is not None:
         document = json.loads(options.source.read_text())
     elif torch.cuda.is_available():
-        document = measure_here(options.budget_s)
-        device = re.sub(r"[^a-z0-9]+", "-", document["machine"]["gpu"].lower()).strip("-")
-        write_report(options.json or RESULTS / f"kernel-tune-{device}.json", document, markdown(document))
+        document = measure_here(20.0 if options.quick else options.budget_s)
     else:
         print("error: torch sees no GPU", file=sys.stderr)
         return 1
-    print(markdown(document))
+    is_written = not options.quick and options.source is None
+    name = name_by_device("kernel-tune", document["machine"])
+    publish(name, document, markdown(document), options.json, not is_written)
     if options.write:
         others = [OtherTriton(python) for python in options.pythons]
         write_table(settle(document, others))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.report import RESULTS, name_by_device, write_report
+from bench.report import add_output_arguments, name_by_device, publish
 from bench.timing import Timing, compare, machine, time_call, time_on_cpu
 from bench.workloads import HEADS, Attention, attentions, paste_bytes
 from posecrafter_rt.ops import BACKENDS, affine_warp_paste, keyframe_attention, temporal_attention, unsupported_reason
@@ -162,8 +162,8 @@ def measure_peaks(device: str, dtypes: list[torch.dtype], budget_s: float) -> di
     return peaks
 
 
-def write_table(name: str, document: Row) -> None:
-    """results/<name>.json and .md."""
+def markdown(document: Row) -> str:
+    """The results as a table."""
     facts = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     peaks = ", ".join(f"{key} {value:.3g}" for key, value in document["peaks"].items())
     lines = [f"# Operators on {document['device']}", "", f"Machine: {facts}", "", f"Measured peaks: {peaks} (FLOP/s)."]
@@ -174,8 +174,7 @@ def write_table(name: str, document: Row) -> None:
         cells += [f"{row['median_ms']:.3f}", f"{row['p95_ms']:.3f}"]
         cells += [f"{row['bytes'] / 1e6:.1f}", f"{row['flops'] / 1e9:.2f}", f"{row['roofline_percent']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    write_report(RESULTS / f"{name}.json", document, "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -187,7 +186,10 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1 if device == "cuda" else 4, help="divide the positions by this")
     parser.add_argument("--budget-s", type=float, default=0.5, help="seconds for each contender")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads, of cv2 too")
+    add_output_arguments(parser, "a tenth of a second for each contender, one type")
     options = parser.parse_args()
+    if options.quick:
+        options.budget_s, options.dtypes = 0.1, options.dtypes[:1]
     torch.set_num_threads(options.threads)
     cv2.setNumThreads(options.threads)
     dtypes = [getattr(torch, name) for name in options.dtypes]
@@ -202,7 +204,7 @@ def main() -> None:
                 results += rows(what, timings, problem.num_bytes(dtype.itemsize), problem.flops, peaks)
     name = machine().get("gpu", "cpu")
     document = {"device": name, "machine": machine(), "peaks": peaks, "rows": results}
-    write_table(name_by_device("kernels", document["machine"]), document)
+    publish(name_by_device("kernels", document["machine"]), document, markdown(document), options.json, options.quick)
 
 
 if __name__ == "__main__":

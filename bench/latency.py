@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.live import BUDGET_FRAMES, Camera, RunFailed, measure_serve, measure_stream
-from bench.report import name_by_device, publish, table
+from bench.report import add_output_arguments, name_by_device, publish, table
 from bench.throughput import add_engine_arguments, find_engine
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -165,8 +165,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decoder", choices=["full", "small"], help="else small where the engine has one")
     parser.add_argument("--rate", type=float, default=25.0, help="poses a second")
     parser.add_argument("--seconds", type=float)
-    parser.add_argument("--json", type=Path, help="write here, and the tables beside it as .md")
-    parser.add_argument("--quick", action="store_true", help="3 seconds each; a server of the last of --steps alone")
+    add_output_arguments(parser, "3 seconds each; a server of the last of --steps alone")
     options = parser.parse_args(arguments)
     options.seconds = options.seconds or (3.0 if options.quick else 20.0)
     return options

@@ -14,7 +14,7 @@ import torch
 
 from bench.flops import Count, Counters, Setup
 from bench.hardware import GPUS
-from bench.report import publish, table
+from bench.report import add_output_arguments, publish, table
 from posecrafter_rt.models.sources import EMBEDDED_FOLDER, SD15_FOLDER
 
 SHARE_OF_PEAK = 0.5
@@ -160,8 +160,7 @@ def markdown(ledger: dict[str, Any], base: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
-    parser.add_argument("--quick", action="store_true", help="the embedded base, 8 frames, 10 steps")
+    add_output_arguments(parser, "the embedded base, 8 frames, 10 steps")
     options = parser.parse_args()
     base, configs, setup = (
         ("embedded base", EMBEDDED_FOLDER, QUICK) if options.quick else ("SD 1.5", SD15_FOLDER, Setup())

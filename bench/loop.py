@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bench.report import name_by_device, publish, table
+from bench.report import add_output_arguments, name_by_device, publish, table
 from bench.runs import in_own_process, moving_person, wait_for_gpu
 from bench.throughput import add_engine_arguments, find_engine
 from bench.timing import machine
@@ -85,8 +85,7 @@ def main() -> None:
     add_engine_arguments(parser)
     parser.add_argument("--frames", type=int, nargs="+")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
-    parser.add_argument("--quick", action="store_true", help="1 and 4 frames, one round")
+    add_output_arguments(parser, "1 and 4 frames, one round")
     options = parser.parse_args()
     counts, rounds = options.frames or ((1, 4) if options.quick else (1, 4, 16)), 1 if options.quick else 5
     with tempfile.TemporaryDirectory(prefix="loop-") as temporary:

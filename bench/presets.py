@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 
-from bench.report import name_by_device, publish, table
+from bench.flops import Counters, Setup, count_flops
+from bench.report import add_output_arguments, name_by_device, publish, table
 from bench.runs import forget_inversions, in_own_process, moving_person
-from bench.throughput import add_engine_arguments, find_engine
+from bench.throughput import add_engine_arguments, find_engine, measure_peak
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.machine import peak_rss_bytes
+from posecrafter_rt.models.small_decoder import new_small_decoder
+from posecrafter_rt.models.sources import locate_base
+from posecrafter_rt.runtime.options import RenderOptions
 
 Row = dict[str, Any]
 STAGES = ("prepare", "invert", "denoise", "decode")
@@ -45,15 +49,38 @@ def measure(engine: Path, way: str, num_frames: int) -> Row:
             forget_inversions(avatar)
         else:
             avatar.render(target[:1], options)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         avatar.render(target, options)
         total = time.perf_counter() - start
         assert avatar.last_report is not None
-        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        is_inverted = avatar.last_report.inversion_cached
         return {"total_s": total, "seconds": avatar.last_report.seconds, "peak_bytes": peak_rss_bytes(),
-                "peak_gpu_bytes": gpu}  # fmt: skip
+                "peak_gpu_bytes": avatar.last_report.peak_gpu_bytes, "sampled": options.num_inference_steps - options.start_step,
+                "inverted": 0 if is_inverted else count_inversion(avatar, options), "decoder": options.decoder}  # fmt: skip
+
+
+def count_inversion(avatar: Avatar, options: RenderOptions) -> int:
+    """Network evaluations of the inversion."""
+    schedule, substeps = avatar.schedules[options.sampler], options.inversion_substeps
+    assert substeps is not None
+    return len(schedule.inversion_timesteps(options.num_inference_steps, substeps, options.start_step))
+
+
+def count_flops_of(counters: Counters, setup: Setup, row: Row) -> int:
+    """What a render computed, as the ledger counts; text and timestep tables are left out, which are next to nothing."""
+    frame, picture = counters.latents(setup, 1), counters.pixels(setup, 1)
+    poses = (setup.frames + 1) * counters.network("pose_embedding", picture).flops
+    encoded = counters.network("vae_encoder", picture).flops if row["inverted"] else 0
+    inverted = row["inverted"] * counters.exact_step(setup, 1).flops
+    sampled = row["sampled"] * counters.exact_step(setup, setup.frames + 1).flops
+    if row["decoder"] == "small":
+        small = new_small_decoder(counters.arch.latent_channels, counters.arch.vae_scale_factor, torch.Generator()).to(
+            "meta"
+        )
+        decoded = count_flops(lambda: small(frame))
+    else:
+        decoded = counters.network("vae_decoder", frame).flops
+    return poses + encoded + inverted + sampled + setup.frames * decoded
 
 
 def markdown(document: Row) -> str:
@@ -66,14 +93,19 @@ def markdown(document: Row) -> str:
         goals = {}
     lines = [f"# Presets: {setup['frames']} frames at {size}, {setup['base']}, {setup['backend']} {setup['precision']}", "",
              f"Machine: {', '.join(f'{key} {value}' for key, value in facts.items())}.", "",
-             "Seconds of one render after a shorter one, engine loaded; the inversion is in it unless it says cached.", ""]  # fmt: skip
-    header = ("preset", "s", "goal", "frames/s", *STAGES, "peak MB", "peak GPU MB")
+             "Seconds of one render after a shorter one, engine loaded; the inversion is in it unless it says cached. FLOPs are the",
+             "ledger's; peak is that of a large matrix product in the engine's type.", ""]  # fmt: skip
+    header = ("preset", "s", "goal", "frames/s", *STAGES, "TFLOP/s", "% of peak", "peak MB", "peak GPU MB")
     cells = []
     for way, row in rows.items():
         goal = f"{goals[way]:g}" if way in goals else ""
         stages = [f"{row['seconds'].get(stage, 0.0):.2f}" for stage in STAGES]
         memory = [f"{row[name] / 1e6:.0f}" for name in ("peak_bytes", "peak_gpu_bytes")]
-        cells.append((way, f"{row['total_s']:.2f}", goal, f"{setup['frames'] / row['total_s']:.1f}", *stages, *memory))
+        rate = row["flops"] / row["total_s"]
+        speed = (f"{rate / 1e12:.3g}", f"{100 * rate / document['peak_flops_per_s']:.0f}")
+        cells.append(
+            (way, f"{row['total_s']:.2f}", goal, f"{setup['frames'] / row['total_s']:.1f}", *stages, *speed, *memory)
+        )
     cells += [(way, f"failed: {row['error']}") for way, row in document["rows"].items() if "error" in row]
     return "\n".join([*lines, *table(header, cells)])
 
@@ -84,8 +116,7 @@ def parse() -> argparse.Namespace:
     add_engine_arguments(parser)
     parser.add_argument("--frames", type=int)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
-    parser.add_argument("--quick", action="store_true", help="8 frames")
+    add_output_arguments(parser, "8 frames")
     options = parser.parse_args()
     options.frames = options.frames or (8 if options.quick else 100)
     return options
@@ -105,7 +136,12 @@ def main() -> None:
             manifest = avatar.folder.manifest
     setup = {"frames": options.frames, "base": Path(manifest["base"]).name,
              **{name: manifest[name] for name in ("size", "backend", "precision")}}  # fmt: skip
-    document = {"setup": setup, "machine": machine(), "rows": rows}
+    peak = in_own_process(measure_peak, manifest["precision"])["flops_per_s"]
+    counters, size = Counters(locate_base(manifest["base"]).configs), tuple(manifest["size"])
+    for row in rows.values():
+        if "error" not in row:
+            row["flops"] = count_flops_of(counters, Setup(size, options.frames), row)
+    document = {"setup": setup, "machine": machine(), "peak_flops_per_s": peak, "rows": rows}
     publish(name_by_device("presets", document["machine"]), document, markdown(document), options.json, options.quick)
 
 

@@ -1,10 +1,11 @@
 """How near the demonstration's render comes to the truth: by mode and option, and by what was tuned.
 
-Bench: `python -m bench.quality [--quick] [--checkpoint demo/tuned.ckpt]` tunes on the demonstration's eight frames,
-renders frames 46-119 by every variant and writes results/quality.json and .md. About an hour on two cores; --quick takes
-every sixth frame. With --presets it renders by the presets alone, in turns, and writes results/presets.json and .md: how
-near each comes to the truth and to the exact render, and how much sooner it is done. With --reuse it renders so with
-the U-Net run whole at every step, every second and so on, and writes results/reuse.json and .md.
+Bench: `python -m bench.quality [--stride N] [--checkpoint demo/tuned.ckpt] [--json FILE] [--quick]` tunes on the
+demonstration's eight frames, renders frames 46-119, or every N-th of them, by every variant and writes results/quality.json
+and .md, or FILE and its .md. About an hour on two cores. With --presets it renders by the presets alone, in turns, and writes
+results/presets.json and .md: how near each comes to the truth and to the exact render, and how much sooner it is done; with
+`--people N` also N people who are drawn, each tuned anew. With --reuse it renders so with the U-Net run whole at every
+step, every second and so on, and writes results/reuse.json and .md.
 """
 
 from __future__ import annotations
@@ -19,20 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from bench.footage import load_footage, tune_person
-from bench.report import RESULTS, table, write_report
+from bench.footage import Subject, drawn_person, filmed_person, tune_person
+from bench.report import add_output_arguments, publish, table
 from bench.runs import forget_inversions, psnr
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
-from posecrafter_rt.demo.footage import TARGET
 from posecrafter_rt.demo.run import scores
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import MODES, RenderOptions
 from posecrafter_rt.runtime.presets import PRESETS, preset_options
 
-QUICK_STRIDE = 6
+QUICK_STRIDE = 40
 REUSED = {50: (2, 3, 5), 25: (1, 2, 3), 15: (1, 2, 3), 9: (1, 2, 3), 4: (1, 2)}  # unet_every by steps
 TUNED, OWN_DECODER, CLIP_SCOPE = "as the demonstration tunes", "the base's own decoder", "norm_scope clip"
 
@@ -122,45 +122,44 @@ def measure_timed(
     return results
 
 
-def make_checkpoints(folder: Path, given: Path | None) -> Iterator[tuple[str, Path]]:
+def make_checkpoints(folder: Path, given: Path | None, is_quick: bool) -> Iterator[tuple[str, Path]]:
     """The tunings that are compared, by name; `given` in place of the first."""
-    checkpoint = tune_person(folder / "tuned.ckpt", given)
+    checkpoint = tune_person(folder / "tuned.ckpt", given, is_quick=is_quick)
     yield TUNED, checkpoint
     tuned = Checkpoint.load(checkpoint)
     tuned.tensors = {name: tensor for name, tensor in tuned.tensors.items() if not name.startswith("vae.")}
     tuned.save(folder / "own_decoder.ckpt")
     yield OWN_DECODER, folder / "own_decoder.ckpt"
-    yield CLIP_SCOPE, tune_person(folder / "clip.ckpt", norm_scope="clip")
+    yield CLIP_SCOPE, tune_person(folder / "clip.ckpt", is_quick=is_quick, norm_scope="clip")
 
 
-def run_timed(stride: int, given: Path | None, rounds: int, is_reuse: bool) -> dict[str, Any]:
-    """Render by every preset, or with features kept over steps, with what the demonstration tunes."""
-    variants, build = timed_variants(is_reuse), BuildOptions(feature_reuse=is_reuse)
-    frames, poses = load_footage()
-    window = slice(TARGET.start, TARGET.stop, stride)
+def run_timed(
+    subject: Subject, given: Path | None, rounds: int, is_reuse: bool, is_quick: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Render a person by every preset, or with features kept over steps: what rendered it, and the variants."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = tune_person(Path(folder) / "tuned.ckpt", given)
-        with Avatar.load(build_engine(checkpoint, Path(folder) / "tuned.engine", build).folder.path) as avatar:
-            engine = {name: avatar.folder.manifest[name] for name in ("backend", "precision")}
-            variants = {name: options for name, options in variants.items()
+        checkpoint = tune_person(Path(folder) / "tuned.ckpt", given, subject=subject, is_quick=is_quick)
+        built = build_engine(checkpoint, Path(folder) / "tuned.engine", BuildOptions(feature_reuse=is_reuse)).folder
+        with Avatar.load(built.path) as avatar:
+            engine = {name: built.manifest[name] for name in ("backend", "precision")}
+            variants = {name: options for name, options in timed_variants(is_reuse).items()
                         if options.decoder == "full" or avatar.has_small_decoder}  # fmt: skip
-            results = measure_timed(avatar, poses[window], frames[window], rounds, variants)
-            return {"engine": engine, "variants": results}
+            frames, poses = subject.unseen
+            return engine, measure_timed(avatar, poses, frames, rounds, variants)
 
 
-def run(steps: int, stride: int, given: Path | None) -> dict[str, Any]:
+def run(subject: Subject, steps: int, given: Path | None, is_quick: bool) -> dict[str, Any]:
     """Render every variant with what the demonstration tunes, and the modes with the others."""
-    frames, poses = load_footage()
-    window = slice(TARGET.start, TARGET.stop, stride)
+    frames, poses = subject.unseen
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, checkpoint) in enumerate(make_checkpoints(Path(folder), given)):
+        for number, (name, checkpoint) in enumerate(make_checkpoints(Path(folder), given, is_quick)):
             variants = render_variants(steps)
             if name != TUNED:
                 variants = {name: options for name, options in variants.items() if name.startswith("mode")}
             print(f"# {name}", file=sys.stderr)
             with Avatar.load(build_engine(checkpoint, Path(folder) / f"{number}.engine").folder.path) as avatar:
-                results[name] = measure(avatar, poses[window], frames[window], variants)
+                results[name] = measure(avatar, poses, frames, variants)
     return results
 
 
@@ -178,50 +177,63 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def timed_to_markdown(result: dict[str, Any]) -> str:
-    """One table: a row for each variant."""
-    exact = result["variants"]["exact"]
-    cells = []
-    for name, row in result["variants"].items():
+    """One table for each person: a row for each variant."""
+    header = ("variant and what it approximates", "PSNR dB", "SSIM", "PSNR to exact dB", "s", "times faster",
+              "times faster, inverted before")  # fmt: skip
+    lines = [f"Unseen frames, PSNR and SSIM to the truth; the least of {result['rounds']} times, taken in turns; "
+             f"{result['engine']['backend']} {result['engine']['precision']}, {result['machine']['processor']}, "
+             f"{result['machine']['torch_threads']} threads."]  # fmt: skip
+    for subject in result["subjects"]:
+        name = subject["name"]
+        lines += ["", f"## {name[0].upper()}{name[1:]}: {subject['num_frames']} frames", ""]
+        lines += table(header, _timed_rows(subject["variants"]))
+    return "\n".join(lines)
+
+
+def _timed_rows(variants: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    exact = variants["exact"]
+    for name, row in variants.items():
         near = "" if row["psnr_to_exact"] is None else f"{row['psnr_to_exact']:.2f}"
-        cells.append((
+        yield (
             f"{name}: {', '.join(f'{key} {value}' for key, value in row['approximations'].items())}",
             f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", near, f"{row['seconds']:.1f}",
             f"{exact['seconds'] / row['seconds']:.2f}", f"{exact['seconds_inverted'] / row['seconds_inverted']:.2f}",
-        ))  # fmt: skip
-    header = ("variant and what it approximates", "PSNR dB", "SSIM", "PSNR to exact dB", "s", "times faster",
-              "times faster, inverted before")  # fmt: skip
-    lines = [f"{result['num_frames']} unseen frames of the demonstration's footage, PSNR and SSIM to the truth; the least "
-             f"of {result['rounds']} times, taken in turns; {result['engine']['backend']} "
-             f"{result['engine']['precision']}, {result['machine']['processor']}, "
-             f"{result['machine']['torch_threads']} threads.", ""]  # fmt: skip
-    return "\n".join(lines + table(header, cells))
+        )  # fmt: skip
 
 
 def main() -> None:
-    """Parse the arguments, measure, write both files."""
+    """Parse the arguments, measure, print, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where the result goes; else its own place in results")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--presets", action="store_true", help="the presets and what else may be left out: quality and time"
     )
-    parser.add_argument("--reuse", action="store_true", help="features kept over steps: quality and time")
-    parser.add_argument("--quick", action="store_true", help="every sixth frame, in two rounds")
-    parser.add_argument("--stride", type=int, help="every so many-th frame; else every one")
-    parser.add_argument("--rounds", type=int, help="of --presets and --reuse, whose least time counts; else 3")
-    arguments = parser.parse_args()
-    stride = arguments.stride or (QUICK_STRIDE if arguments.quick else 1)
-    num_frames = len(range(TARGET.start, TARGET.stop, stride))
-    result = {"machine": machine(), "num_frames": num_frames}
-    if arguments.presets or arguments.reuse:
-        rounds = arguments.rounds or (2 if arguments.quick else 3)
-        result |= {"rounds": rounds, **run_timed(stride, arguments.checkpoint, rounds, arguments.reuse)}
-        name = "reuse" if arguments.reuse else "presets"
-        write_report(arguments.json or RESULTS / f"{name}.json", result, timed_to_markdown(result))
-        return
-    result |= {"steps": arguments.steps, "tunings": run(arguments.steps, stride, arguments.checkpoint)}
-    write_report(arguments.json or RESULTS / "quality.json", result, to_markdown(result))
+    what.add_argument("--reuse", action="store_true", help="features kept over steps: quality and time")
+    parser.add_argument("--people", type=int, default=0, help="of --presets: so many drawn people, too")
+    parser.add_argument("--stride", type=int, default=1, help="every so many-th frame of the footage")
+    parser.add_argument("--rounds", type=int, default=3, help="of --presets and --reuse, whose least time counts")
+    add_output_arguments(parser, "two frames of a person who is hardly tuned unless one is given, 10 steps, one round")
+    options = parser.parse_args()
+    if options.quick:
+        options.stride, options.steps, options.rounds = QUICK_STRIDE, 10, 1
+    footage = filmed_person(options.stride)
+    result: dict[str, Any] = {"machine": machine()}
+    if options.presets or options.reuse:
+        result |= {"rounds": options.rounds, "subjects": []}
+        for subject in (footage, *map(drawn_person, range(options.people))):
+            given = options.checkpoint if subject is footage else None
+            result["engine"], variants = run_timed(subject, given, options.rounds, options.reuse, options.quick)
+            result["subjects"].append(
+                {"name": subject.name, "num_frames": len(subject.unseen[0]), "variants": variants}
+            )
+        name, markdown = "reuse" if options.reuse else "presets", timed_to_markdown(result)
+    else:
+        tunings = run(footage, options.steps, options.checkpoint, options.quick)
+        result |= {"num_frames": len(footage.unseen[0]), "steps": options.steps, "tunings": tunings}
+        name, markdown = "quality", to_markdown(result)
+    publish(name, result, markdown, options.json, options.quick)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Bench: imported by the scripts here.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table's lines and an empty one; all columns but the first to the right."""
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
+    """--json and --quick, which every benchmark has. quick: what it then does less of, a minute and a half at most."""
+    parser.add_argument(
+        "--json", type=Path, help="write here, and tables and pictures beside it, instead of to bench/results"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"{quick}; prints, and writes only with --json")
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import publish, table
+from bench.report import add_output_arguments, publish, table
 from bench.runs import in_own_process, moving_person, untrained_checkpoint
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -148,8 +148,7 @@ def markdown(document: Row) -> str:
 def main() -> None:
     """Parse the arguments, measure, print, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write here, and the tables beside it as .md")
-    parser.add_argument("--quick", action="store_true", help="few frames and steps, each point once")
+    add_output_arguments(parser, "few frames and steps, each point once")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         axes = measure_axes(QUICK if arguments.quick else Plan(), Path(folder))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.footage import load_footage, tune_person
-from bench.report import publish, table
+from bench.report import add_output_arguments, publish, table
 from bench.runs import psnr
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -28,7 +28,7 @@ from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.segments import split_clip
 
 SPLITS = ((12, 4), (16, 4), (24, 4), (24, 0), (48, 4))  # frames of a segment, and shared with each neighbour
-QUICK_FRAMES, QUICK_STEPS, QUICK_TUNING, QUICK_SPLITS = 24, 4, 10, ((8, 2), (16, 4))
+QUICK_FRAMES, QUICK_STEPS, QUICK_SPLITS = 24, 4, ((8, 2), (16, 4))
 Row = dict[str, Any]
 
 
@@ -95,12 +95,12 @@ def markdown(document: Row) -> str:
     return "\n".join(lines + table(header, cells))
 
 
-def run(steps: int, num_frames: int | None, splits: Any, given: Path | None, tuning_steps: int | None) -> Row:
+def run(steps: int, num_frames: int | None, splits: Any, given: Path | None, is_quick: bool) -> Row:
     """Tune unless a checkpoint is given, build, compare."""
     frames, poses = load_footage()
     target, truth = poses[TARGET][:num_frames], frames[TARGET][:num_frames]
     with tempfile.TemporaryDirectory(prefix="segments-") as folder:
-        checkpoint = tune_person(Path(folder) / "tuned.ckpt", given, steps=tuning_steps, decoder_steps=tuning_steps)
+        checkpoint = tune_person(Path(folder) / "tuned.ckpt", given, is_quick=is_quick)
         built = build_engine(checkpoint, Path(folder) / "tuned.engine", BuildOptions()).folder
         with Avatar.load(built.path) as avatar:
             rows = compare(avatar, target, truth, steps, splits)
@@ -111,15 +111,12 @@ def run(steps: int, num_frames: int | None, splits: Any, given: Path | None, tun
 def main() -> None:
     """Parse the arguments, measure, print, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
-    parser.add_argument("--quick", action="store_true", help="few frames and steps, hardly tuned")
+    add_output_arguments(parser, "few frames and steps, hardly tuned")
     arguments = parser.parse_args()
-    if arguments.quick:
-        document = run(arguments.steps or QUICK_STEPS, QUICK_FRAMES, QUICK_SPLITS, arguments.checkpoint, QUICK_TUNING)
-    else:
-        document = run(arguments.steps or 50, None, SPLITS, arguments.checkpoint, None)
+    steps, num_frames, splits = (QUICK_STEPS, QUICK_FRAMES, QUICK_SPLITS) if arguments.quick else (50, None, SPLITS)
+    document = run(arguments.steps or steps, num_frames, splits, arguments.checkpoint, arguments.quick)
     publish("segments", document, markdown(document), arguments.json, arguments.quick)
 
 

@@ -1,6 +1,6 @@
 """What a stream takes and computes on paper: bytes of its memory, FLOPs of a frame, what those would come to on GPUs.
 
-Bench: `python -m bench.stream_budget [--json FILE]`, a minute at most and no weights. Writes results/stream_budget.json
+Bench: `python -m bench.stream_budget [--json FILE] [--quick]`, a minute at most and no weights. Writes results/stream_budget.json
 and .md, or FILE and its .md. Nothing in it is timed.
 """
 
@@ -18,7 +18,7 @@ import torch
 from bench.flops import Counters, Setup
 from bench.hardware import GPUS
 from bench.ledger import SHARE_OF_PEAK
-from bench.report import publish, table
+from bench.report import add_output_arguments, publish, table
 from posecrafter_rt.engines.base import DTYPES
 from posecrafter_rt.export.shapes import resolve_shape
 from posecrafter_rt.models.sources import EMBEDDED_FOLDER, SD15_FOLDER
@@ -126,10 +126,11 @@ def markdown(document: Row) -> str:
 def main() -> None:
     """Parse the arguments, count, print, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write here, and the tables beside it as .md")
-    bases = {name: count_base(*what) for name, what in BASES.items()}
+    add_output_arguments(parser, "the embedded base alone")
+    options = parser.parse_args()
+    bases = {name: count_base(*what) for name, what in list(BASES.items())[: 1 if options.quick else None]}
     document = {"window": PAPER_WINDOW, "share_of_peak": SHARE_OF_PEAK, "bases": bases}
-    publish("stream_budget", document, markdown(document), parser.parse_args().json, is_quick=False)
+    publish("stream_budget", document, markdown(document), options.json, options.quick)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench.footage import load_footage, tune_person
-from bench.report import publish, table
+from bench.report import add_output_arguments, publish, table
 from bench.segments import jumps
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -91,14 +91,14 @@ def compare(
 
 def run(
     engine: Path | None, checkpoint: Path | None, streams: list[StreamOptions], num_frames: int | None,
-    offline_steps: int,
+    offline_steps: int, is_quick: bool,
 ) -> Row:  # fmt: skip
     """Tune and build what is not given, and compare."""
     frames, poses = load_footage()
     target, truth = poses[TARGET][:num_frames], frames[TARGET][:num_frames]
     with tempfile.TemporaryDirectory(prefix="stream-quality-") as folder:
         if engine is None:
-            checkpoint = tune_person(Path(folder) / "tuned.ckpt", checkpoint)
+            checkpoint = tune_person(Path(folder) / "tuned.ckpt", checkpoint, is_quick=is_quick)
             engine = build_engine(checkpoint, Path(folder) / "tuned.engine").folder.path
         with Avatar.load(engine) as avatar:
             manifest = avatar.folder.manifest
@@ -144,14 +144,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", type=Path, nargs="?", help="an engine of what `make demo` tunes")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
-    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
-    parser.add_argument("--quick", action="store_true", help="few frames and streams")
+    add_output_arguments(parser, "few frames and streams")
     options = parser.parse_args()
     steps, windows = (QUICK_STEPS, QUICK_WINDOWS) if options.quick else (STEPS, WINDOWS)
     streams = [StreamOptions(steps=s, window=w) for s in steps for w in windows]
     streams += [StreamOptions(steps=s, decoder="full") for s in steps]
     num_frames, offline_steps = (QUICK_FRAMES, QUICK_OFFLINE_STEPS) if options.quick else (None, 50)
-    document = run(options.engine, options.checkpoint, streams, num_frames, offline_steps)
+    document = run(options.engine, options.checkpoint, streams, num_frames, offline_steps, options.quick)
     publish("stream_quality", document, markdown(document), options.json, options.quick)
 
 

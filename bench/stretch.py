@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.footage import load_footage, tune_person
-from bench.report import publish, table
+from bench.report import add_output_arguments, publish, table
 from bench.runs import psnr
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -90,16 +90,19 @@ def markdown(document: Row) -> str:
     return "\n".join(lines + table(header, cells))
 
 
-def run(engine: Path | None, checkpoint: Path | None, preset: str) -> Row:
+def run(options: argparse.Namespace) -> Row:
     """Tune and build what is not given, and compare."""
     footage, poses = load_footage()
+    stretches, preset, engine = STRETCHES, options.preset, options.engine
+    if options.quick:
+        stretches, preset = STRETCHES[:1], "fast"
     with tempfile.TemporaryDirectory(prefix="stretch-") as folder:
         if engine is None:
-            checkpoint = tune_person(Path(folder) / "tuned.ckpt", checkpoint)
+            checkpoint = tune_person(Path(folder) / "tuned.ckpt", options.checkpoint, is_quick=options.quick)
             engine = build_engine(checkpoint, Path(folder) / "tuned.engine").folder.path
         with Avatar.load(engine) as avatar:
             manifest = avatar.folder.manifest
-            rows = [row for stretch in STRETCHES for row in compare(avatar, footage, poses, *stretch, preset)]
+            rows = [row for stretch in stretches for row in compare(avatar, footage, poses, *stretch, preset)]
     return {
         "machine": machine(),
         "engine": f"{manifest['backend']} {manifest['precision']}",
@@ -114,10 +117,10 @@ def main() -> None:
     parser.add_argument("engine", type=Path, nargs="?", help="an engine of the demonstration's person")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
     parser.add_argument("--preset", default="exact")
-    parser.add_argument("--json", type=Path, help="write here, and the table beside it as .md")
+    add_output_arguments(parser, "one stretch by the preset fast, of a person who is hardly tuned unless one is given")
     arguments = parser.parse_args()
-    document = run(arguments.engine, arguments.checkpoint, arguments.preset)
-    publish("stretch", document, markdown(document), arguments.json, is_quick=False)
+    document = run(arguments)
+    publish("stretch", document, markdown(document), arguments.json, arguments.quick)
 
 
 if __name__ == "__main__":

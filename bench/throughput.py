@@ -23,7 +23,7 @@ from bench.contenders import METHODS, WARM_UP_STEPS, Job, run
 from bench.flops import Counters, Setup
 from bench.kernels import measure_peaks
 from bench.plot import Bar, stacked_bars
-from bench.report import name_by_device, picture_size, publish, result_path, table, write_json
+from bench.report import add_output_arguments, name_by_device, picture_size, publish, result_path, table, write_json
 from bench.runs import in_own_process, moving_person, psnr, untrained_checkpoint, write_random_base
 from bench.timing import machine
 from posecrafter_rt.building import BuildOptions, build_engine
@@ -36,6 +36,8 @@ from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 FULL_FRAMES, FULL_STEPS = 100, 50
+TARGET_PSNR_DB, TARGET_MEMORY = 40.0, 0.6
+TARGET_SPEEDUPS = {"its fastest type": 2.5, "the same type": 1.2}  # over published; twice that over plain
 STAGES = ("prepare", "invert", "denoise", "decode")
 Row = dict[str, Any]
 
@@ -227,6 +229,35 @@ def _ratios(rows: list[Row]) -> list[str]:
     return ["## Times of each contender over those of `exact`", "", *table(header, cells)]
 
 
+def judged(rows: list[Row], precision: str) -> list[str]:
+    """`exact` against its targets: by its fastest engine that is near enough, and by its fastest in the baselines' type."""
+    engines = {"its fastest type": [row for row in rows if row["contender"].startswith("exact")
+                                    and (row["psnr_db"] is None or row["psnr_db"] >= TARGET_PSNR_DB)]}  # fmt: skip
+    engines["the same type"] = [row for row in engines["its fastest type"] if row["contender"].endswith(precision)]
+    cells = []
+    for baseline, times in (("published", 1.0), ("plain", 2.0)):
+        of_baseline = next((row for row in rows if row["contender"] == f"{baseline}, {precision}"), None)
+        for types, of_types in engines.items():
+            if of_baseline is None or not of_types:
+                continue
+            best, target = min(of_types, key=lambda row: row["total_s"]), times * TARGET_SPEEDUPS[types]
+            ratio = of_baseline["total_s"] / best["total_s"]
+            verdict = "met" if ratio >= target else "missed"
+            cells.append(
+                (
+                    f"times faster than {baseline}: {best['contender']}, {types}",
+                    f"{ratio:.2f}",
+                    f"≥ {target:g}",
+                    verdict,
+                )
+            )
+        if of_baseline is not None and engines["its fastest type"]:
+            memory = min(map(_memory, engines["its fastest type"])) / _memory(of_baseline)
+            cells.append((f"peak memory over that of {baseline}", f"{memory:.2f}", f"≤ {TARGET_MEMORY:g}",
+                          "met" if memory <= TARGET_MEMORY else "missed"))  # fmt: skip
+    return ["## Targets", "", *table(("exact", "measured", "target", ""), cells)] if cells else []
+
+
 def headline(setup: Row) -> str:
     """What was rendered."""
     size = "×".join(map(str, setup["size"]))
@@ -270,7 +301,7 @@ def markdown(document: Row) -> str:
     for row in rows:
         built = "" if row["build_s"] is None else f"{row['build_s']:.1f}"
         cells.append((row["contender"], *(f"{row['seconds'].get(stage, 0.0):.2f}" for stage in STAGES), built))
-    lines += [*table(("contender", *STAGES, "build"), cells), *_ratios(rows)]
+    lines += [*table(("contender", *STAGES, "build"), cells), *_ratios(rows), *judged(rows, setup["precision"])]
     if (frames, steps) != (FULL_FRAMES, FULL_STEPS):
         lines += [f"## Extrapolated, not measured: {FULL_FRAMES} frames in {FULL_STEPS} steps", ""]
         lines += table(("contender", "s"), [(row["contender"], f"{row['extrapolated_s']:,.0f}") for row in rows])
@@ -311,8 +342,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> Row:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; --quick changes defaults only."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write here, and tables and plot beside it as .md and .svg")
-    parser.add_argument("--quick", action="store_true", help="4 frames, 2 steps, one round, two engines")
+    add_output_arguments(parser, "4 frames, 2 steps, one round, two engines")
     parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
     parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
     parser.add_argument("--checkpoint", type=Path, help="a tuned one, instead of an untrained one over --base")

@@ -1,14 +1,18 @@
 """Precision written into a graph: 16-bit tensors, with float32 islands where 16 bits do not do.
 
-Layer 4: for runtimes that take every type from the graph, such as TensorRT 11. Inputs and outputs stay float32.
+Layer 4: for runtimes that take every type from the graph, such as TensorRT 11. Inputs and outputs stay
+float32, but for what is only handed on.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
 
 from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.spec import NetworkSpec
 
 FLOAT = ir.DataType.FLOAT
 DATA_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -20,11 +24,16 @@ FOLLOWERS = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Pow", 
 FLOAT_INPUTS = {"Resize": (1, 2)}  # roi and scales: ONNX has them in float32, whatever is resized
 
 
-def lower_precision(model: ir.Model, precision: str) -> None:
+def kept_names(spec: NetworkSpec) -> set[str]:
+    """The inputs and outputs of a network that are in the type that runs inside."""
+    return {tensor.name for tensor in (*spec.inputs, *spec.outputs) if tensor.dtype == "kept"}
+
+
+def lower_precision(model: ir.Model, precision: str, kept: Collection[str] = ()) -> None:
     """Type a float32 model of one graph anew, in place; "fp32" changes nothing.
 
     Weights become 16-bit initialisers of the same name, so that they can still be replaced by it, unless an operator in
-    float32 reads them.
+    float32 reads them. kept: inputs and outputs that are 16-bit, too, see `kept_names`.
     Raises: PoseCrafterError when a weight is beyond the type's range.
     """
     if precision == "fp32":
@@ -33,6 +42,9 @@ def lower_precision(model: ir.Model, precision: str) -> None:
     islands = _islands(graph)
     casts = _Casts(graph)
     _lower_weights(graph, islands, low)
+    for handed in graph.inputs:
+        if handed.name in kept:
+            handed.dtype = low
     for node in list(graph):
         wanted = FLOAT if node in islands else low
         for index, value in enumerate(node.inputs):
@@ -42,8 +54,9 @@ def lower_precision(model: ir.Model, precision: str) -> None:
             node.replace_input_with(index, casts.to(value, FLOAT if is_fixed else wanted))
         _type_outputs(node, wanted)
     for index, output in enumerate(graph.outputs):
-        if output.dtype == low:
-            graph.outputs[index] = casts.output(output)
+        wanted = low if output.name in kept else FLOAT
+        if output.dtype in (FLOAT, low) and output.dtype != wanted:
+            graph.outputs[index] = casts.output(output, wanted)
 
 
 def _islands(graph: ir.Graph) -> set[ir.Node]:
@@ -98,10 +111,10 @@ class _Casts:
             self.made[value, dtype] = cast
         return self.made[value, dtype]
 
-    def output(self, value: ir.Value) -> ir.Value:
-        """A graph's output in float32 under the value's name."""
-        cast = self._cast(value, FLOAT)
-        cast.name, value.name = value.name, f"{value.name}.low"
+    def output(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """A graph's output in a type under the value's name."""
+        cast = self._cast(value, dtype)
+        cast.name, value.name = value.name, f"{value.name}.inner"
         return cast
 
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:

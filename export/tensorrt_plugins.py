@@ -1,7 +1,8 @@
-"""Attention nodes that TensorRT's importer takes for plugins; where there is no plugin, the body stays.
+"""Attention nodes that TensorRT's importer takes for plugins; where there is no plugin, they are written out.
 
-Layer 4: the importer goes by a node's name and attributes and ignores its domain; a node without `plugin_namespace` is
-imported through its model-local function.
+Layer 4: the importer goes by a node's name and its `plugin_…` attributes. Whether a function's body or a plugin of the same
+name comes first has changed between its versions, so a prepared model has no functions: what is to be a plugin has no other
+meaning, and what is none is standard operators.
 """
 
 from __future__ import annotations
@@ -15,26 +16,44 @@ from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.export.functions import DOMAIN
 
 PASSED_THROUGH = ("Reshape", "Cast")  # between a projection and its attention: they keep the last dimension
+AS_PLUGIN = "plugin"  # an overload that no function has, while others are written out
 
 HasPlugin = Callable[[str, int, int], bool]  # (operator's name, channels, heads)
 
 
-def mark_plugins(model: ir.Model, has_plugin: HasPlugin) -> int:
-    """Give attention nodes what makes them plugins, and drop function bodies that are no longer called; in place.
+def mark_plugins(model: ir.Model, has_plugin: HasPlugin) -> tuple[int, int]:
+    """Give attention nodes what makes them plugins, and write out the others by their functions' bodies; in place.
 
-    Returns: how many were marked.
+    Returns: how many are plugins now, and how many there were. Every value has an element type.
     """
-    marked = 0
-    for node in model.graph:
-        if node.domain == DOMAIN and has_plugin(node.op_type, query_channels(node), node.attributes["heads"].as_int()):
-            for name, value in (("plugin_namespace", DOMAIN), ("plugin_version", "1"), ("aot", 1)):
-                node.attributes[name] = ir.convenience.convert_attribute(name, value)
-            marked += 1
-    called = {node.op_identifier() for node in model.graph if "plugin_namespace" not in node.attributes}
-    for identifier in [identifier for identifier in model.functions if identifier not in called]:
-        del model.functions[identifier]
+    attentions = [node for node in model.graph if node.domain == DOMAIN]
+    marked = [node for node in attentions
+              if has_plugin(node.op_type, query_channels(node), node.attributes["heads"].as_int())]  # fmt: skip
+    for node in marked:
+        for name, value in (("plugin_namespace", DOMAIN), ("plugin_version", "1"), ("aot", 1)):
+            node.attributes[name] = ir.convenience.convert_attribute(name, value)
+        node.overload = AS_PLUGIN
+    ir_passes.InlinePass()(model)
+    for node in marked:
+        node.overload = ""
+    model.functions.clear()
     ir_passes.RemoveUnusedOpsetsPass()(model)
-    return marked
+    _add_types(model)
+    return len(marked), len(attentions)
+
+
+def _add_types(model: ir.Model) -> None:
+    """Infer the element types that values lack, in place: functions' bodies have none of their own."""
+    if not _untyped(model):
+        return
+    # Not strictly: of a plugin nothing is inferred.
+    ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    if untyped := _untyped(model):
+        raise PoseCrafterError(f"{untyped[0]} has no known type once attention is written out", "report it")
+
+
+def _untyped(model: ir.Model) -> list[str]:
+    return [str(value.name) for node in model.graph for value in node.outputs if value.name and value.dtype is None]
 
 
 def query_channels(node: ir.Node) -> int:

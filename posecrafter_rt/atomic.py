@@ -1,21 +1,23 @@
 """Files that are whole or absent: temporary name, flush, rename; and the hashes that name contents.
 
-Layer 0: the errors only.
+Layer 0: the errors and locks only.
 """
 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
+from posecrafter_rt.locks import locked
 
 _CHUNK_BYTES = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -27,42 +29,70 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields a temporary name in the same folder, with the same suffix, at which an empty file already stands. When the
     block ends, that file is flushed to the disk and renamed to `path`, replacing what was there; when it fails or is
-    interrupted, the file is removed and `path` keeps what it had. Missing folders are made. Ask `refuse_overwrite`
-    first where the file may be the user's.
+    interrupted, the file is removed and `path` keeps what it had. What a killed writer of `path` left is removed first.
+    Missing folders are made. Ask `refuse_overwrite` first where the file may be the user's.
     Args: path: the final name.
     Raises:
         DiskFull: no space left, whether the system or a library within the block says so.
         PoseCrafterError: the folder or file cannot be written; the message holds the system's reason.
     """
     path = Path(path)
+    temporary = _temporary(path)
+    with ExitStack() as held:
+        try:
+            with _writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _clear_leftovers(path)
+                while not _begin(temporary, held):
+                    temporary = _temporary(path)
+            yield temporary
+            with _writing(path):
+                flush_to_disk(temporary)
+                os.replace(temporary, path)
+                # Some file systems cannot flush a folder; the rename is atomic there all the same.
+                with suppress(OSError):
+                    flush_to_disk(path.parent)
+        except BaseException as error:
+            with suppress(OSError):  # never made, or in no folder of ours: the error tells which
+                temporary.unlink()
+            if isinstance(error, Exception) and means_full(error):
+                raise disk_full(path) from error
+            raise
+
+
+def _temporary(path: Path) -> Path:
     # The suffix stays last, because encoders choose their format by it; the dot hides the file from listings.
-    temporary = path.parent / f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}"
+    return path.parent / f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}"
+
+
+def _begin(temporary: Path, held: ExitStack) -> bool:
+    """Make an empty file, and hold it to the end; false when it was taken for a leftover between the two."""
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield temporary
-        with _writing(path):
-            flush_to_disk(temporary)
-            os.replace(temporary, path)
-            # Some file systems cannot flush a folder; the rename is atomic there all the same.
-            with suppress(OSError):
-                flush_to_disk(path.parent)
-    except BaseException as error:
-        with suppress(OSError):  # never made, or in no folder of ours: the error tells which
-            temporary.unlink()
-        if isinstance(error, Exception) and means_full(error):
-            raise disk_full(path) from error
-        raise
+        held.enter_context(locked(temporary, shared=True))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what killed writers of this very file left, which nobody holds; without locks that is not known."""
+    pattern = f".{glob.escape(path.stem)}.{'[0-9a-f]' * 8}.part{glob.escape(path.suffix)}"
+    for leftover in path.parent.glob(pattern):
+        with suppress(OSError), locked(leftover) as is_held:
+            if is_held:
+                leftover.unlink()
 
 
 def refuse_overwrite(path: str | os.PathLike[str], force: bool) -> None:
-    """Raise unless `path` is free or may be replaced.
+    """Raise unless `path` is free or may be replaced by a file.
 
-    Raises: OutputExists if something is there (file, folder or link) and `force` is false.
+    Raises: OutputExists if something is there (file, folder or link) and `force` is false, or a folder.
     """
     if not force and os.path.lexists(path):
         raise OutputExists(f"{path} exists already", hint="give --force to replace it, or another name")
+    if os.path.isdir(path):
+        raise OutputExists(f"{path} is a folder", hint="give the name of a file, such as one in it")
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -5,8 +5,7 @@ Layer 6: the Python API; `cli` and `serve` are thin around it.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,40 +13,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
 
-from posecrafter_rt.avatar_networks import WIDER, Networks, check_runs_here
+from posecrafter_rt.avatar_networks import Networks, check_runs_here
+from posecrafter_rt.avatar_once import KEPT, ComputedOnce
 from posecrafter_rt.building import read_reference
-from posecrafter_rt.engines import Engine, Precision
+from posecrafter_rt.engines import Engine
 from posecrafter_rt.engines.folder import EngineFolder, open_folder
-from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
+from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.machine import return_freed_memory
 from posecrafter_rt.method import DDIMSchedule, DPMSchedule, medoid_reference, select_reference
 from posecrafter_rt.method.dpmpp import dpmpp_terms
-from posecrafter_rt.models.loading import tokenize
 from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.runtime.cache import InversionCache, inversion_key
-from posecrafter_rt.runtime.memory import (
-    Room,
-    choose_segment,
-    explained,
-    frame_bytes,
-    free_bytes,
-    warn_unless_fits,
-)
+from posecrafter_rt.runtime.memory import choose_segment, explained, warn_unless_fits
 from posecrafter_rt.runtime.options import RenderOptions
-from posecrafter_rt.runtime.prepare import Tables, invert_reference, prepare_clip, prepare_tables
+from posecrafter_rt.runtime.prepare import prepare_clip
 from posecrafter_rt.runtime.presets import bundle
 from posecrafter_rt.runtime.progress import OnStep, ignore, naming_segment
+from posecrafter_rt.runtime.recent import Recent
 from posecrafter_rt.runtime.render import blend, decode, render_clip
-from posecrafter_rt.runtime.report import RenderReport, SegmentReport, describe_adjustment
+from posecrafter_rt.runtime.report import RenderReport, SegmentReport
 from posecrafter_rt.runtime.segments import Adjustment, Segment, SegmentChoice, Split
 from posecrafter_rt.runtime.stream import AvatarStream, Sampling, StreamReference, sample_reference
 from posecrafter_rt.runtime.stream_options import StreamOptions
-from posecrafter_rt.spec import STREAM_NETWORKS, Architecture
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,10 +71,9 @@ class Avatar:
         self.size: tuple[int, int] = tuple(manifest["size"])
         self.prompt: str = manifest["prompt"]
         self.frames, self.poses = read_reference(folder)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
         self.last_report: RenderReport | None = None
-        self._tables: dict[tuple[Any, ...], Tables] = {}
-        self._stream_references: dict[tuple[int, RenderOptions], StreamReference] = {}
+        self._once = ComputedOnce(self.networks, self.frames, self.poses)
+        self._stream_references = Recent[StreamReference](KEPT)
 
     @classmethod
     def load(cls, path: str | Path) -> Avatar:
@@ -109,7 +96,7 @@ class Avatar:
     @property
     def has_small_decoder(self) -> bool:
         """Whether the engine has a decoder of a few convolutions beside the VAE's."""
-        return bool(self.folder.manifest["architecture"].get("has_small_decoder"))
+        return self.networks.architecture.has_small_decoder
 
     def resolve(self, options: RenderOptions | None = None, *, preset: str = "exact", **changes: Any) -> RenderOptions:
         """Options with a preset's and then changes by name, and what they leave to the base as it recommends.
@@ -117,10 +104,7 @@ class Avatar:
         Raises: PoseCrafterError for bad options, and for those that need networks which the engine has not.
         """
         options = replace(options or RenderOptions(), **{**bundle(preset), **changes})
-        if options.decoder == "small" and not self.has_small_decoder:
-            raise PoseCrafterError("this engine has no small decoder", "tune with --small-decoder-steps, or build with "
-                                   "--small-decoder")  # fmt: skip
-        self.networks.check_feature_reuse(options)
+        self.networks.check(options)
         return options.with_recommended(self.folder.manifest["recommended"])
 
     def render(self, poses: PoseSequence, options: RenderOptions | None = None, **changes: Any) -> np.ndarray:
@@ -170,12 +154,12 @@ class Avatar:
         options = self.resolve(options, **changes)
         target = transform_keypoints(poses, self.size)  # as the training frames were fitted
         if options.segment is None:
-            warn_unless_fits(self._room(options), len(target), options)
+            warn_unless_fits(self.networks.room(options), len(target), options)
         elif options.segment == "auto":
             choice = choice or self.choose_segment(len(target), options)
             options = replace(options, segment=choice.segment)
-        assert options.segment != "auto"
-        split = Split(len(target), options.segment, options.overlap)
+        segment_length = self.networks.checked_segment(len(target), options)
+        split = Split(len(target), segment_length, options.overlap)
         report = RenderReport(options=options, num_frames=len(target), num_resumed=len(finished),
                               segment_reason=None if choice is None else choice.reason)  # fmt: skip
         for part in finished:
@@ -213,20 +197,18 @@ class Avatar:
         recommended = self.folder.manifest["recommended"]["strength"]
         render = self.resolve(options.as_render(recommended, self.has_small_decoder))
         self.networks.use(self.networks.built)  # a render may have let go of them
-        key = (index, render)
-        if key not in self._stream_references:
-            self._stream_references[key] = self._sample_reference(index, render)
-        return AvatarStream(self.engines, self._stream_references[key], options)
+        reference = self._stream_references.get((index, render), lambda: self._sample_reference(index, render))
+        return AvatarStream(self.engines, reference, options)
 
     def _sample_reference(self, index: int, options: RenderOptions) -> StreamReference:
         """What all streams share whose sampling is that of a render with these options."""
         report = RenderReport(options=options, num_frames=1, reference_index=index)
-        inverted = self._inverted_latents(options, report, lambda step, steps: None)
+        inverted = self._inverted_latents(report, ignore)
         schedule, start = self.schedules["dpmpp"], options.start_step
         assert isinstance(schedule, DPMSchedule)
         timesteps = schedule.timesteps(options.num_inference_steps)[start:]
         sampling = Sampling(
-            self._prepare_tables(timesteps, self._prompts(options)),
+            self._once.tables(timesteps, self._prompts(options)),
             dpmpp_terms(schedule, options.num_inference_steps, start_step=start)[start:],
             options.conditioning_scale,
         )
@@ -238,22 +220,14 @@ class Avatar:
 
         Raises: PoseCrafterError where the system does not say how much that is.
         """
-        return choose_segment(self._room(options), num_frames, options.overlap)
-
-    def _room(self, options: RenderOptions) -> Room:
-        manifest = self.folder.manifest
-        files = (file for file in self.folder.networks.rglob("*") if file.is_file())
-        reserved = sum(file.stat().st_size for file in files if not file.name.startswith(STREAM_NETWORKS))
-        arch = Architecture.from_json(manifest["architecture"])
-        groups = len(self._prompts(options))
-        return Room(free_bytes(manifest["device"]["type"]), reserved, frame_bytes(arch, self.size, groups))
+        return choose_segment(self.networks.room(options), num_frames, options.overlap)
 
     def _prepare(self, target: PoseSequence, options: RenderOptions, report: RenderReport, told: OnStep) -> Tensor:
         """What all segments share: the inverted reference (4, h, w)."""
         with report.stage("prepare"):
             report.reference_index = select_reference(self.poses, target) if options.selects else 0
         with report.stage("invert"):
-            return self._inverted_latents(options, report, lambda *step: told("inverting the reference", *step))
+            return self._inverted_latents(report, told)
 
     def _denoise_adjusting(
         self, target: PoseSequence, split: Split, inverted: Tensor, carried: Tensor | None,
@@ -261,8 +235,9 @@ class Avatar:
     ) -> tuple[Tensor, SegmentReport]:  # fmt: skip
         """Clean latents (F, 4, h, w) of the next segment, joined to the one before, and its report.
 
-        Where memory runs out the segment is a shorter one; where 16 bits do not hold its numbers it is done once more
-        in float32. Both hold for all that follows.
+        Where memory runs out it is computed in smaller parts, which is exact to rounding; where that is not enough it becomes
+        a shorter one, which is not. Where 16 bits do not hold its numbers it is done once more in float32. All of that holds
+        for what follows, too.
         Raises: OutOfMemory when there is no shorter one; PoseCrafterError when there is no wider type.
         """
         adjustments: list[Adjustment] = []
@@ -270,22 +245,26 @@ class Avatar:
         while True:
             segment, part = split.upcoming(), SegmentReport(adjustments=adjustments)
             told = naming_segment(on_step, len(report.segments), split.num_left())
+            precision, at_once = networks.needed(report, part)
             try:
                 with explained(options):
-                    networks.use(networks.needed(report, part))
+                    networks.use(precision, at_once)
                     latents = self._denoise(target, segment, inverted, report, part, told)
                     if torch.isfinite(latents).all():  # once a segment, for a GPU is waited for
                         # A segment that was shortened may settle fewer frames than the one before it has carried over.
                         shared = None if carried is None else carried[: segment.settled - segment.start]
                         return blend(shared, latents), part
             except OutOfMemory as error:
-                shorter = split.shorten(str(error)) if options.inserts else None
-                if shorter is None:
+                num_frames = options.groups * (segment.stop - segment.start + options.inserts)
+                mended = networks.dividing(num_frames, at_once, segment.start, str(error))
+                if mended is None and options.inserts:
+                    mended = split.shorten(str(error))
+                if mended is None:
                     raise
-                self._adjust(adjustments, shorter)
+                part.adjust(mended)
             else:
                 what = f"the segment of frames {segment.start} to {segment.stop - 1}"
-                self._adjust(adjustments, networks.widening(what, segment.start, networks.needed(report, part)))
+                part.adjust(networks.widening(what, segment.start, precision))
             networks.close()  # not in the handler, which keeps alive what memory ran out with
 
     def _denoise(
@@ -296,14 +275,13 @@ class Avatar:
         options, schedule = report.options, self.schedules[report.options.sampler]
         with part.stage("prepare"):
             timesteps = schedule.timesteps(options.num_inference_steps)
-            tables = self._prepare_tables(timesteps, self._prompts(options))
-            reference_pose = self.poses.keypoints[report.reference_index]
-            clip = prepare_clip(self.engines, inverted, reference_pose, target[segment.start : segment.stop], options)
+            prepared = self._once.prepared(report.reference_index, inverted, timesteps, self._prompts(options))
+            clip = prepare_clip(self.engines, prepared, target[segment.start : segment.stop], options)
             if clip.plan is not None:
                 part.count_edits(clip.plan, segment)
         num_steps = options.num_inference_steps - options.start_step
         with part.stage("denoise"):
-            latents = render_clip(self.engines, schedule, tables, clip, options,
+            latents = render_clip(self.engines, schedule, prepared.tables, clip, options,
                                   lambda step: told("denoising", step - options.start_step, num_steps))  # fmt: skip
         return latents[1:] if options.inserts else latents  # the inserted reference is never decoded
 
@@ -313,84 +291,51 @@ class Avatar:
         told = naming_segment(on_step, len(report.segments), 1 + split.num_left())
         for index in range(len(latents)):
             with part.stage("decode"):
-                frame = self._decode_adjusting(latents[index : index + 1], split, report, part)
+                number = split.start - len(latents) + index  # of the clip; the segment is settled
+                frame = self._decode_adjusting(latents[index : index + 1], number, split, report, part)
             told("decoding", index + 1, len(latents))
             yield frame
 
-    def _decode_adjusting(self, latents: Tensor, split: Split, report: RenderReport, part: SegmentReport) -> np.ndarray:
-        """A frame (H, W, 3) uint8 of latents (1, 4, h, w).
+    def _decode_adjusting(
+        self, latents: Tensor, number: int, split: Split, report: RenderReport, part: SegmentReport
+    ) -> np.ndarray:
+        """The clip's frame of this number, (H, W, 3) uint8, of latents (1, 4, h, w).
 
         It takes as much memory in every segment. Where that is not to be had, networks that hold some for the segment's
-        length let go of it, the frame is decoded once more, and the segments that are left become shorter.
+        length let go of it, the frame is decoded once more, and the segments that are left become shorter. Where 16 bits do
+        not hold its numbers, it and all that follows is done in float32.
         """
-        try:
-            with explained(report.options):
-                return next(decode(self.engines, latents, report.options.decoder))
-        except OutOfMemory as error:
-            shorter = split.shorten(str(error))
-        if shorter is not None:
-            self._adjust(part.adjustments, shorter)
-        self.networks.close()
-        with explained(report.options):
-            self.networks.use(self.networks.needed(report, part))
-            return next(decode(self.engines, latents, report.options.decoder))
-
-    def _adjust(self, adjustments: list[Adjustment], adjustment: Adjustment) -> None:
-        adjustments.append(adjustment)
-        log.warning("%s", describe_adjustment(adjustment))
+        networks, has_run_out = self.networks, False
+        while True:
+            precision, at_once = networks.needed(report, part)
+            try:
+                with explained(report.options):
+                    networks.use(precision, at_once)
+                    return next(decode(self.engines, latents, report.options.decoder))
+            except OutOfMemory as error:
+                if has_run_out:
+                    raise
+                has_run_out, shorter = True, split.shorten(str(error))
+                if shorter is not None:
+                    part.adjust(shorter)
+            except NotFinite:
+                part.adjust(networks.widening(f"frame {number}", number, precision))
+            networks.close()  # not in the handlers, as above
 
     def _prompts(self, options: RenderOptions) -> list[str]:
         prompt = self.prompt if options.prompt is None else options.prompt
-        return [prompt] if options.guidance_scale == 1 else ["", prompt]  # unconditional first
+        return [prompt] if options.groups == 1 else ["", prompt]  # unconditional first
 
-    def _prepare_tables(self, timesteps: np.ndarray, prompts: list[str]) -> Tables:
-        key = (self.networks.precision, timesteps.tobytes(), *prompts)
-        if key not in self._tables:
-            self._tables[key] = prepare_tables(self.engines, timesteps, tokenize(self.tokenizer, prompts))
-        return self._tables[key]
-
-    def _inverted_latents(
-        self, options: RenderOptions, report: RenderReport, progress: Callable[[int, int], None]
-    ) -> Tensor:
-        """The inverted reference (4, h, w), cached or computed; in float32 where it is not finite in the engine's type.
-
-        What is cached in float32 is there for that reason: it is taken with the change that made it.
-        """
-        cache, precision = InversionCache(self.folder.inversions), self.networks.built
-        keys = {name: inversion_key(self.folder.manifest, self.schedules[options.sampler], options, precision=name,
-                                    frame=report.reference_index, prompt=self.prompt)
-                for name in (precision, WIDER)}  # fmt: skip
-        cached = {name: cache.load(key) for name, key in keys.items()}
-        report.inversion_cached = any(inverted is not None for inverted in cached.values())
-        while True:
-            inverted = cached[precision] if report.inversion_cached else self._invert(precision, report, progress)
-            if inverted is not None and torch.isfinite(inverted).all():
-                break
-            self._adjust(report.adjustments, self.networks.widening("the inversion", 0, precision))
-            precision = WIDER
-        if not report.inversion_cached:
-            cache.save(keys[precision], inverted)
-        self.networks.use(self.networks.needed(report))
-        return inverted.to(self.engines["unet"].device)
-
-    def _invert(self, precision: Precision, report: RenderReport, progress: Callable[[int, int], None]) -> Tensor:
-        options, reference = report.options, report.reference_index
-        self.networks.use(precision)
-        assert options.inversion_substeps is not None
-        schedule = self.schedules[options.sampler]
-        timesteps = schedule.inversion_timesteps(
-            options.num_inference_steps, options.inversion_substeps, options.start_step)  # fmt: skip
-        pose = PoseSequence(self.poses.keypoints[[reference]], self.size)
-        with torch.no_grad():
-            tables = self._prepare_tables(timesteps, [self.prompt])
-            return invert_reference(
-                self.engines, schedule, tables, self.frames[reference], pose, options, progress)  # fmt: skip
+    def _inverted_latents(self, report: RenderReport, told: OnStep) -> Tensor:
+        schedule = self.schedules[report.options.sampler]
+        return self._once.inverted_latents(schedule, self.prompt, report,
+                                           lambda *step: told("inverting the reference", *step))  # fmt: skip
 
     def close(self) -> None:
         """Let go of the networks; a later render would load them again."""
-        self._tables = {}
-        self._stream_references = {}
-        self.networks.close()
+        self._once.forget()
+        self._stream_references.clear()
+        self.networks.release()
 
     def __enter__(self) -> Avatar:
         return self

@@ -6,32 +6,41 @@ Layer 6: beside `avatar`, since the runtime knows no backend.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from posecrafter_rt import __version__
-from posecrafter_rt.engines import LOADED_WIDER, Backend, Engine, Precision, get_backend
-from posecrafter_rt.engines.folder import EngineFolder, rebuild_hint
+from posecrafter_rt.engines import IN_PARTS, LOADED_WIDER, Backend, Engine, Precision, get_backend
+from posecrafter_rt.engines.base import TORCH_DTYPES
+from posecrafter_rt.engines.device import DRIVER, is_driver_older
+from posecrafter_rt.engines.folder import EngineFolder, in_use, rebuild_hint
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.machine import library_versions
-from posecrafter_rt.runtime.memory import let_go
+from posecrafter_rt.models.blocks import FEED_FORWARD_TOKENS
+from posecrafter_rt.runtime.memory import Room, explained, frame_bytes, free_bytes, let_go
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import Adjustment
-from posecrafter_rt.spec import NETWORK_NAMES, Architecture
+from posecrafter_rt.spec import NETWORK_NAMES, STREAM_NETWORKS, Architecture
 
 WIDER: Precision = "fp32"  # what networks run in once 16 bits do not hold their numbers
+# Of a block, one frame of 64 × 64: what fewer of them take is little beside what is not done in parts.
+LEAST_TOKENS = 1 << 12
 
 
 class Networks:
     """At most one precision at a time, since memory may not hold two.
 
-    engines: by the networks' names; empty until they are used, and once they are let go of. precision: that of `engines`.
+    engines: by the networks' names; empty until they are used, and once they are let go of. precision, tokens_at_once: see
+    `use`; those of `engines`.
     """
 
     def __init__(self, folder: EngineFolder) -> None:
         self.folder = folder
         self.engines: dict[str, Engine] = {}
         self.precision: Precision | None = None
+        self.tokens_at_once: int | None = None
+        self._hold: ExitStack | None = None
 
     @property
     def built(self) -> Precision:
@@ -39,26 +48,78 @@ class Networks:
         precision: Precision = self.folder.manifest["precision"]
         return precision
 
-    def use(self, precision: Precision) -> None:
-        """Load the networks in this precision, unless they are."""
-        if self.precision != precision:
+    @property
+    def architecture(self) -> Architecture:
+        """The sizes of the networks' tensors."""
+        return Architecture.from_json(self.folder.manifest["architecture"])
+
+    def use(self, precision: Precision, tokens_at_once: int | None = None) -> None:
+        """Load the networks in this precision, unless they are. Until `release` no build can replace their folder.
+
+        tokens_at_once: of a block, where memory does not hold all; only for the backends of IN_PARTS.
+        Raises: EngineFolderError when a build has replaced the folder since it was opened.
+        """
+        if (self.precision, self.tokens_at_once) != (precision, tokens_at_once):
             if self.engines:
                 self.close()
-            manifest = self.folder.manifest
-            arch, backend = Architecture.from_json(manifest["architecture"]), get_backend(manifest["backend"])
-            self.engines = backend.load(self.folder.networks, arch, precision, self.folder.compiled)
-            self.precision = precision
+            if self._hold is None:
+                hold = ExitStack()
+                hold.enter_context(in_use(self.folder))
+                self._hold = hold
+            settings = {} if tokens_at_once is None else {"tokens_at_once": tokens_at_once}
+            backend = get_backend(self.folder.manifest["backend"], **settings)
+            self.engines = backend.load(self.folder.networks, self.architecture, precision, self.folder.compiled)
+            self.precision, self.tokens_at_once = precision, tokens_at_once
 
-    def needed(self, *reports: SegmentReport) -> Precision:
-        """The precision that a render of these reports has come to."""
+    def needed(self, *reports: SegmentReport) -> tuple[Precision, int | None]:
+        """The precision that a render of these reports has come to, and the tokens at once; as `use` takes them."""
         adjustments = [adjustment for report in reports for adjustment in report.adjustments]
-        return WIDER if any("precision" in adjustment for adjustment in adjustments) else self.built
+        at_once = [adjustment["tokens_at_once"] for adjustment in adjustments if "tokens_at_once" in adjustment]
+        is_wide = any("precision" in adjustment for adjustment in adjustments)
+        return WIDER if is_wide else self.built, at_once[-1] if at_once else None
 
-    def check_feature_reuse(self, options: RenderOptions) -> None:
-        """Raise PoseCrafterError where options keep the U-Net's features over steps, and the engine is not built for it."""
+    def check(self, options: RenderOptions) -> None:
+        """Raise PoseCrafterError where options need a network which the engine was built without."""
+        if options.decoder == "small" and not self.architecture.has_small_decoder:
+            raise PoseCrafterError("this engine has no small decoder", "tune with --small-decoder-steps, or build with "
+                                   "--small-decoder")  # fmt: skip
         if options.unet_every > 1 and not self.folder.manifest.get("feature_reuse"):
             raise PoseCrafterError("this engine was built without feature reuse, which unet_every needs",
                                    f"posecrafter-rt build-engine tuned.ckpt -o {self.folder.path} --feature-reuse")  # fmt: skip
+
+    def room(self, options: RenderOptions) -> Room:
+        """What there is to render in now.
+
+        On a GPU the networks are in memory once they are loaded. On a processor they may be loaded when they are first called,
+        or be files mapped to memory, whose pages count as free; and what runs in 16 bits there may be float32 in between.
+        """
+        manifest, reserved, element_bytes = self.folder.manifest, 0, 4
+        if manifest["device"]["type"] == "cuda":
+            if not self.engines:
+                with explained(options):
+                    self.use(self.built)
+            element_bytes = TORCH_DTYPES[self.precision or self.built].itemsize
+        else:
+            files = (file for file in self.folder.networks.rglob("*") if file.is_file())
+            reserved = sum(file.stat().st_size for file in files if not file.name.startswith(STREAM_NETWORKS))
+        per_frame = frame_bytes(self.architecture, tuple(manifest["size"]), options.groups, element_bytes)
+        return Room(free_bytes(manifest["device"]["type"]), reserved, per_frame, self.architecture.max_frames)
+
+    def checked_segment(self, num_frames: int, options: RenderOptions) -> int | None:
+        """The length of segments that options ask for, a number by now, or None for a joint render of a clip of so many.
+
+        Raises: PoseCrafterError where that is more than the engine takes at once.
+        """
+        assert options.segment != "auto"
+        length = num_frames if options.segment is None else min(num_frames, options.segment)
+        at_once, most = length + options.inserts, self.architecture.max_frames
+        if most is not None and at_once > most:
+            rebuild = f"posecrafter-rt build-engine tuned.ckpt -o {self.folder.path} --max-frames {at_once}"
+            raise PoseCrafterError(
+                f"{at_once} frames at once{', the reference among them,' if options.inserts else ''} are more than the "
+                f"{most} that this engine takes",
+                f"render it in segments, --segment {most - 1}, or {rebuild}" if options.inserts else rebuild)  # fmt: skip
+        return options.segment
 
     def widening(self, what: str, frame: int, precision: Precision) -> Adjustment:
         """What is to change, from this frame of the clip on, because `what` was not finite in `precision`.
@@ -73,10 +134,33 @@ class Networks:
                                    f"{rebuild_hint(self.folder.path)} --precision {WIDER}")  # fmt: skip
         return {"frame": frame, "precision": WIDER, "reason": f"{what} was not finite in {precision}"}
 
+    def dividing(self, num_frames: int, at_once: int | None, frame: int, reason: str) -> Adjustment | None:
+        """What is to change, from this frame of the clip on, because memory ran out, that changes nothing but rounding.
+
+        That is blocks that do half as many tokens at once as they did; None where they already do few, or where
+        the backend cannot be told.
+        Args: num_frames: that the denoisers are given at once, the inserted reference and all prompts counted; at_once: the
+            tokens that blocks did, as `needed` has it.
+        """
+        arch, (height, width) = self.architecture, self.folder.manifest["size"]
+        scale = arch.vae_scale_factor * min(level for layers in arch.keyframe_layers for _, level in layers)
+        num_tokens = num_frames * (height // scale) * (width // scale)
+        halved = min(at_once or FEED_FORWARD_TOKENS, num_tokens) // 2
+        if self.folder.manifest["backend"] not in IN_PARTS or halved < LEAST_TOKENS:
+            return None
+        return {"frame": frame, "tokens_at_once": halved, "reason": reason}
+
     def close(self) -> None:
         """Let go of the networks and of all memory that they hold for the shapes that they have run at."""
-        self.engines, self.precision = {}, None
+        self.engines, self.precision, self.tokens_at_once = {}, None, None
         let_go()
+
+    def release(self) -> None:
+        """Let go of the networks as `close` does, and of their folder, which may then be replaced."""
+        self.close()
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
 
 
 def check_runs_here(folder: EngineFolder) -> None:
@@ -89,6 +173,10 @@ def check_runs_here(folder: EngineFolder) -> None:
     for built, here in _provenance(manifest, backend):
         if built != here:
             raise EngineFolderError(f"{path} was built on {built}, this is {here}", rebuild_hint(path))
+    built_on, this = manifest["device"], backend.device()
+    if is_driver_older(built_on, this):
+        message = f"{path} was built with a driver for CUDA {built_on[DRIVER]}, this one is for {this.get(DRIVER)}"
+        raise EngineFolderError(message, f"update the driver, or {rebuild_hint(path)}")
 
 
 def _provenance(manifest: dict[str, Any], backend: Backend) -> Iterator[tuple[str, str]]:

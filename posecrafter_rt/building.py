@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from posecrafter_rt import __version__
 from posecrafter_rt.atomic import sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
-from posecrafter_rt.engines import Backend, Precision, choose_backend, choose_precision
-from posecrafter_rt.engines.folder import EngineFolder, building, open_folder
+from posecrafter_rt.engines import Backend, Precision, choose_backend, choose_precision, usual_max_frames
+from posecrafter_rt.engines.folder import EngineFolder, building, in_use, open_folder
 from posecrafter_rt.engines.refit import check_source
 from posecrafter_rt.engines.stage_log import StageLog
-from posecrafter_rt.errors import EngineFolderError, ShapeError
+from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.framing import resize_to, transform_keypoints
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
@@ -48,6 +48,8 @@ class BuildOptions:
     loras: fused into the tuned weights, in this order; see `fuse_loras`.
     small_decoder: in place of the checkpoint's; see `load_small_decoder`.
     feature_reuse: build what `RenderOptions.unet_every` needs; an engine that is refitted has it if it did.
+    max_frames: for `tensorrt`, which is built for so many frames at most in one joint render or segment, the inserted
+        reference among them; None: see `engines.usual_max_frames`, or that of the engine to refit.
     """
 
     backend: str = "auto"
@@ -58,6 +60,7 @@ class BuildOptions:
     loras: tuple[Lora, ...] = ()
     small_decoder: str | None = None
     feature_reuse: bool = False
+    max_frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,20 +88,24 @@ def build_engine(
             new one is complete.
         progress: told each stage as it begins, with the seconds left if there was such a build before.
     Raises: CheckpointError (a LoRA's included), ModelError, BackendUnavailable, ShapeError (a size the network cannot
-        halve), OutputExists; EngineFolderError when the engine to refit is damaged, or differs in more than weights.
+        halve), OutputExists; PoseCrafterError for `max_frames` of a backend that takes any number; EngineFolderError when
+        the engine to refit is damaged, or differs in more than weights.
     """
     checkpoint = Path(checkpoint)
-    output = Path(output) if output is not None else checkpoint.with_suffix(".engine")
     source = open_folder(options.refit) if options.refit is not None else None
     backend, precision, why = _choose(options, source)
     tuned = Checkpoint.load(checkpoint)
+    output = Path(output) if output is not None else checkpoint.with_suffix(".engine")
     loras = [read_lora(lora) for lora in options.loras]
     size = options.size or tuned.frames.shape[1:3]
+    max_frames = choose_max_frames(options, backend, size, source)
     manifest = _describe(tuned, locate_base(options.base or tuned.metadata["base"]), backend, precision, size, loras)
     if options.small_decoder is not None:
         manifest["small_decoder"] = hash_small_decoder(options.small_decoder)
     is_reused = source is not None and source.manifest.get("feature_reuse", False)
     manifest["feature_reuse"] = options.feature_reuse or is_reused
+    if max_frames is not None:
+        manifest["max_frames"] = max_frames
     manifest["fingerprint"] = sha256_json(manifest)
     if source is not None:
         check_source(source, manifest)
@@ -120,9 +127,8 @@ def build_engine(
     fuse_loras(model, loras)
     model.unet.gives_deep_features = manifest["feature_reuse"]
     model.fold()
-    arch = replace(model.architecture(), size=(size[0], size[1]))
-    if any(side % arch.size_multiple for side in size):
-        raise ShapeError(f"size {size[0]}x{size[1]} does not fit the network", f"use multiples of {arch.size_multiple}")
+    arch = replace(model.architecture(), size=(size[0], size[1]), max_frames=max_frames)
+    arch.check_size(size)
     manifest["architecture"] = arch.to_json()
     if source is not None:
         check_source(source, {"architecture": manifest["architecture"]})  # not known before
@@ -134,7 +140,8 @@ def build_engine(
         if source is None:
             backend.build(model, arch, staging / "networks", precision, on_stage)
         else:
-            backend.refit(source.networks, staging / "networks", model, arch, precision, on_stage)
+            with in_use(source):
+                backend.refit(source.networks, staging / "networks", model, arch, precision, on_stage)
     folder = open_folder(output)
     log.save()
     return BuildResult(folder, False, why)
@@ -150,6 +157,27 @@ def _choose(options: BuildOptions, source: EngineFolder | None) -> tuple[Backend
     chosen = choose_precision(precision, name)
     backend, why = choose_backend(name, chosen)
     return backend, chosen, why if source is None else f"that of {source.path}"
+
+
+def choose_max_frames(
+    options: BuildOptions, backend: Backend, size: tuple[int, int], source: EngineFolder | None
+) -> int | None:
+    """The most frames at once that an engine is built for; None for a backend that takes any number.
+
+    Raises: PoseCrafterError for a number where there is none to choose, or too small a one.
+    """
+    usual, wanted = usual_max_frames(backend.name, size), options.max_frames
+    if wanted is None:
+        return usual if source is None else source.manifest.get("max_frames", usual)
+    if usual is None:
+        raise PoseCrafterError(
+            f"an engine of backend {backend.name} takes any number of frames", "leave out --max-frames"
+        )
+    if wanted < 2:
+        raise PoseCrafterError(
+            f"an engine for {wanted} frames at once", "give 2 or more: the inserted reference is one"
+        )
+    return wanted
 
 
 def _describe(

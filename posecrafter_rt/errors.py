@@ -55,5 +55,9 @@ class OutOfMemory(PoseCrafterError):
     """Memory, of the machine or of the GPU, did not suffice; what was finished before is kept."""
 
 
+class NotFinite(PoseCrafterError):
+    """Numbers of a network left the range of the type that it runs in, or were never numbers."""
+
+
 class DiskFull(PoseCrafterError):
     """A write failed for lack of space; nothing half-written is left behind."""

@@ -44,10 +44,31 @@ def cpu_has_bf16() -> bool:
     return bool(cpu_features() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_earlier_peak = 0  # of what was counted before `count_peak_anew` last began
+
+
 def peak_rss_bytes() -> int:
-    """The largest resident memory this process has had."""
+    """The largest resident memory this process has had, whatever was counted anew."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return max(_earlier_peak, peak if sys.platform == "darwin" else peak * 1024)
+
+
+def count_peak_anew() -> bool:
+    """Begin to count the largest resident memory from now on; False where the system cannot (it is Linux that can)."""
+    global _earlier_peak
+    _earlier_peak = peak_rss_bytes()  # which the system forgets
+    try:
+        _CLEAR.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def counted_peak_bytes() -> int | None:
+    """The largest resident memory since `count_peak_anew`, where that could; None where the system does not say."""
+    peak = _numbers(_STATUS).get("VmHWM:")
+    return None if peak is None else peak * 1024
 
 
 def return_freed_memory() -> None:

@@ -41,10 +41,11 @@ def partial_path(video: Path) -> Path:
 
 
 def refuse_outputs(video: Path, force: bool) -> None:
-    """Raise OutputExists if any of the three is there and `force` is false.
+    """Raise OutputExists if any of the three is there and `force` is false, or is a folder.
 
     What a killed render had already moved to its place does not count: the same command is about to finish it.
     """
+    refuse_overwrite(video, force=True)  # a folder: `.`, too, which has no name for what goes beside it
     folder = partial_path(video)
     state = read_state(folder)
     is_moving = state is not None and state["staged"]

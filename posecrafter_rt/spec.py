@@ -1,6 +1,6 @@
 """Names, dimensions and element types of every network's tensors: one contract for engines and export.
 
-Layer 0: a leaf; no torch.
+Layer 0: the errors only; no torch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from posecrafter_rt.errors import ShapeError
 
 STREAM_NETWORKS = ("controlnet_stream", "unet_stream")
 SMALL_DECODER = "vae_decoder_small"  # only where the architecture has one
@@ -17,6 +19,7 @@ NETWORK_NAMES = (
     *STREAM_NETWORKS,
 )  # fmt: skip
 ALL_NETWORKS = (*NETWORK_NAMES, SMALL_DECODER, SHALLOW_UNET)
+ONE_FRAME_NETWORKS = ("pose_embedding", "vae_encoder", "vae_decoder", SMALL_DECODER)  # are given one frame a call
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Architecture:
     size: (height, width) in pixels where pictures have one size alone, as an engine's; None: any size, as a base's.
     has_small_decoder: whether there is a small decoder beside the VAE's.
     deep_channels: of the deep features that the U-Net gives beside its prediction; None: it gives none.
+    max_frames: the most frames, of one prompt and with the inserted reference, that the denoisers take in one call; None:
+        any number.
     """
 
     latent_channels: int
@@ -46,11 +51,19 @@ class Architecture:
     size: tuple[int, int] | None = None
     has_small_decoder: bool = False
     deep_channels: int | None = None
+    max_frames: int | None = None
 
     @property
     def size_multiple(self) -> int:
         """Height and width in pixels must be multiples of this, so that every U-Net level halves evenly."""
         return self.vae_scale_factor * max(scale for _, scale in self.residuals)
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raise ShapeError for a (height, width) in pixels that the U-Net cannot halve."""
+        if any(side % self.size_multiple for side in size):
+            raise ShapeError(
+                f"size {size[0]}x{size[1]} does not fit the network", f"use multiples of {self.size_multiple}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers, for a manifest."""

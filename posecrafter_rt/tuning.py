@@ -64,7 +64,8 @@ class TuneOptions:
     precision: of the activations (autocast); the trained weights stay float32.
     controlvideo_weights: the U-Net's and the ControlNet's file of ControlVideo's training, to start from instead of the
         base's own weights; with 0 steps they are taken as they are.
-    Raises: PoseCrafterError for a learning rate that is not a positive number or a negative number of steps.
+    Raises: PoseCrafterError for a learning rate that is not a positive number, a negative number of steps, or a seed that
+        64 bits do not hold.
     """
 
     base: str = "embedded"
@@ -89,6 +90,8 @@ class TuneOptions:
         for steps in (self.steps, self.decoder_steps, self.small_decoder_steps):
             if steps is not None and steps < 0:
                 raise PoseCrafterError(f"{steps} steps of tuning", "give 0 or more")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise PoseCrafterError(f"seed {self.seed}", "give a number that 64 bits hold, such as 0")
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,8 @@ def tune(
         force: overwrite an existing checkpoint. resume: go on with an interrupted run instead of starting over.
         on_step: called after every step.
     Returns: the checkpoint, as written.
-    Raises: PoseError when frames and poses do not pair up; OutputExists; ModelError; CheckpointError.
+    Raises: PoseError when frames and poses do not pair up; ShapeError for a size that the network cannot halve; OutputExists;
+        ModelError; CheckpointError.
     """
     output = Path(output)
     refuse_overwrite(output, force)
@@ -152,6 +156,7 @@ def tune(
     model = load_base(options.base, controlnet=options.controlnet, vae=options.vae, norm_scope=options.norm_scope)
     given = {} if options.controlvideo_weights is None else load_controlvideo_weights(*options.controlvideo_weights)
     apply_tensors(model, given)
+    model.architecture().check_size(frames.shape[1:3])
     settings = model.settings
     chosen = choose_frames(len(frames), options.frames)
     steps = settings.steps or tuning_steps(len(chosen))

@@ -253,7 +253,7 @@ def _decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
     """The frames `start` to `stop`, RGB and upright."""
     count = 0
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             stream.thread_type = "SLICE"  # frame threads would swallow the error of a file that breaks off
             for count, frame in enumerate(container.decode(stream), start=1):
@@ -271,7 +271,7 @@ def _decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
 def _frame_rate(path: Path) -> float:
     """Frames per second; also the check that the file is a video at all."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise VideoError(f"{path} has no video stream", hint="name a file with moving pictures")
             stream = container.streams.video[0]

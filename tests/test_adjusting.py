@@ -20,7 +20,7 @@ from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.torch import TorchEngine
-from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
+from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError
 from posecrafter_rt.rendering import render_to_files
 from posecrafter_rt.runtime.cache import InversionCache, inversion_key
 from posecrafter_rt.runtime.options import RenderOptions
@@ -313,3 +313,93 @@ def test_openvino_compiles_the_same_networks_for_float32(
             renders.append(avatar.render(POSES[:3], **CHANGES))
             assert len(report_of(avatar)["adjustments"]) == (precision == "bf16")
     assert np.array_equal(*renders)
+
+
+def test_computing_in_parts_comes_before_shorter_segments_and_gives_the_same_frames(
+    avatar: Avatar, starve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is enough once blocks do 896 tokens at once: 14 frames of 256, halved twice."""
+    joint = avatar.render(POSES, **CHANGES)
+    monkeypatch.setattr("posecrafter_rt.avatar_networks.LEAST_TOKENS", 512)
+    starve("unet", lambda call, frames: avatar.networks.tokens_at_once != 896)
+    frames = avatar.render(POSES, **CHANGES)
+    report = report_of(avatar)
+    assert [adjustment["tokens_at_once"] for adjustment in report["adjustments"]] == [1792, 896]
+    assert report["segments"] == [13] and report["approximations"] == {"num_inference_steps": 2}
+    assert not report["claims_byte_equality"]  # products of matrices of another shape may round otherwise
+    assert abs(frames.astype(int) - joint).max() <= 1
+    monkeypatch.undo()
+    assert np.array_equal(avatar.render(POSES, **CHANGES), joint)  # the next render tries again
+    assert avatar.networks.tokens_at_once is None and not report_of(avatar)["adjustments"]
+
+
+def test_where_parts_are_not_enough_segments_become_shorter_and_a_resumed_render_keeps_to_both(
+    avatar: Avatar, starve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.avatar_networks.LEAST_TOKENS", 512)
+    seen: list[int | None] = []
+
+    def runs_out(call: int, frames: int) -> bool:
+        seen.append(avatar.networks.tokens_at_once)
+        return call >= 2 + 2 and frames > 4  # two steps of the inversion, two of the first segment
+
+    forget_inversions(avatar)
+    starve("unet", runs_out)
+    segments, finished = avatar.iter_segments(POSES, segment=6, **CHANGES), []
+    whole = []
+    for segment in segments:
+        whole += list(segment.frames)
+        finished.append(segment)
+    report = report_of(avatar)
+    assert [{*adjustment} - {"frame", "reason"} for adjustment in report["adjustments"]] == [
+        {"tokens_at_once"}, {"segment", "overlap"}]  # fmt: skip
+    assert report["segments"] == [6, 3, 3, 3, 3] and report["adjustments"][0]["tokens_at_once"] == 7 * 256 // 2
+    starve("unet", lambda call, frames: bool(seen.append(avatar.networks.tokens_at_once)))
+    for number in (1, 2):
+        seen.clear()
+        rest = avatar.iter_segments(POSES, segment=6, finished=[part.report for part in finished[:number]],
+                                    carried=finished[number - 1].carried, **CHANGES)  # fmt: skip
+        frames = [frame for segment in rest for frame in segment.frames]
+        # After the first segment alone nothing had run out yet; after the second both changes hold from the start.
+        assert {*seen} == ({None} if number == 1 else {896})
+        if number == 2:
+            assert np.array_equal(np.stack(frames), np.stack(whole)[-len(frames) :])
+
+
+@pytest.mark.parametrize("decoder", ["full", "small"])
+def test_a_frame_that_float16_does_not_hold_is_decoded_once_more(tiny_base: Path, tmp_path: Path, decoder: str) -> None:
+    """Only the small decoder runs in float16 there. Its first convolution adds what the next one takes out of range."""
+    checkpoint = untrained_checkpoint(str(tiny_base), num_frames=3)
+    extremes = {"small_decoder.conv_in.bias": 30_000.0, "small_decoder.levels.0.0.conv1.weight": 1.0}
+    changed = {name: torch.full_like(checkpoint.tensors[name], value) for name, value in extremes.items()}
+    replace(checkpoint, tensors={**checkpoint.tensors, **changed}).save(tmp_path / "tuned.ckpt")
+    renders = {}
+    for precision in ("fp32", "fp16"):
+        build_engine(tmp_path / "tuned.ckpt", tmp_path / precision, BuildOptions("torch", precision))
+        with Avatar.load(tmp_path / precision) as avatar:
+            renders[precision] = avatar.render(POSES[:3], decoder=decoder, **CHANGES).astype(int)
+            adjustments = report_of(avatar)["adjustments"]
+            if precision == "fp32" or decoder == "full":
+                assert not adjustments
+            else:
+                assert adjustments == [{"frame": 0, "precision": "fp32", "reason": "frame 0 was not finite in fp16"}]
+                assert avatar.networks.precision == "fp32" and report_of(avatar)["claims_byte_equality"]
+                with pytest.raises(NotFinite, match="decoded frame") as caught:
+                    avatar.stream(steps=1)  # which decodes the reference; a stream does not change its type
+                assert "--precision" in str(caught.value.hint)
+    assert abs(renders["fp16"] - renders["fp32"]).mean() < 1
+
+
+def test_a_frame_that_no_type_holds_is_a_clear_failure(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = TorchEngine.__call__
+
+    def spoiled(engine: TorchEngine, **inputs: Tensor) -> dict[str, Tensor]:
+        outputs = original(engine, **inputs)
+        if engine.spec.name == "vae_decoder":
+            outputs["pixels"] = outputs["pixels"].clone()
+            outputs["pixels"][0, 1, 5, 7] = float("nan")  # one number of them
+        return outputs
+
+    monkeypatch.setattr(TorchEngine, "__call__", spoiled)
+    with pytest.raises(PoseCrafterError, match="frame 0 is not finite in fp32"):
+        avatar.render(POSES, **CHANGES)

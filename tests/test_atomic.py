@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import subprocess
+import sys
 
 import pytest
 
+from posecrafter_rt import atomic
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_file, sha256_json
 from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
+from posecrafter_rt.locks import locked
 
 
 def test_the_file_appears_whole_under_its_name(tmp_path):
@@ -49,6 +54,66 @@ def test_an_interrupt_while_the_file_is_made_leaves_nothing(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "a"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from posecrafter_rt.atomic import atomic_path
+with atomic_path(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("name", ["a.json", "clip [1]*?.final.mp4", "none"])
+def test_what_a_killed_writer_left_is_cleared_by_the_next_of_the_same_file(tmp_path, name):
+    for written in (name, f"other {name}"):
+        subprocess.run([sys.executable, "-c", KILLED, tmp_path / written], check=False)
+    (tmp_path / ".a.mine.part.json").write_text("mine")
+    before = set(os.listdir(tmp_path))
+    assert len(before) == 3
+    with atomic_path(tmp_path / name) as temporary:
+        temporary.write_text("whole")
+    kept = {entry for entry in before if entry.startswith((".other ", ".a.mine"))}
+    assert len(kept) == 2 and set(os.listdir(tmp_path)) == kept | {name}
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    with atomic_path(tmp_path / "a") as first:
+        first.write_text("first")
+        with atomic_path(tmp_path / "a") as second:
+            second.write_text("second")
+            assert first.read_text() == "first"
+        assert (tmp_path / "a").read_text() == "second"
+    assert (tmp_path / "a").read_text() == "first" and os.listdir(tmp_path) == ["a"]
+
+
+def test_without_locks_what_may_be_anothers_stays(tmp_path, monkeypatch):
+    def none(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    (tmp_path / ".a.0123abcd.part").write_text("half")
+    with atomic_path(tmp_path / "a") as temporary:
+        temporary.write_text("x")
+    assert sorted(os.listdir(tmp_path)) == [".a.0123abcd.part", "a"]
+
+
+def test_a_file_that_is_cleared_before_it_is_held_is_made_again(tmp_path, monkeypatch):
+    """Another writer of the same file looks for leftovers just then."""
+    cleared = []
+
+    def late(path, **shared):
+        if not cleared:
+            cleared.append(path)
+            path.unlink()
+        return locked(path, **shared)
+
+    monkeypatch.setattr(atomic, "locked", late)
+    with atomic_path(tmp_path / "a") as temporary:
+        assert cleared and temporary != cleared[0]
+        temporary.write_text("x")
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_writer_that_removed_its_file_gets_its_own_error(tmp_path):
@@ -124,6 +189,8 @@ def test_refuses_to_overwrite_unless_forced(tmp_path):
     refuse_overwrite(target, True)
     with pytest.raises(OutputExists):
         refuse_overwrite(tmp_path, False)
+    with pytest.raises(OutputExists, match="is a folder"):
+        refuse_overwrite(tmp_path, True)
 
 
 def test_a_dangling_link_counts_as_existing(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from posecrafter_rt.avatar import Avatar
@@ -207,3 +208,31 @@ def test_an_engine_of_another_size_renders_at_that_size(tiny_checkpoint: Path, t
     build_engine(tiny_checkpoint, tmp_path / "e", BuildOptions("torch", "fp32", size=(48, 32)))
     with Avatar.load(tmp_path / "e") as avatar:
         assert avatar.render(some_poses(2), num_inference_steps=1).shape == (2, 48, 32, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize(
+    "change", [{}, {"tau": 3}, {"guidance_scale": 3.0}, {"sampler": "dpmpp"}, {"sampler": "unipc"}]
+)
+def test_no_denoising_step_waits_for_the_gpu(avatar: Avatar, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
+    options, watched = {"num_inference_steps": 4, **change}, list[bool]()
+    expected = avatar.render(some_poses(2), **options)  # compiles, and records what is replayed from then on
+    render_clip = render_module.render_clip
+
+    def strict(*arguments: object) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            watched.append(True)
+            return render_clip(*arguments)  # type: ignore[arg-type]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr("posecrafter_rt.avatar.render_clip", strict)
+    assert np.array_equal(avatar.render(some_poses(2), **options), expected) and watched
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError):  # what it looks for is found
+            torch.ones(1, device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -13,6 +13,8 @@ from bench.runs import untrained_checkpoint
 from posecrafter_rt.avatar_networks import Networks
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.models.blocks import FEED_FORWARD_TOKENS
+from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import SegmentReport
 
 
@@ -43,8 +45,62 @@ def test_one_precision_at_a_time_and_float32_is_that_of_the_stored_weights(netwo
 def test_a_render_that_has_come_to_float32_stays_there(networks: Networks) -> None:
     adjustment = networks.widening("the inversion", 3, "fp16")
     assert adjustment["frame"] == 3 and adjustment["precision"] == "fp32"
-    assert networks.needed(SegmentReport(), SegmentReport(adjustments=[adjustment])) == "fp32"
+    assert networks.needed(SegmentReport(), SegmentReport(adjustments=[adjustment])) == ("fp32", None)
     shortened = {"frame": 4, "segment": 2, "overlap": 0, "reason": "memory ran out"}
-    assert networks.needed(SegmentReport(adjustments=[shortened])) == "fp16"
+    assert networks.needed(SegmentReport(adjustments=[shortened])) == ("fp16", None)
     with pytest.raises(PoseCrafterError, match="the inversion is not finite in fp32"):
         networks.widening("the inversion", 3, "fp32")
+
+
+def test_parts_become_smaller_until_they_are_few_tokens_and_are_what_is_loaded(
+    networks: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The widest level of 32 × 32 pixels has 256 tokens a frame."""
+    monkeypatch.setattr("posecrafter_rt.avatar_networks.LEAST_TOKENS", 512)
+    report = SegmentReport()
+    for expected in (1280, 640):
+        adjustment = networks.dividing(10, networks.needed(report)[1], 4, "memory ran out")
+        assert adjustment == {"frame": 4, "tokens_at_once": expected, "reason": "memory ran out"}
+        report.adjust(adjustment)
+    assert networks.needed(report) == ("fp16", 640)
+    assert networks.dividing(10, 640, 4, "memory ran out") is None
+    assert networks.dividing(1000, None, 4, "memory ran out")["tokens_at_once"] == FEED_FORWARD_TOKENS // 2
+    networks.use(*networks.needed(report))
+    unet: Any = networks.engines["unet"]
+    told = [module.tokens_at_once for module in unet.module.modules() if hasattr(module, "tokens_at_once")]
+    assert told and set(told) == {640}
+    networks.use("fp16")
+    unet = networks.engines["unet"]
+    assert not any(hasattr(module, "tokens_at_once") for module in unet.module.modules())
+    networks.folder.manifest["backend"] = "openvino"
+    assert networks.dividing(1000, None, 4, "memory ran out") is None
+
+
+def test_on_a_gpu_loaded_networks_count_once_and_numbers_are_as_wide_as_the_precision(
+    networks: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.avatar_networks.free_bytes", lambda device_type: 10**9)
+    on_cpu = networks.room(RenderOptions())
+    stored = sum(file.stat().st_size for file in networks.folder.networks.glob("*.safetensors"))
+    assert on_cpu.free == 10**9 and on_cpu.reserved >= stored > 0
+    assert not networks.engines
+    networks.folder.manifest["device"] = {**networks.folder.manifest["device"], "type": "cuda"}
+    on_gpu = networks.room(RenderOptions())
+    assert networks.precision == "fp16" and on_gpu.reserved == 0
+    assert on_cpu.per_frame // 2 < on_gpu.per_frame < 0.6 * on_cpu.per_frame  # pose embeddings stay as they are
+    networks.use("fp32")
+    assert networks.room(RenderOptions()).per_frame == on_cpu.per_frame
+    assert networks.precision == "fp32"
+    assert networks.room(RenderOptions(guidance_scale=3.0)).per_frame > 1.9 * on_cpu.per_frame
+
+
+@pytest.mark.parametrize(("change", "missing", "hint"), [
+    ({"decoder": "small"}, "no small decoder", "--small-decoder"), ({"unet_every": 2}, "feature reuse", "--feature-reuse")])  # fmt: skip
+def test_options_that_need_what_the_engine_has_not_are_refused(
+    networks: Networks, change: dict[str, Any], missing: str, hint: str
+) -> None:
+    networks.folder.manifest["architecture"]["has_small_decoder"] = False
+    networks.check(RenderOptions())
+    with pytest.raises(PoseCrafterError, match=missing) as caught:
+        networks.check(RenderOptions(**change))
+    assert caught.value.hint is not None and hint in caught.value.hint

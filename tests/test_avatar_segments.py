@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from torch import Tensor
 
+import posecrafter_rt
+from bench.runs import forget_inversions
 from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.avatar_once import KEPT
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.runtime.segments import split_clip
+from posecrafter_rt.rendering import render_to_files
+from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.report import RenderReport
+from posecrafter_rt.runtime.segments import Split, split_clip
 from tests.tiny import SIZE, Watched, some_poses
 
 SEGMENTS = {"num_inference_steps": 2, "segment": 6, "overlap": 2}
@@ -69,7 +83,7 @@ def test_no_network_ever_sees_more_than_one_segment(avatar: Avatar, monkeypatch:
     for count in (14, 26):
         for calls in seen.values():
             calls.clear()
-        avatar._tables.clear()
+        avatar._once.forget()
         taken = 0
         for _ in avatar.iter_render(some_poses(count), inversion_substeps=1, **SEGMENTS):
             taken += 1
@@ -81,6 +95,35 @@ def test_no_network_ever_sees_more_than_one_segment(avatar: Avatar, monkeypatch:
         assert {*seen["pose_embedding"], *seen["vae_decoder"]} == {1}  # what sees frames apart is given them apart
         assert sum(seen["vae_decoder"]) == count  # each frame once, the reference never
         assert len(seen["vae_encoder"]) <= 1 and seen["text_encoder"] == [1] and len(seen["time_tables"]) == 1
+        segments = split_clip(count, 6, 2)
+        assert len(seen["pose_embedding"]) == 1 + sum(segment.stop - segment.start for segment in segments)
+
+
+def test_what_depends_on_the_avatar_alone_is_computed_once_whatever_the_timesteps(
+    avatar: Avatar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inversion walks finer timesteps than the sampler, with the same prompt and the same reference."""
+    forget_inversions(avatar)
+    seen: dict[str, list[int]] = {name: [] for name in ("text_encoder", "prompt_kv", "time_tables", "pose_embedding")}
+    for name, calls in seen.items():
+        monkeypatch.setitem(avatar.engines, name, Watched(avatar.engines[name], calls))
+    avatar.render(some_poses(3), num_inference_steps=2, inversion_substeps=3)
+    assert avatar.last_report is not None and not avatar.last_report.inversion_cached
+    assert {name: len(calls) for name, calls in seen.items()} == {
+        "text_encoder": 1, "prompt_kv": 1, "time_tables": 2, "pose_embedding": 1 + 3}  # fmt: skip
+    reference = avatar.last_report.reference_index
+    avatar.render(some_poses(3), num_inference_steps=3, prompt="a woman")
+    assert avatar.last_report.reference_index == reference
+    # The source prompt is still there for this inversion.
+    assert {name: len(calls) for name, calls in seen.items()} == {
+        "text_encoder": 2, "prompt_kv": 2, "time_tables": 3, "pose_embedding": 1 + 3 + 3}  # fmt: skip
+
+
+def test_little_is_kept_over_renders_of_many_prompts_and_step_counts(avatar: Avatar) -> None:
+    for number in range(2, 4 + KEPT):
+        avatar.render(some_poses(1), num_inference_steps=number, prompt=f"person {number}", inversion_substeps=1)
+    once = avatar._once
+    assert len(once._text_tables) == len(once._time_tables) == KEPT and len(once._embeddings) <= KEPT
 
 
 def test_going_on_from_a_finished_segment_gives_the_same_bytes(avatar: Avatar) -> None:
@@ -100,7 +143,7 @@ def test_automatic_segments_are_those_that_fit(avatar: Avatar, monkeypatch: pyte
     assert np.array_equal(avatar.render(poses, **changes), whole)  # this machine has memory for so much
     assert avatar.last_report is not None and avatar.last_report.num_segments == 1
     assert str(avatar.last_report.segment_reason).startswith("the whole clip fits, at ")
-    monkeypatch.setattr("posecrafter_rt.avatar.free_bytes", lambda device_type: 0)
+    monkeypatch.setattr("posecrafter_rt.avatar_networks.free_bytes", lambda device_type: 0)
     split = avatar.render(poses, **changes)
     assert avatar.last_report.num_segments == 3 and avatar.last_report.options.segment == 6
     assert np.array_equal(split, avatar.render(poses, **SEGMENTS))
@@ -110,3 +153,39 @@ def test_automatic_segments_are_those_that_fit(avatar: Avatar, monkeypatch: pyte
 def test_modes_without_a_common_key_frame_are_not_split(avatar: Avatar, mode: str) -> None:
     with pytest.raises(PoseCrafterError, match="no key frame is common"):
         avatar.render(some_poses(3), mode=mode, **SEGMENTS)
+
+
+def test_a_clock_that_jumps_backwards_changes_nothing(
+    avatar: Avatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour at every look, while a render is broken off after its first segment and gone on with."""
+    poses, options = some_poses(13), RenderOptions(**SEGMENTS)
+    whole = render_to_files(avatar, poses, tmp_path / "whole.mp4", options)
+    clock = itertools.count(2_000_000_000, -3600)
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 10**9)
+    decode = avatar._decode
+
+    def broken_off(latents: Tensor, split: Split, report: RenderReport, *others: Any) -> Iterator[np.ndarray]:
+        if report.segments:
+            raise KeyboardInterrupt
+        return decode(latents, split, report, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(avatar, "_decode", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            render_to_files(avatar, poses, tmp_path / "broken.mp4", options)
+    resumed = render_to_files(avatar, poses, tmp_path / "broken.mp4", options)
+    assert resumed["num_resumed"] == 1 and resumed["segments"] == whole["segments"]
+    assert all(seconds >= 0 for seconds in resumed["seconds"].values())
+    assert (tmp_path / "broken.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_no_part_of_the_package_reads_the_clock_on_the_wall() -> None:
+    """So that none can be misled when it is set; durations come from clocks that only go on."""
+    reads = re.compile(r"\btime\.(time|time_ns|ctime|localtime|gmtime)\b|\bdatetime\b|from time import")
+    root = Path(posecrafter_rt.__file__).parents[1]
+    files = [file for folder in ("posecrafter_rt", "kernels", "export") for file in (root / folder).rglob("*.py")
+             if "node_modules" not in file.parts]  # fmt: skip
+    assert len(files) > 100
+    assert [str(file) for file in files if reads.search(file.read_text(encoding="utf-8"))] == []

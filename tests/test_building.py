@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from posecrafter_rt.avatar import Avatar
-from posecrafter_rt.building import BuildOptions, build_engine
-from posecrafter_rt.engines.folder import write_manifest
-from posecrafter_rt.errors import BackendUnavailable, EngineFolderError, OutputExists, ShapeError
+from posecrafter_rt.building import BuildOptions, build_engine, choose_max_frames
+from posecrafter_rt.cli.main import app
+from posecrafter_rt.engines import get_backend
+from posecrafter_rt.engines.folder import EngineFolder, read_manifest, write_manifest
+from posecrafter_rt.errors import BackendUnavailable, EngineFolderError, OutputExists, PoseCrafterError, ShapeError
+from posecrafter_rt.locks import locked
 from posecrafter_rt.tuning import TuneOptions, tune
 from tests.tiny import SIZE, TORCH, some_poses
 
@@ -105,3 +109,76 @@ def test_sizes_and_backends_that_cannot_be_are_refused(tiny_checkpoint: Path, tm
         build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("magic"))
     with pytest.raises(BackendUnavailable, match="fp8"):
         build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("torch", "fp8"))
+
+
+def test_an_engine_that_is_loaded_is_not_replaced(tiny_checkpoint: Path, copied: Path) -> None:
+    other = BuildOptions("torch", "bf16")
+    with Avatar.load(copied) as avatar:
+        for _ in range(2):
+            with pytest.raises(EngineFolderError, match="is in use"):
+                build_engine(tiny_checkpoint, copied, other)
+            avatar.networks.close()  # as a render does when it comes to another precision
+        assert build_engine(tiny_checkpoint, copied, TORCH).was_current
+    assert not build_engine(tiny_checkpoint, copied, other).was_current
+    with pytest.raises(EngineFolderError, match="built anew after it had been opened"):
+        avatar.render(some_poses(2), num_inference_steps=1)
+
+
+def test_the_engine_to_refit_is_in_use_as_long_as_it_is_read(
+    tiny_checkpoint: Path, copied: Path, tmp_path: Path
+) -> None:
+    is_in_use = {}
+
+    def look(stage: str, seconds_left: float | None) -> None:
+        try:
+            with locked(copied / "manifest.json"):
+                is_in_use[stage] = False
+        except BlockingIOError:
+            is_in_use[stage] = True
+
+    build_engine(tiny_checkpoint, tmp_path / "refitted", BuildOptions(refit=copied), progress=look)
+    assert not is_in_use["loading the base"] and is_in_use["unet"]
+    look("at the end", None)
+    assert not is_in_use["at the end"]
+
+
+def test_the_most_frames_are_those_asked_for_or_of_the_engine_to_refit_or_the_usual_ones() -> None:
+    tensorrt, source = get_backend("tensorrt"), EngineFolder(Path("a.engine"), {"max_frames": 20})
+    assert choose_max_frames(BuildOptions(max_frames=8), tensorrt, SIZE, None) == 8
+    assert choose_max_frames(BuildOptions(), tensorrt, SIZE, source) == 20
+    assert choose_max_frames(BuildOptions(), tensorrt, SIZE, None) == 64
+    assert choose_max_frames(BuildOptions(), get_backend("torch"), SIZE, None) is None
+    with pytest.raises(PoseCrafterError, match="an engine for 1 frames at once"):
+        choose_max_frames(BuildOptions(max_frames=1), tensorrt, SIZE, None)
+
+
+def test_a_backend_that_takes_any_number_of_frames_is_not_told_one(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(PoseCrafterError, match="backend torch takes any number of frames") as caught:
+        build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("torch", "fp32", max_frames=32))
+    assert caught.value.hint == "leave out --max-frames" and not list(tmp_path.iterdir())
+    command = ["build-engine", str(tiny_checkpoint), "--backend", "torch", "-o", str(tmp_path / "a")]
+    result = CliRunner().invoke(app, [*command, "--max-frames", "32"])
+    assert result.exit_code == 1 and "leave out --max-frames" in result.output
+    assert CliRunner().invoke(app, [*command, "--max-frames", "1"]).exit_code == 2
+
+
+def test_more_frames_than_an_engine_takes_are_refused_before_any_work(copied: Path) -> None:
+    """An engine of another backend that is said to take three stands for one that does."""
+    manifest = read_manifest(copied)
+    write_manifest(copied, {**manifest, "architecture": {**manifest["architecture"], "max_frames": 3}})
+    before = sorted(copied.glob("inversions/*"))
+    with Avatar.load(copied) as avatar:
+        for options, at_once in (({}, 5), ({"segment": 3, "overlap": 0}, 4), ({"segment": "auto"}, 5)):
+            with pytest.raises(PoseCrafterError, match=f"^{at_once} frames at once, the reference among them, are more than "
+                               "the 3 that this engine takes$") as caught:  # fmt: skip
+                avatar.render(some_poses(4), num_inference_steps=2, **options)
+            assert caught.value.hint and "--segment 2" in caught.value.hint
+            assert f"build-engine tuned.ckpt -o {copied} --max-frames {at_once}" in caught.value.hint
+        with pytest.raises(PoseCrafterError, match="^4 frames at once are more than the 3") as caught:
+            avatar.render(some_poses(4), num_inference_steps=2, mode="+selection")
+        assert caught.value.hint and "--segment" not in caught.value.hint  # which that mode cannot
+        assert sorted(copied.glob("inversions/*")) == before  # not even the reference was inverted
+        options = avatar.resolve(num_inference_steps=2, segment="auto", overlap=0)
+        choice = avatar.choose_segment(4, options)
+        assert choice.segment == 2 and choice.reason == "the engine takes 3 frames at once, the reference among them"
+        assert len(avatar.render(some_poses(4), options)) == 4

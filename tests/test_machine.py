@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from posecrafter_rt.machine import available_bytes, return_freed_memory
+from posecrafter_rt.machine import (
+    available_bytes,
+    count_peak_anew,
+    counted_peak_bytes,
+    peak_rss_bytes,
+    return_freed_memory,
+)
 
 MIB = 1 << 20
 MEMINFO = "MemTotal:       24684096 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 kB\nHugePages_Total:  0\n"
@@ -77,3 +83,25 @@ def test_what_was_freed_goes_back_to_the_system() -> None:
     before = resident_bytes()
     return_freed_memory()
     assert before - resident_bytes() > 48 * MIB and len(last)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak can be counted anew on Linux alone")
+def test_a_peak_that_is_counted_anew_forgets_what_was_before_and_the_process_does_not() -> None:
+    size = 256 * MIB
+    memory = b"\1" * size  # every page of it is touched
+    del memory
+    return_freed_memory()
+    most = peak_rss_bytes()
+    assert most > size and count_peak_anew()
+    begun = counted_peak_bytes()
+    assert begun is not None and begun < most - size // 2
+    memory = b"\1" * (size // 2)
+    counted = counted_peak_bytes()
+    assert counted is not None and counted > begun + size // 4
+    assert len(memory) and peak_rss_bytes() >= most  # although the system has forgotten
+
+
+def test_where_no_peak_can_be_counted_anew_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posecrafter_rt.machine._CLEAR", tmp_path / "proc" / "clear_refs")
+    monkeypatch.setattr("posecrafter_rt.machine._STATUS", tmp_path / "proc" / "status")
+    assert not count_peak_anew() and counted_peak_bytes() is None and peak_rss_bytes() > 0

@@ -121,6 +121,20 @@ def test_videos_filmed_turned_are_read_upright(tmp_path, turned):
     assert read.shape == upright.shape and np.abs(read.astype(int) - upright).mean() < 4
 
 
+def test_a_video_whose_title_is_not_utf_8_is_read(tmp_path):
+    path = tmp_path / "old.mp4"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "CAFE-TITLE"
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 90, np.uint8), format="rgb24")
+        container.mux([*stream.encode(frame), *stream.encode()])
+    content = path.read_bytes()
+    assert b"CAFE-TITLE" in content
+    path.write_bytes(content.replace(b"CAFE-TITLE", "CAFÉ-TITLE".encode("latin-1")))
+    assert len(read_video(path)) == 1
+
+
 def test_a_gif(tmp_path):
     with av.open(str(tmp_path / "a.gif"), "w") as container:
         stream = container.add_stream("gif", rate=10)

@@ -1,22 +1,28 @@
-"""Option values that are more than a word: sizes, segments, frame ranges and LoRAs.
+"""Option values that are more than a word: sizes, segments, frame ranges and the poses in them, LoRAs.
 
-Layer 8: bad values are bad usage (exit code 2).
+Layer 8: a value that says nothing is bad usage (exit code 2).
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
+
+from posecrafter_rt.cli.output import abridged
+from posecrafter_rt.errors import PoseError
+
+if TYPE_CHECKING:
+    from posecrafter_rt.poses.keypoints import PoseSequence
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """`512x768` → (512, 768), height first; None stays None."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+)[x×](\d+)", text)
+    match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", text)
     if match is None or not int(match[1]) or not int(match[2]):
         raise typer.BadParameter(f"{text!r} is not a size; write HEIGHTxWIDTH, such as 512x768")
     return int(match[1]), int(match[2])
@@ -26,7 +32,7 @@ def parse_segment(text: str | None) -> int | Literal["auto"] | None:
     """`48` → 48; `auto` and None stay."""
     if text is None or text == "auto":
         return text  # type: ignore[return-value]
-    if not re.fullmatch(r"-?\d+", text):
+    if not re.fullmatch(r"-?\d{1,9}", text):
         raise typer.BadParameter(f"{text!r} is no number of frames; write one, such as 48, or auto")
     return int(text)
 
@@ -35,7 +41,7 @@ def parse_range(text: str | None) -> slice:
     """`46:120` → frames 46 to 119; either side may be absent; None is all frames."""
     if text is None:
         return slice(None)
-    match = re.fullmatch(r"(\d*):(\d*)", text)
+    match = re.fullmatch(r"(\d{0,9}):(\d{0,9})", text)
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a range of frames; write START:END, such as 0:36 (END is not in it)")
     start, end = (int(part) if part else None for part in match.groups())
@@ -53,3 +59,20 @@ def parse_lora(text: str) -> tuple[Path, float]:
         return Path(path), float(scale)
     except ValueError:
         raise typer.BadParameter(f"{text!r}: {scale!r} is not a number; write FILE:SCALE, such as {path}:0.8") from None
+
+
+def shown_poses(poses: PoseSequence, window: slice, source: Path) -> PoseSequence:
+    """Those poses of a sequence, read with `allow_missing`, that a range names: these have to show the person.
+
+    Raises: PoseError where there is none, or some do not; frames go by their numbers in `source`.
+    """
+    chosen = poses.keypoints[window]
+    if not len(chosen):
+        named = f"{window.start or 0}:{'' if window.stop is None else window.stop}"
+        raise PoseError(f"{source} has {len(poses)} poses, and {named} holds none of them",
+                        f"frames are counted from 0; give START and END of 0 to {len(poses)}")  # fmt: skip
+    missing = ((chosen[..., 2] <= 0).all(axis=1).nonzero()[0] + (window.start or 0)).tolist()
+    if missing:
+        raise PoseError(f"{source} does not show the person in {len(missing)} of {len(chosen)} frames: {abridged(missing)}",
+                        "leave them out, or fill them in from their neighbours")  # fmt: skip
+    return poses[window]

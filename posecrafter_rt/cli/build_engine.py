@@ -49,6 +49,13 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     feature_reuse: Annotated[
         bool, typer.Option("--feature-reuse", help="Build what `render --unet-every` needs, too.")
     ] = False,
+    max_frames: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="tensorrt: the most frames rendered jointly, the reference among them; else 64, or fewer beyond 512x512.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is not an engine folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -61,7 +68,7 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     start = time.monotonic()
     with stages("building") as on_stage:
         options = BuildOptions(backend, precision, picture_size, base, refit, tuple(Lora(*one) for one in given),
-                               small_decoder, feature_reuse)  # fmt: skip
+                               small_decoder, feature_reuse, max_frames)  # fmt: skip
         result = build_engine(checkpoint, output, options, force=force, progress=on_stage)
     folder = result.folder
     num_bytes = sum((folder.path / name).stat().st_size for name in folder.manifest["files"])

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from posecrafter_rt.cli.main import GOES_ON
 from posecrafter_rt.cli.output import print_json, print_table, size_of, stages, step_progress
 
 app = typer.Typer()
@@ -18,7 +19,8 @@ ROWS = {"render": "render (+editing)", "controlvideo": "mode controlvideo", "rep
 
 
 @app.command()
-def demo(
+def demo(  # noqa: PLR0913 - one argument for each option
+    ctx: typer.Context,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything the demo makes.")] = Path(
         "demo"
     ),
@@ -36,8 +38,10 @@ def demo(
     tuning = TuneOptions(
         steps=tuning_steps, decoder_steps=decoder_steps, small_decoder_steps=small_decoder_steps)  # fmt: skip
     run = Demo(output, steps, tuning, force)
+    ctx.meta[GOES_ON] = True
     with step_progress("tuning") as on_step:
         run.tune(on_step)
+    ctx.meta[GOES_ON] = not force
     with stages("building") as on_stage:
         run.build(on_stage)
     with step_progress("rendering") as on_step:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from posecrafter_rt.cli.arguments import parse_range
+from posecrafter_rt.cli.arguments import parse_range, shown_poses
 from posecrafter_rt.cli.output import print_json, print_table
 from posecrafter_rt.errors import VideoError
 
@@ -43,6 +43,7 @@ def evaluate(
     from posecrafter_rt.framing import transform_keypoints
     from posecrafter_rt.poses.extract import extract_poses
     from posecrafter_rt.poses.keypoints import PoseSequence
+    from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.video_io import read_video
 
     frames = read_video(rendered).frames
@@ -56,9 +57,9 @@ def evaluate(
     result = {"frames": len(frames), "height": height, "width": width}
     scores = {"psnr": psnr(frames, true_frames), "ssim": ssim(frames, true_frames)}
     if poses is not None:
-        target = transform_keypoints(PoseSequence.load(poses), (height, width))[window]
+        target = shown_poses(read_openpose(poses, allow_missing=True), window, poses)
         found = PoseSequence.load(rendered_poses) if rendered_poses is not None else extract_poses(rendered)
-        scores["mse_p"] = mse_p(transform_keypoints(found, (height, width)), target)
+        scores["mse_p"] = mse_p(*(transform_keypoints(one, (height, width)) for one in (found, target)))
     if as_json:
         print_json(result | scores)
         return

@@ -6,18 +6,20 @@ Layer 8: arguments, one call, the printed result.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from posecrafter_rt import __version__
 from posecrafter_rt.cli.output import print_heading, print_json, print_table, size_of
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 
 app = typer.Typer()
 
-_LONG = ("files", "architecture", "scheduler")  # for the program, not for reading; --json has them
+# For the program, or in tables of their own; --json has them.
+_LONG = ("files", "architecture", "scheduler", "networks", "network_details")
 
 
 @app.command()
@@ -39,7 +41,11 @@ def inspect(
 
 
 def describe_engine(path: Path) -> dict[str, Any]:
-    """The manifest, sizes of files and caches, and under `problem` the error that `open_folder` raises, if any."""
+    """The manifest, sizes of files and caches, and under `problem` the error that `open_folder` raises, if any.
+
+    network_details: of an intact engine of this version of the package; another version's networks are its own.
+    """
+    from posecrafter_rt.engines.description import describe_networks
     from posecrafter_rt.engines.folder import MUTABLE, open_folder, read_manifest
 
     manifest = read_manifest(path)
@@ -52,9 +58,12 @@ def describe_engine(path: Path) -> dict[str, Any]:
         sizes = [file.stat().st_size for file in (path / name).rglob("*") if file.is_file()]
         record[name] = {"files": len(sizes), "bytes": sum(sizes)}
     try:
-        open_folder(path)
+        folder = open_folder(path)
     except EngineFolderError as error:
         record["problem"] = error
+    else:
+        if manifest.get("package") == __version__:
+            record["network_details"] = describe_networks(folder)
     return record
 
 
@@ -75,11 +84,33 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def print_record(record: dict[str, Any]) -> None:
-    """The record as rows of name and value, and an engine's files below."""
+    """The record as rows of name and value, and an engine's networks and files below."""
     print_table(flatten({name: value for name, value in record.items() if name not in _LONG}))
+    if "network_details" in record:
+        print_networks(record["network_details"])
     if "files" in record:
         print_heading("files")
         print_table((name, "missing" if size is None else size_of(size)) for name, size in record["files"].items())
+
+
+def print_networks(networks: Mapping[str, Mapping[str, Any]]) -> None:
+    """A line for each network; of its inputs and outputs the first."""
+    has_plugins = any("attentions" in network for network in networks.values())
+    rows = []
+    for name, network in networks.items():
+        coverage = f"{network['plugins']} of {network['attentions']}" if network.get("attentions") else ""
+        shapes = [show_tensors(network[kind], network.get("limits", {})) for kind in ("inputs", "outputs")]
+        rows.append((name, network["precision"], f"{network['weights']:,}", size_of(network["bytes"]),
+                     *((coverage,) if has_plugins else ()), *shapes))  # fmt: skip
+    header = ("networks", "runs in", "weights", "size", *(("plugins",) if has_plugins else ()), "takes", "gives")
+    print_table(rows, header)
+
+
+def show_tensors(tensors: Mapping[str, Mapping[str, Any]], limits: Mapping[str, list[int]]) -> str:
+    """The first of several tensors with its shape, `latents frames≤64×4×16×20, 15 more`."""
+    (name, first), *others = tensors.items()
+    shape = "×".join(f"{dim}≤{limits[dim][1]}" if dim in limits else str(dim) for dim in first["shape"])
+    return f"{name} {shape}" + (f", {len(others)} more" if others else "")
 
 
 def flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -21,7 +21,7 @@ from posecrafter_rt.errors import DiskFull, PoseCrafterError
 # Each is a module of this folder (`-` becomes `_`) with a Typer called `app`: of one command, or of several.
 COMMANDS = {
     "demo": "The whole path on real footage: tune, build, render, measure.",
-    "poses": "Keypoints: from a video, and to look at.",
+    "poses": "Keypoints: from a video, to look at, fitted to the tuned person, edited.",
     "tune": "Tune the base on a few frames of one person; writes tuned.ckpt.",
     "build-engine": "Turn a tuned.ckpt into an engine folder.",
     "render": "Render a pose sequence with an engine into a video.",
@@ -31,10 +31,19 @@ COMMANDS = {
     "doctor": "What this machine can run, and the command that mends what is missing.",
 }
 INTERRUPTED = 130
+GOES_ON = "posecrafter_rt.goes_on"  # in a context's `meta`: whether what is done so far will not be done again
 
 
 class Commands(TyperGroup):
     """The commands by name; each module is imported when it is called, and errors end here."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        for argument in args:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:  # neither safetensors nor a terminal takes such a name
+                ctx.fail(f"{argument!r} is not UTF-8; give the file another name")
+        return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
@@ -48,7 +57,8 @@ class Commands(TyperGroup):
         except PoseCrafterError as error:
             fail(str(error), error.hint)
         except KeyboardInterrupt:
-            fail("interrupted; run the same command again to continue", label=None, code=INTERRUPTED)
+            purpose = "go on" if ctx.meta.get(GOES_ON) else "start over"
+            fail(f"interrupted; run the same command again to {purpose}", label=None, code=INTERRUPTED)
         except BrokenPipeError:
             raise
         except OSError as error:

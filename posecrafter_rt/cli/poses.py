@@ -1,4 +1,4 @@
-"""`posecrafter-rt poses extract` and `poses preview`: keypoints from a video, and pictures of them.
+"""`posecrafter-rt poses`: keypoints from a video, pictures of them, another person's fitted to the tuned one, edits.
 
 Layer 8: arguments, one call, the printed result.
 """
@@ -6,24 +6,28 @@ Layer 8: arguments, one call, the printed result.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import numpy as np
 import typer
 
 from posecrafter_rt.atomic import refuse_overwrite
-from posecrafter_rt.cli.arguments import parse_size
-from posecrafter_rt.cli.output import step_progress
+from posecrafter_rt.cli.arguments import parse_range, parse_size
+from posecrafter_rt.cli.output import abridged, step_progress
 from posecrafter_rt.errors import PoseError
 from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, FEET, LEFT_HAND, RIGHT_HAND, PoseSequence
 
-app = typer.Typer(help="Keypoints: from a video, and to look at.", no_args_is_help=True)
+app = typer.Typer(help="Keypoints: from a video, to look at, fitted to the tuned person, edited.", no_args_is_help=True)
 
 _PARTS = {"body": BODY, "feet": FEET, "face": FACE, "left hand": LEFT_HAND, "right hand": RIGHT_HAND}
 _PREVIEW_SHORT_SIDE_PX = 512
 _SHEET_COLUMNS = 8
 _FALLBACK_FPS = 25.0
+
+_Edit = Callable[[PoseSequence], PoseSequence]
 
 
 @app.command()
@@ -101,25 +105,162 @@ def preview(  # noqa: PLR0913 - one argument for each option
     typer.echo(json.dumps(record) if as_json else f"{output}: {len(poses)} poses, drawn at {width} x {height}")
 
 
+@app.command()
+def retarget(
+    poses_path: Annotated[
+        Path, typer.Argument(metavar="POSES", help="Another person's poses: a file or a folder of them.")
+    ],
+    to: Annotated[
+        Path, typer.Option("--to", help="Who was tuned: their poses, a tuned.ckpt or an engine folder.", metavar="WHO")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The pose file (OpenPose JSON) to write.")],
+    person: Annotated[
+        int | None, typer.Option(help="Which of several people in POSES, from 0; else the largest.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Fit the movement in POSES to the proportions and the place of the person who was tuned."""
+    refuse_overwrite(output, force)
+    from posecrafter_rt.poses.openpose_json import read_openpose
+    from posecrafter_rt.poses.retarget import find_ratios
+    from posecrafter_rt.poses.retarget import retarget as fit_movement
+
+    poses, tuned = read_openpose(poses_path, person=person, allow_missing=True), _poses_of(to)
+    fitted = fit_movement(poses, tuned)
+    fitted.save(output, force=force)
+    ratios = find_ratios(poses, tuned)
+    scales = {"body": ratios.body, "face_width": ratios.face[0], "face_height": ratios.face[1], "hands": ratios.hands}
+    outside = _share_outside(fitted)
+    if as_json:
+        rounded = {name: round(scale, 4) for name, scale in scales.items()}
+        typer.echo(json.dumps({**_described(fitted, output), "scale": rounded, "outside": round(outside, 3)}))
+        return
+    typer.echo(_summary(fitted, output))
+    typer.echo("scaled by: " + ", ".join(f"{name.replace('_', ' ')} {scale:.3g}" for name, scale in scales.items()))
+    if outside >= 0.005:
+        typer.echo(f"outside the picture: {outside:.0%} of the usable points")
+
+
+@app.command()
+def edit(  # noqa: PLR0913 - one argument for each option
+    poses_path: Annotated[Path, typer.Argument(metavar="POSES", help="A pose file or a folder of them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The pose file (OpenPose JSON) to write.")],
+    turn_head: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DEGREES@START:END", help="Turn the head, -60 to 60; above 0 to the picture's right."),
+    ] = None,
+    blink: Annotated[list[str] | None, typer.Option(metavar="START:END", help="Close both eyes and open them.")] = None,
+    wave: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIDE@START:END", help="Wave with the person's own left or right forearm."),
+    ] = None,
+    person: Annotated[int | None, typer.Option(help="Which of several people, from 0; else the largest.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Script what the person in POSES does; each edit may be given several times, and END is not in its range.
+
+    Heads are turned first, then eyes blink, then arms wave. All other frames stay as they are.
+    """
+    edits = [*map(_parse_turn, turn_head or ()), *map(_parse_blink, blink or ()), *map(_parse_wave, wave or ())]
+    if not edits:
+        raise typer.BadParameter("nothing to edit: give --turn-head, --blink or --wave")
+    refuse_overwrite(output, force)
+    from posecrafter_rt.poses.openpose_json import read_openpose
+
+    poses = original = read_openpose(poses_path, person=person, allow_missing=True)
+    for apply in edits:
+        poses = apply(poses)
+    poses.save(output, force=force)
+    changed = np.flatnonzero((poses.keypoints != original.keypoints).any(axis=(1, 2))).tolist()
+    if as_json:
+        typer.echo(json.dumps({**_described(poses, output), "changed_frames": changed}))
+        return
+    typer.echo(f"{_summary(poses, output)}; {len(changed)} frames changed")
+
+
+def _parse_turn(text: str) -> _Edit:
+    from posecrafter_rt.poses.edit import turn_head
+
+    degrees, frames = _parse_edit(text, "DEGREES", "20")
+    try:
+        return partial(turn_head, frames=frames, degrees=float(degrees))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: {degrees!r} is no number of degrees; write such as 20@30:60") from None
+
+
+def _parse_blink(text: str) -> _Edit:
+    from posecrafter_rt.poses.edit import blink
+
+    return partial(blink, frames=parse_range(text))
+
+
+def _parse_wave(text: str) -> _Edit:
+    from posecrafter_rt.poses.edit import Side, wave
+
+    side, frames = _parse_edit(text, "SIDE", "left")
+    if side not in get_args(Side):
+        raise typer.BadParameter(f"{text!r}: {side!r} is no side; write such as left@30:90")
+    return partial(wave, frames=frames, side=cast(Side, side))
+
+
+def _parse_edit(text: str, name: str, example: str) -> tuple[str, slice]:
+    """`20@30:60` → `20` and frames 30 to 59."""
+    value, at, frames = text.partition("@")
+    if not at:
+        raise typer.BadParameter(f"{text!r} does not say which frames; write {name}@START:END, such as {example}@30:60")
+    return value, parse_range(frames)
+
+
+def _poses_of(path: Path) -> PoseSequence:
+    """Who was tuned: from a pose file, a folder of them, a tuned.ckpt or an engine folder."""
+    if path.is_dir():
+        from posecrafter_rt.building import read_reference
+        from posecrafter_rt.engines.folder import MANIFEST, open_folder
+
+        if (path / MANIFEST).is_file():
+            return read_reference(open_folder(path))[1]
+    elif path.is_file() and path.suffix.lower() != ".json":
+        from posecrafter_rt.checkpoint import Checkpoint
+
+        return Checkpoint.load(path).poses
+    from posecrafter_rt.poses.openpose_json import read_openpose
+
+    return read_openpose(path, allow_missing=True)
+
+
+def _share_outside(poses: PoseSequence) -> float:
+    """Which part of the usable points lies outside the canvas."""
+    usable = poses.keypoints[poses.keypoints[..., 2] >= CONFIDENCE_THRESHOLD, :2]
+    height, width = poses.canvas
+    is_outside = ((usable < -0.5) | (usable > (width - 0.5, height - 0.5))).any(axis=1)
+    return float(is_outside.mean()) if len(usable) else 0.0
+
+
+def _described(poses: PoseSequence, output: Path) -> dict[str, Any]:
+    height, width = poses.canvas
+    return {"output": str(output), "frames": len(poses), "height": height, "width": width, "fps": poses.fps}
+
+
+def _summary(poses: PoseSequence, output: Path) -> str:
+    height, width = poses.canvas
+    return f"{output}: {len(poses)} frames, {width} x {height}"
+
+
 def _report_extracted(poses: PoseSequence, output: Path, as_json: bool) -> None:
     usable = poses.keypoints[..., 2] >= CONFIDENCE_THRESHOLD
     shares = {name: round(float(usable[:, points].mean()), 3) for name, points in _PARTS.items()}
     missing = np.flatnonzero(~(poses.keypoints[..., 2] > 0).any(axis=1)).tolist()
-    height, width = poses.canvas
-    record: dict[str, Any] = {"output": str(output), "frames": len(poses), "height": height, "width": width}
-    record |= {"fps": poses.fps, "usable": shares, "frames_without_person": missing}
+    record = {**_described(poses, output), "usable": shares, "frames_without_person": missing}
     if missing:
-        message = f"warning: {len(missing)} of {len(poses)} frames do not show the person: {_abridged(missing)}"
+        message = f"warning: {len(missing)} of {len(poses)} frames do not show the person: {abridged(missing)}"
         typer.echo(f"{message}\nhint: cut them out of the video, or choose a person with --person", err=True)
     if as_json:
         typer.echo(json.dumps(record))
         return
-    typer.echo(f"{output}: {len(poses)} frames, {width} x {height}")
+    typer.echo(_summary(poses, output))
     typer.echo("usable points: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
-
-
-def _abridged(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
 
 
 def _preview_size(canvas: tuple[int, int]) -> tuple[int, int]:

@@ -5,12 +5,14 @@ Layer 8: arguments, one call, the printed result.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from posecrafter_rt.cli.arguments import parse_range, parse_segment
+from posecrafter_rt.cli.arguments import parse_range, parse_segment, shown_poses
+from posecrafter_rt.cli.main import GOES_ON
 from posecrafter_rt.cli.output import print_json, print_table, size_of, step_progress
 
 app = typer.Typer()
@@ -18,6 +20,7 @@ app = typer.Typer()
 
 @app.command()
 def render(  # noqa: PLR0913 - one argument for each option
+    ctx: typer.Context,
     engine: Annotated[Path, typer.Argument(help="What `posecrafter-rt build-engine` made.", show_default=False)],
     poses: Annotated[Path, typer.Option(help="Target poses: OpenPose JSON, one file or a folder.")],
     output: Annotated[
@@ -80,7 +83,7 @@ def render(  # noqa: PLR0913 - one argument for each option
         raise typer.BadParameter("--range does not go with --replace, which names the poses to render by itself")
     window = parse_range(frame_range if replace is None else replace)
     from posecrafter_rt.avatar import Avatar
-    from posecrafter_rt.poses.keypoints import PoseSequence
+    from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.rendering import output_paths, refuse_outputs, render_to_files
     from posecrafter_rt.runtime.presets import preset_options
     from posecrafter_rt.runtime.report import describe_adjustment
@@ -94,11 +97,15 @@ def render(  # noqa: PLR0913 - one argument for each option
         segment=parse_segment(segment), overlap=overlap,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
-    target = PoseSequence.load(poses, person=person)
+    target = read_openpose(poses, person=person, allow_missing=True)
+    if video is None:
+        target = shown_poses(target, window, poses)
     with Avatar.load(engine) as avatar, step_progress("loading") as on_step:
         stretch = None if video is None else open_stretch(video, window, avatar.size, len(target))
-        rendered = window if stretch is None else stretch.rendered
-        target = PoseSequence(target.keypoints[rendered], target.canvas, fps or (stretch or target).fps)
+        if stretch is not None:
+            target = shown_poses(target, stretch.rendered, poses)
+        target = dataclasses.replace(target, fps=fps or (stretch or target).fps)
+        ctx.meta[GOES_ON] = options.segment is not None
         report = render_to_files(avatar, target, output, options, stretch=stretch, force=force, on_step=on_step)
     if as_json:
         print_json(report)

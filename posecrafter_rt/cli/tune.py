@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from posecrafter_rt.cli.arguments import parse_range, parse_size
+from posecrafter_rt.cli.arguments import parse_range, parse_size, shown_poses
+from posecrafter_rt.cli.main import GOES_ON
 from posecrafter_rt.cli.output import print_json, print_table, step_progress
 
 app = typer.Typer()
@@ -18,6 +19,7 @@ app = typer.Typer()
 
 @app.command()
 def tune(  # noqa: PLR0913 - one argument for each option
+    ctx: typer.Context,
     video: Annotated[Path, typer.Argument(help="The video of one person.", show_default=False)],
     poses: Annotated[Path, typer.Option(help="Its poses: what `posecrafter-rt poses extract` wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint to write.")] = Path("tuned.ckpt"),
@@ -63,7 +65,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
     """Tune the base on a few frames of one person."""
     window, picture_size = parse_range(frame_range), parse_size(size)
     from posecrafter_rt.atomic import refuse_overwrite
-    from posecrafter_rt.poses.keypoints import PoseSequence
+    from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
 
     refuse_overwrite(output, force)  # before minutes of work, not after them
@@ -72,7 +74,10 @@ def tune(  # noqa: PLR0913 - one argument for each option
         base=base, controlnet=controlnet, vae=vae, frames=frames, steps=steps, decoder_steps=decoder_steps,
         small_decoder_steps=small_decoder_steps, learning_rate=learning_rate, prompt=prompt, norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]
         gradient_checkpointing=gradient_checkpointing, controlvideo_weights=controlvideo_weights)  # fmt: skip
-    clip, clip_poses = load_clip(video, PoseSequence.load(poses), picture_size or base_size(base), window)
+    all_poses = read_openpose(poses, allow_missing=True)
+    shown_poses(all_poses, window, poses)
+    clip, clip_poses = load_clip(video, all_poses, picture_size or base_size(base), window)
+    ctx.meta[GOES_ON] = resume
     with step_progress("tuning") as on_step:
         checkpoint = tune(clip, clip_poses, output, options, force=force, resume=resume,
                           on_step=lambda status: on_step(status.step, status.steps, f"{status.part} loss {status.loss:.4f}"))  # fmt: skip

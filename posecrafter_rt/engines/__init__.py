@@ -6,6 +6,7 @@ Layer 4.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 from posecrafter_rt.engines.base import Backend, Engine, Precision
 from posecrafter_rt.engines.device import torch_device
@@ -23,10 +24,16 @@ _BACKENDS = {
 ON_CPU = ("openvino",)  # the processor even where there is a GPU
 # Their folders can be loaded in fp32 whatever they were built in; the others hold code for one type.
 LOADED_WIDER = ("torch", "openvino")
+# Those that hold code for so many frames at once, unless told otherwise, at up to 512 × 512; the others take any number.
+MAX_FRAMES = {"tensorrt": 64}
+# Those that can be told how much of a block to do at once (`tokens_at_once`); the others hold code for all.
+IN_PARTS = ("torch",)
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 __all__ = [
+    "IN_PARTS",
     "LOADED_WIDER",
+    "MAX_FRAMES",
     "PRECISIONS",
     "Backend",
     "Engine",
@@ -35,6 +42,7 @@ __all__ = [
     "choose_precision",
     "get_backend",
     "names",
+    "usual_max_frames",
 ]
 
 
@@ -43,12 +51,26 @@ def names() -> list[str]:
     return list(_BACKENDS)
 
 
-def get_backend(name: str) -> Backend:
-    """A backend by name, whether it can run here or not. Raises: BackendUnavailable for a name there is not."""
+def get_backend(name: str, **settings: Any) -> Backend:
+    """A backend by name, whether it can run here or not. settings: its own, by the names that its class gives them.
+
+    Raises: BackendUnavailable for a name there is not.
+    """
     if name not in _BACKENDS:
         raise BackendUnavailable(f"there is no backend {name!r}", f"choose auto, {', '.join(_BACKENDS)}")
-    backend: Backend = getattr(import_module(f"posecrafter_rt.engines.{name}"), _BACKENDS[name])()
+    backend: Backend = getattr(import_module(f"posecrafter_rt.engines.{name}"), _BACKENDS[name])(**settings)
     return backend
+
+
+def usual_max_frames(backend: str, size: tuple[int, int]) -> int | None:
+    """The most frames at once that an engine of this size is built for unless told; None: any number.
+
+    Beyond 512 × 512 pixels they are fewer: no tensor then has more elements than 31 bits can count, with guidance, too.
+    """
+    if backend not in MAX_FRAMES:
+        return None
+    height, width = size
+    return max(2, min(MAX_FRAMES[backend], MAX_FRAMES[backend] * 512 * 512 // (height * width)))
 
 
 def choose_precision(precision: str, backend: str = "auto") -> Precision:

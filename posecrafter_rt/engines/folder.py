@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import glob
 import json
-import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_overwrite, sha256_file, sha256_json
 from posecrafter_rt.errors import EngineFolderError, OutputExists
+from posecrafter_rt.locks import locked
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -55,28 +54,61 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
 
     An engine folder at `path` is replaced only then; anything else there is kept unless `force`. What a killed build
     left beside `path` is removed first.
-    Raises: OutputExists; DiskFull and others from the block, which leave nothing behind.
+    Raises: OutputExists; EngineFolderError while the engine at `path` is in use; DiskFull and others from the block,
+        which leave nothing behind.
     """
     _clear_leftovers(path)
-    if not (path / MANIFEST).is_file():
-        refuse_overwrite(path, force)
+    if not force and not (path / MANIFEST).is_file():
+        refuse_overwrite(path, False)
     if path.exists() and Path.cwd().is_relative_to(path.resolve()):
         raise OutputExists(f"{path} is or holds the working directory", "give the engine a folder of its own")
+    with _unused(path):
+        pass  # before the work, not only after it
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part"
-    try:
-        staging.mkdir()
-        yield staging
-        write_manifest(staging, {"schema": SCHEMA, **manifest, "files": _hash_files(staging, _file_names(staging))})
-        for written in staging.rglob("*"):
-            flush_to_disk(written)
-        _replace(path, staging)
-    except Exception as error:
-        if means_full(error):
-            raise disk_full(path) from error
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
+    with ExitStack() as held:
+        try:
+            staging.mkdir()
+            (staging / MANIFEST).touch()
+            held.enter_context(locked(staging / MANIFEST, shared=True))  # by which it is known to be no leftover
+            yield staging
+            write_manifest(staging, {"schema": SCHEMA, **manifest, "files": _hash_files(staging, _file_names(staging))})
+            for written in staging.rglob("*"):
+                flush_to_disk(written)
+            with _unused(path):
+                _replace(path, staging)
+        except Exception as error:
+            if means_full(error):
+                raise disk_full(path) from error
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def in_use(folder: EngineFolder) -> Iterator[None]:
+    """Keep an engine folder from being replaced by another build, whose files would mix with those read before.
+
+    Raises: EngineFolderError when it was replaced since it was opened.
+    """
+    with locked(folder.path / MANIFEST, shared=True):
+        if read_manifest(folder.path).get("seal") != folder.manifest["seal"]:
+            raise EngineFolderError(f"{folder.path} was built anew after it had been opened", "load it again")
+        yield
+
+
+@contextmanager
+def _unused(path: Path) -> Iterator[None]:
+    """Keep the engine at `path`, if there is one, from being loaded. Raises: EngineFolderError while it is in use."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(path / MANIFEST))
+        except BlockingIOError as error:
+            raise EngineFolderError(f"{path} is in use by a render, a stream or a server",
+                                    "wait until that has ended, or give another folder: -o FOLDER") from error  # fmt: skip
+        except OSError:
+            pass  # there is none that anybody could have loaded
+        yield
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -108,25 +140,24 @@ def _remove(path: Path) -> None:
 
 def _clear_leftovers(path: Path) -> None:
     """Remove what killed builds of `path` left; if one died between two renames, bring its old folder back."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.[0-9a-f]{8}\.(part|old)")
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        match = pattern.fullmatch(leftover.name)
-        if match is None or _is_running(int(match[1])):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.*"):
+        if leftover.suffix not in (".part", ".old") or not _is_abandoned(leftover):
             continue
-        if match[2] == "old" and not path.exists():
+        if leftover.suffix == ".old" and not path.exists():
             leftover.rename(path)
         else:
             _remove(leftover)
 
 
-def _is_running(process: int) -> bool:
+def _is_abandoned(leftover: Path) -> bool:
+    """Whether no build works on it any more: a build holds the manifests of the new folder and, at the end, of the old."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        with locked(leftover / MANIFEST) as is_held:
+            return is_held  # without locks it is not known
+    except (FileNotFoundError, NotADirectoryError):
+        return True  # it holds nothing yet, or was no engine
+    except OSError:
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -31,7 +31,7 @@ from posecrafter_rt.engines.base import (
     inner_precision,
     to_boundary,
 )
-from posecrafter_rt.engines.device import describe_device, torch_device
+from posecrafter_rt.engines.device import describe_compiled_device, torch_device
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import BackendUnavailable, EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
@@ -87,8 +87,8 @@ class InductorBackend:
     libraries = ("torch", "triton")
 
     def device(self) -> dict[str, str]:
-        """The GPU with its compute capability, or the processor with its instruction sets."""
-        device = describe_device()
+        """The GPU with its compute capability and driver, or the processor with its instruction sets."""
+        device = describe_compiled_device()
         if device["type"] == "cpu":
             found = [name for name in INSTRUCTION_SETS if name in cpu_features()]
             device["name"] += f" ({' '.join(found) or 'baseline'})"

@@ -27,7 +27,7 @@ from posecrafter_rt.engines.openvino_norms import normalise_by_channel
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
-from posecrafter_rt.machine import cpu_device, cpu_has_bf16
+from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
 
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     import openvino
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
-KEPT_SHAPES = 4  # compiled models a network, each with its own activations
+KEPT_SHAPES = 4  # compiled models a network, each with its own activations and its own order of the weights
+LARGE_BYTES = 1 << 28  # of weights: of a network with so many, others are kept only where memory has room for
+NEEDED_FOLD = 3  # the weights, in its file and in the order of the compiled model, and activations
 DIGESTS_FILE = "digests.json"
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class OpenVinoEngine:
         self._core, self._path, self._properties = core, path, properties
         self._cache, self._digest = cache, digest
         self._requests: OrderedDict[Shapes, Any] = OrderedDict()
+        self._weight_bytes = path.with_suffix(".bin").stat().st_size
         self._swapped: dict[str, np.ndarray] = {}
         # A fifth of the decoder's time in float32; nothing in the denoisers, whose pictures are small. bf16: not measured.
         self._is_by_channel = spec.name == "vae_decoder" and properties["INFERENCE_PRECISION_HINT"] == HINTS["fp32"]
@@ -75,11 +78,18 @@ class OpenVinoEngine:
 
     def _request(self, shapes: Shapes) -> Any:
         if shapes not in self._requests:
-            self._requests[shapes] = self._compile(shapes).create_infer_request()
-            if len(self._requests) > KEPT_SHAPES:
+            while self._requests and not self._has_room():
                 self._requests.popitem(last=False)
+            self._requests[shapes] = self._compile(shapes).create_infer_request()
         self._requests.move_to_end(shapes)
         return self._requests[shapes]
+
+    def _has_room(self) -> bool:
+        """Whether one more may be compiled beside those that are kept: an order of large weights is gigabytes of its own."""
+        if len(self._requests) >= KEPT_SHAPES:
+            return False
+        available = available_bytes() if self._weight_bytes > LARGE_BYTES else None
+        return available is None or available > NEEDED_FOLD * self._weight_bytes
 
     def _compile(self, shapes: Shapes) -> Any:
         """Compile, or take what an earlier process compiled from the same weights for the same shapes."""

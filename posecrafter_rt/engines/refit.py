@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from posecrafter_rt.atomic import sha256_json
+from posecrafter_rt.engines.device import DRIVER
 from posecrafter_rt.engines.folder import EngineFolder
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.spec import Architecture, NetworkSpec
@@ -32,16 +33,21 @@ def _size(size: Any) -> str:
     return "x".join(map(str, size))
 
 
+def _device(device: Any) -> str:
+    return " with CUDA ".join(str(device[name]) for name in ("name", DRIVER) if name in device)
+
+
 # What must be equal, how it is called and how it is printed; libraries are compared one by one.
 _FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "package": ("posecrafter-rt", str),
-    "device": ("device", lambda device: str(device.get("name"))),
+    "device": ("device", _device),
     "backend": ("backend", str),
     "precision": ("precision", str),
     "size": ("size", _size),
     "base_hash": ("base's hash", _digits),
     "norm_scope": ("norm_scope", str),
     "feature_reuse": ("feature reuse", lambda is_built: "on" if is_built else "off"),
+    "max_frames": ("most frames at once", str),
     "architecture": ("architecture's hash", lambda arch: _digits(sha256_json(arch))),
 }
 
@@ -64,7 +70,9 @@ def check_source(source: EngineFolder, wanted: Mapping[str, Any]) -> None:
 
 
 def _hint(name: str, theirs: str) -> str:
-    return f"give --{name} {theirs}, or {WITHOUT}" if name in ("backend", "precision", "size") else WITHOUT
+    if name in ("backend", "precision", "size", "max_frames"):
+        return f"give --{name.replace('_', '-')} {theirs}, or {WITHOUT}"
+    return WITHOUT
 
 
 def _refusal(path: Path, difference: str, hint: str = WITHOUT) -> EngineFolderError:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import BEYOND_FP16, TORCH_DTYPES, Engine, Precision, Progress, inner_precision
-from posecrafter_rt.engines.device import gpu_name
+from posecrafter_rt.engines.description import DESCRIPTION_FILE, write_description
+from posecrafter_rt.engines.device import describe_compiled_device, gpu_name
 from posecrafter_rt.engines.refit import (
     GRAPHS_FILE,
     WITHOUT,
@@ -29,12 +30,13 @@ from posecrafter_rt.engines.refit import (
     same_bits,
     write_graphs,
 )
-from posecrafter_rt.engines.tensorrt_build import ShapeLimits, build_plan, make_logger, profile_shapes
+from posecrafter_rt.engines.tensorrt_build import build_plan, profile_shapes, profile_sizes
+from posecrafter_rt.engines.tensorrt_common import failure, make_logger
 from posecrafter_rt.engines.tensorrt_plugins import PLUGIN_OPS, register_plugins
 from posecrafter_rt.engines.tensorrt_runtime import TensorRTEngine, Workspace, refit
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
-from posecrafter_rt.export.shapes import random_inputs
+from posecrafter_rt.export.shapes import random_inputs, split_dim
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
@@ -61,17 +63,14 @@ def network_precision(name: str, precision: Precision) -> tuple[Precision, bool]
 
 
 class TensorRTBackend:
-    """TensorRT on the current CUDA device. limits: the shapes that are built for."""
+    """TensorRT on the current CUDA device."""
 
     name = "tensorrt"
     libraries = ("tensorrt-cu13", "tensorrt-cu13-bindings")
 
-    def __init__(self, limits: ShapeLimits | None = None) -> None:
-        self.limits = limits or ShapeLimits()
-
     def device(self) -> dict[str, str]:
-        """The current GPU, with its compute capability; a plan runs on no other."""
-        return {"type": "cuda", "name": gpu_name()}
+        """The current GPU, with its compute capability and driver; a plan runs on no other."""
+        return describe_compiled_device()
 
     def unsupported_reason(self, precision: Precision) -> str | None:
         """Why TensorRT cannot run here; CUDA is asked only where everything is installed."""
@@ -96,7 +95,8 @@ class TensorRTBackend:
     ) -> None:
         """Write every network's plan, and beside it its weights, which a refit may need.
 
-        Traced graphs and the timing cache are kept in the user's cache; a copy of the timing cache lies in the folder.
+        Traced graphs and the timing cache are kept in the user's cache, the latter after each network, so that the next
+        build has it whatever becomes of this one; a copy of it lies in the folder.
         """
         from posecrafter_rt.export.onnx import export_network
         from posecrafter_rt.export.prefill import prefill
@@ -106,36 +106,23 @@ class TensorRTBackend:
         register_plugins(torch.cuda.get_device_capability())
         timings, key = BlobCache(cache_dir() / "tensorrt"), {"timings": gpu_name(), "tensorrt": _version()}
         timing_cache = timings.load(key) or b""
+        described: dict[str, dict[str, Any]] = {}
         prefill(model.to(torch.float32), arch, cache, progress)
         for name, network in model.networks().items():
             progress(f"exporting {name}")
             graph = export_network(network, specs[name], arch, graphs=cache)
             graphs[name] = graph_digest(network, specs[name], arch)
             progress(f"building {name}")
-            timing_cache = self._build_network(graph, specs[name], arch, folder, precision, timing_cache)
-        timings.save(key, timing_cache)
+            described[name], measured = _build_network(
+                graph, specs[name], arch, folder, precision, timing_cache, progress
+            )
+            timing_cache = measured or timing_cache
+            timings.save(key, timing_cache)
         (folder / TIMING_CACHE).write_bytes(timing_cache)
         write_graphs(folder, graphs)
+        write_description(folder, described)
         description = {"tensorrt": _version(), "device": gpu_name()}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
-
-    def _build_network(
-        self, graph: ir.Model, spec: NetworkSpec, arch: Architecture, folder: Path, precision: Precision,
-        timing_cache: bytes,
-    ) -> bytes:  # fmt: skip
-        from posecrafter_rt.export.onnx import save_model
-
-        inner, allow_tf32 = network_precision(spec.name, precision)
-        prepare_graph(graph, inner, torch.cuda.get_device_capability())
-        save_file(initialisers(graph), folder / f"{spec.name}.safetensors")
-        path = folder / f"{spec.name}.onnx"
-        save_model(graph, path)
-        shapes = profile_shapes(spec, self.limits, arch)
-        plan, timing_cache = build_plan(path, shapes, timing_cache, allow_tf32)
-        (folder / f"{spec.name}.plan").write_bytes(plan)
-        for exported in folder.glob(f"{spec.name}.onnx*"):  # perhaps with weights beside it
-            exported.unlink()
-        return timing_cache
 
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
@@ -161,7 +148,7 @@ class TensorRTBackend:
             refit(plan, changed, weights, weights.__getitem__)
             (folder / f"{name}.plan").write_bytes(_serialize(plan))
             self._compare(folder, network, specs[name], arch, precision)
-        for file in (TIMING_CACHE, DESCRIPTION, GRAPHS_FILE):
+        for file in (TIMING_CACHE, DESCRIPTION, DESCRIPTION_FILE, GRAPHS_FILE):
             shutil.copyfile(source / file, folder / file)
 
     def _compare(
@@ -170,9 +157,8 @@ class TensorRTBackend:
         """Run what was written on the smallest clip that has two frames. Raises: EngineFolderError."""
         plan = _deserialize(folder, spec.name)
         workspace = Workspace(torch.device("cuda", torch.cuda.current_device()))
-        workspace.reserve([_activation_bytes(plan)])
         engine = TensorRTEngine(spec, plan, workspace, folder / f"{spec.name}.safetensors")
-        least, _, most = self.limits.sizes(spec, arch)
+        least, _, most = profile_sizes(spec, arch)
         inputs = random_inputs(spec, {**least, "frames": min(2 * least["groups"], most["frames"])})
         outputs = engine(**inputs)
         with torch.inference_mode():
@@ -180,7 +166,7 @@ class TensorRTBackend:
         inner, allow_tf32 = network_precision(spec.name, precision)
         tolerance = REFIT_TOLERANCES["fp16" if allow_tf32 else inner]
         for tensor, right in zip(spec.outputs, expected, strict=True):
-            error = relative_error(outputs[tensor.name], right)
+            error = relative_error(outputs[tensor.name].cpu(), right)
             if not error <= tolerance:  # so that NaN is refused
                 message = f"refitted, {spec.name} gives {tensor.name} with a relative error of {error:.2g}"
                 raise EngineFolderError(message, WITHOUT)
@@ -194,16 +180,47 @@ class TensorRTBackend:
         specs = network_specs(arch)
         plans = {name: _deserialize(networks_folder, name) for name in specs}
         workspace = Workspace(torch.device("cuda", torch.cuda.current_device()))
-        workspace.reserve(_activation_bytes(plan) for plan in plans.values())
         return {
             name: TensorRTEngine(specs[name], plan, workspace, networks_folder / f"{name}.safetensors")
             for name, plan in plans.items()
         }
 
 
-def prepare_graph(graph: ir.Model, precision: Precision, capability: tuple[int, int]) -> None:
-    """Make an exported graph TensorRT's: attention as plugins where a kernel serves it, precision in its types."""
-    from posecrafter_rt.export.strong_types import lower_precision
+def _build_network(
+    graph: ir.Model, spec: NetworkSpec, arch: Architecture, folder: Path, precision: Precision, timings: bytes,
+    progress: Progress,
+) -> tuple[dict[str, Any], bytes]:  # fmt: skip
+    """Write a network's plan and weights; returns what `write_description` keeps of it, and `build_plan`'s timings."""
+    from posecrafter_rt.export.onnx import save_model
+
+    inner, allow_tf32 = network_precision(spec.name, precision)
+    plugins, attentions = prepare_graph(graph, spec, inner, torch.cuda.get_device_capability())
+    save_file(initialisers(graph), folder / f"{spec.name}.safetensors")
+    path = folder / f"{spec.name}.onnx"
+    save_model(graph, path)
+    plan, timings = build_plan(path, profile_shapes(spec, arch), timings, allow_tf32,
+                               lambda phase: progress(f"building {spec.name}: {phase}"))  # fmt: skip
+    (folder / f"{spec.name}.plan").write_bytes(plan)
+    for exported in folder.glob(f"{spec.name}.onnx*"):  # perhaps with weights beside it
+        exported.unlink()
+    return {"plugins": plugins, "attentions": attentions, "limits": shape_limits(spec, arch)}, timings
+
+
+def shape_limits(spec: NetworkSpec, arch: Architecture) -> dict[str, list[int]]:
+    """The least and the most of each free dimension of a network, by its symbol."""
+    least, _, most = profile_sizes(spec, arch)
+    symbols = {split_dim(dim)[0] for tensor in spec.inputs for dim in tensor.dims if isinstance(dim, str)}
+    return {symbol: [least[symbol], most[symbol]] for symbol in sorted(symbols)}
+
+
+def prepare_graph(
+    graph: ir.Model, spec: NetworkSpec, precision: Precision, capability: tuple[int, int]
+) -> tuple[int, int]:
+    """Make an exported graph TensorRT's: attention as plugins where a kernel serves it, precision in its types.
+
+    Returns: how many attentions are plugins, and how many there are.
+    """
+    from posecrafter_rt.export.strong_types import kept_names, lower_precision
     from posecrafter_rt.export.tensorrt_plugins import mark_plugins
     from posecrafter_rt.kernels.plugins import unsupported_reason
 
@@ -213,8 +230,9 @@ def prepare_graph(graph: ir.Model, precision: Precision, capability: tuple[int, 
             and unsupported_reason(PLUGIN_OPS[name], capability, TORCH_DTYPES[precision], channels, heads) is None
         )
 
-    mark_plugins(graph, has_plugin)
-    lower_precision(graph, precision)
+    counts = mark_plugins(graph, has_plugin)
+    lower_precision(graph, precision, kept_names(spec))
+    return counts
 
 
 def initialisers(graph: ir.Model) -> dict[str, Tensor]:
@@ -223,6 +241,7 @@ def initialisers(graph: ir.Model) -> dict[str, Tensor]:
     for name, value in graph.graph.initializers.items():
         if value.const_value is not None:
             array = value.const_value.numpy()
+            array = array if array.flags.writeable else array.copy()  # torch wants to be able to write
             is_bf16 = array.dtype.name == "bfloat16"  # which torch does not take from NumPy
             tensor = torch.from_numpy(array.view("int16") if is_bf16 else array)
             found[str(name)] = (tensor.view(torch.bfloat16) if is_bf16 else tensor).contiguous()
@@ -258,13 +277,13 @@ def check_description(networks_folder: Path, current: dict[str, Any]) -> None:
 
 
 def _deserialize(folder: Path, name: str) -> trt.ICudaEngine:
-    """A plan on the GPU. Raises: EngineFolderError when TensorRT cannot read it."""
+    """A plan on the GPU. Raises: EngineFolderError when TensorRT cannot read it, OutOfMemory where it does not fit."""
     import tensorrt as trt
 
     runtime: trt.Runtime = trt.Runtime(make_logger())
     plan = runtime.deserialize_cuda_engine((folder / f"{name}.plan").read_bytes())
     if plan is None:
-        raise EngineFolderError(f"TensorRT cannot read {name}.plan in {folder}", "build it again")
+        raise failure(f"TensorRT cannot read {name}.plan in {folder}", "build it again", EngineFolderError)
     return plan
 
 
@@ -274,11 +293,10 @@ def _serialize(plan: trt.ICudaEngine) -> bytes:
 
     config: trt.ISerializationConfig = plan.create_serialization_config()
     config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
-    return bytes(plan.serialize_with_config(config))
-
-
-def _activation_bytes(plan: trt.ICudaEngine) -> int:
-    return int(plan.device_memory_size_v2)
+    blob = plan.serialize_with_config(config)
+    if blob is None:
+        raise failure("TensorRT cannot write the refitted plan", WITHOUT)
+    return bytes(blob)
 
 
 def _version() -> str:

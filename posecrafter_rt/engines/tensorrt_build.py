@@ -1,4 +1,4 @@
-"""Building TensorRT plans: optimisation profiles, parser, builder, timing cache.
+"""Building TensorRT plans: optimisation profiles, parser, builder, timing cache; a build can be watched and interrupted.
 
 Layer 4: profiles are pure functions of the spec; the rest needs TensorRT and a GPU.
 """
@@ -6,60 +6,62 @@ Layer 4: profiles are pure functions of the spec; the rest needs TensorRT and a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, TypeVar
 
+import torch
+
+from posecrafter_rt.engines import MAX_FRAMES
+from posecrafter_rt.engines.tensorrt_common import DEBUG, failure, make_logger, take_errors
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.export.shapes import resolve_shape
-from posecrafter_rt.spec import STREAM_NETWORKS, Architecture, NetworkSpec
+from posecrafter_rt.spec import ONE_FRAME_NETWORKS, STREAM_NETWORKS, Architecture, NetworkSpec
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
+# Each a (least, usual, most). Kernels are chosen for what is usual.
+USUAL_FRAMES = 16  # of one group
+GROUPS = (1, 1, 2)  # 2 with guidance
+STEPS = (1, 30, 1000)  # of a schedule, substeps of the inversion counted
+STREAM_FRAMES = (1, 1, 8)  # one, or the steps of a pipelined stream
+WINDOW = (1, 3, 31)  # frames that a stream remembers, the reference among them
+
 Shape = tuple[int, ...]
+Sizes = dict[str, int]
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ShapeLimits:
-    """What an engine is built for; each a (least, usual, most).
+def profile_sizes(spec: NetworkSpec, arch: Architecture) -> tuple[Sizes, Sizes, Sizes]:
+    """`resolve_shape`'s sizes of a network at its (least, usual, most); "frames" counts those of all groups, as `spec` does.
 
-    frames: of one group; groups: 2 with guidance; steps: of a schedule; size: (height, width) in pixels, or None for what
-    the architecture's smallest to 64 times that allows. stream_frames: of a stream's batch, one or the steps of a
-    pipeline; window: frames that it remembers, the reference among them.
+    An architecture without a size gets up to 16 times its smallest one, one without a number of frames the usual number.
     """
-
-    frames: tuple[int, int, int] = (1, 16, 64)
-    groups: tuple[int, int, int] = (1, 1, 2)
-    steps: tuple[int, int, int] = (1, 30, 1000)
-    size: tuple[int, int] | None = None
-    stream_frames: tuple[int, int, int] = (1, 1, 8)
-    window: tuple[int, int, int] = (1, 3, 31)
-
-    def sizes(self, spec: NetworkSpec, arch: Architecture) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-        """`resolve_shape`'s sizes of a network at the three points; "frames" counts those of all groups, as `spec` does."""
-        unit = arch.size_multiple
-        frames = [self.frames[i] * self.groups[i] for i in range(3)]
-        if spec.name in STREAM_NETWORKS:
-            frames = list(self.stream_frames)
-        if self.size is None:
-            heights = widths = (unit, 8 * unit, 16 * unit)
-        else:
-            heights, widths = (self.size[0],) * 3, (self.size[1],) * 3
-        least, usual, most = (
-            {"frames": frames[i], "groups": self.groups[i], "steps": self.steps[i], "window": self.window[i],
-             "height": heights[i], "width": widths[i]}
-            for i in range(3)
-        )  # fmt: skip
-        return least, usual, most
+    if spec.name in ONE_FRAME_NETWORKS:
+        frames = (1, 1, 1)
+    elif spec.name in STREAM_NETWORKS:
+        frames = STREAM_FRAMES
+    else:
+        most = arch.max_frames or MAX_FRAMES["tensorrt"]
+        frames = (1, min(USUAL_FRAMES, most) * GROUPS[1], most * GROUPS[2])
+    unit = arch.size_multiple
+    sides = [arch.size or (units * unit, units * unit) for units in (1, 8, 16)]
+    least, usual, most_sizes = (
+        {"frames": frames[i], "groups": GROUPS[i], "steps": STEPS[i], "window": WINDOW[i],
+         "height": sides[i][0], "width": sides[i][1]}
+        for i in range(3)
+    )  # fmt: skip
+    return least, usual, most_sizes
 
 
-def profile_shapes(spec: NetworkSpec, limits: ShapeLimits, arch: Architecture) -> dict[str, tuple[Shape, Shape, Shape]]:
+def profile_shapes(spec: NetworkSpec, arch: Architecture) -> dict[str, tuple[Shape, Shape, Shape]]:
     """(least, usual, most) shape of every input with a free dimension."""
-    points = limits.sizes(spec, arch)
+    points = profile_sizes(spec, arch)
     return {
         tensor.name: tuple(resolve_shape(tensor.dims, sizes) for sizes in points)  # type: ignore[misc]
         for tensor in spec.inputs
@@ -67,38 +69,21 @@ def profile_shapes(spec: NetworkSpec, limits: ShapeLimits, arch: Architecture) -
     }
 
 
-def make_logger() -> trt.ILogger:
-    """TensorRT's messages as this package's log records."""
-    import tensorrt as trt
-
-    severities = trt.ILogger.Severity
-    levels = {severities.INTERNAL_ERROR: logging.ERROR, severities.ERROR: logging.ERROR,
-              severities.WARNING: logging.WARNING, severities.INFO: logging.DEBUG}  # fmt: skip
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in levels:  # not VERBOSE: thousands of lines
-                log.log(levels[severity], "TensorRT: %s", message)
-
-    return Logger()
-
-
 def build_plan(
-    path: Path, shapes: Mapping[str, tuple[Shape, Shape, Shape]], timing_cache: bytes, allow_tf32: bool
-) -> tuple[bytes, bytes]:
+    path: Path, shapes: Mapping[str, tuple[Shape, Shape, Shape]], timings: bytes, allow_tf32: bool,
+    tell: Callable[[str], None],
+) -> tuple[bytes, bytes]:  # fmt: skip
     """Build one network.
 
-    Args: path: its ONNX file, whose types are the network's; shapes: see `profile_shapes`; timing_cache: what an
-        earlier build returned, or nothing; allow_tf32: whether float32 products may round their factors to 10 bits.
-    Returns: the plan, refittable by the names of the initialisers, and the timing cache for the next build.
-    Raises: PoseCrafterError when the network cannot be parsed or built.
+    Args: path: its ONNX file, whose types are the network's; shapes: see `profile_shapes`; timings: what an earlier
+        build returned, or nothing; allow_tf32: whether float32 products may round their factors to 10 bits; tell: is
+        told the name of each phase as it begins, and may raise, which ends the build.
+    Returns: the plan, refittable by the names of the initialisers, and the timings for the next build, or nothing.
+    Raises: PoseCrafterError when the network cannot be parsed or built, OutOfMemory among them.
     """
     import tensorrt as trt
 
-    logger = make_logger()
+    logger, name = make_logger(), path.stem
     builder: trt.Builder = trt.Builder(logger)
     flags = trt.NetworkDefinitionCreationFlag
     network: trt.INetworkDefinition = builder.create_network(
@@ -112,14 +97,93 @@ def build_plan(
     config.set_flag(trt.BuilderFlag.REFIT)
     if not allow_tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
-    cache: trt.ITimingCache = config.create_timing_cache(timing_cache)
-    config.set_timing_cache(cache, False)
+    timing_cache = _attach_timings(config, timings)  # which must live until the plan is built
     profile: trt.IOptimizationProfile = builder.create_optimization_profile()
-    for name, (least, usual, most) in shapes.items():
-        profile.set_shape(name, least, usual, most)
-    config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
+    for tensor, (least, usual, most) in shapes.items():
+        profile.set_shape(tensor, least, usual, most)
+    if config.add_optimization_profile(profile) < 0:
+        raise failure(f"TensorRT refuses the shapes of {name}, {', '.join(shapes)}")
+    phases: SimpleQueue[str | None] = SimpleQueue()
+    monitor = make_monitor(phases)
+    config.progress_monitor = monitor
+    plan = run_watched(lambda: builder.build_serialized_network(network, config), phases, tell, monitor.cancel)
     if plan is None:
-        raise PoseCrafterError(f"TensorRT cannot build {path.name}", "run again with --debug; or use --backend torch")
-    used: trt.ITimingCache = config.get_timing_cache()
-    return bytes(plan), bytes(used.serialize())
+        raise failure(f"TensorRT cannot build {name}", f"{DEBUG}, or use --backend torch")
+    take_errors()  # of kernels that were tried and not taken
+    return bytes(plan), b"" if timing_cache is None else _read_timings(config)
+
+
+def _attach_timings(config: trt.IBuilderConfig, timings: bytes) -> trt.ITimingCache | None:
+    """Give a build what earlier ones measured, or an empty cache where TensorRT refuses it; None if it refuses both."""
+    for blob in (timings, b""):
+        cache: trt.ITimingCache = config.create_timing_cache(blob)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+    log.warning("TensorRT takes no timing cache: what this build measures is not kept")
+    return None
+
+
+def _read_timings(config: trt.IBuilderConfig) -> bytes:
+    cache: trt.ITimingCache = config.get_timing_cache()
+    blob = None if cache is None else cache.serialize()
+    return b"" if blob is None else bytes(blob)
+
+
+def make_monitor(phases: SimpleQueue[str | None]) -> trt.IProgressMonitor:
+    """Puts the names of a build's outer two levels of phases into a queue, each once; its `cancel` ends the build.
+
+    TensorRT calls it from threads of its own, and swallows what it raises.
+    """
+    import tensorrt as trt
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.outer: set[str] = set()
+            self.told: set[str] = set()
+            self.is_cancelled = False
+
+        def cancel(self) -> None:
+            self.is_cancelled = True
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self.outer.add(phase_name)
+            if (parent_phase is None or parent_phase in self.outer) and phase_name not in self.told:
+                self.told.add(phase_name)
+                phases.put(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return not self.is_cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+def run_watched(
+    work: Callable[[], Result], phases: SimpleQueue[str | None], tell: Callable[[str], None],
+    cancel: Callable[[], None],
+) -> Result:  # fmt: skip
+    """Do `work` in another thread and tell what it puts into `phases` in this one, so that Ctrl-C is noticed meanwhile.
+
+    What is raised here, by `tell` or by Ctrl-C, calls `cancel`, and is passed on once the work has ended.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def work_on_the_same_device() -> Result:
+        if device is not None:
+            torch.cuda.set_device(device)  # each thread has its own
+        return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work_on_the_same_device)
+        running.add_done_callback(lambda done: phases.put(None))
+        try:
+            for phase in iter(phases.get, None):
+                tell(phase)
+        except BaseException:
+            cancel()
+            raise
+    return running.result()

@@ -10,7 +10,7 @@ from functools import cache
 from types import GenericAlias
 from typing import Any
 
-import torch
+from posecrafter_rt.engines.tensorrt_common import torch_dtype
 
 NAMESPACE = "posecrafter"
 PLUGIN_OPS = {"KeyframeAttention": "keyframe_attention", "TemporalAttention": "temporal_attention"}
@@ -131,10 +131,3 @@ def profile_shape(desc: Any, bound: str) -> tuple[int, ...]:
     """A tensor's shape at a bound of the profile: "opt" or "max"."""
     shape = desc.shape
     return tuple(getattr(shape, bound) if shape.is_dynamic else shape)
-
-
-def torch_dtype(dtype: Any) -> torch.dtype:
-    """Of a floating-point `tensorrt.DataType`."""
-    import tensorrt as trt
-
-    return {trt.float32: torch.float32, trt.float16: torch.float16, trt.bfloat16: torch.bfloat16}[dtype]

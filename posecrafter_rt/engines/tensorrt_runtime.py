@@ -9,13 +9,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from posecrafter_rt.engines.base import DTYPES, checked_inputs, fitting_weights
+from posecrafter_rt.engines.base import checked_inputs, fitting_weights
+from posecrafter_rt.engines.tensorrt_common import failure, make_logger, torch_dtype, trt_dtype
 from posecrafter_rt.errors import CheckpointError, PoseCrafterError, ShapeError
 from posecrafter_rt.export.shapes import resolve_shape, split_dim
 from posecrafter_rt.spec import NetworkSpec
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 Shapes = tuple[tuple[int, ...], ...]
 Addresses = tuple[int, ...]
+Types = Mapping[str, torch.dtype]  # of a plan's inputs and outputs
 
 
 def is_copied(tensor: Tensor) -> bool:
@@ -55,18 +57,24 @@ def output_shapes(spec: NetworkSpec, shapes: Shapes) -> Shapes:
 
 
 class Workspace:
-    """The device's stream and the activation memory that all networks use in turn; grows never after `reserve`."""
+    """The device's stream, and the activation memory that all networks use in turn; it grows with the shapes that are run.
+
+    generation: how often it has grown; addresses of another generation are no longer valid.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self.generation = 0
 
-    def reserve(self, num_bytes: Iterable[int]) -> None:
-        """Allocate for the neediest of several networks, before any context is bound to it."""
-        most = max(num_bytes, default=0)
-        if most > self.memory.numel():
-            self.memory = torch.empty(most, dtype=torch.uint8, device=self.device)
+    def reserve(self, num_bytes: int) -> None:
+        """Have at least so much memory; it is other memory where there was less."""
+        if num_bytes > self.memory.numel():
+            self.stream.synchronize()  # what runs may still need the old one
+            self.generation += 1
+            self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)  # before there is another
+            self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
 
 class Slot:
@@ -76,25 +84,31 @@ class Slot:
     change (TensorRT issue 4849).
     """
 
-    def __init__(self, spec: NetworkSpec, engine: trt.ICudaEngine, workspace: Workspace, shapes: Shapes) -> None:
+    def __init__(
+        self, spec: NetworkSpec, engine: trt.ICudaEngine, types: Types, workspace: Workspace, shapes: Shapes
+    ) -> None:
         import tensorrt as trt
 
         self.spec, self.workspace = spec, workspace
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context: trt.IExecutionContext = engine.create_execution_context(strategy)
+        if context is None:
+            raise failure(f"TensorRT cannot prepare {spec.name} for {spec.inputs[0].name} of {shapes[0]}")
         self.context: trt.IExecutionContext = context
-        context.set_device_memory(workspace.memory.data_ptr(), workspace.memory.numel())
         for tensor, shape in zip(spec.inputs, shapes, strict=True):
             if not context.set_input_shape(tensor.name, shape):
                 raise ShapeError(f"{spec.name}: {tensor.name} of {shape} is outside what the engine was built for",
-                                 "build it again for more frames or another size")  # fmt: skip
+                                 "build it again with another --max-frames or --size")  # fmt: skip
+        # It says 0 where it cannot tell; the plan knows what its largest shapes take.
+        self.num_bytes = context.update_device_memory_size_for_shapes() or engine.device_memory_size_v2
+        self.generation = -1
         self.buffers: dict[str, Tensor] = {}
         self.outputs = {
-            tensor.name: torch.empty(shape, dtype=DTYPES[tensor.dtype], device=workspace.device)
+            tensor.name: torch.empty(shape, dtype=types[tensor.name], device=workspace.device)
             for tensor, shape in zip(spec.outputs, output_shapes(spec, shapes), strict=True)
         }
         for name, output in self.outputs.items():
-            context.set_tensor_address(name, output.data_ptr())
+            self._set_address(name, output)
         self.graphs: OrderedDict[Addresses, torch.cuda.CUDAGraph | None] = OrderedDict()
         self.records = True
 
@@ -103,6 +117,7 @@ class Slot:
 
         The first run at new addresses is launched kernel by kernel, the second is recorded, later ones are replayed.
         """
+        self._take_workspace()
         bound = [self._bound(tensor.name, given) for tensor, given in zip(self.spec.inputs, inputs, strict=True)]
         addresses = tuple(tensor.data_ptr() for tensor in bound)
         graph = self.graphs.get(addresses)
@@ -111,7 +126,7 @@ class Slot:
             graph.replay()
             return self.outputs
         for tensor, memory in zip(self.spec.inputs, bound, strict=True):
-            self.context.set_tensor_address(tensor.name, memory.data_ptr())
+            self._set_address(tensor.name, memory)
         if addresses in self.graphs and self.records:
             graph = self._record()
         self.graphs[addresses] = graph
@@ -124,6 +139,18 @@ class Slot:
             self._enqueue()
         return self.outputs
 
+    def _take_workspace(self) -> None:
+        """Have the workspace large enough, and bind the context to it where it is not the one of the last run."""
+        self.workspace.reserve(self.num_bytes)
+        if self.generation != self.workspace.generation:
+            self.graphs.clear()  # they were recorded with the old addresses
+            self.context.set_device_memory(self.workspace.memory.data_ptr(), self.workspace.memory.numel())
+            self.generation = self.workspace.generation
+
+    def _set_address(self, name: str, tensor: Tensor) -> None:
+        if not self.context.set_tensor_address(name, tensor.data_ptr()):
+            raise failure(f"TensorRT refuses the memory of {self.spec.name}'s {name}, {tuple(tensor.shape)}")
+
     def _bound(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor that the kernels will read: the input itself, or its buffer after a copy."""
         if not is_copied(tensor):
@@ -134,7 +161,7 @@ class Slot:
 
     def _enqueue(self) -> None:
         if not self.context.execute_async_v3(self.workspace.stream.cuda_stream):
-            raise PoseCrafterError(f"TensorRT could not run {self.spec.name}", "run again with --debug")
+            raise failure(f"TensorRT could not run {self.spec.name}")
 
     def _record(self) -> torch.cuda.CUDAGraph | None:
         """The launches of one run; None, and never tried again, where TensorRT cannot be recorded."""
@@ -156,13 +183,17 @@ class TensorRTEngine:
     def __init__(self, spec: NetworkSpec, engine: trt.ICudaEngine, workspace: Workspace, weights: Path) -> None:
         self.spec, self.device = spec, workspace.device
         self._engine, self._workspace, self._weights = engine, workspace, weights
+        self._types = {tensor.name: torch_dtype(engine.get_tensor_dtype(tensor.name))
+                       for tensor in (*spec.inputs, *spec.outputs)}  # fmt: skip
         self._slots: OrderedDict[Shapes, Slot] = OrderedDict()
         self._swapped: dict[str, Tensor] = {}
 
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """See `Engine`; outputs are reused by the next call of the same shape."""
-        tensors = [tensor.contiguous() for tensor in checked_inputs(self.spec, inputs, self.device)]
+        given = zip(self.spec.inputs, checked_inputs(self.spec, inputs, self.device), strict=True)
+        # Only what is kept can be of another type: zeros in place of what no call has given yet.
+        tensors = [tensor.to(self._types[expected.name]).contiguous() for expected, tensor in given]
         slot = self._slot(tuple(tuple(tensor.shape) for tensor in tensors))
         stream, current = self._workspace.stream, torch.cuda.current_stream(self._workspace.device)
         stream.wait_stream(current)
@@ -178,7 +209,7 @@ class TensorRTEngine:
             if len(self._slots) >= KEPT_SHAPES:
                 self._workspace.stream.synchronize()
                 self._slots.popitem(last=False)
-            self._slots[shapes] = Slot(self.spec, self._engine, self._workspace, shapes)
+            self._slots[shapes] = Slot(self.spec, self._engine, self._types, self._workspace, shapes)
         self._slots.move_to_end(shapes)
         return self._slots[shapes]
 
@@ -189,9 +220,10 @@ class TensorRTEngine:
             shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
             fitting = fitting_weights(shapes, tensors)
             if fitting:
-                self._swapped |= {name: tensor.detach().cpu() for name, tensor in fitting.items()}
+                swapped = self._swapped | {name: tensor.detach().cpu() for name, tensor in fitting.items()}
                 self._workspace.stream.synchronize()
-                refit(self._engine, self._swapped, names, stored.get_tensor)
+                refit(self._engine, swapped, names, stored.get_tensor)
+                self._swapped = swapped  # not before TensorRT has taken them
                 self._slots.clear()
         return set(fitting)
 
@@ -201,11 +233,9 @@ def refit(
 ) -> None:
     """Replace weights by name; those that TensorRT merged with changed ones are `stored` under one of `names`.
 
-    Raises: CheckpointError when TensorRT refuses.
+    Raises: CheckpointError when TensorRT refuses, OutOfMemory where memory is the reason.
     """
     import tensorrt as trt
-
-    from posecrafter_rt.engines.tensorrt_build import make_logger
 
     refitter: trt.Refitter = trt.Refitter(engine, make_logger())
     kept: list[Tensor] = []  # TensorRT reads them when it refits, not when it is told
@@ -215,7 +245,7 @@ def refit(
         kept.append(tensor)
         weights = trt.Weights(trt_dtype(tensor.dtype), tensor.data_ptr(), tensor.numel())
         if not refitter.set_named_weights(name, weights):
-            raise CheckpointError(f"TensorRT refuses {name}", "build the engine again")
+            raise failure(f"TensorRT refuses {name}", "build the engine again", CheckpointError)
 
     refittable = set(refitter.get_all_weights())
     missing = set(changed) - refittable
@@ -228,11 +258,4 @@ def refit(
             raise CheckpointError(f"the engine merged {name or 'a constant'} with a weight", "build the engine again")
         give(name, stored(name))
     if not refitter.refit_cuda_engine():
-        raise CheckpointError("TensorRT could not replace the weights", "build the engine again")
-
-
-def trt_dtype(dtype: torch.dtype) -> Any:
-    """Of a floating-point torch type."""
-    import tensorrt as trt
-
-    return {torch.float32: trt.float32, torch.float16: trt.float16, torch.bfloat16: trt.bfloat16}[dtype]
+        raise failure("TensorRT could not replace the weights", "build the engine again", CheckpointError)

@@ -29,7 +29,7 @@ from posecrafter_rt.engines.cuda_graphs import Recorder
 from posecrafter_rt.engines.device import describe_device, torch_device
 from posecrafter_rt.engines.refit import WITHOUT, same_bits
 from posecrafter_rt.errors import EngineFolderError
-from posecrafter_rt.models.blocks import channels_last
+from posecrafter_rt.models.blocks import channels_last, do_in_parts
 from posecrafter_rt.models.empty import describe_modules, empty_modules
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.models.networks import build_networks
@@ -78,10 +78,16 @@ class TorchEngine:
 
 
 class TorchBackend:
-    """Eager PyTorch on the current CUDA device, or on the processor where there is none; runs everywhere."""
+    """Eager PyTorch on the current CUDA device, or on the processor where there is none; runs everywhere.
+
+    tokens_at_once: see `do_in_parts`, for a clip that memory does not hold otherwise; None: a block does what is fastest.
+    """
 
     name = "torch"
     libraries = ("torch", "diffusers", "transformers")
+
+    def __init__(self, tokens_at_once: int | None = None) -> None:
+        self.tokens_at_once = tokens_at_once
 
     def device(self) -> dict[str, str]:
         """The GPU with its compute capability, or the processor."""
@@ -126,9 +132,17 @@ class TorchBackend:
         description = (networks_folder / COMPONENTS_FILE).read_text(encoding="utf-8")
         modules, device = empty_modules(description), torch_device()
         for name, module in modules.items():
-            weights = load_file(networks_folder / f"{name}.safetensors", device=str(device))
-            module.load_state_dict(_cast_weights(weights, _dtype(name, precision)), assign=True)
+            stored = load_file(networks_folder / f"{name}.safetensors", device=str(device))
+            weights = _cast_weights(_in_use(stored), _dtype(name, precision))
+            try:
+                module.load_state_dict(weights, assign=True)
+            except RuntimeError as error:  # of an earlier commit, which laid convolutions out otherwise
+                raise EngineFolderError(
+                    f"{networks_folder} was not written by this version", "build it again"
+                ) from error
             channels_last(module.to(device).eval().requires_grad_(False))
+            if self.tokens_at_once is not None:
+                do_in_parts(module, self.tokens_at_once)
         networks = build_networks(**modules)  # type: ignore[arg-type]
         specs = network_specs(arch)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -137,9 +151,19 @@ class TorchBackend:
 
 
 def _weights(name: str, module: nn.Module, precision: Precision) -> dict[str, Tensor]:
-    """A component's weights as they are stored; what is no floating-point number keeps its type."""
+    """A component's weights as they are stored; what is no floating-point number keeps its type.
+
+    Convolutions have their channels last, as they run. So a processor reads every weight where it lies in the file: there
+    is no copy of it, and processes share what they have read.
+    """
     weights = _cast_weights(module.state_dict(), _dtype(name, precision))
-    return {key: tensor.contiguous() for key, tensor in weights.items()}
+    return {key: (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
+            for key, tensor in weights.items()}  # fmt: skip
+
+
+def _in_use(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `_weights` stored, as modules name its dimensions; views."""
+    return {key: tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor for key, tensor in stored.items()}
 
 
 def _cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

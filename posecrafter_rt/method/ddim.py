@@ -206,7 +206,7 @@ def ddim_step(latents: Tensor, noise_pred: Tensor, coefficients: Coefficients) -
             hint="the denoiser must return one prediction per latent",
         )
     scale, weight = coefficients
-    return torch.add(latents * scale, noise_pred.to(latents.dtype), alpha=weight)
+    return (latents * scale).add_(noise_pred.to(latents.dtype), alpha=weight)
 
 
 @torch.no_grad()

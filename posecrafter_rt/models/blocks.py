@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from posecrafter_rt import ops
 from posecrafter_rt.ops import keyframe_attention, temporal_attention
 
-FEED_FORWARD_TOKENS = 1 << 16  # at once: 16 frames of 64 × 64
+FEED_FORWARD_TOKENS = 1 << 16  # at once, unless a block is told otherwise (`do_in_parts`): 16 frames of 64 × 64
 
 NormScope = Literal["clip", "frame"]
 BlockForward = Callable[..., Tensor]  # (module, hidden_states, context) → hidden_states
@@ -79,6 +80,18 @@ def assign_slices(resnets: Iterable[ResnetBlock2D], blocks: Iterable[BasicTransf
     return time_width, kv_width
 
 
+def do_in_parts(denoiser: nn.Module, tokens_at_once: int) -> None:
+    """Let blocks do so many tokens (positions of frames) at once, to take less memory: feed-forward, attention, convolutions.
+
+    Every token's result is its own, given its key frame's keys and values, the prompt's, or the other frames at its
+    position, and every frame's in a residual block with statistics per frame: so it is what it would be, to the rounding
+    of products of matrices of another shape.
+    """
+    for module in denoiser.modules():
+        if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
+            module.tokens_at_once = tokens_at_once
+
+
 def frame_group_norm(norm: nn.GroupNorm, hidden_states: Tensor, *, silu: bool = False) -> Tensor:
     """GroupNorm of (N, C, h, w) with statistics per frame, then SiLU where asked."""
     return ops.group_norm(hidden_states, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu)
@@ -110,6 +123,15 @@ def per_frame(values: Tensor, num_frames: int) -> Tensor:
 
 def resnet_forward(resnet: ResnetBlock2D, hidden_states: Tensor, context: ClipContext) -> Tensor:
     """diffusers' ResnetBlock2D with the timestep projection read from the table. (G·F, C, h, w) → (G·F, C', h, w)."""
+    at_once = _tokens_at_once(resnet)
+    is_of_frames = context.norm_scope == "frame" and context.time_projections.shape[0] == 1
+    if at_once is None or not is_of_frames:
+        return _resnet(resnet, hidden_states, context)
+    frames_at_once = at_once // hidden_states[0, 0].numel()
+    return _in_parts(partial(_resnet, resnet, context=context), hidden_states, 0, frames_at_once)
+
+
+def _resnet(resnet: ResnetBlock2D, hidden_states: Tensor, context: ClipContext) -> Tensor:
     shift = context.time_projections[:, resnet.time_slice, None, None]
     out = resnet.conv1(group_norm(resnet.norm1, hidden_states, context, silu=True))
     out = out + per_frame(shift, out.shape[0])
@@ -119,8 +141,8 @@ def resnet_forward(resnet: ResnetBlock2D, hidden_states: Tensor, context: ClipCo
     return (hidden_states + out) / resnet.output_scale_factor
 
 
-def _keyframe(attn: Attention, hidden_states: Tensor, context: ClipContext) -> Tensor:
-    frames, tokens, channels = hidden_states.shape
+def _keyframe(block: BasicTransformerBlock, hidden_states: Tensor, context: ClipContext) -> Tensor:
+    attn, (_, tokens, channels) = block.attn1, hidden_states.shape
     if context.memory is None:
         keyframe = hidden_states.reshape(context.groups, -1, tokens, channels)[
             :, 0
@@ -128,7 +150,7 @@ def _keyframe(attn: Attention, hidden_states: Tensor, context: ClipContext) -> T
         k, v = attn.to_k(keyframe), attn.to_v(keyframe)
     else:
         k, v = _remembered_keyframe(attn, hidden_states, context.memory)
-    return attn.to_out[0](keyframe_attention(attn.to_q(hidden_states), k, v, attn.heads))
+    return _attend(block, attn, hidden_states, k, v)
 
 
 def _remembered_keyframe(attn: Attention, hidden_states: Tensor, memory: StreamMemory) -> tuple[Tensor, Tensor]:
@@ -166,28 +188,57 @@ def _remembered_frames(k: Tensor, v: Tensor, memory: StreamMemory) -> tuple[Tens
 
 
 def _text(block: BasicTransformerBlock, hidden_states: Tensor, context: ClipContext) -> Tensor:
-    attn = block.attn2
     key, value = context.text_kv[..., block.kv_slice].chunk(2, dim=-1)
-    return attn.to_out[0](keyframe_attention(attn.to_q(hidden_states), key, value, attn.heads))
+    return _attend(block, block.attn2, hidden_states, key, value)
+
+
+def _attend(block: BasicTransformerBlock, attn: Attention, hidden_states: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Queries of (G·F, L, C) over keys and values (G, L', C) → (G·F, L, C), so many at a time as the block is told."""
+
+    def attend(queries: Tensor) -> Tensor:
+        return attn.to_out[0](keyframe_attention(attn.to_q(queries), k, v, attn.heads))
+
+    at_once = _tokens_at_once(block)
+    if at_once is None:
+        return attend(hidden_states)
+    groups = k.shape[0]
+    queries = hidden_states.reshape(groups, -1, hidden_states.shape[-1])
+    return _in_parts(attend, queries, 1, at_once // groups).reshape(hidden_states.shape)
 
 
 def transformer_block_forward(block: BasicTransformerBlock, hidden_states: Tensor, context: ClipContext) -> Tensor:
     """Key-frame, temporal and text attention, then the feed-forward. (G·F, L, C) → (G·F, L, C)."""
     normalised = block.norm1(hidden_states)
-    out = hidden_states + _keyframe(block.attn1, normalised, context)
-    if hasattr(block, "attn_temp"):
-        out = out + _temporal(block, normalised, context)  # in parallel with attn1, on the same input
+    out = hidden_states + _keyframe(block, normalised, context)
+    if hasattr(block, "attn_temp"):  # in parallel with attn1, on the same input
+        at_once = _tokens_at_once(block) if context.memory is None else None  # a stream's frames are few
+        temporal = partial(_temporal, block, context=context)
+        out = out + _in_parts(temporal, normalised, 1, None if at_once is None else at_once // len(normalised))
     out = out + _text(block, block.norm2(out), context)
     return out + _feed_forward(block, block.norm3(out))
 
 
 def _feed_forward(block: BasicTransformerBlock, hidden_states: Tensor) -> Tensor:
-    """(G·F, L, C) → (G·F, L, C), so many frames at a time that what is twelve times as wide inside stays small."""
-    frames, tokens, _ = hidden_states.shape
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or frames * tokens <= FEED_FORWARD_TOKENS:
+    """(G·F, L, C) → (G·F, L, C), so many tokens at a time that what is twelve times as wide inside stays small."""
+    at_once = _tokens_at_once(block, FEED_FORWARD_TOKENS)
+    if at_once is None:
         return block.ff(hidden_states)
-    parts = hidden_states.split(max(1, FEED_FORWARD_TOKENS // tokens))
-    return torch.cat([block.ff(part) for part in parts])
+    return _in_parts(block.ff, hidden_states.flatten(0, 1), 0, at_once).reshape(hidden_states.shape)
+
+
+def _tokens_at_once(block: nn.Module, default: int | None = None) -> int | None:
+    """How many tokens a block was told to do at once; None: all, as in a graph that is traced and where gradients flow."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    at_once: int | None = getattr(block, "tokens_at_once", default)
+    return at_once
+
+
+def _in_parts(function: Callable[[Tensor], Tensor], tensor: Tensor, dim: int, at_once: int | None) -> Tensor:
+    """function(tensor), so many entries of a dimension at a time; None: all."""
+    if at_once is None or tensor.shape[dim] <= at_once:
+        return function(tensor)
+    return torch.cat([function(part) for part in tensor.split(max(1, at_once), dim)], dim)
 
 
 def transformer_forward(model: Transformer2DModel, hidden_states: Tensor, context: ClipContext) -> Tensor:

@@ -92,7 +92,7 @@ def locate_base(base: str) -> Base:
             message = "the embedded base is not part of this installation"
             raise ModelError(message, hint=f"train it: python -m posecrafter_rt.embedded.train {EMBEDDED_FOLDER}")
         return Base(base, EMBEDDED_FOLDER, None, EMBEDDED_FOLDER)
-    path = Path(base).expanduser()
+    path = _path(base)
     if path.is_dir():
         return Base(lasting_id(base), path, None, path)
     if path.is_file():
@@ -104,7 +104,7 @@ def locate_base(base: str) -> Base:
 
 def locate_component(source: str, role: str) -> Component:
     """Find a network of its own: a folder (or its subfolder `role`), a file, or a hub id. Raises: as `locate_base`."""
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_file():
         _check_suffix(path)
         return Component(role, (path,), path, SD15_FOLDER / role)
@@ -135,8 +135,16 @@ def reading(source: object) -> Iterator[None]:
 
 def lasting_id(source: str) -> str:
     """What finds the same base or network from any working directory: a path made absolute, or the name as it is."""
-    path = Path(source).expanduser()
+    path = _path(source)
     return str(path.resolve()) if source != "embedded" and path.exists() else source
+
+
+def _path(source: str) -> Path:
+    """The path that a source may be; `~name` stays as it is where nobody is called so."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
 
 
 def first_line(error: Exception) -> str:

@@ -173,7 +173,10 @@ class VideoUNet(ClipDenoiser):
         samples.append(self._mid(samples[-1], context))
         if mid_block_additional_residual is not None:
             residuals = (*down_block_additional_residuals, mid_block_additional_residual)
-            samples = [sample + residual for sample, residual in zip(samples, residuals, strict=True)]
+            for index, residual in zip(
+                range(len(samples)), residuals, strict=True
+            ):  # each sum takes its summand's place
+                samples[index] = samples[index] + residual
         layers, deep_features = self._up_layers(), None
         if self.gives_deep_features:
             deep_features = self._up(layers[:-1], samples, context)

@@ -37,6 +37,7 @@ _HAND_DOT_COLOUR = (0, 0, 255)
 _FACE_DOT_COLOUR = (255, 255, 255)
 # Far outside any picture, and small enough for OpenCV's fixed-point coordinates.
 _FARTHEST_PX = 2**14
+_LARGEST_PICTURE_BYTES = (1 << 31) - 1  # OpenCV crashes on larger ones
 
 # Pairs of body points, in the order in which they are painted; limb i has the i-th colour, and so has joint i.
 _LIMBS = (
@@ -73,7 +74,7 @@ def draw_pose(
         size: (height, width) of the picture in pixels; None takes the canvas.
         threshold: points of lower confidence are left out, with every stick that ends there.
     Returns: uint8 (H', W', 3), RGB, contiguous.
-    Raises: PoseError: wrong shape, non-finite coordinates, or a picture without area.
+    Raises: PoseError: wrong shape, non-finite coordinates, or a picture without area or too large to be drawn.
     """
     keypoints = np.asarray(keypoints)
     if keypoints.shape != (NUM_KEYPOINTS, 3):
@@ -84,6 +85,10 @@ def draw_pose(
     if height < 1 or width < 1:
         raise PoseError(f"cannot draw a pose at {height} x {width} pixels", hint="give at least 1 x 1")
     multiple = -(-_DRAWN_SHORT_SIDE_PX // min(height, width))
+    if 3 * height * width * multiple**2 > _LARGEST_PICTURE_BYTES:
+        raise PoseError(
+            f"cannot draw a pose at {height} x {width} pixels", hint="give fewer, or sides that differ less"
+        )
     drawn = np.zeros((height * multiple, width * multiple, 3), np.uint8)
     scaled = scale_keypoints(keypoints, canvas, drawn.shape[:2])
     # In place: a point thrown far out by a bad detection must not overflow.

@@ -33,6 +33,20 @@ class Similarity(NamedTuple):
         return moved
 
 
+def shown_median(values: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """The median of each value over the frames that show it.
+
+    Args: values: float (N, P, D). shown: bool (N, P). N at least 1.
+    Returns: (P, D), dtype of `values`; NaN where no frame shows it.
+    """
+    count = shown.sum(axis=0)
+    # Sorted with what is not shown at the end: a value's median is in the middle of its first `count`.
+    ordered = np.sort(np.where(shown[..., np.newaxis], values, np.inf), axis=0)
+    middle = np.maximum([(count - 1) // 2, count // 2], 0)[..., np.newaxis]
+    median = np.take_along_axis(ordered, middle, axis=0).mean(axis=0)
+    return np.where(count[:, np.newaxis] > 0, median, np.nan)
+
+
 def median_pose(keypoints: np.ndarray) -> np.ndarray:
     """The median place of each keypoint over the frames that show it.
 
@@ -41,13 +55,9 @@ def median_pose(keypoints: np.ndarray) -> np.ndarray:
         their share of the frames.
     """
     shown = keypoints[..., 2] >= CONFIDENCE_THRESHOLD
-    count = shown.sum(axis=0)
-    # Sorted with what is not shown at the end: a point's median is in the middle of its first `count` values.
-    places = np.sort(np.where(shown[..., np.newaxis], keypoints[..., :2], np.inf), axis=0)
-    middle = np.maximum([(count - 1) // 2, count // 2], 0)[..., np.newaxis]
     median = np.zeros(keypoints.shape[1:], np.float32)
-    median[:, :2] = np.where(count[:, np.newaxis] > 0, np.take_along_axis(places, middle, axis=0).mean(axis=0), 0)
-    median[:, 2] = count / len(keypoints)
+    median[:, :2] = np.nan_to_num(shown_median(keypoints[..., :2], shown))
+    median[:, 2] = shown.mean(axis=0)
     return median
 
 

@@ -5,6 +5,7 @@ Layer 5.
 
 from __future__ import annotations
 
+import logging
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posecrafter_rt.atomic import atomic_path, sha256_json
+from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.runtime.options import RenderOptions
+
+log = logging.getLogger(__name__)
 
 
 def inversion_key(
@@ -57,11 +61,14 @@ class InversionCache:
         return inverted_latents if digest == _digest(inverted_latents) else None
 
     def save(self, key: dict[str, Any], inverted_latents: Tensor) -> None:
-        """Write atomically. Raises DiskFull."""
-        self.folder.mkdir(exist_ok=True)
-        with atomic_path(self.path(key)) as temporary:
-            tensors = {"inverted_latents": inverted_latents.contiguous()}
-            save_file(tensors, temporary, metadata={"sha256": _digest(inverted_latents)})
+        """Write atomically; where that fails, a later render computes it again."""
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with atomic_path(self.path(key)) as temporary:
+                tensors = {"inverted_latents": inverted_latents.contiguous()}
+                save_file(tensors, temporary, metadata={"sha256": _digest(inverted_latents)})
+        except (PoseCrafterError, OSError, SafetensorError) as error:
+            log.warning("the inversion is not kept for the next time: %s", error)
 
 
 def _digest(tensor: Tensor) -> str:

@@ -27,11 +27,13 @@ KEPT_LENGTHS = 2
 # In the U-Net, whose peak is the render's, a transformer block of the widest level has so many times that level's channels
 # at once: 16 in the feed-forward (8, and 4 and 4 once gated), the rest around it.
 LEVEL_COPIES = 24
-# How libraries say that memory ran out where they raise no error of its own kind: torch, OpenVINO, the CUDA driver; and
-# oneDNN, which does not give its reason: it says the same when it has no memory for its code or its scratchpad.
+# How libraries say that memory ran out where they raise no error of its own kind: torch, OpenVINO, the CUDA driver, cuBLAS,
+# cuDNN; and those that do not give their reason: oneDNN, which says the same when it has no memory for its code or its
+# scratchpad, and torch, for which cuDNN found no way to convolve: each that it knows may need more memory than there is.
 OUT_OF_MEMORY = re.compile(
     r"can'?t allocate memory|cannot allocate memory|not enough memory|out of memory|bad.alloc"
-    r"|could not (create|execute) a primitive$",
+    r"|could not (create|execute) a primitive$|CU\w+_STATUS_\w*ALLOC\w*_FAILED"
+    r"|unable to find (an engine to execute|a valid cudnn algorithm)",
     re.I | re.M,
 )
 
@@ -43,13 +45,15 @@ log = logging.getLogger(__name__)
 class Room(NamedTuple):
     """What there is to render in, in bytes.
 
-    free: None where the system does not say. reserved: for networks that are loaded when they are first called.
-    per_frame: of a jointly rendered frame.
+    free: None where the system does not say. reserved: for networks that are not in memory yet, or in what counts as free.
+    per_frame: of a jointly rendered frame. most: frames that the engine takes at once, the inserted reference among them;
+        None: any number.
     """
 
     free: int | None
     reserved: int
     per_frame: int
+    most: int | None = None
 
     def fitting(self, kept_lengths: int = 1) -> int:
         """Frames that can be rendered jointly, by estimate; the inserted reference is not counted."""
@@ -68,30 +72,36 @@ def free_bytes(device_type: str) -> int | None:
     return available_bytes()
 
 
-def frame_bytes(arch: Architecture, size: tuple[int, int], groups: int) -> int:
-    """About what a frame takes in a joint render, in float32 whatever type runs inside.
+def frame_bytes(arch: Architecture, size: tuple[int, int], groups: int, element_bytes: int = 4) -> int:
+    """About what a frame takes in a joint render.
 
-    That is the ControlNet's residuals, the deep features where an engine has them, and what the U-Net computes with them
-    (`LEVEL_COPIES`).
-    Args: size: (height, width) in pixels; groups: 2 with guidance.
+    That is its pose embedding, which is float32, the ControlNet's residuals, the deep features where an engine has them,
+    and what the U-Net computes with them (`LEVEL_COPIES`).
+    Args: size: (height, width) in pixels; groups: 2 with guidance, whose every pass has a copy of the embedding beside it;
+        element_bytes: of the type that runs inside.
     """
     positions = size[0] // arch.vae_scale_factor * (size[1] // arch.vae_scale_factor)
     kept = (*arch.residuals, arch.mid_residual, (arch.deep_channels or 0, 1))
     levels = [channels * positions // scale**2 for channels, scale in kept]
-    return 4 * groups * (sum(levels) + LEVEL_COPIES * max(levels))
+    embeddings = arch.pose_channels * positions * (groups if groups == 1 else groups + 1)
+    return 4 * embeddings + element_bytes * groups * (sum(levels) + LEVEL_COPIES * max(levels))
 
 
 def choose_segment(room: Room, num_frames: int, overlap: int) -> SegmentChoice:
     """The whole clip where it fits, which is exact; else the longest segments that do, or the shortest that there are.
 
+    None is longer than what the engine takes beside the inserted reference, but for the shortest that there are.
     Raises: PoseCrafterError where the system does not say what is free.
     """
     if room.free is None:
         raise PoseCrafterError("this system does not say how much memory is free", "give a number: --segment 48")
     facts = f"at {_mb(room.per_frame)} a frame in {_mb(room.free)} that are free"
-    if num_frames <= room.fitting():
-        return SegmentChoice(max(num_frames, least_segment(overlap)), f"the whole clip fits, {facts}")
     fitting, least = room.fitting(KEPT_LENGTHS), least_segment(overlap)
+    most = num_frames if room.most is None else room.most - 1
+    if num_frames <= min(room.fitting(), most):
+        return SegmentChoice(max(num_frames, least), f"the whole clip fits, {facts}")
+    if most < min(num_frames, fitting):
+        return SegmentChoice(max(most, least), f"the engine takes {room.most} frames at once, the reference among them")
     if fitting < least:
         return SegmentChoice(least, f"not even {least} frames are sure to fit, {facts}; there are no shorter segments")
     return SegmentChoice(fitting, f"{fitting} frames fit, {facts}")

@@ -5,7 +5,6 @@ Layer 5.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -17,6 +16,7 @@ MODES = ("controlvideo", "+selection", "+insertion", "+editing")
 Resample = Literal["bilinear", "nearest", "unit_variance"]
 Sampler = Literal["ddim", "dpmpp", "unipc"]
 Decoder = Literal["full", "small"]
+LARGEST_SCALE = 1e30  # above it float32 may not hold the scale itself
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class RenderOptions:
         last = self.num_inference_steps - (0 if self.strength is None else self.start_step)
         if not 1 <= self.tau <= last:
             raise PoseCrafterError(f"tau {self.tau} is not a sampling step", f"give 1 to {last}")
-        if not 1 <= self.guidance_scale < math.inf:
-            raise PoseCrafterError(f"guidance scale {self.guidance_scale}", "give 1 (no guidance) or more")
-        if not math.isfinite(self.conditioning_scale):
+        if not 1 <= self.guidance_scale <= LARGEST_SCALE:
+            raise PoseCrafterError(f"guidance scale {self.guidance_scale}", "give 1 (no guidance) or more, such as 3")
+        if not abs(self.conditioning_scale) <= LARGEST_SCALE:  # nor is NaN
             raise PoseCrafterError(f"conditioning scale {self.conditioning_scale}", "give a number; 1 is the paper's")
         if unknown := sorted(set(self.regions) - set(REGIONS)):
             raise PoseCrafterError(f"unknown region {unknown[0]!r}", f"choose of {', '.join(REGIONS)}")
@@ -116,6 +116,11 @@ class RenderOptions:
         """The first step of sampling that is done, from 0; of options whose `strength` is given."""
         assert self.strength is not None
         return self.num_inference_steps - max(1, round(self.num_inference_steps * self.strength))
+
+    @property
+    def groups(self) -> int:
+        """Passes of each step: 1, or 2 with guidance, the unconditional one first."""
+        return 1 if self.guidance_scale == 1 else 2
 
     @property
     def selects(self) -> bool:

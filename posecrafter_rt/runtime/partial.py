@@ -5,11 +5,10 @@ Layer 5. A segment counts once state.json lists it with its hash; every file is 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from posecrafter_rt.atomic import atomic_path, sha256_file
 from posecrafter_rt.errors import OutputExists, PoseCrafterError
+from posecrafter_rt.locks import locked
 from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import SegmentChoice
 from posecrafter_rt.video_io import decode_png, encode_png
@@ -106,6 +106,7 @@ class PartialRender:
             if not path.is_file() or sha256_file(path) != expected:
                 del self.hashes[index:]
                 break
+        self.staged = False  # or else what is made anew would count as whole beside outputs of an earlier render
         kept = {STATE, *(self._path(index).name for index in range(len(self.hashes)))}
         for path in self.folder.iterdir():
             if path.name not in kept:
@@ -137,7 +138,6 @@ def open_partial(
     Raises: OutputExists when the folder is of another render and `force` is false, or not of a render at all;
         PoseCrafterError while another process is rendering into it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         state = read_state(folder)
         partial = PartialRender(folder, fingerprint, [])
@@ -179,14 +179,16 @@ def _refuse_foreign(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes; the system lets go of it when this one ends, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PoseCrafterError(f"another process is rendering into {folder}",
-                                   "wait for it, or choose another name for the output") from error  # fmt: skip
+    """Make the folder and hold it against other processes, also where the one that had it has just removed it."""
+    with ExitStack() as held:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(locked(folder))
+                break
+            except FileNotFoundError:
+                continue
+            except BlockingIOError as error:
+                raise PoseCrafterError(f"another process is rendering into {folder}",
+                                       "wait for it, or choose another name for the output") from error  # fmt: skip
         yield
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ Layer 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.engines.base import Engine
-from posecrafter_rt.method import DDIMSchedule, EditPlan, ddim_invert, insert_reference, plan_edits
+from posecrafter_rt.method import DDIMSchedule, EditPlan, ddim_invert, plan_edits
 from posecrafter_rt.ops import affine_warp_paste
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -39,8 +39,22 @@ class Tables:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What depends on the avatar, its reference frame and the options alone: all segments of a render share it.
+
+    inverted_latents: (4, h, w); pose: (134, 3), the reference's on a canvas of the frame size; pose_embedding: its,
+    (1, C, h, w).
+    """
+
+    tables: Tables
+    inverted_latents: Tensor
+    pose: np.ndarray
+    pose_embedding: Tensor
+
+
+@dataclass(frozen=True)
 class Clip:
-    """What depends on the pose sequence alone.
+    """What depends on the pose sequence, too.
 
     latents: (F, 4, h, w), frame 0 the key frame; pose_embeddings: (F, C, h, w); plan: the edits, None when unedited.
     """
@@ -50,22 +64,31 @@ class Clip:
     plan: EditPlan | None
 
 
-def prepare_tables(engines: Mapping[str, Engine], timesteps: np.ndarray, input_ids: Tensor) -> Tables:
-    """Tables of all `timesteps` (int64, noisiest first), and the keys and values of `input_ids` (G, tokens)."""
-    time = engines["time_tables"](timesteps=torch.from_numpy(timesteps))
-    time = {name: time[f"{name}_time_projections"].clone() for name in ("unet", "controlnet")}
+def time_tables(engines: Mapping[str, Engine], timesteps: np.ndarray) -> dict[str, Tensor]:
+    """`Tables.time_projections` of `timesteps` (int64, noisiest first)."""
+    tables = engines["time_tables"](timesteps=torch.from_numpy(timesteps))
+    return {name: tables[f"{name}_time_projections"].clone() for name in ("unet", "controlnet")}
+
+
+def text_tables(engines: Mapping[str, Engine], input_ids: Tensor) -> dict[str, Tensor]:
+    """`Tables.text_kv`: keys and values of `input_ids` (G, tokens)."""
     text = engines["text_encoder"](input_ids=input_ids)["encoder_hidden_states"]
-    text_kv = engines["prompt_kv"](encoder_hidden_states=text)
-    return Tables(time, {name: text_kv[f"{name}_text_kv"].clone() for name in ("unet", "controlnet")})
+    tables = engines["prompt_kv"](encoder_hidden_states=text)
+    return {name: tables[f"{name}_text_kv"].clone() for name in ("unet", "controlnet")}
 
 
-def embed_poses(engines: Mapping[str, Engine], poses: PoseSequence, size: tuple[int, int]) -> Tensor:
-    """Draw poses at `size` and embed them, one at a time as frames are decoded: (N, C, h, w)."""
+def embed_poses(
+    engines: Mapping[str, Engine], poses: PoseSequence, size: tuple[int, int], before: Sequence[Tensor] = ()
+) -> Tensor:
+    """Draw poses at `size` and embed them, one at a time as frames are decoded: (N, C, h, w).
+
+    before: embeddings that are there already, put before the others.
+    """
     pictures = torch.from_numpy(draw_poses(poses, size)).permute(0, 3, 1, 2)
     embed = engines["pose_embedding"]
     parts = [embed(controlnet_cond=part.to(embed.device).float().div(255))["pose_embeddings"].clone()
              for part in pictures.split(1)]  # fmt: skip
-    return torch.cat(parts)
+    return torch.cat([*before, *parts])
 
 
 def invert_reference(
@@ -73,41 +96,39 @@ def invert_reference(
     schedule: DDIMSchedule,
     tables: Tables,
     frame: np.ndarray,
-    pose: PoseSequence,
+    pose_embedding: Tensor,
     options: RenderOptions,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Encode the reference frame and carry it to noise (Eq. 4): one frame, whatever the clip's length.
 
-    Args: frame: (H, W, 3) uint8; pose: its pose, a sequence of one; tables: of the *source* prompt and the inversion's
+    Args: frame: (H, W, 3) uint8; pose_embedding: (1, C, h, w); tables: of the *source* prompt and the inversion's
         timesteps; options: with nothing left to the base; progress: told (steps done, steps).
     Returns: inverted_latents (4, h, w).
     """
     pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
     latents = engines["vae_encoder"](pixels=pixels)["latents"].clone()
-    pose_embeddings = embed_poses(engines, pose, frame.shape[:2])
-    denoise = Denoiser(engines, tables, pose_embeddings, options.conditioning_scale, 1.0)
+    denoise = Denoiser(engines, tables, pose_embedding, options.conditioning_scale, 1.0)
     assert options.inversion_substeps is not None
     return ddim_invert(denoise, latents, schedule, options.num_inference_steps, substeps=options.inversion_substeps,
                        start_step=options.start_step, progress=progress)[0]  # fmt: skip
 
 
 def prepare_clip(
-    engines: Mapping[str, Engine],
-    inverted_latents: Tensor,
-    reference_pose: np.ndarray,
-    target: PoseSequence,
-    options: RenderOptions,
+    engines: Mapping[str, Engine], prepared: Prepared, target: PoseSequence, options: RenderOptions
 ) -> Clip:
     """Insert, embed and edit: everything of a clip that no denoising step changes.
 
-    Args: inverted_latents: (4, h, w); reference_pose: (134, 3) and target: N poses, both on a canvas of the frame size.
+    Args: target: N poses on a canvas of the frame size.
     """
-    poses = insert_reference(reference_pose, target) if options.inserts else target
-    pose_embeddings = embed_poses(engines, poses, target.canvas)
+    inserted = [prepared.pose_embedding] if options.inserts else []  # the reference's pose goes first (method step 3)
+    # Engines that read it in order would else put it into that order at every step.
+    pose_embeddings = embed_poses(engines, target, target.canvas, inserted).contiguous()
     if not options.edits:
-        return Clip(inverted_latents.expand(len(poses), -1, -1, -1).contiguous(), pose_embeddings, None)
-    latents, plan = edit_latents(inverted_latents, reference_pose, target, options, is_late=options.tau > 1)
+        latents = prepared.inverted_latents.expand(len(pose_embeddings), -1, -1, -1).contiguous()
+        return Clip(latents, pose_embeddings, None)
+    latents, plan = edit_latents(
+        prepared.inverted_latents, prepared.pose, target, options, is_late=options.tau > 1)  # fmt: skip
     return Clip(latents, pose_embeddings, plan)
 
 
@@ -161,7 +182,7 @@ class Denoiser:
         """every: more than 1 for the U-Net needs engines that have its shallow form."""
         self.engines, self.every = engines, every
         self.tables, self.guidance_scale = tables, guidance_scale
-        self.pose_embeddings = pose_embeddings.repeat(tables.groups, 1, 1, 1)
+        self.pose_embeddings = _for_groups(pose_embeddings, tables.groups)
         self.conditioning_scale = torch.full((1,), conditioning_scale, device=engines["controlnet"].device)
         self.forget()
 
@@ -177,7 +198,7 @@ class Denoiser:
 
     def __call__(self, latents: Tensor, index: int, timestep: int) -> Tensor:
         """latents: (F, 4, h, w) → noise_pred of the same shape; index: into the timestep table."""
-        batch = latents.repeat(self.tables.groups, 1, 1, 1) if self.tables.groups > 1 else latents
+        batch = _for_groups(latents, self.tables.groups)
         is_whole = self._num_calls % self.every.unet == 0
         noise_pred = self._predict(batch, index) if is_whole else self._predict_shallow(batch, index)
         self._num_calls += 1
@@ -202,3 +223,8 @@ class Denoiser:
 
     def _predict_shallow(self, batch: Tensor, index: int) -> Tensor:
         return self.engines[SHALLOW_UNET](latents=batch, **self._step("unet", index), **self._deep)["noise_pred"]
+
+
+def _for_groups(frames: Tensor, groups: int) -> Tensor:
+    """(F, …) → (G·F, …), group-major; the tensor itself for one group."""
+    return frames if groups == 1 else frames.repeat(groups, *(1 for _ in frames.shape[1:]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.engines.base import Engine
+from posecrafter_rt.errors import NotFinite
 from posecrafter_rt.method import DDIMSchedule, DPMSchedule, ddim_sample, dpmpp_sample, unipc_sample
 from posecrafter_rt.ops import affine_warp_paste_
 from posecrafter_rt.runtime.options import Decoder, RenderOptions
@@ -75,9 +76,13 @@ def decode(engines: Mapping[str, Engine], latents: Tensor, decoder: Decoder = "f
 
     One at a time: decoding takes several times the memory that denoising takes for a frame (0.8 GB at Stable Diffusion
     1.5's 512²). And so a frame is, bit for bit, what it is among others.
+    Raises: NotFinite for a frame that is not: in its picture it could look like any other.
     """
     network = engines[DECODERS[decoder]]
     for part in latents.split(1):
-        pixels = network(latents=part)["pixels"]
-        frame = pixels[0].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-        yield frame.permute(1, 2, 0).cpu().numpy()
+        pixels = network(latents=part)["pixels"][0]
+        is_finite = torch.isfinite(pixels).all()
+        frame = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu()
+        if not is_finite:  # asked only now, when a GPU has been waited for
+            raise NotFinite("a decoded frame is not finite", "build the engine with --precision fp32, or bf16")
+        yield frame.numpy()

@@ -1,23 +1,26 @@
-"""What a render did: counts, reasons and times, of a segment and of the whole.
+"""What a render did: counts, reasons, times and memory, of a segment and of the whole.
 
 Layer 5.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from posecrafter_rt.machine import peak_rss_bytes
+from posecrafter_rt.machine import count_peak_anew, counted_peak_bytes, peak_rss_bytes
 from posecrafter_rt.method import EditPlan
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.presets import approximations
 from posecrafter_rt.runtime.segments import Adjustment, Segment
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -25,27 +28,52 @@ class SegmentReport:
     """Of one segment.
 
     edited_regions, skipped_regions: of the frames that it settles; a skipped one is named by its frame in the clip, its
-    region and the reason. adjustments: what had to change on the way. seconds: wall time of each stage. peak_gpu_bytes:
-    the most that torch allocated on the GPU.
+    region and the reason. adjustments: what had to change on the way. seconds: wall time of each stage. rss_bytes: the
+    largest resident memory of the process during each stage, where the system can count it anew (Linux), else None.
+    gpu_bytes: the most that torch had allocated on the GPU during each; none without one. peak_rss_bytes,
+    peak_gpu_bytes: the largest of those; resident memory where none was counted is the largest since the process began.
     """
 
     edited_regions: int = 0
     skipped_regions: list[dict[str, Any]] = field(default_factory=list)
     adjustments: list[Adjustment] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    rss_bytes: dict[str, int | None] = field(default_factory=dict)
+    gpu_bytes: dict[str, int] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     peak_gpu_bytes: int = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; a GPU's work counts where it was asked for, so it is waited for."""
-        start = time.perf_counter()
+        """Count a stage's time and memory; a GPU's work counts where it was asked for, so it is waited for."""
+        start, is_counted = time.perf_counter(), count_peak_anew()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         yield
+        gpu: dict[str, int] = {}
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-            self.peak_gpu_bytes = torch.cuda.max_memory_allocated()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        self.peak_rss_bytes = peak_rss_bytes()
+            gpu = {name: torch.cuda.max_memory_allocated()}
+        seconds, peak = time.perf_counter() - start, counted_peak_bytes() if is_counted else None
+        self._take_in({name: seconds}, {name: peak}, gpu)
+        self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes() if peak is None else peak)
+        self.peak_gpu_bytes = max(self.peak_gpu_bytes, *gpu.values(), 0)
+
+    def _take_in(
+        self, seconds: Mapping[str, float], rss_bytes: Mapping[str, int | None], gpu_bytes: Mapping[str, int]
+    ) -> None:
+        """Add what stages took of time and, where it is more, of memory."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+        for name, resident in rss_bytes.items():
+            self.rss_bytes[name] = max(self.rss_bytes.get(name), resident, key=lambda peak: peak or 0)
+        for name, allocated in gpu_bytes.items():
+            self.gpu_bytes[name] = max(self.gpu_bytes.get(name, 0), allocated)
+
+    def adjust(self, adjustment: Adjustment) -> None:
+        """Note what has to change, and say so in one line."""
+        self.adjustments.append(adjustment)
+        log.warning("%s", describe_adjustment(adjustment))
 
     def count_edits(self, plan: EditPlan, segment: Segment) -> None:
         """Add the edits of the frames that a segment settles: those that it shares with the next are the next's."""
@@ -68,8 +96,8 @@ class RenderReport(SegmentReport):
     """Of a whole render: the sums over its segments, the largest memory, and what they have in common.
 
     segments: how many frames each of them rendered jointly; one: the clip was not split. num_resumed: how many of them
-    an earlier, interrupted run had finished. segment_reason: how `segment="auto"` came to the number in `options`. reference_index: which training frame was
-    inverted. inversion_cached: whether it was read from the cache.
+    an earlier, interrupted run had finished. segment_reason: how `segment="auto"` came to the number in `options`.
+    reference_index: which training frame was inverted. inversion_cached: whether it was read from the cache.
     """
 
     options: RenderOptions
@@ -91,8 +119,7 @@ class RenderReport(SegmentReport):
         self.edited_regions += part.edited_regions
         self.skipped_regions += part.skipped_regions
         self.adjustments += part.adjustments
-        for name, value in part.seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + value
+        self._take_in(part.seconds, part.rss_bytes, part.gpu_bytes)
         self.peak_rss_bytes = max(self.peak_rss_bytes, part.peak_rss_bytes)
         self.peak_gpu_bytes = max(self.peak_gpu_bytes, part.peak_gpu_bytes)
 
@@ -100,12 +127,13 @@ class RenderReport(SegmentReport):
         """Plain values, for report.json.
 
         claims_byte_equality: whether another run with the same options gives the same bytes. It does not once memory
-        has decided how long segments are.
+        has decided how long segments are, or how much of one is computed at once, which is equal but for rounding.
         """
+        by_memory = any("segment" in adjustment or "tokens_at_once" in adjustment for adjustment in self.adjustments)
         shortened = [adjustment["segment"] for adjustment in self.adjustments if "segment" in adjustment]
         longest = [self.options.segment, *shortened][-1] if self.num_segments > 1 else None
         return {**super().to_json(), "options": vars(self.options), "num_segments": self.num_segments,
-                "claims_byte_equality": not shortened,
+                "claims_byte_equality": not by_memory,
                 "approximations": approximations(self.options, longest)}  # fmt: skip
 
 
@@ -113,6 +141,8 @@ def describe_adjustment(adjustment: Adjustment) -> str:
     """One line."""
     if "segment" in adjustment:
         change = f"segments of {adjustment['segment']} frames at most, {adjustment['overlap']} shared"
+    elif "tokens_at_once" in adjustment:
+        change = f"convolutions, attention and feed-forward in parts of {adjustment['tokens_at_once']} tokens, exact to rounding"
     else:
         change = f"networks in {adjustment['precision']}"
     return f"from frame {adjustment['frame']} on {change}: {adjustment['reason']}"

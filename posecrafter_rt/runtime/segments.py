@@ -23,7 +23,7 @@ class Segment(NamedTuple):
 
 
 # What had to change while a render was under way, as its report has it: `frame`, the first one from which it holds,
-# `reason`, and either `segment` with `overlap` or `precision`.
+# `reason`, and either `segment` with `overlap`, `precision` or `tokens_at_once`.
 Adjustment = dict[str, Any]
 
 

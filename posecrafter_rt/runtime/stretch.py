@@ -5,7 +5,7 @@ Layer 5: reads the video as a stream; how the frames are rendered is not its bus
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -56,14 +56,17 @@ class Stretch:
         """The video with `frames`, stop - start of them, in place of the stretch: (H, W, 3) uint8, one at a time.
 
         The frames before the stretch come first, before one of `frames` is asked for; that is taken to its end.
-        Raises: VideoError when the video can no longer be read.
+        Raises: VideoError when the video can no longer be read, or at the end when it is not what it was.
         """
-        own, _ = stream_video(self.video, size=self.size)
+        digest = sha256()
+        own = _hashed(stream_video(self.video, size=self.size)[0], digest.update)
         yield from islice(own, self.start)
         for frame in frames:
-            next(own)  # it gives way
+            next(own, None)  # it gives way
             yield frame
         yield from own
+        if digest.hexdigest() != self.frames_sha256:
+            raise VideoError(f"{self.video} was changed while it was mended", "run the same command again")
 
     def replaced(self) -> Iterator[np.ndarray]:
         """The video's own frames in the stretch, (H, W, 3) uint8. Raises: as `mend`."""
@@ -81,8 +84,7 @@ def open_stretch(video: Path, window: slice, size: tuple[int, int], num_poses: i
     digest, num_frames = sha256(), 0
     beside: dict[int, np.ndarray] = {}
     start = window.start or 0
-    for frame in frames:
-        digest.update(frame.tobytes())
+    for frame in _hashed(frames, digest.update):
         if num_frames in (start - 1, window.stop):
             beside[num_frames] = frame
         num_frames += 1
@@ -92,3 +94,10 @@ def open_stretch(video: Path, window: slice, size: tuple[int, int], num_poses: i
         raise VideoError(f"{video} has {num_frames} frames, and {start}:{stop} is not within them",
                          f"frames are counted from 0; give START and END of 0 to {num_frames}")  # fmt: skip
     return Stretch(video, start, stop, size, fps, digest.hexdigest(), beside.get(start - 1), beside.get(stop))
+
+
+def _hashed(frames: Iterable[np.ndarray], update: Callable[[bytes], object]) -> Iterator[np.ndarray]:
+    """The same frames; a digest is updated with each as it passes."""
+    for frame in frames:
+        update(frame.tobytes())
+        yield frame

@@ -43,14 +43,22 @@ def test_what_fails_is_told_and_the_rest_is_not_lost(rows: dict[str, dict[str, A
     assert set(rows["torch fp0"]) == {"engine", "error"}
     setup = {"base": "tiny", "size": [32, 32], "frame_counts": [1, 3], "rounds": 2}
     machine = {"processor": "one", "torch_threads": 1, "torch": "2"}
-    document = {"setup": setup, "machine": machine, "rows": list(rows.values()), "not_here": {"tensorrt fp16": "no GPU"}}
+    document = {
+        "setup": setup,
+        "machine": machine,
+        "rows": list(rows.values()),
+        "not_here": {"tensorrt fp16": "no GPU"},
+    }
     text = to_markdown(document)
     assert "- torch fp0: KeyError" in text and "- tensorrt fp16: no GPU" in text and "| onnxruntime int8 |" in text
 
 
 def test_the_fastest_that_is_good_enough_is_judged_where_it_gains_least() -> None:
     def row(name: str, one: float, four: float, psnr: float) -> dict[str, Any]:
-        return {"engine": name, "steps": {"1": {"median_ms": one, "psnr_db": psnr}, "4": {"median_ms": four, "psnr_db": psnr}}}
+        return {
+            "engine": name,
+            "steps": {"1": {"median_ms": one, "psnr_db": psnr}, "4": {"median_ms": four, "psnr_db": psnr}},
+        }
 
     base, coarse = row(REFERENCE, 100, 400, 300), row("int8", 1, 1, 39)
     (line,) = judged([base, coarse, row("a", 10, 200, 41), row("b", 16, 80, 41)], base["steps"], ["1", "4"])

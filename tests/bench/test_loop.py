@@ -18,7 +18,14 @@ def test_the_rest_of_the_loop_is_what_its_networks_do_not_take(tiny_engine: Path
 
 
 def test_the_table_has_a_steps_times() -> None:
-    row: dict[str, Any] = {"frames": 4, "steps": 10, "denoise_s": 2.0, "controlnet": 0.5, "unet": 1.45, "outside_s": 0.05}
+    row: dict[str, Any] = {
+        "frames": 4,
+        "steps": 10,
+        "denoise_s": 2.0,
+        "controlnet": 0.5,
+        "unet": 1.45,
+        "outside_s": 0.05,
+    }
     rows = [{**row, "share": 0.025}, {"frames": 16, "error": "the process died"}]
     setup = {"base": "embedded", "size": [128, 160], "backend": "torch", "precision": "fp32"}
     text = markdown({"setup": setup, "machine": {"processor": "one", "torch_threads": 2}, "rows": rows})

@@ -82,7 +82,15 @@ def test_every_contender_renders_and_is_summed_up(job: Job, tiny_base: Path, mon
 
 
 def document_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    setup = {"base": "tiny", "size": [32, 32], "frames": FRAMES, "steps": STEPS, "rounds": 1, "warm_up_steps": 1}
+    setup = {
+        "base": "tiny",
+        "size": [32, 32],
+        "frames": FRAMES,
+        "steps": STEPS,
+        "precision": "fp32",
+        "rounds": 1,
+        "warm_up_steps": 1,
+    }
     return {"setup": setup, "machine": {"cores": 1}, "rows": rows}
 
 
@@ -131,6 +139,20 @@ def test_a_run_that_dies_is_reported() -> None:
     assert in_own_process(dict, [("rc", 0)]) == {"rc": 0}
     assert "died" in in_own_process(os._exit, 9)["error"]  # type: ignore[arg-type]
     assert in_own_process(json.loads, "{")["error"].startswith("JSONDecodeError: ")
+
+
+def test_targets_are_judged_by_the_fastest_that_is_near_enough() -> None:
+    def row(contender: str, total_s: float, peak: float, psnr_db: float | None = None) -> dict[str, Any]:
+        return {"contender": contender, "total_s": total_s, "peak_bytes": peak, "peak_gpu_bytes": 0, "psnr_db": psnr_db}
+
+    rows = [row("exact, torch fp32", 10, 7), row("exact, openvino bf16", 4, 6, 41), row("exact, openvino int8", 1, 1, 39),
+            row("published, fp32", 11, 10), row("plain, fp32", 30, 12)]  # fmt: skip
+    lines = "\n".join(throughput.judged(rows, "fp32"))
+    assert "published: exact, openvino bf16, its fastest type | 2.75 | ≥ 2.5 | met" in lines
+    assert "published: exact, torch fp32, the same type | 1.10 | ≥ 1.2 | missed" in lines
+    assert "plain: exact, openvino bf16, its fastest type | 7.50 | ≥ 5 | met" in lines
+    assert "over that of published | 0.60 | ≤ 0.6 | met" in lines and "over that of plain | 0.50 |" in lines
+    assert throughput.judged(rows[:3], "fp32") == [] == throughput.judged(rows[3:], "fp32")
 
 
 def test_medians_are_of_each_measurement() -> None:

@@ -39,7 +39,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
         with pytest.MonkeyPatch.context() as first:
             first.setattr(demo, "build_engine", interrupted)
-            assert invoke("demo", "-o", folder, *SHORT).exit_code == 130
+            result = invoke("demo", "-o", folder, *SHORT)
+            assert result.exit_code == 130 and "run the same command again to go on" in result.stderr
         assert [path.name for path in folder.iterdir()] == ["tuned.ckpt"]
         patch.setattr(demo, "tune", None)  # tuned already
         result = invoke("demo", "-o", folder, *SHORT, "--json")

@@ -1,4 +1,4 @@
-"""Tests of `inspect` on engine folders and checkpoints that hold just enough.
+"""Tests of `inspect` on engine folders and checkpoints, most of which hold just enough.
 
 Tests; no network is run.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.cli.inspect import print_networks
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.engines.folder import building
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
+from posecrafter_rt.spec import NETWORK_NAMES
 
 METADATA = {
     "base": "embedded", "base_hash": "ab" * 32, "controlnet": None, "vae": None, "prompt": "a person",
@@ -67,6 +70,52 @@ def test_an_engine_as_json(engine: Path) -> None:
     assert record["files"] == {"networks/unet.safetensors": 12_300} and record["bytes"] == 12_300
     assert record["inversions"] == {"files": 1, "bytes": 500} and record["compiled"] == {"files": 0, "bytes": 0}
     assert record["architecture"] == {"pose_channels": 7}
+
+
+def test_an_engines_networks_take_a_line_each(tiny_engine: Path) -> None:
+    result = run(tiny_engine)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("networks "))
+    assert lines[start].split() == ["networks", "runs", "in", "weights", "size", "takes", "gives"]
+    rows = lines[start + 1 : start + 1 + len(NETWORK_NAMES)]
+    assert [row.split()[0] for row in rows] == list(NETWORK_NAMES)
+    assert {row.split()[1] for row in rows} == {"fp32"}
+    for title in ("runs in", "takes", "gives"):  # one below the other
+        column = lines[start].index(title)
+        assert all(row[column - 1] == " " and row[column] != " " for row in rows)
+    unet = dict(zip(NETWORK_NAMES, rows, strict=True))["unet"]
+    assert "latents frames×4×16×16, " in unet and unet.rstrip().endswith("noise_pred frames×4×16×16")
+
+
+def test_an_engines_networks_as_json(tiny_engine: Path) -> None:
+    details = json.loads(run(tiny_engine, "--json").stdout)["network_details"]
+    assert list(details) == list(NETWORK_NAMES)
+    assert details["prompt_kv"]["files"] == ["unet.safetensors", "controlnet.safetensors"]
+    assert details["unet"]["outputs"] == {"noise_pred": {"shape": ["frames", 4, 16, 16], "dtype": "float"}}
+
+
+def test_plugins_and_limits_are_shown_where_a_backend_kept_them(capsys: pytest.CaptureFixture[str]) -> None:
+    tensor = {"shape": ["frames", 4, "groups"], "dtype": "float"}
+    network: dict[str, Any] = {
+        "precision": "fp16",
+        "weights": 1_234_567,
+        "bytes": 2_500_000,
+        "inputs": {"latents": tensor, "text_kv": tensor},
+        "outputs": {"noise_pred": tensor},
+    }
+    built = {**network, "plugins": 15, "attentions": 16, "limits": {"frames": [1, 128]}}
+    print_networks({"unet": built, "vae_encoder": network})
+    header, unet, encoder = (line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert header.split() == ["networks", "runs", "in", "weights", "size", "plugins", "takes", "gives"]
+    assert unet.split()[1:4] == ["fp16", "1,234,567", "2.5"] and " 15 of 16 " in unet
+    assert "latents frames≤128×4×groups, 1 more" in unet and unet.endswith("noise_pred frames≤128×4×groups")
+    assert " of " not in encoder and encoder.endswith("noise_pred frames×4×groups")
+
+
+def test_an_engine_of_another_version_keeps_its_networks_to_itself(engine: Path) -> None:
+    assert "network_details" not in json.loads(run(engine, "--json").stdout)
+    assert not any(line.startswith("networks ") for line in run(engine).stdout.splitlines())
 
 
 @pytest.mark.parametrize("damage", ["altered", "missing"])

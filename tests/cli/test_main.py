@@ -94,7 +94,7 @@ def test_debug_shows_the_traceback(run: Callable[..., Result]) -> None:
 def test_an_interrupt_says_how_to_go_on(run: Callable[..., Result]) -> None:
     result = run("inspect", action=raising(KeyboardInterrupt()))
     assert result.exit_code == 130
-    assert result.stderr == "interrupted; run the same command again to continue\n"
+    assert result.stderr == "interrupted; run the same command again to start over\n"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -154,4 +154,4 @@ def test_ctrl_c_in_a_real_process() -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert stderr == "interrupted; run the same command again to continue\n"
+    assert stderr == "interrupted; run the same command again to start over\n"

@@ -34,6 +34,7 @@ def ok(*arguments: object) -> Result:
 def workshop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a video, its poses, a checkpoint and an engine, all made by the commands."""
     folder = tmp_path_factory.mktemp("workshop")
+    (folder / "base").symlink_to(tiny_base)
     rng = np.random.default_rng(0)
     write_video(folder / "video.mp4", rng.integers(0, 256, (4, *SIZE, 3), np.uint8), 25.0)
     points = rng.uniform(4, 28, (1, 134, 2)) + rng.normal(0, 1, (4, 134, 2))
@@ -71,6 +72,27 @@ def test_a_single_target_pose_renders(workshop: Path, tmp_path: Path) -> None:
         1,
     )
     assert len(read_video(tmp_path / "o.mp4").frames) == 1
+
+
+def test_frames_that_a_range_leaves_out_need_not_show_the_person(
+    workshop: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    poses = PoseSequence.load(workshop / "poses.json")
+    keypoints = poses.keypoints.copy()
+    keypoints[3] = 0
+    PoseSequence(keypoints, SIZE, 25.0).save(tmp_path / "gap.json")
+    poses[:3].save(tmp_path / "found.json")
+    given = ["--poses", tmp_path / "gap.json"]
+    for command in (
+        ["render", workshop / "tuned.engine", *given, "-o", tmp_path / "o.mp4", "--steps", 1],
+        ["tune", workshop / "video.mp4", *given, "-o", tmp_path / "o.ckpt", "--base", tiny_base, "--frames", 2,
+         "--steps", 1, "--precision", "fp32"],
+        ["eval", tmp_path / "o.mp4", workshop / "video.mp4", *given, "--rendered-poses", tmp_path / "found.json"],
+    ):  # fmt: skip
+        refused = run(*command, "--range", "1:4")
+        assert refused.exit_code == 1, refused.output
+        assert "gap.json does not show the person in 1 of 3 frames: 3" in refused.stderr.replace("\n", " ")
+        ok(*command, "--range", "0:3")
 
 
 def test_building_again_is_nothing_to_do(workshop: Path) -> None:
@@ -112,12 +134,29 @@ BAD = [
     (["render", "tuned.engine", "--poses", "empty.json", "-o", "new.mp4"], 1, "empty.json"),
     (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.mp4", "--mode", "magic"], 1, "magic"),
     (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.txt"], 1, "new.txt"),
-    (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.mp4", "--range", "50:60"], 1, "pose"),
-]
+    (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.mp4", "--range", "50:60"], 1,
+     "poses.json has 4 poses, and 50:60 holds none of them"),
+    (["tune", "video.mp4", "--poses", "poses.json", "-o", "new.ckpt", "--range", "4:"], 1,
+     "poses.json has 4 poses, and 4: holds none of them"),
+    (["tune", "video.mp4", "--poses", "poses.json", "-o", "new.ckpt", "--base", "base", "--size", "33x50"], 1,
+     "size 33x50 does not fit the network"),
+    (["tune", "video.mp4", "--poses", "poses.json", "-o", "new.ckpt", "--seed", str(1 << 63)], 1, "seed 9223372036854775808"),
+    (["tune", "video.mp4", "--poses", "poses.json", "-o", "new.ckpt", "--base", "~nobody of this name/b"], 1,
+     "no base model at ~nobody of this name/b"),
+    (["tune", "video.mp4", "--poses", "poses.json", "-o", "new.ckpt", "--prompt", "\udce9"], 2, "is not UTF-8"),
+    (["tune", "video.mp4", "--poses", "poses.json", "-o", ".", "--force"], 1, ". is a folder"),
+    (["build-engine", "."], 1, "there is no checkpoint ."),
+    (["render", "tuned.engine", "--poses", "poses.json", "-o", "."], 1, ". is a folder"),
+    (["render", "tuned.engine", "--poses", "poses.json", "-o", "tuned.engine", "--force"], 1, "tuned.engine is a folder"),
+    (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.mp4", "--control-scale", "1e300"], 1, "scale 1e+300"),
+    (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.mp4", "--range", "9" * 5000 + ":"], 2, "9999"),
+    (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.mp4", "--prompt", "\udce9"], 2, "is not UTF-8"),
+    (["poses", "preview", "poses.json", "-o", "new.mp4", "--size", "1x4000"], 1, "cannot draw a pose at 1 x 4000 pixels"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "named"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else None
+    ("arguments", "code", "named"), BAD, ids=lambda value: " ".join(value)[:120] if isinstance(value, list) else None
 )
 def test_bad_input_is_one_clear_line_and_writes_nothing(
     workshop: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, named: str
@@ -163,9 +202,7 @@ def arguments_of(command: str, workshop: Path, output: Path) -> list[object]:
 
 
 @pytest.fixture(params=COMMANDS)
-def command(request: pytest.FixtureRequest, workshop: Path, tiny_base: Path) -> str:
-    if not (workshop / "base").exists():
-        (workshop / "base").symlink_to(tiny_base)
+def command(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -187,7 +224,8 @@ def test_ctrl_c_leaves_nothing_half_done_and_the_same_command_finishes(
         result = run(*arguments_of(command, workshop, output))
         signal.signal(signal.SIGINT, inherited)
     assert result.exit_code == 130 and len(calls) == 2
-    assert "run the same command again" in result.stderr and "Traceback" not in result.output
+    purpose = "go on" if command == "tune" else "start over"
+    assert f"run the same command again to {purpose}" in result.stderr and "Traceback" not in result.output
     assert [path.name for path in tmp_path.iterdir()] == (["a.ckpt.partial"] if command == "tune" else [])
     ok(*arguments_of(command, workshop, output))
     assert output.exists() and not list(tmp_path.glob("*.partial"))

@@ -226,7 +226,7 @@ def interrupt(process: subprocess.Popen[str], output: Path) -> None:
         process.kill()
     assert process.returncode == 130, stderr
     assert stdout == "" and "Traceback" not in stderr
-    assert stderr.rstrip().endswith("interrupted; run the same command again to continue")
+    assert stderr.rstrip().endswith("interrupted; run the same command again to start over")
     assert not [path for path in output.parent.iterdir() if output.stem in path.name]
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no detector of it goes on

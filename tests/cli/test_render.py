@@ -317,7 +317,7 @@ def test_an_interrupted_render_goes_on_only_with_the_same_options(
 ) -> None:
     output = tmp_path / "out.mp4"
     result = interrupt(monkeypatch, *command(workshop, output))
-    assert result.exit_code == 130 and "run the same command again" in result.stderr
+    assert result.exit_code == 130 and "run the same command again to go on" in result.stderr
     for change in (["--overlap", 1], ["--fps", 30], ["--range", "0:13"]):
         other = run(*command(workshop, output, *change))
         assert other.exit_code == 1 and "unfinished render" in other.output and "--force" in other.output, change

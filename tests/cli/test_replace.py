@@ -135,6 +135,27 @@ def test_what_cannot_be_replaced_is_one_clear_line_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("missing", "named"), [((0, 9), None), ((2,), "1 of 7 frames: 2"), ((4, 8, 9), "2 of 7 frames: 4, 8")]
+)
+def test_only_frames_that_are_rendered_have_to_show_the_person(
+    workshop: Path, tmp_path: Path, missing: tuple[int, ...], named: str | None
+) -> None:
+    """Those of the stretch and the two beside it, to which it is drawn."""
+    poses = PoseSequence.load(workshop / "me.json")
+    keypoints = poses.keypoints.copy()
+    keypoints[list(missing)] = 0
+    PoseSequence(keypoints, poses.canvas).save(tmp_path / "gaps.json")
+    result = run(*command(workshop, tmp_path / "mended.mp4", "--poses", tmp_path / "gaps.json", "--steps", 1))
+    if named is None:
+        assert result.exit_code == 0, result.output
+        assert len(read_video(tmp_path / "mended.mp4")) == COUNT
+    else:
+        assert result.exit_code == 1
+        assert f"gaps.json does not show the person in {named}" in " ".join(result.output.split())
+        assert [path.name for path in tmp_path.iterdir()] == ["gaps.json"]
+
+
 @pytest.mark.parametrize("given", [("--replace", "3:8"), ("--video", "me.mp4")])
 def test_which_frames_and_of_what_are_given_together(tmp_path: Path, given: tuple[str, str]) -> None:
     result = run("render", "me.engine", "--poses", "me.json", "-o", tmp_path / "mended.mp4", *given)

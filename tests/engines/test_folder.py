@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from posecrafter_rt.engines import folder as folder_module
-from posecrafter_rt.engines.folder import building, open_folder, read_manifest, write_manifest
+from posecrafter_rt.engines.folder import building, in_use, open_folder, read_manifest, write_manifest
 from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists
 
 
@@ -25,14 +28,6 @@ def build(path: Path, content: str = "network", force: bool = False) -> Path:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def ended_process() -> int:
-    """The number of a process that has run to its end."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_what_was_built_opens_and_knows_its_places(tmp_path: Path) -> None:
@@ -140,24 +135,117 @@ def test_ctrl_c_between_the_renames_brings_the_old_engine_back(tmp_path: Path, m
     assert names(tmp_path) == ["e"] and open_folder(path).networks.joinpath("unet.bin").read_text() == "old"
 
 
-def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path, ended_process: int) -> None:
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from posecrafter_rt.engines.folder import building
+
+target, moment, path = sys.argv[1:]
+rename, calls = Path.rename, []
+
+def killed(source, target):
+    calls.append(1)
+    if len(calls) == int(moment):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(source, target)
+
+if target == "rename":
+    Path.rename = killed
+with building(Path(path), {}) as staging:
+    (staging / "half").write_text("half")
+    if target == "block":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill(path: Path, target: str, moment: int = 1) -> None:
+    """Let a process build an engine, and kill it in the block, or at the n-th renaming."""
+    done = subprocess.run([sys.executable, "-c", KILLED, target, str(moment), str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
     build(tmp_path / "e")
-    for name in (f".e.{ended_process}.0123abcd.part", f".e.{ended_process}.0123abcd.old"):
+    kill(tmp_path / "e", "block")
+    kill(tmp_path / "e", "rename")
+    kill(tmp_path / "else", "block")
+    for name in (".e.0123abcd.old", ".e.4567abcd.part"):
+        shutil.copytree(tmp_path / "e", tmp_path / name)
+    mine = [".e.part", ".e.0123abcd.mine", ".e.notours0.part"]
+    for name in mine:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "half").write_text("half")
-    kept = [f".e.{os.getpid()}.0123abcd.part", f".e.{ended_process}.part", f".else.{ended_process}.0123abcd.part"]
-    for name in kept:
-        (tmp_path / name).mkdir()
-    with building(tmp_path / "e", {}):
-        pass
-    assert names(tmp_path) == sorted(["e", *kept])
+    (others,) = tmp_path.glob(".else.*")
+    with building(tmp_path / "e", {}), building(tmp_path / "e", {}):  # nor does one take the other's for a leftover
+        assert len(list(tmp_path.glob(".e.????????.part"))) == 2 + 1  # `.e.notours0.part`
+    assert names(tmp_path) == sorted(["e", others.name, *mine])
+    open_folder(tmp_path / "e")
 
 
-def test_a_build_killed_between_the_renames_is_undone_by_the_next(tmp_path: Path, ended_process: int) -> None:
-    build(tmp_path / "e", "old").rename(tmp_path / f".e.{ended_process}.0123abcd.old")
+def test_a_build_killed_between_the_renames_is_undone_by_the_next(tmp_path: Path) -> None:
+    build(tmp_path / "e", "old")
+    kill(tmp_path / "e", "rename", 2)
+    assert not (tmp_path / "e").exists()
     with pytest.raises(KeyboardInterrupt), building(tmp_path / "e", {}):
         raise KeyboardInterrupt
     assert names(tmp_path) == ["e"] and open_folder(tmp_path / "e").networks.joinpath("unet.bin").read_text() == "old"
+
+
+def test_what_was_forced_away_is_brought_back_after_a_kill_between_the_renames(tmp_path: Path) -> None:
+    (tmp_path / ".e.0123abcd.old").write_text("mine")
+    with pytest.raises(OutputExists):
+        build(tmp_path / "e")
+    assert names(tmp_path) == ["e"] and (tmp_path / "e").read_text() == "mine"
+
+
+def test_an_engine_in_use_is_not_replaced(tmp_path: Path) -> None:
+    path = build(tmp_path / "e", "old")
+    begun = []
+    with in_use(open_folder(path)), in_use(open_folder(path)):
+        refused = pytest.raises(EngineFolderError, match="e is in use by a render, a stream or a server")
+        with refused as caught, building(path, {}):
+            begun.append("before the work, not after it")
+        assert caught.value.hint and "-o FOLDER" in caught.value.hint and not begun
+        assert open_folder(path).networks.joinpath("unet.bin").read_text() == "old" and names(tmp_path) == ["e"]
+    build(path, "new")
+    assert open_folder(path).networks.joinpath("unet.bin").read_text() == "new"
+
+
+def test_an_engine_that_is_taken_into_use_while_another_is_built_stays(tmp_path: Path) -> None:
+    path = build(tmp_path / "e", "old")
+    with ExitStack() as used:
+        with pytest.raises(EngineFolderError, match="in use"), building(path, {}):
+            used.enter_context(in_use(open_folder(path)))
+        assert open_folder(path).networks.joinpath("unet.bin").read_text() == "old" and names(tmp_path) == ["e"]
+
+
+def test_an_engine_that_was_replaced_since_it_was_opened_is_not_taken_into_use(tmp_path: Path) -> None:
+    folder = open_folder(build(tmp_path / "e", "old"))
+    build(folder.path, "new")
+    with pytest.raises(EngineFolderError, match="built anew"), in_use(folder):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_to_can_be_used(tmp_path: Path) -> None:
+    folder = open_folder(build(tmp_path / "e"))
+    (folder.path / "manifest.json").chmod(0o400)
+    folder.path.chmod(0o500)
+    try:
+        with in_use(folder), pytest.raises(EngineFolderError, match="in use"), building(folder.path, {}):
+            pass
+        open_folder(folder.path)
+    finally:
+        folder.path.chmod(0o700)
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    path = build(tmp_path / "e", "old")
+    with in_use(open_folder(path)):
+        build(path, "new")
+    assert names(tmp_path) == ["e"] and open_folder(path).networks.joinpath("unet.bin").read_text() == "new"
 
 
 def test_what_is_no_engine_needs_force(tmp_path: Path) -> None:
@@ -185,7 +273,3 @@ def test_a_link_to_an_engine_is_replaced_not_what_it_points_to(tmp_path: Path) -
     build(tmp_path / "link", "new")
     assert not (tmp_path / "link").is_symlink()
     assert open_folder(tmp_path / "real").networks.joinpath("unet.bin").read_text() == "old"
-
-
-def test_a_running_process_is_told_from_an_ended_one(ended_process: int) -> None:
-    assert folder_module._is_running(os.getpid()) and not folder_module._is_running(ended_process)

@@ -113,16 +113,22 @@ def test_swapped_weights_are_never_taken_from_the_cache(
     assert torch.equal(first(again(**inputs)), before)
 
 
+@pytest.mark.parametrize(("large_bytes", "available", "kept"), [
+    (1 << 28, 0, KEPT_SHAPES), (0, 1 << 40, KEPT_SHAPES), (0, 0, 1),
+])  # fmt: skip
 def test_few_compiled_shapes_are_kept_and_outputs_outlive_them(
-    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
-) -> None:
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    large_bytes: int, available: int, kept: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(backend_module, "LARGE_BYTES", large_bytes)
+    monkeypatch.setattr(backend_module, "available_bytes", lambda: available)
     engine = load(plain_model, openvino_networks, tmp_path)["pose_embedding"]
     inputs = draw(plain_model, "pose_embedding", 1)
     oldest = first(engine(**inputs))
     for frames in range(2, KEPT_SHAPES + 3):
         engine(**draw(plain_model, "pose_embedding", frames))
     gc.collect()
-    assert len(engine._requests) == KEPT_SHAPES
+    assert len(engine._requests) == kept
     assert relative_error(oldest, expected(plain_model, "pose_embedding", inputs)) < 1e-5
     newest = draw(plain_model, "pose_embedding", 3)
     engine(**newest)

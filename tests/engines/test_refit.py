@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from posecrafter_rt.spec import network_specs
 
 MANIFEST: dict[str, Any] = {
     "package": "1.0", "device": {"type": "cpu", "name": "here"}, "backend": "torch", "precision": "fp32",
-    "size": [32, 48], "base_hash": "0" * 64, "norm_scope": "frame", "architecture": {"residuals": [[1, 2]]},
+    "size": [32, 48], "base_hash": "0" * 64, "norm_scope": "frame", "max_frames": 64, "architecture": {"residuals": [[1, 2]]},
     "libraries": {"python": "3.12", "torch": "2.13"},
 }  # fmt: skip
 
@@ -56,6 +57,9 @@ def test_options_that_would_do_are_named() -> None:
     with pytest.raises(EngineFolderError) as caught:
         check(MANIFEST, {"size": [64, 64]})
     assert caught.value.hint == "give --size 32x48, or build without --refit"
+    with pytest.raises(EngineFolderError, match="its most frames at once is 64, not 32") as caught:
+        check(MANIFEST, {"max_frames": 32})
+    assert caught.value.hint == "give --max-frames 64, or build without --refit"
 
 
 def test_a_graph_is_known_by_all_but_its_weights(make_tiny_model: Callable[..., PoseModel]) -> None:
@@ -66,6 +70,9 @@ def test_a_graph_is_known_by_all_but_its_weights(make_tiny_model: Callable[..., 
     model = make_tiny_model("frame")
     model.fold()
     before = digests(model)
+    limited = replace(model.architecture(), max_frames=8)  # which no graph depends on
+    assert before == {name: graph_digest(network, network_specs(limited)[name], limited)
+                      for name, network in model.networks().items()}  # fmt: skip
     for parameter in model.unet.parameters():
         parameter.data.mul_(2)
     assert digests(model) == before

@@ -63,7 +63,9 @@ def test_names_are_found_in_chains_and_on_annotated_variables() -> None:
 
 def test_the_sources_use_what_this_looks_for() -> None:
     assert {"trt.IExecutionContext.execute_async_v3", "trt.IExecutionContext.set_device_memory",
-            "trt.IBuilderConfig.set_timing_cache", "trt.Refitter.set_named_weights", "trtp.aot_impl",
+            "trt.IBuilderConfig.set_timing_cache", "trt.IBuilderConfig.progress_monitor", "trt.ITimingCache.serialize",
+            "trt.ICudaEngine.get_tensor_dtype", "trt.IExecutionContext.update_device_memory_size_for_shapes",
+            "trt.IExecutionContext.set_tensor_address", "trt.Refitter.set_named_weights", "trtp.aot_impl",
             "trt.BuilderFlag.REFIT"} <= all_names()  # fmt: skip
 
 
@@ -92,6 +94,42 @@ def test_a_removed_name_is_noticed(libraries: Path) -> None:
     names = ["trt.BuilderFlag.FP16", "trt.IExecutionContext.execute_async_v2", "trt.BuilderFlag.REFIT"]
     missing = helper.run(f"NAMES = {json.dumps(names)!r}\n{MISSING}", libraries)
     assert json.loads(missing.splitlines()[-1]) == names[:2]
+
+
+WATCHED = """
+import json
+from queue import SimpleQueue
+import tensorrt as trt
+from posecrafter_rt.engines.tensorrt_build import make_monitor
+from posecrafter_rt.engines.tensorrt_common import failure, make_logger, torch_dtype, trt_dtype
+phases = SimpleQueue()
+monitor = make_monitor(phases)
+assert {"phase_start", "step_complete", "phase_finish"} <= set(vars(trt.IProgressMonitor))
+for name, parent in (("outer", None), ("inner", "outer"), ("innermost", "inner"), ("inner", "outer")):
+    monitor.phase_start(name, parent, 2)
+    assert monitor.step_complete(name, 0) is True
+    monitor.phase_finish(name)
+monitor.cancel()
+cancelled = not monitor.step_complete("outer", 1)
+told = [phases.get() for _ in range(phases.qsize())]
+logger = make_logger()
+assert logger is make_logger() and isinstance(logger, trt.ILogger)
+logger.log(trt.ILogger.Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was 7 bytes.)")
+logger.log(trt.ILogger.Severity.WARNING, "a warning")
+logger.log(trt.ILogger.Severity.VERBOSE, "a detail")
+errors = [failure("it failed") for _ in range(2)]
+types = [trt.float32, trt.float16, trt.bfloat16, trt.int64, trt.bool]
+assert [trt_dtype(torch_dtype(dtype)) for dtype in types] == types
+print(json.dumps([told, cancelled, [[type(error).__name__, str(error)] for error in errors]]))
+"""
+
+
+@needs_bindings
+def test_the_monitor_and_the_logger_are_what_the_bindings_ask_for(libraries: Path) -> None:
+    told, cancelled, errors = json.loads(helper.run(WATCHED, libraries).splitlines()[-1])
+    assert told == ["outer", "inner"] and cancelled
+    assert errors[0] == ["OutOfMemory", "it failed: Error Code 2: OutOfMemory (Requested size was 7 bytes.)"]
+    assert errors[1] == ["PoseCrafterError", "it failed"]  # what was explained is not explained again
 
 
 # The registry and the expression builder are parts of the library: registration goes without the first, and sizes are

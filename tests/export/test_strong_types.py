@@ -18,9 +18,9 @@ from posecrafter_rt.config import cache_dir
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.onnx import export_network
-from posecrafter_rt.export.strong_types import lower_precision
+from posecrafter_rt.export.strong_types import kept_names, lower_precision
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.spec import network_specs
+from posecrafter_rt.spec import NetworkSpec, TensorSpec, network_specs
 
 # A normalisation written out, as that over a whole clip is exported, between two products; then a resize.
 GRAPH = """
@@ -71,6 +71,29 @@ def test_products_are_low_and_statistics_are_not(precision: str, low: str) -> No
         assert len(floats & {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}) <= 1, node
 
 
+def test_what_is_only_handed_on_crosses_as_it_is_inside() -> None:
+    spec = NetworkSpec(
+        "net", (TensorSpec("x", ("n", 4), "kept"),), (TensorSpec("y", ("n", 4), "kept"), TensorSpec("z", ("n", 8)))
+    )
+    assert kept_names(spec) == {"x", "y"}
+    model = graph()
+    lower_precision(model, "fp16", kept_names(spec))
+    types = [value.dtype.name for value in (model.graph.inputs[0], *model.graph.outputs)]
+    assert types == ["FLOAT16", "FLOAT16", "FLOAT"] and [value.name for value in model.graph.outputs] == ["y", "z"]
+    casts = [node for node in model.graph if node.op_type == "Cast"]
+    assert not any(use.node in casts for use in model.graph.inputs[0].uses())
+    assert model.graph.outputs[0].producer() not in casts
+
+
+def test_what_is_handed_on_from_an_island_is_low_too() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]> agraph (float[n, 4] x) => (float[n, 4] y) { y = Softmax (x) }"""
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), strict_mode=True))
+    lower_precision(model, "bf16", {"y"})
+    output = model.graph.outputs[0]
+    assert (output.name, output.dtype.name, model.graph.inputs[0].dtype.name) == ("y", "BFLOAT16", "FLOAT")
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
 def test_large_values_survive_the_statistics(tmp_path: Path) -> None:
     model = graph(weight=2000.0)  # squared, beyond float16's 65504
     lower_precision(model, "fp16")
@@ -108,14 +131,17 @@ def test_a_network_in_float16_is_valid_and_near(tiny_model: PoseModel, tmp_path:
     module = tiny_model.networks()[name]
     spec, path = network_specs(arch)[name], tmp_path / "low.onnx"
     model = export_network(module, spec, arch, graphs=BlobCache(cache_dir() / "graphs"))
-    lower_precision(model, "fp16")
+    kept = kept_names(spec)
+    lower_precision(model, "fp16", kept)
     ir.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs = random_inputs(spec, {"frames": 4, "groups": 2})
-    results = session.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
+    given = {key: (tensor.half() if key in kept else tensor).numpy() for key, tensor in inputs.items()}
+    results = session.run(None, given)
+    assert [result.dtype == np.float16 for result in results] == [tensor.name in kept for tensor in spec.outputs]
     with torch.no_grad():
         expected = module(*inputs.values())
     for result, tensor in zip(results, expected, strict=True):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from posecrafter_rt.models import blocks
 from posecrafter_rt.models.blocks import ClipContext, group_norm, per_frame, resnet_forward, transformer_forward
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
@@ -98,3 +101,41 @@ def test_key_frame_and_temporal_attention_by_hand(tiny_model) -> None:
     out = out + block.conv_temp(attend(block.attn_temp, positions, positions)).transpose(0, 1)
     out = out + attend(block.attn2, block.norm2(out), text.expand(frames, -1, -1))
     torch.testing.assert_close(found, out + block.ff(block.norm3(out)), **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens_at_once", [7, 100, 512])
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_transformer_blocks_in_parts_are_the_whole(
+    tiny_model, clip, predict, monkeypatch: pytest.MonkeyPatch, prompts: int, tokens_at_once: int
+) -> None:
+    """Three frames of 256 tokens for each prompt, parts that do not divide them, and some that are less than a frame."""
+    model, inputs = tiny_model, {**clip(3 * prompts), "encoder_hidden_states": _random(prompts, 77, 32)}
+    expected, sizes = predict(model, **inputs), list[int]()
+
+    def watched(attention, *arguments):
+        sizes.append(arguments[0].shape[:-1].numel())
+        return attention(*arguments)
+
+    for name in ("keyframe_attention", "temporal_attention"):
+        monkeypatch.setattr(blocks, name, partial(watched, getattr(blocks, name)))
+    for network in (model.unet, model.controlnet):
+        for block in network.transformer_blocks():
+            block.ff.register_forward_pre_hook(lambda module, given: sizes.append(given[0].shape[:-1].numel()))
+    predict(model, **inputs)
+    assert max(sizes) == 3 * prompts * 256
+    sizes.clear()
+    for network in (model.unet, model.controlnet):
+        blocks.do_in_parts(network, tokens_at_once)
+    torch.testing.assert_close(predict(model, **inputs), expected, **EXACT)
+    assert max(sizes) <= max(tokens_at_once, 3 * prompts)  # at least one position of all frames
+
+
+def test_where_gradients_flow_nothing_is_done_in_parts(tiny_model) -> None:
+    """Parts are written into one tensor, which no gradient would come through."""
+    block = tiny_model.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    hidden_states = _random(3, 64, 32).requires_grad_()
+    context = _context("frame", text_kv=tiny_model.unet.text_kv(_random(1, 77, 32)))
+    blocks.do_in_parts(block, 16)
+    blocks.transformer_block_forward(block, hidden_states, context).sum().backward()
+    assert hidden_states.grad is not None and hidden_states.grad.abs().min() > 0

@@ -115,3 +115,9 @@ def test_refusals(person: np.ndarray) -> None:
     person[3, 1] = np.nan
     with pytest.raises(PoseError, match="NaN"):
         draw_pose(person, (512, 512))
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (30_000, 30_000)])
+def test_a_picture_that_opencv_would_crash_on_is_refused(person: np.ndarray, size: tuple[int, int]) -> None:
+    with pytest.raises(PoseError, match=f"cannot draw a pose at {size[0]} x {size[1]} pixels"):
+        draw_pose(person, (512, 512), size)

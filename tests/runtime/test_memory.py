@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from bench.runs import shapes_only
 from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
 from posecrafter_rt.export.shapes import resolve_shape
+from posecrafter_rt.models.blocks import do_in_parts
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.folding import fold_denoiser
 from posecrafter_rt.models.networks import build_networks, describe_architecture
@@ -71,31 +73,46 @@ def network(request: pytest.FixtureRequest, tiny_base: Path) -> tuple[Any, Any, 
     return build_networks(*parts)["unet"], describe_architecture(*parts), (height, width)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_the_estimate_covers_what_a_frame_takes_and_not_much_more(
-    network: tuple[Any, Any, tuple[int, int]], groups: int
-) -> None:
-    """Of the U-Net in PyTorch: its inputs, which the ControlNet made, and the peak of what it makes itself."""
-    unet, arch, size = network
-    taken = []
+def bytes_taken(
+    network: tuple[Any, Any, tuple[int, int]], frames: int, groups: int, dtype: torch.dtype = torch.float32
+) -> int:
+    """By a U-Net in PyTorch: its inputs, which the ControlNet made, and the peak of what it makes itself.
+
+    And by the pose embeddings, the ControlNet's input, which a render holds beside them.
+    """
+    unet, arch, (height, width) = network
+    unet = copy.deepcopy(unet).to(dtype)
+    sizes = {"frames": frames * groups, "groups": groups, "steps": 1, "window": 9, "height": height, "width": width}
+    embedding = arch.pose_channels * (height // arch.vae_scale_factor) * (width // arch.vae_scale_factor)
     # As on a CPU, whose attention never holds all scores, but without the memory; the weights are on meta at first.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         unet.to_empty(device="cpu")
-        for frames in (4, 8):
-            sizes = {
-                "frames": frames * groups,
-                "groups": groups,
-                "steps": 1,
-                "window": 9,
-                "height": size[0],
-                "width": size[1],
-            }
-            inputs = [torch.empty(resolve_shape(tensor.dims, sizes)) for tensor in network_specs(arch)["unet"].inputs]
-            with PeakBytes() as followed:
-                unet(*inputs)
-            taken.append(followed.peak + sum(tensor.nbytes for tensor in inputs))
-    per_frame = (taken[1] - taken[0]) / 4
-    assert per_frame <= frame_bytes(arch, size, groups) <= 2 * per_frame
+        shapes = [resolve_shape(tensor.dims, sizes) for tensor in network_specs(arch)["unet"].inputs]
+        inputs = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        with PeakBytes() as followed:
+            unet(*inputs)
+    embeddings = 4 * frames * embedding * (1 if groups == 1 else 1 + groups)
+    return followed.peak + embeddings + sum(tensor.nbytes for tensor in inputs)
+
+
+@pytest.mark.parametrize(("groups", "dtype", "norm_scope"), [
+    (1, torch.float32, "frame"), (2, torch.float32, "frame"), (1, torch.float16, "clip")])  # fmt: skip
+def test_the_estimate_covers_what_a_frame_takes_and_not_much_more(
+    network: tuple[Any, Any, tuple[int, int]], groups: int, dtype: torch.dtype, norm_scope: str
+) -> None:
+    """In 16 bits, too, and where some of them are float32 for a while."""
+    unet, arch, size = network
+    unet.unet.norm_scope = norm_scope
+    per_frame = (bytes_taken(network, 8, groups, dtype) - bytes_taken(network, 4, groups, dtype)) / 4
+    assert per_frame <= frame_bytes(arch, size, groups, dtype.itemsize) <= 2 * per_frame
+
+
+def test_transformer_blocks_in_parts_take_less_memory(network: tuple[Any, Any, tuple[int, int]]) -> None:
+    """Of 16 frames, beside what one takes, whose peak holds weights, too, as views that operators make of them."""
+    unet, arch, (height, width) = network
+    one, whole = bytes_taken(network, 1, 1), bytes_taken(network, 16, 1)
+    do_in_parts(unet, (height // arch.vae_scale_factor) * (width // arch.vae_scale_factor))  # one frame of 16
+    assert bytes_taken(network, 16, 1) - one < 0.8 * (whole - one)
 
 
 def room(free: int, per_frame: int = MB, reserved: int = 0) -> Room:
@@ -129,6 +146,19 @@ def test_a_system_that_does_not_say_what_is_free_needs_a_number() -> None:
     assert caught.value.hint and "--segment" in caught.value.hint
 
 
+def test_no_segment_is_longer_than_what_the_engine_takes() -> None:
+    """Beside the inserted reference; unless memory allows less, or there are no shorter ones."""
+    for most, overlap, num_frames, segment in (
+        (65, 4, 700, 64),
+        (701, 4, 700, 700),
+        (700, 4, 700, 399),
+        (3, 0, 9, 2),
+        (3, 4, 9, 12),
+    ):
+        assert choose_segment(room(1000 * MB)._replace(most=most), num_frames, overlap).segment == segment
+    assert choose_segment(room(100 * MB)._replace(most=500), 700, 4) == choose_segment(room(100 * MB), 700, 4)
+
+
 def test_a_joint_render_that_will_hardly_fit_is_announced_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     for case in (room(1000 * MB), Room(None, 0, MB)):
         warn_unless_fits(case, 700, RenderOptions())
@@ -155,8 +185,28 @@ def test_a_gpu_without_memory_is_an_error_with_advice() -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 
+@pytest.mark.parametrize("message", [
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "GET was unable to find an engine to execute this computation",
+    "FIND was unable to find an engine to execute this computation",
+    "Unable to find a valid cuDNN algorithm to run convolution",
+    "could not create a primitive",
+])  # fmt: skip
+def test_what_libraries_say_instead_is_memory_too(message: str) -> None:
+    with pytest.raises(OutOfMemory) as caught, explained(RenderOptions()):
+        raise RuntimeError(message)
+    assert str(caught.value) == f"memory ran out: {message}"
+
+
 def test_other_errors_pass() -> None:
-    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")):
+    others = (
+        "mat1 and mat2 shapes cannot be multiplied",
+        "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED",
+        "an engine to execute",
+    )
+    for error in (*map(RuntimeError, others), ValueError("out of memory")):
         with pytest.raises(type(error)) as caught, explained(RenderOptions()):
             raise error
         assert caught.value is error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -189,3 +190,38 @@ def test_outputs_that_were_taken_away_are_made_again(folder: Path, outputs: list
         partial._write_state()
     with open_partial(folder, "a", outputs) as partial:
         assert not partial.holds(outputs) and len(partial.reports()) == 2
+
+
+def test_outputs_that_were_taken_away_are_not_made_up_of_two_renders(folder: Path, outputs: list[Path]) -> None:
+    """A forced render dies when its video is in its place; that is removed, and the next one dies with a new one made."""
+    outputs[1].write_text("an earlier render's")
+    with open_partial(folder, "a", outputs) as partial:
+        save_two(partial)
+        (folder / outputs[1].name).write_text("png")
+        partial.staged = True
+        partial._write_state()
+    with pytest.raises(KeyboardInterrupt), open_partial(folder, "a", outputs) as partial:
+        assert not partial.holds(outputs)
+        (folder / outputs[0].name).write_text("mp4")
+        raise KeyboardInterrupt
+    with open_partial(folder, "a", outputs) as partial:
+        assert not partial.holds(outputs) and len(partial.reports()) == 2
+
+
+def test_a_folder_that_the_one_before_removes_just_then_is_made_anew(
+    folder: Path, outputs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between being opened and being held it goes, and nobody holds what is gone against others."""
+    flock, calls = fcntl.flock, []
+
+    def flocked(descriptor: int, operation: int) -> None:
+        if not calls:
+            folder.rmdir()
+        calls.append(1)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flocked)
+    with open_partial(folder, "a", outputs) as partial:
+        save_two(partial)
+        with pytest.raises(PoseCrafterError, match="another process"), open_partial(folder, "a", outputs):
+            pass

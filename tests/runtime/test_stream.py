@@ -19,7 +19,7 @@ from posecrafter_rt.method.dpmpp import dpmpp_terms
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.live import LiveOptions
-from posecrafter_rt.runtime.prepare import edit_latents, embed_poses, prepare_tables
+from posecrafter_rt.runtime.prepare import Tables, edit_latents, embed_poses, text_tables, time_tables
 from posecrafter_rt.runtime.stream import AvatarStream, Sampling, sample_reference
 from posecrafter_rt.runtime.stream_options import StreamOptions
 
@@ -68,7 +68,8 @@ def some_poses(count: int, seed: int = 0) -> np.ndarray:
 def sampling_of(setting: Setting, steps: int) -> Sampling:
     input_ids = setting.model.tokenize(["a person"])
     timesteps = setting.schedule.timesteps(steps)
-    return Sampling(prepare_tables(setting.engines, timesteps, input_ids), dpmpp_terms(setting.schedule, steps), 1.0)
+    tables = Tables(time_tables(setting.engines, timesteps), text_tables(setting.engines, input_ids))
+    return Sampling(tables, dpmpp_terms(setting.schedule, steps), 1.0)
 
 
 def window_mask(frames: int, window: int) -> Tensor:

@@ -93,3 +93,15 @@ def test_a_video_that_breaks_off_is_refused_before_anything_is_rendered(clip: Pa
     clip.write_bytes(whole[:middle])
     with pytest.raises(VideoError, match="clip.mp4 is damaged or breaks off at frame"):
         open_stretch(clip, slice(0, 2), SIZE, COUNT)
+
+
+@pytest.mark.parametrize("change", ["shorter", "much shorter", "longer", "one frame"])
+def test_a_video_that_changes_while_it_is_mended_is_an_error(clip: Path, change: str) -> None:
+    stretch = open_stretch(clip, slice(4, 7), SIZE, COUNT)
+    frames = read_video(clip).frames.copy()
+    if change == "one frame":
+        frames[8] = 255 - frames[8]
+    changed = {"shorter": frames[:9], "much shorter": frames[:5], "longer": np.concatenate([frames, frames[:1]])}
+    write_video(clip, changed.get(change, frames), 24.0, force=True)
+    with pytest.raises(VideoError, match=r"clip\.mp4 was changed while it was mended"):
+        list(stretch.mend(iter(np.zeros((3, *SIZE, 3), np.uint8))))

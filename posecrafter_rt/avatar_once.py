@@ -1,0 +1,106 @@
+"""What an avatar computes once, for all its renders and streams: tables, the reference's pose, the inversion.
+
+Layer 6: beside `avatar`. What depends on target poses is not here: see `runtime.prepare.Clip`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from posecrafter_rt.avatar_networks import WIDER, Networks
+from posecrafter_rt.engines import Precision
+from posecrafter_rt.method import DDIMSchedule
+from posecrafter_rt.models.loading import tokenize
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.cache import InversionCache, inversion_key
+from posecrafter_rt.runtime.prepare import Prepared, Tables, embed_poses, invert_reference, text_tables, time_tables
+from posecrafter_rt.runtime.recent import Recent
+from posecrafter_rt.runtime.report import RenderReport
+
+KEPT = 4  # of each kind
+
+
+class ComputedOnce:
+    """Kept in memory, the few of each kind that were used last; the inversion in the engine's folder.
+
+    frames, poses: those of training; see `Avatar`.
+    """
+
+    def __init__(self, networks: Networks, frames: np.ndarray, poses: PoseSequence) -> None:
+        self.networks, self.frames, self.poses = networks, frames, poses
+        self.tokenizer = CLIPTokenizer.from_pretrained(networks.folder.path / "tokenizer", local_files_only=True)
+        self._time_tables = Recent[dict[str, Tensor]](KEPT)
+        self._text_tables = Recent[dict[str, Tensor]](KEPT)
+        self._embeddings = Recent[Tensor](KEPT)
+
+    def tables(self, timesteps: np.ndarray, prompts: list[str]) -> Tables:
+        """Of int64 timesteps, noisiest first, and of one prompt a group."""
+        engines, precision = self.networks.engines, self.networks.precision
+        return Tables(
+            self._time_tables.get((precision, timesteps.tobytes()), lambda: time_tables(engines, timesteps)),
+            self._text_tables.get(
+                (precision, *prompts), lambda: text_tables(engines, tokenize(self.tokenizer, prompts))),
+        )  # fmt: skip
+
+    def prepared(self, reference: int, inverted_latents: Tensor, timesteps: np.ndarray, prompts: list[str]) -> Prepared:
+        """All of a render with this training frame as its reference that its segments share."""
+        tables, embedding = self.tables(timesteps, prompts), self._reference_embedding(reference)
+        return Prepared(tables, inverted_latents, self.poses.keypoints[reference], embedding)
+
+    def _reference_embedding(self, reference: int) -> Tensor:
+        """Of a training frame's pose, (1, C, h, w)."""
+        networks, poses = self.networks, PoseSequence(self.poses.keypoints[[reference]], self.poses.canvas)
+        return self._embeddings.get((networks.precision, reference),
+                                    lambda: embed_poses(networks.engines, poses, poses.canvas).contiguous())  # fmt: skip
+
+    def inverted_latents(
+        self, schedule: DDIMSchedule, prompt: str, report: RenderReport, progress: Callable[[int, int], None]
+    ) -> Tensor:
+        """The inverted reference (4, h, w), cached or computed; in float32 where it is not finite in the engine's type.
+
+        What is cached in float32 is there for that reason: it is taken with the change that made it.
+        Args: schedule: of the sampler that it is for; prompt: the source prompt; report: of the render, which is told.
+        """
+        networks, options = self.networks, report.options
+        cache, precision = InversionCache(networks.folder.inversions), networks.built
+        keys = {name: inversion_key(networks.folder.manifest, schedule, options, precision=name,
+                                    frame=report.reference_index, prompt=prompt)
+                for name in (precision, WIDER)}  # fmt: skip
+        cached = {name: cache.load(key) for name, key in keys.items()}
+        report.inversion_cached = any(inverted is not None for inverted in cached.values())
+        while True:
+            if report.inversion_cached:
+                inverted = cached[precision]
+            else:
+                inverted = self._invert(schedule, prompt, precision, report, progress)
+            if inverted is not None and torch.isfinite(inverted).all():
+                break
+            report.adjust(networks.widening("the inversion", 0, precision))
+            precision = WIDER
+        if not report.inversion_cached:
+            cache.save(keys[precision], inverted)
+        networks.use(*networks.needed(report))
+        return inverted.to(networks.engines["unet"].device)
+
+    @torch.no_grad()
+    def _invert(
+        self, schedule: DDIMSchedule, prompt: str, precision: Precision, report: RenderReport,
+        progress: Callable[[int, int], None],
+    ) -> Tensor:  # fmt: skip
+        options, reference = report.options, report.reference_index
+        self.networks.use(precision)
+        assert options.inversion_substeps is not None
+        timesteps = schedule.inversion_timesteps(
+            options.num_inference_steps, options.inversion_substeps, options.start_step)  # fmt: skip
+        return invert_reference(self.networks.engines, schedule, self.tables(timesteps, [prompt]), self.frames[reference],
+                                self._reference_embedding(reference), options, progress)  # fmt: skip
+
+    def forget(self) -> None:
+        """Keep nothing in memory."""
+        for kept in (self._time_tables, self._text_tables, self._embeddings):
+            kept.clear()

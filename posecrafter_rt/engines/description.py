@@ -1,0 +1,103 @@
+"""What each network of an engine folder is: its precision, its tensors, how many weights it has and where they lie.
+
+Layer 4: read from the files; no backend is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from safetensors import safe_open
+
+from posecrafter_rt.engines.base import Precision, inner_precision
+from posecrafter_rt.engines.folder import EngineFolder
+from posecrafter_rt.spec import SHALLOW_UNET, SMALL_DECODER, Architecture, TensorSpec, network_specs
+
+DESCRIPTION_FILE = "description.json"  # in a networks folder; not every backend writes it
+# The components whose weights a network of the `torch` backend reads: it keeps one file a component.
+COMPONENTS = {
+    "text_encoder": ("text_encoder",),
+    "prompt_kv": ("unet", "controlnet"),
+    "time_tables": ("unet", "controlnet"),
+    "pose_embedding": ("controlnet",),
+    "vae_encoder": ("vae",),
+    "vae_decoder": ("vae",),
+    "controlnet": ("controlnet",),
+    "unet": ("unet",),
+    "controlnet_stream": ("controlnet",),
+    "unet_stream": ("unet",),
+    SMALL_DECODER: ("small_decoder",),
+    SHALLOW_UNET: ("unet",),
+}
+
+
+def write_description(networks_folder: Path, networks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keep what only building knows, for `describe_networks`.
+
+    Args: networks: by name plugins, how many of the attentions run our kernels; attentions, how many there are; limits,
+        the least and the most of each free dimension, by its symbol.
+    """
+    (networks_folder / DESCRIPTION_FILE).write_text(json.dumps(networks, indent=1), encoding="utf-8")
+
+
+def describe_networks(folder: EngineFolder) -> dict[str, dict[str, Any]]:
+    """Every network of an engine that this version of the package built, by name.
+
+    Each has its precision; inputs and outputs, by name the shape and type that `spec` gives them at the engine's size;
+    files, bytes and weights (several networks of `torch` read one file); and what `write_description` kept of it.
+    """
+    manifest, noted = folder.manifest, folder.networks / DESCRIPTION_FILE
+    kept = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+    described = {}
+    for name, spec in network_specs(Architecture.from_json(manifest["architecture"])).items():
+        stems = COMPONENTS[name] if manifest["backend"] == "torch" else (name,)
+        files = [file for stem in stems for file in sorted(folder.networks.glob(f"{stem}.*"))]
+        described[name] = {
+            "precision": precision_of(stems[0], manifest["precision"]),
+            "inputs": _describe_tensors(spec.inputs),
+            "outputs": _describe_tensors(spec.outputs),
+            "files": [file.name for file in files],
+            "bytes": sum(file.stat().st_size for file in files),
+            "weights": sum(map(count_weights, files)),
+            **kept.get(name, {}),
+        }
+    return described
+
+
+def precision_of(stem: str, precision: Precision) -> Precision:
+    """What a network, or a component of the `torch` backend, runs in inside an engine of a precision."""
+    return inner_precision("vae_decoder" if stem == "vae" else stem, precision)
+
+
+def _describe_tensors(tensors: tuple[TensorSpec, ...]) -> dict[str, dict[str, Any]]:
+    return {tensor.name: {"shape": list(tensor.dims), "dtype": tensor.dtype} for tensor in tensors}
+
+
+def count_weights(file: Path) -> int:
+    """The numbers in a file's weights: of .safetensors, and of OpenVINO's .xml, whose numbers lie beside it; else 0.
+
+    Constants of the graph that are nobody's parameters do not count: only those have no dot in their names.
+    """
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="numpy") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (it is no dictionary)
+            return sum(prod(tensor.get_shape()) for name, tensor in slices.items()
+                       if "." in name and "F" in tensor.get_dtype())  # fmt: skip
+    if file.suffix == ".xml":
+        return sum(_count_constant(layer) for _, layer in ElementTree.iterparse(file) if layer.tag == "layer")
+    return 0
+
+
+def _count_constant(layer: ElementTree.Element) -> int:
+    """The numbers of a layer of OpenVINO's IR, if they are a floating-point weight."""
+    data = layer.find("data")
+    if layer.get("type") != "Const" or "." not in layer.get("name", "") or data is None:
+        return 0
+    shape = data.get("shape", "")
+    is_float = data.get("element_type", "") in ("f32", "f16", "bf16")
+    return prod(int(length) for length in shape.split(",") if length.strip()) if is_float else 0

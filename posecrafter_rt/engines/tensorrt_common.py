@@ -1,0 +1,97 @@
+"""What building and running TensorRT's plans share: its logger, why something failed, element types.
+
+Layer 4.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import deque
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad.?alloc|cudaErrorMemoryAllocation", re.I)
+FREE_MEMORY = "free some of the GPU's memory, or build the engine with a smaller --max-frames or --size"
+DEBUG = "run again with --debug"
+
+log = logging.getLogger(__name__)
+
+_errors: deque[str] = deque(maxlen=4)  # TensorRT's last ones, for `failure`
+
+
+@cache
+def make_logger() -> trt.ILogger:
+    """TensorRT's messages as this package's log records; one a process, for TensorRT knows no second."""
+    import tensorrt as trt
+
+    severities = trt.ILogger.Severity
+    levels = {severities.INTERNAL_ERROR: logging.ERROR, severities.ERROR: logging.ERROR,
+              severities.WARNING: logging.WARNING, severities.INFO: logging.DEBUG}  # fmt: skip
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels.get(severity)
+            if level is None:  # VERBOSE: thousands of lines
+                return
+            if level == logging.ERROR:
+                _errors.append(message)
+            log.log(level, "TensorRT: %s", message)
+
+    return Logger()
+
+
+def failure(what: str, hint: str = DEBUG, kind: type[PoseCrafterError] = PoseCrafterError) -> PoseCrafterError:
+    """What to raise where TensorRT returns no more than that something failed: its reason is in what it logged last.
+
+    Returns: OutOfMemory where memory is the reason, else a `kind` with `hint`.
+    """
+    errors = take_errors()
+    return explain(what, errors, hint, kind)
+
+
+def take_errors() -> list[str]:
+    """What TensorRT logged as errors since the last time, the last few; a build that succeeds may have some, too."""
+    errors = list(_errors)
+    _errors.clear()
+    return errors
+
+
+def explain(what: str, errors: Sequence[str], hint: str, kind: type[PoseCrafterError]) -> PoseCrafterError:
+    """`failure`'s error for these messages of TensorRT, the newest last: one line, whatever their number."""
+    for error in errors:
+        if OUT_OF_MEMORY.search(error):
+            return OutOfMemory(f"{what}: {_first_line(error)}", FREE_MEMORY)
+    return kind(f"{what}: {_first_line(errors[-1])}" if errors else what, hint)
+
+
+def _first_line(message: str) -> str:
+    return (message.strip().splitlines() or ["for no reason that it tells"])[0]
+
+
+def trt_dtype(dtype: torch.dtype) -> Any:
+    """TensorRT's name of a torch type."""
+    return _dtypes()[dtype]
+
+
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """The torch type of a `tensorrt.DataType`."""
+    return {theirs: ours for ours, theirs in _dtypes().items()}[dtype]
+
+
+def _dtypes() -> dict[torch.dtype, Any]:
+    import tensorrt as trt
+
+    return {torch.float32: trt.float32, torch.float16: trt.float16, torch.bfloat16: trt.bfloat16,
+            torch.int64: trt.int64, torch.bool: trt.bool}  # fmt: skip

@@ -1,0 +1,42 @@
+"""What all benchmarks share: options, and where results go."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from bench import report
+from bench.report import add_output_arguments, publish
+
+BENCH = Path(report.__file__).parent
+TOOLS = {"gpu", "kernel_fits", "kernel_search"}  # they run others, or write what the kernels are compiled with
+
+
+def test_every_benchmark_has_both_options() -> None:
+    scripts = {path.stem: path.read_text() for path in BENCH.glob("*.py") if "def main(" in path.read_text()}
+    assert len(scripts) > 12 and scripts.keys() >= TOOLS
+    assert {name for name, text in scripts.items() if "add_output_arguments(parser" not in text} == TOOLS
+
+
+@pytest.mark.parametrize(("words", "written"), [
+    ([], "bench/results/a.json"), (["--quick"], None), (["--json", "b.json"], "b.json"),
+    (["--quick", "--json", "b.json"], "b.json"),
+])  # fmt: skip
+def test_a_quick_run_writes_only_where_it_is_told(
+    words: list[str],
+    written: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "RESULTS", Path("bench/results"))
+    parser = argparse.ArgumentParser()
+    add_output_arguments(parser, "less")
+    options = parser.parse_args(words)
+    publish("a", {"one": 1}, "# one", options.json, options.quick, "<svg/>")
+    files = {path.as_posix() for path in Path().rglob("*") if path.is_file()}
+    expected = set() if written is None else {written.replace(".json", suffix) for suffix in (".json", ".md", ".svg")}
+    assert files == expected and capsys.readouterr().out == "# one\n"

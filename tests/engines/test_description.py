@@ -1,0 +1,89 @@
+"""What is told of an engine's networks, against the networks themselves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.engines.base import TORCH_DTYPES
+from posecrafter_rt.engines.description import COMPONENTS, count_weights, describe_networks, write_description
+from posecrafter_rt.engines.folder import EngineFolder
+from posecrafter_rt.engines.torch import TorchBackend, TorchEngine
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import ALL_NETWORKS, NETWORK_NAMES, Architecture, network_specs
+
+
+@pytest.fixture(scope="module")
+def half(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineFolder:
+    """An engine of the torch backend with components in two precisions, and with all networks."""
+    path = tmp_path_factory.mktemp("described") / "half.engine"
+    return build_engine(tiny_checkpoint, path, BuildOptions("torch", "fp16", feature_reuse=True)).folder
+
+
+def test_an_engine_of_torch_is_what_it_loads(half: EngineFolder) -> None:
+    arch = Architecture.from_json(half.manifest["architecture"])
+    engines = TorchBackend().load(half.networks, arch, "fp16", half.compiled)
+    described, specs = describe_networks(half), network_specs(arch)
+    assert list(described) == list(engines) and set(NETWORK_NAMES) < set(described) < set(ALL_NETWORKS)
+    assert {network["precision"] for network in described.values()} == {"fp16", "fp32"}
+    for name, network in described.items():
+        engine = engines[name]
+        assert isinstance(engine, TorchEngine) and engine.dtype == TORCH_DTYPES[network["precision"]], name
+        assert network["weights"] == sum(parameter.numel() for parameter in engine.module.parameters()), name
+        assert network["files"] == [f"{child}.safetensors" for child, _ in engine.module.named_children()], name
+        for kind, tensors in (("inputs", specs[name].inputs), ("outputs", specs[name].outputs)):
+            shapes = {key: tuple(tensor["shape"]) for key, tensor in network[kind].items()}
+            assert list(shapes) == [tensor.name for tensor in tensors]
+            assert shapes == {tensor.name: tensor.dims for tensor in tensors}
+    assert described["unet"]["bytes"] == (half.networks / "unet.safetensors").stat().st_size
+    assert described["unet"]["inputs"]["latents"] == {"shape": ["frames", 4, 16, 16], "dtype": "float"}
+    assert set(COMPONENTS) == set(ALL_NETWORKS)
+
+
+def test_an_engine_of_openvino_is_what_openvino_reads(
+    openvino_networks: Path, plain_model: PoseModel, half: EngineFolder
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    arch = replace(plain_model.architecture(), size=(32, 32))
+    manifest = {**half.manifest, "backend": "openvino", "precision": "bf16", "architecture": arch.to_json()}
+    described, core = describe_networks(EngineFolder(openvino_networks.parent, manifest)), openvino.Core()
+    assert list(described) == list(NETWORK_NAMES)
+    for name, network in plain_model.networks().items():
+        parameters = {key for key, _ in network.named_parameters()}
+        ops = core.read_model(openvino_networks / f"{name}.xml").get_ops()
+        held = [op for op in ops if op.get_type_name() == "Constant" and op.get_friendly_name() in parameters]
+        assert held and described[name]["weights"] == sum(op.data.size for op in held), name
+        assert described[name]["files"] == [f"{name}.bin", f"{name}.xml"]
+        assert described[name]["bytes"] > 4 * described[name]["weights"] * 0.9
+    in_full = {name for name, network in described.items() if network["precision"] == "fp32"}
+    assert in_full == {"text_encoder", "prompt_kv", "time_tables"}
+
+
+def test_only_floating_point_weights_count(tmp_path: Path) -> None:
+    tensors = {
+        "unet.a.weight": torch.zeros(3, 5, dtype=torch.bfloat16),
+        "unet.scale.bias": torch.tensor(1.0),
+        "text_encoder.position.ids": torch.zeros(7, dtype=torch.int64),
+        "val_3": torch.zeros(11),  # a constant of the graph
+    }
+    save_file(tensors, tmp_path / "unet.safetensors")
+    (tmp_path / "unet.plan").write_bytes(b"plan")
+    assert count_weights(tmp_path / "unet.safetensors") == 16 and count_weights(tmp_path / "unet.plan") == 0
+
+
+def test_what_building_kept_is_told(half: EngineFolder, tmp_path: Path) -> None:
+    networks = tmp_path / "networks"
+    networks.mkdir()
+    write_description(networks, {"unet": {"plugins": 3, "attentions": 5, "limits": {"frames": [1, 64]}}})
+    described = describe_networks(EngineFolder(tmp_path, {**half.manifest, "backend": "tensorrt"}))
+    unet = described["unet"]
+    assert (unet["plugins"], unet["attentions"], unet["files"]) == (3, 5, [])
+    assert unet["limits"] == {"frames": [1, 64]}
+    assert "plugins" not in described["controlnet"]
+    json.dumps(described)

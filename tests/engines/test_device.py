@@ -1,0 +1,65 @@
+"""What an engine is bound to: the driver's version as the driver tells it, and who may run what was compiled where."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from posecrafter_rt.avatar_networks import check_runs_here
+from posecrafter_rt.engines import device
+from posecrafter_rt.engines.device import cuda_driver, is_driver_older
+from posecrafter_rt.engines.folder import open_folder
+from posecrafter_rt.engines.torch import TorchBackend
+from posecrafter_rt.errors import EngineFolderError
+
+
+def test_the_drivers_number_is_read_as_a_version(tmp_path: Path) -> None:
+    """1000 · major + 10 · minor, as NVIDIA writes it; told by a library of the driver's name with that one function."""
+    (tmp_path / "driver.c").write_text("int cuDriverGetVersion(int *version) { *version = 13020; return 0; }")
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", str(tmp_path / "driver.c"), "-o", str(tmp_path / "libcuda.so.1")], check=True
+    )
+    code = f"import runpy; print(runpy.run_path({device.__file__!r})['cuda_driver']())"  # not all that engines import
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "13.2\n", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_a_real_driver_runs_the_cuda_that_torch_was_built_for() -> None:
+    assert torch.version.cuda is not None
+    assert int(cuda_driver().split(".")[0]) >= int(torch.version.cuda.split(".")[0])
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "is_older"),
+    [("13.0", "13.0", False), ("13.0", "13.1", False), ("12.8", "13.0", False), ("13.1", "13.0", True),
+     ("13.10", "13.9", True), ("13.0", "12.9", True), (None, "13.0", False), (None, None, False)],
+)  # fmt: skip
+def test_only_an_older_driver_is_too_old(built: str | None, here: str | None, is_older: bool) -> None:
+    devices = [{} if version is None else {"cuda_driver": version} for version in (built, here)]
+    assert is_driver_older(*devices) is is_older
+
+
+def test_an_engine_of_a_newer_driver_is_refused_with_what_mends_it(
+    tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_folder(tiny_engine)
+    bound = {"type": "cuda", "name": "A (9.0)", "cuda_driver": "13.1"}
+    folder = replace(folder, manifest={**folder.manifest, "device": bound})
+    here = {**bound}
+    monkeypatch.setattr(TorchBackend, "device", lambda self: here)
+    check_runs_here(folder)
+    here["cuda_driver"] = "13.2"
+    check_runs_here(folder)
+    here["cuda_driver"] = "13.0"
+    with pytest.raises(EngineFolderError, match=r"a driver for CUDA 13\.1, this one is for 13\.0$") as caught:
+        check_runs_here(folder)
+    assert caught.value.hint and f"build-engine tuned.ckpt -o {tiny_engine} --force" in caught.value.hint

@@ -1,0 +1,93 @@
+"""Every network's graph as TensorRT would be given it: valid in each precision, and still the network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from posecrafter_rt.config import cache_dir
+from posecrafter_rt.engines.base import Precision
+from posecrafter_rt.engines.tensorrt import prepare_graph
+from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.export.functions import DOMAIN, add_functions
+from posecrafter_rt.export.onnx import export_network
+from posecrafter_rt.export.shapes import random_inputs
+from posecrafter_rt.export.verify import relative_error
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import NETWORK_NAMES, STREAM_NETWORKS, Architecture, network_specs
+
+pytest.importorskip("triton", reason="triton is not installed")  # which knows what it has kernels for
+
+CAPABILITY = (8, 6)
+MARKS = ("plugin_namespace", "plugin_version", "aot")
+FLOATS = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}
+SIZES = {"frames": 2, "groups": 1, "steps": 3, "window": 3}
+
+
+def architecture(model: PoseModel) -> Architecture:
+    return replace(model.architecture(), size=(32, 32))  # whose graphs other tests have traced
+
+
+def export(model: PoseModel, name: str) -> ir.Model:
+    spec, arch = network_specs(architecture(model))[name], architecture(model)
+    return export_network(model.networks()[name], spec, arch, graphs=BlobCache(cache_dir() / "graphs"))
+
+
+def run_without_plugins(model: ir.Model, path: Path, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """What ONNX Runtime computes once the plugins' nodes have their bodies back."""
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            for name in MARKS:
+                node.attributes.pop(name)
+    add_functions(model)
+    ir.save(model, path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    results: list[np.ndarray] = session.run(None, inputs)
+    return results
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_a_prepared_graph_is_valid_and_typed(
+    plain_model: PoseModel, tmp_path: Path, name: str, precision: Precision
+) -> None:
+    spec, model = network_specs(architecture(plain_model))[name], export(plain_model, name)
+    plugins, attentions = prepare_graph(model, spec, precision, CAPABILITY)
+    assert not model.functions
+    marked = [node for node in model.graph if node.domain == DOMAIN]
+    assert len(marked) == plugins <= attentions and all(set(MARKS) < set(node.attributes) for node in marked)
+    assert (attentions > 0) == name.startswith(("unet", "controlnet")) and (plugins > 0) == (attentions > 0)
+    # Those that read a stream's window have no kernel.
+    assert (plugins < attentions) == (name == "unet_stream")
+    others = {"int64": "INT64", "bool": "BOOL", "float": "FLOAT", "kept": FLOATS[precision]}
+    for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
+        found = [(value.name, value.dtype and value.dtype.name) for value in values]
+        assert found == [(tensor.name, others[tensor.dtype]) for tensor in tensors]
+    ir.save(model, tmp_path / "network.onnx")
+    # At this opset ONNX has no convolution in bfloat16, which TensorRT's importer takes all the same.
+    onnx.checker.check_model(str(tmp_path / "network.onnx"), full_check=precision != "bf16")
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 5e-3)])
+@pytest.mark.parametrize("name", ["controlnet", "unet", *STREAM_NETWORKS])
+def test_a_prepared_graph_computes_what_its_network_computes(
+    plain_model: PoseModel, tmp_path: Path, name: str, precision: Precision, tolerance: float
+) -> None:
+    spec, model = network_specs(architecture(plain_model))[name], export(plain_model, name)
+    prepare_graph(model, spec, precision, CAPABILITY)
+    types = {value.name: value.dtype.numpy() for value in model.graph.inputs if value.dtype is not None}
+    inputs = random_inputs(spec, SIZES)
+    given = {key: tensor.numpy().astype(types[key]) for key, tensor in inputs.items()}
+    with torch.no_grad():
+        expected = plain_model.networks()[name](*inputs.values())
+    for result, tensor in zip(run_without_plugins(model, tmp_path / "network.onnx", given), expected, strict=True):
+        assert relative_error(torch.from_numpy(result), tensor) < tolerance
