@@ -15,8 +15,9 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from posecrafter_rt import avatar
+from posecrafter_rt import avatar_networks
 from posecrafter_rt.atomic import sha256_file
+from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.engines.torch import TorchEngine
@@ -264,10 +265,10 @@ def test_a_render_that_ends_in_shorter_segments_says_so(
 
 def give_memory(monkeypatch: pytest.MonkeyPatch, workshop: Path, num_frames: int) -> None:
     """Let the system say that so much is free that segments of `num_frames` fit, no longer ones, nor twice that jointly."""
-    with avatar.Avatar.load(workshop / "tuned.engine") as loaded:
-        room = loaded._room(loaded.resolve())
+    with Avatar.load(workshop / "tuned.engine") as loaded:
+        room = loaded.networks.room(loaded.resolve())
     free = (room.reserved + KEPT_LENGTHS * room.per_frame * (num_frames + 1.2)) / USED_SHARE
-    monkeypatch.setattr(avatar, "free_bytes", lambda device_type: int(free))
+    monkeypatch.setattr(avatar_networks, "free_bytes", lambda device_type: int(free))
 
 
 def test_automatic_segments_stay_as_they_were_chosen_when_a_render_is_resumed(
