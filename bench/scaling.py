@@ -2,7 +2,7 @@
 
 Bench: `python -m bench.scaling [--json FILE] [--quick]` renders by the embedded base and the torch engine, jointly and in
 segments, and writes results/scaling.json and .md, or FILE and its .md; with --quick alone it only prints. Each point is
-the fastest of its repetitions, in a process of its own, after a warm-up of one frame.
+the fastest of its repetitions, a long one the only one, in a process of its own, after a warm-up of one frame.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.runtime.options import RenderOptions
 
 TARGET_SLOPE = 1.0
+BUDGET_S = 15.0  # no render is repeated after so many seconds of them
 Row = dict[str, Any]
 
 
@@ -50,9 +51,11 @@ QUICK = Plan((1, 2, 4, 8), (12, 24), (0.5, 1.0), (1, 2, 4), 4, 2, 8, 1)
 
 def measure(engine: Path, num_frames: int, options: RenderOptions, repeats: int) -> Row:
     """Render a moving person, the inversion computed each time: seconds by stage of the fastest, and the peak memory."""
-    runs = []
+    runs: list[dict[str, float]] = []
     with Avatar.load(engine) as avatar:
         for frames in (1, *[num_frames] * repeats):
+            if sum(sum(run.values()) for run in runs[1:]) > BUDGET_S:
+                break  # a long render is its own average
             for file in avatar.folder.inversions.glob("*"):
                 file.unlink()
             for _ in avatar.iter_render(moving_person(frames, avatar.size, phase=1.0), options):
