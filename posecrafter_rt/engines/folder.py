@@ -20,7 +20,7 @@ from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_o
 from posecrafter_rt.errors import EngineFolderError, OutputExists
 from posecrafter_rt.locks import locked
 
-SCHEMA = 2
+SCHEMA = 3  # 2 had convolutions' channels second in `torch` engines
 MANIFEST = "manifest.json"
 MUTABLE = ("inversions", "compiled")  # caches: outside the hashes, may be emptied at any time
 
