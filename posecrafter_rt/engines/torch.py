@@ -134,12 +134,7 @@ class TorchBackend:
         for name, module in modules.items():
             stored = load_file(networks_folder / f"{name}.safetensors", device=str(device))
             weights = _cast_weights(_in_use(stored), _dtype(name, precision))
-            try:
-                module.load_state_dict(weights, assign=True)
-            except RuntimeError as error:  # of an earlier commit, which laid convolutions out otherwise
-                raise EngineFolderError(
-                    f"{networks_folder} was not written by this version", "build it again"
-                ) from error
+            module.load_state_dict(weights, assign=True)
             channels_last(module.to(device).eval().requires_grad_(False))
             if self.tokens_at_once is not None:
                 do_in_parts(module, self.tokens_at_once)
