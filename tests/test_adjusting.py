@@ -24,6 +24,7 @@ from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError
 from posecrafter_rt.rendering import render_to_files
 from posecrafter_rt.runtime.cache import InversionCache, inversion_key
 from posecrafter_rt.runtime.options import RenderOptions
+from tests.tiny import break_off
 
 POSES = moving_person(13, (32, 32))
 CHANGES: dict[str, Any] = {"num_inference_steps": 2, "strength": 1.0, "inversion_substeps": 1, "overlap": 2}
@@ -152,17 +153,7 @@ def test_a_resumed_render_keeps_to_the_shorter_segments(
     starve("unet", lambda call, frames: call >= 2 and frames > 4)
     whole = render_to_files(avatar, POSES, tmp_path / "whole.mp4", options)
     starve("unet", lambda call, frames: call >= 2 and frames > 4)
-    interrupted = avatar._decode
-
-    def interrupt(latents: Tensor, split: Any, report: Any, *others: Any) -> Any:
-        if len(report.segments) == 3:
-            raise KeyboardInterrupt
-        return interrupted(latents, split, report, *others)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(avatar, "_decode", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            render_to_files(avatar, POSES, tmp_path / "broken.mp4", options)
+    break_off(avatar, POSES, tmp_path / "broken.mp4", options, after=3)
     starve("unet", lambda call, frames: False)
     resumed = render_to_files(avatar, POSES, tmp_path / "broken.mp4", options)
     assert resumed["num_resumed"] == 3

@@ -5,13 +5,10 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor
 
 import posecrafter_rt
 from bench.runs import forget_inversions
@@ -21,9 +18,8 @@ from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.rendering import render_to_files
 from posecrafter_rt.runtime.options import RenderOptions
-from posecrafter_rt.runtime.report import RenderReport
-from posecrafter_rt.runtime.segments import Split, split_clip
-from tests.tiny import SIZE, Watched, some_poses
+from posecrafter_rt.runtime.segments import split_clip
+from tests.tiny import SIZE, Watched, break_off, some_poses
 
 SEGMENTS = {"num_inference_steps": 2, "segment": 6, "overlap": 2}
 
@@ -164,17 +160,7 @@ def test_a_clock_that_jumps_backwards_changes_nothing(
     clock = itertools.count(2_000_000_000, -3600)
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 10**9)
-    decode = avatar._decode
-
-    def broken_off(latents: Tensor, split: Split, report: RenderReport, *others: Any) -> Iterator[np.ndarray]:
-        if report.segments:
-            raise KeyboardInterrupt
-        return decode(latents, split, report, *others)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(avatar, "_decode", broken_off)
-        with pytest.raises(KeyboardInterrupt):
-            render_to_files(avatar, poses, tmp_path / "broken.mp4", options)
+    break_off(avatar, poses, tmp_path / "broken.mp4", options, after=1)
     resumed = render_to_files(avatar, poses, tmp_path / "broken.mp4", options)
     assert resumed["num_resumed"] == 1 and resumed["segments"] == whole["segments"]
     assert all(seconds >= 0 for seconds in resumed["seconds"].values())

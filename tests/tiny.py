@@ -1,15 +1,23 @@
-"""What tests of avatars on the tiny base share: its size, poses of noise, and an engine that is watched."""
+"""What tests of avatars on the tiny base share: its size, poses of noise, a render that is broken off, and an engine that is watched."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from torch import Tensor
 
+from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions
 from posecrafter_rt.engines import Engine
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.rendering import render_to_files
+from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.report import RenderReport
+from posecrafter_rt.runtime.segments import Split
 
 SIZE = (32, 32)
 TORCH = BuildOptions(backend="torch", precision="fp32")
@@ -22,6 +30,21 @@ def some_poses(count: int, seed: int = 3, size: tuple[int, int] = SIZE) -> PoseS
     )
     keypoints[..., :2] *= (size[1], size[0])
     return PoseSequence(keypoints.astype(np.float32), size, 25.0)
+
+
+def break_off(avatar: Avatar, poses: PoseSequence, video: Path, options: RenderOptions, after: int) -> None:
+    """Render to files, and be interrupted once so many segments are done."""
+    decode = avatar._decode
+
+    def interrupted(latents: Tensor, split: Split, report: RenderReport, *others: Any) -> Iterator[np.ndarray]:
+        if len(report.segments) == after:
+            raise KeyboardInterrupt
+        return decode(latents, split, report, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(avatar, "_decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            render_to_files(avatar, poses, video, options)
 
 
 class Watched:

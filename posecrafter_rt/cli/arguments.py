@@ -1,4 +1,4 @@
-"""Option values that are more than a word: sizes, segments, frame ranges and the poses in them, LoRAs.
+"""What options of several commands share; values that are more than a word: sizes, segments, frame ranges, poses, LoRAs.
 
 Layer 8: a value that says nothing is bad usage (exit code 2).
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,9 @@ from posecrafter_rt.errors import PoseError
 
 if TYPE_CHECKING:
     from posecrafter_rt.poses.keypoints import PoseSequence
+
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

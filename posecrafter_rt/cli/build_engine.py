@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from posecrafter_rt.cli.arguments import parse_lora, parse_size
+from posecrafter_rt.cli.arguments import AsJson, parse_lora, parse_size
 from posecrafter_rt.cli.output import print_json, print_table, size_of, stages
 
 app = typer.Typer()
@@ -57,7 +57,7 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is not an engine folder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Build what renders; the same build twice is nothing to do."""
     picture_size, given = parse_size(size), [parse_lora(text) for text in lora or ()]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from posecrafter_rt.cli.arguments import parse_range, shown_poses
+from posecrafter_rt.cli.arguments import AsJson, parse_range, shown_poses
 from posecrafter_rt.cli.output import print_json, print_table
 from posecrafter_rt.errors import VideoError
 
@@ -30,7 +30,7 @@ def evaluate(
     rendered_poses: Annotated[
         Path | None, typer.Option(help="The poses in RENDERED; without it they are extracted.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure PSNR and SSIM of RENDERED against TRUTH, frame by frame, at RENDERED's size; with --poses MSE-P too.
 

@@ -15,7 +15,7 @@ import numpy as np
 import typer
 
 from posecrafter_rt.atomic import refuse_overwrite
-from posecrafter_rt.cli.arguments import parse_range, parse_size
+from posecrafter_rt.cli.arguments import AsJson, Force, parse_range, parse_size
 from posecrafter_rt.cli.output import abridged, step_progress
 from posecrafter_rt.errors import PoseError
 from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, FEET, LEFT_HAND, RIGHT_HAND, PoseSequence
@@ -45,8 +45,8 @@ def extract(  # noqa: PLR0913 - one argument for each option
     person: Annotated[
         int | None, typer.Option(help="Which of several people in the first frame, from 0; else the largest.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Detect whole-body keypoints in every frame of VIDEO."""
     from posecrafter_rt.poses.extract import extract_poses
@@ -77,8 +77,8 @@ def preview(  # noqa: PLR0913 - one argument for each option
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second; else the pose file's.", min=0.1)] = None,
     person: Annotated[int | None, typer.Option(help="Which of several people, from 0; else the largest.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw POSES as the network sees them, into a video or a contact sheet."""
     if output.suffix.lower() not in (".mp4", ".png"):
@@ -117,8 +117,8 @@ def retarget(
     person: Annotated[
         int | None, typer.Option(help="Which of several people in POSES, from 0; else the largest.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fit the movement in POSES to the proportions and the place of the person who was tuned."""
     refuse_overwrite(output, force)
@@ -156,8 +156,8 @@ def edit(  # noqa: PLR0913 - one argument for each option
         typer.Option(metavar="SIDE@START:END", help="Wave with the person's own left or right forearm."),
     ] = None,
     person: Annotated[int | None, typer.Option(help="Which of several people, from 0; else the largest.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Script what the person in POSES does; each edit may be given several times, and END is not in its range.
 

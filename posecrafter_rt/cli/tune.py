@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from posecrafter_rt.cli.arguments import parse_range, parse_size, shown_poses
+from posecrafter_rt.cli.arguments import AsJson, Force, parse_range, parse_size, shown_poses
 from posecrafter_rt.cli.main import GOES_ON
 from posecrafter_rt.cli.output import print_json, print_table, step_progress
 
@@ -59,8 +59,8 @@ def tune(  # noqa: PLR0913 - one argument for each option
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tune the base on a few frames of one person."""
     window, picture_size = parse_range(frame_range), parse_size(size)

@@ -22,7 +22,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 # They run once a prompt or schedule, and a timestep near 1000 in 16 bits loses the phase of its sinusoids altogether.
 FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
 # Activations of Stable Diffusion's VAE are known to leave float16's range.
-BEYOND_FP16 = ("vae_encoder", "vae_decoder")
+BEYOND_FP16 = ("vae", "vae_encoder", "vae_decoder")  # the component, and its networks
 # Of `spec`, at the boundary; what is kept, unless the engine has it in another.
 DTYPES = {"float": torch.float32, "kept": torch.float32, "int64": torch.int64, "bool": torch.bool}
 Progress = Callable[[str], None]  # told the name of each stage as it begins

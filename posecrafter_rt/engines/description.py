@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from safetensors import safe_open
 
-from posecrafter_rt.engines.base import Precision, inner_precision
+from posecrafter_rt.engines.base import inner_precision
 from posecrafter_rt.engines.folder import EngineFolder
 from posecrafter_rt.spec import SHALLOW_UNET, SMALL_DECODER, Architecture, TensorSpec, network_specs
 
@@ -58,7 +58,7 @@ def describe_networks(folder: EngineFolder) -> dict[str, dict[str, Any]]:
         stems = COMPONENTS[name] if manifest["backend"] == "torch" else (name,)
         files = [file for stem in stems for file in sorted(folder.networks.glob(f"{stem}.*"))]
         described[name] = {
-            "precision": precision_of(stems[0], manifest["precision"]),
+            "precision": inner_precision(stems[0], manifest["precision"]),
             "inputs": _describe_tensors(spec.inputs),
             "outputs": _describe_tensors(spec.outputs),
             "files": [file.name for file in files],
@@ -67,11 +67,6 @@ def describe_networks(folder: EngineFolder) -> dict[str, dict[str, Any]]:
             **kept.get(name, {}),
         }
     return described
-
-
-def precision_of(stem: str, precision: Precision) -> Precision:
-    """What a network, or a component of the `torch` backend, runs in inside an engine of a precision."""
-    return inner_precision("vae_decoder" if stem == "vae" else stem, precision)
 
 
 def _describe_tensors(tensors: tuple[TensorSpec, ...]) -> dict[str, dict[str, Any]]:

@@ -133,7 +133,7 @@ class TorchBackend:
         modules, device = empty_modules(description), torch_device()
         for name, module in modules.items():
             stored = load_file(networks_folder / f"{name}.safetensors", device=str(device))
-            weights = _cast_weights(_in_use(stored), _dtype(name, precision))
+            weights = _cast_weights(_in_use(stored), TORCH_DTYPES[inner_precision(name, precision)])
             module.load_state_dict(weights, assign=True)
             channels_last(module.to(device).eval().requires_grad_(False))
             if self.tokens_at_once is not None:
@@ -151,7 +151,7 @@ def _weights(name: str, module: nn.Module, precision: Precision) -> dict[str, Te
     Convolutions have their channels last, as they run. So a processor reads every weight where it lies in the file: there
     is no copy of it, and processes share what they have read.
     """
-    weights = _cast_weights(module.state_dict(), _dtype(name, precision))
+    weights = _cast_weights(module.state_dict(), TORCH_DTYPES[inner_precision(name, precision)])
     return {key: (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
             for key, tensor in weights.items()}  # fmt: skip
 
@@ -163,8 +163,3 @@ def _in_use(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
-
-
-def _dtype(name: str, precision: Precision) -> torch.dtype:
-    """What a component runs in."""
-    return TORCH_DTYPES[inner_precision("vae_decoder" if name == "vae" else name, precision)]
