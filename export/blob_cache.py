@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from posecrafter_rt.errors import PoseCrafterError
 
 log = logging.getLogger(__name__)
 DIGEST_BYTES = 32
-MAX_FILES = 64  # every new frame count of a clip adds some; the oldest go first
+# Every new frame count of a clip adds some; the oldest go first.
+MAX_FILES, MAX_BYTES = 64, 1 << 30
 
 
 class BlobCache:
@@ -56,5 +58,7 @@ class BlobCache:
 
     def _prune(self) -> None:
         by_age = sorted(self.folder.glob("*.blob"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        for path in by_age[MAX_FILES:]:
-            path.unlink(missing_ok=True)
+        until = accumulate(path.stat().st_size for path in by_age)
+        for count, (path, num_bytes) in enumerate(zip(by_age, until, strict=True)):
+            if count >= MAX_FILES or (count and num_bytes > MAX_BYTES):  # the newest stays, whatever its size
+                path.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progress, checked_inputs, fitting_weights
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
+from posecrafter_rt.engines.openvino_winograd import extend, use_winograd
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
@@ -57,13 +58,19 @@ class OpenVinoEngine:
         digest: str,
     ) -> None:  # fmt: skip
         self.spec, self.device = spec, torch.device("cpu")
-        self._core, self._path, self._properties = core, path, properties
+        self._core, self._path = core, path
         self._cache, self._digest = cache, digest
         self._requests: OrderedDict[Shapes, Any] = OrderedDict()
         self._weight_bytes = path.with_suffix(".bin").stat().st_size
         self._swapped: dict[str, np.ndarray] = {}
+        is_full = properties["INFERENCE_PRECISION_HINT"] == HINTS["fp32"]
         # A fifth of the decoder's time in float32; nothing in the denoisers, whose pictures are small. bf16: not measured.
-        self._is_by_channel = spec.name == "vae_decoder" and properties["INFERENCE_PRECISION_HINT"] == HINTS["fp32"]
+        self._is_by_channel = spec.name == "vae_decoder" and is_full
+        self._winograd = extend(core) if is_full and spec.name not in FULL_PRECISION else None
+        # Exported, a network refers to the weights' file. OpenVINO 2026.4 does not read one back so that has an operation of
+        # ours, only one that holds its weights, too.
+        self._is_apart = self._winograd is None
+        self._properties = {**properties, "CACHE_MODE": "OPTIMIZE_SIZE" if self._is_apart else "OPTIMIZE_SPEED"}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """See `Engine`. Inputs are read where they lie; outputs are views of the compiled model's own memory."""
@@ -93,19 +100,19 @@ class OpenVinoEngine:
 
     def _compile(self, shapes: Shapes) -> Any:
         """Compile, or take what an earlier process compiled from the same weights for the same shapes."""
-        if self._swapped:  # a blob holds only what was computed from weights; the weights themselves are in the file
+        # A blob apart from its weights holds only what was computed from those in the file; one with them may be gigabytes.
+        if self._swapped or (self._weight_bytes > LARGE_BYTES and not self._is_apart):
             return self._core.compile_model(self._read(shapes), "CPU", self._properties)
         key = {"network": self._digest, "shapes": shapes, "properties": self._properties,
-               "by_channel": self._is_by_channel, **_runtime(self._core)}  # fmt: skip
+               "by_channel": self._is_by_channel, "winograd": self._winograd, **_runtime(self._core)}  # fmt: skip
         blob = self._cache.load(key)
         if blob is not None:
-            weights = {"WEIGHTS_PATH": str(self._path.with_suffix(".bin"))}
+            weights = {"WEIGHTS_PATH": str(self._path.with_suffix(".bin"))} if self._is_apart else {}
             try:
                 return self._core.import_model(blob, "CPU", {**self._properties, **weights})
             except RuntimeError as error:
-                log.warning(
-                    "a kept compiled network cannot be read (%s); it is compiled again", str(error).splitlines()[0]
-                )
+                reason = str(error).strip().splitlines()[-1]
+                log.warning("a kept compiled network cannot be read (%s); it is compiled again", reason)
         compiled = self._core.compile_model(self._read(shapes), "CPU", self._properties)
         self._cache.save(key, compiled.export_model().getvalue())
         return compiled
@@ -117,6 +124,8 @@ class OpenVinoEngine:
             model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
             if self._is_by_channel:
                 normalise_by_channel(model)
+            if self._winograd is not None:
+                use_winograd(model)
         return model
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
@@ -261,7 +270,6 @@ class OpenVinoBackend:
             "INFERENCE_PRECISION_HINT": HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
             "CPU_RUNTIME_CACHE_CAPACITY": 0,  # the second guard against the fault that the engine's class describes
-            "CACHE_MODE": "OPTIMIZE_SIZE",  # exported blobs refer to the weights' file instead of holding a copy
             **threads,
         }
 

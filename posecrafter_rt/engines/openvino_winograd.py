@@ -1,0 +1,192 @@
+"""3×3 convolutions as OpenVINO does not have them: by Winograd's minimal filtering, a quarter of the products.
+
+Layer 4. The operation is C++ (winograd/), compiled once a machine against the OpenVINO that is installed and kept in the
+user's cache. Where that fails OpenVINO's own convolutions run: nothing but time is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from posecrafter_rt.atomic import atomic_path, sha256_json
+from posecrafter_rt.config import cache_dir
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.machine import cpu_features
+
+if TYPE_CHECKING:
+    import openvino
+
+SOURCES = Path(__file__).with_name("winograd")
+FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+COMPILE_S = 300  # a compiler that takes longer hangs
+LANES, PANEL = 8, 16  # input channels come in eights, output channels in sixteens
+# Of 4×4 outputs, over all frames: fewer do not pay for the transformed weights, which are four times as large.
+LEAST_TILES = 16
+MOST_BYTES = 1 << 27  # of one layer's transformed weights: larger ones belong to layers of few tiles
+TOLERANCE = 1e-4  # of the trial's largest output; float32 comes to 1e-5
+
+log = logging.getLogger(__name__)
+
+
+class WinogradError(Exception):
+    """Why the operation cannot be had here, in one line."""
+
+
+def unsupported_reason() -> str | None:
+    """Why the operation cannot be had here, or None. Compiles it, which takes seconds, where that was not done yet."""
+    return _library()[1]
+
+
+def extend(core: openvino.Core) -> str | None:
+    """Make the operation known to a core, so that models with it can be compiled and read.
+
+    Returns: what tells its build from every other, or None where there is none.
+    """
+    library, _ = _library()
+    if library is None:
+        return None
+    core.add_extension(library)
+    return library.stem
+
+
+def use_winograd(model: openvino.Model) -> int:
+    """Replace the convolutions of a float32 model of fixed shapes that gain by it, in place; returns how many."""
+    library, _ = _library()
+    if library is None:
+        return 0
+    factory = _factory(library)
+    return sum(_rewrite(node, factory) for node in model.get_ordered_ops() if _gains(node))
+
+
+def _gains(node: Any) -> bool:
+    if node.get_type_name() != "Convolution":
+        return False
+    facts, (channels, in_channels, *kernel) = node.get_attributes(), node.get_input_shape(1)
+    frames, _, height, width = node.get_output_shape(0)
+    tiles = frames * -(-height // 4) * -(-width // 4)
+    return (
+        list(kernel) == [3, 3]
+        and all(list(facts[name]) == [1, 1] for name in ("strides", "dilations", "pads_begin", "pads_end"))
+        and facts["auto_pad"] in ("explicit", "notset")
+        and in_channels % LANES == channels % PANEL == 0
+        and tiles >= LEAST_TILES
+        and 4 * 36 * channels * in_channels <= MOST_BYTES
+    )
+
+
+def _rewrite(convolution: Any, factory: Any) -> bool:
+    from openvino import opset13 as op
+
+    channels = convolution.get_output_shape(0)[1]
+    users = [user.get_node() for user in convolution.output(0).get_target_inputs()]
+    bias = _bias(users[0], channels) if len(users) == 1 else None
+    replaced = convolution if bias is None else users[0]
+    values = np.zeros(channels, np.float32) if bias is None else bias
+    inputs = [convolution.input_value(0), convolution.input_value(1), op.constant(values).output(0)]
+    replaced.output(0).replace(factory.create("Winograd", inputs).output(0))
+    return True
+
+
+def _bias(node: Any, channels: int) -> np.ndarray | None:
+    """What an addition adds to every channel, if it is constant and no more than that."""
+    if node.get_type_name() != "Add":
+        return None
+    for value in node.input_values():
+        constant, shape = value.get_node(), list(value.get_shape())
+        while constant.get_type_name() == "Reshape":
+            constant = constant.input_value(0).get_node()
+        if constant.get_type_name() == "Constant" and shape[-3:] == [channels, 1, 1] and np.prod(shape) == channels:
+            return np.array(constant.data, np.float32).reshape(channels)
+    return None
+
+
+def _factory(library: Path) -> Any:
+    from openvino.utils.node_factory import NodeFactory
+
+    factory = NodeFactory()
+    factory.add_extension(str(library))
+    return factory
+
+
+@cache
+def _library() -> tuple[Path | None, str | None]:
+    """The compiled operation, or why there is none, which is logged once."""
+    try:
+        return _compiled(), None
+    except WinogradError as error:
+        log.info("3×3 convolutions are OpenVINO's own: %s", error)
+        return None, str(error)
+
+
+def _compiled() -> Path:
+    import openvino
+
+    flags = cpu_features()
+    if not {"avx2", "fma"} <= flags:
+        raise WinogradError("it is written for AVX2 and FMA, which this processor lacks")
+    if "avx512f" in flags:
+        raise WinogradError("this processor has AVX-512, for which it is not written")
+    home = Path(openvino.__file__).parent
+    if not (home / "include" / "openvino").is_dir():
+        raise WinogradError("this OpenVINO came without its headers")
+    sources = sorted(SOURCES.glob("*.*"))
+    key = {"openvino": openvino.get_version(), "home": str(home), "flags": FLAGS,
+           "sources": [path.read_text(encoding="utf-8") for path in sources]}  # fmt: skip
+    library = cache_dir() / "openvino_operations" / f"{sha256_json(key)}.so"
+    if not library.exists():
+        try:
+            with atomic_path(library) as temporary:
+                _compile([path for path in sources if path.suffix == ".cpp"], home, temporary)
+                _try(temporary)
+        except (PoseCrafterError, OSError) as error:
+            raise WinogradError(f"it cannot be kept: {error}") from error
+    return library
+
+
+def _compile(sources: list[Path], home: Path, library: Path) -> None:
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None:
+        raise WinogradError("no C++ compiler was found: install g++, or name one in CXX")
+    linked = [next(home.glob(f"libs/{name}.so*"), None) for name in ("libopenvino", "libtbb")]
+    if None in linked:
+        raise WinogradError("this OpenVINO came without its libraries, or without TBB")
+    command = [compiler, *FLAGS, "-I", str(home / "include"), *map(str, sources), "-o", str(library),
+               *map(str, linked), f"-Wl,-rpath,{home / 'libs'}"]  # fmt: skip
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise WinogradError(f"{compiler} cannot be run: {error}") from error
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        raise WinogradError(f"{compiler} refuses it: {next((line for line in lines if 'error' in line), lines[-1])}")
+
+
+def _try(library: Path) -> None:
+    """Raise WinogradError unless a small convolution by the operation is what OpenVINO's own is."""
+    import openvino
+    from openvino import opset13 as op
+
+    rng = np.random.default_rng(0)
+    pixels = op.parameter([2, 8, 9, 13], np.float32)
+    weight, bias = (op.constant(rng.normal(size=shape).astype(np.float32)) for shape in ((16, 8, 3, 3), (16,)))
+    own = op.convolution(pixels, weight, [1, 1], [1, 1], [1, 1], [1, 1])
+    expected = op.add(own, op.reshape(bias, np.array([1, 16, 1, 1]), special_zero=False))
+    try:
+        core = openvino.Core()
+        core.add_extension(library)
+        tried = _factory(library).create("Winograd", [pixels.output(0), weight.output(0), bias.output(0)])
+        compiled = core.compile_model(openvino.Model([expected, tried], [pixels]), "CPU",
+                                      {"INFERENCE_PRECISION_HINT": "f32"})  # fmt: skip
+        first, second = compiled([rng.normal(size=(2, 8, 9, 13)).astype(np.float32)]).values()
+    except RuntimeError as error:
+        raise WinogradError(f"OpenVINO refuses it: {str(error).splitlines()[0]}") from error
+    if not np.abs(first - second).max() <= TOLERANCE * np.abs(first).max():
+        raise WinogradError("compiled here it does not give what OpenVINO's own convolution does")

@@ -1,0 +1,86 @@
+// The OpenVINO operation posecrafter::Winograd: input, weight (out, in, 3, 3), bias (out) → the 3×3 convolution's
+// output. Layer 4: built where an engine is first loaded, against the OpenVINO that is installed
+// (openvino_winograd.py).
+#include <oneapi/tbb/parallel_for.h>
+
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/op/op.hpp>
+#include <string>
+#include <tuple>
+
+#include "winograd.h"
+
+namespace posecrafter {
+namespace {
+
+// OpenVINO's own threads: others would have to share the cores with them.
+void parallel(int count, const std::function<void(int)>& task) { tbb::parallel_for(0, count, task); }
+
+struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+};
+using Packed = std::unique_ptr<float[], Free>;
+using Weights = std::tuple<size_t, size_t, size_t>;  // a hash of their bytes, input and output channels
+
+// The transformed weights of a convolution, one copy for all the shapes that its network was compiled for.
+std::shared_ptr<Packed> packed_weights(const float* weight, size_t in_channels, size_t out_channels) {
+    static std::mutex mutex;
+    static std::map<Weights, std::weak_ptr<Packed>> known;
+    const std::string_view bytes(reinterpret_cast<const char*>(weight), in_channels * out_channels * 9 * sizeof(float));
+    const Weights key{std::hash<std::string_view>()(bytes), in_channels, out_channels};
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (std::shared_ptr<Packed> found = known[key].lock()) return found;
+    void* memory = std::aligned_alloc(64, kProducts * in_channels * out_channels * sizeof(float));
+    OPENVINO_ASSERT(memory != nullptr, "out of memory: transformed weights");
+    auto packed = std::make_shared<Packed>(static_cast<float*>(memory));
+    winograd_pack(weight, static_cast<int>(in_channels), static_cast<int>(out_channels), packed->get(), parallel);
+    known[key] = packed;
+    return packed;
+}
+
+}  // namespace
+
+class Winograd : public ov::op::Op {
+public:
+    OPENVINO_OP("Winograd", "posecrafter");
+
+    Winograd() = default;
+    explicit Winograd(const ov::OutputVector& inputs) : Op(inputs) { constructor_validate_and_infer_types(); }
+
+    void validate_and_infer_types() override {
+        const auto &pixels = get_input_partial_shape(0), &weight = get_input_partial_shape(1);
+        set_output_type(0, get_input_element_type(0), {pixels[0], weight[0], pixels[2], pixels[3]});
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        return std::make_shared<Winograd>(inputs);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor&) override { return true; }
+    bool has_evaluate() const override { return has_winograd(); }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        const ov::Shape &pixels = inputs[0].get_shape(), &weight = inputs[1].get_shape();
+        outputs[0].set_shape({pixels[0], weight[0], pixels[2], pixels[3]});
+        std::call_once(once_, [&] { packed_ = packed_weights(inputs[1].data<float>(), weight[1], weight[0]); });
+        const auto size = [](size_t value) { return static_cast<int>(value); };
+        winograd_convolve({inputs[0].data<float>(), packed_->get(), inputs[2].data<float>(), outputs[0].data<float>(),
+                           size(pixels[0]), size(pixels[1]), size(weight[0]), size(pixels[2]), size(pixels[3])},
+                          parallel);
+        return true;
+    }
+
+private:
+    mutable std::once_flag once_;
+    mutable std::shared_ptr<Packed> packed_;
+};
+
+}  // namespace posecrafter
+
+OPENVINO_CREATE_EXTENSIONS(
+    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<posecrafter::Winograd>>()}));

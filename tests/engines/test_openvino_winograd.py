@@ -1,0 +1,207 @@
+"""Winograd's convolutions against PyTorch's in float64, and what becomes of a network that has them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from openvino import opset13 as op
+from torch import Tensor
+from torch.nn import functional
+
+from posecrafter_rt.engines import openvino_winograd as winograd
+from posecrafter_rt.engines.openvino import OpenVinoEngine
+from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.export.verify import relative_error
+from posecrafter_rt.spec import NetworkSpec, TensorSpec
+
+EXACT = 3e-5  # of the largest output, at most 512 channels: float32, and transforms that multiply by up to 8
+
+needs_winograd = pytest.mark.skipif(
+    winograd.unsupported_reason() is not None, reason=str(winograd.unsupported_reason())
+)
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was found out about the operation is forgotten, before and after."""
+    winograd._library.cache_clear()
+    yield
+    winograd._library.cache_clear()
+
+
+def convolution(pixels: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> openvino.Model:
+    """A model of one convolution, its bias as ONNX brings it."""
+    parameter = op.parameter(list(pixels.shape), np.float32)
+    padding = [weight.shape[-1] // 2] * 2
+    result = op.convolution(parameter, op.constant(weight.numpy()), [stride] * 2, padding, padding, [1, 1])
+    if bias is not None:
+        shaped = op.reshape(op.constant(bias.numpy()), np.array([1, len(bias), 1, 1]), special_zero=False)
+        result = op.add(result, shaped)
+    return openvino.Model([result], [parameter])
+
+
+def run(model: openvino.Model, pixels: Tensor, num_threads: int = 2) -> Tensor:
+    core = openvino.Core()
+    winograd.extend(core)
+    properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": num_threads}
+    return torch.from_numpy(core.compile_model(model, "CPU", properties)([pixels.numpy()])[0].copy())
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@needs_winograd
+@pytest.mark.parametrize(("frames", "channels", "size"), [
+    (1, (8, 16), (16, 16)),  # the least of everything
+    (16, (8, 16), (1, 1)),  # pictures smaller than a tile
+    (6, (16, 32), (5, 7)),  # neither whole tiles nor whole vectors
+    (3, (24, 48), (13, 31)),
+    (2, (64, 64), (32, 40)),
+    (5, (160, 160), (8, 10)),
+    (1, (320, 64), (16, 20)),
+    (2, (512, 512), (16, 16)),  # more than a chunk
+    (1, (32, 16), (131, 257)),  # many chunks of one row each
+])  # fmt: skip
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_it_is_a_convolution(frames: int, channels: tuple[int, int], size: tuple[int, int], has_bias: bool) -> None:
+    pixels, weight = draw(frames, channels[0], *size), draw(channels[1], channels[0], 3, 3, seed=1)
+    bias = draw(channels[1], seed=2) if has_bias else None
+    model = convolution(pixels, weight, bias)
+    assert winograd.use_winograd(model) == 1
+    assert {"Convolution", "Add"}.isdisjoint(node.get_type_name() for node in model.get_ops())
+    expected = functional.conv2d(pixels.double(), weight.double(), None if bias is None else bias.double(), padding=1)
+    assert relative_error(run(model, pixels), expected) < EXACT
+
+
+@needs_winograd
+def test_a_frame_depends_neither_on_its_neighbours_nor_on_threads() -> None:
+    pixels, weight = draw(9, 16, 21, 18), draw(32, 16, 3, 3, seed=1)
+    together, alone = convolution(pixels, weight), convolution(pixels[4:5], weight)
+    assert winograd.use_winograd(together) == winograd.use_winograd(alone) == 1
+    frames = run(together, pixels)
+    assert torch.equal(frames[4:5], run(alone, pixels[4:5]))
+    assert torch.equal(frames, run(together, pixels, num_threads=1))
+
+
+@pytest.mark.parametrize(("weight", "size", "stride"), [
+    ((16, 8, 1, 1), (16, 16), 1),
+    ((16, 8, 3, 3), (16, 16), 2),
+    ((16, 4, 3, 3), (16, 16), 1),  # the first convolution of a network
+    ((4, 16, 3, 3), (16, 16), 1),  # the last
+    ((16, 8, 3, 3), (8, 12), 1),  # too few tiles
+])  # fmt: skip
+def test_what_does_not_fit_or_gain_stays(weight: tuple[int, ...], size: tuple[int, int], stride: int) -> None:
+    model = convolution(draw(1, weight[1], *size), draw(*weight, seed=1), draw(weight[0]), stride)
+    assert winograd.use_winograd(model) == 0
+    assert "Convolution" in {node.get_type_name() for node in model.get_ops()}
+
+
+def test_large_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = convolution(draw(1, 8, 16, 16), draw(16, 8, 3, 3))
+    monkeypatch.setattr(winograd, "MOST_BYTES", 4 * 36 * 8 * 16 - 1)
+    assert winograd.use_winograd(model) == 0
+
+
+@needs_winograd
+def test_an_addition_of_pictures_is_no_bias() -> None:
+    """Nor is one of a number for each frame and channel, such as a timestep's; they stay beside the convolution."""
+    pixels, weight, added = draw(2, 16, 16, 16), draw(16, 16, 3, 3, seed=1), draw(2, 16, 1, 1, seed=2)
+    parameter = op.parameter(list(pixels.shape), np.float32)
+    result = op.convolution(parameter, op.constant(weight.numpy()), [1, 1], [1, 1], [1, 1], [1, 1])
+    model = openvino.Model([op.add(op.add(result, op.constant(added.numpy())), parameter)], [parameter])
+    assert winograd.use_winograd(model) == 1
+    expected = functional.conv2d(pixels.double(), weight.double(), padding=1) + added + pixels
+    assert relative_error(run(model, pixels), expected) < EXACT
+
+
+@needs_winograd
+def test_an_engine_finds_it_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, weight = draw(2, 16, 24, 20), draw(16, 16, 3, 3, seed=1)
+    model = convolution(pixels, weight, draw(16, seed=2))
+    model.input().set_names({"latents"})
+    model.output().set_names({"pixels"})
+    openvino.save_model(model, tmp_path / "network.xml", compress_to_fp16=False)
+    dims = ("frames", 16, "height", "width")
+    spec = NetworkSpec("unet", (TensorSpec("latents", dims),), (TensorSpec("pixels", dims),))
+    compiled = tmp_path / "compiled"
+
+    def run_anew() -> Tensor:
+        properties = {"INFERENCE_PRECISION_HINT": "f32"}
+        engine = OpenVinoEngine(spec, openvino.Core(), tmp_path / "network.xml", properties, BlobCache(compiled), "0")
+        return engine(latents=pixels)["pixels"].clone()
+
+    expected = functional.conv2d(pixels.double(), weight.double(), draw(16, seed=2).double(), padding=1)
+    first = run_anew()
+    assert relative_error(first, expected) < EXACT
+    assert len(list(compiled.iterdir())) == 1
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(run_anew(), first)  # read back
+    assert not caplog.records
+    assert len(list(compiled.iterdir())) == 1
+
+    with monkeypatch.context() as patch:  # of a large network, which would hold its weights, nothing is kept
+        patch.setattr("posecrafter_rt.engines.openvino.LARGE_BYTES", 0)
+        shutil.rmtree(compiled)
+        assert torch.equal(run_anew(), first)
+        assert not compiled.exists()
+
+    assert torch.equal(run_anew(), first)
+    monkeypatch.setattr(winograd, "cpu_features", set)
+    winograd._library.cache_clear()
+    plain = run_anew()
+    assert not torch.equal(plain, first)
+    assert relative_error(plain, expected) < EXACT
+    assert len(list(compiled.iterdir())) == 2  # of its own: not confused with the other
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [
+    ("false", "false refuses it: exit status 1"),
+    ("no-such-compiler", "no-such-compiler cannot be run"),
+])  # fmt: skip
+@pytest.mark.skipif(not {"avx2", "fma"} <= winograd.cpu_features() or "avx512f" in winograd.cpu_features(),
+                    reason="this processor is not asked for a compiler")  # fmt: skip
+def test_without_a_compiler_convolutions_are_openvinos(
+    compiler: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
+) -> None:
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    assert reason in str(winograd.unsupported_reason())
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+    pixels, weight = draw(1, 8, 16, 16), draw(16, 8, 3, 3)
+    model = convolution(pixels, weight)
+    assert winograd.use_winograd(model) == 0
+    assert relative_error(run(model, pixels), functional.conv2d(pixels, weight, padding=1)) < EXACT
+
+
+@pytest.mark.parametrize(("features", "reason"), [
+    ({"avx2"}, "AVX2 and FMA"),
+    ({"avx2", "fma", "avx512f"}, "AVX-512"),
+])  # fmt: skip
+def test_other_processors(features: set[str], reason: str, monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+    monkeypatch.setattr(winograd, "cpu_features", lambda: features)
+    assert reason in str(winograd.unsupported_reason())
+
+
+@needs_winograd
+def test_what_compiles_but_is_wrong_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
+) -> None:
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for file in winograd.SOURCES.iterdir():
+        text = file.read_text(encoding="utf-8")
+        (sources / file.name).write_text(text.replace("1. / 24, 1. / 12", "1. / 24, 1. / 11"), encoding="utf-8")
+    monkeypatch.setattr(winograd, "SOURCES", sources)
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / "cache"))
+    assert "does not give" in str(winograd.unsupported_reason())
+    assert not list((tmp_path / "cache").rglob("*.so"))
