@@ -122,10 +122,10 @@ class OpenVinoEngine:
         _replace(model, self._swapped)
         if shapes is not None:
             model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
-            if self._is_by_channel:
-                normalise_by_channel(model)
             if self._winograd is not None:
                 use_winograd(model)
+            if self._is_by_channel:
+                normalise_by_channel(model)  # those that no convolution took
         return model
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:

@@ -6,7 +6,7 @@ to channels first and back. Means of channels, joined to those of groups, need n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,21 +14,39 @@ if TYPE_CHECKING:
     import openvino
 
 
+class GroupNorm(NamedTuple):
+    """A GroupNorm without weight and bias: of which output, over how many groups."""
+
+    pixels: Any
+    groups: int
+    eps: float
+
+
 def normalise_by_channel(model: openvino.Model) -> int:
     """Rewrite every GroupNorm of a model of fixed shapes, in place; returns how many. What looks different is left alone."""
-    return sum(_rewrite(node) for node in model.get_ordered_ops() if node.get_type_name() == "MVN")
+    found = [(node, norm) for node in model.get_ordered_ops() if (norm := group_norm(node)) is not None]
+    for node, norm in found:
+        node.output(0).replace(_normalised(norm).output(0))
+    return len(found)
 
 
-def _rewrite(mvn: Any) -> bool:
-    grouping, back = mvn.input_value(0).get_node(), _end(mvn)
-    if grouping.get_type_name() != "Reshape" or back is None:
-        return False
-    pixels = grouping.input_value(0)
-    shape, groups = list(pixels.get_shape()), mvn.get_output_shape(0)[1]
-    if len(shape) != 4 or list(back.get_output_shape(0)) != shape or shape[1] % groups or not _is_of_groups(mvn):
-        return False
-    back.output(0).replace(_normalised(pixels, shape, groups, mvn.get_attributes()["eps"]).output(0))
-    return True
+def group_norm(node: Any) -> GroupNorm | None:
+    """The GroupNorm that ends at this node: a Reshape which undoes the grouping of what was normalised."""
+    if node.get_type_name() != "Reshape":
+        return None
+    inner, neutral = node.input_value(0).get_node(), {"Multiply": 1.0, "Add": 0.0}
+    while (kind := inner.get_type_name()) in neutral and _is_filled(inner.input_value(1).get_node(), neutral[kind]):
+        inner = inner.input_value(0).get_node()
+    if inner.get_type_name() != "MVN" or not _is_of_groups(inner):
+        return None
+    grouping = inner.input_value(0).get_node()
+    if grouping.get_type_name() != "Reshape":
+        return None
+    pixels, groups = grouping.input_value(0), inner.get_output_shape(0)[1]
+    shape = list(pixels.get_shape())
+    if len(shape) != 4 or list(node.get_output_shape(0)) != shape or shape[1] % groups:
+        return None
+    return GroupNorm(pixels, groups, inner.get_attributes()["eps"])
 
 
 def _is_of_groups(mvn: Any) -> bool:
@@ -43,21 +61,6 @@ def _is_of_groups(mvn: Any) -> bool:
     )
 
 
-def _end(mvn: Any) -> Any:
-    """The Reshape that undoes the grouping, if nothing but a multiplication by 1 and an addition of 0 lies between."""
-    node, neutral = mvn, {"Multiply": 1.0, "Add": 0.0}
-    while True:
-        users = [user.get_node() for user in node.output(0).get_target_inputs()]
-        users = [user for user in users if user.get_type_name() != "ShapeOf"]
-        if len(users) != 1:
-            return None
-        node, kind = users[0], users[0].get_type_name()
-        if kind == "Reshape":
-            return node
-        if kind not in neutral or not _is_filled(node.input_value(1).get_node(), neutral[kind]):
-            return None
-
-
 def _is_filled(node: Any, value: float) -> bool:
     """Whether a constant, perhaps reshaped, holds this number alone."""
     while node.get_type_name() == "Reshape":
@@ -65,10 +68,11 @@ def _is_filled(node: Any, value: float) -> bool:
     return node.get_type_name() == "Constant" and bool((np.asarray(node.data) == value).all())
 
 
-def _normalised(pixels: Any, shape: list[int], groups: int, eps: float) -> Any:
+def _normalised(norm: GroupNorm) -> Any:
     from openvino import opset13 as op
 
-    frames, channels, _, _ = shape
+    pixels, groups, eps = norm
+    frames, channels, _, _ = pixels.get_shape()
 
     def group_mean(values: Any) -> Any:
         """(N, C, h, w) → (N, C, 1, 1), the mean of each channel's group."""

@@ -1,4 +1,5 @@
-"""3×3 convolutions as OpenVINO does not have them: by Winograd's minimal filtering, a quarter of the products.
+"""3×3 convolutions as OpenVINO does not have them: by Winograd's minimal filtering, a quarter of the products, and with the
+GroupNorm and SiLU before them.
 
 Layer 4. The operation is C++ (winograd/), compiled once a machine against the OpenVINO that is installed and kept in the
 user's cache. Where that fails OpenVINO's own convolutions run: nothing but time is lost.
@@ -18,6 +19,7 @@ import numpy as np
 
 from posecrafter_rt.atomic import atomic_path, sha256_json
 from posecrafter_rt.config import cache_dir
+from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.machine import cpu_features
 
@@ -62,8 +64,10 @@ def use_winograd(model: openvino.Model) -> int:
     library, _ = _library()
     if library is None:
         return 0
-    factory = _factory(library)
-    return sum(_rewrite(node, factory) for node in model.get_ordered_ops() if _gains(node))
+    factory, gaining = _factory(library), [node for node in model.get_ordered_ops() if _gains(node)]
+    for convolution in gaining:
+        _rewrite(convolution, factory)
+    return len(gaining)
 
 
 def _gains(node: Any) -> bool:
@@ -82,30 +86,68 @@ def _gains(node: Any) -> bool:
     )
 
 
-def _rewrite(convolution: Any, factory: Any) -> bool:
+def _rewrite(convolution: Any, factory: Any) -> None:
+    """Replace a convolution, the bias after it, and the GroupNorm and SiLU before it, as far as they are there."""
     from openvino import opset13 as op
 
-    channels = convolution.get_output_shape(0)[1]
+    weight, channels = convolution.input_value(1), convolution.get_output_shape(0)[1]
     users = [user.get_node() for user in convolution.output(0).get_target_inputs()]
-    bias = _bias(users[0], channels) if len(users) == 1 else None
+    users = [user for user in users if user.get_type_name() != "ShapeOf"]
+    bias = _added(users[0], channels) if len(users) == 1 else None
     replaced = convolution if bias is None else users[0]
-    values = np.zeros(channels, np.float32) if bias is None else bias
-    inputs = [convolution.input_value(0), convolution.input_value(1), op.constant(values).output(0)]
-    replaced.output(0).replace(factory.create("Winograd", inputs).output(0))
-    return True
+    constants, attributes = [np.zeros(channels, np.float32) if bias is None else bias], {}
+    pixels = convolution.input_value(0)
+    before = _silu_of_norm(pixels)
+    if before is not None:
+        norm, norm_weight, norm_bias = before
+        pixels, attributes = norm.pixels, {"groups": norm.groups, "eps": norm.eps}
+        constants += [norm_weight, norm_bias]
+    inputs = [pixels, weight, *(op.constant(values).output(0) for values in constants)]
+    replaced.output(0).replace(factory.create("Winograd", inputs, attributes).output(0))
 
 
-def _bias(node: Any, channels: int) -> np.ndarray | None:
-    """What an addition adds to every channel, if it is constant and no more than that."""
-    if node.get_type_name() != "Add":
-        return None
-    for value in node.input_values():
-        constant, shape = value.get_node(), list(value.get_shape())
-        while constant.get_type_name() == "Reshape":
-            constant = constant.input_value(0).get_node()
-        if constant.get_type_name() == "Constant" and shape[-3:] == [channels, 1, 1] and np.prod(shape) == channels:
-            return np.array(constant.data, np.float32).reshape(channels)
+def _silu_of_norm(value: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] | None:
+    """The GroupNorm, its weight and its bias, that SiLU(GroupNorm(…)) is of."""
+    for normed, gate in _orders(value.get_node(), "Multiply"):
+        if gate.get_node().get_type_name() != "Sigmoid" or not _is_same(gate.get_node().input_value(0), normed):
+            continue
+        channels = normed.get_shape()[1]
+        bias = _added(normed.get_node(), channels)
+        for scaled, _ in _orders(normed.get_node(), "Add"):
+            for grouped, factor in _orders(scaled.get_node(), "Multiply"):
+                norm, weight = group_norm(grouped.get_node()), _of_channels(factor, channels)
+                if norm is not None and weight is not None and bias is not None:
+                    return norm, weight, bias
     return None
+
+
+def _orders(node: Any, kind: str) -> list[tuple[Any, Any]]:
+    """The two inputs of a node of this type, either first; nothing for another node."""
+    if node.get_type_name() != kind:
+        return []
+    first, second = node.input_values()
+    return [(first, second), (second, first)]
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """Whether two values are one: nodes that are compared by == make a node."""
+    return (first.get_node().get_name(), first.get_index()) == (second.get_node().get_name(), second.get_index())
+
+
+def _added(node: Any, channels: int) -> np.ndarray | None:
+    """What an addition adds to every channel, if it is constant and no more than that."""
+    return next((found for _, value in _orders(node, "Add")
+                 if (found := _of_channels(value, channels)) is not None), None)  # fmt: skip
+
+
+def _of_channels(value: Any, channels: int) -> np.ndarray | None:
+    """A constant number for each channel."""
+    constant, shape = value.get_node(), list(value.get_shape())
+    while constant.get_type_name() in ("Reshape", "Unsqueeze"):
+        constant = constant.input_value(0).get_node()
+    if constant.get_type_name() != "Constant" or shape[-3:] != [channels, 1, 1] or np.prod(shape) != channels:
+        return None
+    return np.array(constant.data, np.float32).reshape(channels)
 
 
 def _factory(library: Path) -> Any:

@@ -122,6 +122,62 @@ def test_an_addition_of_pictures_is_no_bias() -> None:
     assert relative_error(run(model, pixels), expected) < EXACT
 
 
+def norm_silu_convolution(pixels: Tensor, groups: int, norm: tuple[Tensor, Tensor], weight: Tensor) -> openvino.Model:
+    """A model of convolution ∘ SiLU ∘ GroupNorm, spelled as ONNX brings it."""
+    parameter = op.parameter(list(pixels.shape), np.float32)
+    grouped = op.reshape(parameter, np.array([pixels.shape[0], groups, -1]), special_zero=False)
+    normed = op.mvn(grouped, np.array([2]), True, 1e-5, "INSIDE_SQRT")
+    normed = op.reshape(normed, np.array(pixels.shape), special_zero=False)
+    factor, added = (op.unsqueeze(op.constant(values.numpy()), np.array([1, 2])) for values in norm)
+    normed = op.add(op.multiply(normed, factor), added)
+    active = op.multiply(normed, op.sigmoid(normed))
+    result = op.convolution(active, op.constant(weight.numpy()), [1, 1], [1, 1], [1, 1], [1, 1])
+    return openvino.Model([result], [parameter])
+
+
+@needs_winograd
+@pytest.mark.parametrize("size", [(16, 16), (9, 21)])
+@pytest.mark.parametrize(("channels", "groups"), [(16, 16), (32, 8), (96, 4)])
+@pytest.mark.parametrize("offset", [0.0, 100.0])  # what is far from zero loses digits in a variance of one pass
+def test_norm_and_silu_before_it_are_its_own(size: tuple[int, int], channels: int, groups: int, offset: float) -> None:
+    pixels, weight = draw(3, channels, *size) + offset, draw(16, channels, 3, 3, seed=1)
+    norm = draw(channels, seed=2), draw(channels, seed=3)
+    model = norm_silu_convolution(pixels, groups, norm, weight)
+    assert winograd.use_winograd(model) == 1
+    assert {node.get_type_name() for node in model.get_ops()} == {"Parameter", "Constant", "Winograd", "Result"}
+    normed = functional.group_norm(pixels.double(), groups, *(values.double() for values in norm), eps=1e-5)
+    expected = functional.conv2d(functional.silu(normed), weight.double(), padding=1)
+    assert relative_error(run(model, pixels), expected) < EXACT * (1 + offset / 10)
+
+
+@needs_winograd
+def test_silu_holds_at_its_ends() -> None:
+    """Where exp would overflow or vanish: SiLU(x) is x, or 0."""
+    pixels, weight = draw(1, 8, 16, 16), draw(16, 8, 3, 3, seed=1)
+    norm = torch.full((8,), 200.0), torch.zeros(8)
+    model = norm_silu_convolution(pixels, 8, norm, weight)
+    assert winograd.use_winograd(model) == 1
+    normed = functional.group_norm(pixels.double(), 8, *(values.double() for values in norm), eps=1e-5)
+    assert float(normed.abs().max()) > 400
+    expected = functional.conv2d(functional.silu(normed), weight.double(), padding=1)
+    assert relative_error(run(model, pixels), expected) < EXACT
+
+
+@needs_winograd
+def test_another_activation_before_it_stays() -> None:
+    """SiLU without a norm, and x · sigmoid of something else."""
+    pixels, weight = draw(1, 8, 16, 16), draw(16, 8, 3, 3, seed=1)
+    for gate in (lambda value: value, op.abs):
+        parameter = op.parameter(list(pixels.shape), np.float32)
+        active = op.multiply(parameter, op.sigmoid(gate(parameter)))
+        result = op.convolution(active, op.constant(weight.numpy()), [1, 1], [1, 1], [1, 1], [1, 1])
+        model = openvino.Model([result], [parameter])
+        assert winograd.use_winograd(model) == 1
+        assert "Sigmoid" in {node.get_type_name() for node in model.get_ops()}
+        gated = pixels * torch.sigmoid(pixels if gate is not op.abs else pixels.abs())
+        assert relative_error(run(model, pixels), functional.conv2d(gated.double(), weight.double(), padding=1)) < EXACT
+
+
 @needs_winograd
 def test_an_engine_finds_it_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, forgotten: None, monkeypatch: pytest.MonkeyPatch

@@ -10,8 +10,9 @@
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/op/op.hpp>
-#include <string>
+#include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "winograd.h"
 
@@ -50,7 +51,9 @@ public:
     OPENVINO_OP("Winograd", "posecrafter");
 
     Winograd() = default;
-    explicit Winograd(const ov::OutputVector& inputs) : Op(inputs) { constructor_validate_and_infer_types(); }
+    Winograd(const ov::OutputVector& inputs, int64_t groups, double eps) : Op(inputs), groups_(groups), eps_(eps) {
+        constructor_validate_and_infer_types();
+    }
 
     void validate_and_infer_types() override {
         const auto &pixels = get_input_partial_shape(0), &weight = get_input_partial_shape(1);
@@ -58,24 +61,53 @@ public:
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        return std::make_shared<Winograd>(inputs);
+        return std::make_shared<Winograd>(inputs, groups_, eps_);
     }
 
-    bool visit_attributes(ov::AttributeVisitor&) override { return true; }
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("groups", groups_);
+        visitor.on_attribute("eps", eps_);
+        return true;
+    }
+
     bool has_evaluate() const override { return has_winograd(); }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         const ov::Shape &pixels = inputs[0].get_shape(), &weight = inputs[1].get_shape();
         outputs[0].set_shape({pixels[0], weight[0], pixels[2], pixels[3]});
         std::call_once(once_, [&] { packed_ = packed_weights(inputs[1].data<float>(), weight[1], weight[0]); });
-        const auto size = [](size_t value) { return static_cast<int>(value); };
-        winograd_convolve({inputs[0].data<float>(), packed_->get(), inputs[2].data<float>(), outputs[0].data<float>(),
-                           size(pixels[0]), size(pixels[1]), size(weight[0]), size(pixels[2]), size(pixels[3])},
-                          parallel);
+        const int frames = size(pixels[0]), channels = size(pixels[1]), height = size(pixels[2]),
+                  width = size(pixels[3]);
+        Convolution call{inputs[0].data<float>(),
+                         nullptr,
+                         nullptr,
+                         packed_->get(),
+                         inputs[2].data<float>(),
+                         outputs[0].data<float>(),
+                         frames,
+                         channels,
+                         size(weight[0]),
+                         height,
+                         width};
+        static thread_local std::vector<float> scales;  // and shifts
+        if (inputs.size() == 5) {
+            scales.resize(2 * pixels[0] * pixels[1]);
+            call.scale = scales.data();
+            call.shift = scales.data() + pixels[0] * pixels[1];
+            group_norm_scales(
+                {call.input, inputs[3].data<float>(), inputs[4].data<float>(), scales.data(),
+                 scales.data() + pixels[0] * pixels[1], frames, channels, size(groups_), pixels[2] * pixels[3], eps_},
+                parallel);
+        }
+        winograd_convolve(call, parallel);
         return true;
     }
 
 private:
+    static int size(size_t value) { return static_cast<int>(value); }
+
+    int64_t groups_ = 0;
+    double eps_ = 0;
     mutable std::once_flag once_;
     mutable std::shared_ptr<Packed> packed_;
 };

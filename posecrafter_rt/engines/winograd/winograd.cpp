@@ -3,6 +3,7 @@
 #include "winograd.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -172,10 +173,37 @@ struct Plan {
     }
 };
 
+// exp to 2e-7, by Cephes' polynomial.
+PC_INLINE __m256 exponential(__m256 x) {
+    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87)), _mm256_set1_ps(88));
+    const __m256 power = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    x = _mm256_fnmadd_ps(power, _mm256_set1_ps(0.693359375f), x);
+    x = _mm256_fnmadd_ps(power, _mm256_set1_ps(-2.12194440e-4f), x);
+    __m256 y = _mm256_set1_ps(1.9875691500e-4f);
+    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(1.3981999507e-3f));
+    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(8.3334519073e-3f));
+    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(4.1665795894e-2f));
+    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(1.6666665459e-1f));
+    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(5.0000001201e-1f));
+    y = _mm256_fmadd_ps(y, _mm256_mul_ps(x, x), _mm256_add_ps(x, _mm256_set1_ps(1)));
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
+
+PC_INLINE __m256 silu(__m256 x) {
+    const __m256 one = _mm256_set1_ps(1);
+    return _mm256_div_ps(x, _mm256_add_ps(one, exponential(_mm256_sub_ps(_mm256_setzero_ps(), x))));
+}
+
 // Lines top…top+5 of eight channels of one frame, zeros around, as (6, columns, 8).
-PC_AVX2 void gather(const Plan& plan, const float* planes, int top, float* lines) {
+template <bool kIsNormed>
+PC_AVX2 void gather(const Plan& plan, size_t channel, int top, float* lines) {
     const int height = plan.call.height, width = plan.call.width;
     const size_t plane = static_cast<size_t>(height) * width;
+    __m256 scale = _mm256_setzero_ps(), shift = scale;
+    if (kIsNormed)
+        scale = _mm256_loadu_ps(plan.call.scale + channel), shift = _mm256_loadu_ps(plan.call.shift + channel);
+    const auto normed = [=](__m256 v) PC_AVX2 { return kIsNormed ? silu(_mm256_fmadd_ps(v, scale, shift)) : v; };
     for (int line = 0; line < kPatch; ++line) {
         float* to = lines + static_cast<size_t>(line) * plan.columns * kLanes;
         const int y = top + line;
@@ -183,18 +211,22 @@ PC_AVX2 void gather(const Plan& plan, const float* planes, int top, float* lines
             std::fill(to, to + static_cast<size_t>(plan.columns) * kLanes, 0.0f);
             continue;
         }
-        const float* from = planes + static_cast<size_t>(y) * width;
+        const float* from = plan.call.input + channel * plane + static_cast<size_t>(y) * width;
         _mm256_store_ps(to, _mm256_setzero_ps());
+        to += kLanes;
         int x = 0;
         for (; x + kLanes <= width; x += kLanes) {
             __m256 v[8];
             for (int c = 0; c < kLanes; ++c) v[c] = _mm256_loadu_ps(from + c * plane + x);
             transpose(v);
-            for (int c = 0; c < kLanes; ++c) _mm256_store_ps(to + (x + 1 + c) * kLanes, v[c]);
+            for (int c = 0; c < kLanes; ++c) _mm256_store_ps(to + (x + c) * kLanes, normed(v[c]));
         }
-        for (; x < width; ++x)
-            for (int c = 0; c < kLanes; ++c) to[(x + 1) * kLanes + c] = from[c * plane + x];
-        std::fill(to + (width + 1) * kLanes, to + static_cast<size_t>(plan.columns) * kLanes, 0.0f);
+        for (; x < width; ++x) {
+            float* pixel = to + x * kLanes;
+            for (int c = 0; c < kLanes; ++c) pixel[c] = from[c * plane + x];
+            _mm256_store_ps(pixel, normed(_mm256_load_ps(pixel)));
+        }
+        std::fill(to + width * kLanes, to + static_cast<size_t>(plan.columns - 1) * kLanes, 0.0f);
     }
 }
 
@@ -291,7 +323,7 @@ private:
         const int frame = (first + row) / plan_.tiles_high, top = (first + row) % plan_.tiles_high * kTile - 1;
         const size_t channel = static_cast<size_t>(frame) * c.in_channels + group * kLanes;
         float* patches = lines();
-        gather(plan_, c.input + channel * c.height * c.width, top, patches);
+        (c.scale == nullptr ? gather<false> : gather<true>)(plan_, channel, top, patches);
         const size_t tile = static_cast<size_t>(row) * plan_.tiles_wide;
         rows_to_matrices(plan_, patches, v_ + tile * c.in_channels + group * kLanes);
     }
@@ -328,15 +360,56 @@ private:
     float *v_, *m_;
 };
 
+// The sum of (x - centre), or of its square: in float over a stretch, in double over stretches.
+template <bool kIsSquared>
+PC_AVX2 double sum(const float* x, size_t count, float centre) {
+    constexpr size_t kStretch = 4096;
+    double total = 0;
+    for (size_t begin = 0; begin < count; begin += kStretch) {
+        const size_t end = std::min(count, begin + kStretch);
+        __m256 sums[4];
+        for (__m256& lanes : sums) lanes = _mm256_setzero_ps();
+        size_t i = begin;
+        for (; i + 4 * kLanes <= end; i += 4 * kLanes)
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; ++part) {
+                const __m256 v = _mm256_sub_ps(_mm256_loadu_ps(x + i + part * kLanes), _mm256_set1_ps(centre));
+                sums[part] = kIsSquared ? _mm256_fmadd_ps(v, v, sums[part]) : _mm256_add_ps(v, sums[part]);
+            }
+        alignas(32) float lanes[kLanes];
+        _mm256_store_ps(lanes, _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+        for (float lane : lanes) total += lane;
+        for (; i < end; ++i) total += kIsSquared ? (x[i] - centre) * (x[i] - centre) : x[i] - centre;
+    }
+    return total;
+}
+
 }  // namespace
 
 void winograd_convolve(const Convolution& call, const Parallel& parallel) {
     if (call.frames > 0 && call.height > 0 && call.width > 0) Job(call).run(parallel);
 }
 
+void group_norm_scales(const GroupNorm& norm, const Parallel& parallel) {
+    const int width = norm.channels / norm.groups;  // of a group, in channels
+    const size_t count = width * norm.size;
+    parallel(norm.frames * norm.groups, [&](int index) {
+        const float* x = norm.input + index * count;
+        const float mean = static_cast<float>(sum<false>(x, count, 0) / count);
+        const double deviation = std::sqrt(sum<true>(x, count, mean) / count + norm.eps);
+        for (int c = 0; c < width; ++c) {
+            const int channel = index % norm.groups * width + c;
+            const float scale = static_cast<float>(norm.weight[channel] / deviation);
+            norm.scale[index * width + c] = scale;
+            norm.shift[index * width + c] = norm.bias[channel] - mean * scale;
+        }
+    });
+}
+
 #else
 
 void winograd_convolve(const Convolution&, const Parallel&) {}
+void group_norm_scales(const GroupNorm&, const Parallel&) {}
 
 #endif
 

@@ -21,14 +21,31 @@ bool has_winograd();
 // weight (out, in, 3, 3) → packed, 36 · in · out floats (36, out / 16, in, 16); `packed` is 64 bytes aligned.
 void winograd_pack(const float* weight, int in_channels, int out_channels, float* packed, const Parallel& parallel);
 
-// One convolution. All are compact: input (frames, in, h, w), out (frames, out, h, w), bias (out).
+// One convolution. All are compact: input (frames, in, h, w), out (frames, out, h, w), bias (out). Where scale and
+// shift (frames, in) are given, it is of SiLU(input · scale + shift).
 struct Convolution {
     const float* input;
+    const float* scale;
+    const float* shift;
     const float* packed;
     const float* bias;
     float* out;
     int frames, in_channels, out_channels, height, width;
 };
+
+// GroupNorm of an input as scale and shift. input (frames, channels, size); weight and bias (channels).
+struct GroupNorm {
+    const float* input;
+    const float* weight;
+    const float* bias;
+    float* scale;
+    float* shift;
+    int frames, channels, groups;
+    size_t size;
+    double eps;
+};
+
+void group_norm_scales(const GroupNorm& norm, const Parallel& parallel);
 
 void winograd_convolve(const Convolution& call, const Parallel& parallel);
 
