@@ -5,8 +5,10 @@ Layer 6: the Python API; `cli` and `serve` are thin around it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from posecrafter_rt.avatar_networks import Networks, check_runs_here
 from posecrafter_rt.avatar_once import KEPT, ComputedOnce
 from posecrafter_rt.building import read_reference
-from posecrafter_rt.engines import Engine
+from posecrafter_rt.engines import SAMPLED_AHEAD, Engine
 from posecrafter_rt.engines.folder import EngineFolder, open_folder
 from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
@@ -25,6 +27,7 @@ from posecrafter_rt.machine import return_freed_memory
 from posecrafter_rt.method import DDIMSchedule, DPMSchedule, medoid_reference, select_reference
 from posecrafter_rt.method.dpmpp import dpmpp_terms
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.ahead import Ahead, Sampled
 from posecrafter_rt.runtime.memory import choose_segment, explained, warn_unless_fits
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.prepare import prepare_clip
@@ -116,8 +119,9 @@ class Avatar:
         Raises: PoseError when no training pose shares a keypoint with a target; PoseCrafterError for bad options.
         """
         frames = np.empty((len(poses), *self.size, 3), np.uint8)
-        for index, frame in enumerate(self.iter_render(poses, options, **changes)):
-            frames[index] = frame
+        with closing(self.iter_segments(poses, options, look_ahead=True, **changes)) as segments:
+            for index, frame in enumerate(frame for segment in segments for frame in segment.frames):
+                frames[index] = frame
         return frames
 
     def iter_render(
@@ -144,14 +148,17 @@ class Avatar:
         finished: Sequence[SegmentReport] = (),
         carried: Tensor | None = None,
         on_step: OnStep | None = None,
+        look_ahead: bool = False,
         **changes: Any,
-    ) -> Iterator[RenderedSegment]:
+    ) -> Generator[RenderedSegment, None, None]:
         """As `iter_render`, yielding segments. finished: reports of the first ones, not to be rendered again.
 
         carried: what the last of those carried; to go on from there gives what an unbroken run gives, bit for bit.
         choice: what `choose_segment` chose for the run that rendered them; None: it chooses, where it is asked to.
+        look_ahead: sample the next segment in a thread while the frames of one are taken, where the backend can. It changes no
+            byte and no order; but until the iterator has ended or is closed, nothing else may use the avatar.
         """
-        options = self.resolve(options, **changes)
+        options, on_step = self.resolve(options, **changes), on_step or ignore
         target = transform_keypoints(poses, self.size)  # as the training frames were fitted
         if options.segment is None:
             warn_unless_fits(self.networks.room(options), len(target), options)
@@ -165,16 +172,20 @@ class Avatar:
         for part in finished:
             report.add(part, split.settle(part.adjustments))
         with explained(options):
-            inverted = self._prepare(target, options, report, on_step or ignore)
-        while split.num_left():
-            latents, part = self._denoise_adjusting(target, split, inverted, carried, report, on_step or ignore)
-            segment = split.settle()
-            num_settled = segment.settled - segment.start
-            carried = latents[num_settled:].clone()
-            frames = self._decode(latents[:num_settled], split, report, part, on_step or ignore)
-            yield RenderedSegment(frames, carried, part)
-            return_freed_memory()
-            report.add(part, segment)
+            inverted = self._prepare(target, options, report, on_step)
+        is_ahead = look_ahead and self.folder.manifest["backend"] in SAMPLED_AHEAD
+        with closing(Ahead(inverted.device if is_ahead else None)) as ahead:
+            while split.num_left():
+                latents, part = self._denoise_adjusting(target, split, inverted, carried, report, ahead, on_step)
+                segment = split.settle()
+                num_settled = segment.settled - segment.start
+                carried = latents[num_settled:].clone()
+                if split.num_left():
+                    ahead.start(partial(self._denoise_ahead, target, split.upcoming(), inverted, report))
+                frames = self._decode(latents[:num_settled], split, report, part, ahead, on_step)
+                yield RenderedSegment(frames, carried, part)
+                return_freed_memory()
+                report.add(part, segment)
         self.last_report = report
 
     def stream(
@@ -231,8 +242,8 @@ class Avatar:
 
     def _denoise_adjusting(
         self, target: PoseSequence, split: Split, inverted: Tensor, carried: Tensor | None,
-        report: RenderReport, on_step: OnStep,
-    ) -> tuple[Tensor, SegmentReport]:  # fmt: skip
+        report: RenderReport, ahead: Ahead, on_step: OnStep,
+    ) -> Sampled:  # fmt: skip
         """Clean latents (F, 4, h, w) of the next segment, joined to the one before, and its report.
 
         Where memory runs out it is computed in smaller parts, which is exact to rounding; where that is not enough it becomes
@@ -249,11 +260,12 @@ class Avatar:
             try:
                 with explained(options):
                     networks.use(precision, at_once)
-                    latents = self._denoise(target, segment, inverted, report, part, told)
+                    sampled = ahead.take(told)
+                    latents, done = sampled or (self._denoise(target, segment, inverted, report, part, told), part)
                     if torch.isfinite(latents).all():  # once a segment, for a GPU is waited for
                         # A segment that was shortened may settle fewer frames than the one before it has carried over.
                         shared = None if carried is None else carried[: segment.settled - segment.start]
-                        return blend(shared, latents), part
+                        return blend(shared, latents), done
             except OutOfMemory as error:
                 num_frames = options.groups * (segment.stop - segment.start + options.inserts)
                 mended = networks.dividing(num_frames, at_once, segment.start, str(error))
@@ -285,25 +297,34 @@ class Avatar:
                                   lambda step: told("denoising", step - options.start_step, num_steps))  # fmt: skip
         return latents[1:] if options.inserts else latents  # the inserted reference is never decoded
 
+    def _denoise_ahead(
+        self, target: PoseSequence, segment: Segment, inverted: Tensor, report: RenderReport, told: OnStep
+    ) -> Sampled:
+        """`_denoise` in a thread: it adjusts nothing."""
+        part = SegmentReport()
+        with explained(report.options):
+            return self._denoise(target, segment, inverted, report, part, told), part
+
     def _decode(
-        self, latents: Tensor, split: Split, report: RenderReport, part: SegmentReport, on_step: OnStep
+        self, latents: Tensor, split: Split, report: RenderReport, part: SegmentReport, ahead: Ahead, on_step: OnStep
     ) -> Iterator[np.ndarray]:
         told = naming_segment(on_step, len(report.segments), 1 + split.num_left())
         for index in range(len(latents)):
             with part.stage("decode"):
                 number = split.start - len(latents) + index  # of the clip; the segment is settled
-                frame = self._decode_adjusting(latents[index : index + 1], number, split, report, part)
+                frame = self._decode_adjusting(latents[index : index + 1], number, split, report, part, ahead)
             told("decoding", index + 1, len(latents))
             yield frame
 
     def _decode_adjusting(
-        self, latents: Tensor, number: int, split: Split, report: RenderReport, part: SegmentReport
+        self, latents: Tensor, number: int, split: Split, report: RenderReport, part: SegmentReport, ahead: Ahead
     ) -> np.ndarray:
         """The clip's frame of this number, (H, W, 3) uint8, of latents (1, 4, h, w).
 
         It takes as much memory in every segment. Where that is not to be had, networks that hold some for the segment's
         length let go of it, the frame is decoded once more, and the segments that are left become shorter. Where 16 bits do
-        not hold its numbers, it and all that follows is done in float32.
+        not hold its numbers, it and all that follows is done in float32. What was sampled ahead is dropped before either, and a
+        frame that memory did not hold beside it is tried without it before anything is adjusted.
         """
         networks, has_run_out = self.networks, False
         while True:
@@ -313,12 +334,14 @@ class Avatar:
                     networks.use(precision, at_once)
                     return next(decode(self.engines, latents, report.options.decoder))
             except OutOfMemory as error:
-                if has_run_out:
-                    raise
-                has_run_out, shorter = True, split.shorten(str(error))
-                if shorter is not None:
-                    part.adjust(shorter)
+                if not ahead.give_up():
+                    if has_run_out:
+                        raise
+                    has_run_out, shorter = True, split.shorten(str(error))
+                    if shorter is not None:
+                        part.adjust(shorter)
             except NotFinite:
+                ahead.give_up()
                 part.adjust(networks.widening(f"frame {number}", number, precision))
             networks.close()  # not in the handlers, as above
 

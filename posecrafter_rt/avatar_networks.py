@@ -13,7 +13,7 @@ from posecrafter_rt import __version__
 from posecrafter_rt.engines import IN_PARTS, LOADED_WIDER, Backend, Engine, Precision, get_backend
 from posecrafter_rt.engines.base import TORCH_DTYPES
 from posecrafter_rt.engines.device import DRIVER, is_driver_older
-from posecrafter_rt.engines.folder import EngineFolder, in_use, rebuild_hint
+from posecrafter_rt.engines.folder import EngineFolder, in_use, rebuild_command, rebuild_hint
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.blocks import FEED_FORWARD_TOKENS
@@ -85,7 +85,7 @@ class Networks:
                                    "--small-decoder")  # fmt: skip
         if options.unet_every > 1 and not self.folder.manifest.get("feature_reuse"):
             raise PoseCrafterError("this engine was built without feature reuse, which unet_every needs",
-                                   f"posecrafter-rt build-engine tuned.ckpt -o {self.folder.path} --feature-reuse")  # fmt: skip
+                                   self._rebuild(feature_reuse=True))  # fmt: skip
 
     def room(self, options: RenderOptions) -> Room:
         """What there is to render in now.
@@ -114,7 +114,7 @@ class Networks:
         length = num_frames if options.segment is None else min(num_frames, options.segment)
         at_once, most = length + options.inserts, self.architecture.max_frames
         if most is not None and at_once > most:
-            rebuild = f"posecrafter-rt build-engine tuned.ckpt -o {self.folder.path} --max-frames {at_once}"
+            rebuild = self._rebuild(max_frames=at_once)
             raise PoseCrafterError(
                 f"{at_once} frames at once{', the reference among them,' if options.inserts else ''} are more than the "
                 f"{most} that this engine takes",
@@ -131,7 +131,7 @@ class Networks:
                                    "lower --guidance-scale or --control-scale, or tune again with fewer steps")  # fmt: skip
         if self.folder.manifest["backend"] not in LOADED_WIDER:
             raise PoseCrafterError(f"{what} is not finite in {precision}",
-                                   f"{rebuild_hint(self.folder.path)} --precision {WIDER}")  # fmt: skip
+                                   self._rebuild(precision=WIDER))  # fmt: skip
         return {"frame": frame, "precision": WIDER, "reason": f"{what} was not finite in {precision}"}
 
     def dividing(self, num_frames: int, at_once: int | None, frame: int, reason: str) -> Adjustment | None:
@@ -150,6 +150,10 @@ class Networks:
             return None
         return {"frame": frame, "tokens_at_once": halved, "reason": reason}
 
+    def _rebuild(self, **changes: Any) -> str:
+        """The command that builds this engine but for these of its manifest's entries."""
+        return rebuild_command(self.folder.path, {**self.folder.manifest, **changes})
+
     def close(self) -> None:
         """Let go of the networks and of all memory that they hold for the shapes that they have run at."""
         self.engines, self.precision, self.tokens_at_once = {}, None, None
@@ -166,17 +170,19 @@ class Networks:
 def check_runs_here(folder: EngineFolder) -> None:
     """Raise EngineFolderError when an engine's backend cannot run here, or it was built elsewhere or by other versions."""
     manifest, path = folder.manifest, folder.path
-    backend = get_backend(manifest["backend"])
+    backend, rebuild = get_backend(manifest["backend"]), rebuild_hint(path, manifest)
     reason = backend.unsupported_reason(manifest["precision"])
     if reason is not None:
-        raise EngineFolderError(f"{path} needs backend {backend.name}: {reason}", rebuild_hint(path))
+        # Built with what else it has, for a backend that runs here.
+        others = {name: value for name, value in manifest.items() if name not in ("backend", "precision", "max_frames")}
+        raise EngineFolderError(f"{path} needs backend {backend.name}: {reason}", rebuild_hint(path, others))
     for built, here in _provenance(manifest, backend):
         if built != here:
-            raise EngineFolderError(f"{path} was built on {built}, this is {here}", rebuild_hint(path))
+            raise EngineFolderError(f"{path} was built on {built}, this is {here}", rebuild)
     built_on, this = manifest["device"], backend.device()
     if is_driver_older(built_on, this):
         message = f"{path} was built with a driver for CUDA {built_on[DRIVER]}, this one is for {this.get(DRIVER)}"
-        raise EngineFolderError(message, f"update the driver, or {rebuild_hint(path)}")
+        raise EngineFolderError(message, f"update the driver, or {rebuild}")
 
 
 def _provenance(manifest: dict[str, Any], backend: Backend) -> Iterator[tuple[str, str]]:

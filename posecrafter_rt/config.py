@@ -1,4 +1,4 @@
-"""Where the package keeps what may be deleted at any time, and secrets; the only reading of environment variables.
+"""Where the package keeps what may be deleted at any time, secrets, and tools; the only reading of environment variables.
 
 Layer 0: a leaf.
 """
@@ -24,3 +24,8 @@ def cache_dir() -> Path:
 def serve_token() -> str | None:
     """POSECRAFTER_TOKEN, or None: the token of a server, which on the command line every user of the machine could read."""
     return os.environ.get("POSECRAFTER_TOKEN") or None
+
+
+def compiler() -> str | None:
+    """CXX, or None: the C++ compiler that is to be used."""
+    return os.environ.get("CXX") or None

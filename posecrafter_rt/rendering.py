@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -116,9 +117,10 @@ def _render_resumably(work: _Work, video: Path, options: RenderOptions, force: b
             if options.segment == "auto" and partial.choice is None:
                 partial.fix(avatar.choose_segment(len(target), options))
             segments = avatar.iter_segments(target, options, choice=partial.choice, finished=partial.reports(),
-                                            carried=partial.carried(), on_step=told)  # fmt: skip
-            for segment in segments:
-                partial.save(segment.frames, segment.carried, segment.report)
+                                            carried=partial.carried(), on_step=told, look_ahead=True)  # fmt: skip
+            with closing(segments):
+                for segment in segments:
+                    partial.save(segment.frames, segment.carried, segment.report)
             _write_outputs(work, partial.frames(), output_paths(partial.folder / video.name))
         partial.publish(outputs)
     report: dict[str, Any] = json.loads(outputs[2].read_text(encoding="utf-8"))

@@ -266,8 +266,7 @@ def _optimise(
     run = _begin(model, checkpoint.metadata, options)
     schedule = DDIMSchedule.from_config(model.scheduler_config)
     # Nothing is tuned yet: what it starts from, frames and poses, options and the base's settings.
-    trained = {name: parameter.detach().cpu() for name, parameter in run.parameters.items()}
-    start = replace(checkpoint, tensors={**checkpoint.tensors, **trained})
+    start = replace(checkpoint, tensors={**checkpoint.tensors, **run.parameters})
     fingerprint = sha256_json([start.digest(), model.settings.to_json()])
     run.restore(partial, fingerprint)
     saved_at = time.monotonic()

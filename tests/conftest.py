@@ -60,6 +60,9 @@ LONGEST_FILES = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Files are handed to the workers in the order of `pytest_collection_modifyitems`, not by their number of tests."""
+    absent = [name for name in LONGEST_FILES if not (Path(__file__).parent / name).is_file()]
+    if absent:
+        raise pytest.UsageError(f"LONGEST_FILES in {__file__} names what is not there: {', '.join(absent)}")
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 

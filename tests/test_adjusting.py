@@ -271,7 +271,8 @@ def test_a_backend_that_has_code_for_one_type_only_says_how_to_build_for_the_wid
         forget_inversions(avatar)
         with pytest.raises(PoseCrafterError, match="the inversion is not finite in fp16") as caught:
             avatar.render(POSES, **CHANGES)
-    assert caught.value.hint and caught.value.hint.endswith(f"-o {narrow / 'fp16.engine'} --force --precision fp32")
+    rebuild = f"build-engine tuned.ckpt -o {narrow / 'fp16.engine'} --backend torch --precision fp32 --size 32x32"
+    assert caught.value.hint and caught.value.hint.endswith(rebuild)
 
 
 def test_openvino_compiles_the_same_networks_for_float32(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine, choose_max_frames
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.engines import get_backend
-from posecrafter_rt.engines.folder import EngineFolder, read_manifest, write_manifest
+from posecrafter_rt.engines.folder import EngineFolder, open_folder, read_manifest, write_manifest
 from posecrafter_rt.errors import BackendUnavailable, EngineFolderError, OutputExists, PoseCrafterError, ShapeError
 from posecrafter_rt.locks import locked
+from posecrafter_rt.models.lora import Lora
 from posecrafter_rt.tuning import TuneOptions, tune
 from tests.tiny import SIZE, TORCH, some_poses
 
@@ -80,6 +82,27 @@ def test_other_damage_is_refused_with_the_reason(copied: Path, damage: str, name
     with pytest.raises(EngineFolderError, match=named) as caught:
         Avatar.load(copied)
     assert caught.value.hint and "build-engine" in caught.value.hint
+
+
+def test_the_hint_is_the_command_that_builds_this_engine(
+    tiny_checkpoint: Path, tiny_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(tiny_checkpoint, tmp_path / "tuned.ckpt")
+    shutil.copy(tiny_lora, tmp_path / "a style.safetensors")
+    monkeypatch.chdir(tmp_path)
+    options = BuildOptions(
+        "torch", "bf16", size=(32, 48), feature_reuse=True, loras=(Lora(Path("a style.safetensors"), 0.25),)
+    )
+    built = build_engine("tuned.ckpt", "me.engine", options).folder
+    (built.networks / "unet.safetensors").unlink()
+    with pytest.raises(EngineFolderError, match="is missing") as caught:
+        Avatar.load("me.engine")
+    program, *arguments = shlex.split(str(caught.value.hint).removeprefix("build it again: "))
+    result = CliRunner().invoke(app, arguments)
+    assert program == "posecrafter-rt" and result.exit_code == 0, result.output
+    again = open_folder("me.engine").manifest
+    assert again["fingerprint"] == built.manifest["fingerprint"]
+    assert again["files"].keys() == built.manifest["files"].keys()
 
 
 def test_what_the_user_made_is_not_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -173,7 +196,8 @@ def test_more_frames_than_an_engine_takes_are_refused_before_any_work(copied: Pa
                                "the 3 that this engine takes$") as caught:  # fmt: skip
                 avatar.render(some_poses(4), num_inference_steps=2, **options)
             assert caught.value.hint and "--segment 2" in caught.value.hint
-            assert f"build-engine tuned.ckpt -o {copied} --max-frames {at_once}" in caught.value.hint
+            rebuild = f"build-engine tuned.ckpt -o {copied} --backend torch --precision fp32 --size 32x32"
+            assert caught.value.hint.endswith(f"{rebuild} --max-frames {at_once}")
         with pytest.raises(PoseCrafterError, match="^4 frames at once are more than the 3") as caught:
             avatar.render(some_poses(4), num_inference_steps=2, mode="+selection")
         assert caught.value.hint and "--segment" not in caught.value.hint  # which that mode cannot

@@ -62,7 +62,7 @@ def peak_of(script: str, *arguments: Path) -> int:
 
 
 def test_two_frames_render_within_twelve_gigabytes(
-    checkpoint: Path, record_property: Callable[[str, object], None]
+    checkpoint: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     engine, output = checkpoint.with_suffix(".engine"), checkpoint.with_name("frames.npy")
     build_peak = peak_of(BUILD, checkpoint, engine)
@@ -70,17 +70,17 @@ def test_two_frames_render_within_twelve_gigabytes(
     frames = np.load(output)
     assert frames.shape == (2, *SIZE, 3) and frames.dtype == np.uint8
     assert frames.std() > 1 and not np.array_equal(frames[0], frames[1])
-    record_property("peak_bytes", {"build": build_peak, "render": render_peak})
+    record_testsuite_property("peak bytes of two frames", {"build": build_peak, "render": render_peak})
     assert max(build_peak, render_peak) <= MEMORY_LIMIT_BYTES
 
 
 @pytest.mark.parametrize("name", ["controlnet", "unet"])
 def test_a_denoiser_is_exported_and_proved(
-    base: Path, tmp_path: Path, record_property: Callable[[str, object], None], name: str
+    base: Path, tmp_path: Path, record_testsuite_property: Callable[[str, object], None], name: str
 ) -> None:
     """As ONNX, the U-Net's weights in a file beside it; in a process of its own, so that its memory is given back."""
     result = in_own_process(prove_export, base, name, SIZE, tmp_path)
-    record_property(f"export of {name}", result)
+    record_testsuite_property(f"export of {name}", result)
     assert "error" not in result, result["error"]
     assert (tmp_path / f"{name}.onnx.data").exists() == (name == "unet")  # 3.4 GB, the other 1.4
     assert result["peak_bytes"] <= MEMORY_LIMIT_BYTES

@@ -26,6 +26,9 @@ ON_CPU = ("openvino",)  # the processor even where there is a GPU
 LOADED_WIDER = ("torch", "openvino")
 # Those that hold code for so many frames at once, unless told otherwise, at up to 512 × 512; the others take any number.
 MAX_FRAMES = {"tensorrt": 64}
+# Whose decoders write to no memory that their other networks use, so that a segment can be sampled while the one before is
+# decoded. On a processor both would only want the same cores.
+SAMPLED_AHEAD = ("tensorrt",)
 # Those that can be told how much of a block to do at once (`tokens_at_once`); the others hold code for all.
 IN_PARTS = ("torch",)
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -35,6 +38,7 @@ __all__ = [
     "LOADED_WIDER",
     "MAX_FRAMES",
     "PRECISIONS",
+    "SAMPLED_AHEAD",
     "Backend",
     "Engine",
     "Precision",

@@ -8,8 +8,9 @@ from __future__ import annotations
 import glob
 import json
 import secrets
+import shlex
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -65,12 +66,11 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
     with _unused(path):
         pass  # before the work, not only after it
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
+    staging = _staging(path)
     with ExitStack() as held:
         try:
-            staging.mkdir()
-            (staging / MANIFEST).touch()
-            held.enter_context(locked(staging / MANIFEST, shared=True))  # by which it is known to be no leftover
+            while not _begin(staging, held):
+                staging = _staging(path)
             yield staging
             write_manifest(staging, {"schema": SCHEMA, **manifest, "files": _hash_files(staging, _file_names(staging))})
             for written in staging.rglob("*"):
@@ -83,6 +83,21 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
             raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staging(path: Path) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
+
+
+def _begin(staging: Path, held: ExitStack) -> bool:
+    """Make a folder, and hold its manifest to the end; false when it was taken for a leftover between the two."""
+    staging.mkdir()
+    try:
+        (staging / MANIFEST).touch()
+        held.enter_context(locked(staging / MANIFEST, shared=True))  # by which it is known to be no leftover
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextmanager
@@ -141,23 +156,31 @@ def _remove(path: Path) -> None:
 def _clear_leftovers(path: Path) -> None:
     """Remove what killed builds of `path` left; if one died between two renames, bring its old folder back."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.*"):
-        if leftover.suffix not in (".part", ".old") or not _is_abandoned(leftover):
+        if leftover.suffix not in (".part", ".old"):
             continue
-        if leftover.suffix == ".old" and not path.exists():
-            leftover.rename(path)
-        else:
-            _remove(leftover)
+        with _abandoned(leftover) as is_abandoned:
+            if is_abandoned and leftover.suffix == ".old" and not path.exists():
+                leftover.rename(path)
+            elif is_abandoned:
+                _remove(leftover)
 
 
-def _is_abandoned(leftover: Path) -> bool:
-    """Whether no build works on it any more: a build holds the manifests of the new folder and, at the end, of the old."""
-    try:
-        with locked(leftover / MANIFEST) as is_held:
-            return is_held  # without locks it is not known
-    except (FileNotFoundError, NotADirectoryError):
-        return True  # it holds nothing yet, or was no engine
-    except OSError:
-        return False
+@contextmanager
+def _abandoned(leftover: Path) -> Iterator[bool]:
+    """Whether no build works on it any more: a build holds the manifests of the new folder and, at the end, of the old.
+
+    In the block none can begin to: one that has made its folder alone waits until that is gone, and makes another.
+    """
+    with ExitStack() as held:
+        try:
+            if leftover.suffix == ".part":
+                (leftover / MANIFEST).touch()
+            is_abandoned = held.enter_context(locked(leftover / MANIFEST))  # without locks it is not known
+        except (FileNotFoundError, NotADirectoryError):
+            is_abandoned = True  # it was no engine, or is gone by now
+        except OSError:
+            is_abandoned = False
+        yield is_abandoned
 
 
 def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -179,17 +202,42 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise EngineFolderError(f"{path} is not an engine folder", f"posecrafter-rt build-engine tuned.ckpt -o {path}")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8"), parse_constant=int)  # NaN is none: no seal is over it
     except (OSError, ValueError) as error:
-        raise EngineFolderError(f"{file} is damaged", rebuild_hint(path)) from error
+        raise EngineFolderError(f"{file} is damaged", rebuild_hint(path, {})) from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise EngineFolderError(f"{file} is of another version of this package", rebuild_hint(path))
+        known = manifest if isinstance(manifest, dict) and _is_sealed(manifest) else {}
+        raise EngineFolderError(f"{file} is of another version of this package", rebuild_hint(path, known))
     return manifest
 
 
-def rebuild_hint(path: Path) -> str:
-    """The command that mends an engine folder."""
-    return f"build it again: posecrafter-rt build-engine tuned.ckpt -o {path} --force"
+def _is_sealed(manifest: Mapping[str, Any]) -> bool:
+    """Whether it is as `write_manifest` wrote it."""
+    return manifest.get("seal") == sha256_json({name: value for name, value in manifest.items() if name != "seal"})
+
+
+def rebuild_command(path: Path, manifest: Mapping[str, Any]) -> str:
+    """The command that builds an engine with what its manifest, or a part of it, says of it.
+
+    Not known there, and to be put in: the checkpoint's place, and those of LoRAs and of a small decoder that was given.
+    """
+    words = ["posecrafter-rt build-engine tuned.ckpt -o", str(path)]
+    words += [f"--{name} {manifest[name]}" for name in ("backend", "precision") if name in manifest]
+    if "size" in manifest:
+        words.append(f"--size {'x'.join(map(str, manifest['size']))}")
+    if "max_frames" in manifest:
+        words.append(f"--max-frames {manifest['max_frames']}")
+    words += [f"--lora {shlex.quote(one['file'])}:{one['scale']}" for one in manifest.get("loras", ())]
+    if "small_decoder" in manifest:
+        words.append("--small-decoder FOLDER")
+    if manifest.get("feature_reuse"):
+        words.append("--feature-reuse")
+    return " ".join(words)
+
+
+def rebuild_hint(path: Path, manifest: Mapping[str, Any]) -> str:
+    """What mends an engine folder. manifest: see `rebuild_command`."""
+    return f"build it again: {rebuild_command(path, manifest)} --force"
 
 
 def open_folder(path: str | Path) -> EngineFolder:
@@ -199,17 +247,18 @@ def open_folder(path: str | Path) -> EngineFolder:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    unsealed = {name: value for name, value in manifest.items() if name != "seal"}
-    if manifest.get("seal") != sha256_json(unsealed):
-        raise EngineFolderError(f"{path} was altered: {MANIFEST} is not the file that was built", rebuild_hint(path))
+    if not _is_sealed(manifest):
+        raise EngineFolderError(
+            f"{path} was altered: {MANIFEST} is not the file that was built", rebuild_hint(path, {})
+        )
     files: dict[str, str] = manifest["files"]
-    present = _file_names(path)
+    present, rebuild = _file_names(path), rebuild_hint(path, manifest)
     for name in sorted({*files} ^ {*present}):
         if name in files:
-            raise EngineFolderError(f"{path} is incomplete: {name} is missing", rebuild_hint(path))
+            raise EngineFolderError(f"{path} is incomplete: {name} is missing", rebuild)
         raise EngineFolderError(f"{path} holds {name}, which was not built with it",
-                                f"remove {path / name}, or {rebuild_hint(path)}")  # fmt: skip
+                                f"remove {path / name}, or {rebuild}")  # fmt: skip
     for name, digest in _hash_files(path, present).items():
         if digest != files[name]:
-            raise EngineFolderError(f"{path} was altered: {name} is not the file that was built", rebuild_hint(path))
+            raise EngineFolderError(f"{path} was altered: {name} is not the file that was built", rebuild)
     return EngineFolder(path, manifest)

@@ -24,7 +24,7 @@ from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progress, checked_inputs, fitting_weights
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
-from posecrafter_rt.engines.openvino_winograd import extend, use_winograd
+from posecrafter_rt.engines.openvino_winograd import extend, missing_reason, use_winograd
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
@@ -219,6 +219,9 @@ class OpenVinoBackend:
                                 for key in exported.graph.initializers if key in arrays)  # fmt: skip
             graphs[name] = graph_digest(network, specs[name], arch) if is_refittable else None
         _write_digests(folder, graphs)
+        if precision == "fp32":
+            progress("compiling convolutions")  # once a machine: the first render would wait for it
+            missing_reason()
 
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress

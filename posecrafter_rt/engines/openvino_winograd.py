@@ -8,7 +8,6 @@ user's cache. Where that fails OpenVINO's own convolutions run: nothing but time
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 from functools import cache
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posecrafter_rt import config
 from posecrafter_rt.atomic import atomic_path, sha256_json
-from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.machine import cpu_features
@@ -42,7 +41,7 @@ class WinogradError(Exception):
     """Why the operation cannot be had here, in one line."""
 
 
-def unsupported_reason() -> str | None:
+def missing_reason() -> str | None:
     """Why the operation cannot be had here, or None. Compiles it, which takes seconds, where that was not done yet."""
     return _library()[1]
 
@@ -71,19 +70,57 @@ def use_winograd(model: openvino.Model) -> int:
 
 
 def _gains(node: Any) -> bool:
-    if node.get_type_name() != "Convolution":
+    if not (_is_convolution(node) or _is_doubling(node)):
         return False
-    facts, (channels, in_channels, *kernel) = node.get_attributes(), node.get_input_shape(1)
-    frames, _, height, width = node.get_output_shape(0)
-    tiles = frames * -(-height // 4) * -(-width // 4)
+    frames, channels, height, width = node.get_output_shape(0)
+    in_channels, tiles = node.get_input_shape(0)[1], frames * -(-height // 4) * -(-width // 4)
     return (
-        list(kernel) == [3, 3]
-        and all(list(facts[name]) == [1, 1] for name in ("strides", "dilations", "pads_begin", "pads_end"))
-        and facts["auto_pad"] in ("explicit", "notset")
-        and in_channels % LANES == channels % PANEL == 0
+        in_channels % LANES == channels % PANEL == 0
         and tiles >= LEAST_TILES
         and 4 * 36 * channels * in_channels <= MOST_BYTES
     )
+
+
+def _is_convolution(node: Any) -> bool:
+    """Whether it is one of 3×3, stride 1 and padding 1."""
+    return node.get_type_name() == "Convolution" and _has(node, kernel=3, stride=1)
+
+
+def _is_doubling(node: Any) -> bool:
+    """Whether it is a transposed one that stands for a doubled picture's convolution, see `models.folding.fold_doubled`."""
+    if node.get_type_name() != "ConvolutionBackpropData" or not _has(node, kernel=4, stride=2):
+        return False
+    if len(node.input_values()) != 2 or any(node.get_attributes()["output_padding"]):
+        return False
+    weight = _folded_weight(node)
+    if weight is None:
+        return False
+    taps = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float32)
+    again = np.einsum("ay,oiyx,bx->ioab", taps, _unfolded(weight), taps, optimize=True)
+    return bool(np.abs(again - weight).max() <= TOLERANCE * np.abs(weight).max())
+
+
+def _has(node: Any, kernel: int, stride: int) -> bool:
+    facts, around = node.get_attributes(), [1, 1]
+    return (
+        list(node.get_input_shape(1))[2:] == [kernel] * 2
+        and list(facts["strides"]) == [stride] * 2
+        and all(list(facts[name]) == around for name in ("dilations", "pads_begin", "pads_end"))
+        and facts["auto_pad"] in ("explicit", "notset")
+    )
+
+
+def _folded_weight(node: Any) -> np.ndarray | None:
+    """The weight (in, out, 4, 4) of a transposed convolution, where it is constant."""
+    weight = node.input_value(1).get_node()
+    return np.asarray(weight.data) if weight.get_type_name() == "Constant" else None
+
+
+def _unfolded(weight: np.ndarray) -> np.ndarray:
+    """The weight (out, in, 3, 3) that was folded: of four taps the first is w2, the second w1 + w2, the last w0."""
+    rows = np.stack([weight[:, :, 3], weight[:, :, 1] - weight[:, :, 0], weight[:, :, 0]], 2)
+    both = np.stack([rows[..., 3], rows[..., 1] - rows[..., 0], rows[..., 0]], 3)
+    return np.ascontiguousarray(both.transpose(1, 0, 2, 3))
 
 
 def _rewrite(convolution: Any, factory: Any) -> None:
@@ -91,16 +128,20 @@ def _rewrite(convolution: Any, factory: Any) -> None:
     from openvino import opset13 as op
 
     weight, channels = convolution.input_value(1), convolution.get_output_shape(0)[1]
+    attributes: dict[str, Any] = {}
+    folded = _folded_weight(convolution)
+    if convolution.get_type_name() == "ConvolutionBackpropData" and folded is not None:
+        weight, attributes = op.constant(_unfolded(folded)).output(0), {"times": 2}
     users = [user.get_node() for user in convolution.output(0).get_target_inputs()]
     users = [user for user in users if user.get_type_name() != "ShapeOf"]
     bias = _added(users[0], channels) if len(users) == 1 else None
     replaced = convolution if bias is None else users[0]
-    constants, attributes = [np.zeros(channels, np.float32) if bias is None else bias], {}
+    constants = [np.zeros(channels, np.float32) if bias is None else bias]
     pixels = convolution.input_value(0)
     before = _silu_of_norm(pixels)
     if before is not None:
         norm, norm_weight, norm_bias = before
-        pixels, attributes = norm.pixels, {"groups": norm.groups, "eps": norm.eps}
+        pixels, attributes = norm.pixels, {**attributes, "groups": norm.groups, "eps": norm.eps}
         constants += [norm_weight, norm_bias]
     inputs = [pixels, weight, *(op.constant(values).output(0) for values in constants)]
     replaced.output(0).replace(factory.create("Winograd", inputs, attributes).output(0))
@@ -169,8 +210,10 @@ def _library() -> tuple[Path | None, str | None]:
 
 
 def _compiled() -> Path:
-    import openvino
-
+    try:
+        import openvino
+    except ImportError as error:
+        raise WinogradError("openvino is not installed") from error
     flags = cpu_features()
     if not {"avx2", "fma"} <= flags:
         raise WinogradError("it is written for AVX2 and FMA, which this processor lacks")
@@ -182,7 +225,7 @@ def _compiled() -> Path:
     sources = sorted(SOURCES.glob("*.*"))
     key = {"openvino": openvino.get_version(), "home": str(home), "flags": FLAGS,
            "sources": [path.read_text(encoding="utf-8") for path in sources]}  # fmt: skip
-    library = cache_dir() / "openvino_operations" / f"{sha256_json(key)}.so"
+    library = config.cache_dir() / "openvino_operations" / f"{sha256_json(key)}.so"
     if not library.exists():
         try:
             with atomic_path(library) as temporary:
@@ -194,7 +237,7 @@ def _compiled() -> Path:
 
 
 def _compile(sources: list[Path], home: Path, library: Path) -> None:
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    compiler = config.compiler() or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if compiler is None:
         raise WinogradError("no C++ compiler was found: install g++, or name one in CXX")
     linked = [next(home.glob(f"libs/{name}.so*"), None) for name in ("libopenvino", "libtbb")]

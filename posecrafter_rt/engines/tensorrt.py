@@ -39,7 +39,7 @@ from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.shapes import random_inputs, split_dim
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
+from posecrafter_rt.spec import SMALL_DECODER, Architecture, NetworkSpec, network_specs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -50,6 +50,7 @@ MIN_VERSION = (11, 4)  # earlier ones read a plugin's attributes in a way that n
 MIN_CAPABILITY = (8, 0)
 DESCRIPTION = "tensorrt.json"
 TIMING_CACHE = "timing.cache"
+DECODERS = ("vae_decoder", SMALL_DECODER)
 # Of a refitted network to its module in float32, four times what the tests allow a built one: TensorRT 11.3.0 is known
 # to have lost a bias when it refitted.
 REFIT_TOLERANCES = {"fp32": 4e-4, "fp16": 0.02, "bf16": 0.12}
@@ -172,18 +173,22 @@ class TensorRTBackend:
                 raise EngineFolderError(message, WITHOUT)
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
-        """Every plan on the GPU, with one workspace between them.
+        """Every plan on the GPU: decoders with one workspace between them, the other networks with another.
+
+        So one thread can decode while another samples; no two networks of one workspace ever run at the same time.
 
         Raises: EngineFolderError when the folder was not written by `build`, or for another GPU or TensorRT.
         """
         check_description(networks_folder, {"tensorrt": _version(), "device": gpu_name()})
         specs = network_specs(arch)
         plans = {name: _deserialize(networks_folder, name) for name in specs}
-        workspace = Workspace(torch.device("cuda", torch.cuda.current_device()))
+        device = torch.device("cuda", torch.cuda.current_device())
+        sampling, decoding = Workspace(device), Workspace(device)
         return {
-            name: TensorRTEngine(specs[name], plan, workspace, networks_folder / f"{name}.safetensors")
+            name: TensorRTEngine(specs[name], plan, decoding if name in DECODERS else sampling,
+                                 networks_folder / f"{name}.safetensors")
             for name, plan in plans.items()
-        }
+        }  # fmt: skip
 
 
 def _build_network(

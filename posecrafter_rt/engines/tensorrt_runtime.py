@@ -1,4 +1,4 @@
-"""Running TensorRT plans: torch's memory, one workspace for all networks, a CUDA graph for each shape, refitting.
+"""Running TensorRT plans: torch's memory, a workspace that networks share, a CUDA graph for each shape, refitting.
 
 Layer 4: needs TensorRT and a GPU; which tensors are copied is decided by pure functions.
 """
@@ -9,6 +9,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,9 @@ ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 COPIED_BYTES = 1 << 20  # an input up to this size has its own buffer; a larger one is read where it lies
 KEPT_SHAPES = 4  # each with its context and output buffers
 KEPT_GRAPHS = 8  # a shape, one for each set of addresses
+# Networks of two workspaces may be called in two threads, but each call is launched by itself, which takes little time. A
+# recording is broken by whatever another thread does to the whole device: makes a context, records (which waits for it).
+_launching = Lock()
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +61,7 @@ def output_shapes(spec: NetworkSpec, shapes: Shapes) -> Shapes:
 
 
 class Workspace:
-    """The device's stream, and the activation memory that all networks use in turn; it grows with the shapes that are run.
+    """A stream, and the activation memory that networks use in turn on it; it grows with the shapes that are run.
 
     generation: how often it has grown; addresses of another generation are no longer valid.
     """
@@ -190,16 +194,20 @@ class TensorRTEngine:
 
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """See `Engine`; outputs are reused by the next call of the same shape."""
+        """See `Engine`; outputs are reused by the next call of the same shape.
+
+        Two threads may call networks of different workspaces, each on a current stream of its own.
+        """
         given = zip(self.spec.inputs, checked_inputs(self.spec, inputs, self.device), strict=True)
         # Only what is kept can be of another type: zeros in place of what no call has given yet.
         tensors = [tensor.to(self._types[expected.name]).contiguous() for expected, tensor in given]
-        slot = self._slot(tuple(tuple(tensor.shape) for tensor in tensors))
         stream, current = self._workspace.stream, torch.cuda.current_stream(self._workspace.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            outputs = slot.run(tensors)
-        current.wait_stream(stream)
+        with _launching:
+            stream.wait_stream(current)  # for the inputs, and for who still reads outputs of a slot that may now go
+            slot = self._slot(tuple(tuple(tensor.shape) for tensor in tensors))
+            with torch.cuda.stream(stream):
+                outputs = slot.run(tensors)
+            current.wait_stream(stream)
         for tensor in tensors:
             tensor.record_stream(stream)  # so that its memory is not given away before it was read
         return dict(outputs)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,6 +22,32 @@ from posecrafter_rt.runtime.presets import approximations
 from posecrafter_rt.runtime.segments import Adjustment, Segment
 
 log = logging.getLogger(__name__)
+
+
+class _Peaks:
+    """The process's counters of peak memory. They begin anew with a stage that is alone: those that overlap, in several
+    threads, share them.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.num_stages, self.is_counted = Lock(), 0, False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self.lock:
+            if self.num_stages == 0:
+                self.is_counted = count_peak_anew()
+                if torch.cuda.is_initialized():
+                    torch.cuda.reset_peak_memory_stats()
+            self.num_stages += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.num_stages -= 1
+
+
+_peaks = _Peaks()
 
 
 @dataclass(kw_only=True)
@@ -45,16 +72,18 @@ class SegmentReport:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count a stage's time and memory; a GPU's work counts where it was asked for, so it is waited for."""
-        start, is_counted = time.perf_counter(), count_peak_anew()
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
-        yield
-        gpu: dict[str, int] = {}
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-            gpu = {name: torch.cuda.max_memory_allocated()}
-        seconds, peak = time.perf_counter() - start, counted_peak_bytes() if is_counted else None
+        """Count a stage's time and memory; a GPU's work counts where it was asked for, so it is waited for.
+
+        Of another thread's stages that overlap with it it has the memory, too, but not the work, which is in another stream.
+        """
+        with _peaks.shared():
+            start = time.perf_counter()
+            yield
+            gpu: dict[str, int] = {}
+            if torch.cuda.is_initialized():
+                torch.cuda.current_stream().synchronize()
+                gpu = {name: torch.cuda.max_memory_allocated()}
+            seconds, peak = time.perf_counter() - start, counted_peak_bytes() if _peaks.is_counted else None
         self._take_in({name: seconds}, {name: peak}, gpu)
         self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes() if peak is None else peak)
         self.peak_gpu_bytes = max(self.peak_gpu_bytes, *gpu.values(), 0)

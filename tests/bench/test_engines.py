@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import engines
+from bench import engines, onnx_engines
 from bench.engines import REFERENCE, Job, judged, run, to_markdown
+from posecrafter_rt.config import cache_dir
+from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.export.onnx import export_network
 
 NAMES = (REFERENCE, "onnxruntime fp32", "onnxruntime int8")
 
@@ -28,6 +32,8 @@ def rows(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
             return result
 
         patch.setattr(engines, "in_own_process", attempt)
+        graphs = BlobCache(cache_dir() / "graphs")  # those that other tests have traced
+        patch.setattr(onnx_engines, "export_network", partial(export_network, graphs=graphs))
         return {row["engine"]: row for row in run(jobs, [1, 3], 0.01, 2)}
 
 

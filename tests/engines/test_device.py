@@ -62,4 +62,16 @@ def test_an_engine_of_a_newer_driver_is_refused_with_what_mends_it(
     here["cuda_driver"] = "13.0"
     with pytest.raises(EngineFolderError, match=r"a driver for CUDA 13\.1, this one is for 13\.0$") as caught:
         check_runs_here(folder)
-    assert caught.value.hint and f"build-engine tuned.ckpt -o {tiny_engine} --force" in caught.value.hint
+    rebuild = f"build-engine tuned.ckpt -o {tiny_engine} --backend torch --precision fp32 --size 32x32 --force"
+    assert caught.value.hint and caught.value.hint.endswith(rebuild)
+
+
+def test_an_engine_whose_backend_cannot_run_here_is_built_again_for_one_that_can(
+    tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_folder(tiny_engine)
+    folder = replace(folder, manifest={**folder.manifest, "max_frames": 64})
+    monkeypatch.setattr(TorchBackend, "unsupported_reason", lambda self, precision: f"no {precision} here")
+    with pytest.raises(EngineFolderError, match="needs backend torch: no fp32 here") as caught:
+        check_runs_here(folder)
+    assert caught.value.hint and caught.value.hint.endswith(f"tuned.ckpt -o {tiny_engine} --size 32x32 --force")

@@ -14,7 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from posecrafter_rt.engines.folder import building, in_use, open_folder, read_manifest, write_manifest
+from posecrafter_rt.engines.folder import (
+    building,
+    in_use,
+    open_folder,
+    read_manifest,
+    rebuild_command,
+    write_manifest,
+)
 from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists
 
 
@@ -64,7 +71,9 @@ def test_a_changed_manifest_is_refused(tmp_path: Path, before: bytes, after: byt
         open_folder(tmp_path / "e")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"schema": 0}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"schema": 0}', '{"schema": 0, "size": NaN}', '{"schema": 3, "size": NaN}']
+)
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     (build(tmp_path / "e") / "manifest.json").write_text(content)
     with pytest.raises(EngineFolderError):
@@ -88,6 +97,33 @@ def test_a_changed_manifest_can_be_sealed_again(tmp_path: Path) -> None:
     path = build(tmp_path / "e")
     write_manifest(path, {**read_manifest(path), "backend": "openvino"})
     assert open_folder(path).manifest["backend"] == "openvino"
+
+
+def test_what_mends_an_engine_says_what_its_manifest_says() -> None:
+    path, command = Path("me.engine"), "posecrafter-rt build-engine tuned.ckpt -o me.engine"
+    assert rebuild_command(path, {"device": {"type": "cpu"}, "feature_reuse": False}) == command
+    manifest = {
+        "backend": "tensorrt", "precision": "fp16", "size": [512, 384], "max_frames": 48, "feature_reuse": True,
+        "loras": [{"file": "a style.safetensors", "sha256": "0", "scale": 0.5}, {"file": "b", "sha256": "1", "scale": 1.0}],
+        "small_decoder": "2",
+    }  # fmt: skip
+    options = "--backend tensorrt --precision fp16 --size 512x384 --max-frames 48 --lora 'a style.safetensors':0.5 --lora b:1.0"
+    assert rebuild_command(path, manifest) == f"{command} {options} --small-decoder FOLDER --feature-reuse"
+
+
+@pytest.mark.parametrize("is_sealed", [True, False])
+def test_an_engine_of_another_version_is_built_again_as_it_was_unless_somebody_has_altered_it(
+    tmp_path: Path, is_sealed: bool
+) -> None:
+    path = build(tmp_path / "e")
+    write_manifest(path, {**read_manifest(path), "schema": 2, "precision": "bf16"})
+    if not is_sealed:
+        file = path / "manifest.json"
+        file.write_text(file.read_text().replace("bf16", "bf17"))
+    with pytest.raises(EngineFolderError, match="another version") as caught:
+        open_folder(path)
+    options = " --backend torch --precision bf16" if is_sealed else ""
+    assert caught.value.hint == f"build it again: posecrafter-rt build-engine tuned.ckpt -o {path}{options} --force"
 
 
 def test_an_engine_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -179,6 +215,34 @@ def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
         assert len(list(tmp_path.glob(".e.????????.part"))) == 2 + 1  # `.e.notours0.part`
     assert names(tmp_path) == sorted(["e", others.name, *mine])
     open_folder(tmp_path / "e")
+
+
+@pytest.mark.parametrize("moment", ["its folder has no manifest yet", "its manifest is not held yet"])
+def test_a_build_that_another_takes_for_a_leftover_as_it_begins_makes_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    touch, touched = Path.touch, []
+
+    def overtaken(file: Path) -> None:
+        touched.append(file)
+        is_first = len(touched) == 1
+        if is_first and moment == "its folder has no manifest yet":
+            build(tmp_path / "e", "other")
+        touch(file)
+        if is_first and moment == "its manifest is not held yet":
+            build(tmp_path / "e", "other")
+
+    monkeypatch.setattr(Path, "touch", overtaken)
+    build(tmp_path / "e", "mine")
+    assert touched[0] in touched[1:] and touched[-1] not in touched[:-1]  # the other removed the first
+    assert names(tmp_path) == ["e"] and open_folder(tmp_path / "e").networks.joinpath("unet.bin").read_text() == "mine"
+
+
+def test_leftovers_that_hold_nothing_yet_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".e.0123abcd.part").mkdir()
+    (tmp_path / ".e.4567abcd.part").write_text("no folder")
+    build(tmp_path / "e")
+    assert names(tmp_path) == ["e"]
 
 
 def test_a_build_killed_between_the_renames_is_undone_by_the_next(tmp_path: Path) -> None:

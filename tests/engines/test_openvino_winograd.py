@@ -12,20 +12,19 @@ import openvino
 import pytest
 import torch
 from openvino import opset13 as op
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from posecrafter_rt.engines import openvino_winograd as winograd
 from posecrafter_rt.engines.openvino import OpenVinoEngine
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.verify import relative_error
+from posecrafter_rt.models.folding import fold_doubled
 from posecrafter_rt.spec import NetworkSpec, TensorSpec
 
 EXACT = 3e-5  # of the largest output, at most 512 channels: float32, and transforms that multiply by up to 8
 
-needs_winograd = pytest.mark.skipif(
-    winograd.unsupported_reason() is not None, reason=str(winograd.unsupported_reason())
-)
+needs_winograd = pytest.mark.skipif(winograd.missing_reason() is not None, reason=str(winograd.missing_reason()))
 
 
 @pytest.fixture
@@ -151,6 +150,33 @@ def test_norm_and_silu_before_it_are_its_own(size: tuple[int, int], channels: in
 
 
 @needs_winograd
+@pytest.mark.parametrize("size", [(8, 8), (5, 9), (1, 32)])
+def test_a_folded_doubling_is_unfolded(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    convolved, pixels = nn.Conv2d(24, 32, 3, padding=1), draw(3, 24, *size)
+    with torch.no_grad():
+        model = doubling(pixels, *fold_doubled(convolved).state_dict().values())
+    assert winograd.use_winograd(model) == 1
+    assert {node.get_type_name() for node in model.get_ops()} == {"Parameter", "Constant", "Winograd", "Result"}
+    with torch.no_grad():
+        expected = convolved.double()(functional.interpolate(pixels.double(), scale_factor=2))
+    assert relative_error(run(model, pixels), expected) < EXACT
+
+
+def test_another_transposed_convolution_stays() -> None:
+    pixels = draw(3, 24, 8, 8)
+    assert winograd.use_winograd(doubling(pixels, draw(24, 32, 4, 4), draw(32))) == 0
+
+
+def doubling(pixels: Tensor, weight: Tensor, bias: Tensor) -> openvino.Model:
+    """A model of a transposed convolution, its bias as ONNX brings it."""
+    parameter = op.parameter(list(pixels.shape), np.float32)
+    result = op.convolution_backprop_data(parameter, op.constant(weight.numpy()), [2, 2], None, [1, 1], [1, 1])
+    shaped = op.reshape(op.constant(bias.numpy()), np.array([1, len(bias), 1, 1]), special_zero=False)
+    return openvino.Model([op.add(result, shaped)], [parameter])
+
+
+@needs_winograd
 def test_silu_holds_at_its_ends() -> None:
     """Where exp would overflow or vanish: SiLU(x) is x, or 0."""
     pixels, weight = draw(1, 8, 16, 16), draw(16, 8, 3, 3, seed=1)
@@ -231,7 +257,7 @@ def test_without_a_compiler_convolutions_are_openvinos(
 ) -> None:
     monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
-    assert reason in str(winograd.unsupported_reason())
+    assert reason in str(winograd.missing_reason())
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
     pixels, weight = draw(1, 8, 16, 16), draw(16, 8, 3, 3)
     model = convolution(pixels, weight)
@@ -245,7 +271,7 @@ def test_without_a_compiler_convolutions_are_openvinos(
 ])  # fmt: skip
 def test_other_processors(features: set[str], reason: str, monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
     monkeypatch.setattr(winograd, "cpu_features", lambda: features)
-    assert reason in str(winograd.unsupported_reason())
+    assert reason in str(winograd.missing_reason())
 
 
 @needs_winograd
@@ -259,5 +285,5 @@ def test_what_compiles_but_is_wrong_is_not_kept(
         (sources / file.name).write_text(text.replace("1. / 24, 1. / 12", "1. / 24, 1. / 11"), encoding="utf-8")
     monkeypatch.setattr(winograd, "SOURCES", sources)
     monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / "cache"))
-    assert "does not give" in str(winograd.unsupported_reason())
+    assert "does not give" in str(winograd.missing_reason())
     assert not list((tmp_path / "cache").rglob("*.so"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,22 @@ from torch import Tensor
 from posecrafter_rt.engines import choose_backend, choose_precision
 from posecrafter_rt.engines import tensorrt as backend_module
 from posecrafter_rt.engines.base import Precision
-from posecrafter_rt.engines.tensorrt import TensorRTBackend, check_description, initialisers, network_precision
+from posecrafter_rt.engines.tensorrt import (
+    DECODERS,
+    TensorRTBackend,
+    check_description,
+    initialisers,
+    network_precision,
+)
 from posecrafter_rt.engines.tensorrt_build import profile_sizes
 from posecrafter_rt.engines.tensorrt_runtime import ALIGNMENT, COPIED_BYTES, is_copied, output_shapes
 from posecrafter_rt.errors import BackendUnavailable, EngineFolderError, ShapeError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.runtime.ahead import Ahead, Sampled
+from posecrafter_rt.runtime.progress import OnStep, ignore
+from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.spec import NETWORK_NAMES, Architecture, network_specs
 
 REASON = TensorRTBackend().unsupported_reason("fp16")
@@ -177,9 +187,40 @@ class TestOnGpu:
         changed = first(engine(**inputs))
         assert relative_error(changed, expected(plain_model, "unet", inputs)) < 5e-3
 
-    def test_networks_share_one_workspace(self, engines_of: Callable[[Precision], dict[str, Any]]) -> None:
-        workspaces = {id(engine._workspace) for engine in engines_of("fp16").values()}
-        assert len(workspaces) == 1
+    def test_networks_share_a_workspace_and_decoders_have_their_own(
+        self, engines_of: Callable[[Precision], dict[str, Any]]
+    ) -> None:
+        names: dict[int, set[str]] = {}
+        for name, engine in engines_of("fp16").items():
+            names.setdefault(id(engine._workspace), set()).add(name)
+        decoders = {*DECODERS} & {*engines_of("fp16")}
+        assert sorted(names.values(), key=len) == [decoders, {*engines_of("fp16")} - decoders]
+
+    def test_one_thread_decodes_while_another_samples(
+        self, plain_model: PoseModel, engines_of: Callable[[Precision], dict[str, Any]]
+    ) -> None:
+        """Graphs are recorded on both sides meanwhile, contexts made, and the workspaces grow: the results are those of one
+        after the other.
+        """
+        unet, decoder = (engines_of("fp16")[name] for name in ("unet", "vae_decoder"))
+        for engine in (unet, decoder):
+            engine._slots.clear()  # whatever other tests have run
+        noisy = [draw(plain_model, "unet", frames, seed) for frames in (9, 11) for seed in range(6)]
+        clean = [draw(plain_model, "vae_decoder", 1, seed) for seed in range(40)]
+
+        def sample(told: OnStep) -> Sampled:
+            return torch.cat([unet(**inputs)["noise_pred"].clone() for inputs in noisy]), SegmentReport()
+
+        with closing(Ahead(decoder.device)) as ahead:
+            ahead.start(sample)
+            pictures = [first(decoder(**inputs)) for inputs in clean]
+            sampled = ahead.take(ignore)
+        assert sampled is not None
+        assert torch.equal(sampled[0], sample(ignore)[0])
+        for inputs, picture in zip(clean, pictures, strict=True):
+            assert torch.equal(first(decoder(**inputs)), picture)
+        for engine in (unet, decoder):
+            assert all(slot.records for slot in engine._slots.values())  # nothing has broken a recording
 
     def test_inputs_may_lie_on_the_cpu_and_what_is_kept_has_the_engine_s_type(
         self, plain_model: PoseModel, engines_of: Callable[[Precision], dict[str, Any]]

@@ -51,22 +51,24 @@ public:
     OPENVINO_OP("Winograd", "posecrafter");
 
     Winograd() = default;
-    Winograd(const ov::OutputVector& inputs, int64_t groups, double eps) : Op(inputs), groups_(groups), eps_(eps) {
+    Winograd(const ov::OutputVector& inputs, int64_t groups, double eps, int64_t times)
+        : Op(inputs), groups_(groups), eps_(eps), times_(times) {
         constructor_validate_and_infer_types();
     }
 
     void validate_and_infer_types() override {
         const auto &pixels = get_input_partial_shape(0), &weight = get_input_partial_shape(1);
-        set_output_type(0, get_input_element_type(0), {pixels[0], weight[0], pixels[2], pixels[3]});
+        set_output_type(0, get_input_element_type(0), {pixels[0], weight[0], pixels[2] * times_, pixels[3] * times_});
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        return std::make_shared<Winograd>(inputs, groups_, eps_);
+        return std::make_shared<Winograd>(inputs, groups_, eps_, times_);
     }
 
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
         visitor.on_attribute("groups", groups_);
         visitor.on_attribute("eps", eps_);
+        visitor.on_attribute("times", times_);
         return true;
     }
 
@@ -74,21 +76,15 @@ public:
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         const ov::Shape &pixels = inputs[0].get_shape(), &weight = inputs[1].get_shape();
-        outputs[0].set_shape({pixels[0], weight[0], pixels[2], pixels[3]});
         std::call_once(once_, [&] { packed_ = packed_weights(inputs[1].data<float>(), weight[1], weight[0]); });
-        const int frames = size(pixels[0]), channels = size(pixels[1]), height = size(pixels[2]),
-                  width = size(pixels[3]);
-        Convolution call{inputs[0].data<float>(),
-                         nullptr,
-                         nullptr,
-                         packed_->get(),
-                         inputs[2].data<float>(),
-                         outputs[0].data<float>(),
-                         frames,
-                         channels,
-                         size(weight[0]),
-                         height,
-                         width};
+        const int frames = size(pixels[0]), channels = size(pixels[1]), times = size(times_);
+        Convolution call{};
+        call.input = inputs[0].data<float>();
+        call.packed = packed_->get();
+        call.bias = inputs[2].data<float>();
+        call.out = outputs[0].data<float>();
+        call.frames = frames, call.in_channels = channels, call.out_channels = size(weight[0]);
+        call.height = size(pixels[2]) * times, call.width = size(pixels[3]) * times, call.times = times;
         static thread_local std::vector<float> scales;  // and shifts
         if (inputs.size() == 5) {
             scales.resize(2 * pixels[0] * pixels[1]);
@@ -108,6 +104,7 @@ private:
 
     int64_t groups_ = 0;
     double eps_ = 0;
+    int64_t times_ = 1;
     mutable std::once_flag once_;
     mutable std::shared_ptr<Packed> packed_;
 };

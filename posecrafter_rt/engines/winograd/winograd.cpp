@@ -195,11 +195,18 @@ PC_INLINE __m256 silu(__m256 x) {
     return _mm256_div_ps(x, _mm256_add_ps(one, exponential(_mm256_sub_ps(_mm256_setzero_ps(), x))));
 }
 
+// One pixel of eight planes.
+PC_INLINE __m256 pixel(const float* from, size_t plane) {
+    alignas(32) float values[kLanes];
+    for (int c = 0; c < kLanes; ++c) values[c] = from[c * plane];
+    return _mm256_load_ps(values);
+}
+
 // Lines top…top+5 of eight channels of one frame, zeros around, as (6, columns, 8).
 template <bool kIsNormed>
 PC_AVX2 void gather(const Plan& plan, size_t channel, int top, float* lines) {
-    const int height = plan.call.height, width = plan.call.width;
-    const size_t plane = static_cast<size_t>(height) * width;
+    const int height = plan.call.height, times = plan.call.times, width = plan.call.width / times;
+    const size_t plane = static_cast<size_t>(height / times) * width;
     __m256 scale = _mm256_setzero_ps(), shift = scale;
     if (kIsNormed)
         scale = _mm256_loadu_ps(plan.call.scale + channel), shift = _mm256_loadu_ps(plan.call.shift + channel);
@@ -211,22 +218,24 @@ PC_AVX2 void gather(const Plan& plan, size_t channel, int top, float* lines) {
             std::fill(to, to + static_cast<size_t>(plan.columns) * kLanes, 0.0f);
             continue;
         }
-        const float* from = plan.call.input + channel * plane + static_cast<size_t>(y) * width;
+        const float* from = plan.call.input + channel * plane + static_cast<size_t>(y / times) * width;
         _mm256_store_ps(to, _mm256_setzero_ps());
         to += kLanes;
-        int x = 0;
-        for (; x + kLanes <= width; x += kLanes) {
+        for (int x = 0; x < width; x += kLanes) {
+            const int count = std::min(kLanes, width - x);
             __m256 v[8];
-            for (int c = 0; c < kLanes; ++c) v[c] = _mm256_loadu_ps(from + c * plane + x);
-            transpose(v);
-            for (int c = 0; c < kLanes; ++c) _mm256_store_ps(to + (x + c) * kLanes, normed(v[c]));
+            if (count == kLanes) {
+                for (int c = 0; c < kLanes; ++c) v[c] = _mm256_loadu_ps(from + c * plane + x);
+                transpose(v);
+            } else {
+                for (int i = 0; i < count; ++i) v[i] = pixel(from + x + i, plane);
+            }
+            for (int i = 0; i < count; ++i) {
+                const __m256 value = normed(v[i]);
+                for (int time = 0; time < times; ++time) _mm256_store_ps(to + ((x + i) * times + time) * kLanes, value);
+            }
         }
-        for (; x < width; ++x) {
-            float* pixel = to + x * kLanes;
-            for (int c = 0; c < kLanes; ++c) pixel[c] = from[c * plane + x];
-            _mm256_store_ps(pixel, normed(_mm256_load_ps(pixel)));
-        }
-        std::fill(to + width * kLanes, to + static_cast<size_t>(plan.columns - 1) * kLanes, 0.0f);
+        std::fill(to + width * times * kLanes, to + static_cast<size_t>(plan.columns - 1) * kLanes, 0.0f);
     }
 }
 

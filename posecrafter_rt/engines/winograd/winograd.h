@@ -30,7 +30,7 @@ struct Convolution {
     const float* packed;
     const float* bias;
     float* out;
-    int frames, in_channels, out_channels, height, width;
+    int frames, in_channels, out_channels, height, width, times;
 };
 
 // GroupNorm of an input as scale and shift. input (frames, channels, size); weight and bias (channels).
