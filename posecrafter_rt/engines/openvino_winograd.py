@@ -70,7 +70,7 @@ def use_winograd(model: openvino.Model) -> int:
 
 
 def _gains(node: Any) -> bool:
-    if not (_is_convolution(node) or _is_doubling(node)):
+    if node.get_type_name() not in ("Convolution", "ConvolutionBackpropData"):
         return False
     frames, channels, height, width = node.get_output_shape(0)
     in_channels, tiles = node.get_input_shape(0)[1], frames * -(-height // 4) * -(-width // 4)
@@ -78,6 +78,7 @@ def _gains(node: Any) -> bool:
         in_channels % LANES == channels % PANEL == 0
         and tiles >= LEAST_TILES
         and 4 * 36 * channels * in_channels <= MOST_BYTES
+        and (_is_convolution(node) or _is_doubling(node))
     )
 
 
