@@ -283,8 +283,8 @@ def markdown(document: Row) -> str:
     lines += [f"Medians of {setup['rounds']} rounds in turns; each run in a process of its own, after a warm-up by the same clip",
               f"(steps: {setup['warm_up_steps']}). exact: this runtime, its inversion cache empty. published, plain: see",
               "`bench/plain.py`. PSNR is to the first row's frames. Peak memory is the process's, weights and libraries",
-              "included. FLOPs are the ledger's; peak is that of a large matrix product in the same type. At fp16 `exact`",
-              "keeps its VAE in float32, the others do not."]  # fmt: skip
+              "included. FLOPs are the ledger's, convolutions as if done directly, which `openvino` does not in fp32; peak is that",
+              "of a large matrix product in the same type. At fp16 `exact` keeps its VAE in float32, the others do not."]  # fmt: skip
     if on_gpu:
         lines += ["Peak GPU memory is the most that torch had allocated at once; by it the contenders are compared."]
     header = ("contender", "s", "frames/s", "s per 100 frames", "peak MB", *(["peak GPU MB"] if on_gpu else []), "startup s",

@@ -17,18 +17,17 @@ from posecrafter_rt.errors import PoseCrafterError
 
 log = logging.getLogger(__name__)
 DIGEST_BYTES = 32
-# Every new frame count of a clip adds some; the oldest go first.
-MAX_FILES, MAX_BYTES = 64, 1 << 30
+MAX_FILES = 64  # every new frame count of a clip adds some; the oldest go first
 
 
 class BlobCache:
-    """Blobs in a folder, which is made when first written to.
+    """Blobs in a folder, which is made when first written to. max_bytes: of all but the newest; None: any number.
 
     Each file starts with the SHA-256 of its blob: OpenVINO runs a blob with altered bytes without noticing.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, max_bytes: int | None = None) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
 
     def path(self, key: dict[str, Any]) -> Path:
         """The file for a key of JSON values."""
@@ -60,5 +59,6 @@ class BlobCache:
         by_age = sorted(self.folder.glob("*.blob"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
         until = accumulate(path.stat().st_size for path in by_age)
         for count, (path, num_bytes) in enumerate(zip(by_age, until, strict=True)):
-            if count >= MAX_FILES or (count and num_bytes > MAX_BYTES):  # the newest stays, whatever its size
+            is_too_much = self.max_bytes is not None and num_bytes > self.max_bytes
+            if count >= MAX_FILES or (count and is_too_much):  # the newest stays, whatever its size
                 path.unlink(missing_ok=True)

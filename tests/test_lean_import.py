@@ -63,7 +63,8 @@ def test_command_modules_import_nothing_slow() -> None:
 
 def test_importing_sets_no_flags() -> None:
     code = (
-        "import os, sympy, torch, warnings\n"  # torch imports sympy late, which adds a filter for its own warnings
+        # torch imports sympy late, which adds a filter for its own warnings; OpenCV 5 adds to LD_LIBRARY_PATH.
+        "import cv2, os, sympy, torch, warnings\n"
         "def state():\n"
         "    return (torch.get_num_threads(), torch.get_default_dtype(), torch.backends.cuda.matmul.allow_tf32,\n"
         "            torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.is_grad_enabled(),\n"

@@ -149,7 +149,7 @@ def check_engines() -> list[Finding]:
 
 
 def check_operators() -> list[Finding]:
-    """Every operator's backends, the convolutions of the engine `openvino`, and the native extension."""
+    """Every operator's backends, the convolutions of `openvino`, which may be compiled for it, and the native extension."""
     from posecrafter_rt.engines import openvino_winograd
     from posecrafter_rt.ops import BACKENDS, native, unsupported_reason
 

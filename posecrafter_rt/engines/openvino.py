@@ -24,7 +24,7 @@ from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progress, checked_inputs, fitting_weights
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
-from posecrafter_rt.engines.openvino_winograd import extend, missing_reason, use_winograd
+from posecrafter_rt.engines.openvino_winograd import REWRITING, extend, last_line, missing_reason, use_winograd
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
@@ -39,6 +39,7 @@ HINTS = {"fp32": "f32", "bf16": "bf16"}
 KEPT_SHAPES = 4  # compiled models a network, each with its own activations and its own order of the weights
 LARGE_BYTES = 1 << 28  # of weights: of a network with so many, others are kept only where memory has room for
 NEEDED_FOLD = 3  # the weights, in its file and in the order of the compiled model, and activations
+KEPT_BYTES = 1 << 30  # of compiled networks in an engine's folder: some hold their weights
 DIGESTS_FILE = "digests.json"
 
 log = logging.getLogger(__name__)
@@ -104,15 +105,15 @@ class OpenVinoEngine:
         if self._swapped or (self._weight_bytes > LARGE_BYTES and not self._is_apart):
             return self._core.compile_model(self._read(shapes), "CPU", self._properties)
         key = {"network": self._digest, "shapes": shapes, "properties": self._properties,
-               "by_channel": self._is_by_channel, "winograd": self._winograd, **_runtime(self._core)}  # fmt: skip
+               "by_channel": self._is_by_channel, "winograd": self._winograd, "rewriting": REWRITING,
+               **_runtime(self._core)}  # fmt: skip
         blob = self._cache.load(key)
         if blob is not None:
             weights = {"WEIGHTS_PATH": str(self._path.with_suffix(".bin"))} if self._is_apart else {}
             try:
                 return self._core.import_model(blob, "CPU", {**self._properties, **weights})
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[-1]
-                log.warning("a kept compiled network cannot be read (%s); it is compiled again", reason)
+                log.warning("a kept compiled network cannot be read (%s); it is compiled again", last_line(error))
         compiled = self._core.compile_model(self._read(shapes), "CPU", self._properties)
         self._cache.save(key, compiled.export_model().getvalue())
         return compiled
@@ -258,7 +259,7 @@ class OpenVinoBackend:
             digests = json.loads((networks_folder / DIGESTS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise EngineFolderError(f"{networks_folder} holds no networks of this backend", "build it again") from error
-        core, compiled = openvino.Core(), BlobCache(cache)
+        core, compiled = openvino.Core(), BlobCache(cache, KEPT_BYTES)
 
         def engine(spec: NetworkSpec) -> OpenVinoEngine:
             properties = self._properties("fp32" if spec.name in FULL_PRECISION else precision)

@@ -42,9 +42,9 @@ def group_norm(node: Any) -> GroupNorm | None:
     grouping = inner.input_value(0).get_node()
     if grouping.get_type_name() != "Reshape":
         return None
-    pixels, groups = grouping.input_value(0), inner.get_output_shape(0)[1]
+    pixels, (frames, groups, _) = grouping.input_value(0), inner.get_output_shape(0)
     shape = list(pixels.get_shape())
-    if len(shape) != 4 or list(node.get_output_shape(0)) != shape or shape[1] % groups:
+    if len(shape) != 4 or list(node.get_output_shape(0)) != shape or frames != shape[0] or shape[1] % groups:
         return None
     return GroupNorm(pixels, groups, inner.get_attributes()["eps"])
 

@@ -8,19 +8,23 @@ user's cache. Where that fails OpenVINO's own convolutions run: nothing but time
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from posecrafter_rt import config
-from posecrafter_rt.atomic import atomic_path, sha256_json
+from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
 from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.machine import cpu_features
+from posecrafter_rt.models.folding import fold_doubling
 
 if TYPE_CHECKING:
     import openvino
@@ -32,7 +36,8 @@ LANES, PANEL = 8, 16  # input channels come in eights, output channels in sixtee
 # Of 4×4 outputs, over all frames: fewer do not pay for the transformed weights, which are four times as large.
 LEAST_TILES = 16
 MOST_BYTES = 1 << 27  # of one layer's transformed weights: larger ones belong to layers of few tiles
-TOLERANCE = 1e-4  # of the trial's largest output; float32 comes to 1e-5
+TOLERANCE = 1e-4  # of the largest value, where float32 comes to 1e-5
+REWRITING = 1  # counted up when other convolutions are replaced, or otherwise: compiled networks are kept under it
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +60,7 @@ def extend(core: openvino.Core) -> str | None:
     if library is None:
         return None
     core.add_extension(library)
+    _factory(library)  # which outlives the core
     return library.stem
 
 
@@ -75,7 +81,9 @@ def _gains(node: Any) -> bool:
     frames, channels, height, width = node.get_output_shape(0)
     in_channels, tiles = node.get_input_shape(0)[1], frames * -(-height // 4) * -(-width // 4)
     return (
-        in_channels % LANES == channels % PANEL == 0
+        node.input_value(1).get_node().get_type_name() == "Constant"  # it is transformed once
+        and all(value.get_element_type().get_type_name() == "f32" for value in node.input_values())
+        and in_channels % LANES == channels % PANEL == 0
         and tiles >= LEAST_TILES
         and 4 * 36 * channels * in_channels <= MOST_BYTES
         and (_is_convolution(node) or _is_doubling(node))
@@ -93,11 +101,8 @@ def _is_doubling(node: Any) -> bool:
         return False
     if len(node.input_values()) != 2 or any(node.get_attributes()["output_padding"]):
         return False
-    weight = _folded_weight(node)
-    if weight is None:
-        return False
-    taps = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float32)
-    again = np.einsum("ay,oiyx,bx->ioab", taps, _unfolded(weight), taps, optimize=True)
+    weight = np.asarray(node.input_value(1).get_node().data)
+    again = fold_doubling(torch.from_numpy(_unfolded(weight))).numpy()
     return bool(np.abs(again - weight).max() <= TOLERANCE * np.abs(weight).max())
 
 
@@ -111,14 +116,11 @@ def _has(node: Any, kernel: int, stride: int) -> bool:
     )
 
 
-def _folded_weight(node: Any) -> np.ndarray | None:
-    """The weight (in, out, 4, 4) of a transposed convolution, where it is constant."""
-    weight = node.input_value(1).get_node()
-    return np.asarray(weight.data) if weight.get_type_name() == "Constant" else None
-
-
 def _unfolded(weight: np.ndarray) -> np.ndarray:
-    """The weight (out, in, 3, 3) that was folded: of four taps the first is w2, the second w1 + w2, the last w0."""
+    """The weight (out, in, 3, 3) of which `fold_doubling` made this (in, out, 4, 4).
+
+    Of four taps the first is w2, the second w1 + w2, the last w0.
+    """
     rows = np.stack([weight[:, :, 3], weight[:, :, 1] - weight[:, :, 0], weight[:, :, 0]], 2)
     both = np.stack([rows[..., 3], rows[..., 1] - rows[..., 0], rows[..., 0]], 3)
     return np.ascontiguousarray(both.transpose(1, 0, 2, 3))
@@ -130,9 +132,8 @@ def _rewrite(convolution: Any, factory: Any) -> None:
 
     weight, channels = convolution.input_value(1), convolution.get_output_shape(0)[1]
     attributes: dict[str, Any] = {}
-    folded = _folded_weight(convolution)
-    if convolution.get_type_name() == "ConvolutionBackpropData" and folded is not None:
-        weight, attributes = op.constant(_unfolded(folded)).output(0), {"times": 2}
+    if convolution.get_type_name() == "ConvolutionBackpropData":
+        weight, attributes = op.constant(_unfolded(np.asarray(weight.get_node().data))).output(0), {"times": 2}
     users = [user.get_node() for user in convolution.output(0).get_target_inputs()]
     users = [user for user in users if user.get_type_name() != "ShapeOf"]
     bias = _added(users[0], channels) if len(users) == 1 else None
@@ -187,11 +188,12 @@ def _of_channels(value: Any, channels: int) -> np.ndarray | None:
     constant, shape = value.get_node(), list(value.get_shape())
     while constant.get_type_name() in ("Reshape", "Unsqueeze"):
         constant = constant.input_value(0).get_node()
-    if constant.get_type_name() != "Constant" or shape[-3:] != [channels, 1, 1] or np.prod(shape) != channels:
+    if constant.get_type_name() != "Constant" or shape not in ([channels, 1, 1], [1, channels, 1, 1]):
         return None
     return np.array(constant.data, np.float32).reshape(channels)
 
 
+@cache  # for good: OpenVINO would unload the library with the last factory and core, and not ask for nodes that are left
 def _factory(library: Path) -> Any:
     from openvino.utils.node_factory import NodeFactory
 
@@ -226,28 +228,53 @@ def _compiled() -> Path:
     sources = sorted(SOURCES.glob("*.*"))
     key = {"openvino": openvino.get_version(), "home": str(home), "flags": FLAGS,
            "sources": [path.read_text(encoding="utf-8") for path in sources]}  # fmt: skip
-    library = config.cache_dir() / "openvino_operations" / f"{sha256_json(key)}.so"
-    if not library.exists():
-        try:
+    folder, name = config.cache_dir() / "openvino_operations", sha256_json(key)
+    kept = next(filter(_is_sound, folder.glob(f"{name}-*.so")), None)
+    if kept is not None:
+        return kept
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as building:
+            built = Path(building) / "built.so"
+            _compile([path for path in sources if path.suffix == ".cpp"], home, built)
+            _try(built)
+            library = folder / f"{name}-{sha256_file(built)}.so"
             with atomic_path(library) as temporary:
-                _compile([path for path in sources if path.suffix == ".cpp"], home, temporary)
-                _try(temporary)
-        except (PoseCrafterError, OSError) as error:
-            raise WinogradError(f"it cannot be kept: {error}") from error
+                shutil.copyfile(built, temporary)
+    except (PoseCrafterError, OSError) as error:
+        raise WinogradError(f"it cannot be kept: {error}") from error
     return library
 
 
+def _is_sound(library: Path) -> bool:
+    """Whether what was compiled earlier is as it was, which its name tells, and loads: the cache may be another system's.
+
+    To load a damaged one would end the process.
+    """
+    import openvino
+
+    try:
+        reason = None if library.stem.endswith(sha256_file(library)) else "it was altered"
+        if reason is None:
+            openvino.Core().add_extension(library)
+    except (OSError, RuntimeError) as error:
+        reason = last_line(error)
+    if reason is not None:
+        log.warning("%s is compiled again: %s", library, reason)
+    return reason is None
+
+
 def _compile(sources: list[Path], home: Path, library: Path) -> None:
-    compiler = config.compiler() or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-    if compiler is None:
+    compiler = config.compiler() or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "")
+    if not compiler:
         raise WinogradError("no C++ compiler was found: install g++, or name one in CXX")
     linked = [next(home.glob(f"libs/{name}.so*"), None) for name in ("libopenvino", "libtbb")]
     if None in linked:
         raise WinogradError("this OpenVINO came without its libraries, or without TBB")
-    command = [compiler, *FLAGS, "-I", str(home / "include"), *map(str, sources), "-o", str(library),
+    command = [*shlex.split(compiler), *FLAGS, "-I", str(home / "include"), *map(str, sources), "-o", str(library),
                *map(str, linked), f"-Wl,-rpath,{home / 'libs'}"]  # fmt: skip
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_S)
     except (OSError, subprocess.SubprocessError) as error:
         raise WinogradError(f"{compiler} cannot be run: {error}") from error
     if result.returncode:
@@ -256,23 +283,52 @@ def _compile(sources: list[Path], home: Path, library: Path) -> None:
 
 
 def _try(library: Path) -> None:
-    """Raise WinogradError unless a small convolution by the operation is what OpenVINO's own is."""
+    """Raise WinogradError unless what it does with a small picture is what OpenVINO does."""
     import openvino
-    from openvino import opset13 as op
 
-    rng = np.random.default_rng(0)
-    pixels = op.parameter([2, 8, 9, 13], np.float32)
-    weight, bias = (op.constant(rng.normal(size=shape).astype(np.float32)) for shape in ((16, 8, 3, 3), (16,)))
-    own = op.convolution(pixels, weight, [1, 1], [1, 1], [1, 1], [1, 1])
-    expected = op.add(own, op.reshape(bias, np.array([1, 16, 1, 1]), special_zero=False))
+    pixels = np.random.default_rng(0).normal(size=(2, 8, 9, 13)).astype(np.float32)
     try:
         core = openvino.Core()
         core.add_extension(library)
-        tried = _factory(library).create("Winograd", [pixels.output(0), weight.output(0), bias.output(0)])
-        compiled = core.compile_model(openvino.Model([expected, tried], [pixels]), "CPU",
-                                      {"INFERENCE_PRECISION_HINT": "f32"})  # fmt: skip
-        first, second = compiled([rng.normal(size=(2, 8, 9, 13)).astype(np.float32)]).values()
+        compiled = core.compile_model(_trials(_factory(library)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        outputs = list(compiled([pixels]).values())
     except RuntimeError as error:
-        raise WinogradError(f"OpenVINO refuses it: {str(error).splitlines()[0]}") from error
-    if not np.abs(first - second).max() <= TOLERANCE * np.abs(first).max():
-        raise WinogradError("compiled here it does not give what OpenVINO's own convolution does")
+        raise WinogradError(f"OpenVINO refuses it: {last_line(error)}") from error
+    for own, tried in zip(outputs[::2], outputs[1::2], strict=True):
+        if not np.abs(own - tried).max() <= TOLERANCE * np.abs(own).max():
+            raise WinogradError("compiled here it does not give what OpenVINO's own convolution does")
+
+
+def _trials(factory: Any) -> openvino.Model:
+    """A convolution, one of a doubled picture, and one after GroupNorm and SiLU: of each OpenVINO's, and ours."""
+    import openvino
+    from openvino import opset13 as op
+
+    rng = np.random.default_rng(1)
+    pixels = op.parameter([2, 8, 9, 13], np.float32)
+    weight, bias, scale, shift = (op.constant(rng.normal(size=shape).astype(np.float32))
+                                  for shape in ((16, 8, 3, 3), (16,), (8,), (8,)))  # fmt: skip
+
+    def by_channel(values: Any) -> Any:
+        return op.unsqueeze(values, np.array([1, 2]))
+
+    def own(of: Any) -> Any:
+        return op.add(op.convolution(of, weight, [1, 1], [1, 1], [1, 1], [1, 1]), by_channel(bias))
+
+    def ours(*more: Any, **attributes: Any) -> Any:
+        return factory.create("Winograd", [node.output(0) for node in (pixels, weight, bias, *more)], attributes)
+
+    rows, columns = (np.repeat(np.arange(side), 2) for side in (9, 13))
+    doubled = op.gather(op.gather(pixels, rows, np.int64(2)), columns, np.int64(3))
+    grouped = op.reshape(pixels, np.array([2, 4, -1]), special_zero=False)
+    normed = op.mvn(grouped, np.array([2]), True, 1e-5, "INSIDE_SQRT")
+    normed = op.reshape(normed, np.array([2, 8, 9, 13]), special_zero=False)
+    normed = op.add(op.multiply(normed, by_channel(scale)), by_channel(shift))
+    active = op.multiply(normed, op.sigmoid(normed))
+    outputs = [own(pixels), ours(), own(doubled), ours(times=2), own(active), ours(scale, shift, groups=4, eps=1e-5)]
+    return openvino.Model(outputs, [pixels])
+
+
+def last_line(error: BaseException) -> str:
+    """What OpenVINO says at last: the lines before it name its source files."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,7 @@ def test_a_frame_depends_neither_on_its_neighbours_nor_on_threads() -> None:
     assert torch.equal(frames, run(together, pixels, num_threads=1))
 
 
+@needs_winograd
 @pytest.mark.parametrize(("weight", "size", "stride"), [
     ((16, 8, 1, 1), (16, 16), 1),
     ((16, 8, 3, 3), (16, 16), 2),
@@ -103,6 +106,7 @@ def test_what_does_not_fit_or_gain_stays(weight: tuple[int, ...], size: tuple[in
     assert "Convolution" in {node.get_type_name() for node in model.get_ops()}
 
 
+@needs_winograd
 def test_large_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     model = convolution(draw(1, 8, 16, 16), draw(16, 8, 3, 3))
     monkeypatch.setattr(winograd, "MOST_BYTES", 4 * 36 * 8 * 16 - 1)
@@ -163,6 +167,7 @@ def test_a_folded_doubling_is_unfolded(size: tuple[int, int]) -> None:
     assert relative_error(run(model, pixels), expected) < EXACT
 
 
+@needs_winograd
 def test_another_transposed_convolution_stays() -> None:
     pixels = draw(3, 24, 8, 8)
     assert winograd.use_winograd(doubling(pixels, draw(24, 32, 4, 4), draw(32))) == 0
@@ -275,15 +280,63 @@ def test_other_processors(features: set[str], reason: str, monkeypatch: pytest.M
 
 
 @needs_winograd
+@pytest.mark.parametrize(("right", "wrong"), [
+    ("1. / 24, 1. / 12", "1. / 24, 1. / 11"),  # the convolution
+    ("5.0000001201e-1f", "6e-1f"),  # SiLU
+    ("y / times", "y / 2"),  # the doubling, or what is not doubled
+])  # fmt: skip
 def test_what_compiles_but_is_wrong_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
 ) -> None:
     sources = tmp_path / "sources"
     sources.mkdir()
     for file in winograd.SOURCES.iterdir():
         text = file.read_text(encoding="utf-8")
-        (sources / file.name).write_text(text.replace("1. / 24, 1. / 12", "1. / 24, 1. / 11"), encoding="utf-8")
+        (sources / file.name).write_text(text.replace(right, wrong), encoding="utf-8")
     monkeypatch.setattr(winograd, "SOURCES", sources)
     monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / "cache"))
     assert "does not give" in str(winograd.missing_reason())
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@needs_winograd
+def test_what_cannot_be_loaded_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "env LC_ALL=C g++")  # a compiler may have arguments
+    assert winograd.missing_reason() is None
+    (library,) = tmp_path.rglob("*.so")
+    whole = library.read_bytes()
+    no_library = b"no library"
+    for damaged, name in ((whole[: len(whole) // 2], library.name),
+                          (no_library, f"{library.stem[:64]}-{sha256(no_library).hexdigest()}.so")):  # fmt: skip
+        for file in library.parent.iterdir():
+            file.unlink()  # it is mapped: what was written over it would change under us
+        library.with_name(name).write_bytes(damaged)
+        caplog.clear()
+        winograd._library.cache_clear()
+        assert winograd.missing_reason() is None
+        assert "is compiled again" in caplog.text
+        assert any(file.read_bytes() == whole for file in library.parent.iterdir())
+
+
+@needs_winograd
+def test_two_threads_at_once() -> None:
+    """Two requests of one compiled network share the operation, and its transformed weights."""
+    pixels, weight = draw(4, 32, 33, 35), draw(32, 32, 3, 3, seed=1)
+    model = norm_silu_convolution(pixels, 8, (draw(32, seed=2), draw(32, seed=3)), weight)
+    assert winograd.use_winograd(model) == 1
+    core = openvino.Core()
+    winograd.extend(core)
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 2})
+    given = [draw(4, 32, 33, 35, seed=seed) for seed in range(8)]
+    alone = [run(model, each) for each in given]
+
+    def infer(each: Tensor) -> Tensor:
+        return torch.from_numpy(compiled.create_infer_request().infer([each.numpy()])[0].copy())
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for found, expected in zip(pool.map(infer, given), alone, strict=True):
+                assert torch.equal(found, expected)

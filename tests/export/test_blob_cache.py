@@ -47,6 +47,16 @@ def test_the_oldest_files_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [number for number in range(5) if cache.load({"n": number})] == [2, 3, 4]
 
 
+def test_no_more_bytes_than_allowed_but_for_the_newest(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path, max_bytes=3 * (32 + 100))
+    for number in range(5):
+        cache.save({"n": number}, bytes(100))
+        os.utime(cache.path({"n": number}), (number, number))
+    assert [number for number in range(5) if cache.load({"n": number})] == [2, 3, 4]
+    cache.save({}, bytes(1000))
+    assert [file.stat().st_size for file in tmp_path.iterdir()] == [32 + 1000]
+
+
 def test_a_folder_that_cannot_be_written_is_only_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING, "posecrafter_rt"):

@@ -1,7 +1,9 @@
-// The OpenVINO operation posecrafter::Winograd: input, weight (out, in, 3, 3), bias (out) → the 3×3 convolution's
-// output. Layer 4: built where an engine is first loaded, against the OpenVINO that is installed
-// (openvino_winograd.py).
+// The OpenVINO operation posecrafter::Winograd: input (F, C, h, w), weight (out, C, 3, 3), bias (out) → what the
+// 3×3 convolution gives. With a GroupNorm's weight and bias (C) as two inputs more, and its groups and eps as
+// attributes, it is of SiLU(GroupNorm(input)); with the attribute times 2 it is of the input at twice its size.
+// Layer 4: compiled against the OpenVINO that is installed, by openvino_winograd.py.
 #include <oneapi/tbb/parallel_for.h>
+#include <oneapi/tbb/task_arena.h>
 
 #include <cstdlib>
 #include <map>
@@ -19,8 +21,11 @@
 namespace posecrafter {
 namespace {
 
-// OpenVINO's own threads: others would have to share the cores with them.
-void parallel(int count, const std::function<void(int)>& task) { tbb::parallel_for(0, count, task); }
+// OpenVINO's own threads: others would have to share the cores with them. A thread that waits here takes up no other
+// work, which might be another convolution that wants its scratch.
+void parallel(int count, const std::function<void(int)>& task) {
+    tbb::this_task_arena::isolate([&] { tbb::parallel_for(0, count, task); });
+}
 
 struct Free {
     void operator()(float* memory) const { std::free(memory); }

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <memory>
 #include <new>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(POSECRAFTER_PORTABLE)
@@ -305,7 +304,7 @@ PC_AVX2 void scatter(const Plan& plan, const float* lines, int top, float* plane
 class Job {
 public:
     explicit Job(const Convolution& call) : plan_(call) {
-        static thread_local Scratch scratch;  // its size is bounded by the chunk's
+        static thread_local Scratch scratch;
         v_ = scratch.take(kProducts * (plan_.v_stride + plan_.m_stride));
         m_ = v_ + kProducts * plan_.v_stride;
     }

@@ -21,8 +21,9 @@ bool has_winograd();
 // weight (out, in, 3, 3) → packed, 36 · in · out floats (36, out / 16, in, 16); `packed` is 64 bytes aligned.
 void winograd_pack(const float* weight, int in_channels, int out_channels, float* packed, const Parallel& parallel);
 
-// One convolution. All are compact: input (frames, in, h, w), out (frames, out, h, w), bias (out). Where scale and
-// shift (frames, in) are given, it is of SiLU(input · scale + shift).
+// One convolution. All are compact: input (frames, in, h / times, w / times), out (frames, out, h, w), bias (out). It
+// is of the input with each pixel repeated `times`, 1 or 2, in either direction, and where scale and shift (frames, in)
+// are given of SiLU(input · scale + shift).
 struct Convolution {
     const float* input;
     const float* scale;
