@@ -56,9 +56,10 @@ class BlobCache:
             log.warning("not kept for the next time: %s", error)
 
     def _prune(self) -> None:
-        by_age = sorted(self.folder.glob("*.blob"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        until = accumulate(path.stat().st_size for path in by_age)
-        for count, (path, num_bytes) in enumerate(zip(by_age, until, strict=True)):
+        facts = [(path.stat(), path) for path in self.folder.glob("*.blob")]
+        by_age = sorted(facts, key=lambda fact: fact[0].st_mtime_ns, reverse=True)
+        until = accumulate(stat.st_size for stat, _ in by_age)
+        for count, ((_, path), num_bytes) in enumerate(zip(by_age, until, strict=True)):
             is_too_much = self.max_bytes is not None and num_bytes > self.max_bytes
             if count >= MAX_FILES or (count and is_too_much):  # the newest stays, whatever its size
                 path.unlink(missing_ok=True)

@@ -60,7 +60,6 @@ def extend(core: openvino.Core) -> str | None:
     if library is None:
         return None
     core.add_extension(library)
-    _factory(library)  # which outlives the core
     return library.stem
 
 
@@ -206,7 +205,9 @@ def _factory(library: Path) -> Any:
 def _library() -> tuple[Path | None, str | None]:
     """The compiled operation, or why there is none, which is logged once."""
     try:
-        return _compiled(), None
+        library = _compiled()
+        _factory(library)
+        return library, None
     except WinogradError as error:
         log.info("3×3 convolutions are OpenVINO's own: %s", error)
         return None, str(error)
@@ -251,12 +252,10 @@ def _is_sound(library: Path) -> bool:
 
     To load a damaged one would end the process.
     """
-    import openvino
-
     try:
         reason = None if library.stem.endswith(sha256_file(library)) else "it was altered"
         if reason is None:
-            openvino.Core().add_extension(library)
+            _factory(library)
     except (OSError, RuntimeError) as error:
         reason = last_line(error)
     if reason is not None:

@@ -27,24 +27,20 @@ void parallel(int count, const std::function<void(int)>& task) {
     tbb::this_task_arena::isolate([&] { tbb::parallel_for(0, count, task); });
 }
 
-struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-};
-using Packed = std::unique_ptr<float[], Free>;
 using Weights = std::tuple<size_t, size_t, size_t>;  // a hash of their bytes, input and output channels
 
 // The transformed weights of a convolution, one copy for all the shapes that its network was compiled for.
-std::shared_ptr<Packed> packed_weights(const float* weight, size_t in_channels, size_t out_channels) {
+std::shared_ptr<float> packed_weights(const float* weight, size_t in_channels, size_t out_channels) {
     static std::mutex mutex;
-    static std::map<Weights, std::weak_ptr<Packed>> known;
+    static std::map<Weights, std::weak_ptr<float>> known;
     const std::string_view bytes(reinterpret_cast<const char*>(weight), in_channels * out_channels * 9 * sizeof(float));
     const Weights key{std::hash<std::string_view>()(bytes), in_channels, out_channels};
     const std::lock_guard<std::mutex> lock(mutex);
-    if (std::shared_ptr<Packed> found = known[key].lock()) return found;
+    if (std::shared_ptr<float> found = known[key].lock()) return found;
     void* memory = std::aligned_alloc(64, kProducts * in_channels * out_channels * sizeof(float));
     OPENVINO_ASSERT(memory != nullptr, "out of memory: transformed weights");
-    auto packed = std::make_shared<Packed>(static_cast<float*>(memory));
-    winograd_pack(weight, static_cast<int>(in_channels), static_cast<int>(out_channels), packed->get(), parallel);
+    const std::shared_ptr<float> packed(static_cast<float*>(memory), std::free);
+    winograd_pack(weight, static_cast<int>(in_channels), static_cast<int>(out_channels), packed.get(), parallel);
     known[key] = packed;
     return packed;
 }
@@ -85,7 +81,7 @@ public:
         const int frames = size(pixels[0]), channels = size(pixels[1]), times = size(times_);
         Convolution call{};
         call.input = inputs[0].data<float>();
-        call.packed = packed_->get();
+        call.packed = packed_.get();
         call.bias = inputs[2].data<float>();
         call.out = outputs[0].data<float>();
         call.frames = frames, call.in_channels = channels, call.out_channels = size(weight[0]);
@@ -93,12 +89,11 @@ public:
         static thread_local std::vector<float> scales;  // and shifts
         if (inputs.size() == 5) {
             scales.resize(2 * pixels[0] * pixels[1]);
-            call.scale = scales.data();
-            call.shift = scales.data() + pixels[0] * pixels[1];
-            group_norm_scales(
-                {call.input, inputs[3].data<float>(), inputs[4].data<float>(), scales.data(),
-                 scales.data() + pixels[0] * pixels[1], frames, channels, size(groups_), pixels[2] * pixels[3], eps_},
-                parallel);
+            float *scale = scales.data(), *shift = scale + pixels[0] * pixels[1];
+            group_norm_scales({call.input, inputs[3].data<float>(), inputs[4].data<float>(), scale, shift, frames,
+                               channels, size(groups_), pixels[2] * pixels[3], eps_},
+                              parallel);
+            call.scale = scale, call.shift = shift;
         }
         winograd_convolve(call, parallel);
         return true;
@@ -111,7 +106,7 @@ private:
     double eps_ = 0;
     int64_t times_ = 1;
     mutable std::once_flag once_;
-    mutable std::shared_ptr<Packed> packed_;
+    mutable std::shared_ptr<float> packed_;
 };
 
 }  // namespace posecrafter
