@@ -29,6 +29,7 @@ from posecrafter_rt.models.networks import VaeDecoder, build_networks, describe_
 from posecrafter_rt.models.small_decoder import new_small_decoder
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.ops import affine_warp_paste
+from posecrafter_rt.spec import SHALLOW_UNET
 
 NUM_REGIONS = 3  # face and hands
 
@@ -181,6 +182,7 @@ class Counters:
         self.plain_networks = Networks.of(model)
         folded, vae = copy.deepcopy(self.unet), copy.deepcopy(self.vae)
         fold_denoiser(folded)
+        folded.gives_deep_features = True  # so that there are the layers that run between whole evaluations
         fold_vae(vae)
         self.networks = build_networks(folded, self.controlnet, vae, self.text_encoder)
         self.plain_decoder = VaeDecoder(self.vae)
@@ -242,6 +244,15 @@ class Counters:
             self.networks["unet"](latents, time_unet, kv_unet, *residuals)
 
         return self.measured(("exact step", setup.size, frames), self.exact_layers, step)
+
+    def shallow_step(self, setup: Setup, frames: int) -> Measured:
+        """The U-Net's first and last layer on features that are kept."""
+        latents = self.latents(setup, frames)
+        first, deep = (latents.new_empty(frames, channels, *latents.shape[2:])
+                       for channels in (self.unet.conv_in.out_channels, self.unet.deep_channels))  # fmt: skip
+        time = torch.empty(1, self.arch.time_widths[0], device="meta")
+        text_kv = torch.empty(1, self.arch.text_tokens, self.arch.kv_widths[0], device="meta")
+        return self.network(SHALLOW_UNET, latents, time, text_kv, deep, first)
 
     def image_step(self, setup: Setup) -> dict[str, int]:
         """FLOPs of diffusers' U-Net and ControlNet for one frame in one step, without temporal layers."""

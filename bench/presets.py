@@ -7,6 +7,7 @@ Bench: `python -m bench.presets [ENGINE] [--json FILE] [--quick]` writes results
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -54,8 +55,10 @@ def measure(engine: Path, way: str, num_frames: int) -> Row:
         total = time.perf_counter() - start
         assert avatar.last_report is not None
         is_inverted = avatar.last_report.inversion_cached
+        num_steps = options.num_inference_steps - options.start_step
+        num_whole = math.ceil(num_steps / options.unet_every)
         return {"total_s": total, "seconds": avatar.last_report.seconds, "peak_bytes": peak_rss_bytes(),
-                "peak_gpu_bytes": avatar.last_report.peak_gpu_bytes, "sampled": options.num_inference_steps - options.start_step,
+                "peak_gpu_bytes": avatar.last_report.peak_gpu_bytes, "sampled": num_whole, "shallow": num_steps - num_whole,
                 "inverted": 0 if is_inverted else count_inversion(avatar, options), "decoder": options.decoder}  # fmt: skip
 
 
@@ -73,6 +76,7 @@ def count_flops_of(counters: Counters, setup: Setup, row: Row) -> int:
     encoded = counters.network("vae_encoder", picture).flops if row["inverted"] else 0
     inverted = row["inverted"] * counters.exact_step(setup, 1).flops
     sampled = row["sampled"] * counters.exact_step(setup, setup.frames + 1).flops
+    sampled += row["shallow"] * counters.shallow_step(setup, setup.frames + 1).flops
     if row["decoder"] == "small":
         small = new_small_decoder(counters.arch.latent_channels, counters.arch.vae_scale_factor, torch.Generator()).to(
             "meta"

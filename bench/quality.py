@@ -25,7 +25,7 @@ from bench.report import add_output_arguments, publish, table
 from bench.runs import forget_inversions, psnr
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
-from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.building import build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.demo.run import scores
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -38,8 +38,11 @@ TUNED, OWN_DECODER, CLIP_SCOPE = "as the demonstration tunes", "the base's own d
 
 
 # What else is priced beside the presets.
-CHANGED: dict[str, dict[str, Any]] = {
-    "unipc": {"sampler": "unipc"}, "residuals kept": {"controlnet_every": 2}, "small decoder": {"decoder": "small"},
+CHANGED: dict[str, dict[str, dict[str, Any]]] = {
+    "balanced": {"every other step whole": {"unet_every": 2}, "dpmpp": {"sampler": "dpmpp"},
+                 "9 steps of dpmpp": {"sampler": "dpmpp", "num_inference_steps": 9, "inversion_substeps": 10, "unet_every": 1},
+                 "small decoder": {"decoder": "small"}},
+    "fast": {"unipc": {"sampler": "unipc"}, "residuals kept": {"controlnet_every": 2}, "small decoder": {"decoder": "small"}},
 }  # fmt: skip
 
 
@@ -82,12 +85,12 @@ def measure(
 def timed_variants(is_reuse: bool) -> dict[str, RenderOptions]:
     """What is compared in quality and time, the exact render first: the presets, or steps with features kept over some."""
     variants = {name: preset_options(name) for name in PRESETS}
-    for name, changes in CHANGED.items():
-        variants |= {f"{preset}, {name}": preset_options(preset, **changes) for preset in PRESETS if preset != "exact"}
+    for preset, changed in CHANGED.items():
+        variants |= {f"{preset}, {name}": preset_options(preset, **changes) for name, changes in changed.items()}
     if is_reuse:
         variants = {"exact": variants["exact"]}
         for steps, all_every in REUSED.items():
-            preset = "exact" if steps == RenderOptions.num_inference_steps else "balanced"
+            preset = "exact" if steps == RenderOptions.num_inference_steps else "fast"
             for every in all_every:
                 options = preset_options(preset, num_inference_steps=steps, unet_every=every)
                 variants[f"{steps} steps of {options.sampler}, U-Net every {every}"] = options
@@ -139,7 +142,7 @@ def run_timed(
     """Render a person by every preset, or with features kept over steps: what rendered it, and the variants."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = tune_person(Path(folder) / "tuned.ckpt", given, subject=subject, is_quick=is_quick)
-        built = build_engine(checkpoint, Path(folder) / "tuned.engine", BuildOptions(feature_reuse=is_reuse)).folder
+        built = build_engine(checkpoint, Path(folder) / "tuned.engine").folder
         with Avatar.load(built.path) as avatar:
             engine = {name: built.manifest[name] for name in ("backend", "precision")}
             variants = {name: options for name, options in timed_variants(is_reuse).items()

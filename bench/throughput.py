@@ -309,7 +309,7 @@ def markdown(document: Row) -> str:
 
 
 def result_name(facts: Row) -> str:
-    return name_by_device("throughput", facts["machine"])
+    return name_by_device(f"throughput-{Path(facts['setup']['base']).name}", facts["machine"])
 
 
 def benchmark(options: argparse.Namespace, folder: Path) -> Row:

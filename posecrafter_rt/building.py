@@ -47,7 +47,8 @@ class BuildOptions:
         replaced where they differ; `auto` then means its backend and its precision.
     loras: fused into the tuned weights, in this order; see `fuse_loras`.
     small_decoder: in place of the checkpoint's; see `load_small_decoder`.
-    feature_reuse: build what `RenderOptions.unet_every` needs; an engine that is refitted has it if it did.
+    feature_reuse: build what `RenderOptions.unet_every`, and so the preset `balanced`, needs; None: yes, or as the engine
+        to refit has it.
     max_frames: for `tensorrt`, which is built for so many frames at most in one joint render or segment, the inserted
         reference among them; None: see `engines.usual_max_frames`, or that of the engine to refit.
     """
@@ -59,7 +60,7 @@ class BuildOptions:
     refit: Path | None = None
     loras: tuple[Lora, ...] = ()
     small_decoder: str | None = None
-    feature_reuse: bool = False
+    feature_reuse: bool | None = None
     max_frames: int | None = None
 
 
@@ -102,8 +103,9 @@ def build_engine(
     manifest = _describe(tuned, locate_base(options.base or tuned.metadata["base"]), backend, precision, size, loras)
     if options.small_decoder is not None:
         manifest["small_decoder"] = hash_small_decoder(options.small_decoder)
-    is_reused = source is not None and source.manifest.get("feature_reuse", False)
-    manifest["feature_reuse"] = options.feature_reuse or is_reused
+    manifest["feature_reuse"] = options.feature_reuse
+    if options.feature_reuse is None:
+        manifest["feature_reuse"] = True if source is None else source.manifest.get("feature_reuse", False)
     if max_frames is not None:
         manifest["max_frames"] = max_frames
     manifest["fingerprint"] = sha256_json(manifest)

@@ -24,7 +24,7 @@ Network = Callable[..., dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    options = BuildOptions(backend="torch", precision="fp32", feature_reuse=True)
+    options = BuildOptions(backend="torch", precision="fp32")
     return build_engine(tiny_checkpoint, tmp_path_factory.mktemp("engines") / "tiny.engine", options).folder.path
 
 
@@ -69,7 +69,7 @@ def test_modules_on_features_of_the_same_step_give_the_same_bits(
 @pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_engines_on_features_of_the_same_step_agree(tiny_checkpoint: Path, backend: str, tmp_path: Path) -> None:
     pytest.importorskip(backend)
-    options = BuildOptions(backend=backend, precision="fp32", feature_reuse=True)
+    options = BuildOptions(backend=backend, precision="fp32")
     with Avatar.load(build_engine(tiny_checkpoint, tmp_path / "tiny.engine", options).folder.path) as avatar:
         unet, shallow = avatar.engines["unet"], avatar.engines[SHALLOW_UNET]
         for frames, groups in ((3, 1), (6, 2)):
@@ -122,16 +122,24 @@ def test_the_report_names_it(avatar: Avatar) -> None:
     assert avatar.last_report.to_json()["approximations"] == {"num_inference_steps": 2, "unet_every": 2}
 
 
-def test_it_is_built_only_when_asked_for(tiny_checkpoint: Path, engine: Path, tmp_path: Path) -> None:
-    plain = BuildOptions(backend="torch", precision="fp32")
+def test_it_is_built_unless_it_is_declined(tiny_checkpoint: Path, engine: Path, tmp_path: Path) -> None:
+    plain = BuildOptions(backend="torch", precision="fp32", feature_reuse=False)
     built = build_engine(tiny_checkpoint, tmp_path / "plain.engine", plain).folder
     with Avatar.load(built.path) as avatar:
         assert SHALLOW_UNET not in avatar.engines
         assert len(avatar.engines["unet"].spec.outputs) == 1
         with pytest.raises(PoseCrafterError, match="without feature reuse") as refusal:
-            avatar.render(some_poses(1), num_inference_steps=2, unet_every=2)
-        assert refusal.value.hint is not None and refusal.value.hint.endswith("--feature-reuse")
-    refitted = build_engine(tiny_checkpoint, tmp_path / "refitted.engine", BuildOptions(refit=engine)).folder
-    assert refitted.manifest["feature_reuse"]
-    with pytest.raises(EngineFolderError, match="its feature reuse is off, not on"):
-        build_engine(tiny_checkpoint, tmp_path / "other.engine", BuildOptions(refit=built.path, feature_reuse=True))
+            avatar.render(some_poses(1), preset="balanced")
+        assert refusal.value.hint is not None and refusal.value.hint.endswith("--size 32x32")
+
+
+def test_a_refitted_engine_has_it_if_its_source_had(tiny_checkpoint: Path, engine: Path, tmp_path: Path) -> None:
+    plain = BuildOptions(backend="torch", precision="fp32", feature_reuse=False)
+    without = build_engine(tiny_checkpoint, tmp_path / "plain.engine", plain).folder.path
+    for source, is_built in ((engine, True), (without, False)):
+        refitted = build_engine(tiny_checkpoint, tmp_path / "refitted.engine", BuildOptions(refit=source)).folder
+        assert refitted.manifest["feature_reuse"] == is_built
+    for source, there, wanted in ((engine, "on", "off"), (without, "off", "on")):
+        options = BuildOptions(refit=source, feature_reuse=wanted == "on")
+        with pytest.raises(EngineFolderError, match=f"its feature reuse is {there}, not {wanted}"):
+            build_engine(tiny_checkpoint, tmp_path / "other.engine", options)

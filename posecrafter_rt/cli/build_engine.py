@@ -47,8 +47,13 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         ),
     ] = None,
     feature_reuse: Annotated[
-        bool, typer.Option("--feature-reuse", help="Build what `render --unet-every` needs, too.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--feature-reuse/--no-feature-reuse",
+            help="Build what `render --unet-every` and the preset balanced need, too; else as --refit has it, or yes.",
+            show_default=False,
+        ),
+    ] = None,
     max_frames: Annotated[
         int | None,
         typer.Option(

@@ -41,7 +41,7 @@ def render(  # noqa: PLR0913 - one argument for each option
         str, typer.Option(help="controlvideo, +selection, +insertion or +editing (PoseCrafter).")
     ] = "+editing",
     preset: Annotated[
-        str, typer.Option(help="exact, balanced or fast: steps, sampler and substeps, unless given.")
+        str, typer.Option(help="exact, balanced or fast: steps, sampler, substeps and features kept, unless given.")
     ] = "exact",
     steps: Annotated[int | None, typer.Option(help="Denoising steps; else the preset's (exact: 50).", min=1)] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, dpmpp or unipc; else the preset's (exact: ddim).")] = None,

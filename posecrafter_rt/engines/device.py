@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from posecrafter_rt.machine import cpu_device
+from posecrafter_rt.machine import cpu_device, cpu_has_bf16
 
 DRIVER = "cuda_driver"
 
@@ -20,6 +20,14 @@ def torch_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def multiplies(precision: str, device: torch.device) -> bool:
+    """Whether torch multiplies `fp32`, `bf16` or `fp16` on a device at the device's own speed, and not a tenth of it.
+
+    A processor has bf16 or has it not; its fp16 is one that hardly any has, and that overflows.
+    """
+    return precision == "fp32" or device.type == "cuda" or (precision == "bf16" and cpu_has_bf16())
 
 
 def gpu_name() -> str:

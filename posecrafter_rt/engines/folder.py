@@ -230,8 +230,8 @@ def rebuild_command(path: Path, manifest: Mapping[str, Any]) -> str:
     words += [f"--lora {shlex.quote(one['file'])}:{one['scale']}" for one in manifest.get("loras", ())]
     if "small_decoder" in manifest:
         words.append("--small-decoder FOLDER")
-    if manifest.get("feature_reuse"):
-        words.append("--feature-reuse")
+    if manifest.get("feature_reuse") is False:
+        words.append("--no-feature-reuse")
     return " ".join(words)
 
 

@@ -26,12 +26,13 @@ from posecrafter_rt.engines.base import (
     to_boundary,
 )
 from posecrafter_rt.engines.cuda_graphs import Recorder
-from posecrafter_rt.engines.device import describe_device, torch_device
+from posecrafter_rt.engines.device import describe_device, multiplies, torch_device
 from posecrafter_rt.engines.refit import WITHOUT, same_bits
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.models.blocks import channels_last, do_in_parts
 from posecrafter_rt.models.empty import describe_modules, empty_modules
 from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.models.narrow import keep_narrow
 from posecrafter_rt.models.networks import build_networks
 from posecrafter_rt.spec import SHALLOW_UNET, SMALL_DECODER, STREAM_NETWORKS, Architecture, NetworkSpec, network_specs
 
@@ -45,15 +46,16 @@ SHARING = ("unet_stream", "vae_decoder", SMALL_DECODER, "pose_embedding")
 
 
 class TorchEngine:
-    """One network module, run eagerly in its own dtype; those of RECORDED by CUDA graphs, where they help.
+    """One network module, run eagerly in the dtype that its smallest weights have; those of RECORDED by CUDA graphs, where
+    they help.
 
     is_exact: whether a GPU's float32 convolutions must be that, not TF32. pool: see `Recorder`.
     """
 
     def __init__(self, module: nn.Module, spec: NetworkSpec, is_exact: bool, pool: Any = None) -> None:
         self.module, self.spec, self.is_exact = module, spec, is_exact
-        parameter = next(module.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        smallest = min(module.parameters(), key=Tensor.numel)  # others may be kept narrow
+        self.device, self.dtype = smallest.device, smallest.dtype
         most = RECORDED.get(spec.name)
         self._network = self._run if most is None else Recorder(spec.name, self._run, most, pool)
 
@@ -94,7 +96,7 @@ class TorchBackend:
         return describe_device()
 
     def unsupported_reason(self, precision: Precision) -> str | None:
-        """None: a CPU runs fp16 too, only slowly."""
+        """None: what a processor does not multiply it keeps and widens."""
         return None
 
     def build(
@@ -128,12 +130,18 @@ class TorchBackend:
         (folder / COMPONENTS_FILE).write_text(description, encoding="utf-8")
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
-        """Rebuild the modules, without the base; in the precision asked for, which may be wider than that of the files."""
+        """Rebuild the modules, without the base; in the precision asked for, which may be wider than that of the files.
+
+        Where the device does not multiply it, weights alone are in it, and float32 is what runs.
+        """
         description = (networks_folder / COMPONENTS_FILE).read_text(encoding="utf-8")
         modules, device = empty_modules(description), torch_device()
         for name, module in modules.items():
             stored = load_file(networks_folder / f"{name}.safetensors", device=str(device))
-            weights = _cast_weights(_in_use(stored), TORCH_DTYPES[inner_precision(name, precision)])
+            inner = inner_precision(name, precision)
+            weights = _cast_weights(_in_use(stored), TORCH_DTYPES[inner])
+            if not multiplies(inner, device):
+                weights = keep_narrow(module, weights)
             module.load_state_dict(weights, assign=True)
             channels_last(module.to(device).eval().requires_grad_(False))
             if self.tokens_at_once is not None:

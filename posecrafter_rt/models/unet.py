@@ -75,7 +75,7 @@ class ClipDenoiser(nn.Module):
 
     def time_projections(self, timesteps: Tensor) -> Tensor:
         """All that depends on the timestep alone. timesteps: (S,) → (S, T), one row a timestep."""
-        dtype = self.conv_in.weight.dtype
+        dtype = self.conv_in.bias.dtype  # not that of a weight, which may be kept narrow
         embedding = nn.functional.silu(self.time_embedding(self.time_proj(timesteps).to(dtype)))
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self.resnets()], dim=-1)
 

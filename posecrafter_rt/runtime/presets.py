@@ -11,10 +11,10 @@ from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.runtime.options import RenderOptions
 
 # The inversion walks the sampler's few and wide steps, in as many parts: it is of one frame, cached, and what is lost there
-# no sampler brings back.
+# no sampler brings back. `balanced` needs an engine with feature reuse, which engines have unless it is declined.
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
-    "balanced": {"sampler": "dpmpp", "num_inference_steps": 9, "inversion_substeps": 10},
+    "balanced": {"num_inference_steps": 25, "unet_every": 3, "inversion_substeps": 3},
     "fast": {"sampler": "dpmpp", "num_inference_steps": 4, "inversion_substeps": 10},
 }
 

@@ -31,9 +31,11 @@ def test_every_preset_is_timed() -> None:
 
 def test_a_presets_count_is_the_ledgers(tiny_base: Path) -> None:
     counters, setup = Counters(tiny_base), Setup((32, 32), 6, 4)
-    row = {"sampled": 4, "inverted": 4, "decoder": "full"}
+    row = {"sampled": 4, "shallow": 0, "inverted": 4, "decoder": "full"}
     exact = count_flops_of(counters, setup, row)
     assert exact == pytest.approx(counters.exact(setup).total, rel=0.02)
+    shallow = count_flops_of(counters, setup, {**row, "sampled": 2, "shallow": 2})
+    assert exact - 2 * counters.exact_step(setup, 7).flops < shallow < exact
     cached, small = {**row, "inverted": 0}, {**row, "decoder": "small"}
     assert 0 < count_flops_of(counters, setup, cached) < exact > count_flops_of(counters, setup, small) > 0
 

@@ -28,6 +28,7 @@ from bench.throughput import (
     median,
     parse,
     picture,
+    result_name,
     summarise,
 )
 from posecrafter_rt.building import BuildOptions, build_engine
@@ -209,8 +210,9 @@ def test_an_engine_that_cannot_run_here_is_a_row_and_stops_no_other(job: Job, tm
     assert "abacus" in contenders["exact, abacus:fp32"]["error"] and "error" not in contenders["plain, fp32"]
 
 
-def test_results_are_named_by_the_device() -> None:
-    assert name_by_device("throughput", {"cores": 2}) == "throughput-cpu"
+def test_results_are_named_by_the_base_and_the_device() -> None:
+    facts = {"setup": {"base": "somebody/random-sd15"}, "machine": {"cores": 2}}
+    assert result_name(facts) == "throughput-random-sd15-cpu"
     assert name_by_device("throughput", {"gpu": "NVIDIA H100 80GB HBM3"}) == "throughput-nvidia-h100-80gb-hbm3"
 
 

@@ -20,8 +20,9 @@ from posecrafter_rt.cli.inspect import print_networks
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.engines.folder import building
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
-from posecrafter_rt.spec import NETWORK_NAMES
+from posecrafter_rt.spec import NETWORK_NAMES, SHALLOW_UNET
 
+NAMES = [*NETWORK_NAMES, SHALLOW_UNET]
 METADATA = {
     "base": "embedded", "base_hash": "ab" * 32, "controlnet": None, "vae": None, "prompt": "a person",
     "size": [32, 40], "norm_scope": "frame", "seed": 0, "steps": 12,
@@ -78,21 +79,22 @@ def test_an_engines_networks_take_a_line_each(tiny_engine: Path) -> None:
     lines = result.stdout.splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("networks "))
     assert lines[start].split() == ["networks", "runs", "in", "weights", "size", "takes", "gives"]
-    rows = lines[start + 1 : start + 1 + len(NETWORK_NAMES)]
-    assert [row.split()[0] for row in rows] == list(NETWORK_NAMES)
+    rows = lines[start + 1 : start + 1 + len(NAMES)]
+    assert [row.split()[0] for row in rows] == NAMES
     assert {row.split()[1] for row in rows} == {"fp32"}
     for title in ("runs in", "takes", "gives"):  # one below the other
         column = lines[start].index(title)
         assert all(row[column - 1] == " " and row[column] != " " for row in rows)
-    unet = dict(zip(NETWORK_NAMES, rows, strict=True))["unet"]
-    assert "latents frames×4×16×16, " in unet and unet.rstrip().endswith("noise_pred frames×4×16×16")
+    decoder = dict(zip(NAMES, rows, strict=True))["vae_decoder"]
+    assert "latents frames×4×16×16 " in decoder and decoder.rstrip().endswith("pixels frames×3×32×32")
 
 
 def test_an_engines_networks_as_json(tiny_engine: Path) -> None:
     details = json.loads(run(tiny_engine, "--json").stdout)["network_details"]
-    assert list(details) == list(NETWORK_NAMES)
+    assert list(details) == NAMES
     assert details["prompt_kv"]["files"] == ["unet.safetensors", "controlnet.safetensors"]
-    assert details["unet"]["outputs"] == {"noise_pred": {"shape": ["frames", 4, 16, 16], "dtype": "float"}}
+    outputs = details["unet"]["outputs"]
+    assert outputs["noise_pred"] == {"shape": ["frames", 4, 16, 16], "dtype": "float"} and len(outputs) == 2
 
 
 def test_plugins_and_limits_are_shown_where_a_backend_kept_them(capsys: pytest.CaptureFixture[str]) -> None:

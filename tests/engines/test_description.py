@@ -16,6 +16,7 @@ from posecrafter_rt.engines.description import COMPONENTS, count_weights, descri
 from posecrafter_rt.engines.folder import EngineFolder
 from posecrafter_rt.engines.torch import TorchBackend, TorchEngine
 from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.models.narrow import LEAST
 from posecrafter_rt.spec import ALL_NETWORKS, NETWORK_NAMES, Architecture, network_specs
 
 
@@ -34,7 +35,9 @@ def test_an_engine_of_torch_is_what_it_loads(half: EngineFolder) -> None:
     assert {network["precision"] for network in described.values()} == {"fp16", "fp32"}
     for name, network in described.items():
         engine = engines[name]
-        assert isinstance(engine, TorchEngine) and engine.dtype == TORCH_DTYPES[network["precision"]], name
+        assert isinstance(engine, TorchEngine), name
+        largest = max(engine.module.parameters(), key=torch.Tensor.numel)
+        assert largest.numel() < LEAST or largest.dtype == TORCH_DTYPES[network["precision"]], name
         assert network["weights"] == sum(parameter.numel() for parameter in engine.module.parameters()), name
         assert network["files"] == [f"{child}.safetensors" for child, _ in engine.module.named_children()], name
         for kind, tensors in (("inputs", specs[name].inputs), ("outputs", specs[name].outputs)):

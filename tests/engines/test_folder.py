@@ -101,14 +101,14 @@ def test_a_changed_manifest_can_be_sealed_again(tmp_path: Path) -> None:
 
 def test_what_mends_an_engine_says_what_its_manifest_says() -> None:
     path, command = Path("me.engine"), "posecrafter-rt build-engine tuned.ckpt -o me.engine"
-    assert rebuild_command(path, {"device": {"type": "cpu"}, "feature_reuse": False}) == command
+    assert rebuild_command(path, {"device": {"type": "cpu"}, "feature_reuse": True}) == command
     manifest = {
-        "backend": "tensorrt", "precision": "fp16", "size": [512, 384], "max_frames": 48, "feature_reuse": True,
+        "backend": "tensorrt", "precision": "fp16", "size": [512, 384], "max_frames": 48, "feature_reuse": False,
         "loras": [{"file": "a style.safetensors", "sha256": "0", "scale": 0.5}, {"file": "b", "sha256": "1", "scale": 1.0}],
         "small_decoder": "2",
     }  # fmt: skip
     options = "--backend tensorrt --precision fp16 --size 512x384 --max-frames 48 --lora 'a style.safetensors':0.5 --lora b:1.0"
-    assert rebuild_command(path, manifest) == f"{command} {options} --small-decoder FOLDER --feature-reuse"
+    assert rebuild_command(path, manifest) == f"{command} {options} --small-decoder FOLDER --no-feature-reuse"
 
 
 @pytest.mark.parametrize("is_sealed", [True, False])

@@ -8,10 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from posecrafter_rt.engines.base import TORCH_DTYPES, Precision
+from posecrafter_rt.engines import torch as engines_torch
+from posecrafter_rt.engines.base import TORCH_DTYPES, Precision, inner_precision
+from posecrafter_rt.engines.description import COMPONENTS
+from posecrafter_rt.engines.device import multiplies, torch_device
 from posecrafter_rt.engines.torch import TorchBackend
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
+from posecrafter_rt.models import narrow
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import NETWORK_NAMES, network_specs
 
@@ -34,8 +38,32 @@ def test_it_loads_without_the_base_in_its_precision(
             expected = modules[name](*inputs.values())
         assert list(outputs) == [tensor.name for tensor in spec.outputs]
         for out, result, tensor in zip(spec.outputs, outputs.values(), expected, strict=True):
-            kept = TORCH_DTYPES[precision] if out.dtype == "kept" else torch.float32
+            is_narrow = out.dtype == "kept" and multiplies(precision, torch_device())
+            kept = TORCH_DTYPES[precision] if is_narrow else torch.float32
             assert result.dtype == kept and relative_error(result.cpu(), tensor) < tolerance
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_what_a_processor_does_not_multiply_it_widens(
+    plain_model: PoseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    """The large weights stay as they are in the file, and results are those of float32 arithmetic on them, bit for bit."""
+    monkeypatch.setattr(narrow, "LEAST", 300)
+    monkeypatch.setattr(engines_torch, "torch_device", lambda: torch.device("cpu"))
+    backend, arch = TorchBackend(), plain_model.architecture()
+    backend.build(plain_model, arch, tmp_path, precision, lambda stage: None)
+    wide = backend.load(tmp_path, arch, "fp32", tmp_path)
+    monkeypatch.setattr(engines_torch, "multiplies", lambda precision, device: precision == "fp32")
+    engines = backend.load(tmp_path, arch, precision, tmp_path)
+    kinds = {type(module) for module in engines["unet"].module.modules()}
+    assert {narrow.NarrowLinear, narrow.NarrowConv2d, narrow.NarrowConvTranspose2d} <= kinds
+    for name, spec in network_specs(arch).items():
+        inner = TORCH_DTYPES[inner_precision(COMPONENTS[name][0], precision)]
+        assert engines[name].dtype == torch.float32
+        assert {parameter.dtype for parameter in engines[name].module.parameters()} == {torch.float32, inner}, name
+        inputs = random_inputs(spec, SIZES)
+        for result, expected in zip(engines[name](**inputs).values(), wide[name](**inputs).values(), strict=True):
+            assert torch.equal(result, expected), name
 
 
 def test_convolutions_lie_in_the_file_as_they_run(plain_model: PoseModel, tmp_path: Path) -> None:
