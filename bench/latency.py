@@ -64,12 +64,19 @@ def targets_for(size: list[int], facts: Row) -> Targets | None:
 def benchmark(engine: Path, options: argparse.Namespace) -> Row:
     """Measure every way of streaming, then the server, once the networks of this process are gone."""
     rows: list[Row] = []
-    kinds = [(steps, is_pipelined) for steps in options.steps for is_pipelined in (False, True)[: min(steps, 2)]]
-    streams = [StreamOptions(steps=steps, window=options.window, is_pipelined=kind, decoder=options.decoder)
-               for steps, kind in kinds]  # fmt: skip
+    plain = {"window": options.window, "decoder": options.decoder}
+    streams = []
+    for steps in options.steps:
+        kinds: list[Row] = [{}, {"unet_every": 2}, {"is_pipelined": True}]
+        streams += [StreamOptions(steps=steps, **kind, **plain) for kind in kinds[: 1 if steps == 1 else None]]
 
     def add(way: str, stream: StreamOptions, measure: Callable[[], Row]) -> None:
-        row: Row = {"way": way, "steps": stream.steps, "is_pipelined": stream.is_pipelined}
+        row: Row = {
+            "way": way,
+            "steps": stream.steps,
+            "is_pipelined": stream.is_pipelined,
+            "unet_every": stream.unet_every,
+        }
         try:
             row |= measure()
         except RunFailed as error:
@@ -85,7 +92,7 @@ def benchmark(engine: Path, options: argparse.Namespace) -> Row:
             add("stream", stream, partial(measure_stream, avatar, stream, camera))
         manifest, used = avatar.folder.manifest, options.decoder or ("small" if avatar.has_small_decoder else "full")
     for stream in streams:
-        if not options.quick or (stream.steps == options.steps[-1] and not stream.is_pipelined):
+        if not options.quick or stream == StreamOptions(steps=options.steps[-1], **plain):
             add("serve", stream, partial(measure_serve, engine, stream, camera))
     setup = {"base": Path(manifest["base"]).name, **{name: manifest[name] for name in ("backend", "precision", "size")},
              "window": options.window, "decoder": used, "rate": options.rate, "seconds": options.seconds}  # fmt: skip
@@ -95,7 +102,8 @@ def benchmark(engine: Path, options: argparse.Namespace) -> Row:
 def name_of(row: Row) -> str:
     """How a table calls it."""
     steps = f"{row['steps']} step{'s' * (row['steps'] > 1)}"
-    return f"{row['way']}, {steps}" + (", pipelined" if row["is_pipelined"] else "")
+    every = f", U-Net every {row['unet_every']}" if row.get("unet_every", 1) > 1 else ""
+    return f"{row['way']}, {steps}" + every + (", pipelined" if row["is_pipelined"] else "")
 
 
 def markdown(document: Row) -> str:

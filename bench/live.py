@@ -33,7 +33,7 @@ from posecrafter_rt.runtime.stream import AvatarStream
 from posecrafter_rt.runtime.stream_options import StreamOptions
 from posecrafter_rt.serve.mailbox import Mailbox
 from posecrafter_rt.serve.protocol import REPEAT, PoseMessage, decode_frame, encode_pose
-from posecrafter_rt.spec import STREAM_NETWORKS
+from posecrafter_rt.spec import SHALLOW_STREAM, STREAM_NETWORKS
 
 SLACK_S = 0.001  # a camera's thread may be held up between reading its clock and leaving the pose
 MIN_FRAMES = 4
@@ -190,7 +190,7 @@ def measure_stages(stream: AvatarStream, camera: Camera) -> dict[str, float]:
     The pose's embedding includes drawing it; what comes back from decoding is the picture.
     """
     stages = Stages()
-    names = {network: network.removesuffix("_stream") for network in STREAM_NETWORKS}
+    names = {**{network: network.removesuffix("_stream") for network in STREAM_NETWORKS}, SHALLOW_STREAM: "unet"}
     engines = {name: Watched(engine, stages, names[name]) if name in names else engine
                for name, engine in stream.engines.items()}  # fmt: skip
 
@@ -225,11 +225,11 @@ def measure_stages(stream: AvatarStream, camera: Camera) -> dict[str, float]:
 def serving(engine: Path, options: StreamOptions) -> Iterator[tuple[str, float]]:
     """A server as a process of its own: the address of its WebSocket, and seconds from its start to there.
 
-    Args: options: of which it takes steps, window, and whether it is pipelined. Raises: RunFailed with what it said.
+    Args: options: of which it takes all that `StreamOptions` of `latency` differ in. Raises: RunFailed with what it said.
     """
     begin = time.perf_counter()
     command = [sys.executable, "-m", "posecrafter_rt", "serve", str(engine), "--port", "0", "--json",
-               "--steps", str(options.steps), "--window", str(options.window),
+               "--steps", str(options.steps), "--window", str(options.window), "--unet-every", str(options.unet_every),
                *(["--decoder", options.decoder] if options.decoder else []),
                *(["--pipelined"] if options.is_pipelined else [])]  # fmt: skip
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(

@@ -85,6 +85,7 @@ def compare(
         for calibration in (None, target):
             frames, notes = stream_clip(avatar, target, options, calibration)
             add({"what": "stream", "steps": options.steps, "window": options.window, "decoder": options.decoder,
+                 "unet_every": options.unet_every,
                  "is_calibrated": calibration is not None, **notes, **grade(frames, truth, offline)})  # fmt: skip
     return rows
 
@@ -113,7 +114,8 @@ def name_of(row: Row) -> str:
         return row["what"]
     steps = f"{row['steps']} step{'s' * (row['steps'] > 1)}"
     decoder = f", {row['decoder']} decoder" if row["decoder"] else ""
-    return f"{steps}, window {row['window']}{decoder}" + (", calibrated" if row["is_calibrated"] else "")
+    every = f", U-Net every {row['unet_every']}" if row.get("unet_every", 1) > 1 else ""
+    return f"{steps}, window {row['window']}{every}{decoder}" + (", calibrated" if row["is_calibrated"] else "")
 
 
 def markdown(document: Row) -> str:
@@ -149,6 +151,7 @@ def main() -> None:
     steps, windows = (QUICK_STEPS, QUICK_WINDOWS) if options.quick else (STEPS, WINDOWS)
     streams = [StreamOptions(steps=s, window=w) for s in steps for w in windows]
     streams += [StreamOptions(steps=s, decoder="full") for s in steps]
+    streams += [StreamOptions(steps=s, unet_every=every) for s in steps for every in (2, 4) if every <= s]
     num_frames, offline_steps = (QUICK_FRAMES, QUICK_OFFLINE_STEPS) if options.quick else (None, 50)
     document = run(options.engine, options.checkpoint, streams, num_frames, offline_steps, options.quick)
     publish("stream_quality", document, markdown(document), options.json, options.quick)

@@ -207,6 +207,7 @@ class Avatar:
         index = medoid_reference(self.poses) if target is None else select_reference(self.poses, target)
         recommended = self.folder.manifest["recommended"]["strength"]
         render = self.resolve(options.as_render(recommended, self.has_small_decoder))
+        self.networks.check(replace(render, unet_every=options.unet_every))
         self.networks.use(self.networks.built)  # a render may have let go of them
         reference = self._stream_references.get((index, render), lambda: self._sample_reference(index, render))
         return AvatarStream(self.engines, reference, options)

@@ -6,7 +6,7 @@ Layer 0: the errors only; no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from posecrafter_rt.errors import ShapeError
@@ -14,11 +14,12 @@ from posecrafter_rt.errors import ShapeError
 STREAM_NETWORKS = ("controlnet_stream", "unet_stream")
 SMALL_DECODER = "vae_decoder_small"  # only where the architecture has one
 SHALLOW_UNET = "unet_shallow"  # only where the architecture gives deep features
+SHALLOW_STREAM = "unet_stream_shallow"  # as that one
 NETWORK_NAMES = (
     "text_encoder", "prompt_kv", "time_tables", "pose_embedding", "vae_encoder", "vae_decoder", "controlnet", "unet",
     *STREAM_NETWORKS,
 )  # fmt: skip
-ALL_NETWORKS = (*NETWORK_NAMES, SMALL_DECODER, SHALLOW_UNET)
+ALL_NETWORKS = (*NETWORK_NAMES, SMALL_DECODER, SHALLOW_UNET, SHALLOW_STREAM)
 ONE_FRAME_NETWORKS = ("pose_embedding", "vae_encoder", "vae_decoder", SMALL_DECODER)  # are given one frame a call
 
 
@@ -111,6 +112,11 @@ def memory_names(kind: str, count: int) -> list[str]:
     return [f"{kind}_kv_{index}" for index in range(count)]
 
 
+def has_last_attention(layers: Sequence[Sequence[int]]) -> bool:
+    """Whether the last of a U-Net's layers attends. layers: (channels, downscale, …) of attentions, in the order of a forward."""
+    return bool(layers) and layers[-1][1] == 1
+
+
 def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
     """The contract of every network of a base with this architecture.
 
@@ -149,6 +155,7 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
 
     scale_spec = TensorSpec("conditioning_scale", (1,))
     is_reference = TensorSpec("is_reference", ("frames",), "bool")
+    window_mask = TensorSpec("window_mask", ("frames", "window"), "bool")
 
     def tables(time: int, kv: int) -> tuple[TensorSpec, TensorSpec]:
         return (TensorSpec("time_projections", (1, time)), TensorSpec("text_kv", ("groups", arch.text_tokens, kv)))
@@ -179,14 +186,28 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
                      *memory("keyframe", controlnet_layers)),
                     (*residuals, *memory("keyframe", controlnet_layers, prefix="new_"))),
         NetworkSpec("unet_stream",
-                    (latents, *stream_tables(time_u, kv_u), is_reference,
-                     TensorSpec("window_mask", ("frames", "window"), "bool"), *residuals,
+                    (latents, *stream_tables(time_u, kv_u), is_reference, window_mask, *residuals,
                      *memory("keyframe", unet_layers), *memory("temporal", arch.temporal_layers, "window")),
-                    (*predicted, *memory("keyframe", unet_layers, prefix="new_"),
+                    (*predicted, *deep, *memory("keyframe", unet_layers, prefix="new_"),
                      *memory("temporal", arch.temporal_layers, prefix="new_"))),
     )  # fmt: skip
     if arch.has_small_decoder:
         specs += (NetworkSpec(SMALL_DECODER, (latents,), (TensorSpec("pixels", pixels),)),)
     if deep:
-        specs += (NetworkSpec(SHALLOW_UNET, (latents, *tables(time_u, kv_u), *deep, residuals[0]), predicted),)
+        shallow = (*deep, residuals[0])
+        attended: tuple[TensorSpec, ...] = ()
+        kept: tuple[TensorSpec, ...] = ()
+        if has_last_attention(unet_layers):
+            attended = (is_reference, window_mask, memory("keyframe", unet_layers)[-1],
+                        memory("temporal", arch.temporal_layers, "window")[-1])  # fmt: skip
+            kept = tuple(
+                replace(tensor, name=f"new_{tensor.name}", dims=tuple(dim for dim in tensor.dims if dim != "window"))
+                for tensor in attended[2:]
+            )
+        specs += (
+            NetworkSpec(SHALLOW_UNET, (latents, *tables(time_u, kv_u), *shallow), predicted),
+            NetworkSpec(
+                SHALLOW_STREAM, (latents, *stream_tables(time_u, kv_u), *shallow, *attended), (*predicted, *kept)
+            ),
+        )
     return {spec.name: spec for spec in specs}

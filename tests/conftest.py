@@ -284,6 +284,7 @@ def make_tiny_model(tiny_base: Path) -> Callable[..., PoseModel]:
         for name, parameter in model.unet.named_parameters():
             if ".conv_temp." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        model.unet.gives_deep_features = True  # as in engines, whose graphs are then the same
         return model
 
     return make

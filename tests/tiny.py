@@ -18,8 +18,10 @@ from posecrafter_rt.rendering import render_to_files
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import RenderReport
 from posecrafter_rt.runtime.segments import Split
+from posecrafter_rt.spec import NETWORK_NAMES, SHALLOW_STREAM, SHALLOW_UNET
 
 SIZE = (32, 32)
+NETWORKS = (*NETWORK_NAMES, SHALLOW_UNET, SHALLOW_STREAM)  # those of the tiny base, of which engines are built as usual
 TORCH = BuildOptions(backend="torch", precision="fp32")
 
 

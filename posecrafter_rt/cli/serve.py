@@ -37,6 +37,10 @@ def serve(  # noqa: PLR0913 - one argument for each option
         bool,
         typer.Option("--pipelined", help="Denoise the last poses at once: for a GPU; frames come some steps later."),
     ] = False,
+    unet_every: Annotated[
+        int | None,
+        typer.Option(help="Steps of a frame after which the networks run whole; 2 nearly halves the time.", min=1),
+    ] = None,
     decoder: Annotated[str | None, typer.Option(help="full or small; else small where the engine has one.")] = None,
     calibration: Annotated[
         Path | None,
@@ -62,7 +66,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.serve.listening import listen
     from posecrafter_rt.serve.options import ServeOptions, is_loopback
 
-    given = {"steps": steps, "window": window, "is_pipelined": pipelined or None, "decoder": decoder,
+    given = {"steps": steps, "window": window, "is_pipelined": pipelined or None, "unet_every": unet_every, "decoder": decoder,
              "calibration": None if calibration is None else PoseSequence.load(calibration)}  # fmt: skip
     options = ServeOptions(
         stream={name: value for name, value in given.items() if value is not None},

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from posecrafter_rt.engines.base import inner_precision
 from posecrafter_rt.engines.folder import EngineFolder
-from posecrafter_rt.spec import SHALLOW_UNET, SMALL_DECODER, Architecture, TensorSpec, network_specs
+from posecrafter_rt.spec import SHALLOW_STREAM, SHALLOW_UNET, SMALL_DECODER, Architecture, TensorSpec, network_specs
 
 DESCRIPTION_FILE = "description.json"  # in a networks folder; not every backend writes it
 # The components whose weights a network of the `torch` backend reads: it keeps one file a component.
@@ -33,6 +33,7 @@ COMPONENTS = {
     "unet_stream": ("unet",),
     SMALL_DECODER: ("small_decoder",),
     SHALLOW_UNET: ("unet",),
+    SHALLOW_STREAM: ("unet",),
 }
 
 

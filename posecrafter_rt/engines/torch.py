@@ -34,13 +34,21 @@ from posecrafter_rt.models.empty import describe_modules, empty_modules
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.models.narrow import keep_narrow
 from posecrafter_rt.models.networks import build_networks
-from posecrafter_rt.spec import SHALLOW_UNET, SMALL_DECODER, STREAM_NETWORKS, Architecture, NetworkSpec, network_specs
+from posecrafter_rt.spec import (
+    SHALLOW_STREAM,
+    SHALLOW_UNET,
+    SMALL_DECODER,
+    STREAM_NETWORKS,
+    Architecture,
+    NetworkSpec,
+    network_specs,
+)
 
 COMPONENTS_FILE = "components.json"
 # What runs at every step or for every frame, and the pixels of the largest batch that is recorded: 32 frames of 64 × 64
 # latents for denoisers, one and two frames of 512 × 512 for what makes pictures of latents and reads pictures of poses.
-RECORDED = {**dict.fromkeys(("controlnet", "unet", SHALLOW_UNET, *STREAM_NETWORKS), 1 << 17), "vae_decoder": 1 << 12,
-            SMALL_DECODER: 1 << 12, "pose_embedding": 1 << 19}  # fmt: skip
+RECORDED = {**dict.fromkeys(("controlnet", "unet", SHALLOW_UNET, *STREAM_NETWORKS, SHALLOW_STREAM), 1 << 17),
+            "vae_decoder": 1 << 12, SMALL_DECODER: 1 << 12, "pose_embedding": 1 << 19}  # fmt: skip
 # Whose results are taken or copied before another network runs: only these recordings may share their memory.
 SHARING = ("unet_stream", "vae_decoder", SMALL_DECODER, "pose_embedding")
 

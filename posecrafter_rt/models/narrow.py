@@ -31,6 +31,7 @@ class NarrowConvTranspose2d(nn.ConvTranspose2d):
     """A transposed convolution whose weight is widened to the type of its input."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        assert isinstance(self.padding, tuple)  # a string is for other layers
         return F.conv_transpose2d(input, self.weight.to(input.dtype), self.bias, self.stride, self.padding,
                                   self.output_padding, self.groups, self.dilation)  # fmt: skip
 

@@ -17,7 +17,7 @@ from posecrafter_rt.models.blocks import StreamMemory
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.small_decoder import decode_small
 from posecrafter_rt.models.unet import ClipDenoiser, VideoUNet
-from posecrafter_rt.spec import SHALLOW_UNET, SMALL_DECODER, Architecture
+from posecrafter_rt.spec import SHALLOW_STREAM, SHALLOW_UNET, SMALL_DECODER, Architecture
 
 
 class TextEncoder(nn.Module):
@@ -177,7 +177,7 @@ class ControlNetStream(nn.Module):
 class UNetStream(nn.Module):
     """One U-Net evaluation on frames of a stream: `UNetStep` with keys and values of other frames in and its own out.
 
-    memory: the ControlNet residuals, the key-frame keys and values of each layer, then the temporal ones.
+    tensors: the ControlNet residuals, the key-frame keys and values of each layer, then the temporal ones.
     """
 
     def __init__(self, unet: VideoUNet) -> None:
@@ -197,8 +197,33 @@ class UNetStream(nn.Module):
     ) -> tuple[Tensor, ...]:
         residuals, kept = tensors[: self.num_residuals], tensors[self.num_residuals :]
         memory = StreamMemory(is_reference, window_mask, kept[: self.num_keyframe], kept[self.num_keyframe :])
-        noise_pred = self.unet(latents, time_projections, text_kv, residuals[:-1], residuals[-1], memory=memory)
-        return (noise_pred, *memory.new_keyframe_kv, *memory.new_temporal_kv)
+        predicted = self.unet.predict(latents, time_projections, text_kv, residuals[:-1], residuals[-1], memory=memory)
+        outputs = (output for output in predicted if output is not None)
+        return (*outputs, *memory.new_keyframe_kv, *memory.new_temporal_kv)
+
+
+class UNetShallowStream(nn.Module):
+    """`UNetShallow` on frames of a stream.
+
+    attended: where the last layer attends, is_reference, window_mask, and its keys and values, key-frame and temporal.
+    """
+
+    def __init__(self, unet: VideoUNet) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, latents: Tensor, time_projections: Tensor, text_kv: Tensor, deep_features: Tensor, residual: Tensor,
+        *attended: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        memory = None
+        if attended:
+            is_reference, window_mask, keyframe_kv, temporal_kv = attended
+            memory = StreamMemory(is_reference, window_mask, (keyframe_kv,), (temporal_kv,))
+        noise_pred = self.unet.predict_shallow(
+            latents, time_projections, text_kv, deep_features, residual, memory=memory
+        )
+        return (noise_pred,) if memory is None else (noise_pred, *memory.new_keyframe_kv, *memory.new_temporal_kv)
 
 
 def build_networks(
@@ -225,6 +250,7 @@ def build_networks(
         factories[SMALL_DECODER] = lambda: SmallVaeDecoder(small_decoder)
     if unet.gives_deep_features:
         factories[SHALLOW_UNET] = lambda: UNetShallow(unet)
+        factories[SHALLOW_STREAM] = lambda: UNetShallowStream(unet)
     return {name: make().eval() for name, make in factories.items()}
 
 

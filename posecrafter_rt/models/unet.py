@@ -191,15 +191,18 @@ class VideoUNet(ClipDenoiser):
         text_kv: Tensor,
         deep_features: Tensor,
         down_block_additional_residual: Tensor,
+        *,
+        memory: StreamMemory | None = None,
     ) -> Tensor:
         """Predict the noise by the first and the last layer alone; what all others gave comes from another step.
 
         Features and residual of the same step give what `predict` does; those of an earlier step an approximation, the
         cheapest of DeepCache's (Ma et al. 2024).
-        Args: as `predict` takes and gives them; down_block_additional_residual: the first of the ControlNet's.
+        Args: as `predict` takes and gives them; down_block_additional_residual: the first of the ControlNet's. memory: of the
+            last layer alone.
         Returns: noise_pred (G·F, 4, h, w).
         """
-        context = self._context(latents, time_projections, text_kv, None)
+        context = self._context(latents, time_projections, text_kv, memory)
         samples = [self.conv_in(latents) + down_block_additional_residual, deep_features]
         return self._out(self._up(self._up_layers()[-1:], samples, context), context)
 

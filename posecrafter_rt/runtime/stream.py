@@ -6,7 +6,7 @@ Layer 5. `AvatarStream.step` is the loop; `StreamReference` is all that every st
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from posecrafter_rt.runtime.options import Decoder
 from posecrafter_rt.runtime.prepare import Tables, edit_latents, embed_poses
 from posecrafter_rt.runtime.render import decode
 from posecrafter_rt.runtime.stream_options import StreamOptions
-from posecrafter_rt.spec import TensorSpec
+from posecrafter_rt.spec import SHALLOW_STREAM, TensorSpec, residual_names
 
 
 class StepInfo(NamedTuple):
@@ -42,6 +42,18 @@ class Sampling(NamedTuple):
     tables: Tables
     terms: list[Terms]
     conditioning_scale: float
+
+
+class Predicted(NamedTuple):
+    """What a `StreamDenoiser` gives; the next call of a network may overwrite all of it.
+
+    noise_pred: (F, 4, h, w). memory: the frames' own keys and values, as `StreamReference` names them. features: what the
+    steps of these frames take that keep features; empty where the engine has no such network.
+    """
+
+    noise_pred: Tensor
+    memory: dict[str, dict[str, Tensor]]
+    features: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ class StreamDenoiser:
 
     def __init__(self, engines: Mapping[str, Engine], sampling: Sampling, window: int) -> None:
         self.controlnet, self.unet = engines["controlnet_stream"], engines["unet_stream"]
+        self.shallow_unet = engines.get(SHALLOW_STREAM)
         self.device, self.window = self.unet.device, window
         steps = len(sampling.terms)
         self.conditioning_scale = torch.full((1,), sampling.conditioning_scale, device=self.device)
@@ -105,13 +118,8 @@ class StreamDenoiser:
             self.num_frames[step] = 0
 
     @torch.inference_mode()
-    def __call__(
-        self, latents: Tensor, pose_embeddings: Tensor, steps: slice, is_reference: bool = False
-    ) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
-        """latents: (F, 4, h, w), one frame at each of `steps` → noise_pred, and the frames' own keys and values.
-
-        Both may be overwritten by the next call.
-        """
+    def __call__(self, latents: Tensor, pose_embeddings: Tensor, steps: slice, is_reference: bool = False) -> Predicted:
+        """Both networks, whole. latents: (F, 4, h, w), one frame at each of `steps`."""
         own = torch.full((latents.shape[0],), is_reference, device=self.device)
         residuals = self.controlnet(
             latents=latents, pose_embeddings=pose_embeddings, conditioning_scale=self.conditioning_scale,
@@ -120,13 +128,27 @@ class StreamDenoiser:
         temporal = {name: tensor[steps] for name, tensor in self.temporal.items()}
         outputs = self.unet(latents=latents, is_reference=own, window_mask=self.window_mask[steps], **residuals,
                             **temporal, **self._rows("unet", steps))  # fmt: skip
-        kept = _new(outputs)
+        kept, features = _new(outputs), dict[str, Tensor]()
+        if self.shallow_unet is not None:
+            first = residual_names(1)[0]
+            features = {"deep_features": outputs["deep_features"], first: residuals[first]}
         memory = {
             "controlnet_stream": controlnet_kv,
             "unet_stream": {name: tensor for name, tensor in kept.items() if name not in self.temporal},
             "temporal": {name: tensor for name, tensor in kept.items() if name in self.temporal},
         }
-        return outputs["noise_pred"], memory
+        return Predicted(outputs["noise_pred"], memory, features)
+
+    @torch.inference_mode()
+    def shallow(self, latents: Tensor, features: dict[str, Tensor], steps: slice) -> Predicted:
+        """The U-Net's first and last layer alone, on what the others gave at an earlier step of the same frames."""
+        assert self.shallow_unet is not None
+        given = {**self._rows("unet", steps), **{name: tensor[steps] for name, tensor in self.temporal.items()},
+                 "is_reference": torch.zeros(latents.shape[0], dtype=torch.bool, device=self.device),
+                 "window_mask": self.window_mask[steps], "latents": latents, **features}  # fmt: skip
+        outputs = self.shallow_unet(**{spec.name: given[spec.name] for spec in self.shallow_unet.spec.inputs})
+        temporal = {name: tensor for name, tensor in _new(outputs).items() if name in self.temporal}
+        return Predicted(outputs["noise_pred"], {"temporal": temporal}, features)
 
     def _rows(self, name: str, steps: slice) -> dict[str, Tensor]:
         """What a network is told of these steps, whatever the frame."""
@@ -167,9 +189,10 @@ def sample_reference(
     embedding = embed_poses(engines, PoseSequence(pose[None], size), size)
     latents, before, parts = inverted_latents[None], None, []
     for index, terms in enumerate(sampling.terms):
-        noise_pred, memory = denoise(latents, embedding, slice(index, index + 1), is_reference=True)
-        parts.append({name: {key: kept.clone() for key, kept in tensors.items()} for name, tensors in memory.items()})
-        latents, before = dpmpp_step(latents, noise_pred, before, terms)
+        predicted = denoise(latents, embedding, slice(index, index + 1), is_reference=True)
+        parts.append({name: {key: kept.clone() for key, kept in tensors.items()}
+                      for name, tensors in predicted.memory.items()})  # fmt: skip
+        latents, before = dpmpp_step(latents, predicted.noise_pred, before, terms)
     memory = {name: {key: torch.cat([part[name][key] for part in parts]) for key in tensors}
               for name, tensors in parts[0].items()}  # fmt: skip
     frame = next(decode(engines, latents, decoder))
@@ -224,7 +247,7 @@ class AvatarStream:
         if flight.starts_anew:
             self._denoiser.forget(slice(None))
         for index in range(self.options.steps):
-            self._advance([flight], slice(index, index + 1))
+            self._advance([flight], slice(index, index + 1), is_whole=index % self.options.unet_every == 0)
         return flight
 
     def _fly_along(self, flight: _Flight) -> _Flight | None:
@@ -239,16 +262,22 @@ class AvatarStream:
         landed = self._flights.pop()
         return None if landed.is_filler else landed
 
-    def _advance(self, flights: list[_Flight], steps: slice) -> None:
-        """Take frames, one at each of `steps`, over that step."""
+    def _advance(self, flights: list[_Flight], steps: slice, is_whole: bool = True) -> None:
+        """Take frames, one at each of `steps`, over that step; one frame alone where the networks are not whole."""
         latents = torch.cat([flight.latents for flight in flights])
-        noise_pred, memory = self._denoiser(latents, torch.cat([flight.embedding for flight in flights]), steps)
+        if is_whole:
+            embeddings = torch.cat([flight.embedding for flight in flights])
+            predicted = self._denoiser(latents, embeddings, steps)
+            if self.options.unet_every > 1:
+                flights[0].features = {name: tensor.clone() for name, tensor in predicted.features.items()}
+        else:
+            predicted = self._denoiser.shallow(latents, flights[0].features, steps)
         are_real = enumerate(range(*steps.indices(self.options.steps)))
-        self._denoiser.remember(memory["temporal"], [at for at in are_real if not flights[at[0]].is_filler])
+        self._denoiser.remember(predicted.memory["temporal"], [at for at in are_real if not flights[at[0]].is_filler])
         terms = self.reference.sampling.terms[steps]
         for row, flight in enumerate(flights):
             flight.latents, flight.before = dpmpp_step(
-                flight.latents, noise_pred[row : row + 1], flight.before, terms[row])  # fmt: skip
+                flight.latents, predicted.noise_pred[row : row + 1], flight.before, terms[row])  # fmt: skip
 
     def reset(self) -> None:
         """Forget all poses and frames; the next frame is a first one."""
@@ -273,6 +302,7 @@ class _Flight:
     """A frame on its way: latents (1, 4, h, w), its pose's embedding, x_0 of the step before.
 
     starts_anew: it attends to no frame before it, nor does a later one to those. is_filler: it only makes up the number.
+    features: of its last step that was whole, where the next one is not.
     """
 
     latents: Tensor
@@ -280,3 +310,4 @@ class _Flight:
     starts_anew: bool
     before: Tensor | None = None
     is_filler: bool = False
+    features: dict[str, Tensor] = field(default_factory=dict)

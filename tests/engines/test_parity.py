@@ -16,7 +16,8 @@ from posecrafter_rt.engines.tensorrt_build import profile_sizes
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, ShapeError
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.spec import NETWORK_NAMES, NetworkSpec, network_specs
+from posecrafter_rt.spec import NetworkSpec, network_specs
+from tests.tiny import NETWORKS
 
 
 def inputs_for(spec: NetworkSpec, frames: int, groups: int = 1, seed: int = 0) -> dict[str, Tensor]:
@@ -90,7 +91,7 @@ def test_every_network_equals_its_module_over_changing_frame_counts(
 ) -> None:
     engines, modules = load(built, model, backend_name), model.networks()
     specs = network_specs(model.architecture())
-    assert set(engines) == set(NETWORK_NAMES)
+    assert set(engines) == set(NETWORKS)
     for network, spec in specs.items():
         varies = any("frames" in item.dims for item in spec.inputs)
         most = profile_sizes(spec, model.architecture())[2]["frames"] if backend_name == "tensorrt" else 16

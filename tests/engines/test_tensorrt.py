@@ -34,7 +34,8 @@ from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.runtime.ahead import Ahead, Sampled
 from posecrafter_rt.runtime.progress import OnStep, ignore
 from posecrafter_rt.runtime.report import SegmentReport
-from posecrafter_rt.spec import NETWORK_NAMES, Architecture, network_specs
+from posecrafter_rt.spec import Architecture, network_specs
+from tests.tiny import NETWORKS
 
 REASON = TensorRTBackend().unsupported_reason("fp16")
 on_gpu = [pytest.mark.gpu, pytest.mark.tensorrt, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -164,7 +165,7 @@ class TestOnGpu:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 5e-3), ("bf16", 0.03)])
-    @pytest.mark.parametrize("name", NETWORK_NAMES)
+    @pytest.mark.parametrize("name", NETWORKS)
     def test_every_network_equals_its_module(
         self, plain_model: PoseModel, engines_of: Callable[[Precision], dict[str, Any]], name: str,
         precision: Precision, tolerance: float,

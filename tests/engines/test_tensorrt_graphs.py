@@ -21,7 +21,8 @@ from posecrafter_rt.export.onnx import export_network
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.spec import NETWORK_NAMES, STREAM_NETWORKS, Architecture, network_specs
+from posecrafter_rt.spec import SHALLOW_STREAM, STREAM_NETWORKS, Architecture, network_specs
+from tests.tiny import NETWORKS
 
 pytest.importorskip("triton", reason="triton is not installed")  # which knows what it has kernels for
 
@@ -56,7 +57,7 @@ def run_without_plugins(model: ir.Model, path: Path, inputs: dict[str, np.ndarra
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("name", NETWORK_NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_prepared_graph_is_valid_and_typed(
     plain_model: PoseModel, tmp_path: Path, name: str, precision: Precision
 ) -> None:
@@ -67,7 +68,7 @@ def test_a_prepared_graph_is_valid_and_typed(
     assert len(marked) == plugins <= attentions and all(set(MARKS) < set(node.attributes) for node in marked)
     assert (attentions > 0) == name.startswith(("unet", "controlnet")) and (plugins > 0) == (attentions > 0)
     # Those that read a stream's window have no kernel.
-    assert (plugins < attentions) == (name == "unet_stream")
+    assert (plugins < attentions) == (name in ("unet_stream", SHALLOW_STREAM))
     others = {"int64": "INT64", "bool": "BOOL", "float": "FLOAT", "kept": FLOATS[precision]}
     for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
         found = [(value.name, value.dtype and value.dtype.name) for value in values]

@@ -17,7 +17,8 @@ from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models import narrow
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.spec import NETWORK_NAMES, network_specs
+from posecrafter_rt.spec import network_specs
+from tests.tiny import NETWORKS
 
 SIZES = {"frames": 3, "groups": 1, "steps": 2, "window": 3, "height": 32, "width": 48}
 
@@ -30,7 +31,7 @@ def test_it_loads_without_the_base_in_its_precision(
     backend.build(plain_model, arch, tmp_path, precision, lambda stage: None)
     assert load_file(tmp_path / "unet.safetensors")["conv_in.weight"].dtype == TORCH_DTYPES[precision]
     engines, modules = backend.load(tmp_path, arch, precision, tmp_path / "unused"), plain_model.networks()
-    assert set(engines) == set(NETWORK_NAMES) and not (tmp_path / "unused").exists()
+    assert set(engines) == set(NETWORKS) and not (tmp_path / "unused").exists()
     for name, spec in network_specs(arch).items():
         inputs = random_inputs(spec, SIZES)
         outputs = engines[name](**inputs)

@@ -22,7 +22,8 @@ from posecrafter_rt.export.onnx import export_network, save_model
 from posecrafter_rt.export.verify import default_cases, verify_network
 from posecrafter_rt.models.blocks import ClipContext, group_norm
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.spec import NETWORK_NAMES, STREAM_NETWORKS, Architecture, NetworkSpec, TensorSpec, network_specs
+from posecrafter_rt.spec import STREAM_NETWORKS, Architecture, NetworkSpec, TensorSpec, network_specs
+from tests.tiny import NETWORKS
 
 MakeModel = Callable[..., PoseModel]
 
@@ -60,7 +61,7 @@ def assert_contract(path: Path, spec: NetworkSpec) -> None:
 # The U-Net takes a minute, and no engine is built without a size: for one it is proved below, as streams' networks are.
 ANY_SIZE = [
     pytest.param(name, marks=pytest.mark.slow) if name == "unet" else name
-    for name in NETWORK_NAMES
+    for name in NETWORKS
     if name not in STREAM_NETWORKS
 ]
 
@@ -73,7 +74,7 @@ def test_every_network_is_proved(model: PoseModel, tmp_path: Path, name: str) ->
     assert verify_network(path, module, spec, default_cases(arch)) < 1e-5
 
 
-@pytest.mark.parametrize("name", NETWORK_NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_for_one_size_is_proved_over_frames_and_groups(model: PoseModel, tmp_path: Path, name: str) -> None:
     path, arch = tmp_path / "network.onnx", engine_architecture(model)
     if name == "controlnet_stream":  # and one that is not square

@@ -23,6 +23,7 @@ from posecrafter_rt.export.prefill_worker import unfilled_networks
 from posecrafter_rt.models.empty import describe_modules
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import NETWORK_NAMES, network_specs
+from tests.tiny import NETWORKS
 
 GB = 1_000_000_000
 
@@ -75,7 +76,7 @@ def test_a_model_without_weights_has_the_same_graphs(model: PoseModel) -> None:
     assert keys(model, unfilled_networks(describe_modules(model))) == keys(model, model.networks())
 
 
-@pytest.mark.parametrize("names", [("pose_embedding",), pytest.param(NETWORK_NAMES, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [("pose_embedding",), pytest.param(NETWORKS, marks=pytest.mark.slow)])
 def test_another_process_traces_the_same_bytes(
     tiny_model: PoseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:

@@ -11,7 +11,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from transformers import CLIPTextModel
 
 from posecrafter_rt.models.folding import NormSilu, fold_doubling, fold_pair, fuse_norms
-from posecrafter_rt.spec import NETWORK_NAMES, Architecture, network_specs
+from posecrafter_rt.spec import Architecture, network_specs
+from tests.tiny import NETWORKS
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
 DTYPES = {"int64": torch.int64, "bool": torch.bool}
@@ -25,7 +26,7 @@ def _size(dim: int | str) -> int:
     return SIZES[name] // int(divisor or 1)
 
 
-@pytest.mark.parametrize("name", NETWORK_NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_forward_takes_and_returns_what_the_spec_lists(name: str, tiny_model) -> None:
     spec, generator = network_specs(tiny_model.architecture())[name], torch.Generator().manual_seed(0)
@@ -41,7 +42,7 @@ def test_forward_takes_and_returns_what_the_spec_lists(name: str, tiny_model) ->
 
 def test_networks_have_the_specs_names_and_share_their_weights(tiny_model) -> None:
     networks = tiny_model.networks()
-    assert tuple(networks) == NETWORK_NAMES
+    assert tuple(networks) == NETWORKS
     unet = dict(networks["unet"].named_parameters())
     assert all(unet[name] is tensor for name, tensor in networks["prompt_kv"].named_parameters() if name in unet)
     assert {name.split(".")[0] for network in networks.values() for name, _ in network.named_parameters()} == {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from posecrafter_rt.engines import get_backend
 from posecrafter_rt.engines.base import Engine
-from posecrafter_rt.errors import PoseError
+from posecrafter_rt.errors import PoseCrafterError, PoseError
 from posecrafter_rt.method import DPMSchedule, dpmpp_sample
 from posecrafter_rt.method.dpmpp import dpmpp_terms
 from posecrafter_rt.models.loading import PoseModel
@@ -47,6 +47,7 @@ def setting(tiny_base: Any, backend_name: str, tmp_path_factory: pytest.TempPath
     for name, parameter in model.unet.named_parameters():
         if ".conv_temp." in name:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.unet.gives_deep_features = True
     model.fold()
     folder, arch = tmp_path_factory.mktemp(backend_name), replace(model.architecture(), size=SIZE)
     backend = get_backend(backend_name)
@@ -80,9 +81,21 @@ def window_mask(frames: int, window: int) -> Tensor:
     return mask
 
 
+def last_layer(
+    model: PoseModel, frames: Tensor, time: Tensor, text_kv: Tensor, features: Tensor, first: Tensor, mask: Tensor
+) -> Tensor:
+    """`VideoUNet.predict_shallow` under a mask of which frame attends to which."""
+    unet, context = model.unet, replace(model.unet._context(frames, time, text_kv, None), temporal_mask=mask)
+    samples = [unet.conv_in(frames) + first, features]
+    return unet._out(unet._up(unet._up_layers()[-1:], samples, context), context)
+
+
 @torch.no_grad()
-def batched(setting: Setting, sampling: Sampling, poses: np.ndarray, window: int) -> np.ndarray:
-    """All frames in one forward a step, by the plain modules: (N, H, W, 3), the reference dropped."""
+def batched(setting: Setting, sampling: Sampling, poses: np.ndarray, window: int, unet_every: int = 1) -> np.ndarray:
+    """All frames in one forward a step, by the plain modules: (N, H, W, 3), the reference dropped.
+
+    unet_every: frames but the reference keep the deep features, and the ControlNet's first residual, over so many steps.
+    """
     model, options = setting.model, StreamOptions()
     target = PoseSequence(poses, SIZE)
     latents, _ = edit_latents(setting.inverted, setting.pose, target, options)
@@ -94,10 +107,17 @@ def batched(setting: Setting, sampling: Sampling, poses: np.ndarray, window: int
     tables = {name: (sampling.tables.time_projections[name].cpu(), sampling.tables.text_kv[name].cpu())
               for name in ("unet", "controlnet")}  # fmt: skip
 
+    kept: list[Tensor] = []
+
     def denoise(frames: Tensor, index: int, timestep: int) -> Tensor:
         time = {name: projections[index : index + 1] for name, (projections, _) in tables.items()}
         down, mid = model.controlnet(frames, time["controlnet"], tables["controlnet"][1], embeddings, torch.ones(1))
-        return model.unet(frames, time["unet"], tables["unet"][1], down, mid, temporal_mask=mask)
+        noise_pred, deep = model.unet.predict(frames, time["unet"], tables["unet"][1], down, mid, temporal_mask=mask)
+        if index % unet_every == 0:
+            kept[:] = deep, down[0]
+            return noise_pred
+        features, first = (torch.cat([new[:1], old[1:]]) for new, old in zip((deep, down[0]), kept, strict=True))
+        return last_layer(model, frames, time["unet"], tables["unet"][1], features, first, mask)
 
     clean = dpmpp_sample(denoise, latents, setting.schedule, len(sampling.terms))
     pixels = model.networks()["vae_decoder"](clean[1:])[0]
@@ -126,6 +146,45 @@ def test_streaming_is_one_forward_with_a_causal_window(setting: Setting, steps: 
     if window < NUM_POSES - 1:
         wider = batched(setting, sampling, poses, NUM_POSES)
         assert np.abs(wider.astype(int) - expected.astype(int)).max() > 1  # and the window bears on them
+
+
+@pytest.mark.parametrize(("steps", "window", "unet_every"), [(4, 2, 2), (3, 0, 3)])
+def test_features_kept_over_steps_are_those_of_one_forward_that_keeps_them(
+    setting: Setting, steps: int, window: int, unet_every: int
+) -> None:
+    sampling, poses = sampling_of(setting, steps), some_poses(NUM_POSES)
+    expected = batched(setting, sampling, poses, window, unet_every)
+    with open_stream(setting, sampling, window=window, unet_every=unet_every, live=EVERY_POSE) as stream:
+        frames = np.stack([stream.step(pose) for pose in poses])
+    assert_same_pictures(frames, expected)
+    assert np.abs(batched(setting, sampling, poses, window).astype(int) - expected.astype(int)).max() > 1
+    if window:
+        wider = batched(setting, sampling, poses, NUM_POSES, unet_every)
+        assert np.abs(wider.astype(int) - expected.astype(int)).max() > 1
+
+
+def test_the_networks_run_whole_at_every_so_many_steps(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    original = AvatarStream._advance
+
+    def watched(stream: AvatarStream, flights: list, steps: slice, is_whole: bool = True) -> None:
+        called.append("whole" if is_whole else "shallow")
+        original(stream, flights, steps, is_whole)
+
+    sampling = sampling_of(setting, 5)
+    monkeypatch.setattr(AvatarStream, "_advance", watched)
+    for every, expected in ((1, "wwwww"), (2, "wswsw"), (3, "wssws"), (8, "wssss")):
+        called.clear()
+        with open_stream(setting, sampling, window=1, unet_every=every) as stream:
+            stream.step(some_poses(1)[0])
+        assert "".join(name[0] for name in called) == expected
+
+
+def test_a_pipeline_keeps_no_features() -> None:
+    with pytest.raises(PoseCrafterError, match="pipelined"):
+        StreamOptions(steps=2, unet_every=2, is_pipelined=True)
+    with pytest.raises(PoseCrafterError, match="0 steps"):
+        StreamOptions(unet_every=0)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
