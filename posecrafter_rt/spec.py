@@ -112,11 +112,6 @@ def memory_names(kind: str, count: int) -> list[str]:
     return [f"{kind}_kv_{index}" for index in range(count)]
 
 
-def has_last_attention(layers: Sequence[Sequence[int]]) -> bool:
-    """Whether the last of a U-Net's layers attends. layers: (channels, downscale, …) of attentions, in the order of a forward."""
-    return bool(layers) and layers[-1][1] == 1
-
-
 def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
     """The contract of every network of a base with this architecture.
 
@@ -197,7 +192,7 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
         shallow = (*deep, residuals[0])
         attended: tuple[TensorSpec, ...] = ()
         kept: tuple[TensorSpec, ...] = ()
-        if has_last_attention(unet_layers):
+        if unet_layers[-1][1] == 1:  # the last layer attends, for only it and the first ones are at full size
             attended = (is_reference, window_mask, memory("keyframe", unet_layers)[-1],
                         memory("temporal", arch.temporal_layers, "window")[-1])  # fmt: skip
             kept = tuple(

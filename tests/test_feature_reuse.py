@@ -116,6 +116,14 @@ def test_which_networks_run_at_which_step(
     assert called == expected
 
 
+def test_a_stream_runs_whole_at_every_second_step_of_a_frame(avatar: Avatar) -> None:
+    poses, frames = some_poses(3).keypoints, {}
+    for every in (1, 2):
+        with avatar.stream(steps=3, window=1, unet_every=every) as stream:
+            frames[every] = np.stack([stream.step(pose) for pose in poses])
+    assert frames[1].shape == frames[2].shape and not np.array_equal(frames[1], frames[2])
+
+
 def test_the_report_names_it(avatar: Avatar) -> None:
     avatar.render(some_poses(1), num_inference_steps=2, unet_every=2)
     assert avatar.last_report is not None
@@ -130,6 +138,9 @@ def test_it_is_built_unless_it_is_declined(tiny_checkpoint: Path, engine: Path, 
         assert len(avatar.engines["unet"].spec.outputs) == 1
         with pytest.raises(PoseCrafterError, match="without feature reuse") as refusal:
             avatar.render(some_poses(1), preset="balanced")
+        with pytest.raises(PoseCrafterError, match="without feature reuse"):
+            avatar.stream(steps=2, unet_every=2)
+        avatar.stream(steps=2).close()
         assert refusal.value.hint is not None and refusal.value.hint.endswith("--size 32x32")
 
 
