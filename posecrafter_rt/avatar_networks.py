@@ -21,7 +21,7 @@ from posecrafter_rt.runtime.memory import Room, explained, frame_bytes, free_byt
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import Adjustment
-from posecrafter_rt.spec import ALL_NETWORKS, STREAM_NETWORKS, Architecture
+from posecrafter_rt.spec import NETWORK_NAMES, STREAM_NETWORKS, Architecture
 
 WIDER: Precision = "fp32"  # what networks run in once 16 bits do not hold their numbers
 # Of a block, one frame of 64 × 64: what fewer of them take is little beside what is not done in parts.
@@ -188,7 +188,7 @@ def check_runs_here(folder: EngineFolder) -> None:
 def _provenance(manifest: dict[str, Any], backend: Backend) -> Iterator[tuple[str, str]]:
     """What an engine is bound to, as pairs: where it was built, and here."""
     yield manifest["device"]["name"], backend.device()["name"]
-    built, here = (manifest["package"], manifest.get("networks", [])), (__version__, list(ALL_NETWORKS))
+    built, here = (manifest["package"], manifest.get("networks", [])), (__version__, list(NETWORK_NAMES))
     yield tuple(f"posecrafter-rt {version} with {len(names)} networks" for version, names in (built, here))  # type: ignore[misc]
     versions = library_versions(backend.libraries)
     for name in backend.libraries:

@@ -28,7 +28,7 @@ from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
 from posecrafter_rt.models.sources import Base, locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.spec import ALL_NETWORKS
+from posecrafter_rt.spec import NETWORK_NAMES
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
 REFERENCE_FILE = "reference.safetensors"
@@ -189,7 +189,7 @@ def _describe(
     return {
         "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
         "checkpoint": tuned.digest(), "device": backend.device(),
-        "networks": list(ALL_NETWORKS), "scheduler": base.scheduler_config(), "recommended": base.settings().recommended,
+        "networks": list(NETWORK_NAMES), "scheduler": base.scheduler_config(), "recommended": base.settings().recommended,
         "libraries": {"python": platform.python_version(), **library_versions(sorted({*LIBRARIES, *backend.libraries}))},
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
         **({"loras": [lora.describe() for lora in loras]} if loras else {}),

@@ -20,7 +20,8 @@ NETWORK_NAMES = (
     *STREAM_NETWORKS,
 )  # fmt: skip
 ALL_NETWORKS = (*NETWORK_NAMES, SMALL_DECODER, SHALLOW_UNET, SHALLOW_STREAM)
-ONE_FRAME_NETWORKS = ("pose_embedding", "vae_encoder", "vae_decoder", SMALL_DECODER)  # are given one frame a call
+# They are given one frame a call.
+ONE_FRAME_NETWORKS = ("pose_embedding", "vae_encoder", "vae_decoder", SMALL_DECODER, SHALLOW_STREAM)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,14 @@ from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.models.loading import load_base, named_parameters
 from posecrafter_rt.models.lora import Lora
 from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.spec import ONE_FRAME_NETWORKS, STREAM_NETWORKS, Architecture, network_specs
+from posecrafter_rt.spec import (
+    ONE_FRAME_NETWORKS,
+    SHALLOW_STREAM,
+    SHALLOW_UNET,
+    STREAM_NETWORKS,
+    Architecture,
+    network_specs,
+)
 
 SIZE = (32, 32)
 SIZES = {"frames": 3, "groups": 1, "steps": 2, "window": 3, "height": 32, "width": 32}
@@ -147,7 +154,7 @@ def test_every_network_computes_what_a_built_one_computes(engines: Engines) -> N
             assert all(same(got[key], expected[key]) for key in expected), name
             if not all(same(before[key], expected[key]) for key in expected):
                 changed.add(name)
-        assert changed == {"unet", "controlnet", "vae_decoder", *STREAM_NETWORKS}
+        assert changed == {"unet", "controlnet", "vae_decoder", SHALLOW_UNET, *STREAM_NETWORKS, SHALLOW_STREAM}
 
 
 def test_rendered_frames_are_those_of_a_built_engine(engines: Engines) -> None:
@@ -331,6 +338,7 @@ def test_only_components_with_another_weight_are_written(
         backend_module, "save_file", lambda tensors, path: (written.append(path.stem), save(tensors, path))
     )
     model = Checkpoint.load(checkpoints[1]).load_model()
+    model.unet.gives_deep_features = True
     model.fold()
     TorchBackend().refit(torch_engine / "networks", tmp_path, model, model.architecture(), "fp32", lambda stage: None)
     assert sorted(written) == ["controlnet", "unet", "vae"] and (tmp_path / "text_encoder.safetensors").is_file()
@@ -361,7 +369,7 @@ class TestOpenVino:
         refitted = build_engine(checkpoints[1], tmp_path / "r.engine", BuildOptions(refit=source)).folder.path
         ours, theirs = (json.loads((folder / "networks" / "digests.json").read_text()) for folder in (refitted, source))
         changed = {name for name in ours if ours[name] != theirs[name]}
-        assert changed == {"unet", "controlnet", "vae_decoder", *STREAM_NETWORKS}
+        assert changed == {"unet", "controlnet", "vae_decoder", SHALLOW_UNET, *STREAM_NETWORKS, SHALLOW_STREAM}
 
     def test_merged_weights_and_missing_graphs_are_refused(
         self, source: Path, checkpoints: tuple[Path, Path], tmp_path: Path

@@ -53,14 +53,23 @@ def render(  # noqa: PLR0913 - one argument for each option
         typer.Option(help="Share of the steps that is walked, above 0, to 1; else what the base recommends."),
     ] = None,
     controlnet_every: Annotated[
-        int, typer.Option(help="Steps over which the ControlNet's residuals are kept; 1 is exact.", min=1)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Steps over which the ControlNet's residuals are kept; 1 is exact; else the preset's.", min=1
+        ),
+    ] = None,
     unet_every: Annotated[
-        int, typer.Option(help="Steps over which most of the U-Net's features are kept; 1 is exact.", min=1)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Steps over which most of the U-Net's features are kept; 1 is exact; else the preset's.", min=1
+        ),
+    ] = None,
     decoder: Annotated[
-        str, typer.Option(help="full, or small: faster and a little less true, where the engine has one.")
-    ] = "full",
+        str | None,
+        typer.Option(
+            help="full, or small: faster and a little less true, where the engine has one; else the preset's."
+        ),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Target prompt; else that of tuning.")] = None,
     guidance_scale: Annotated[float, typer.Option(help="1: none; 3 suits edits by prompt.")] = 1.0,
     control_scale: Annotated[float, typer.Option(help="Weight of the poses.")] = 1.0,
@@ -90,11 +99,11 @@ def render(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.runtime.stretch import open_stretch
 
     refuse_outputs(output, force)
-    given = {"num_inference_steps": steps, "sampler": sampler, "inversion_substeps": inversion_substeps}
+    given = {"num_inference_steps": steps, "sampler": sampler, "inversion_substeps": inversion_substeps,
+             "controlnet_every": controlnet_every, "unet_every": unet_every, "decoder": decoder}  # fmt: skip
     options = preset_options(
         preset, mode=mode, prompt=prompt, guidance_scale=guidance_scale, conditioning_scale=control_scale, tau=tau,
-        resample=resample, strength=strength, controlnet_every=controlnet_every, unet_every=unet_every, decoder=decoder,
-        segment=parse_segment(segment), overlap=overlap,
+        resample=resample, strength=strength, segment=parse_segment(segment), overlap=overlap,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     target = read_openpose(poses, person=person, allow_missing=True)

@@ -39,7 +39,9 @@ def serve(  # noqa: PLR0913 - one argument for each option
     ] = False,
     unet_every: Annotated[
         int | None,
-        typer.Option(help="Steps of a frame after which the networks run whole; 2 nearly halves the time.", min=1),
+        typer.Option(
+            help="Steps of a frame after which the networks run whole; 2 saves up to half of their time.", min=1
+        ),
     ] = None,
     decoder: Annotated[str | None, typer.Option(help="full or small; else small where the engine has one.")] = None,
     calibration: Annotated[

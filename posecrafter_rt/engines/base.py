@@ -38,7 +38,7 @@ class Engine(Protocol):
     """One network that can run.
 
     Inputs and outputs are tensors on the engine's device, named, shaped and typed as `spec` says, whatever precision runs
-    inside. Outputs may be reused by the next call of the same engine, pictures, pose embeddings and those of `unet_stream`
+    inside. Outputs may be reused by the next call of the same engine, pictures, pose embeddings and those of a stream's U-Net
     by that of any: keep a copy to keep one.
     """
 

@@ -18,7 +18,7 @@ from posecrafter_rt.engines import MAX_FRAMES
 from posecrafter_rt.engines.tensorrt_common import DEBUG, failure, make_logger, take_errors
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.export.shapes import resolve_shape
-from posecrafter_rt.spec import ONE_FRAME_NETWORKS, SHALLOW_STREAM, STREAM_NETWORKS, Architecture, NetworkSpec
+from posecrafter_rt.spec import ONE_FRAME_NETWORKS, STREAM_NETWORKS, Architecture, NetworkSpec
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -44,7 +44,7 @@ def profile_sizes(spec: NetworkSpec, arch: Architecture) -> tuple[Sizes, Sizes, 
     """
     if spec.name in ONE_FRAME_NETWORKS:
         frames = (1, 1, 1)
-    elif spec.name in (*STREAM_NETWORKS, SHALLOW_STREAM):
+    elif spec.name in STREAM_NETWORKS:
         frames = STREAM_FRAMES
     else:
         most = arch.max_frames or MAX_FRAMES["tensorrt"]

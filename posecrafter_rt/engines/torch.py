@@ -50,7 +50,7 @@ COMPONENTS_FILE = "components.json"
 RECORDED = {**dict.fromkeys(("controlnet", "unet", SHALLOW_UNET, *STREAM_NETWORKS, SHALLOW_STREAM), 1 << 17),
             "vae_decoder": 1 << 12, SMALL_DECODER: 1 << 12, "pose_embedding": 1 << 19}  # fmt: skip
 # Whose results are taken or copied before another network runs: only these recordings may share their memory.
-SHARING = ("unet_stream", "vae_decoder", SMALL_DECODER, "pose_embedding")
+SHARING = ("unet_stream", SHALLOW_STREAM, "vae_decoder", SMALL_DECODER, "pose_embedding")
 
 
 class TorchEngine:

@@ -1,4 +1,4 @@
-"""Weights that stay in 16 bits under arithmetic in float32: half the memory where a processor has no faster use for 16 bits.
+"""Weights that stay in 16 bits under arithmetic in float32: half their memory where a processor has no faster use for 16 bits.
 
 Layer 3: a layer widens its weight when it is called, exactly, and lets go of what it widened.
 """

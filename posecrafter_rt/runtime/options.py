@@ -41,7 +41,7 @@ class RenderOptions:
     controlnet_every: steps of sampling after which the ControlNet's residuals are computed anew; between them the U-Net
         gets those of the step before. 1 is exact.
     unet_every: steps of sampling after which the whole U-Net runs; between them its first and last layer do, on what the
-        others gave before, and the ControlNet's residuals are kept. 1 is exact; more needs an engine built for it.
+        others gave before, and the ControlNet's residuals are kept. 1 is exact; more needs an engine that was not built without it.
     decoder: of latents into pictures: `full`, the VAE's, or `small`, where the engine has one: an approximation.
     segment: render at most so many frames jointly, each segment with the inserted reference as its key frame: memory then
         does not grow with the clip, but frames attend to their own segment only, which is an approximation. None: the

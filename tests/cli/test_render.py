@@ -378,6 +378,15 @@ def test_bad_segments_are_one_clear_line_and_write_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "exact"])
+def test_a_preset_is_all_that_it_bundles(workshop: Path, tmp_path: Path, preset: str) -> None:
+    result = run("render", workshop / "tuned.engine", "--poses", workshop / "poses.json", "--range", "0:2",
+                 "-o", tmp_path / "out.mp4", "--preset", preset, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    used = json.loads(result.stdout)["options"]
+    assert {name: used[name] for name in PRESETS[preset]} == PRESETS[preset]
+
+
 def test_what_is_given_beside_a_preset_overrules_it(workshop: Path, tmp_path: Path) -> None:
     result = run("render", workshop / "tuned.engine", "--poses", workshop / "poses.json", "--range", "0:2",
                  "-o", tmp_path / "out.mp4", "--preset", "fast", "--sampler", "ddim", "--json")  # fmt: skip

@@ -15,8 +15,8 @@ from posecrafter_rt.engines.base import TORCH_DTYPES
 from posecrafter_rt.engines.description import COMPONENTS, count_weights, describe_networks, write_description
 from posecrafter_rt.engines.folder import EngineFolder
 from posecrafter_rt.engines.torch import TorchBackend, TorchEngine
+from posecrafter_rt.models import narrow
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.models.narrow import LEAST
 from posecrafter_rt.spec import ALL_NETWORKS, Architecture, network_specs
 from tests.tiny import NETWORKS
 
@@ -28,7 +28,8 @@ def half(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Eng
     return build_engine(tiny_checkpoint, path, BuildOptions("torch", "fp16", feature_reuse=True)).folder
 
 
-def test_an_engine_of_torch_is_what_it_loads(half: EngineFolder) -> None:
+def test_an_engine_of_torch_is_what_it_loads(half: EngineFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "LEAST", 300)  # or all of the tiny base would be widened on a processor
     arch = Architecture.from_json(half.manifest["architecture"])
     engines = TorchBackend().load(half.networks, arch, "fp16", half.compiled)
     described, specs = describe_networks(half), network_specs(arch)
@@ -38,7 +39,7 @@ def test_an_engine_of_torch_is_what_it_loads(half: EngineFolder) -> None:
         engine = engines[name]
         assert isinstance(engine, TorchEngine), name
         largest = max(engine.module.parameters(), key=torch.Tensor.numel)
-        assert largest.numel() < LEAST or largest.dtype == TORCH_DTYPES[network["precision"]], name
+        assert largest.dtype == TORCH_DTYPES[network["precision"]], name
         assert network["weights"] == sum(parameter.numel() for parameter in engine.module.parameters()), name
         assert network["files"] == [f"{child}.safetensors" for child, _ in engine.module.named_children()], name
         for kind, tensors in (("inputs", specs[name].inputs), ("outputs", specs[name].outputs)):

@@ -65,6 +65,11 @@ def test_what_a_processor_does_not_multiply_it_widens(
         inputs = random_inputs(spec, SIZES)
         for result, expected in zip(engines[name](**inputs).values(), wide[name](**inputs).values(), strict=True):
             assert torch.equal(result, expected), name
+    held = dict(engines["unet"].module.named_parameters())
+    name = next(name for name, parameter in held.items() if parameter.dtype == TORCH_DTYPES[precision])
+    swapped = torch.randn(held[name].shape)
+    assert engines["unet"].swap_weights({name: swapped}) == {name}
+    assert torch.equal(held[name], swapped.to(TORCH_DTYPES[precision]))
 
 
 def test_convolutions_lie_in_the_file_as_they_run(plain_model: PoseModel, tmp_path: Path) -> None:

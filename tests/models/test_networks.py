@@ -6,12 +6,15 @@ from copy import deepcopy
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from transformers import CLIPTextModel
 
 from posecrafter_rt.models.folding import NormSilu, fold_doubling, fold_pair, fuse_norms
+from posecrafter_rt.models.networks import UNetShallowStream, UNetStream, attention_layers, residual_layers
+from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.spec import Architecture, network_specs
+from tests.conftest import TINY_UNET
 from tests.tiny import NETWORKS
 
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
@@ -157,3 +160,31 @@ def test_fold_pair_is_the_composition() -> None:
     weight, bias = fold_pair(outer.weight, outer.bias, inner.weight, inner.bias)
     x = torch.randn(5, 6, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(x @ weight.T + bias, outer(inner(x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attends", [True, False])
+@torch.no_grad()
+def test_a_streams_last_layer_alone_is_the_whole_on_features_of_the_same_step(attends: bool) -> None:
+    """Also in a base whose last layer attends to nothing."""
+    kinds = ("down_block_types", "up_block_types")
+    types = {name: TINY_UNET[name] if attends else TINY_UNET[name][::-1] for name in kinds}
+    torch.manual_seed(0)
+    unet = VideoUNet(UNet2DConditionModel.from_config({**TINY_UNET, **types})).eval()
+    unet.gives_deep_features = True
+    layers, sides = attention_layers(unet), lambda scale: (16 // scale, 16 // scale)
+    assert (layers[-1][1] == 1) == attends
+    latents, mask = torch.randn(2, 4, 16, 16), torch.rand(2, 3) < 0.5
+    time, text_kv = torch.randn(2, unet.time_width), torch.randn(1, 77, unet.kv_width)
+    residuals = [torch.randn(2, channels, *sides(scale)) for channels, scale in (*residual_layers(unet), (64, 2))]
+    keyframe = [torch.randn(2, *sides(scale), 2 * channels) for channels, scale, _ in layers]
+    temporal = [
+        torch.randn(2, 3, *sides(scale), 2 * channels) for channels, scale, is_temporal in layers if is_temporal
+    ]
+    told = (torch.tensor([False, True]), mask)
+    noise_pred, deep, *new = UNetStream(unet)(latents, time, text_kv, *told, *residuals, *keyframe, *temporal)
+    attended = (*told, keyframe[-1], temporal[-1]) if attends else ()
+    found, *kept = UNetShallowStream(unet)(latents, time, text_kv, deep, residuals[0], *attended)
+    assert torch.equal(found, noise_pred) and len(kept) == 2 * attends
+    assert all(map(torch.equal, kept, (new[len(layers) - 1], new[-1])))
+    others = UNetShallowStream(unet)(latents, time, text_kv, deep.flip(0), residuals[0], *attended)[0]
+    assert not torch.allclose(others, noise_pred, atol=1e-2)
