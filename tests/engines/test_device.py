@@ -75,3 +75,13 @@ def test_an_engine_whose_backend_cannot_run_here_is_built_again_for_one_that_can
     with pytest.raises(EngineFolderError, match="needs backend torch: no fp32 here") as caught:
         check_runs_here(folder)
     assert caught.value.hint and caught.value.hint.endswith(f"tuned.ckpt -o {tiny_engine} --size 32x32 --force")
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_processor_multiplies_bf16_or_does_not_and_never_fp16(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+) -> None:
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: has_bf16)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [device.multiplies(precision, cpu) for precision in ("fp32", "bf16", "fp16")] == [True, has_bf16, False]
+    assert all(device.multiplies(precision, gpu) for precision in ("fp32", "bf16", "fp16"))
