@@ -64,7 +64,7 @@ def test_what_is_usual_is_not_more_than_the_most() -> None:
 
 @pytest.mark.parametrize("name", ONE_FRAME_NETWORKS)
 def test_what_is_given_one_frame_a_call_is_built_for_one(name: str) -> None:
-    arch = replace(ARCH, size=(512, 512))
+    arch = replace(ARCH, size=(512, 512), deep_channels=8)
     for shapes in profile_shapes(network_specs(arch)[name], arch).values():
         assert [shape[0] for shape in shapes] == [1, 1, 1]
 
