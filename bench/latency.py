@@ -71,12 +71,8 @@ def benchmark(engine: Path, options: argparse.Namespace) -> Row:
         streams += [StreamOptions(steps=steps, **kind, **plain) for kind in kinds[: 1 if steps == 1 else None]]
 
     def add(way: str, stream: StreamOptions, measure: Callable[[], Row]) -> None:
-        row: Row = {
-            "way": way,
-            "steps": stream.steps,
-            "is_pipelined": stream.is_pipelined,
-            "unet_every": stream.unet_every,
-        }
+        row: Row = {"way": way, "steps": stream.steps, "is_pipelined": stream.is_pipelined,
+                    "unet_every": stream.unet_every}  # fmt: skip
         try:
             row |= measure()
         except RunFailed as error:

@@ -225,7 +225,7 @@ def measure_stages(stream: AvatarStream, camera: Camera) -> dict[str, float]:
 def serving(engine: Path, options: StreamOptions) -> Iterator[tuple[str, float]]:
     """A server as a process of its own: the address of its WebSocket, and seconds from its start to there.
 
-    Args: options: of which it takes all that `StreamOptions` of `latency` differ in. Raises: RunFailed with what it said.
+    Args: options: of which it takes what its command names. Raises: RunFailed with what it said.
     """
     begin = time.perf_counter()
     command = [sys.executable, "-m", "posecrafter_rt", "serve", str(engine), "--port", "0", "--json",

@@ -107,9 +107,8 @@ def measure_timed(
     """
     results: dict[str, dict[str, Any]] = {name: {"seconds": [], "seconds_inverted": []} for name in variants}
     frames = {}
-    for decoder in dict.fromkeys(
-        options.decoder for options in variants.values()
-    ):  # so that no time is that of compiling
+    # So that no time below is that of compiling.
+    for decoder in dict.fromkeys(options.decoder for options in variants.values()):
         avatar.render(target, num_inference_steps=4, unet_every=2, decoder=decoder)
     for _ in range(rounds):
         for name, result in results.items():

@@ -54,8 +54,7 @@ SHARING = ("unet_stream", SHALLOW_STREAM, "vae_decoder", SMALL_DECODER, "pose_em
 
 
 class TorchEngine:
-    """One network module, run eagerly in the dtype that its smallest weights have; those of RECORDED by CUDA graphs, where
-    they help.
+    """One network module, run eagerly in its smallest weight's dtype; those of RECORDED by CUDA graphs, where they help.
 
     is_exact: whether a GPU's float32 convolutions must be that, not TF32. pool: see `Recorder`.
     """

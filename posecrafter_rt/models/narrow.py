@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST = 1 << 16  # numbers of a weight that stays narrow; all smaller ones of Stable Diffusion 1.5 come to 3 MB
+LEAST = 1 << 16  # numbers of a weight that stays narrow: a smaller one is not worth widening at each call
 
 
 class NarrowLinear(nn.Linear):
@@ -31,7 +31,7 @@ class NarrowConvTranspose2d(nn.ConvTranspose2d):
     """A transposed convolution whose weight is widened to the type of its input."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        assert isinstance(self.padding, tuple)  # a string is for other layers
+        assert isinstance(self.padding, tuple) and output_size is None
         return F.conv_transpose2d(input, self.weight.to(input.dtype), self.bias, self.stride, self.padding,
                                   self.output_padding, self.groups, self.dilation)  # fmt: skip
 
