@@ -1,5 +1,5 @@
-"""3×3 convolutions as OpenVINO does not have them: by Winograd's minimal filtering, a quarter of the products, and with the
-GroupNorm and SiLU before them.
+"""3×3 convolutions as OpenVINO does not have them: by Winograd's minimal filtering, a quarter of the products or four ninths,
+and with the GroupNorm and SiLU before them.
 
 Layer 4. The operation is C++ (winograd/), compiled once a machine against the OpenVINO that is installed and kept in the
 user's cache. Where that fails OpenVINO's own convolutions run: nothing but time is lost.
@@ -33,11 +33,13 @@ SOURCES = Path(__file__).with_name("winograd")
 FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 COMPILE_S = 300  # a compiler that takes longer hangs
 LANES, PANEL = 8, 16  # input channels come in eights, output channels in sixteens
-# Of 4×4 outputs, over all frames: fewer do not pay for the transformed weights, which are four times as large.
-LEAST_TILES = 16
-MOST_BYTES = 1 << 27  # of one layer's transformed weights: larger ones belong to layers of few tiles
+# Tiles of 4×4 outputs are a quarter of a convolution's products, and weights four times as large; those of 2×2 four ninths,
+# and less than twice as large. So few large pictures, or small weights, have the former.
+LEAST_TILES = 16  # over all frames: fewer do not pay for the transformed weights
+LARGE_TILES = 16  # of 4×4, in one frame
+MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures
 TOLERANCE = 1e-4  # of the largest value, where float32 comes to 1e-5
-REWRITING = 1  # counted up when other convolutions are replaced, or otherwise: compiled networks are kept under it
+REWRITING = 2  # counted up when other convolutions are replaced, or otherwise: compiled networks are kept under it
 
 log = logging.getLogger(__name__)
 
@@ -68,25 +70,27 @@ def use_winograd(model: openvino.Model) -> int:
     library, _ = _library()
     if library is None:
         return 0
-    factory, gaining = _factory(library), [node for node in model.get_ordered_ops() if _gains(node)]
-    for convolution in gaining:
-        _rewrite(convolution, factory)
+    factory, gaining = _factory(library), [(node, tile) for node in model.get_ordered_ops() if (tile := _tile(node))]
+    for convolution, tile in gaining:
+        _rewrite(convolution, tile, factory)
     return len(gaining)
 
 
-def _gains(node: Any) -> bool:
+def _tile(node: Any) -> int | None:
+    """The side of the tiles that a convolution gains most by; None: of none, or it is no such convolution."""
     if node.get_type_name() not in ("Convolution", "ConvolutionBackpropData"):
-        return False
+        return None
     frames, channels, height, width = node.get_output_shape(0)
-    in_channels, tiles = node.get_input_shape(0)[1], frames * -(-height // 4) * -(-width // 4)
-    return (
+    in_channels, tiles = node.get_input_shape(0)[1], {side: -(-height // side) * -(-width // side) for side in (2, 4)}
+    side = 4 if tiles[4] >= LARGE_TILES or 4 * 36 * channels * in_channels <= MOST_BYTES else 2
+    gains = (
         node.input_value(1).get_node().get_type_name() == "Constant"  # it is transformed once
         and all(value.get_element_type().get_type_name() == "f32" for value in node.input_values())
         and in_channels % LANES == channels % PANEL == 0
-        and tiles >= LEAST_TILES
-        and 4 * 36 * channels * in_channels <= MOST_BYTES
+        and frames * tiles[side] >= LEAST_TILES
         and (_is_convolution(node) or _is_doubling(node))
     )
+    return side if gains else None
 
 
 def _is_convolution(node: Any) -> bool:
@@ -125,14 +129,15 @@ def _unfolded(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(both.transpose(1, 0, 2, 3))
 
 
-def _rewrite(convolution: Any, factory: Any) -> None:
+def _rewrite(convolution: Any, tile: int, factory: Any) -> None:
     """Replace a convolution, the bias after it, and the GroupNorm and SiLU before it, as far as they are there."""
     from openvino import opset13 as op
 
     weight, channels = convolution.input_value(1), convolution.get_output_shape(0)[1]
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, Any] = {"tile": tile}
     if convolution.get_type_name() == "ConvolutionBackpropData":
-        weight, attributes = op.constant(_unfolded(np.asarray(weight.get_node().data))).output(0), {"times": 2}
+        weight = op.constant(_unfolded(np.asarray(weight.get_node().data))).output(0)
+        attributes["times"] = 2
     users = [user.get_node() for user in convolution.output(0).get_target_inputs()]
     users = [user for user in users if user.get_type_name() != "ShapeOf"]
     bias = _added(users[0], channels) if len(users) == 1 else None
@@ -324,7 +329,8 @@ def _trials(factory: Any) -> openvino.Model:
     normed = op.reshape(normed, np.array([2, 8, 9, 13]), special_zero=False)
     normed = op.add(op.multiply(normed, by_channel(scale)), by_channel(shift))
     active = op.multiply(normed, op.sigmoid(normed))
-    outputs = [own(pixels), ours(), own(doubled), ours(times=2), own(active), ours(scale, shift, groups=4, eps=1e-5)]
+    outputs = [own(pixels), ours(), own(pixels), ours(tile=2), own(doubled), ours(times=2),
+               own(active), ours(scale, shift, groups=4, eps=1e-5)]  # fmt: skip
     return openvino.Model(outputs, [pixels])
 
 

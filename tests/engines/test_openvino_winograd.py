@@ -37,6 +37,20 @@ def operation() -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(params=[4, 2])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tiles of this side, whatever the picture and its weights."""
+    side: int = request.param
+    monkeypatch.setattr(winograd, "LARGE_TILES", 1 if side == 4 else 1 << 40)
+    monkeypatch.setattr(winograd, "MOST_BYTES", 0)
+    return side
+
+
+def tiles(model: openvino.Model) -> list[int]:
+    """The sides of the tiles of a model's operations."""
+    return [node.get_attributes()["tile"] for node in model.get_ordered_ops() if node.get_type_name() == "Winograd"]
+
+
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """What was found out about the operation is forgotten, before and after."""
@@ -78,20 +92,24 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     (1, (320, 64), (16, 20)),
     (2, (512, 512), (16, 16)),  # more than a chunk
     (1, (32, 16), (131, 257)),  # many chunks of one row each
+    (16, (64, 32), (4, 4)),
 ])  # fmt: skip
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_it_is_a_convolution(frames: int, channels: tuple[int, int], size: tuple[int, int], has_bias: bool) -> None:
+def test_it_is_a_convolution(
+    frames: int, channels: tuple[int, int], size: tuple[int, int], has_bias: bool, tile: int
+) -> None:
     pixels, weight = draw(frames, channels[0], *size), draw(channels[1], channels[0], 3, 3, seed=1)
     bias = draw(channels[1], seed=2) if has_bias else None
     model = convolution(pixels, weight, bias)
     assert winograd.use_winograd(model) == 1
+    assert tiles(model) == [tile]
     assert {"Convolution", "Add"}.isdisjoint(node.get_type_name() for node in model.get_ops())
     expected = functional.conv2d(pixels.double(), weight.double(), None if bias is None else bias.double(), padding=1)
     assert relative_error(run(model, pixels), expected) < EXACT
 
 
 @needs_winograd
-def test_a_frame_depends_neither_on_its_neighbours_nor_on_threads() -> None:
+def test_a_frame_depends_neither_on_its_neighbours_nor_on_threads(tile: int) -> None:
     pixels, weight = draw(9, 16, 21, 18), draw(32, 16, 3, 3, seed=1)
     together, alone = convolution(pixels, weight), convolution(pixels[4:5], weight)
     assert winograd.use_winograd(together) == winograd.use_winograd(alone) == 1
@@ -115,10 +133,22 @@ def test_what_does_not_fit_or_gain_stays(weight: tuple[int, ...], size: tuple[in
 
 
 @needs_winograd
-def test_large_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = convolution(draw(1, 8, 16, 16), draw(16, 8, 3, 3))
-    monkeypatch.setattr(winograd, "MOST_BYTES", 4 * 36 * 8 * 16 - 1)
-    assert winograd.use_winograd(model) == 0
+@pytest.mark.parametrize(("has_large_weights", "frames", "size", "expected"), [
+    (False, 4, (8, 8), [4]),
+    (False, 3, (8, 8), []),  # too few
+    (True, 1, (16, 16), [4]),  # of large pictures
+    (True, 64, (8, 8), [2]),
+    (True, 1, (8, 8), [2]),
+    (True, 4, (4, 4), [2]),
+    (True, 3, (4, 4), []),
+])  # fmt: skip
+def test_small_pictures_with_large_weights_have_small_tiles(
+    has_large_weights: bool, frames: int, size: tuple[int, int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "MOST_BYTES", 4 * 36 * 8 * 16 - has_large_weights)
+    model = convolution(draw(frames, 8, *size), draw(16, 8, 3, 3))
+    assert winograd.use_winograd(model) == len(expected)
+    assert tiles(model) == expected
 
 
 @needs_winograd
@@ -150,7 +180,9 @@ def norm_silu_convolution(pixels: Tensor, groups: int, norm: tuple[Tensor, Tenso
 @pytest.mark.parametrize("size", [(16, 16), (9, 21)])
 @pytest.mark.parametrize(("channels", "groups"), [(16, 16), (32, 8), (96, 4)])
 @pytest.mark.parametrize("offset", [0.0, 100.0])  # what is far from zero loses digits in a variance of one pass
-def test_norm_and_silu_before_it_are_its_own(size: tuple[int, int], channels: int, groups: int, offset: float) -> None:
+def test_norm_and_silu_before_it_are_its_own(
+    size: tuple[int, int], channels: int, groups: int, offset: float, tile: int
+) -> None:
     pixels, weight = draw(3, channels, *size) + offset, draw(16, channels, 3, 3, seed=1)
     norm = draw(channels, seed=2), draw(channels, seed=3)
     model = norm_silu_convolution(pixels, groups, norm, weight)
@@ -163,7 +195,7 @@ def test_norm_and_silu_before_it_are_its_own(size: tuple[int, int], channels: in
 
 @needs_winograd
 @pytest.mark.parametrize("size", [(8, 8), (5, 9), (1, 32)])
-def test_a_folded_doubling_is_unfolded(size: tuple[int, int]) -> None:
+def test_a_folded_doubling_is_unfolded(size: tuple[int, int], tile: int) -> None:
     torch.manual_seed(0)
     convolved, pixels = nn.Conv2d(24, 32, 3, padding=1), draw(3, 24, *size)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 // The OpenVINO operation posecrafter::Winograd: input (F, C, h, w), weight (out, C, 3, 3), bias (out) → what the
-// 3×3 convolution gives. With a GroupNorm's weight and bias (C) as two inputs more, and its groups and eps as
-// attributes, it is of SiLU(GroupNorm(input)); with the attribute times 2 it is of the input at twice its size.
-// Layer 4: compiled against the OpenVINO that is installed, by openvino_winograd.py.
+// 3×3 convolution gives, in tiles of `tile`. With a GroupNorm's weight and bias (C) as two inputs more, and its groups
+// and eps as attributes, it is of SiLU(GroupNorm(input)); with the attribute times 2 it is of the input at twice its
+// size. Layer 4: compiled against the OpenVINO that is installed, by openvino_winograd.py.
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/task_arena.h>
 
@@ -27,20 +27,20 @@ void parallel(int count, const std::function<void(int)>& task) {
     tbb::this_task_arena::isolate([&] { tbb::parallel_for(0, count, task); });
 }
 
-using Weights = std::tuple<size_t, size_t, size_t>;  // a hash of their bytes, input and output channels
+using Weights = std::tuple<size_t, size_t, size_t, int>;  // a hash of their bytes, input and output channels, the tile
 
 // The transformed weights of a convolution, one copy for all the shapes that its network was compiled for.
-std::shared_ptr<float> packed_weights(const float* weight, size_t in_channels, size_t out_channels) {
+std::shared_ptr<float> packed_weights(const float* weight, size_t in_channels, size_t out_channels, int tile) {
     static std::mutex mutex;
     static std::map<Weights, std::weak_ptr<float>> known;
     const std::string_view bytes(reinterpret_cast<const char*>(weight), in_channels * out_channels * 9 * sizeof(float));
-    const Weights key{std::hash<std::string_view>()(bytes), in_channels, out_channels};
+    const Weights key{std::hash<std::string_view>()(bytes), in_channels, out_channels, tile};
     const std::lock_guard<std::mutex> lock(mutex);
     if (std::shared_ptr<float> found = known[key].lock()) return found;
-    void* memory = std::aligned_alloc(64, kProducts * in_channels * out_channels * sizeof(float));
-    OPENVINO_ASSERT(memory != nullptr, "out of memory: transformed weights");
-    const std::shared_ptr<float> packed(static_cast<float*>(memory), std::free);
-    winograd_pack(weight, static_cast<int>(in_channels), static_cast<int>(out_channels), packed.get(), parallel);
+    const std::shared_ptr<float> packed(allocate_floats(winograd_products(tile) * in_channels * out_channels),
+                                        std::free);
+    OPENVINO_ASSERT(packed != nullptr, "out of memory: transformed weights");
+    winograd_pack(weight, static_cast<int>(in_channels), static_cast<int>(out_channels), tile, packed.get(), parallel);
     known[key] = packed;
     return packed;
 }
@@ -52,8 +52,8 @@ public:
     OPENVINO_OP("Winograd", "posecrafter");
 
     Winograd() = default;
-    Winograd(const ov::OutputVector& inputs, int64_t groups, double eps, int64_t times)
-        : Op(inputs), groups_(groups), eps_(eps), times_(times) {
+    Winograd(const ov::OutputVector& inputs, int64_t groups, double eps, int64_t times, int64_t tile)
+        : Op(inputs), groups_(groups), eps_(eps), times_(times), tile_(tile) {
         constructor_validate_and_infer_types();
     }
 
@@ -63,13 +63,14 @@ public:
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        return std::make_shared<Winograd>(inputs, groups_, eps_, times_);
+        return std::make_shared<Winograd>(inputs, groups_, eps_, times_, tile_);
     }
 
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
         visitor.on_attribute("groups", groups_);
         visitor.on_attribute("eps", eps_);
         visitor.on_attribute("times", times_);
+        visitor.on_attribute("tile", tile_);
         return true;
     }
 
@@ -77,7 +78,8 @@ public:
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         const ov::Shape &pixels = inputs[0].get_shape(), &weight = inputs[1].get_shape();
-        std::call_once(once_, [&] { packed_ = packed_weights(inputs[1].data<float>(), weight[1], weight[0]); });
+        std::call_once(once_,
+                       [&] { packed_ = packed_weights(inputs[1].data<float>(), weight[1], weight[0], size(tile_)); });
         const int frames = size(pixels[0]), channels = size(pixels[1]), times = size(times_);
         Convolution call{};
         call.input = inputs[0].data<float>();
@@ -86,6 +88,7 @@ public:
         call.out = outputs[0].data<float>();
         call.frames = frames, call.in_channels = channels, call.out_channels = size(weight[0]);
         call.height = size(pixels[2]) * times, call.width = size(pixels[3]) * times, call.times = times;
+        call.tile = size(tile_);
         static thread_local std::vector<float> scales;  // and shifts
         if (inputs.size() == 5) {
             scales.resize(2 * pixels[0] * pixels[1]);
@@ -105,6 +108,7 @@ private:
     int64_t groups_ = 0;
     double eps_ = 0;
     int64_t times_ = 1;
+    int64_t tile_ = 4;
     mutable std::once_flag once_;
     mutable std::shared_ptr<float> packed_;
 };

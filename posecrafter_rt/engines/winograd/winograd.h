@@ -1,6 +1,7 @@
-// 3×3 convolutions of stride 1 and padding 1 in float32 on x86-64, by Winograd's minimal filtering F(4×4, 3×3): 36
-// products for a tile of 4×4 outputs in place of 144. Exact but for rounding. Layer 4: knows neither Python nor any
-// library's tensors or threads. Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015).
+// 3×3 convolutions of stride 1 and padding 1 in float32 on x86-64, by Winograd's minimal filtering: F(4×4, 3×3), 36
+// products for a tile of 4×4 outputs in place of 144, or F(2×2, 3×3), 16 in place of 36, whose weights are less than
+// half as large. Exact but for rounding. Layer 4: knows neither Python nor any library's tensors or threads.
+// Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015).
 #pragma once
 
 #include <cstddef>
@@ -10,7 +11,9 @@ namespace posecrafter {
 
 constexpr int kLanes = 8;   // channels of a vector: input channels are a multiple of it
 constexpr int kPanel = 16;  // output channels of the innermost loop: output channels are a multiple of it
-constexpr int kProducts = 36;
+
+// Of a tile of tile × tile outputs, 2 or 4: one for each pixel that it depends on.
+constexpr int winograd_products(int tile) { return (tile + 2) * (tile + 2); }
 
 // Calls task(i) for every i in 0 … count-1 on whatever threads there are, and returns when all are done.
 using Parallel = std::function<void(int count, const std::function<void(int)>& task)>;
@@ -18,8 +21,13 @@ using Parallel = std::function<void(int count, const std::function<void(int)>& t
 // Whether this processor, and this build, can run it: AVX2 and FMA.
 bool has_winograd();
 
-// weight (out, in, 3, 3) → packed, 36 · in · out floats (36, out / 16, in, 16); `packed` is 64 bytes aligned.
-void winograd_pack(const float* weight, int in_channels, int out_channels, float* packed, const Parallel& parallel);
+// Memory for `count` floats, in large pages where the system has them: products that stream weights through small ones
+// take a fifth longer. Released by std::free. nullptr: out of memory.
+float* allocate_floats(size_t count);
+
+// weight (out, in, 3, 3) → packed (products, out / 16, in, 16); `packed` is 64 bytes aligned.
+void winograd_pack(const float* weight, int in_channels, int out_channels, int tile, float* packed,
+                   const Parallel& parallel);
 
 // One convolution. All are compact: input (frames, in, h / times, w / times), out (frames, out, h, w), bias (out). It
 // is of the input with each pixel repeated `times`, 1 or 2, in either direction, and where scale and shift (frames, in)
@@ -31,8 +39,10 @@ struct Convolution {
     const float* packed;
     const float* bias;
     float* out;
-    int frames, in_channels, out_channels, height, width, times;
+    int frames, in_channels, out_channels, height, width, times, tile;
 };
+
+void winograd_convolve(const Convolution& call, const Parallel& parallel);
 
 // GroupNorm of an input as scale and shift. input (frames, channels, size); weight and bias (channels).
 struct GroupNorm {
@@ -47,7 +57,5 @@ struct GroupNorm {
 };
 
 void group_norm_scales(const GroupNorm& norm, const Parallel& parallel);
-
-void winograd_convolve(const Convolution& call, const Parallel& parallel);
 
 }  // namespace posecrafter
