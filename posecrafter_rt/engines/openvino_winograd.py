@@ -304,7 +304,7 @@ def _try(library: Path) -> None:
 
 
 def _trials(factory: Any) -> openvino.Model:
-    """A convolution, one of a doubled picture, and one after GroupNorm and SiLU: of each OpenVINO's, and ours."""
+    """A convolution in tiles of either size, one of a doubled picture, and one after GroupNorm and SiLU: of each OpenVINO's, and ours."""
     import openvino
     from openvino import opset13 as op
 

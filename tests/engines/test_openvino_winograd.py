@@ -90,8 +90,9 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     (2, (64, 64), (32, 40)),
     (5, (160, 160), (8, 10)),
     (1, (320, 64), (16, 20)),
-    (2, (512, 512), (16, 16)),  # more than a chunk
-    (1, (32, 16), (131, 257)),  # many chunks of one row each
+    (8, (512, 512), (16, 16)),  # more than a chunk
+    (1, (32, 16), (131, 257)),
+    (1, (256, 256), (9, 400)),  # a chunk for each row
     (16, (64, 32), (4, 4)),
 ])  # fmt: skip
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -322,6 +323,7 @@ def test_other_processors(features: set[str], reason: str, monkeypatch: pytest.M
 @needs_winograd
 @pytest.mark.parametrize(("right", "wrong"), [
     ("1. / 24, 1. / 12", "1. / 24, 1. / 11"),  # the convolution
+    ("1. / 2, -1. / 2", "1. / 2, -1. / 3"),  # the same in tiles of 2×2
     ("5.0000001201e-1f", "6e-1f"),  # SiLU
     ("y / times", "y / 2"),  # the doubling, or what is not doubled
 ])  # fmt: skip

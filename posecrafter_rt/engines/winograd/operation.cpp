@@ -5,7 +5,10 @@
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/task_arena.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -29,7 +32,7 @@ void parallel(int count, const std::function<void(int)>& task) {
 
 using Weights = std::tuple<size_t, size_t, size_t, int>;  // a hash of their bytes, input and output channels, the tile
 
-// The transformed weights of a convolution, one copy for all the shapes that its network was compiled for.
+// The transformed weights of a convolution, one copy of each tile for all numbers of frames.
 std::shared_ptr<float> packed_weights(const float* weight, size_t in_channels, size_t out_channels, int tile) {
     static std::mutex mutex;
     static std::map<Weights, std::weak_ptr<float>> known;
@@ -58,6 +61,7 @@ public:
     }
 
     void validate_and_infer_types() override {
+        OPENVINO_ASSERT(tile_ == 2 || tile_ == 4, "tiles are of 2×2 or 4×4");
         const auto &pixels = get_input_partial_shape(0), &weight = get_input_partial_shape(1);
         set_output_type(0, get_input_element_type(0), {pixels[0], weight[0], pixels[2] * times_, pixels[3] * times_});
     }
