@@ -33,8 +33,8 @@ SOURCES = Path(__file__).with_name("winograd")
 FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 COMPILE_S = 300  # a compiler that takes longer hangs
 LANES, PANEL = 8, 16  # input channels come in eights, output channels in sixteens
-# Tiles of 4×4 outputs are a quarter of a convolution's products, and weights four times as large; those of 2×2 four ninths,
-# and less than twice as large. So few large pictures, or small weights, have the former.
+# In tiles of 4×4 outputs products are a quarter of a direct convolution's, and weights four times as large; in those of 2×2
+# four ninths, and less than twice as large. So large pictures and small weights have the former.
 LEAST_TILES = 16  # over all frames: fewer do not pay for the transformed weights
 LARGE_TILES = 16  # of 4×4, in one frame
 MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures
@@ -304,7 +304,7 @@ def _try(library: Path) -> None:
 
 
 def _trials(factory: Any) -> openvino.Model:
-    """A convolution in tiles of either size, one of a doubled picture, and one after GroupNorm and SiLU: of each OpenVINO's, and ours."""
+    """A convolution in tiles of either size, of a doubled picture, and after GroupNorm and SiLU: OpenVINO's and ours of each."""
     import openvino
     from openvino import opset13 as op
 

@@ -118,16 +118,7 @@ private:
     size_t count_ = 0;
 };
 
-// The calling thread's, whatever the tile.
-Scratch& scratch() {
-    static thread_local Scratch memory;
-    return memory;
-}
-
-Scratch& thread_lines() {
-    static thread_local Scratch memory;
-    return memory;
-}
+thread_local Scratch thread_matrices, thread_lines;  // of both tiles
 
 // What all threads of one call share. A row is a row of tiles of one frame; a chunk is some rows.
 template <int kTile>
@@ -269,7 +260,7 @@ template <int kTile>
 class Job {
 public:
     explicit Job(const Convolution& call) : plan_(call) {
-        v_ = scratch().take(kProducts * (plan_.v_stride + plan_.m_stride));
+        v_ = thread_matrices.take(kProducts * (plan_.v_stride + plan_.m_stride));
         m_ = v_ + kProducts * plan_.v_stride;
     }
 
@@ -287,7 +278,7 @@ public:
 private:
     static constexpr int kProducts = Plan<kTile>::kProducts;
 
-    float* lines() const { return thread_lines().take(static_cast<size_t>(plan_.kPatch) * plan_.columns * kLanes); }
+    float* lines() const { return thread_lines.take(static_cast<size_t>(plan_.kPatch) * plan_.columns * kLanes); }
 
     void read(int first, int row, int group) const {
         const Convolution& c = plan_.call;

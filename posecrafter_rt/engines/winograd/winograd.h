@@ -21,8 +21,8 @@ using Parallel = std::function<void(int count, const std::function<void(int)>& t
 // Whether this processor, and this build, can run it: AVX2 and FMA.
 bool has_winograd();
 
-// Memory for `count` floats, in large pages where the system has them: products that stream weights through small ones
-// take a fifth longer. Released by std::free. nullptr: out of memory.
+// Memory for `count` floats, in large pages where the system has them, for products stream through weights. Released by
+// std::free. nullptr: out of memory.
 float* allocate_floats(size_t count);
 
 // weight (out, in, 3, 3) → packed (products, out / 16, in, 16); `packed` is 64 bytes aligned.
