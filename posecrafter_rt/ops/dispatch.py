@@ -27,11 +27,20 @@ def compiler_op(name: str) -> Callable[[Callable[..., Any]], Any]:
         level = log.level
         log.setLevel(logging.ERROR)  # torch warns at registration where Triton is absent; here that is no fault
         try:
-            return torch.library.triton_op(f"posecrafter::{name}", mutates_args=())(function)
+            op = torch.library.triton_op(f"posecrafter::{name}", mutates_args=())(function)
         finally:
             log.setLevel(level)
+        op.register_fake(_like_queries)
+        return op
 
     return register
+
+
+def _like_queries(q: Tensor, *others: Any) -> Tensor:
+    """What an attention gives as far as a tracer asks. Its own arithmetic would tell, too, in seconds a network: every
+    reshape of dimensions that are symbols is proved.
+    """
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def is_traced_as_op(backend: str | None, *tensors: Tensor) -> bool:

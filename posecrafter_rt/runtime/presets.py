@@ -15,7 +15,7 @@ from posecrafter_rt.runtime.options import RenderOptions
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
     "balanced": {"num_inference_steps": 25, "unet_every": 3, "inversion_substeps": 3},
-    "fast": {"sampler": "dpmpp", "num_inference_steps": 4, "inversion_substeps": 10},
+    "fast": {"sampler": "dpmpp", "num_inference_steps": 4, "inversion_substeps": 5},
 }
 
 
