@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
-import posecrafter_rt.ops  # noqa: F401  (registers torch.ops.posecrafter)
+import posecrafter_rt.ops.traced  # noqa: F401  (registers torch.ops.posecrafter)
 
 DOMAIN, DOMAIN_VERSION = "posecrafter", 1
 OPSET = 20  # of the exported graphs; a model-local function must be written for the opset of its model

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posecrafter_rt.avatar_networks import Networks, check_runs_here
 from posecrafter_rt.avatar_once import KEPT, ComputedOnce
-from posecrafter_rt.building import read_reference
+from posecrafter_rt.engine_training import read_training
 from posecrafter_rt.engines import SAMPLED_AHEAD, Engine
 from posecrafter_rt.engines.folder import EngineFolder, open_folder
 from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError
@@ -73,7 +73,7 @@ class Avatar:
         }
         self.size: tuple[int, int] = tuple(manifest["size"])
         self.prompt: str = manifest["prompt"]
-        self.frames, self.poses = read_reference(folder)
+        self.frames, self.poses = read_training(folder.path)
         self.last_report: RenderReport | None = None
         self._once = ComputedOnce(self.networks, self.frames, self.poses)
         self._stream_references = Recent[StreamReference](KEPT)

@@ -16,12 +16,11 @@ from posecrafter_rt.engines.device import DRIVER, is_driver_older
 from posecrafter_rt.engines.folder import EngineFolder, in_use, rebuild_command, rebuild_hint
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.machine import library_versions
-from posecrafter_rt.models.blocks import FEED_FORWARD_TOKENS
 from posecrafter_rt.runtime.memory import Room, explained, frame_bytes, free_bytes, let_go
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import Adjustment
-from posecrafter_rt.spec import NETWORK_NAMES, STREAM_NETWORKS, Architecture
+from posecrafter_rt.spec import FEED_FORWARD_TOKENS, NETWORK_NAMES, STREAM_NETWORKS, Architecture
 
 WIDER: Precision = "fp32"  # what networks run in once 16 bits do not hold their numbers
 # Of a block, one frame of 64 × 64: what fewer of them take is little beside what is not done in parts.

@@ -10,12 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from posecrafter_rt.avatar_networks import WIDER, Networks
 from posecrafter_rt.engines import Precision
 from posecrafter_rt.method import DDIMSchedule
-from posecrafter_rt.models.loading import tokenize
+from posecrafter_rt.models.tokenizer import PromptTokenizer
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.cache import InversionCache, inversion_key
 from posecrafter_rt.runtime.prepare import Prepared, Tables, embed_poses, invert_reference, text_tables, time_tables
@@ -33,7 +32,7 @@ class ComputedOnce:
 
     def __init__(self, networks: Networks, frames: np.ndarray, poses: PoseSequence) -> None:
         self.networks, self.frames, self.poses = networks, frames, poses
-        self.tokenizer = CLIPTokenizer.from_pretrained(networks.folder.path / "tokenizer", local_files_only=True)
+        self.tokenizer = PromptTokenizer(networks.folder.path / "tokenizer", networks.architecture.text_tokens)
         self._time_tables = Recent[dict[str, Tensor]](KEPT)
         self._text_tables = Recent[dict[str, Tensor]](KEPT)
         self._embeddings = Recent[Tensor](KEPT)
@@ -44,7 +43,7 @@ class ComputedOnce:
         return Tables(
             self._time_tables.get((precision, timesteps.tobytes()), lambda: time_tables(engines, timesteps)),
             self._text_tables.get(
-                (precision, *prompts), lambda: text_tables(engines, tokenize(self.tokenizer, prompts))),
+                (precision, *prompts), lambda: text_tables(engines, self.tokenizer(prompts))),
         )  # fmt: skip
 
     def prepared(self, reference: int, inverted_latents: Tensor, timesteps: np.ndarray, prompts: list[str]) -> Prepared:

@@ -12,26 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from posecrafter_rt import __version__
 from posecrafter_rt.atomic import sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.engine_training import write_training
 from posecrafter_rt.engines import Backend, Precision, choose_backend, choose_precision, usual_max_frames
 from posecrafter_rt.engines.folder import EngineFolder, building, in_use, open_folder
 from posecrafter_rt.engines.refit import check_source
 from posecrafter_rt.engines.stage_log import StageLog
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
-from posecrafter_rt.framing import resize_to, transform_keypoints
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
 from posecrafter_rt.models.sources import Base, locate_base
-from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.spec import NETWORK_NAMES
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
-REFERENCE_FILE = "reference.safetensors"
 
 # Told the name of each stage as it begins, and how many seconds are left if all goes as the last time, or None.
 BuildProgress = Callable[[str, float | None], None]
@@ -136,7 +133,7 @@ def build_engine(
         check_source(source, {"architecture": manifest["architecture"]})  # not known before
     with building(output, manifest, force) as staging:
         on_stage("writing the reference frames")
-        _write_reference(staging / REFERENCE_FILE, tuned, size)
+        write_training(staging, tuned.frames, tuned.poses, size)
         model.tokenizer.save_pretrained(staging / "tokenizer")
         (staging / "networks").mkdir()
         if source is None:
@@ -202,16 +199,3 @@ def _current(output: Path, fingerprint: str) -> EngineFolder | None:
     except EngineFolderError:
         return None
     return folder if folder.manifest.get("fingerprint") == fingerprint else None
-
-
-def _write_reference(path: Path, tuned: Checkpoint, size: tuple[int, int]) -> None:
-    frames = torch.from_numpy(resize_to(tuned.frames, size))
-    keypoints = torch.from_numpy(transform_keypoints(tuned.poses, size).keypoints)
-    save_file({"frames": frames.contiguous(), "keypoints": keypoints.contiguous()}, path)
-
-
-def read_reference(folder: EngineFolder) -> tuple[Any, PoseSequence]:
-    """Training frames (n, H, W, 3) uint8 and their poses, at the engine's size."""
-    tensors = load_file(folder.path / REFERENCE_FILE)
-    frames = tensors["frames"].numpy()
-    return frames, PoseSequence(tensors["keypoints"].numpy(), frames.shape[1:3])

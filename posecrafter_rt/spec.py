@@ -22,6 +22,7 @@ NETWORK_NAMES = (
 ALL_NETWORKS = (*NETWORK_NAMES, SMALL_DECODER, SHALLOW_UNET, SHALLOW_STREAM)
 # They are given one frame a call.
 ONE_FRAME_NETWORKS = ("pose_embedding", "vae_encoder", "vae_decoder", SMALL_DECODER, SHALLOW_STREAM)
+FEED_FORWARD_TOKENS = 1 << 16  # of a block, unless it is told otherwise: 16 frames of 64 × 64
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from bench.runs import untrained_checkpoint
 from posecrafter_rt.avatar_networks import Networks
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.errors import PoseCrafterError
-from posecrafter_rt.models.blocks import FEED_FORWARD_TOKENS
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import SegmentReport
+from posecrafter_rt.spec import FEED_FORWARD_TOKENS
 
 
 @pytest.fixture

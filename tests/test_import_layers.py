@@ -24,7 +24,7 @@ LAYERS = {
     3: ("models", "checkpoint"),
     4: ("engines", "export", "tuning", "tuning_losses", "embedded"),
     5: ("runtime",),
-    6: ("avatar", "avatar_networks", "avatar_once", "building"),
+    6: ("avatar", "avatar_networks", "avatar_once", "building", "engine_training"),
     7: ("serve", "evaluate", "rendering", "demo"),
     8: ("cli", "__main__"),
 }
@@ -47,7 +47,8 @@ ALLOWED = {
     ("avatar", "avatar_networks"): "the networks that it has loaded",
     ("avatar", "avatar_once"): "what it computes once",
     ("avatar_once", "avatar_networks"): "it computes with them",
-    ("avatar", "building"): "both open the same folder",
+    ("avatar", "engine_training"): "what it was tuned on",
+    ("building", "engine_training"): "what the checkpoint was tuned on",
     ("__main__", "cli"): "the same command",
 }
 # The only circle: a class whose convenience methods call the file that is written in terms of the class.

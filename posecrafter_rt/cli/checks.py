@@ -21,6 +21,7 @@ CORE = {
     "torch": "tuning, and the engine `torch`",
     "diffusers": "the networks",
     "transformers": "the text encoder",
+    "tokenizers": "prompts",
     "accelerate": "loading weights without a second copy",
     "huggingface-hub": "bases from the hub",
     "safetensors": "weights and checkpoints",

@@ -216,11 +216,11 @@ def _parse_edit(text: str, name: str, example: str) -> tuple[str, slice]:
 def _poses_of(path: Path) -> PoseSequence:
     """Who was tuned: from a pose file, a folder of them, a tuned.ckpt or an engine folder."""
     if path.is_dir():
-        from posecrafter_rt.building import read_reference
+        from posecrafter_rt.engine_training import read_training
         from posecrafter_rt.engines.folder import MANIFEST, open_folder
 
         if (path / MANIFEST).is_file():
-            return read_reference(open_folder(path))[1]
+            return read_training(open_folder(path).path)[1]
     elif path.is_file() and path.suffix.lower() != ".json":
         from posecrafter_rt.checkpoint import Checkpoint
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from posecrafter_rt.errors import CheckpointError, ShapeError
 from posecrafter_rt.export.shapes import split_dim
-from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec
+
+if TYPE_CHECKING:
+    from posecrafter_rt.models.loading import PoseModel
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

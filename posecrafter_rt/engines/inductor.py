@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,9 +36,10 @@ from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read
 from posecrafter_rt.errors import BackendUnavailable, EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.machine import cpu_features, library_versions
-from posecrafter_rt.models.blocks import channels_last
-from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
+
+if TYPE_CHECKING:
+    from posecrafter_rt.models.loading import PoseModel
 
 OPTIONS = {
     "always_keep_tensor_constants": True,  # else small ones become part of the code, and a swap would miss them
@@ -139,6 +140,7 @@ class InductorBackend:
         from torch._inductor import aoti_compile_and_package
 
         from posecrafter_rt.export.trace import quiet, trace
+        from posecrafter_rt.models.blocks import channels_last
 
         _check_compiler()
         copied = channels_last(copy.deepcopy(network).to(torch_device(), dtype))

@@ -29,11 +29,12 @@ from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16
-from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
 
 if TYPE_CHECKING:
     import openvino
+
+    from posecrafter_rt.models.loading import PoseModel
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 KEPT_SHAPES = 4  # compiled models a network, each with its own activations and its own order of the weights

@@ -24,7 +24,7 @@ from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
 from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.machine import cpu_features
-from posecrafter_rt.models.folding import fold_doubling
+from posecrafter_rt.models.doubling import fold_doubling
 
 if TYPE_CHECKING:
     import openvino

@@ -38,12 +38,13 @@ from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.shapes import random_inputs, split_dim
 from posecrafter_rt.export.verify import relative_error
-from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import SMALL_DECODER, Architecture, NetworkSpec, network_specs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import tensorrt as trt
+
+    from posecrafter_rt.models.loading import PoseModel
 
 INSTALL = {"tensorrt": "'tensorrt-cu13>=11.4'", "triton": "triton", "onnx": "onnx", "onnxscript": "onnxscript"}
 MIN_VERSION = (11, 4)  # earlier ones read a plugin's attributes in a way that newer NumPy refuses

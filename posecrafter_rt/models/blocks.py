@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from posecrafter_rt import ops
 from posecrafter_rt.ops import keyframe_attention, temporal_attention
-
-FEED_FORWARD_TOKENS = 1 << 16  # at once, unless a block is told otherwise (`do_in_parts`): 16 frames of 64 × 64
+from posecrafter_rt.spec import FEED_FORWARD_TOKENS
 
 NormScope = Literal["clip", "frame"]
 BlockForward = Callable[..., Tensor]  # (module, hidden_states, context) → hidden_states

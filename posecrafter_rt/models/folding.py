@@ -12,6 +12,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from posecrafter_rt import ops
+from posecrafter_rt.models.doubling import fold_doubling
 from posecrafter_rt.models.unet import VideoUNet
 
 
@@ -99,12 +100,3 @@ def fold_doubled(conv: nn.Conv2d) -> nn.ConvTranspose2d:
     if conv.bias is not None and folded.bias is not None:
         folded.bias.copy_(conv.bias)
     return folded
-
-
-def fold_doubling(weight: Tensor) -> Tensor:
-    """Kernel (in, out, 4, 4) of stride 2, padding 1 that does what `weight` (out, in, 3, 3) does to a doubled picture.
-
-    In one dimension output 2i is w0·x[i-1] + (w1 + w2)·x[i], output 2i + 1 is (w0 + w1)·x[i] + w2·x[i+1].
-    """
-    taps = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32)
-    return torch.einsum("ay,oiyx,bx->ioab", taps, weight.float(), taps).to(weight.dtype)

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from posecrafter_rt.errors import CheckpointError, ModelError
 from posecrafter_rt.models.blocks import NormScope
@@ -44,7 +44,7 @@ class PoseModel:
     controlnet: VideoControlNet
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    tokenizer: CLIPTokenizerFast
     scheduler_config: dict[str, Any]
     base_id: str
     base_hash: str
@@ -89,7 +89,7 @@ class PoseModel:
         return tokenize(self.tokenizer, prompts)
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+def tokenize(tokenizer: CLIPTokenizerFast, prompts: list[str]) -> Tensor:
     """Prompts → input_ids int64 (prompts, tokens), padded and cut to the text encoder's length (77)."""
     encoded = tokenizer(
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
@@ -151,13 +151,13 @@ def load_base(
     return model
 
 
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+def _load_tokenizer(folder: Path) -> CLIPTokenizerFast:
     names = [["tokenizer.json"], ["vocab.json", "merges.txt"]]
     if not any(all((folder / name).is_file() for name in alternative) for alternative in names):
         # transformers would make a tokenizer without words of it.
         raise ModelError(f"{folder} has no vocab.json and merges.txt", hint="copy the base's tokenizer folder again")
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing narrower
         message = f"the tokenizer in {folder} cannot be read: {first_line(error)}"
         raise ModelError(message, hint="copy the base's tokenizer folder again") from error

@@ -36,6 +36,8 @@ def keyframe_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: 
         raise ShapeError(f"keyframe_attention: {q.shape[-1]} channels do not divide into {heads} heads",
                          "want channels = heads · head size")  # fmt: skip
     if is_traced_as_op(backend, q, k, v):
+        from posecrafter_rt.ops import traced  # noqa: F401  (registers it)
+
         return torch.ops.posecrafter.keyframe_attention(q, k, v, heads)
     return _run(q, k, v, heads, choose_backend("keyframe_attention", backend, q, k, v, heads=heads))
 

@@ -44,6 +44,8 @@ def temporal_attention(
             f"want bool {frames}: query frames × key frames, with the groups before them or without",
         )
     if is_traced_as_op(backend, q, k, v):
+        from posecrafter_rt.ops import traced  # noqa: F401  (registers it)
+
         return torch.ops.posecrafter.temporal_attention(q, k, v, heads, mask)
     return _run(q, k, v, heads, mask, choose_backend("temporal_attention", backend, q, k, v, heads=heads))
 

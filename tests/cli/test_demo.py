@@ -6,6 +6,8 @@ Tests of posecrafter_rt/demo/ and cli/demo.py: the whole path with nothing in it
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,18 @@ def test_a_second_render_inverts_and_compiles_nothing(
         again = avatar.render(poses, num_inference_steps=2)
         assert avatar.last_report is not None and avatar.last_report.inversion_cached
     assert np.array_equal(first, again) and sorted((engine / "compiled").iterdir()) == kept
+
+
+def test_rendering_imports_nothing_that_only_tuning_and_building_need(finished: tuple[Path, dict[str, Any]]) -> None:
+    code = f"""
+import sys
+from posecrafter_rt import Avatar
+from posecrafter_rt.demo.footage import load_poses
+import posecrafter_rt.serve.app
+with Avatar.load({str(finished[0] / "tuned.engine")!r}) as avatar:
+    avatar.render(load_poses()[46:{46 + NUM_FRAMES}], num_inference_steps=2)
+print(*{{"diffusers", "transformers", "onnx", "torch._dynamo", "torch._inductor", "sympy"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from posecrafter_rt.building import REFERENCE_FILE
 from posecrafter_rt.checkpoint import REQUIRED_METADATA, Checkpoint
 from posecrafter_rt.cli.poses import app
+from posecrafter_rt.engine_training import REFERENCE_FILE
 from posecrafter_rt.engines.folder import building
 from posecrafter_rt.errors import CheckpointError, EngineFolderError, OutputExists, PoseError
 from posecrafter_rt.poses.edit import blink, turn_head, wave

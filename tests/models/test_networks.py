@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from transformers import CLIPTextModel
 
-from posecrafter_rt.models.folding import NormSilu, fold_doubling, fold_pair, fuse_norms
+from posecrafter_rt.models.doubling import fold_doubling
+from posecrafter_rt.models.folding import NormSilu, fold_pair, fuse_norms
 from posecrafter_rt.models.networks import UNetShallowStream, UNetStream, attention_layers, residual_layers
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.spec import Architecture, network_specs

@@ -1,0 +1,30 @@
+"""What an engine carries of its training: the frames, of which one is a render's reference, and their poses.
+
+Layer 6: beside `avatar`, which needs nothing else of what `building` imports.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from posecrafter_rt.framing import resize_to, transform_keypoints
+from posecrafter_rt.poses.keypoints import PoseSequence
+
+REFERENCE_FILE = "reference.safetensors"
+
+
+def write_training(folder: Path, frames: np.ndarray, poses: PoseSequence, size: tuple[int, int]) -> None:
+    """Write frames (n, H, W, 3) uint8 and their poses into an engine's folder, brought to its size (height, width)."""
+    tensors = {"frames": resize_to(frames, size), "keypoints": transform_keypoints(poses, size).keypoints}
+    save_file({name: torch.from_numpy(array).contiguous() for name, array in tensors.items()}, folder / REFERENCE_FILE)
+
+
+def read_training(folder: Path) -> tuple[np.ndarray, PoseSequence]:
+    """Training frames (n, H, W, 3) uint8 and their poses, at the engine's size."""
+    tensors = load_file(folder / REFERENCE_FILE)
+    frames = tensors["frames"].numpy()
+    return frames, PoseSequence(tensors["keypoints"].numpy(), frames.shape[1:3])

@@ -1,0 +1,38 @@
+"""A prompt's tokens without transformers, which takes longer to import than all else that a render needs.
+
+Layer 3: tokenizers and torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from posecrafter_rt.errors import ModelError
+
+
+class PromptTokenizer:
+    """What `PoseModel.tokenize` does, from the files that `save_pretrained` writes of a model's tokenizer."""
+
+    def __init__(self, folder: Path, num_tokens: int) -> None:
+        """Args: num_tokens: of the text encoder. Raises: ModelError for a folder without the tokenizer's files."""
+        try:
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            self._tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            padding = config["pad_token"]
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise ModelError(
+                f"{folder} is no tokenizer of an engine: {error}", hint="build the engine again"
+            ) from error
+        self._tokenizer.enable_truncation(num_tokens)
+        self._tokenizer.enable_padding(
+            length=num_tokens, pad_token=padding, pad_id=self._tokenizer.token_to_id(padding)
+        )
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """Prompts → input_ids int64 (prompts, num_tokens), padded and cut, what marks begin and end included."""
+        return torch.tensor([encoded.ids for encoded in self._tokenizer.encode_batch(prompts)], dtype=torch.int64)

@@ -1,0 +1,53 @@
+"""Tokens without transformers are those that transformers gives, for the words of either base.
+
+Tests of posecrafter_rt/models/tokenizer.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTokenizerFast
+
+from posecrafter_rt.errors import ModelError
+from posecrafter_rt.models.loading import tokenize
+from posecrafter_rt.models.sources import SD15_FOLDER
+from posecrafter_rt.models.tokenizer import PromptTokenizer
+
+PROMPTS = [
+    "",
+    "a person",
+    "  A Person,\twearing\na RED hat -- it's 1999!  ",
+    "ein Mädchen mit Hut, 写真, 🙂🙂, e\u0301",
+    "<|endoftext|> a <|startoftext|> person",
+    "a " * 75,
+    "person " * 200,
+]
+
+
+@pytest.fixture(params=["tiny", "Stable Diffusion 1.5"])
+def written(request: pytest.FixtureRequest, tiny_base: Path, tmp_path: Path) -> tuple[CLIPTokenizerFast, Path]:
+    """A base's tokenizer, and its files as an engine has them."""
+    folder = tiny_base / "tokenizer" if request.param == "tiny" else SD15_FOLDER / "tokenizer"
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+    tokenizer.save_pretrained(tmp_path)
+    return tokenizer, tmp_path
+
+
+def test_tokens_are_those_of_transformers(written: tuple[CLIPTokenizerFast, Path]) -> None:
+    tokenizer, folder = written
+    ours, expected = PromptTokenizer(folder, 77)(PROMPTS), tokenize(tokenizer, PROMPTS)
+    assert ours.dtype == torch.int64 and torch.equal(ours, expected)
+    assert torch.equal(PromptTokenizer(folder, 77)(PROMPTS[1:2]), expected[1:2])
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{}")])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_folder_without_them_is_refused(written: tuple[CLIPTokenizerFast, Path], name: str, damage: object) -> None:
+    assert callable(damage)
+    damage(written[1] / name)
+    with pytest.raises(ModelError, match="no tokenizer of an engine") as caught:
+        PromptTokenizer(written[1], 77)
+    assert caught.value.hint == "build the engine again"
