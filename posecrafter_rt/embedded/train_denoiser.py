@@ -56,7 +56,11 @@ def encode_corpus(clips: Clips, vae: AutoencoderKL, tokenizer: CLIPTokenizer, lo
             pictures[index, frame] = draw_pose(clips.keypoints[index, frame], (height, width))
         if index % 500 == 0:
             log(f"encoded {index} of {num_clips} clips")
-    return Corpus(torch.stack(latents), torch.from_numpy(pictures), tokenize(tokenizer, clips.captions))
+    return Corpus(
+        torch.stack(latents),
+        torch.from_numpy(pictures),
+        tokenize(tokenizer, clips.captions, tokenizer.model_max_length),
+    )
 
 
 class Denoiser(nn.Module):

@@ -21,7 +21,7 @@ from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_o
 from posecrafter_rt.errors import EngineFolderError, OutputExists
 from posecrafter_rt.locks import locked
 
-SCHEMA = 4  # 2 had convolutions' channels second in `torch` engines, 3 no `unet_stream_shallow`
+SCHEMA = 5  # 2: channels of convolutions second in `torch` engines; 3: no `unet_stream_shallow`; 4: perhaps no tokenizer.json
 MANIFEST = "manifest.json"
 MUTABLE = ("inversions", "compiled")  # caches: outside the hashes, may be emptied at any time
 

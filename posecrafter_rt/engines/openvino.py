@@ -23,6 +23,7 @@ from torch import Tensor
 from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progress, checked_inputs, fitting_weights
+from posecrafter_rt.engines.openvino_linear import use_products
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
 from posecrafter_rt.engines.openvino_winograd import REWRITING, extend, last_line, missing_reason, use_winograd
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
@@ -126,6 +127,7 @@ class OpenVinoEngine:
             model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
             if self._winograd is not None:
                 use_winograd(model)
+                use_products(model)
             if self._is_by_channel:
                 normalise_by_channel(model)  # those that no convolution took
         return model

@@ -22,6 +22,7 @@ import torch
 from posecrafter_rt import config
 from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
 from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
+from posecrafter_rt.engines.openvino_patterns import added, is_same, of_channels, only_user, orders
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.machine import cpu_features
 from posecrafter_rt.models.doubling import fold_doubling
@@ -39,7 +40,7 @@ LEAST_TILES = 16  # over all frames: fewer do not pay for the transformed weight
 LARGE_TILES = 16  # of 4×4, in one frame
 MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures
 TOLERANCE = 1e-4  # of the largest value, where float32 comes to 1e-5
-REWRITING = 2  # counted up when other convolutions are replaced, or otherwise: compiled networks are kept under it
+REWRITING = 3  # counted up when other convolutions are replaced, or otherwise: compiled networks are kept under it
 
 log = logging.getLogger(__name__)
 
@@ -138,10 +139,9 @@ def _rewrite(convolution: Any, tile: int, factory: Any) -> None:
     if convolution.get_type_name() == "ConvolutionBackpropData":
         weight = op.constant(_unfolded(np.asarray(weight.get_node().data))).output(0)
         attributes["times"] = 2
-    users = [user.get_node() for user in convolution.output(0).get_target_inputs()]
-    users = [user for user in users if user.get_type_name() != "ShapeOf"]
-    bias = _added(users[0], channels) if len(users) == 1 else None
-    replaced = convolution if bias is None else users[0]
+    user = only_user(convolution)
+    bias = None if user is None else added(user, channels)
+    replaced = convolution if bias is None else user
     constants = [np.zeros(channels, np.float32) if bias is None else bias]
     pixels = convolution.input_value(0)
     before = _silu_of_norm(pixels)
@@ -155,46 +155,17 @@ def _rewrite(convolution: Any, tile: int, factory: Any) -> None:
 
 def _silu_of_norm(value: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] | None:
     """The GroupNorm, its weight and its bias, that SiLU(GroupNorm(…)) is of."""
-    for normed, gate in _orders(value.get_node(), "Multiply"):
-        if gate.get_node().get_type_name() != "Sigmoid" or not _is_same(gate.get_node().input_value(0), normed):
+    for normed, gate in orders(value.get_node(), "Multiply"):
+        if gate.get_node().get_type_name() != "Sigmoid" or not is_same(gate.get_node().input_value(0), normed):
             continue
         channels = normed.get_shape()[1]
-        bias = _added(normed.get_node(), channels)
-        for scaled, _ in _orders(normed.get_node(), "Add"):
-            for grouped, factor in _orders(scaled.get_node(), "Multiply"):
-                norm, weight = group_norm(grouped.get_node()), _of_channels(factor, channels)
+        bias = added(normed.get_node(), channels)
+        for scaled, _ in orders(normed.get_node(), "Add"):
+            for grouped, factor in orders(scaled.get_node(), "Multiply"):
+                norm, weight = group_norm(grouped.get_node()), of_channels(factor, channels)
                 if norm is not None and weight is not None and bias is not None:
                     return norm, weight, bias
     return None
-
-
-def _orders(node: Any, kind: str) -> list[tuple[Any, Any]]:
-    """The two inputs of a node of this type, either first; nothing for another node."""
-    if node.get_type_name() != kind:
-        return []
-    first, second = node.input_values()
-    return [(first, second), (second, first)]
-
-
-def _is_same(first: Any, second: Any) -> bool:
-    """Whether two values are one: nodes that are compared by == make a node."""
-    return (first.get_node().get_name(), first.get_index()) == (second.get_node().get_name(), second.get_index())
-
-
-def _added(node: Any, channels: int) -> np.ndarray | None:
-    """What an addition adds to every channel, if it is constant and no more than that."""
-    return next((found for _, value in _orders(node, "Add")
-                 if (found := _of_channels(value, channels)) is not None), None)  # fmt: skip
-
-
-def _of_channels(value: Any, channels: int) -> np.ndarray | None:
-    """A constant number for each channel."""
-    constant, shape = value.get_node(), list(value.get_shape())
-    while constant.get_type_name() in ("Reshape", "Unsqueeze"):
-        constant = constant.input_value(0).get_node()
-    if constant.get_type_name() != "Constant" or shape not in ([channels, 1, 1], [1, channels, 1, 1]):
-        return None
-    return np.array(constant.data, np.float32).reshape(channels)
 
 
 @cache  # for good: OpenVINO would unload the library with the last factory and core, and not ask for nodes that are left

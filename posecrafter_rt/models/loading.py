@@ -86,14 +86,12 @@ class PoseModel:
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts → input_ids int64 (prompts, tokens), padded and cut to the text encoder's length."""
-        return tokenize(self.tokenizer, prompts)
+        return tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings)
 
 
-def tokenize(tokenizer: CLIPTokenizerFast, prompts: list[str]) -> Tensor:
-    """Prompts → input_ids int64 (prompts, tokens), padded and cut to the text encoder's length (77)."""
-    encoded = tokenizer(
-        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
+def tokenize(tokenizer: CLIPTokenizerFast, prompts: list[str], num_tokens: int) -> Tensor:
+    """Prompts → input_ids int64 (prompts, num_tokens), padded and cut."""
+    encoded = tokenizer(prompts, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt")
     return encoded.input_ids.to(torch.int64)
 
 

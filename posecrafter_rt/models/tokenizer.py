@@ -24,15 +24,14 @@ class PromptTokenizer:
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
             self._tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
             padding = config["pad_token"]
+            padding_id = self._tokenizer.token_to_id(padding)
+            self._tokenizer.enable_padding(length=num_tokens, pad_token=padding, pad_id=padding_id)
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise ModelError(
                 f"{folder} is no tokenizer of an engine: {error}", hint="build the engine again"
             ) from error
         self._tokenizer.enable_truncation(num_tokens)
-        self._tokenizer.enable_padding(
-            length=num_tokens, pad_token=padding, pad_id=self._tokenizer.token_to_id(padding)
-        )
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Prompts → input_ids int64 (prompts, num_tokens), padded and cut, what marks begin and end included."""
+        """Prompts → input_ids int64 (prompts, num_tokens), with begin and end marked, padded and cut."""
         return torch.tensor([encoded.ids for encoded in self._tokenizer.encode_batch(prompts)], dtype=torch.int64)

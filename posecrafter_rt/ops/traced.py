@@ -15,7 +15,7 @@ from torch import Tensor
 from posecrafter_rt.ops.dispatch import COMPILER_OPS
 
 
-def _like_queries(q: Tensor, *others: Any) -> Tensor:
+def _fake(q: Tensor, *others: Any) -> Tensor:
     """What an attention gives as far as a tracer asks.
 
     Its own arithmetic would tell, too, in seconds a network: every reshape of dimensions that are symbols is proved.
@@ -29,7 +29,7 @@ def _register() -> None:
     log.setLevel(logging.ERROR)  # torch warns at registration where Triton is absent; here that is no fault
     try:
         for name, function in COMPILER_OPS.items():
-            torch.library.triton_op(f"posecrafter::{name}", mutates_args=())(function).register_fake(_like_queries)
+            torch.library.triton_op(f"posecrafter::{name}", mutates_args=())(function).register_fake(_fake)
     finally:
         log.setLevel(level)
 

@@ -36,7 +36,7 @@ class StreamOptions:
     unet_every: int = 1
     decoder: Decoder | None = None
     strength: float | None = None
-    inversion_substeps: int = 10  # of one frame and cached, as in the presets of a render
+    inversion_substeps: int = 10  # of one frame, and cached
     prompt: str | None = None
     conditioning_scale: float = 1.0
     resample: Resample = "bilinear"

@@ -72,7 +72,7 @@ def test_a_changed_manifest_is_refused(tmp_path: Path, before: bytes, after: byt
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"schema": 0}', '{"schema": 0, "size": NaN}', '{"schema": 4, "size": NaN}']
+    "content", ["", "{", "[]", "null", '{"schema": 0}', '{"schema": 0, "size": NaN}', '{"schema": 5, "size": NaN}']
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     (build(tmp_path / "e") / "manifest.json").write_text(content)

@@ -38,12 +38,15 @@ def written(request: pytest.FixtureRequest, tiny_base: Path, tmp_path: Path) -> 
 
 def test_tokens_are_those_of_transformers(written: tuple[CLIPTokenizerFast, Path]) -> None:
     tokenizer, folder = written
-    ours, expected = PromptTokenizer(folder, 77)(PROMPTS), tokenize(tokenizer, PROMPTS)
+    ours, expected = PromptTokenizer(folder, 77)(PROMPTS), tokenize(tokenizer, PROMPTS, 77)
     assert ours.dtype == torch.int64 and torch.equal(ours, expected)
     assert torch.equal(PromptTokenizer(folder, 77)(PROMPTS[1:2]), expected[1:2])
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{}")])
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda path: path.write_text("{}"), lambda path: path.write_text('{"pad_token": "no word of it"}')],
+)
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_folder_without_them_is_refused(written: tuple[CLIPTokenizerFast, Path], name: str, damage: object) -> None:
     assert callable(damage)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import posecrafter_rt.ops.traced  # noqa: F401  (registers torch.ops.posecrafter)
 from posecrafter_rt.errors import BackendUnavailable, ShapeError
 from posecrafter_rt.ops import keyframe_attention, temporal_attention
 

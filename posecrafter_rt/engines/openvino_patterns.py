@@ -1,0 +1,46 @@
+"""What passes over OpenVINO's graphs look for: a constant for each channel, an addition, a node's only user.
+
+Layer 4: nodes and values are OpenVINO's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def only_user(node: Any) -> Any | None:
+    """The node that alone reads what a node gives; who asks for its shape does not read it."""
+    users = [user.get_node() for user in node.output(0).get_target_inputs()]
+    users = [user for user in users if user.get_type_name() != "ShapeOf"]
+    return users[0] if len(users) == 1 else None
+
+
+def orders(node: Any, kind: str) -> list[tuple[Any, Any]]:
+    """The two inputs of a node of this type, either first; nothing for another node."""
+    if node.get_type_name() != kind:
+        return []
+    first, second = node.input_values()
+    return [(first, second), (second, first)]
+
+
+def is_same(first: Any, second: Any) -> bool:
+    """Whether two values are one: nodes that are compared by == make a node."""
+    return (first.get_node().get_name(), first.get_index()) == (second.get_node().get_name(), second.get_index())
+
+
+def added(node: Any, channels: int) -> np.ndarray | None:
+    """What an addition adds to every channel, if it is constant and no more than that."""
+    return next((found for _, value in orders(node, "Add")
+                 if (found := of_channels(value, channels)) is not None), None)  # fmt: skip
+
+
+def of_channels(value: Any, channels: int) -> np.ndarray | None:
+    """A constant number for each channel."""
+    constant, shape = value.get_node(), list(value.get_shape())
+    while constant.get_type_name() in ("Reshape", "Unsqueeze"):
+        constant = constant.input_value(0).get_node()
+    if constant.get_type_name() != "Constant" or shape not in ([channels, 1, 1], [1, channels, 1, 1]):
+        return None
+    return np.array(constant.data, np.float32).reshape(channels)
