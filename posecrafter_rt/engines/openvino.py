@@ -127,7 +127,7 @@ class OpenVinoEngine:
             model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
             if self._winograd is not None:
                 use_winograd(model)
-                use_products(model)
+                use_products(model)  # of use beside those, whose pictures have their channels first
             if self._is_by_channel:
                 normalise_by_channel(model)  # those that no convolution took
         return model

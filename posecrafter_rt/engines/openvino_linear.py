@@ -2,6 +2,7 @@
 
 Layer 4. Between pictures and tokens diffusers has 1×1 convolutions, for which OpenVINO reorders the picture that it then
 transposes: on tokens they are products. And it copies both halves of a gated unit's product apart: two products need no copy.
+Compiled networks are kept by `openvino_winograd.REWRITING`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from posecrafter_rt.engines.openvino_patterns import added, only_user
 
 if TYPE_CHECKING:
     import openvino
+
+SWAPPED = [0, 2, 1]  # flat pictures (N, C, h·w) to tokens (N, h·w, C), and back
 
 
 def use_products(model: openvino.Model) -> int:
@@ -36,13 +39,13 @@ def _convolve_tokens(node: Any) -> bool:
         return False
     if tokens is None:
         flat = op.reshape(node.input_value(0), np.array([frames, in_channels, height * width]), special_zero=False)
-        tokens = op.transpose(flat, np.array([0, 2, 1])).output(0)
-    weight = np.asarray(node.input_value(1).get_node().data).reshape(channels, in_channels)
+        tokens = op.transpose(flat, np.array(SWAPPED)).output(0)
+    weight = op.reshape(node.input_value(1), np.array([channels, in_channels]), special_zero=False)
     out = _linear(tokens, weight, bias)
     if read_as_tokens is not None:
         read_as_tokens.output(0).replace(out)
     else:
-        planes = op.transpose(out, np.array([0, 2, 1]))
+        planes = op.transpose(out, np.array(SWAPPED))
         shape = np.array([frames, channels, height, width])
         last.output(0).replace(op.reshape(planes, shape, special_zero=False).output(0))
     return True
@@ -66,7 +69,11 @@ def _tokens_of(pixels: Any) -> Any | None:
     if reshape.get_type_name() != "Reshape":
         return None
     transpose, (frames, channels, height, width) = reshape.input_value(0).get_node(), pixels.get_shape()
-    is_made = _swaps(transpose) and list(transpose.get_output_shape(0)) == [frames, channels, height * width]
+    is_made = _is_transpose(transpose, SWAPPED) and list(transpose.get_output_shape(0)) == [
+        frames,
+        channels,
+        height * width,
+    ]
     return transpose.input_value(0) if is_made else None
 
 
@@ -76,29 +83,35 @@ def _read_as_tokens(node: Any) -> Any | None:
     if reshape is None or reshape.get_type_name() != "Reshape":
         return None
     transpose = only_user(reshape)
-    is_read = list(reshape.get_output_shape(0)) == [frames, channels, height * width] and _swaps(transpose)
+    is_read = list(reshape.get_output_shape(0)) == [frames, channels, height * width] and _is_transpose(
+        transpose, SWAPPED
+    )
     return transpose if is_read else None
 
 
-def _swaps(node: Any | None) -> bool:
-    """Whether it swaps the last two of three dimensions."""
+def _is_transpose(node: Any | None, order: list[int]) -> bool:
     if node is None or node.get_type_name() != "Transpose":
         return False
-    order = node.input_value(1).get_node()
-    return order.get_type_name() == "Constant" and order.data.tolist() == [0, 2, 1]
+    constant = node.input_value(1).get_node()
+    return constant.get_type_name() == "Constant" and constant.data.tolist() == order
 
 
 def _multiply_apart(split: Any) -> bool:
     """The parts of a linear layer's output, each as a product with its part of the weights."""
+    from openvino import opset13 as op
+
     if split.get_type_name() != "Split" or not _is_along_last(split):
         return False
     layer = _linear_layer(split.input_value(0).get_node())
     if layer is None:
         return False
     tokens, weight, bias = layer
+    *rows, in_channels = tokens.get_shape()
+    if np.prod(rows) < in_channels:  # then the weights, which are copied here, are the larger ones
+        return False
     number = split.get_output_size()
-    for output, rows, numbers in zip(split.outputs(), np.split(weight, number), np.split(bias, number), strict=True):
-        output.replace(_linear(tokens, rows, numbers))
+    for output, part, numbers in zip(split.outputs(), np.split(weight, number), np.split(bias, number), strict=True):
+        output.replace(_linear(tokens, op.constant(np.ascontiguousarray(part)), numbers))
     return True
 
 
@@ -117,30 +130,24 @@ def _linear_layer(add: Any) -> tuple[Any, np.ndarray, np.ndarray] | None:
         return None
     facts, value = product.get_attributes(), product.input_value(1)
     is_transposed = facts["transpose_b"]
-    if _is_matrix_transpose(value.get_node()):
+    if _is_transpose(value.get_node(), [1, 0]):
         value, is_transposed = value.get_node().input_value(0), not is_transposed
     channels = add.get_output_shape(0)[-1]
     if facts["transpose_a"] or not _is_float_constant(value) or list(bias.get_output_shape(0)) != [channels]:
         return None
     weight = np.asarray(value.get_node().data)
-    return product.input_value(0), weight if is_transposed else weight.T, np.asarray(bias.data)
-
-
-def _is_matrix_transpose(node: Any) -> bool:
-    return (
-        node.get_type_name() == "Transpose"
-        and len(node.get_output_shape(0)) == 2
-        and (node.input_value(1).get_node().data.tolist() == [1, 0])
-    )
+    weight = weight if is_transposed else weight.T
+    is_matrix = weight.ndim == 2 and len(weight) == channels  # a bias may broadcast what is narrower
+    return (product.input_value(0), weight, np.asarray(bias.data)) if is_matrix else None
 
 
 def _is_float_constant(value: Any) -> bool:
     return value.get_node().get_type_name() == "Constant" and value.get_element_type().get_type_name() == "f32"
 
 
-def _linear(tokens: Any, weight: np.ndarray, bias: np.ndarray | None) -> Any:
-    """tokens · weightᵀ + bias, an output; weight (out, in)."""
+def _linear(tokens: Any, weight: Any, bias: np.ndarray | None) -> Any:
+    """tokens · weightᵀ + bias, an output; weight (out, in), a node."""
     from openvino import opset13 as op
 
-    out = op.matmul(tokens, op.constant(np.ascontiguousarray(weight)), False, True)
+    out = op.matmul(tokens, weight, False, True)
     return (out if bias is None else op.add(out, op.constant(bias))).output(0)

@@ -40,7 +40,7 @@ LEAST_TILES = 16  # over all frames: fewer do not pay for the transformed weight
 LARGE_TILES = 16  # of 4×4, in one frame
 MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures
 TOLERANCE = 1e-4  # of the largest value, where float32 comes to 1e-5
-REWRITING = 3  # counted up when other convolutions are replaced, or otherwise: compiled networks are kept under it
+REWRITING = 3  # counted up when networks are rewritten otherwise, here or in openvino_linear: they are kept under it
 
 log = logging.getLogger(__name__)
 

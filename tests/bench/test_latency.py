@@ -235,7 +235,7 @@ def test_a_frame_computes_what_paper_says(
     flops = frame_flops(Counters(tiny_base), SIZE, steps, window, decoder)
     pose = moving_person(1, SIZE).keypoints[0]
     with avatar.stream(steps=steps, window=window, decoder=decoder) as stream:
-        assert count_flops(lambda: stream.step(pose)) == sum(flops.values())
+        assert count_flops(lambda: stream.step(pose)) == sum(flops.values()) - flops["edit"]  # which is counted by hand
 
 
 def test_the_committed_budget_is_this_codes() -> None:

@@ -118,6 +118,12 @@ LEFT_ALONE: dict[str, Callable[[Any], Any]] = {
     "planes that are read, too": shared(lambda x: to_tokens(convolved(x))),
     "halves of tokens": lambda x: halves(linear(to_tokens(x), False), axis=0),
     "halves of a whole that is read, too": lambda x: [halves(y := linear(to_tokens(x), False)), op.relu(y)],
+    "halves of a sum that is wider than the product": lambda x: halves(
+        op.add(op.matmul(to_tokens(x), draw(1, CHANNELS), False, True), draw(12))
+    ),
+    "halves of fewer tokens than channels": lambda x: halves(
+        linear(op.gather(to_tokens(x), np.arange(7), np.int64(1)), False)
+    ),
     "halves of no layer": lambda x: halves(op.relu(to_tokens(x))),
     "halves of a product of tokens": lambda x: halves(
         op.add(op.matmul(to_tokens(x), x_square(x), False, False), draw(16))
