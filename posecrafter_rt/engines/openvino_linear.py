@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posecrafter_rt.engines.openvino_patterns import added, only_user
+from posecrafter_rt.engines.openvino_patterns import only_user, with_bias
 
 if TYPE_CHECKING:
     import openvino
@@ -31,9 +31,7 @@ def _convolve_tokens(node: Any) -> bool:
     if not _is_pointwise(node):
         return False
     (frames, channels, height, width), in_channels = node.get_output_shape(0), node.get_input_shape(0)[1]
-    user = only_user(node)
-    bias = None if user is None else added(user, channels)
-    last = node if bias is None else user
+    last, bias = with_bias(node, channels)
     tokens, read_as_tokens = _tokens_of(node.input_value(0)), _read_as_tokens(last)
     if tokens is None and read_as_tokens is None:
         return False

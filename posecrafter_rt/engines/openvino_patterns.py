@@ -36,6 +36,13 @@ def added(node: Any, channels: int) -> np.ndarray | None:
                  if (found := of_channels(value, channels)) is not None), None)  # fmt: skip
 
 
+def with_bias(node: Any, channels: int) -> tuple[Any, np.ndarray | None]:
+    """The node that gives what a node gives plus its bias, and that bias; the node itself and None where it has none."""
+    user = only_user(node)
+    bias = None if user is None else added(user, channels)
+    return (node, None) if bias is None else (user, bias)
+
+
 def of_channels(value: Any, channels: int) -> np.ndarray | None:
     """A constant number for each channel."""
     constant, shape = value.get_node(), list(value.get_shape())

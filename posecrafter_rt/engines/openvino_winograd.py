@@ -22,7 +22,7 @@ import torch
 from posecrafter_rt import config
 from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
 from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
-from posecrafter_rt.engines.openvino_patterns import added, is_same, of_channels, only_user, orders
+from posecrafter_rt.engines.openvino_patterns import added, is_same, of_channels, orders, with_bias
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.machine import cpu_features
 from posecrafter_rt.models.doubling import fold_doubling
@@ -139,9 +139,7 @@ def _rewrite(convolution: Any, tile: int, factory: Any) -> None:
     if convolution.get_type_name() == "ConvolutionBackpropData":
         weight = op.constant(_unfolded(np.asarray(weight.get_node().data))).output(0)
         attributes["times"] = 2
-    user = only_user(convolution)
-    bias = None if user is None else added(user, channels)
-    replaced = convolution if bias is None else user
+    replaced, bias = with_bias(convolution, channels)
     constants = [np.zeros(channels, np.float32) if bias is None else bias]
     pixels = convolution.input_value(0)
     before = _silu_of_norm(pixels)
