@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posecrafter_rt.engines.openvino_patterns import only_user, with_bias
+from posecrafter_rt.engines.openvino_patterns import has_filter, only_user, with_bias
 
 if TYPE_CHECKING:
     import openvino
@@ -51,14 +51,8 @@ def _convolve_tokens(node: Any) -> bool:
 
 def _is_pointwise(node: Any) -> bool:
     """Whether it is a float32 convolution of 1×1 and stride 1 with constant weights."""
-    if node.get_type_name() != "Convolution" or not _is_float_constant(node.input_value(1)):
-        return False
-    facts = node.get_attributes()
-    return (
-        list(node.get_input_shape(1))[2:] == [1, 1]
-        and list(facts["strides"]) == [1, 1]
-        and list(facts["pads_begin"]) == list(facts["pads_end"]) == [0, 0]
-    )
+    is_constant = node.get_type_name() == "Convolution" and _is_float_constant(node.input_value(1))
+    return is_constant and has_filter(node, kernel=1, stride=1, padding=0)
 
 
 def _tokens_of(pixels: Any) -> Any | None:

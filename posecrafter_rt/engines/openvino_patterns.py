@@ -17,6 +17,18 @@ def only_user(node: Any) -> Any | None:
     return users[0] if len(users) == 1 else None
 
 
+def has_filter(node: Any, kernel: int, stride: int, padding: int) -> bool:
+    """Whether a convolution, or a transposed one, has a square filter with these and without dilation."""
+    facts = node.get_attributes()
+    return (
+        list(node.get_input_shape(1))[2:] == [kernel] * 2
+        and list(facts["strides"]) == [stride] * 2
+        and list(facts["dilations"]) == [1, 1]
+        and list(facts["pads_begin"]) == list(facts["pads_end"]) == [padding] * 2
+        and facts["auto_pad"] in ("explicit", "notset")
+    )
+
+
 def orders(node: Any, kind: str) -> list[tuple[Any, Any]]:
     """The two inputs of a node of this type, either first; nothing for another node."""
     if node.get_type_name() != kind:

@@ -22,7 +22,7 @@ import torch
 from posecrafter_rt import config
 from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
 from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
-from posecrafter_rt.engines.openvino_patterns import added, is_same, of_channels, orders, with_bias
+from posecrafter_rt.engines.openvino_patterns import added, has_filter, is_same, of_channels, orders, with_bias
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.machine import cpu_features
 from posecrafter_rt.models.doubling import fold_doubling
@@ -96,28 +96,18 @@ def _tile(node: Any) -> int | None:
 
 def _is_convolution(node: Any) -> bool:
     """Whether it is one of 3×3, stride 1 and padding 1."""
-    return node.get_type_name() == "Convolution" and _has(node, kernel=3, stride=1)
+    return node.get_type_name() == "Convolution" and has_filter(node, kernel=3, stride=1, padding=1)
 
 
 def _is_doubling(node: Any) -> bool:
     """Whether it is a transposed one that stands for a doubled picture's convolution, see `models.folding.fold_doubled`."""
-    if node.get_type_name() != "ConvolutionBackpropData" or not _has(node, kernel=4, stride=2):
+    if node.get_type_name() != "ConvolutionBackpropData" or not has_filter(node, kernel=4, stride=2, padding=1):
         return False
     if len(node.input_values()) != 2 or any(node.get_attributes()["output_padding"]):
         return False
     weight = np.asarray(node.input_value(1).get_node().data)
     again = fold_doubling(torch.from_numpy(_unfolded(weight))).numpy()
     return bool(np.abs(again - weight).max() <= TOLERANCE * np.abs(weight).max())
-
-
-def _has(node: Any, kernel: int, stride: int) -> bool:
-    facts, around = node.get_attributes(), [1, 1]
-    return (
-        list(node.get_input_shape(1))[2:] == [kernel] * 2
-        and list(facts["strides"]) == [stride] * 2
-        and all(list(facts[name]) == around for name in ("dilations", "pads_begin", "pads_end"))
-        and facts["auto_pad"] in ("explicit", "notset")
-    )
 
 
 def _unfolded(weight: np.ndarray) -> np.ndarray:

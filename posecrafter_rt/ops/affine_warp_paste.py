@@ -10,8 +10,9 @@ from torch import Tensor
 
 from posecrafter_rt.errors import ShapeError
 from posecrafter_rt.ops import native
+from posecrafter_rt.ops.dispatch import is_traced_as_op
 from posecrafter_rt.ops.reference import MODES, affine_warp_paste_ref
-from posecrafter_rt.ops.registry import choose_backend, needs_grad
+from posecrafter_rt.ops.registry import choose_backend
 
 
 def affine_warp_paste(
@@ -36,7 +37,7 @@ def affine_warp_paste(
     """
     _check(latent, 3, affines, rects, mode)
     affines, rects = _to_device(affines, rects, latent)
-    if _is_traced(backend, latent):
+    if is_traced_as_op(backend, latent):  # not always: to call an op as one, torch imports Dynamo, which takes seconds
         return _affine_warp_paste_op(latent, affines, rects, mode)
     chosen = choose_backend("affine_warp_paste", backend, latent, regions=affines.shape[1])
     return _run(latent, affines, rects, mode, chosen)
@@ -59,7 +60,7 @@ def affine_warp_paste_(
             "pass the inserted frame first: N + 1 latents for N edits",
         )
     affines, rects = _to_device(affines, rects, latents)
-    if _is_traced(backend, latents):
+    if is_traced_as_op(backend, latents):
         _affine_warp_paste_inplace_op(latents, affines, rects, mode)
         return latents
     chosen = choose_backend("affine_warp_paste", backend, latents, regions=affines.shape[1])
@@ -82,11 +83,6 @@ def _check(latent: Tensor, ndim: int, affines: Tensor, rects: Tensor, mode: str)
         )
     if mode not in MODES:
         raise ShapeError(f"affine_warp_paste: unknown mode {mode!r}", f"choose one of {', '.join(MODES)}")
-
-
-def _is_traced(backend: str | None, latents: Tensor) -> bool:
-    """Whether a compiler is to see one node. Called as one outside of it torch would import Dynamo, which takes seconds."""
-    return backend is None and torch.compiler.is_compiling() and not needs_grad(latents)
 
 
 def _to_device(affines: Tensor, rects: Tensor, latent: Tensor) -> tuple[Tensor, Tensor]:
