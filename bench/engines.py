@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from bench.onnx_engines import ENGINES, Network
+from bench.processes import in_own_process
 from bench.report import add_output_arguments, name_by_device, picture_size, publish, table
-from bench.runs import in_own_process, wait_for_gpu, write_random_base
+from bench.runs import wait_for_gpu
 from bench.timing import machine, time_call
+from bench.untrained import write_random_base
 from posecrafter_rt.engines import PRECISIONS, get_backend, names
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.machine import peak_rss_bytes

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import posecrafter_rt.ops.traced  # noqa: F401  (registers torch.ops.posecrafter)
 from bench.plain import Networks, to_diffusers
-from bench.runs import shapes_only
+from bench.untrained import shapes_only
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.folding import fold_denoiser, fold_vae
 from posecrafter_rt.models.networks import VaeDecoder, build_networks, describe_architecture

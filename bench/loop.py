@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from bench.processes import in_own_process
 from bench.report import add_output_arguments, name_by_device, publish, table
-from bench.runs import in_own_process, moving_person, wait_for_gpu
+from bench.runs import moving_person, wait_for_gpu
 from bench.throughput import add_engine_arguments, find_engine
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from bench.flops import Counters, Setup, count_flops
+from bench.processes import in_own_process
 from bench.report import add_output_arguments, name_by_device, publish, table
-from bench.runs import forget_inversions, in_own_process, moving_person
+from bench.runs import forget_inversions, moving_person
 from bench.throughput import add_engine_arguments, find_engine, measure_peak
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar

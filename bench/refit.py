@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
+from bench.processes import in_own_process
 from bench.report import add_output_arguments, name_by_device, picture_size, publish, table
-from bench.runs import in_own_process, untrained_checkpoint, write_random_base
 from bench.timing import machine
+from bench.untrained import untrained_checkpoint, write_random_base
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines import choose_precision, get_backend, names

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from bench.processes import in_own_process
 from bench.report import add_output_arguments, publish, table
-from bench.runs import in_own_process, moving_person, untrained_checkpoint
+from bench.runs import moving_person
 from bench.timing import machine
+from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.machine import peak_rss_bytes

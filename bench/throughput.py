@@ -23,9 +23,11 @@ from bench.contenders import METHODS, WARM_UP_STEPS, Job, run
 from bench.flops import Counters, Setup
 from bench.kernels import measure_peaks
 from bench.plot import Bar, stacked_bars
+from bench.processes import in_own_process
 from bench.report import add_output_arguments, name_by_device, picture_size, publish, result_path, table, write_json
-from bench.runs import in_own_process, moving_person, psnr, untrained_checkpoint, write_random_base
+from bench.runs import moving_person, psnr
 from bench.timing import machine
+from bench.untrained import untrained_checkpoint, write_random_base
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines import choose_backend, choose_precision

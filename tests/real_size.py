@@ -11,7 +11,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
-from bench.runs import shapes_only
+from bench.untrained import shapes_only
 from posecrafter_rt.export.onnx import export_network, save_model
 from posecrafter_rt.export.verify import verify_network
 from posecrafter_rt.machine import peak_rss_bytes

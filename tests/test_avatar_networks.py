@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.runs import untrained_checkpoint
+from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar_networks import Networks
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.errors import PoseCrafterError

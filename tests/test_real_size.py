@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.runs import in_own_process, untrained_checkpoint, write_random_base
+from bench.processes import in_own_process
+from bench.untrained import untrained_checkpoint, write_random_base
 from tests.real_size import prove_export
 
 pytestmark = pytest.mark.slow

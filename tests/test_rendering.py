@@ -15,7 +15,8 @@ import av
 import numpy as np
 import pytest
 
-from bench.runs import moving_person, untrained_checkpoint
+from bench.runs import moving_person
+from bench.untrained import untrained_checkpoint
 from posecrafter_rt import atomic
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine

@@ -28,10 +28,11 @@ from bench.live import (
     summarise,
 )
 from bench.report import RESULTS
-from bench.runs import moving_person, untrained_checkpoint
+from bench.runs import moving_person
 from bench.stream_budget import BASES, count_base, frame_flops, memory_bytes
 from bench.stream_budget import markdown as budget_markdown
 from bench.throughput import find_engine
+from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.runtime.live import LiveOptions

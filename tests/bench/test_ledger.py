@@ -21,7 +21,8 @@ from bench.ledger import (
 )
 from bench.plain import Baseline
 from bench.report import RESULTS
-from bench.runs import moving_person, untrained_checkpoint
+from bench.runs import moving_person
+from bench.untrained import untrained_checkpoint
 from bench.workloads import LEVELS
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import posecrafter_rt.avatar
 from bench.plain import Baseline
-from bench.runs import moving_person, psnr, untrained_checkpoint
+from bench.runs import moving_person, psnr
+from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint

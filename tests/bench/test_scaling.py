@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from bench import scaling
-from bench.runs import untrained_checkpoint
 from bench.scaling import Plan, markdown, measure_axes, slope, summarise
+from bench.untrained import untrained_checkpoint
 from posecrafter_rt.building import BuildOptions, build_engine
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.runs import moving_person, untrained_checkpoint
+from bench.runs import moving_person
 from bench.segments import compare, jumps, markdown, seam_frames
+from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.runtime.segments import split_clip

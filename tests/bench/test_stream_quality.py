@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.runs import moving_person, untrained_checkpoint
+from bench.runs import moving_person
 from bench.stream_quality import compare, grade, markdown, stream_clip
+from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.runtime.live import LiveOptions

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.runs import moving_person, untrained_checkpoint
+from bench.runs import moving_person
 from bench.stretch import compare, face_psnr, grade, markdown
+from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bench import runs, throughput
+from bench import throughput, untrained
 from bench.contenders import Job, run
 from bench.flops import Counters, Setup
+from bench.processes import in_own_process
 from bench.report import name_by_device
-from bench.runs import in_own_process, moving_person, psnr, untrained_checkpoint, write_random_base
+from bench.runs import moving_person, psnr
 from bench.throughput import (
     benchmark,
     extrapolate,
@@ -31,6 +32,7 @@ from bench.throughput import (
     result_name,
     summarise,
 )
+from bench.untrained import untrained_checkpoint, write_random_base
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.models.loading import load_base
 from posecrafter_rt.models.sources import SD15_FOLDER
@@ -233,7 +235,7 @@ def test_made_up_poses_move_smoothly_and_stay_in_the_picture() -> None:
 
 @pytest.fixture
 def small_configs(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "SD15_FOLDER", tiny_base)
+    monkeypatch.setattr(untrained, "SD15_FOLDER", tiny_base)
 
 
 def test_a_random_base_loads_and_is_written_once(small_configs: None, tmp_path: Path) -> None:
@@ -248,4 +250,4 @@ def test_a_random_base_loads_and_is_written_once(small_configs: None, tmp_path: 
 
 
 def test_the_random_base_is_of_stable_diffusions_size() -> None:
-    assert runs.SD15_FOLDER == SD15_FOLDER
+    assert untrained.SD15_FOLDER == SD15_FOLDER

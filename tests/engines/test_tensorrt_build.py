@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.runs import shapes_only
+from bench.untrained import shapes_only
 from posecrafter_rt.engines import MAX_FRAMES, names, usual_max_frames
 from posecrafter_rt.engines.tensorrt import shape_limits
 from posecrafter_rt.engines.tensorrt_build import (

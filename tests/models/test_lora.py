@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.runs import shapes_only
+from bench.untrained import shapes_only
 from posecrafter_rt.errors import CheckpointError
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.models.lora import Lora, _weights, fuse_loras, read_lora

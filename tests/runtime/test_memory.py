@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.runs import shapes_only
+from bench.untrained import shapes_only
 from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
 from posecrafter_rt.export.shapes import resolve_shape
 from posecrafter_rt.models.blocks import do_in_parts

@@ -1,0 +1,83 @@
+"""Bases and checkpoints that nobody trained: they cost what real ones cost, where the real ones cannot be had.
+
+Bench: imported by whatever measures without --checkpoint, and by tests.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from bench.runs import moving_person
+from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.engines.device import torch_device
+from posecrafter_rt.models.loading import load_base, named_parameters
+from posecrafter_rt.models.small_decoder import describe_config, new_small_decoder
+from posecrafter_rt.models.sources import SD15_FOLDER
+
+
+def untrained_checkpoint(base: str, size: tuple[int, int] | None = None, num_frames: int = 8) -> Checkpoint:
+    """A checkpoint whose temporal attention acts although nothing was tuned, with a small decoder: costs what a tuned one costs.
+
+    Args: base: as `load_base` takes it. size: (height, width); None: the base's own.
+    """
+    model = load_base(base, dtype=torch.float16)  # of whose weights nothing is kept but names and shapes
+    size = size or model.settings.size
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(parameter.shape, generator=generator) * 0.5 / parameter.shape[-1] ** 0.5
+               for name, parameter in named_parameters(model) if name.endswith("conv_temp.weight")}  # fmt: skip
+    arch = model.architecture()
+    small = new_small_decoder(arch.latent_channels, arch.vae_scale_factor, generator)
+    tensors |= {f"small_decoder.{name}": parameter.detach() for name, parameter in small.named_parameters()}
+    frames = np.random.default_rng(0).integers(0, 256, (num_frames, *(side // 8 for side in size), 3), np.uint8)
+    frames = frames.repeat(8, axis=1).repeat(8, axis=2)  # patches: pure noise is no picture to a VAE
+    metadata = {**model.identity(), "prompt": model.settings.prompt, "size": list(size),
+                "norm_scope": model.unet.norm_scope, "seed": 0, "steps": 0,
+                "small_decoder": describe_config(small)}  # fmt: skip
+    return Checkpoint(tensors, frames, moving_person(num_frames, size), metadata)
+
+
+def shapes_only(configs: Path) -> dict[str, Any]:
+    """The four networks of a base on the meta device, from the config.json of each in its folder of `configs`."""
+    classes = {"unet": UNet2DConditionModel, "controlnet": ControlNetModel, "vae": AutoencoderKL}
+    with torch.device("meta"):
+        networks = {name: cls.from_config(json.loads((configs / name / "config.json").read_text()))
+                    for name, cls in classes.items()}  # fmt: skip
+        return {**networks, "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))}
+
+
+def write_random_base(folder: Path) -> Path:
+    """A base of Stable Diffusion 1.5's configuration and random weights in fp16, 3 GB: it costs what the real one costs.
+
+    Returns: the folder. One that is complete already is kept.
+    """
+    if (folder / "complete").exists():
+        return folder
+    shutil.copytree(SD15_FOLDER, folder, dirs_exist_ok=True)
+    generator = torch.Generator(torch_device()).manual_seed(0)
+    for name, model in shapes_only(folder).items():
+        file = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
+        save_file(_random(model, generator), folder / name / file)
+    (folder / "complete").touch()
+    return folder
+
+
+def _random(model: nn.Module, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Norms as the identity, small weights: activations stay finite, also in 16 bits. Drawn where the generator is."""
+    tensors = {}
+    for name, tensor in model.named_parameters():
+        if tensor.ndim == 1:
+            tensors[name] = torch.full(tensor.shape, float("norm" in name and name.endswith("weight"))).half()
+        else:
+            drawn = torch.randn(tensor.shape, generator=generator, device=generator.device)
+            tensors[name] = drawn.mul_(0.02).half().cpu()
+    return tensors
