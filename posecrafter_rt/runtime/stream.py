@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.engines.base import Engine
+from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method.dpmpp import Terms, dpmpp_step
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.live import PoseFollower
@@ -79,7 +80,11 @@ class StreamDenoiser:
     order, for temporal attention knows none. The tensors are made once.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], sampling: Sampling, window: int) -> None:
+    def __init__(
+        self, engines: Mapping[str, Engine], sampling: Sampling, window: int,
+        memory: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:  # fmt: skip
+        """memory: the reference's, of which only the temporal part is copied; None to sample the reference itself."""
         self.controlnet, self.unet = engines["controlnet_stream"], engines["unet_stream"]
         self.shallow_unet = engines.get(SHALLOW_STREAM)
         self.device, self.window = self.unet.device, window
@@ -89,26 +94,27 @@ class StreamDenoiser:
             name: {"time_projections": sampling.tables.time_projections[name], "text_kv": sampling.tables.text_kv[name]}
             for name in ("controlnet", "unet")
         }
-        self.keyframe = {
-            network.spec.name: {spec.name: self._zeros(spec, steps) for spec in _kept(network, "keyframe")}
-            for network in (self.controlnet, self.unet)
-        }
-        self.temporal = {spec.name: self._zeros(spec, steps) for spec in _kept(self.unet, "temporal")}
         self.window_mask = torch.zeros(steps, window + 1, dtype=torch.bool, device=self.device)
         self.num_frames = [0] * steps  # that each step has remembered since the last `forget`
-
-    def _zeros(self, spec: TensorSpec, steps: int) -> Tensor:
-        """(S, …), of the type that networks keep, which only a call tells: float32 until then."""
-        dims = [{"frames": steps, "window": self.window + 1}.get(dim, dim) for dim in spec.dims]  # type: ignore[arg-type]
-        return torch.zeros([int(dim) for dim in dims], device=self.device)
-
-    def load(self, memory: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over the reference's keys and values; only the temporal ones are copied, into slot 0."""
-        self.keyframe = {name: dict(memory[name]) for name in self.keyframe}
+        # Of the type that networks keep, which only a call of them tells: float32 until then.
+        dtypes = {} if memory is None else {name: tensor.dtype for name, tensor in memory["temporal"].items()}
+        self.temporal = {spec.name: self._zeros(spec, steps, dtypes.get(spec.name, torch.float32))
+                         for spec in _kept(self.unet, "temporal")}  # fmt: skip
+        if memory is None:
+            self.keyframe = {
+                network.spec.name: {spec.name: self._zeros(spec, steps) for spec in _kept(network, "keyframe")}
+                for network in (self.controlnet, self.unet)
+            }
+            return
+        self.keyframe = {network.spec.name: dict(memory[network.spec.name]) for network in (self.controlnet, self.unet)}
         for name, tensor in memory["temporal"].items():
-            self.temporal[name] = self.temporal[name].to(tensor.dtype)
             self.temporal[name][:, 0] = tensor
         self.forget(slice(None))
+
+    def _zeros(self, spec: TensorSpec, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(S, …)"""
+        dims = [{"frames": steps, "window": self.window + 1}.get(dim, dim) for dim in spec.dims]  # type: ignore[arg-type]
+        return torch.zeros([int(dim) for dim in dims], dtype=dtype, device=self.device)
 
     def forget(self, steps: slice) -> None:
         """From these steps on, frames attend to the reference alone."""
@@ -212,11 +218,11 @@ class AvatarStream:
         self.engines, self.reference, self.options = engines, reference, options
         self.size = (reference.frame.shape[0], reference.frame.shape[1])
         self.last = StepInfo()
-        self._denoiser = StreamDenoiser(engines, reference.sampling, options.window)
-        self._denoiser.load(reference.memory)
+        self._denoiser = StreamDenoiser(engines, reference.sampling, options.window, reference.memory)
         self._poses = PoseFollower(reference.pose, self.size, options.live)
         self._frame = reference.frame
         self._flights: list[_Flight] = []
+        self._is_closed = False
 
     def step(self, pose: np.ndarray | None) -> np.ndarray:
         """The next frame.
@@ -224,17 +230,27 @@ class AvatarStream:
         Args: pose: float (134, 3) on a canvas of `size`; None or no keypoints: nobody is seen, and the last pose is
             held, then eased to the reference's.
         Returns: (H, W, 3) uint8 RGB, a new array.
-        Raises: PoseError for another shape or numbers that are not finite.
+        Raises: PoseError for another shape or numbers that are not finite, which change nothing; PoseCrafterError once
+            the stream is closed. After any other error the stream is as after `reset`.
         """
+        if self._is_closed:
+            raise PoseCrafterError("this stream is closed", "open another: avatar.stream()")
         live = self._poses.next(pose)
         self.last = StepInfo(live.held, live.is_repeat and not self._flights, live.jumped)
-        if self.last.is_repeat:
-            return self._frame.copy()
-        flight = self._take_off(live.pose, live.jumped)
+        if not self.last.is_repeat:
+            try:
+                self._render(live.pose, live.jumped)
+            except BaseException:
+                self.reset()  # some steps have remembered what others have not
+                raise
+        return self._frame.copy()
+
+    def _render(self, pose: np.ndarray, jumped: bool) -> None:
+        """Denoise, and decode what is done."""
+        flight = self._take_off(pose, jumped)
         landed = self._fly_along(flight) if self.options.is_pipelined else self._fly(flight)
         if landed is not None:
             self._frame = next(decode(self.engines, landed.latents, self.reference.decoder))
-        return self._frame.copy()
 
     def _take_off(self, pose: np.ndarray, starts_anew: bool) -> _Flight:
         """Edited latents and the embedding of a pose: all that its denoising needs (method step 4)."""
@@ -287,6 +303,7 @@ class AvatarStream:
 
     def close(self) -> None:
         """Let go of the memory."""
+        self._is_closed = True
         del self._denoiser
         self._flights = []
 

@@ -225,6 +225,33 @@ def test_a_jump_travels_down_the_pipeline(setting: Setting) -> None:
         assert_same_pictures(frame, wanted)
 
 
+@pytest.mark.parametrize("is_pipelined", [False, True])
+def test_after_an_error_a_stream_begins_anew(
+    setting: Setting, is_pipelined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames that half their steps remember, or that never landed, do not spoil those that come after."""
+    sampling, poses = sampling_of(setting, 2), some_poses(5)
+    with open_stream(setting, sampling, window=2, is_pipelined=is_pipelined) as stream:
+        expected = [stream.step(pose) for pose in poses[2:]]
+        stream.reset()
+        stream.step(poses[0])
+        remember, calls = stream._denoiser.remember, []
+
+        def fails_at_the_second_call(*arguments: Any) -> None:
+            calls.append(1)
+            if len(calls) == 2:
+                raise MemoryError
+            remember(*arguments)
+
+        monkeypatch.setattr(stream._denoiser, "remember", fails_at_the_second_call)
+        with pytest.raises(MemoryError):
+            [stream.step(pose) for pose in poses[1:]]
+        for pose, frame in zip(poses[2:], expected, strict=True):
+            assert np.array_equal(stream.step(pose), frame) and not stream.last.is_repeat
+    with pytest.raises(PoseCrafterError, match="this stream is closed"):
+        stream.step(poses[0])
+
+
 def test_still_poses_cost_nothing_and_a_lost_person_is_held(setting: Setting) -> None:
     sampling, pose = sampling_of(setting, 1), some_poses(1)[0]
     with open_stream(setting, sampling) as stream:
