@@ -5,11 +5,13 @@ Layer 6: puts together what the layers below know.
 
 from __future__ import annotations
 
+import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,18 +19,32 @@ from posecrafter_rt import __version__
 from posecrafter_rt.atomic import sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engine_training import write_training
-from posecrafter_rt.engines import Backend, Precision, choose_backend, choose_precision, usual_max_frames
+from posecrafter_rt.engines import (
+    LAST_RESORT,
+    Backend,
+    Precision,
+    choose_backend,
+    choose_precision,
+    usual_max_frames,
+)
 from posecrafter_rt.engines.folder import EngineFolder, building, in_use, open_folder
 from posecrafter_rt.engines.refit import check_source
 from posecrafter_rt.engines.stage_log import StageLog
-from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
+from posecrafter_rt.errors import DiskFull, EngineFolderError, PoseCrafterError
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
 from posecrafter_rt.models.sources import Base, locate_base
+from posecrafter_rt.models.weights import read_scheduler_config
 from posecrafter_rt.spec import NETWORK_NAMES
 
+if TYPE_CHECKING:
+    from posecrafter_rt.models.loading import PoseModel
+
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
+OF_THE_MACHINE = (OSError, MemoryError, DiskFull)  # what would end any backend's build
+
+log = logging.getLogger(__name__)
 
 # Told the name of each stage as it begins, and how many seconds are left if all goes as the last time, or None.
 BuildProgress = Callable[[str, float | None], None]
@@ -80,6 +96,8 @@ def build_engine(
 ) -> BuildResult:
     """Build an engine folder.
 
+    With backend `auto`, one that runs here but fails at this engine is passed over, with a warning that says why.
+
     Args:
         checkpoint: what `tune` wrote. output: the folder; None: the checkpoint's name with `.engine`.
         force: replace something at `output` that is not an engine folder; an engine folder is replaced anyway, once the
@@ -89,9 +107,41 @@ def build_engine(
         halve), OutputExists; PoseCrafterError for `max_frames` of a backend that takes any number; EngineFolderError when
         the engine to refit is damaged, or differs in more than weights.
     """
-    checkpoint = Path(checkpoint)
+    failed: dict[str, str] = {}
+    while True:
+        try:
+            return _build(Path(checkpoint), output, options, force, progress, failed)
+        except _PassedOver as error:
+            failed[error.backend] = f"it failed at this engine: {error}"
+            log.warning("%s is passed over, %s", error.backend, failed[error.backend])
+
+
+class _PassedOver(Exception):
+    """Why a backend that `auto` took did not build an engine, in one line."""
+
+    def __init__(self, backend: str, error: Exception) -> None:
+        super().__init__((str(error).strip().splitlines() or [type(error).__name__])[-1])
+        self.backend = backend
+
+
+@contextmanager
+def _passing_over(chosen: str | None) -> Iterator[None]:
+    """Raise _PassedOver for what the backend that `auto` has chosen fails at, where there is another."""
+    try:
+        yield
+    except Exception as error:
+        if chosen is None or chosen == LAST_RESORT or isinstance(error, OF_THE_MACHINE):
+            raise
+        raise _PassedOver(chosen, error) from error
+
+
+def _build(
+    checkpoint: Path, output: Path | str | None, options: BuildOptions, force: bool, progress: BuildProgress,
+    failed: Mapping[str, str],
+) -> BuildResult:  # fmt: skip
+    """`build_engine` by one backend. failed: why others are passed over, by name."""
     source = open_folder(options.refit) if options.refit is not None else None
-    backend, precision, why = _choose(options, source)
+    backend, precision, why = _choose(options, source, failed)
     tuned = Checkpoint.load(checkpoint)
     output = Path(output) if output is not None else checkpoint.with_suffix(".engine")
     loras = [read_lora(lora) for lora in options.loras]
@@ -100,9 +150,8 @@ def build_engine(
     manifest = _describe(tuned, locate_base(options.base or tuned.metadata["base"]), backend, precision, size, loras)
     if options.small_decoder is not None:
         manifest["small_decoder"] = hash_small_decoder(options.small_decoder)
-    manifest["feature_reuse"] = options.feature_reuse
-    if options.feature_reuse is None:
-        manifest["feature_reuse"] = True if source is None else source.manifest.get("feature_reuse", False)
+    usual = True if source is None else source.manifest.get("feature_reuse", False)
+    manifest["feature_reuse"] = usual if options.feature_reuse is None else options.feature_reuse
     if max_frames is not None:
         manifest["max_frames"] = max_frames
     manifest["fingerprint"] = sha256_json(manifest)
@@ -112,20 +161,13 @@ def build_engine(
     if current is not None:
         return BuildResult(current, True, why)
     decisive = ("backend", "precision", "size", "base_hash")
-    log = StageLog({"is_refit": source is not None, **{name: manifest[name] for name in decisive}})
+    stages = StageLog({"is_refit": source is not None, **{name: manifest[name] for name in decisive}})
 
     def on_stage(stage: str) -> None:
-        progress(stage, log.begin(stage))
+        progress(stage, stages.begin(stage))
 
     on_stage("loading the base")
-    model = tuned.load_model(base=options.base)
-    if options.small_decoder is not None:
-        arch = model.architecture()
-        model.small_decoder = load_small_decoder(options.small_decoder, arch.latent_channels, arch.vae_scale_factor,
-                                                 torch.float32)  # fmt: skip
-    fuse_loras(model, loras)
-    model.unet.gives_deep_features = manifest["feature_reuse"]
-    model.fold()
+    model = _load(tuned, options, loras, manifest["feature_reuse"])
     arch = replace(model.architecture(), size=(size[0], size[1]), max_frames=max_frames)
     arch.check_size(size)
     manifest["architecture"] = arch.to_json()
@@ -135,18 +177,35 @@ def build_engine(
         on_stage("writing the reference frames")
         write_training(staging, tuned.frames, tuned.poses, size)
         model.tokenizer.save_pretrained(staging / "tokenizer")
-        (staging / "networks").mkdir()
+        networks = staging / "networks"
+        networks.mkdir()
         if source is None:
-            backend.build(model, arch, staging / "networks", precision, on_stage)
+            with _passing_over(backend.name if options.backend == "auto" else None):
+                backend.build(model, arch, networks, precision, on_stage)
         else:
             with in_use(source):
-                backend.refit(source.networks, staging / "networks", model, arch, precision, on_stage)
+                backend.refit(source.networks, networks, model, arch, precision, on_stage)
     folder = open_folder(output)
-    log.save()
+    stages.save()
     return BuildResult(folder, False, why)
 
 
-def _choose(options: BuildOptions, source: EngineFolder | None) -> tuple[Backend, Precision, str]:
+def _load(tuned: Checkpoint, options: BuildOptions, loras: list[LoraFile], feature_reuse: bool) -> PoseModel:
+    """The tuned networks as they are built: LoRAs fused, folded."""
+    model = tuned.load_model(base=options.base)
+    if options.small_decoder is not None:
+        arch = model.architecture()
+        model.small_decoder = load_small_decoder(options.small_decoder, arch.latent_channels, arch.vae_scale_factor,
+                                                 torch.float32)  # fmt: skip
+    fuse_loras(model, loras)
+    model.unet.gives_deep_features = feature_reuse
+    model.fold()
+    return model
+
+
+def _choose(
+    options: BuildOptions, source: EngineFolder | None, failed: Mapping[str, str]
+) -> tuple[Backend, Precision, str]:
     """Backend and precision, and why this backend; what is left open is that of the engine to refit."""
     name, precision = options.backend, options.precision
     if source is not None:
@@ -154,7 +213,7 @@ def _choose(options: BuildOptions, source: EngineFolder | None) -> tuple[Backend
         precision = source.manifest["precision"] if precision == "auto" else precision
         check_source(source, {"backend": name, "precision": precision})
     chosen = choose_precision(precision, name)
-    backend, why = choose_backend(name, chosen)
+    backend, why = choose_backend(name, chosen, failed)
     return backend, chosen, why if source is None else f"that of {source.path}"
 
 
@@ -186,7 +245,7 @@ def _describe(
     return {
         "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
         "checkpoint": tuned.digest(), "device": backend.device(),
-        "networks": list(NETWORK_NAMES), "scheduler": base.scheduler_config(), "recommended": base.settings().recommended,
+        "networks": list(NETWORK_NAMES), "scheduler": read_scheduler_config(base), "recommended": base.settings().recommended,
         "libraries": {"python": platform.python_version(), **library_versions(sorted({*LIBRARIES, *backend.libraries}))},
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
         **({"loras": [lora.describe() for lora in loras]} if loras else {}),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -14,9 +16,16 @@ from typer.testing import CliRunner
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine, choose_max_frames
 from posecrafter_rt.cli.main import app
-from posecrafter_rt.engines import get_backend
+from posecrafter_rt.engines import LAST_RESORT, choose_backend, get_backend
 from posecrafter_rt.engines.folder import EngineFolder, open_folder, read_manifest, write_manifest
-from posecrafter_rt.errors import BackendUnavailable, EngineFolderError, OutputExists, PoseCrafterError, ShapeError
+from posecrafter_rt.errors import (
+    BackendUnavailable,
+    DiskFull,
+    EngineFolderError,
+    OutputExists,
+    PoseCrafterError,
+    ShapeError,
+)
 from posecrafter_rt.locks import locked
 from posecrafter_rt.models.lora import Lora
 from posecrafter_rt.tuning import TuneOptions, tune
@@ -33,6 +42,34 @@ def test_the_same_build_twice_is_nothing_to_do(tiny_checkpoint: Path, tiny_engin
     before = (tiny_engine / "manifest.json").stat().st_mtime_ns
     result = build_engine(tiny_checkpoint, tiny_engine, TORCH)
     assert result.was_current and (tiny_engine / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("error", [AttributeError("no such method"), EngineFolderError("unet: an error of 0.3", "ask")])
+def test_auto_passes_over_what_fails_and_says_so(
+    error: Exception, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def fails(self: object, model: object, arch: object, folder: Path, *arguments: object) -> None:
+        (folder / "half").touch()
+        raise error
+
+    first, _ = choose_backend("auto", "fp32")
+    assert first.name != LAST_RESORT
+    monkeypatch.setattr(type(first), "build", fails)
+    result = build_engine(tiny_checkpoint, tmp_path / "e", BuildOptions(precision="fp32"))
+    assert result.folder.manifest["backend"] == LAST_RESORT and not (tmp_path / "e" / "networks" / "half").exists()
+    why = f"{first.name}: it failed at this engine: {error}"
+    assert why in result.backend_reason and f"{first.name} is passed over" in caplog.text
+    with pytest.raises(type(error)):
+        build_engine(tiny_checkpoint, tmp_path / "f", BuildOptions(first.name, "fp32"))
+    monkeypatch.setattr(type(first), "build", _no_space)
+    with pytest.raises(DiskFull):
+        build_engine(tiny_checkpoint, tmp_path / "f", BuildOptions(precision="fp32"))
+    assert not (tmp_path / "f").exists()
+
+
+def _no_space(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_what_the_base_recommends_anew_reaches_an_engine_that_was_built_before(tiny_base: Path, tmp_path: Path) -> None:

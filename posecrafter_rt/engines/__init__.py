@@ -5,6 +5,7 @@ Layer 4.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +22,7 @@ _BACKENDS = {
     "torch": "TorchBackend",
     "inductor": "InductorBackend",
 }
+LAST_RESORT = "torch"
 ON_CPU = ("openvino",)  # the processor even where there is a GPU
 # Their folders can be loaded in fp32 whatever they were built in; the others hold code for one type.
 LOADED_WIDER = ("torch", "openvino")
@@ -35,6 +37,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 __all__ = [
     "IN_PARTS",
+    "LAST_RESORT",
     "LOADED_WIDER",
     "MAX_FRAMES",
     "PRECISIONS",
@@ -94,15 +97,15 @@ def _candidates() -> list[str]:
     return sorted(names(), key=lambda name: on_gpu and name in ON_CPU)
 
 
-def choose_backend(name: str, precision: Precision) -> tuple[Backend, str]:
-    """The backend to use and why.
+def choose_backend(name: str, precision: Precision, failed: Mapping[str, str] = {}) -> tuple[Backend, str]:
+    """The backend to use and why. failed: why `auto` is to pass over others, by name.
 
     Raises: BackendUnavailable when an explicitly named one cannot run here; the message says why.
     """
     refused: list[str] = []
     for candidate in _candidates() if name == "auto" else [name]:
         backend = get_backend(candidate)
-        reason = backend.unsupported_reason(precision)
+        reason = failed.get(candidate) or backend.unsupported_reason(precision)
         if reason is None:
             why = "as asked" if name != "auto" else "; ".join(refused) or "the fastest that runs here"
             return backend, why
