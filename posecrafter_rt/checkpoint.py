@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
@@ -24,6 +23,7 @@ from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.loading import PoseModel, apply_tensors, load_base
 from posecrafter_rt.models.small_decoder import empty_small_decoder
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.tensor_file import save_tensors
 
 FORMAT = "posecrafter-rt checkpoint"
 FORMAT_VERSION = 1
@@ -80,14 +80,11 @@ class Checkpoint:
         metadata = {name: value for name, value in self.metadata.items() if name != "format_version"}
         metadata["versions"] = {"python": platform.python_version(), **library_versions(LIBRARIES)}
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "fps": self.poses.fps, "metadata": metadata}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        tensors = dict(self.tensors)
         tensors["frames"] = torch.from_numpy(np.ascontiguousarray(self.frames))
         tensors["keypoints"] = torch.from_numpy(np.ascontiguousarray(self.poses.keypoints))
         with atomic_path(path) as temporary:
-            try:
-                save_file(tensors, temporary, {_HEADER: json.dumps(header, sort_keys=True)})
-            except SafetensorError as error:  # a failed write; atomic_path tells a full disk from its message
-                raise OSError(str(error)) from error
+            save_tensors(tensors, temporary, {_HEADER: json.dumps(header, sort_keys=True)})
 
     @classmethod
     def load(cls, path: str | Path) -> Checkpoint:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from posecrafter_rt.framing import resize_to, transform_keypoints
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.tensor_file import save_tensors
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -20,7 +21,7 @@ REFERENCE_FILE = "reference.safetensors"
 def write_training(folder: Path, frames: np.ndarray, poses: PoseSequence, size: tuple[int, int]) -> None:
     """Write frames (n, H, W, 3) uint8 and their poses into an engine's folder, brought to its size (height, width)."""
     tensors = {"frames": resize_to(frames, size), "keypoints": transform_keypoints(poses, size).keypoints}
-    save_file({name: torch.from_numpy(array).contiguous() for name, array in tensors.items()}, folder / REFERENCE_FILE)
+    save_tensors({name: torch.from_numpy(array) for name, array in tensors.items()}, folder / REFERENCE_FILE)
 
 
 def read_training(folder: Path) -> tuple[np.ndarray, PoseSequence]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -103,14 +104,12 @@ def test_nothing_is_overwritten_without_force(make_checkpoint: Callable[..., Che
 def test_a_full_disk_leaves_the_old_file(
     make_checkpoint: Callable[..., Checkpoint], saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors import SafetensorError
-
     def fail(tensors: dict, path: Path, metadata: dict) -> None:
         path.write_bytes(b"half")
-        raise SafetensorError(f"I/O error: {os.strerror(28)} (os error 28)")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = saved.read_bytes()
-    monkeypatch.setattr(checkpoint_module, "save_file", fail)
+    monkeypatch.setattr(checkpoint_module, "save_tensors", fail)
     with pytest.raises(DiskFull):
         make_checkpoint().save(saved, force=True)
     assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]

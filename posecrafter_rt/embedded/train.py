@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -29,6 +29,7 @@ from posecrafter_rt.embedded.train_denoiser import Corpus, Denoiser, encode_corp
 from posecrafter_rt.embedded.train_vae import train_vae
 from posecrafter_rt.models.blocks import channels_last
 from posecrafter_rt.models.settings import SETTINGS_FILE, BaseSettings
+from posecrafter_rt.tensor_file import save_tensors
 
 
 def log(message: str) -> None:
@@ -57,7 +58,7 @@ def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
     """The tensors that an earlier run left in `path`; else those that `make` gives, left there."""
     if not path.exists():
         with atomic_path(path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in make().items()}, temporary)
+            save_tensors(make(), temporary)
     return load_file(path)
 
 

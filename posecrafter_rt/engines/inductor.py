@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from posecrafter_rt.config import cache_dir
@@ -37,6 +37,7 @@ from posecrafter_rt.errors import BackendUnavailable, EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.machine import cpu_features, library_versions
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
+from posecrafter_rt.tensor_file import save_tensors
 
 if TYPE_CHECKING:
     from posecrafter_rt.models.loading import PoseModel
@@ -228,7 +229,7 @@ def _write_weights(package: Path, network: nn.Module, dtype: torch.dtype) -> Non
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     held = {name: tensors[name].detach() for name in _open(package).get_constant_fqns()}
     cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in held.items()}
-    save_file({name: tensor.contiguous() for name, tensor in cast.items()}, package.with_suffix(".safetensors"))
+    save_tensors(cast, package.with_suffix(".safetensors"))
 
 
 def _laid_out(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from posecrafter_rt.config import cache_dir
@@ -39,6 +39,7 @@ from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.shapes import random_inputs, split_dim
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.spec import SMALL_DECODER, Architecture, NetworkSpec, network_specs
+from posecrafter_rt.tensor_file import save_tensors
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -147,7 +148,7 @@ class TensorRTBackend:
                     shutil.copyfile(source / f"{name}{suffix}", folder / f"{name}{suffix}")
                 continue
             weights = {**stored, **changed}
-            save_file(weights, folder / f"{name}.safetensors")
+            save_tensors(weights, folder / f"{name}.safetensors")
             plan = _deserialize(source, name)
             refit(plan, changed, weights, weights.__getitem__)
             (folder / f"{name}.plan").write_bytes(_serialize(plan))
@@ -203,7 +204,7 @@ def _build_network(
 
     inner, allow_tf32 = network_precision(spec.name, precision)
     plugins, attentions = prepare_graph(graph, spec, inner, torch.cuda.get_device_capability())
-    save_file(initialisers(graph), folder / f"{spec.name}.safetensors")
+    save_tensors(initialisers(graph), folder / f"{spec.name}.safetensors")
     path = folder / f"{spec.name}.onnx"
     save_model(graph, path)
     plan, timings = build_plan(path, profile_shapes(spec, arch), timings, allow_tf32,

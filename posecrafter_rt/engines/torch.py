@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from posecrafter_rt.engines.base import (
@@ -43,6 +43,7 @@ from posecrafter_rt.spec import (
     NetworkSpec,
     network_specs,
 )
+from posecrafter_rt.tensor_file import save_tensors
 
 COMPONENTS_FILE = "components.json"
 # What runs at every step or for every frame, and the pixels of the largest batch that is recorded: 32 frames of 64 × 64
@@ -112,7 +113,7 @@ class TorchBackend:
         """Write each component's configuration and its weights in the precision that it runs in."""
         for name, module in model.modules().items():
             progress(name)
-            save_file(_weights(name, module, precision), folder / f"{name}.safetensors")
+            save_tensors(_weights(name, module, precision), folder / f"{name}.safetensors")
         (folder / COMPONENTS_FILE).write_text(describe_modules(model), encoding="utf-8")
 
     def refit(
@@ -133,7 +134,7 @@ class TorchBackend:
             if all(same_bits(stored[key], tensor) for key, tensor in weights.items()):
                 shutil.copyfile(source / file, folder / file)
             else:
-                save_file(weights, folder / file)
+                save_tensors(weights, folder / file)
         (folder / COMPONENTS_FILE).write_text(description, encoding="utf-8")
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from posecrafter_rt.atomic import atomic_path, sha256_json
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.tensor_file import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +65,9 @@ class InversionCache:
         try:
             self.folder.mkdir(exist_ok=True)
             with atomic_path(self.path(key)) as temporary:
-                tensors = {"inverted_latents": inverted_latents.contiguous()}
-                save_file(tensors, temporary, metadata={"sha256": _digest(inverted_latents)})
-        except (PoseCrafterError, OSError, SafetensorError) as error:
+                tensors = {"inverted_latents": inverted_latents}
+                save_tensors(tensors, temporary, {"sha256": _digest(inverted_latents)})
+        except (PoseCrafterError, OSError) as error:
             log.warning("the inversion is not kept for the next time: %s", error)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from posecrafter_rt.atomic import atomic_path, sha256_file
@@ -23,6 +22,7 @@ from posecrafter_rt.errors import OutputExists, PoseCrafterError
 from posecrafter_rt.locks import locked
 from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import SegmentChoice
+from posecrafter_rt.tensor_file import save_tensors
 from posecrafter_rt.video_io import decode_png, encode_png
 
 STATE = "state.json"
@@ -55,7 +55,7 @@ class PartialRender:
         tensors = {f"frame{index:06d}": torch.from_numpy(encode_png(frame)) for index, frame in enumerate(frames)}
         path = self._path(len(self.hashes))
         with atomic_path(path) as temporary:
-            save_file({**tensors, "carried": carried.cpu().contiguous()}, temporary,
+            save_tensors({**tensors, "carried": carried}, temporary,
                       metadata={"report": json.dumps(vars(report))})  # fmt: skip
         self.hashes.append(sha256_file(path))
         self.staged = False

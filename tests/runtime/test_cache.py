@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from posecrafter_rt.runtime import cache as cache_module
 from posecrafter_rt.runtime.cache import InversionCache
@@ -45,8 +44,8 @@ def failing(error: Exception) -> object:
     ("posecrafter_rt.atomic.os.open", PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "permission denied"),
     ("posecrafter_rt.atomic.os.open", OSError(errno.EROFS, os.strerror(errno.EROFS)), "read-only file system"),
     (f"{cache_module.__name__}.Path.mkdir", PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "Permission denied"),
-    (f"{cache_module.__name__}.save_file", SafetensorError("I/O error: No space left on device (os error 28)"), "no space left"),
-    (f"{cache_module.__name__}.save_file", SafetensorError("I/O error: Input/output error (os error 5)"), "Input/output error"),
+    (f"{cache_module.__name__}.save_tensors", OSError(28, "No space left on device"), "no space left"),
+    (f"{cache_module.__name__}.save_tensors", OSError(5, "Input/output error"), "Input/output error"),
 ])  # fmt: skip
 def test_what_cannot_be_written_is_only_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
