@@ -5,19 +5,15 @@ Layer 4: tracing takes most of a build's time and depends on no weight, since no
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 from torch import nn
 
-from posecrafter_rt.machine import library_versions
+from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -33,7 +29,7 @@ def graph_key(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> dict[
         "parameters": {name: list(parameter.shape) for name, parameter in module.named_parameters()},
         "configurations": {name: _configuration(child) for name, child in module.named_children()},
         "libraries": library_versions(LIBRARIES),
-        "sources": _source_digest(),
+        "sources": source_digest(*SOURCES),
     }
 
 
@@ -42,18 +38,6 @@ def _configuration(module: nn.Module) -> dict[str, str]:
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     named = {key: repr(value) for key, value in values.items() if not key.startswith("_")}  # no paths of its origin
     return {**named, "norm_scope": str(getattr(module, "norm_scope", None))}
-
-
-@cache
-def _source_digest() -> str:
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        package = find_spec(f"posecrafter_rt.{name}")
-        assert package is not None and package.submodule_search_locations is not None
-        for folder in package.submodule_search_locations:
-            for path in sorted(Path(folder).rglob("*.py")):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def detach_weights(model: ir.Model, parameters: Iterable[str]) -> None:

@@ -31,7 +31,7 @@ from posecrafter_rt.engines.folder import EngineFolder, building, in_use, open_f
 from posecrafter_rt.engines.refit import check_source
 from posecrafter_rt.engines.stage_log import StageLog
 from posecrafter_rt.errors import DiskFull, EngineFolderError, PoseCrafterError
-from posecrafter_rt.machine import library_versions
+from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
 from posecrafter_rt.models.sources import Base, locate_base
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from posecrafter_rt.models.loading import PoseModel
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
+SOURCES = ("models", "ops", "export", "engines")  # whose code decides what an engine holds
 OF_THE_MACHINE = (OSError, MemoryError, DiskFull)  # what would end any backend's build
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def _build(
     manifest["feature_reuse"] = usual if options.feature_reuse is None else options.feature_reuse
     if max_frames is not None:
         manifest["max_frames"] = max_frames
-    manifest["fingerprint"] = sha256_json(manifest)
+    manifest["fingerprint"] = sha256_json({**manifest, "sources": source_digest(*SOURCES)})
     if source is not None:
         check_source(source, manifest)
     current = _current(output, manifest["fingerprint"])
@@ -241,7 +242,8 @@ def choose_max_frames(
 def _describe(
     tuned: Checkpoint, base: Base, backend: Backend, precision: Precision, size: Sequence[int], loras: list[LoraFile]
 ) -> dict[str, Any]:
-    """What of the manifest is known without the weights that go in; its hash is the engine's fingerprint, refitted or not."""
+    """What of the manifest is known without the weights that go in; its hash, with that of our code, is the engine's fingerprint, refitted
+    or not."""
     return {
         "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
         "checkpoint": tuned.digest(), "device": backend.device(),

@@ -6,6 +6,7 @@ Layer 0: reads /proc and /sys on Linux; elsewhere the answers are empty.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 import resource
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 
@@ -141,3 +143,16 @@ def library_versions(distributions: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def source_digest(*names: str) -> str:
+    """SHA-256 of the Python code of these subpackages: versions alone do not tell what is being worked on."""
+    digest = hashlib.sha256()
+    for name in names:
+        package = find_spec(f"posecrafter_rt.{name}")
+        assert package is not None and package.submodule_search_locations is not None
+        for folder in package.submodule_search_locations:
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -5,6 +5,7 @@ Layer 8: arguments, one call, the printed result.
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -94,4 +95,4 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         ("on disk", size_of(num_bytes)),
         ("took", f"{summary['seconds']} s, {size_of(peak_rss_bytes())} of memory"),
     ])  # fmt: skip
-    typer.echo(f"next: posecrafter-rt render {folder.path} --poses poses.json -o out.mp4", err=True)
+    typer.echo(f"next: posecrafter-rt render {shlex.quote(str(folder.path))} --poses poses.json -o out.mp4", err=True)

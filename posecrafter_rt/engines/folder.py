@@ -53,14 +53,14 @@ class EngineFolder:
 def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `path`; when the block ends well it becomes `path`, with its manifest.
 
-    An engine folder at `path` is replaced only then; anything else there is kept unless `force`. What a killed build
-    left beside `path` is removed first.
+    An engine folder at `path` is replaced only then; anything else there, or in it, is kept unless `force`. What a
+    killed build left beside `path` is removed first.
     Raises: OutputExists; EngineFolderError while the engine at `path` is in use; DiskFull and others from the block,
         which leave nothing behind.
     """
     _clear_leftovers(path)
-    if not force and not (path / MANIFEST).is_file():
-        refuse_overwrite(path, False)
+    if not force:
+        _refuse_what_is_not_ours(path)
     if path.exists() and Path.cwd().is_relative_to(path.resolve()):
         raise OutputExists(f"{path} is or holds the working directory", "give the engine a folder of its own")
     with _unused(path):
@@ -83,6 +83,21 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
             raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_what_is_not_ours(path: Path) -> None:
+    """Raise OutputExists unless `path` is free, or an engine folder, damaged perhaps, with nothing of the user's in it."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"), parse_constant=int)
+    except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict) or not _is_sealed(manifest):  # web applications have a manifest.json, too
+        refuse_overwrite(path, False)
+        return
+    foreign = sorted({*_file_names(path)} - {*manifest["files"]})
+    if foreign:
+        raise OutputExists(f"{path} holds {foreign[0]}, which is no part of an engine",
+                           "move it elsewhere, or give --force to lose it")  # fmt: skip
 
 
 def _staging(path: Path) -> Path:
@@ -200,7 +215,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, unverified. Raises: EngineFolderError when absent, not JSON, or of another schema."""
     file = path / MANIFEST
     if not file.is_file():
-        raise EngineFolderError(f"{path} is not an engine folder", f"posecrafter-rt build-engine tuned.ckpt -o {path}")
+        raise EngineFolderError(
+            f"{path} is not an engine folder", f"posecrafter-rt build-engine tuned.ckpt -o {shlex.quote(str(path))}"
+        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"), parse_constant=int)  # NaN is none: no seal is over it
     except (OSError, ValueError) as error:
@@ -221,7 +238,7 @@ def rebuild_command(path: Path, manifest: Mapping[str, Any]) -> str:
 
     Not known there, and to be put in: the checkpoint's place, and those of LoRAs and of a small decoder that was given.
     """
-    words = ["posecrafter-rt build-engine tuned.ckpt -o", str(path)]
+    words = ["posecrafter-rt build-engine tuned.ckpt -o", shlex.quote(str(path))]
     words += [f"--{name} {manifest[name]}" for name in ("backend", "precision") if name in manifest]
     if "size" in manifest:
         words.append(f"--size {'x'.join(map(str, manifest['size']))}")

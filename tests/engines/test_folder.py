@@ -322,6 +322,28 @@ def test_what_is_no_engine_needs_force(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file", "folder"]
 
 
+@pytest.mark.parametrize("manifest", ['{"name": "a web application"}', '{"seal": "0"}', "{", "[]"])
+def test_not_every_folder_with_a_manifest_is_an_engine(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text(manifest)
+    (tmp_path / "app" / "index.js").write_text("code")
+    with pytest.raises(OutputExists):
+        build(tmp_path / "app")
+    assert names(tmp_path / "app") == ["index.js", "manifest.json"]
+
+
+def test_what_a_user_put_into_an_engine_is_not_lost_unasked(tmp_path: Path) -> None:
+    path = build(tmp_path / "e", "old")
+    (path / "take1.mp4").write_text("mine")
+    with pytest.raises(OutputExists, match=r"take1\.mp4"):
+        build(path, "new")
+    assert (path / "take1.mp4").is_file()
+    (path / "take1.mp4").unlink()
+    (path / "networks" / "unet.bin").unlink()  # a damaged one is built again
+    build(path, "new")
+    assert (open_folder(path).networks / "unet.bin").read_text() == "new"
+
+
 def test_the_working_directory_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "project" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "project" / "sub")
