@@ -25,7 +25,7 @@ from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.small_decoder import fold_small_decoder
 from posecrafter_rt.models.sources import first_line, hash_files, lasting_id, locate_base, locate_component
 from posecrafter_rt.models.unet import VideoUNet
-from posecrafter_rt.models.weights import load_network, load_text_encoder, read_weights
+from posecrafter_rt.models.weights import load_network, load_text_encoder, read_scheduler_config, read_weights
 from posecrafter_rt.spec import Architecture
 
 CONTROLNET_HINT = "give --controlnet lllyasviel/control_v11p_sd15_openpose, or a folder or file that holds it"
@@ -136,7 +136,7 @@ def load_base(
         vae=load_network(AutoencoderKL, parts["vae"], dtype),
         text_encoder=load_text_encoder(parts["text_encoder"], dtype),
         tokenizer=_load_tokenizer(found.configs / "tokenizer"),
-        scheduler_config=found.scheduler_config(),
+        scheduler_config=read_scheduler_config(found),
         base_id=found.base_id,
         base_hash=hash_files({role: part.files for role, part in parts.items()}),
         settings=settings,

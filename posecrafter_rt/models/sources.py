@@ -5,14 +5,12 @@ Layer 3: finds files and opens none but to hash them.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -25,8 +23,14 @@ EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded" / "base"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_STEMS = {"text_encoder": ("model", "pytorch_model")}
-_DIFFUSERS_STEMS = ("diffusion_pytorch_model",)
+# The forms that a network's weights may have, as names of its whole file; the first that is there is taken.
+_DIFFUSERS_FORMS = (
+    ("diffusion_pytorch_model", "safetensors"), ("diffusion_pytorch_model.fp16", "safetensors"),
+    ("diffusion_pytorch_model", "bin"), ("diffusion_pytorch_model.fp16", "bin"),
+)  # fmt: skip
+_CLIP_FORMS = (
+    ("model", "safetensors"), ("model.fp16", "safetensors"), ("pytorch_model", "bin"), ("pytorch_model.fp16", "bin"),
+)  # fmt: skip
 _COMPLETE = "it must be a complete Stable Diffusion 1.5 model in diffusers' or the original layout"
 _BROKEN = (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, UnpicklingError)
 _PARTS = ("unet", "controlnet", "vae", "text_encoder")
@@ -63,13 +67,6 @@ class Base:
         """What it recommends; a single file has no settings of its own. Raises: ModelError."""
         return BaseSettings() if self.folder is None else BaseSettings.load(self.folder)
 
-    def scheduler_config(self) -> dict[str, Any]:
-        """diffusers' configuration of its noise schedule. Raises: ModelError."""
-        with reading(self.base_id):
-            text = (self.configs / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
-            config: dict[str, Any] = json.loads(text)
-        return config
-
     def has(self, role: str) -> bool:
         """Whether a folder has this network; a single file has the U-Net, the VAE and the text encoder."""
         return self.folder is not None and (self.folder / role / "config.json").is_file()
@@ -98,7 +95,7 @@ def locate_base(base: str) -> Base:
     if path.is_file():
         _check_suffix(path)
         return Base(lasting_id(base), None, path, SD15_FOLDER)
-    folder = _download(base, _PARTS, "base model")
+    folder = _download(base, {role: role for role in _PARTS}, "base model")
     return Base(base, folder, None, folder)
 
 
@@ -108,7 +105,7 @@ def locate_component(source: str, role: str) -> Component:
     if path.is_file():
         _check_suffix(path)
         return Component(role, (path,), path, SD15_FOLDER / role)
-    folder = path if path.is_dir() else _download(source, ("", role), role)
+    folder = path if path.is_dir() else _download(source, {"": role, role: role}, role)
     candidates = [candidate for candidate in (folder, folder / role) if (candidate / "config.json").is_file()]
     if not candidates:
         message = f"{source} has no config.json, so it is no {role}"
@@ -159,34 +156,49 @@ def _check_suffix(path: Path) -> None:
 
 
 def _folder_component(role: str, folder: Path) -> Component:
-    for suffix in ("safetensors", "bin"):
-        for variant in ("", ".fp16"):
-            for stem in _STEMS.get(role, _DIFFUSERS_STEMS):
-                whole = folder / f"{stem}{variant}.{suffix}"
-                shards = sorted(folder.glob(f"{stem}{variant}-*-of-*.{suffix}"))
-                files = (whole,) if whole.is_file() else tuple(shards)
-                if files:
-                    return Component(role, files, folder, folder)
-    stem = _STEMS.get(role, _DIFFUSERS_STEMS)[0]
-    raise ModelError(f"{folder} has no {stem}.safetensors", hint=f"put the weights of the {role} there")
+    if files := _weight_files(role, folder):
+        return Component(role, files, folder, folder)
+    whole, _ = _patterns(role)[0]
+    raise ModelError(f"{folder} has no {whole}, nor its fp16 or .bin form, whole or in shards",
+                     hint=f"put the weights of the {role} there; of a hub's model, check the connection, too")  # fmt: skip
 
 
-def _download(repo_id: str, subfolders: Iterable[str], kind: str) -> Path:
-    """Fetch from the hub what is needed and not yet cached; the older .bin files only where nothing newer exists."""
+def _patterns(role: str) -> list[tuple[str, str]]:
+    """The name of the whole file and a pattern of the shards' names, for each form."""
+    forms = _CLIP_FORMS if role == "text_encoder" else _DIFFUSERS_FORMS
+    return [(f"{stem}.{suffix}", f"{stem}-?????-of-?????.{suffix}") for stem, suffix in forms]
+
+
+def _weight_files(role: str, folder: Path) -> tuple[Path, ...]:
+    """Those of the first form that is there; none where none is."""
+    for pattern in (pattern for form in _patterns(role) for pattern in form):
+        if files := tuple(sorted(folder.glob(pattern))):
+            return files
+    return ()
+
+
+def _download(repo_id: str, roles: Mapping[str, str], kind: str) -> Path:
+    """Fetch from the hub what is needed and not yet cached; of each network the first form of its weights there is.
+
+    Args: roles: the network that is looked for in each of the repository's folders; "" is the repository itself.
+    """
     if not _HUB_ID.fullmatch(repo_id) or Path(repo_id).suffix in WEIGHT_SUFFIXES:
         message = f"there is no {kind} at {repo_id}"
         raise ModelError(message, hint='give "embedded", a diffusers folder, a weight file, or a hub id: owner/name')
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    places = [f"{folder}/" if folder else "" for folder in subfolders]
-    stems = {stem for role in _PARTS for stem in _STEMS.get(role, _DIFFUSERS_STEMS)}
+    places = {f"{subfolder}/" if subfolder else "": role for subfolder, role in roles.items()}
     small = [f"{place}config.json" for place in places] + ["tokenizer/*", "scheduler/*.json", SETTINGS_FILE]
     try:
-        for suffix in ("safetensors", "bin"):
-            weights = [f"{place}{stem}.{suffix}" for place in places for stem in sorted(stems)]
+        for number in range(len(_DIFFUSERS_FORMS)):
+            weights = [f"{place}{name}" for place, role in places.items() for name in _patterns(role)[number]]
             folder = Path(snapshot_download(repo_id, allow_patterns=[*small, *weights]))
-            if any((folder / name).is_file() for name in weights):
+            places = {
+                place: role for place, role in places.items()
+                if (folder / place / "config.json").is_file() and not _weight_files(role, folder / place)
+            }  # fmt: skip
+            if not places:
                 break
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"the hub gave no {kind} {repo_id}: {first_line(error)}",

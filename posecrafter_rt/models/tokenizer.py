@@ -25,12 +25,13 @@ class PromptTokenizer:
             self._tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
             padding = config["pad_token"]
             padding_id = self._tokenizer.token_to_id(padding)
-            self._tokenizer.enable_padding(length=num_tokens, pad_token=padding, pad_id=padding_id)
+            padded, cut = (config.get(f"{name}_side", "right") for name in ("padding", "truncation"))
+            self._tokenizer.enable_padding(direction=padded, length=num_tokens, pad_token=padding, pad_id=padding_id)
+            self._tokenizer.enable_truncation(num_tokens, direction=cut)
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise ModelError(
                 f"{folder} is no tokenizer of an engine: {error}", hint="build the engine again"
             ) from error
-        self._tokenizer.enable_truncation(num_tokens)
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """Prompts → input_ids int64 (prompts, num_tokens), with begin and end marked, padded and cut."""

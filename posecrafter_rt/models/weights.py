@@ -5,6 +5,7 @@ Layer 3: the configuration that single files lack comes from `sd15/`; nothing is
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -19,18 +20,20 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from posecrafter_rt.errors import CheckpointError, ModelError
-from posecrafter_rt.models.sources import Component, first_line, reading
+from posecrafter_rt.models.sources import Base, Component, first_line, reading
 
 _CONVERTERS: dict[type, Callable[..., dict[str, Tensor]]] = {
     UNet2DConditionModel: convert_ldm_unet_checkpoint,
     ControlNetModel: convert_controlnet_checkpoint,
     AutoencoderKL: convert_ldm_vae_checkpoint,
 }
+_V_PARAMETERIZATION = re.compile(r"^\s*parameterization:\s*[\"']?v[\"']?\s*(#.*)?$", re.MULTILINE)
 _TEXT_PREFIX = "cond_stage_model.transformer."
 # How diffusers called the VAE's attention before 0.18; the hub still holds such files.
 _LEGACY_ATTENTION = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.")
@@ -62,9 +65,32 @@ def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError
     return tensors
 
 
+def read_scheduler_config(base: Base) -> dict[str, Any]:
+    """diffusers' configuration of a base's noise schedule.
+
+    A single file has none, and is taken to predict the noise unless it says that it predicts v, in any way in use: an
+    original configuration of its name beside it (.yaml), a tensor called `v_pred`, or Model Spec's metadata.
+    Raises: ModelError: unreadable; a single file whose schedule was rescaled, which a tensor called `ztsnr` says.
+    """
+    with reading(base.base_id):
+        text = (base.configs / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+        config: dict[str, Any] = json.loads(text)
+        if base.file is None:
+            return config
+        names, metadata = _read_header(base.file)
+        original = base.file.with_suffix(".yaml")
+        says_v = original.is_file() and _V_PARAMETERIZATION.search(original.read_text(encoding="utf-8"))
+    if "ztsnr" in names:
+        raise ModelError(f"{base.file} was trained on a schedule rescaled to end in pure noise, which is not supported",
+                         hint="use a base model without ztsnr")  # fmt: skip
+    if says_v or "v_pred" in names or metadata.get("modelspec.prediction_type") == "v":
+        config["prediction_type"] = "v_prediction"
+    return config
+
+
 def load_network(cls: type, part: Component, dtype: torch.dtype) -> Any:
     """A diffusers network from a folder or a single file, every tensor of it from there."""
-    weights = _read_all(part)
+    weights = {_LEGACY_ATTENTION.sub(_modern, name): tensor for name, tensor in _read_all(part).items()}
     with reading(part.location):
         config = cls.load_config(part.config_folder, local_files_only=True)  # type: ignore[attr-defined]
         with torch.device("meta"):
@@ -72,7 +98,7 @@ def load_network(cls: type, part: Component, dtype: torch.dtype) -> Any:
         if part.is_single_file and not set(model.state_dict()) <= set(weights):
             converted = _CONVERTERS[cls](dict(weights), config)
             weights = {name: tensor for name, tensor in converted.items() if tensor is not None}
-    fill(model, {_LEGACY_ATTENTION.sub(_modern, name): tensor for name, tensor in weights.items()}, part, dtype)
+    fill(model, weights, part, dtype)
     return model
 
 
@@ -90,6 +116,14 @@ def load_text_encoder(part: Component, dtype: torch.dtype) -> CLIPTextModel:
     named = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
     fill(model, {expected[name]: tensor for name, tensor in named.items() if name in expected}, part, dtype)
     return model.to(dtype)  # the buffers, too
+
+
+def _read_header(path: Path) -> tuple[set[str], dict[str, str]]:
+    """The tensors' names, and the metadata that only .safetensors has."""
+    if path.suffix.lower() != ".safetensors":
+        return set(read_weights(path)), {}
+    with safe_open(path, "pt") as file:
+        return set(file.keys()), file.metadata() or {}
 
 
 def _read_all(part: Component) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,21 @@ from posecrafter_rt.models.sources import locate_base, locate_component
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A hub with one repository: hub["folder"] is its snapshot, hub["calls"] what was asked of it."""
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A hub with one repository: hub["folder"] holds its files, hub["calls"] what was asked of it."""
     state: dict[str, Any] = {"calls": [], "folder": None}
+    snapshot = tmp_path_factory.mktemp("snapshot")
 
     def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
         state["calls"].append((repo_id, allow_patterns))
         if state["folder"] is None:
             raise LocalEntryNotFoundError("cannot reach the hub\nand more lines")
-        return str(state["folder"])
+        for path in state["folder"].rglob("*"):
+            name = path.relative_to(state["folder"]).as_posix()
+            if path.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (snapshot / repo_id / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, snapshot / repo_id / name)
+        return str(snapshot / repo_id)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return state
@@ -44,12 +51,49 @@ def test_a_hub_id_loads_like_its_folder(hub: dict[str, Any], tiny_base: Path) ->
     assert "diffusion_pytorch_model.safetensors" in vae_patterns
 
 
-def test_old_repositories_fall_back_to_bin(hub: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("held", "taken"),
+    [
+        (["diffusion_pytorch_model.bin"], 1),
+        (["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"], 1),
+        (["diffusion_pytorch_model-00001-of-00002.bin", "diffusion_pytorch_model-00002-of-00002.bin"], 2),
+        (["diffusion_pytorch_model.fp16-00001-of-00001.bin", "diffusion_pytorch_model.non_ema.bin"], 1),
+    ],
+)
+def test_of_a_repository_the_first_form_is_fetched(
+    held: list[str], taken: int, hub: dict[str, Any], tmp_path: Path
+) -> None:
+    hub["folder"] = tmp_path
+    for name in ("config.json", *held):
+        (tmp_path / name).write_text("{}")
+    part = locate_component("owner/controlnet", "controlnet")
+    assert [path.name for path in part.files] == held[:taken]
+    assert sorted(path.name for path in part.location.iterdir()) == ["config.json", *held[:taken]]
+
+
+def test_each_network_is_fetched_in_the_form_it_has(hub: dict[str, Any], tmp_path: Path) -> None:
+    hub["folder"] = tmp_path
+    held = {
+        "unet": ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"],
+        "controlnet": ["diffusion_pytorch_model.safetensors"],
+        "vae": ["diffusion_pytorch_model.fp16.bin"],
+        "text_encoder": ["pytorch_model.bin"],
+    }  # fmt: skip
+    for role, names in held.items():
+        (tmp_path / role).mkdir()
+        for name in ("config.json", *names):
+            (tmp_path / role / name).write_text("{}")
+    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_text("{}")  # not needed, so not fetched
+    base = locate_base("owner/model")
+    assert {role: [path.name for path in base.component(role).files] for role in held} == held
+    assert base.folder is not None and not (base.folder / "unet" / "diffusion_pytorch_model.bin").exists()
+
+
+def test_a_repository_without_weights_is_told_so(hub: dict[str, Any], tmp_path: Path) -> None:
     hub["folder"] = tmp_path
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
-    part = locate_component("owner/controlnet", "controlnet")
-    assert part.files == (tmp_path / "diffusion_pytorch_model.bin",) and len(hub["calls"]) == 2
+    with pytest.raises(ModelError, match=r"has no diffusion_pytorch_model\.safetensors, nor its fp16 or \.bin form"):
+        locate_component("owner/vae", "vae")
 
 
 def test_an_unreachable_hub_is_one_line(hub: dict[str, Any]) -> None:

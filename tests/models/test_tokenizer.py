@@ -27,11 +27,12 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(params=["tiny", "Stable Diffusion 1.5"])
+@pytest.fixture(params=["tiny", "Stable Diffusion 1.5", "padded and cut on the left"])
 def written(request: pytest.FixtureRequest, tiny_base: Path, tmp_path: Path) -> tuple[CLIPTokenizerFast, Path]:
     """A base's tokenizer, and its files as an engine has them."""
     folder = tiny_base / "tokenizer" if request.param == "tiny" else SD15_FOLDER / "tokenizer"
-    tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+    sides = dict.fromkeys(("padding_side", "truncation_side"), "left") if "left" in request.param else {}
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True, **sides)
     tokenizer.save_pretrained(tmp_path)
     return tokenizer, tmp_path
 

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from posecrafter_rt.errors import CheckpointError, ModelError
+from posecrafter_rt.method.ddim import DDIMSchedule
 from posecrafter_rt.models import sources
 from posecrafter_rt.models.loading import PoseModel, load_base
-from posecrafter_rt.models.weights import read_weights
+from posecrafter_rt.models.weights import read_scheduler_config, read_weights
 
 CLASSES = {
     "unet": UNet2DConditionModel,
@@ -71,11 +72,60 @@ def test_one_file_equals_the_folder(tiny_base: Path, tiny_files: dict[str, Path]
     assert single.settings.size == (512, 512)  # the paper's: a file has no settings of its own
 
 
+@pytest.mark.parametrize(
+    ("tensor", "metadata", "yaml", "prediction_type"),
+    [
+        ("weight", None, None, "epsilon"),
+        ("weight", {"modelspec.prediction_type": "epsilon"}, 'params:\n  parameterization: "eps"\n', "epsilon"),
+        ("weight", None, "params:\n  # parameterization: v\n", "epsilon"),
+        ("v_pred", None, None, "v_prediction"),
+        ("weight", {"modelspec.prediction_type": "v"}, None, "v_prediction"),
+        ("weight", None, 'model:\n  params:\n    parameterization: "v"\n    beta: 1\n', "v_prediction"),
+        ("weight", None, "model:\n  params:\n    parameterization: v  # not eps", "v_prediction"),
+    ],
+)
+def test_a_file_that_says_it_predicts_v_is_believed(
+    tensor: str, metadata: dict[str, str] | None, yaml: str | None, prediction_type: str, tmp_path: Path
+) -> None:
+    paths = [tmp_path / "model.v1.safetensors", tmp_path / "model.v1.ckpt"]
+    save_file({tensor: torch.zeros(0)}, paths[0], metadata)
+    torch.save({"state_dict": {tensor: torch.zeros(0)}}, paths[1])
+    if yaml is not None:
+        (tmp_path / "model.v1.yaml").write_text(yaml)
+    for path in paths if metadata is None else paths[:1]:  # only .safetensors holds metadata
+        config = read_scheduler_config(sources.locate_base(str(path)))
+        assert DDIMSchedule.from_config(config).prediction_type == prediction_type
+
+
+def test_what_a_file_predicts_is_the_models(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    tensors = read_weights(tiny_files["base"])
+    for marker in ("v_pred", "ztsnr"):
+        save_file({**tensors, marker: torch.zeros(0)}, tmp_path / f"{marker}.safetensors")
+    controlnet = str(tiny_files["controlnet"])
+    model = load_base(str(tmp_path / "v_pred.safetensors"), controlnet=controlnet)
+    assert model.scheduler_config["prediction_type"] == "v_prediction"
+    with pytest.raises(ModelError, match=r"ztsnr\.safetensors was trained on a schedule rescaled"):
+        load_base(str(tmp_path / "ztsnr.safetensors"), controlnet=controlnet)
+
+
 def test_torch_files_and_diffusers_names_load_too(tiny_base: Path, tiny_files: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = tmp_path / "base.ckpt"
     torch.save({"state_dict": read_weights(tiny_files["base"]), "epoch": 3}, checkpoint)
     controlnet = tiny_base / "controlnet" / "diffusion_pytorch_model.safetensors"
     _assert_equal(load_base(str(tiny_base)), load_base(str(checkpoint), controlnet=str(controlnet)))
+
+
+def test_a_vae_in_diffusers_layout_loads_under_its_old_names(
+    tiny_base: Path, tiny_files: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = read_weights(tiny_base / "vae" / "diffusion_pytorch_model.safetensors")
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        tensors = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): tensors[name] for name in tensors}
+    assert "decoder.mid_block.attentions.0.proj_attn.bias" in tensors
+    save_file(tensors, tmp_path / "old.safetensors")
+    files = {name: str(path) for name, path in tiny_files.items()}
+    found = load_base(files["base"], controlnet=files["controlnet"], vae=str(tmp_path / "old.safetensors"))
+    _assert_equal(load_base(str(tiny_base)), found)
 
 
 def test_dtype_is_the_one_asked_for(tiny_files: dict[str, Path]) -> None:
