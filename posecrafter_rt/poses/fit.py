@@ -95,6 +95,8 @@ def _anchors(pose: np.ndarray) -> np.ndarray:
 class PersonFit:
     """Fits a live person by the median of the first second in which they are seen; then that stays until `reset`.
 
+    A second whose median shows too little to go by does not count: the next one begins.
+
     reference: (134, 3), the avatar's usual pose, see `median_pose`.
     """
 
@@ -131,9 +133,11 @@ class PersonFit:
             if fit_person(keypoints, self._reference) is None:
                 return  # nobody to fit yet: the second has not begun
             self._since_s = now_s
-        self._is_settled = now_s - self._since_s >= CALIBRATION_S or len(self._samples) >= MAX_SAMPLES
-        if not self._is_settled:
+        if now_s - self._since_s < CALIBRATION_S and len(self._samples) < MAX_SAMPLES:
             self._samples.append(keypoints)
             self._similarity = fit_person(median_pose(np.stack(self._samples)), self._reference)
-        else:
-            self._samples = []
+            return
+        self._samples, self._since_s = [], None
+        self._is_settled = self._similarity is not None
+        if not self._is_settled:  # most of that second showed too little of them: another one begins
+            self._learn(keypoints, now_s)

@@ -55,7 +55,9 @@ class Conversation:
     def _offer(self, message: bytes, now_s: float) -> None:
         pose = decode_pose(message)
         if self._poses.take(now_s):
-            self._service.offer(self._session, Waiting(pose, self._service.watch.earliest_s(now_s)))
+            self._service.offer(
+                self._session, Waiting(pose, self._service.watch.earliest_s(now_s), self._session.num_resets)
+            )
         else:
             self._session.count_limited()
 

@@ -14,12 +14,13 @@ V = TypeVar("V")
 
 
 class Mailbox(Generic[K, V]):
-    """Values by key, one of each; and jobs, which go before all of them. Safe for threads."""
+    """Values by key, one of each; and jobs, with which they alternate. Safe for threads."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._values: dict[K, V] = {}  # in the order of their turns: a dict keeps the place of a key that is there
         self._jobs: list[Callable[[], None]] = []
+        self._was_job = False  # what was taken last
         self._is_closed = False
 
     def put(self, key: K, value: V) -> V | None:
@@ -51,14 +52,20 @@ class Mailbox(Generic[K, V]):
             self._values.pop(key, None)
 
     def take(self) -> Callable[[], None] | tuple[K, V] | None:
-        """Wait for the next job, or else value with its key; None once it is closed and every job is taken."""
+        """Wait for the next job or value with its key; None once it is closed and every job is taken.
+
+        A job goes first, but after a job a value does: neither can keep the other waiting for more than one of its kind.
+        """
         with self._changed:
             while True:
-                if self._jobs:
+                has_value = bool(self._values) and not self._is_closed
+                if self._jobs and not (self._was_job and has_value):
+                    self._was_job = True
                     return self._jobs.pop(0)
                 if self._is_closed:
                     return None
-                if self._values:
+                if has_value:
+                    self._was_job = False
                     key = next(iter(self._values))
                     return key, self._values.pop(key)
                 self._changed.wait()

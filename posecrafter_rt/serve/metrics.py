@@ -23,7 +23,7 @@ class Metrics:
         self.received = Counter("posecrafter_poses_received", "Poses of all clients.", registry=registry)
         self.dropped = Counter(
             "posecrafter_poses_dropped",
-            "Poses that were not rendered: overtaken by a newer one, older than a second, or over the rate limit.",
+            "Poses without a frame: overtaken by a newer one or a reset, older than a second, or over the rate limit.",
             ["reason"],
             registry=registry,
         )
@@ -36,7 +36,9 @@ class Metrics:
         self.wait = Histogram(
             "posecrafter_wait_seconds", "What a pose waited for its turn.", buckets=_SECONDS, registry=registry
         )
-        self.render = Histogram("posecrafter_render_seconds", "What a step took.", buckets=_SECONDS, registry=registry)
+        self.render = Histogram(
+            "posecrafter_render_seconds", "What a pose's step took.", buckets=_SECONDS, registry=registry
+        )
         self.age = Histogram(
             "posecrafter_frame_age_seconds", "From a pose's arrival to the sending of its frame.", buckets=_SECONDS,
             registry=registry,

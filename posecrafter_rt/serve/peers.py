@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from posecrafter_rt.errors import BackendUnavailable
@@ -27,7 +28,7 @@ class Peers:
         Raises: BackendUnavailable without aiortc; ProtocolError for what is no offer; SessionsFull.
         """
         try:
-            from posecrafter_rt.serve.webrtc import serve_peer
+            serve_peer = await asyncio.to_thread(_serve_peer)
         except ModuleNotFoundError as error:
             raise BackendUnavailable(
                 f"WebRTC needs the package {error.name}", "pip install 'posecrafter-rt[serve]'; or use /ws"
@@ -48,6 +49,13 @@ class Peers:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _serve_peer() -> Callable[[Service, str, asyncio.Future[dict[str, str]]], Coroutine[Any, Any, None]]:
+    """On another thread: aiortc and av take a second to import, in which the loop serves the others."""
+    from posecrafter_rt.serve.webrtc import serve_peer
+
+    return serve_peer
 
 
 def _parse_offer(body: bytes) -> str:

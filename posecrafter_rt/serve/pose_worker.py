@@ -15,6 +15,7 @@ from pathlib import Path
 from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError, PoseError, VideoError
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.poses_api import NO_DETECTOR, pose_track
+from posecrafter_rt.serve.protocol import MAX_CANVAS_PX
 
 MAX_DECODED_BYTES = 2**30  # detection holds all frames
 MAX_FRAMES = 20_000
@@ -29,6 +30,9 @@ def read_track(path: Path) -> PoseSequence:
     poses = _read_json(path) if path.suffix == ".json" else _read_video(path)
     if len(poses) > MAX_FRAMES:
         raise PoseError(f"{len(poses)} frames are too many", f"send {MAX_FRAMES} at most")
+    if max(poses.canvas) > MAX_CANVAS_PX:
+        height, width = poses.canvas
+        raise PoseError(f"a canvas of {width}x{height} pixels is too large", f"{MAX_CANVAS_PX} a side at most")
     return poses
 
 

@@ -1,4 +1,4 @@
-"""The one thread that uses the engine: jobs first, then sessions in turns.
+"""The one thread that uses the engine: sessions in turns, and jobs between them.
 
 Layer 7: knows nothing of sessions but that they take a turn.
 """
@@ -44,7 +44,7 @@ class Scheduler(Generic[K, V]):
         self._mailbox.discard(key)
 
     def call(self, job: Callable[[], R]) -> Future[R]:
-        """Do something on the engine's thread before the next turn. Once stopped, the future is cancelled."""
+        """Do something on the engine's thread, soon: one turn may come before each job. Once stopped, the future is cancelled."""
         future: Future[R] = Future()
 
         def run() -> None:

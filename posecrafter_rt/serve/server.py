@@ -1,4 +1,4 @@
-"""How an application of this package is run: uvicorn's settings, and WebSockets in which no frame waits unseen.
+"""How an application of this package is run: uvicorn's settings, and connections that keep nothing waiting.
 
 Layer 7: uvicorn.
 """
@@ -11,11 +11,13 @@ from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from posecrafter_rt.serve.options import MAX_MESSAGE_BYTES
 
 _SHUTDOWN_S = 5
+_HEAD_S = 10  # for the head of a request, from its first byte or the connection's begin
 _FAREWELL_S = 3  # for a client to take the last message; who does not read must not keep its connection, or the server
 
 
@@ -50,6 +52,47 @@ class PromptSocket(WebSocketsSansIOProtocol):
         self.loop.call_later(_FAREWELL_S, self.transport.abort)
 
 
+class PromptHttp(H11Protocol):
+    """HTTP that ends a connection on which a request's head takes too long to come.
+
+    uvicorn's own waits without end, for clients that nobody has asked for a token yet; it only ends what is silent after
+    an answer.
+    """
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called when there is a client."""
+        super().connection_made(cast(asyncio.Transport, transport))
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Called with what has come."""
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called when the client has gone."""
+        super().connection_lost(exc)
+        self._stop_watching()
+
+    def _watch_head(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_watching()
+        elif self._waiting is None:
+            self._waiting = self.loop.call_later(_HEAD_S, self._give_up)
+
+    def _stop_watching(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _give_up(self) -> None:
+        self._waiting = None
+        if self.transport.get_protocol() is self:  # or it has become a WebSocket
+            self.transport.abort()
+
+
 class _BadText(logging.Filter):
     """Leaves out what uvicorn logs, with a traceback, of text that is not UTF-8: the client is told, and sent away."""
 
@@ -63,8 +106,8 @@ _BAD_TEXT = _BadText()
 def server_config(application: FastAPI) -> uvicorn.Config:
     """How uvicorn runs an application that `create_app` made."""
     config = uvicorn.Config(
-        application, log_level="warning", ws=PromptSocket, ws_max_size=MAX_MESSAGE_BYTES, ws_per_message_deflate=False,
-        timeout_graceful_shutdown=_SHUTDOWN_S,
+        application, log_level="warning", http=PromptHttp, ws=PromptSocket, ws_max_size=MAX_MESSAGE_BYTES,
+        ws_per_message_deflate=False, timeout_graceful_shutdown=_SHUTDOWN_S,
     )  # fmt: skip
     logging.getLogger("uvicorn.error").addFilter(_BAD_TEXT)  # which sets that up itself
     return config

@@ -93,7 +93,8 @@ class Service:
     def offer(self, session: Session, waiting: Waiting) -> None:
         """A pose of a session: it is rendered in its turn, unless a newer one comes before."""
         self.metrics.received.inc()
-        if self._scheduler.put(session, waiting) is not None:
+        overtaken = self._scheduler.put(session, waiting)
+        if overtaken is not None and not overtaken.is_stepped:
             session.count_overtaken()
 
     @asynccontextmanager

@@ -54,16 +54,21 @@ class Stream(Protocol):
     def reset(self) -> None: ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Waiting:
-    """A pose, and when it came, at the earliest where that is not known (`time.perf_counter`)."""
+    """A pose, and when it came, at the earliest where that is not known (`time.perf_counter`).
+
+    num_resets: of its session, when it came. is_stepped: the stream has it; from a pipelined one its frame may still come.
+    """
 
     pose: PoseMessage
     arrived_s: float
+    num_resets: int
+    is_stepped: bool = False
 
 
 class Flight(NamedTuple):
-    """A pose whose frame is to come, the FrameHeader's flags and wait_ms of it; is_again: it was given before, too."""
+    """A step whose frame is to come, its pose, FrameHeader's flags and wait_ms; is_again: the pose was given before, too."""
 
     waiting: Waiting
     flags: int
@@ -89,22 +94,24 @@ class Session:
     """The state of one client.
 
     latest: the frame that it was shown last, (H, W, 3) uint8. format, quality: of the pictures that it wants.
-    frames, texts: what goes to it; whoever speaks to the client takes from both.
+    frames, texts: what goes to it; whoever speaks to the client takes from both, and calls `count_shown` for what it sends.
+    num_resets: that the client asked for.
     """
 
     def __init__(self, stream: Stream, reference: np.ndarray, reference_pose: np.ndarray, metrics: Metrics) -> None:
         self.id = secrets.token_urlsafe(9)
         self.latest = reference
         self.format, self.quality = JPEG, 85
-        self.frames: Newest[Shown] = Newest()
+        self.frames: Newest[Shown] = Newest(self.count_overtaken)
         self.texts: Texts[dict[str, Any]] = Texts(_KEPT_TEXTS)
         self._fits_person = True
         self._stream = stream
         self._size: tuple[int, int] = reference.shape[:2]
         self._person = PersonFit(reference_pose)
         self._metrics = metrics
-        self._flights: deque[Flight] = deque(maxlen=1 + _delay_of(stream))
-        self._is_reset_wanted = self.is_closed = False
+        self._delay, self._flights = _delay_of(stream), deque[Flight]()
+        self._num_resets_done = self.num_resets = 0
+        self._is_broken = self.is_closed = False
         self._num_overtaken = self._num_stale = self._num_limited = self.num_shown = 0
         self._render_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
         self._last_error_s = float("-inf")
@@ -115,7 +122,7 @@ class Session:
         return self._num_overtaken + self._num_stale + self._num_limited
 
     def count_overtaken(self) -> None:
-        """A pose was overtaken by a newer one before its turn."""
+        """A pose was overtaken by a newer one, or by a reset, before its frame was on its way to the client."""
         self._num_overtaken += 1
         self._metrics.dropped.labels("overtaken").inc()
 
@@ -129,6 +136,11 @@ class Session:
         self._num_stale += 1
         self._metrics.dropped.labels("stale").inc()
 
+    def count_shown(self, shown: Shown) -> None:
+        """A frame is on its way to the client."""
+        self.num_shown += 1
+        self._metrics.age.observe(shown.age_s)
+
     def configure(self, wish: Configure) -> None:
         """Follow what the client wants from the next frame on."""
         self.format, self.quality = wish.format or self.format, wish.quality or self.quality
@@ -136,8 +148,8 @@ class Session:
             self._fits_person = wish.fit == "person"
 
     def reset(self) -> None:
-        """Forget the past frames and the person, before the next frame."""
-        self._is_reset_wanted = True
+        """Forget the past frames and the person before the next pose that comes; those that wait are dropped."""
+        self.num_resets += 1
 
     def stats(self, seconds: float, num_before: int) -> dict[str, Any]:
         """The message about the last `seconds`, at whose begin `num_shown` was `num_before`."""
@@ -155,10 +167,13 @@ class Session:
         """
         if self.is_closed:
             return False
-        is_again = bool(self._flights) and waiting is self._flights[-1].waiting
+        is_again = waiting.is_stepped
         started_s = time.perf_counter()
         wait_s = started_s - waiting.arrived_s
         if not is_again:
+            if waiting.num_resets < self.num_resets:
+                self.count_overtaken()
+                return False
             self._metrics.wait.observe(wait_s)
             if wait_s > MAX_AGE_S:
                 self._drop_stale(f"a pose waited {wait_s:.1f} s for its turn")
@@ -169,25 +184,38 @@ class Session:
             self._fail(error)
             return False
         render_ms = (time.perf_counter() - started_s) * 1000
-        self._render_ms.append(render_ms)
-        self._metrics.render.observe(render_ms / 1000)
         last = self._stream.last
-        kind = "repeat" if last.is_repeat else "held" if last.held else "rendered"
-        self._metrics.frames.labels(kind).inc()
+        if not is_again:
+            self._count_step(last, render_ms)
         flags = HELD * last.held | REPEAT * last.is_repeat | RESET * last.reset
         self._flights.append(Flight(waiting, flags, wait_s * 1000, is_again))
-        if len(self._flights) == self._flights.maxlen and not self._flights[0].is_again:
-            self._show(frame, self._flights[0], render_ms)
-        is_filling = len(self._flights) < self._flights.maxlen  # type: ignore[operator]
-        return is_filling or self._flights[0].waiting is not waiting
+        if len(self._flights) > self._delay:
+            landed = self._flights.popleft()
+            if not landed.is_again:
+                self._show(frame, landed, render_ms)
+        return any(not flight.is_again for flight in self._flights)
 
     def _step(self, waiting: Waiting) -> np.ndarray:
-        if self._is_reset_wanted:
-            self._is_reset_wanted = False
+        """A pose that was given before is given to the stream as it was then: only a new one begins anew."""
+        if waiting.num_resets > self._num_resets_done or self._is_broken:
+            self._num_resets_done, self._is_broken = waiting.num_resets, False
             self._stream.reset()
             self._person.reset()
-            self._flights.clear()
-        return self._stream.step(self._fit(waiting))
+            self._forget_flights()
+        frame = self._stream.step(self._fit(waiting))
+        waiting.is_stepped = True
+        return frame
+
+    def _count_step(self, last: StepInfo, render_ms: float) -> None:
+        self._render_ms.append(render_ms)
+        self._metrics.render.observe(render_ms / 1000)
+        self._metrics.frames.labels("repeat" if last.is_repeat else "held" if last.held else "rendered").inc()
+
+    def _forget_flights(self) -> None:
+        for flight in self._flights:
+            if not flight.is_again:
+                self.count_overtaken()
+        self._flights.clear()
 
     def _fit(self, waiting: Waiting) -> np.ndarray | None:
         """The pose on the avatar's canvas, float32 (134, 3), or None."""
@@ -205,7 +233,6 @@ class Session:
         if time.perf_counter() - arrived_s > MAX_AGE_S:
             self._drop_stale(f"a frame took {render_ms / 1000:.1f} s")
             return
-        self.num_shown += 1
         self.latest = frame
         header = FrameHeader(self.format, flight.flags, pose.sequence, pose.sent_ms, frame.shape[:2], self.num_dropped,
                              flight.wait_ms, render_ms)  # fmt: skip
@@ -218,7 +245,7 @@ class Session:
 
     def _fail(self, error: Exception) -> None:
         self._metrics.errors.inc()
-        self._is_reset_wanted = True  # a step that was broken off may have left the past frames half changed
+        self._is_broken = True  # a step that was broken off may have left the past frames half changed
         if not isinstance(error, PoseCrafterError):
             _log.error("a step of session %s failed", self.id, exc_info=error)
             error = PoseCrafterError(f"the step failed: {type(error).__name__}", "the server's log says more")

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class Newest(Generic[T]):
-    """One place; a value that is not taken in time is overtaken by the next. One taker, on the loop that made it."""
+    """One place; a value that is not taken in time is overtaken by the next. One taker, on the loop that made it.
 
-    def __init__(self) -> None:
+    on_overtaken: called for each of those, on the loop.
+    """
+
+    def __init__(self, on_overtaken: Callable[[], None]) -> None:
+        self._on_overtaken = on_overtaken
         self._loop = asyncio.get_running_loop()
         self._filled = asyncio.Event()
         self._value: T | None = None
@@ -25,6 +30,8 @@ class Newest(Generic[T]):
         self._loop.call_soon_threadsafe(self._set, value)
 
     def _set(self, value: T) -> None:
+        if self._value is not None:
+            self._on_overtaken()
         self._value = value
         self._filled.set()
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import anyio
@@ -25,7 +28,7 @@ from posecrafter_rt.serve.session import Session, Shown
 
 CHANNEL = "poses"
 _CLOCK_HZ = 90_000  # of video in RTP
-_CONNECT_TIMEOUT_S = 20.0
+_CONNECT_TIMEOUT_S = 4.0  # the page gives up a little later, and then finds its place free for the WebSocket
 _STILL_EVERY_S = 0.25  # the last frame again: whoever missed a packet, or the first frame, needs another
 _LAST_WORD_S = 0.5  # for the message that says why a client must go
 _MAX_BUFFERED_BYTES = 16 * 1024
@@ -36,9 +39,9 @@ class AvatarTrack(MediaStreamTrack):
 
     kind = "video"
 
-    def __init__(self, service: Service, session: Session) -> None:
+    def __init__(self, session: Session) -> None:
         super().__init__()
-        self._service, self._session = service, session
+        self._session = session
         self._frame, self._is_first = session.latest, True
         self._begin_s = time.perf_counter()
         self.channel: RTCDataChannel | None = None
@@ -65,7 +68,7 @@ class AvatarTrack(MediaStreamTrack):
 
     def _announce(self, shown: Shown) -> None:
         """Which pose the next picture is of: a video track cannot say."""
-        self._service.metrics.age.observe(shown.age_s)
+        self._session.count_shown(shown)
         channel = self.channel
         if channel is not None and channel.readyState == "open" and channel.bufferedAmount < _MAX_BUFFERED_BYTES:
             channel.send(encode_frame(shown.header.without_picture(), b""))
@@ -79,29 +82,32 @@ async def serve_peer(service: Service, sdp: str, answered: asyncio.Future[dict[s
     # No server for addresses: nothing outside is asked. Both ends then meet where they can reach one another as they are.
     peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
     try:
+        with _refusing():  # before it costs the engine's thread a stream
+            await peer.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
+        if not any(transceiver.kind == "video" for transceiver in peer.getTransceivers()):
+            raise ProtocolError("the offer has no video", "add a transceiver that receives video")
         async with service.session() as session:
-            track = AvatarTrack(service, session)
+            track = AvatarTrack(session)
             link = _Link(service, session, peer, track)
-            answered.set_result({**await _answer(peer, track, sdp), "session": session.id})
+            with _refusing():
+                peer.addTrack(track)
+                await peer.setLocalDescription(await peer.createAnswer())
+            answer = {"sdp": peer.localDescription.sdp, "type": peer.localDescription.type, "session": session.id}
+            answered.set_result(answer)
             await link.run()
     finally:
         await peer.close()
 
 
-async def _answer(peer: RTCPeerConnection, track: AvatarTrack, sdp: str) -> dict[str, str]:
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Raises: ProtocolError for whatever goes wrong with the text of an offer."""
     try:
-        await peer.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
-        if not any(transceiver.kind == "video" for transceiver in peer.getTransceivers()):
-            raise ProtocolError("the offer has no video", "add a transceiver that receives video")
-        peer.addTrack(track)
-        await peer.setLocalDescription(await peer.createAnswer())
-    except ProtocolError:
-        raise
-    except Exception as error:  # whatever a parser makes of text from outside
+        yield
+    except Exception as error:
         raise ProtocolError(
             f"the offer cannot be answered: {error or type(error).__name__}", "send what createOffer gives"
         ) from error
-    return {"sdp": peer.localDescription.sdp, "type": peer.localDescription.type}
 
 
 class _Link:
@@ -110,7 +116,7 @@ class _Link:
     def __init__(self, service: Service, session: Session, peer: RTCPeerConnection, track: AvatarTrack) -> None:
         self._session, self._peer, self._track = session, peer, track
         self._conversation = Conversation(service, session)
-        self._channel: asyncio.Future[RTCDataChannel] = asyncio.get_running_loop().create_future()
+        self._channel: asyncio.Future[RTCDataChannel | None] = asyncio.get_running_loop().create_future()  # or its end
         self._ended = asyncio.Event()
         self._is_refused = False
         peer.on("connectionstatechange", self._on_state)
@@ -129,26 +135,31 @@ class _Link:
         finally:
             tell.cancel()
 
+    def _end(self) -> None:
+        self._ended.set()
+        if not self._channel.done():
+            self._channel.set_result(None)
+
     def _on_state(self) -> None:
         if self._peer.connectionState in ("failed", "closed", "disconnected"):
-            self._ended.set()
+            self._end()
 
     def _on_channel(self, channel: RTCDataChannel) -> None:
         if channel.label == CHANNEL and not self._channel.done():
-            channel.on("message", self._hear)
-            channel.on("close", self._ended.set)
+            channel.on("message", partial(self._hear, channel))
+            channel.on("close", self._end)
             self._track.channel = channel
             self._channel.set_result(channel)
 
-    def _hear(self, message: bytes | str) -> None:
+    def _hear(self, channel: RTCDataChannel, message: bytes | str) -> None:
         if self._is_refused:
             return
         try:
             self._conversation.hear(message)
         except Disconnect as refusal:
             self._is_refused = True
-            _send(self._channel.result(), error_message(refusal.error))
-            asyncio.get_running_loop().call_later(_LAST_WORD_S, self._ended.set)
+            _send(channel, error_message(refusal.error))
+            asyncio.get_running_loop().call_later(_LAST_WORD_S, self._end)
 
     async def _tell(self, channel: RTCDataChannel) -> None:
         while True:

@@ -48,7 +48,7 @@ async def _converse(service: Service, session: Session, socket: WebSocket) -> No
     """Returns when the client is gone. Raises: Disconnect."""
     line = asyncio.Lock()  # whoever holds it may send, and holds it until the message is on its way
     tasks = [asyncio.create_task(job) for job in (
-        _hear(Conversation(service, session), socket), _show(service, session, socket, line), _tell(session, socket, line))]  # fmt: skip
+        _hear(Conversation(service, session), socket), _show(session, socket, line), _tell(session, socket, line))]  # fmt: skip
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -70,16 +70,15 @@ async def _hear(conversation: Conversation, socket: WebSocket) -> None:
         conversation.hear(message["bytes"] if text is None else text)
 
 
-async def _show(service: Service, session: Session, socket: WebSocket, line: asyncio.Lock) -> None:
+async def _show(session: Session, socket: WebSocket, line: asyncio.Lock) -> None:
     while True:
         shown = await session.frames.take()
         picture = await asyncio.to_thread(encode_picture, shown.frame, shown.header.format, session.quality)
         async with line:
-            age_s = shown.age_s
-            if age_s > MAX_AGE_S:  # a slow line held up what was sent before
+            if shown.age_s > MAX_AGE_S:  # a slow line held up what was sent before
                 session.count_stale()
                 continue
-            service.metrics.age.observe(age_s)
+            session.count_shown(shown)
             await _send(socket.send_bytes(encode_frame(shown.header, picture)))
 
 

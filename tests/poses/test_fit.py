@@ -106,6 +106,21 @@ def test_the_second_begins_when_somebody_is_seen() -> None:
     assert later is not None and later.scale < 0.49  # it still learns
 
 
+@pytest.mark.parametrize("poses_per_s", [25, 200])
+def test_a_second_that_shows_too_little_is_not_the_last(poses_per_s: int) -> None:
+    """Somebody is seen once, then their hands alone for longer than a second, or than the memory of one reaches."""
+    fit, hands = PersonFit(person()), person()
+    hands[:92] = 0
+    live = Similarity(2, 30, 40).apply(person())
+    assert fit.similarity(live, CANVAS, 0.0) is not None
+    after_s = [number / poses_per_s for number in range(1, 3 * poses_per_s)]
+    assert [fit.similarity(hands, CANVAS, now_s) for now_s in after_s][-1] is None
+    found = [fit.similarity(live, CANVAS, 3 + number / poses_per_s) for number in range(2 * poses_per_s)]
+    assert all(similarity is not None for similarity in found)
+    assert found[-1] is not None and found[-1].scale == pytest.approx(0.5, rel=1e-4)
+    assert fit.similarity(hands, CANVAS, 9.0) == found[-1]  # settled
+
+
 @pytest.mark.parametrize("is_reset", [True, False])
 def test_a_reset_or_another_camera_begins_anew(is_reset: bool) -> None:
     fit = PersonFit(person())

@@ -256,6 +256,27 @@ def never_reading(server: Running) -> socket.socket:
     return line
 
 
+def test_who_never_ends_a_requests_head_loses_the_connection(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the begin, and after an answer; who has a WebSocket keeps it."""
+    monkeypatch.setattr(server, "_HEAD_S", 0.2)
+    attacked = serve(token="a secret of some length")
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connect(attacked.url("/ws?token=a+secret+of+some+length", "ws")) as client:
+        for is_second, begin in ((False, b""), (False, b"GET / HTT"), (True, b"GET / HTT")):
+            with socket.create_connection(("127.0.0.1", attacked.port), timeout=20) as line:
+                if is_second:
+                    line.sendall(request)
+                    assert line.recv(65536).startswith(b"HTTP/1.1 200")
+                line.sendall(begin)
+                with suppress(ConnectionResetError):
+                    while line.recv(65536):
+                        pass
+        client.send(pose_bytes(1))
+        while isinstance(message := client.recv(timeout=10), str):
+            pass
+        assert decode_frame(message)[0].sequence == 1
+
+
 def test_who_never_reads_is_left_and_loses_the_connection(attacked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posecrafter_rt.serve.websocket._SEND_TIMEOUT_S", 1.0)
     monkeypatch.setattr(server, "_FAREWELL_S", 0.5)

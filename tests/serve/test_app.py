@@ -21,6 +21,7 @@ from posecrafter_rt.errors import PoseError, VideoError
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve import app as app_module
 from posecrafter_rt.serve import pose_worker, poses_api
+from posecrafter_rt.serve.protocol import MAX_CANVAS_PX, PoseMessage, decode_pose, encode_pose
 from posecrafter_rt.video_io import write_video
 from tests.serve.drawn import SIZE, DrawnAvatar, Running, make_pose, pose_bytes, wait_until
 
@@ -158,6 +159,16 @@ def test_too_many_frames_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert len(pose_worker.read_track(tmp_path / "3.json")) == 3
     with pytest.raises(PoseError, match="4 frames"):
         pose_worker.read_track(tmp_path / "4.json")
+
+
+def test_a_canvas_that_no_pose_message_may_have_is_refused(tmp_path: Path) -> None:
+    """Else the file is read, and its first pose ends the connection."""
+    for side in (MAX_CANVAS_PX, MAX_CANVAS_PX + 1):
+        PoseSequence(make_pose()[np.newaxis], (64, side)).save(tmp_path / f"{side}.json")
+    track = pose_worker.read_track(tmp_path / f"{MAX_CANVAS_PX}.json")
+    decode_pose(encode_pose(PoseMessage(1, 0.0, track.canvas, track.keypoints[0])))
+    with pytest.raises(PoseError, match="16385x64 pixels is too large"):
+        pose_worker.read_track(tmp_path / f"{MAX_CANVAS_PX + 1}.json")
 
 
 def test_reading_goes_on_beside_rendering(serve: Serve, tmp_path: Path) -> None:

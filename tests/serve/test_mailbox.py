@@ -51,12 +51,15 @@ def test_whoever_puts_without_end_waits_for_the_others() -> None:
     assert turns == ["slow", "fast"] * 14 + ["slow"]
 
 
-def test_jobs_go_first_and_in_order() -> None:
+def test_jobs_and_values_alternate_each_in_order() -> None:
+    """Who comes and goes without end, a job each time, does not keep the others from their turns, nor they it."""
     mailbox: Mailbox[str, int] = Mailbox()
-    mailbox.put("a", 1)
-    jobs = [lambda: None, lambda: None]
+    for value, key in enumerate("abc"):
+        mailbox.put(key, value)
+    jobs = [lambda: None, lambda: None, lambda: None, lambda: None, lambda: None]
     assert all(mailbox.put_job(job) for job in jobs)
-    assert [mailbox.take(), mailbox.take(), mailbox.take()] == [*jobs, ("a", 1)]
+    expected = [jobs[0], ("a", 0), jobs[1], ("b", 1), jobs[2], ("c", 2), jobs[3], jobs[4]]
+    assert [mailbox.take() for _ in expected] == expected
 
 
 def test_closing_ends_it_after_its_jobs() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,25 +17,52 @@ from posecrafter_rt.poses.draw import draw_pose
 from posecrafter_rt.poses.fit import median_pose
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.metrics import Metrics
+from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import HELD, REPEAT, RGB, Configure, PoseMessage
+from posecrafter_rt.serve.service import Service
 from posecrafter_rt.serve.session import Session, Waiting
 from tests.serve.drawn import SIZE, DrawnAvatar, DrawnStream, make_pose
+
+
+class LateStream(DrawnStream):
+    """Gives the frame of the pose before, as a pipelined stream of two steps does, and calls `in_step` meanwhile."""
+
+    before: np.ndarray | None = None
+    in_step: Callable[[], None] = staticmethod(lambda: None)
+
+    def __init__(self, owner: DrawnAvatar) -> None:
+        super().__init__(owner, SimpleNamespace(steps=2, window=1, is_pipelined=True))
+
+    def step(self, pose: np.ndarray | None) -> np.ndarray:
+        self.in_step()
+        frame, self.before = self.before, super().step(pose)
+        return self.owner.frames[0] if frame is None else frame
+
+    def reset(self) -> None:
+        super().reset()
+        self.before = None
 
 
 class Client:
     """A session and what it was sent so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: Callable[[DrawnAvatar], DrawnStream] = DrawnStream) -> None:
         self.avatar = DrawnAvatar()
-        self.stream = DrawnStream(self.avatar)
+        self.stream = stream(self.avatar)
         self.metrics = Metrics(lambda: 1)
         reference_pose = median_pose(self.avatar.poses.keypoints)
         self.session = Session(self.stream, self.avatar.frames[0], reference_pose, self.metrics)
 
     async def render(self, pose: np.ndarray | None, age_s: float = 0.0, canvas: tuple[int, int] = SIZE) -> None:
-        """A turn on another thread, as the engine's."""
-        waiting = Waiting(PoseMessage(3, 99.5, canvas, pose), time.perf_counter() - age_s)
-        await asyncio.to_thread(self.session.render, waiting)
+        """A turn of a pose that has just come."""
+        await self.turn(self.waiting(pose, age_s, canvas))
+
+    def waiting(self, pose: np.ndarray | None, age_s: float = 0.0, canvas: tuple[int, int] = SIZE) -> Waiting:
+        return Waiting(PoseMessage(3, 99.5, canvas, pose), time.perf_counter() - age_s, self.session.num_resets)
+
+    async def turn(self, waiting: Waiting) -> bool:
+        """On another thread, as the engine's."""
+        return await asyncio.to_thread(self.session.render, waiting)
 
     async def frame(self) -> Any:
         return await asyncio.wait_for(self.session.frames.take(), 5)
@@ -46,17 +74,25 @@ class Client:
         return self.metrics.registry.get_sample_value(name, labels)
 
 
-def on_loop(test: Callable[[Client], Awaitable[None]]) -> Callable[[], None]:
+Test = Callable[[Client], Awaitable[None]]
+
+
+def on_loop(test: Test, stream: Callable[[DrawnAvatar], DrawnStream] = DrawnStream) -> Callable[[], None]:
     """Runs a test of a client on an event loop."""
 
     async def with_client() -> None:
-        await test(Client())
+        await test(Client(stream))
 
     def run() -> None:
         asyncio.run(with_client())
 
     run.__name__ = test.__name__  # type: ignore[attr-defined]
     return run
+
+
+def pipelined(test: Test) -> Callable[[], None]:
+    """The same with a stream that gives the frame of the pose before."""
+    return on_loop(test, LateStream)
 
 
 @on_loop
@@ -165,10 +201,65 @@ async def test_reset_comes_before_the_next_frame(client: Client) -> None:
 
 
 @on_loop
+async def test_a_reset_does_not_begin_anew_with_a_pose_from_before_it(client: Client) -> None:
+    late = client.waiting(make_pose())
+    client.session.reset()
+    assert not await client.turn(late)
+    assert client.session.num_dropped == 1 and not client.avatar.steps and client.avatar.num_resets == 0
+    await client.render(make_pose(1))
+    assert client.avatar.num_resets == 1 and len(client.avatar.steps) == 1 and client.session.num_dropped == 1
+
+
+@pipelined
+async def test_a_pose_is_counted_once_however_many_turns_its_frame_takes(client: Client) -> None:
+    waiting = client.waiting(make_pose())
+    assert [await client.turn(waiting), await client.turn(waiting)] == [True, False]
+    assert np.array_equal((await client.frame()).frame, client.session.latest)
+    for name in ("posecrafter_wait_seconds_count", "posecrafter_render_seconds_count"):
+        assert client.count(name) == 1
+    assert client.count("posecrafter_frames_total", kind="rendered") == 1
+
+
+@pipelined
+async def test_a_pose_whose_frame_comes_is_not_overtaken_by_the_next(client: Client) -> None:
+    service = Service(client.avatar, ServeOptions())  # its thread does not run
+    first = client.waiting(make_pose())
+    assert await client.turn(first)
+    service._scheduler._mailbox.put_if_free(client.session, first)
+    service.offer(client.session, client.waiting(make_pose(1)))
+    assert client.session.num_dropped == 0
+    service.offer(client.session, client.waiting(make_pose(2)))
+    assert client.session.num_dropped == 1
+
+
+@pipelined
+async def test_a_reset_during_a_step_does_not_lose_its_frame(client: Client) -> None:
+    client.session.configure(Configure(fit="canvas"))
+    waiting = client.waiting(make_pose())
+    client.stream.in_step = client.session.reset
+    assert await client.turn(waiting)
+    client.stream.in_step = lambda: None
+    assert not await client.turn(waiting) and client.avatar.num_resets == 0
+    assert np.array_equal((await client.frame()).frame, draw_pose(make_pose(), SIZE))
+    await client.render(make_pose(1))
+    assert client.avatar.num_resets == 1 and client.session.num_dropped == 0
+
+
+@pipelined
+async def test_what_is_on_its_way_when_a_pose_begins_anew_is_dropped(client: Client) -> None:
+    await client.render(make_pose())
+    client.session.reset()
+    next_pose = client.waiting(make_pose(1))
+    assert await client.turn(next_pose) and client.session.num_dropped == 1
+    assert not await client.turn(next_pose) and (await client.frame()).header.dropped == 1
+
+
+@on_loop
 async def test_a_frame_that_nobody_takes_is_overtaken(client: Client) -> None:
     for shift in range(4):
         await client.render(make_pose(shift))
     await asyncio.sleep(0)
+    assert client.session.num_dropped == client.count("posecrafter_poses_dropped_total", reason="overtaken") == 3
     assert np.array_equal((await client.frame()).frame, client.session.latest)
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(client.session.frames.take(), 0.1)
@@ -184,6 +275,7 @@ async def test_counts_and_wishes(client: Client) -> None:
     assert (session.format, session.quality, session.num_dropped) == (RGB, 40, 2)
     for shift in range(5):
         await client.render(make_pose(shift))
+        session.count_shown(await client.frame())
     stats = session.stats(0.5, 1)
     assert stats["fps"] == 8 and stats["dropped"] == 2 and 0 < stats["render_ms_p50"] <= stats["render_ms_p95"]
     assert session.stats(1.0, 5)["fps"] == 0

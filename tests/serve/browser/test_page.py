@@ -314,6 +314,17 @@ def test_dark_and_light_follow_the_system_until_one_is_chosen(serve: Serve, open
     assert brightness(dark) < 50
 
 
+def test_a_browser_that_blocks_storage_shows_the_avatar_all_the_same(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url(), color_scheme="dark", **STILL)
+    page.page.add_init_script(
+        'Object.defineProperty(window, "localStorage", { get() { throw new DOMException("denied", "SecurityError"); } })'
+    )
+    page.page.reload()
+    page.wait_for_link("Live")
+    page.page.get_by_role("button", name="Theme").click()
+    assert page.page.get_by_role("button", name="Theme: light").is_visible()
+
+
 def test_every_control_can_be_reached_with_the_tab_key(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve().url(), **STILL)
     page.wait_for_link("Live")

@@ -23,7 +23,7 @@ from tests.serve.browser.pages import LivePage
 from tests.serve.drawn import Running
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Route
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 CAMERA = (480, 640)
@@ -80,6 +80,23 @@ def distance(pose: PoseMessage, expected: np.ndarray, points: object) -> float:
     assert pose.keypoints is not None and pose.canvas == CAMERA
     assert (pose.keypoints[points, 2] > 0.3).all()  # type: ignore[index]
     return float(np.linalg.norm(pose.keypoints[points, :2] - expected[points, :2], axis=-1).mean())  # type: ignore[index]
+
+
+def test_a_camera_that_is_left_while_the_tracker_loads_is_off(page: LivePage) -> None:
+    """Even where its panel is open again when the tracker is there."""
+    held: list[Route] = []
+    page.page.route("**/tracker/holistic.js", lambda route: held.append(route))
+    page.wait_for_link("Live")
+    page.choose("Webcam")
+    page.page.get_by_role("button", name="Start camera").click()
+    page.wait_until(lambda: held, LOADING_S)
+    page.choose("Joints")
+    page.choose("Webcam")
+    held[0].continue_()
+    button = page.page.locator("#camera")
+    page.wait_until(button.is_enabled, LOADING_S)
+    assert button.inner_text() == "Start camera" and page.page.locator("#camera-status").inner_text() == ""
+    track(page, is_mirrored=False)
 
 
 def test_the_person_before_the_camera_is_followed_and_only_keypoints_leave_the_page(

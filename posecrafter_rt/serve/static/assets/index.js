@@ -1693,18 +1693,22 @@ var Webcam = class {
 	}
 	async begin() {
 		this.button.disabled = true;
+		let stream = null;
 		try {
 			this.status.textContent = "Waiting for the camera";
-			this.stream = await openCamera();
-			this.video.srcObject = this.stream;
+			stream = await openCamera();
+			if (this.panel.hidden) return stop(stream);
+			this.stream = this.video.srcObject = stream;
 			await this.video.play();
+			if (this.stream !== stream) return;
 			this.status.textContent = "Loading the tracker";
 			await this.tracker.load();
+			if (this.stream !== stream) return;
 			this.status.textContent = "Looking for you";
 			this.button.textContent = "Stop camera";
-			if (this.panel.hidden) this.end();
-			else this.loop.start();
+			this.loop.start();
 		} catch (error) {
+			if (this.stream !== stream) return;
 			this.end();
 			this.status.textContent = reason(error);
 		} finally {
@@ -1713,7 +1717,7 @@ var Webcam = class {
 	}
 	end() {
 		this.loop.stop();
-		this.stream?.getTracks().forEach((track) => track.stop());
+		if (this.stream !== null) stop(this.stream);
 		this.stream = this.video.srcObject = null;
 		this.view.setBackdrop(null);
 		this.button.textContent = "Start camera";
@@ -1735,6 +1739,9 @@ var Webcam = class {
 		}
 	}
 };
+function stop(stream) {
+	stream.getTracks().forEach((track) => track.stop());
+}
 async function openCamera() {
 	if (navigator.mediaDevices === void 0) throw new Error("The camera needs a page from localhost or over HTTPS");
 	return navigator.mediaDevices.getUserMedia({
@@ -2113,7 +2120,8 @@ var THEMES = [
 var STORAGE_KEY = "theme";
 function setUpTheme() {
 	const button = byId("theme", HTMLButtonElement);
-	let chosen = THEMES.findIndex((theme) => theme === localStorage.getItem(STORAGE_KEY));
+	const remembered = fromStorage((storage) => storage.getItem(STORAGE_KEY));
+	let chosen = THEMES.findIndex((theme) => theme === remembered);
 	if (chosen < 0) chosen = 0;
 	const apply = () => {
 		const theme = THEMES[chosen];
@@ -2122,10 +2130,18 @@ function setUpTheme() {
 	};
 	button.onclick = () => {
 		chosen = (chosen + 1) % THEMES.length;
-		localStorage.setItem(STORAGE_KEY, THEMES[chosen]);
+		fromStorage((storage) => storage.setItem(STORAGE_KEY, THEMES[chosen]));
 		apply();
 	};
 	apply();
+}
+/** Null where the browser blocks storage, which it does by throwing: the choice then lasts as long as the page. */
+function fromStorage(use) {
+	try {
+		return use(localStorage);
+	} catch {
+		return null;
+	}
 }
 // src/main.ts
 var INFO_EVERY_MS = 5e3;

@@ -6,7 +6,8 @@ const STORAGE_KEY = "theme";
 
 export function setUpTheme(): void {
   const button = byId("theme", HTMLButtonElement);
-  let chosen = THEMES.findIndex((theme) => theme === localStorage.getItem(STORAGE_KEY));
+  const remembered = fromStorage((storage) => storage.getItem(STORAGE_KEY));
+  let chosen = THEMES.findIndex((theme) => theme === remembered);
   if (chosen < 0) chosen = 0;
   const apply = () => {
     const theme = THEMES[chosen] as string;
@@ -15,8 +16,17 @@ export function setUpTheme(): void {
   };
   button.onclick = () => {
     chosen = (chosen + 1) % THEMES.length;
-    localStorage.setItem(STORAGE_KEY, THEMES[chosen] as string);
+    fromStorage((storage) => storage.setItem(STORAGE_KEY, THEMES[chosen] as string));
     apply();
   };
   apply();
+}
+
+/** Null where the browser blocks storage, which it does by throwing: the choice then lasts as long as the page. */
+function fromStorage<T>(use: (storage: Storage) => T): T | null {
+  try {
+    return use(localStorage);
+  } catch {
+    return null;
+  }
 }

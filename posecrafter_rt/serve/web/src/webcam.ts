@@ -33,18 +33,22 @@ export class Webcam {
 
   private async begin(): Promise<void> {
     this.button.disabled = true;
+    let stream: MediaStream | null = null;
     try {
       this.status.textContent = "Waiting for the camera";
-      this.stream = await openCamera();
-      this.video.srcObject = this.stream;
+      stream = await openCamera();
+      if (this.panel.hidden) return stop(stream);
+      this.stream = this.video.srcObject = stream;
       await this.video.play();
+      if (this.stream !== stream) return; // the camera was left meanwhile, even if its panel is open again
       this.status.textContent = "Loading the tracker";
       await this.tracker.load();
+      if (this.stream !== stream) return;
       this.status.textContent = "Looking for you";
       this.button.textContent = "Stop camera";
-      if (this.panel.hidden) this.end();
-      else this.loop.start();
+      this.loop.start();
     } catch (error) {
+      if (this.stream !== stream) return;
       this.end();
       this.status.textContent = reason(error);
     } finally {
@@ -54,7 +58,7 @@ export class Webcam {
 
   private end(): void {
     this.loop.stop();
-    this.stream?.getTracks().forEach((track) => track.stop());
+    if (this.stream !== null) stop(this.stream);
     this.stream = this.video.srcObject = null;
     this.view.setBackdrop(null);
     this.button.textContent = "Start camera";
@@ -76,6 +80,10 @@ export class Webcam {
       this.status.textContent = reason(error);
     }
   }
+}
+
+function stop(stream: MediaStream): void {
+  stream.getTracks().forEach((track) => track.stop());
 }
 
 async function openCamera(): Promise<MediaStream> {

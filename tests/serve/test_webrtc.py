@@ -1,0 +1,109 @@
+"""WebRTC's places: a bad offer costs no stream, and who does not come about, or goes, keeps no place; aiortc at both ends."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.abc
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aioice.ice
+import httpx
+import pytest
+from aiortc import RTCPeerConnection, RTCSessionDescription
+
+from posecrafter_rt import serve as package
+from posecrafter_rt.errors import BackendUnavailable
+from posecrafter_rt.serve import webrtc
+from posecrafter_rt.serve.options import ServeOptions
+from posecrafter_rt.serve.peers import Peers
+from posecrafter_rt.serve.service import Service
+from tests.serve.drawn import DrawnAvatar, Running, wait_until
+
+Serve = Callable[..., Running]
+TRANSPORT = Path(package.__file__).parent / "web" / "src" / "transport.ts"
+
+
+async def offered(server: Running, peer: RTCPeerConnection) -> dict[str, str]:
+    """The server's answer to a peer that would see the avatar."""
+    peer.addTransceiver("video", direction="recvonly")
+    await peer.setLocalDescription(await peer.createOffer())
+    offer = {"sdp": peer.localDescription.sdp, "type": "offer"}
+    async with httpx.AsyncClient() as client:
+        answer = await client.post(server.url("/api/offer"), json=offer, timeout=30)
+    assert answer.status_code == 200
+    return answer.json()
+
+
+@pytest.mark.parametrize("sdp", ["", "nonsense", "v=0\r\no=- 1 1 IN IP4 0.0.0.0\r\ns=-\r\nt=0 0\r\n"])
+def test_a_bad_offer_opens_no_stream(serve: Serve, monkeypatch: pytest.MonkeyPatch, sdp: str) -> None:
+    server = serve()
+    service: Service = server.app.state.service
+    opened: list[object] = []
+    monkeypatch.setattr(service, "session", lambda: opened.append(sdp))
+    answer = httpx.post(server.url("/api/offer"), json={"type": "offer", "sdp": sdp})
+    assert answer.status_code == 400 and answer.json()["hint"] and not opened
+
+
+def test_a_peer_that_goes_before_its_channel_came_is_not_waited_for(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aioice.ice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
+    monkeypatch.setattr(webrtc, "_CONNECT_TIMEOUT_S", 300.0)
+    server = serve()
+
+    async def come_and_go() -> None:
+        peer, connected = RTCPeerConnection(), asyncio.Event()
+        peer.on("connectionstatechange", lambda: peer.connectionState == "connected" and connected.set())
+        try:
+            answer = await offered(server, peer)
+            await peer.setRemoteDescription(RTCSessionDescription(answer["sdp"], answer["type"]))
+            await asyncio.wait_for(connected.wait(), 20)
+            assert server.app.state.service.num_sessions == 1
+        finally:
+            await peer.close()
+
+    asyncio.run(come_and_go())
+    wait_until(lambda: server.app.state.service.num_sessions == 0)
+
+
+def test_a_peer_that_never_connects_gives_its_place_back(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webrtc, "_CONNECT_TIMEOUT_S", 0.1)
+    server = serve(max_sessions=1)
+
+    async def ask() -> None:
+        peer = RTCPeerConnection()
+        try:
+            await offered(server, peer)
+        finally:
+            await peer.close()
+
+    asyncio.run(ask())
+    wait_until(lambda: server.app.state.service.num_sessions == 0)
+
+
+def test_the_server_gives_up_before_the_page_does() -> None:
+    """Which then takes the WebSocket, and must find its own place free."""
+    limits_ms = dict(re.findall(r"const (\w+_MS) = (\d+);", TRANSPORT.read_text()))
+    left_ms = int(limits_ms["OPENING_MS"]) - int(limits_ms["GATHERING_MS"])
+    assert left_ms > webrtc._CONNECT_TIMEOUT_S * 1000
+
+
+def test_aiortc_is_not_imported_on_the_loops_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    class Watch(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+            if name == webrtc.__name__:
+                threads.append(threading.get_ident())
+
+    monkeypatch.setattr(sys, "meta_path", [Watch(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, webrtc.__name__)
+    monkeypatch.setitem(sys.modules, "aiortc", None)  # so that the import ends there
+    with pytest.raises(BackendUnavailable, match="aiortc"):
+        asyncio.run(Peers(Service(DrawnAvatar(), ServeOptions())).answer(b'{"type": "offer", "sdp": ""}'))
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
