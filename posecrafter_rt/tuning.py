@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, PoseCrafterError, PoseError
-from posecrafter_rt.framing import check_one_pose_a_frame, transform_keypoints
+from posecrafter_rt.framing import check_one_pose_a_frame, resize_to, transform_keypoints
 from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
 from posecrafter_rt.models.blocks import NormScope, channels_last
@@ -46,7 +46,7 @@ from posecrafter_rt.tuning_losses import (
     small_decoder_loss,
     teach,
 )
-from posecrafter_rt.video_io import read_video
+from posecrafter_rt.video_io import stream_video
 
 SAVE_EVERY_SECONDS = 30.0
 LOSS_SMOOTHING = 0.05
@@ -63,7 +63,7 @@ class TuneOptions:
         that is distilled from that one at last, for streams; 0: there is none.
     precision: of the activations (autocast); the trained weights stay float32.
     controlvideo_weights: the U-Net's and the ControlNet's file of ControlVideo's training, to start from instead of the
-        base's own weights; with 0 steps they are taken as they are.
+        base's own weights; with 0 steps they are taken as they are. They leave norm_scope at `clip`, their training's.
     Raises: PoseCrafterError for a learning rate that is not a positive number, a negative number of steps, or a seed that
         64 bits do not hold.
     """
@@ -153,7 +153,8 @@ def tune(
     refuse_overwrite(output, force)
     if len(frames) != len(poses):
         raise PoseError(f"{len(frames)} frames but {len(poses)} poses", "extract the poses from this very video")
-    model = load_base(options.base, controlnet=options.controlnet, vae=options.vae, norm_scope=options.norm_scope)
+    norm_scope = options.norm_scope or ("clip" if options.controlvideo_weights else None)  # as ControlVideo is trained
+    model = load_base(options.base, controlnet=options.controlnet, vae=options.vae, norm_scope=norm_scope)
     given = {} if options.controlvideo_weights is None else load_controlvideo_weights(*options.controlvideo_weights)
     apply_tensors(model, given)
     model.architecture().check_size(frames.shape[1:3])
@@ -387,12 +388,13 @@ def base_size(base: str) -> tuple[int, int]:
 
 
 def load_clip(
-    video: Path | str, poses: PoseSequence, size: tuple[int, int], window: slice
+    video: Path | str, poses: PoseSequence, size: tuple[int, int], window: slice, num_wanted: int | None = None
 ) -> tuple[np.ndarray, PoseSequence]:
-    """Read the frames of `window` at `size` (scaled to cover, centre-cropped) and move their poses with them.
+    """The frames of `window` at `size` (scaled to cover, centre-cropped), or those that `choose_frames` takes; their poses.
 
     Raises: VideoError; PoseError when the video and the poses do not have the same number of frames.
     """
-    frames = read_video(video, size=size).frames
+    chosen = np.arange(len(poses))[window][choose_frames(len(poses[window]), num_wanted or len(poses))]
+    frames = [resize_to(frame, size) if i in chosen else None for i, frame in enumerate(stream_video(video)[0])]
     check_one_pose_a_frame(video, len(frames), len(poses))
-    return frames[window], transform_keypoints(poses, size)[window]
+    return np.stack([frame for frame in frames if frame is not None]), transform_keypoints(poses, size)[chosen]

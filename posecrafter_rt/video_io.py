@@ -39,6 +39,7 @@ __all__ = [
     "Video",
     "VideoWriter",
     "contact_sheet",
+    "count_frames",
     "cover_transform",
     "decode_png",
     "encode_png",
@@ -47,6 +48,7 @@ __all__ = [
     "side_by_side",
     "stream_video",
     "transform_keypoints",
+    "video_size",
     "write_png",
     "write_video",
 ]
@@ -55,6 +57,12 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv")
 DEFAULT_FPS = 25.0  # of images, and of videos that state no rate
 H264_CRF = "17"  # x264's constant quality; no difference is seen from about here on
+# FFmpeg's numbers of the transfer functions whose values mean other lights than an ordinary picture's.
+_HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
+_TO_SDR = (
+    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
+    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +90,45 @@ def read_video(
         start, stop: the frames to keep, as in a slice; `stop` None reads to the end.
     Returns: the clip, upright where the file says that it was filmed turned; images have 25 frames per second.
     Raises: VideoError: the path is missing, cannot be read, breaks off (naming the frame reached), holds no frame in
-        that range, or is a folder whose images differ in size.
+        that range, has frames or images of different sizes, or is HDR (PQ or HLG).
     """
     source, fps = stream_video(path, size=size, start=start, stop=stop)
-    frames = list(source)
-    if not frames:
+    frames = _gather(source)
+    if not len(frames):
         raise VideoError(f"{path} has no frame" + (f" from frame {start} on" if start else ""))
-    return Video(np.stack(frames), fps)
+    return Video(frames, fps)
+
+
+def _gather(source: Iterable[np.ndarray]) -> np.ndarray:
+    """All frames in one array, which grows as they come: beside a list of them it would hold every frame twice."""
+    frames, count = np.empty(0, np.uint8), 0
+    for frame in source:
+        if count == len(frames):
+            # A large block is grown by moving its pages, not by copying them (Linux).
+            frames.resize((count + count // 8 + 8, *frame.shape), refcheck=False)
+        frames[count] = frame
+        count += 1
+    frames.resize((count, *frames.shape[1:]), refcheck=False)
+    return frames
+
+
+def video_size(path: str | PathLike[str]) -> tuple[int, int]:
+    """(height, width) of the frames that `read_video` gives. Raises: as `read_video`."""
+    height, width = read_video(path, stop=1).frames.shape[1:3]
+    return height, width
+
+
+def count_frames(path: str | PathLike[str]) -> int:
+    """About how many frames `stream_video` gives, for a sign of progress: counted in the file, none is decoded."""
+    path = Path(path)
+    if _holds_images(path):
+        return len(_image_paths(path))
+    count = 0
+    # What is wrong with the file is told by whoever decodes it.
+    with suppress(FFmpegError), av.open(str(path), metadata_errors="replace") as container:
+        for packet in container.demux(container.streams.video[0]):
+            count += packet.size > 0
+    return count
 
 
 def stream_video(
@@ -104,7 +144,7 @@ def stream_video(
         raise VideoError(f"no frame lies in {start}:{stop}", hint="give 0 <= start < stop")
     if not path.exists():
         raise VideoError(f"there is no file or folder {path}", hint="check the path")
-    if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES:
+    if _holds_images(path):
         source, fps = _read_images(_image_paths(path)[start:stop]), DEFAULT_FPS
     else:
         source, fps = _decode(path, start, stop), _frame_rate(path)
@@ -129,10 +169,10 @@ class VideoWriter:
             raise VideoError(
                 f"{self.path} is not the name of a video", hint=f"end it in one of {', '.join(VIDEO_SUFFIXES)}"
             )
-        if not (np.isfinite(fps) and 0 < fps <= 1000):
-            raise VideoError(f"fps is {fps}", hint="give a number above 0, 1000 at the most")
+        self._rate = Fraction(fps).limit_denominator(1001) if np.isfinite(fps) else Fraction(0)
+        if not 0 < self._rate <= 1000:
+            raise VideoError(f"fps is {fps}", hint="give 0.001 or more, 1000 at the most")
         refuse_overwrite(self.path, force)
-        self._rate = Fraction(fps).limit_denominator(1001)
         self._size: tuple[int, int] | None = None
         self._file = atomic_path(self.path)
         self._container: Any = None
@@ -174,7 +214,8 @@ class VideoWriter:
 
     def _open(self) -> None:
         assert self._size is not None
-        options = {} if self.path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
+        # Matroska otherwise names file and track by random numbers: the same frames would give another file in each run.
+        options = {"fflags": "+bitexact"} if self.path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
         self._container = av.open(str(self._temporary), "w", options=options)
         self._stream = self._container.add_stream("libx264", rate=self._rate)
         self._stream.height, self._stream.width = (side + side % 2 for side in self._size)
@@ -252,6 +293,7 @@ def decode_png(data: np.ndarray) -> np.ndarray:
 def _decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
     """The frames `start` to `stop`, RGB and upright."""
     count = 0
+    shape: tuple[int, ...] | None = None
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
@@ -263,18 +305,27 @@ def _decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
                     raise _damaged(path, count - 1, "its data are not whole")
                 if count > start:
                     turns = round(frame.rotation / 90)
-                    yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+                    picture = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+                    shape = shape or picture.shape
+                    if picture.shape != shape:
+                        raise _changed_size(path, count - 1, shape, picture.shape)
+                    yield picture
     except FFmpegError as failure:
         raise _damaged(path, count, _reason(failure)) from failure
 
 
 def _frame_rate(path: Path) -> float:
-    """Frames per second; also the check that the file is a video at all."""
+    """Frames per second; also the check that the file is a video at all, and of colours that are read."""
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise VideoError(f"{path} has no video stream", hint="name a file with moving pictures")
             stream = container.streams.video[0]
+            if (transfer := _HDR_TRANSFERS.get(stream.codec_context.color_trc)) is not None:
+                raise VideoError(
+                    f"{path} is an HDR video ({transfer}), whose colours would come out wrong",
+                    hint=f"film with HDR off, or convert it: ffmpeg -i FILE -vf {_TO_SDR} out.mp4",
+                )
             return float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
     except FFmpegError as failure:
         raise VideoError(
@@ -290,8 +341,20 @@ def _damaged(path: Path, frame: int, reason: str) -> VideoError:
     )
 
 
+def _changed_size(path: Path, frame: int, before: tuple[int, ...], after: tuple[int, ...]) -> VideoError:
+    height, width = before[:2]
+    return VideoError(
+        f"{path} is {size_text(before)}, but {size_text(after)} (height x width) from frame {frame} on",
+        hint=f"bring it to one size: ffmpeg -i FILE -vf scale={width}:{height} out.mp4",
+    )
+
+
 def _reason(failure: FFmpegError) -> str:
     return (failure.strerror or str(failure)).lower()
+
+
+def _holds_images(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _image_paths(path: Path) -> list[Path]:

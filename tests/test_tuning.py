@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pkgutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from posecrafter_rt.tuning import (
     tune,
 )
 from posecrafter_rt.tuning_losses import draw_timestep
-from posecrafter_rt.video_io import write_video
+from posecrafter_rt.video_io import stream_video, write_video
 
 SIZE = (32, 32)
 
@@ -202,8 +203,9 @@ def test_weights_of_controlvideo_are_taken_as_they_are_or_tuned_on(clip, options
     options = replace(options, controlvideo_weights=(files[0], files[1]))
     taken = tune(*clip, tmp_path / "b.ckpt", replace(options, steps=0))
     assert same_tensors(taken, tuned) and taken.metadata["steps"] == 0
-    further = tune(*clip, tmp_path / "c.ckpt", replace(options, steps=2))
-    assert not same_tensors(further, tuned)
+    assert (tuned.metadata["norm_scope"], taken.metadata["norm_scope"]) == ("frame", "clip")  # as they were trained
+    further = tune(*clip, tmp_path / "c.ckpt", replace(options, steps=2, norm_scope="frame"))
+    assert not same_tensors(further, tuned) and further.metadata["norm_scope"] == "frame"
 
 
 def test_weights_of_controlvideo_are_kept_where_the_base_tunes_fewer(
@@ -334,3 +336,34 @@ def test_load_clip_moves_poses_with_frames_and_takes_the_window(clip, tmp_path: 
     np.testing.assert_allclose(moved.keypoints[..., :2], (poses.keypoints[1:4, :, :2] + 0.5) * 2 - 0.5, rtol=1e-5)
     with pytest.raises(PoseError, match="5 frames but there are 2 poses"):
         load_clip(tmp_path / "v.mp4", poses[:2], SIZE, slice(None))
+
+
+@pytest.mark.parametrize(
+    ("window", "wanted", "expected"),
+    [(slice(None), 3, [0, 6, 11]), (slice(1, 4), 2, [1, 3]), (slice(9, None), 8, [9, 10, 11])],
+)
+def test_load_clip_holds_only_the_frames_that_are_trained_on(
+    tmp_path: Path, monkeypatch, window, wanted, expected
+) -> None:
+    keypoints = np.random.default_rng(0).uniform(2, 30, (12, 134, 3)) / [1, 1, 30]
+    poses = PoseSequence(keypoints, SIZE, 25.0)
+    write_video(tmp_path / "v.mp4", np.random.default_rng(1).integers(0, 256, (12, *SIZE, 3), np.uint8), 25.0)
+    everything, _ = load_clip(tmp_path / "v.mp4", poses, SIZE, slice(None))
+    read: list[weakref.ref[np.ndarray]] = []
+    most_alive = 0
+
+    def watched(path: Path) -> tuple[Iterator[np.ndarray], float]:
+        frames, fps = stream_video(path)
+        return (watch(frame) for frame in frames), fps
+
+    def watch(frame: np.ndarray) -> np.ndarray:
+        nonlocal most_alive
+        read.append(weakref.ref(frame))
+        most_alive = max(most_alive, sum(reference() is not None for reference in read))
+        return frame
+
+    monkeypatch.setattr("posecrafter_rt.tuning.stream_video", watched)
+    loaded, moved = load_clip(tmp_path / "v.mp4", poses, SIZE, window, wanted)
+    np.testing.assert_array_equal(loaded, everything[expected])
+    np.testing.assert_array_equal(moved.keypoints, poses.keypoints[expected])
+    assert len(read) == 12 and most_alive <= len(expected) + 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tracemalloc
 from pathlib import Path
 
 import av
@@ -13,7 +14,18 @@ import pytest
 from av.error import FFmpegError
 
 from posecrafter_rt.errors import DiskFull, OutputExists, ShapeError, VideoError
-from posecrafter_rt.video_io import Video, VideoWriter, read_video, resize_to, write_png, write_video
+from posecrafter_rt.video_io import (
+    VIDEO_SUFFIXES,
+    Video,
+    VideoWriter,
+    count_frames,
+    read_video,
+    resize_to,
+    stream_video,
+    video_size,
+    write_png,
+    write_video,
+)
 
 
 def smooth(count: int, size: tuple[int, int] = (64, 96)) -> np.ndarray:
@@ -36,8 +48,8 @@ def clip(tmp_path: Path) -> Path:
     return tmp_path / "clip.mp4"
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".m4v", ".mkv"])
-@pytest.mark.parametrize("fps", [25.0, 30000 / 1001, 12.5])
+@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
+@pytest.mark.parametrize("fps", [25.0, 30000 / 1001, 12.5, 0.001])
 def test_round_trip(tmp_path, suffix, fps):
     frames = smooth(12)
     write_video(tmp_path / f"clip{suffix}", frames, fps)
@@ -82,6 +94,13 @@ def test_frames_one_by_one_or_several_at_once(tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
+def test_the_same_frames_give_the_same_bytes(tmp_path, suffix):
+    for name in ("a", "b"):
+        write_video(tmp_path / f"{name}{suffix}", smooth(3), 25)
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
 def test_frames_need_not_be_contiguous(tmp_path):
     frames = smooth(3, (64, 64))[:, ::2, ::-2, ::-1]
     write_video(tmp_path / "a.mp4", frames, 25)
@@ -97,6 +116,64 @@ def test_a_range_of_frames(clip):
     for start, stop in ((-1, None), (4, 4), (5, 3)):
         with pytest.raises(VideoError, match="no frame lies in"):
             read_video(clip, start=start, stop=stop)
+
+
+def test_no_frame_is_held_twice(tmp_path):
+    write_video(tmp_path / "clip.mp4", smooth(60, (128, 192)), 25)
+    tracemalloc.start()
+    try:
+        num_bytes = read_video(tmp_path / "clip.mp4").frames.nbytes
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * num_bytes
+
+
+def test_size_and_number_of_frames_are_told_without_reading_all(clip, tmp_path):
+    assert video_size(clip) == (64, 96) and count_frames(clip) == 20
+    for number in range(3):
+        write_png(tmp_path / "images" / f"{number}.png", smooth(1, (20, 30))[0])
+    assert video_size(tmp_path / "images") == (20, 30) and count_frames(tmp_path / "images") == 3
+    clip.write_bytes(clip.read_bytes()[:2000])  # what is wrong with it is for those to say who decode it
+    assert count_frames(clip) <= 20
+
+
+def h264(path, size, count=5):
+    with av.open(str(path), "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for frame in smooth(count, size):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("size", [None, (32, 32)])
+def test_a_change_of_size_within_a_video_is_named(tmp_path, size):
+    path = tmp_path / "call.h264"
+    path.write_bytes(h264(tmp_path / "a", (64, 96)) + h264(tmp_path / "b", (32, 64)))
+    with pytest.raises(
+        VideoError, match=r"call\.h264 is 64x96, but 32x64 \(height x width\) from frame 5 on"
+    ) as caught:
+        read_video(path, size=size)
+    assert_one_line(caught)
+    assert "scale=96:64" in caught.value.hint
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+def test_hdr_is_refused_with_the_command_that_converts_it(tmp_path, transfer, name):
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.color_primaries = stream.codec_context.colorspace = 9  # BT.2020
+        stream.codec_context.color_trc = transfer
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(smooth(1, (32, 32))[0], format="rgb24")))
+        container.mux(stream.encode())
+    # Already when it is opened, and not minutes later at its first frame.
+    with pytest.raises(VideoError, match=rf"phone\.mp4 is an HDR video \({name}\)") as caught:
+        stream_video(tmp_path / "phone.mp4")
+    assert_one_line(caught)
+    assert "ffmpeg -i" in caught.value.hint and "tonemap" in caught.value.hint
 
 
 def test_frames_are_fitted_as_they_are_read(clip):
@@ -280,7 +357,7 @@ def test_refuses_frames_that_do_not_fit(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 5000])
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 5000, 0.0004, 1e-300])
 def test_refuses_an_impossible_rate(tmp_path, fps):
     with pytest.raises(VideoError, match="fps"):
         VideoWriter(tmp_path / "a.mp4", fps)

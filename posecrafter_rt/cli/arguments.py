@@ -77,5 +77,5 @@ def shown_poses(poses: PoseSequence, window: slice, source: Path) -> PoseSequenc
     missing = ((chosen[..., 2] <= 0).all(axis=1).nonzero()[0] + (window.start or 0)).tolist()
     if missing:
         raise PoseError(f"{source} does not show the person in {len(missing)} of {len(chosen)} frames: {abridged(missing)}",
-                        "leave them out, or fill them in from their neighbours")  # fmt: skip
+                        "leave them out, --range START:END, or fill in short gaps: posecrafter-rt poses edit --fill 5")  # fmt: skip
     return poses[window]

@@ -42,9 +42,8 @@ def evaluate(
     from posecrafter_rt.evaluate.metrics import mse_p, psnr, ssim
     from posecrafter_rt.framing import transform_keypoints
     from posecrafter_rt.poses.extract import extract_poses
-    from posecrafter_rt.poses.keypoints import PoseSequence
     from posecrafter_rt.poses.openpose_json import read_openpose
-    from posecrafter_rt.video_io import read_video
+    from posecrafter_rt.video_io import read_video, video_size
 
     frames = read_video(rendered).frames
     height, width = frames.shape[1:3]
@@ -57,8 +56,11 @@ def evaluate(
     result = {"frames": len(frames), "height": height, "width": width}
     scores = {"psnr": psnr(frames, true_frames), "ssim": ssim(frames, true_frames)}
     if poses is not None:
-        target = shown_poses(read_openpose(poses, allow_missing=True), window, poses)
-        found = PoseSequence.load(rendered_poses) if rendered_poses is not None else extract_poses(rendered)
+        target = shown_poses(read_openpose(poses, allow_missing=True, canvas=video_size(truth)), window, poses)
+        if rendered_poses is None:
+            found = extract_poses(rendered)
+        else:
+            found = read_openpose(rendered_poses, allow_missing=True, canvas=(height, width))
         scores["mse_p"] = mse_p(*(transform_keypoints(one, (height, width)) for one in (found, target)))
     if as_json:
         print_json(result | scores)

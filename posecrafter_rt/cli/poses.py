@@ -27,6 +27,10 @@ _PREVIEW_SHORT_SIDE_PX = 512
 _SHEET_COLUMNS = 8
 _FALLBACK_FPS = 25.0
 
+_Canvas = Annotated[
+    str | None,
+    typer.Option("--canvas", metavar="HxW", help="Size of the picture that POSES are of, where they do not say."),
+]
 _Edit = Callable[[PoseSequence], PoseSequence]
 
 
@@ -77,6 +81,7 @@ def preview(  # noqa: PLR0913 - one argument for each option
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second; else the pose file's.", min=0.1)] = None,
     person: Annotated[int | None, typer.Option(help="Which of several people, from 0; else the largest.")] = None,
+    canvas: _Canvas = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -85,9 +90,11 @@ def preview(  # noqa: PLR0913 - one argument for each option
         raise typer.BadParameter(f"{output.name} is neither .mp4 nor .png", param_hint="--output")
     refuse_overwrite(output, force)
     from posecrafter_rt.poses.openpose_json import read_openpose
+    from posecrafter_rt.video_io import video_size
 
+    picture_size = parse_size(canvas) or (video_size(video) if video else None)
     # A preview is where one looks for the frames that lack the person.
-    poses = read_openpose(poses_path, person=person, allow_missing=True)
+    poses = read_openpose(poses_path, person=person, canvas=picture_size, allow_missing=True)
     height, width = parse_size(size) or _preview_size(poses.canvas)
     frames = None
     if video:
@@ -117,6 +124,7 @@ def retarget(
     person: Annotated[
         int | None, typer.Option(help="Which of several people in POSES, from 0; else the largest.")
     ] = None,
+    canvas: _Canvas = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -126,7 +134,8 @@ def retarget(
     from posecrafter_rt.poses.retarget import find_ratios
     from posecrafter_rt.poses.retarget import retarget as fit_movement
 
-    poses, tuned = read_openpose(poses_path, person=person, allow_missing=True), _poses_of(to)
+    poses = read_openpose(poses_path, person=person, canvas=parse_size(canvas), allow_missing=True)
+    tuned = _poses_of(to)
     fitted = fit_movement(poses, tuned)
     fitted.save(output, force=force)
     ratios = find_ratios(poses, tuned)
@@ -155,21 +164,30 @@ def edit(  # noqa: PLR0913 - one argument for each option
         list[str] | None,
         typer.Option(metavar="SIDE@START:END", help="Wave with the person's own left or right forearm."),
     ] = None,
+    fill: Annotated[
+        int, typer.Option(min=0, metavar="FRAMES", help="Fill in points that are missing for so many frames at most.")
+    ] = 0,
     person: Annotated[int | None, typer.Option(help="Which of several people, from 0; else the largest.")] = None,
+    canvas: _Canvas = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Script what the person in POSES does; each edit may be given several times, and END is not in its range.
 
-    Heads are turned first, then eyes blink, then arms wave. All other frames stay as they are.
+    Gaps are filled first; then heads are turned, eyes blink, arms wave. All other frames stay as they are. With --canvas there need be
+    no edit: what is written then says how large its picture is.
     """
     edits = [*map(_parse_turn, turn_head or ()), *map(_parse_blink, blink or ()), *map(_parse_wave, wave or ())]
-    if not edits:
-        raise typer.BadParameter("nothing to edit: give --turn-head, --blink or --wave")
+    if not edits and canvas is None and not fill:
+        raise typer.BadParameter("nothing to edit: give --turn-head, --blink, --wave or --fill, or a --canvas")
     refuse_overwrite(output, force)
     from posecrafter_rt.poses.openpose_json import read_openpose
 
-    poses = original = read_openpose(poses_path, person=person, allow_missing=True)
+    poses = original = read_openpose(poses_path, person=person, canvas=parse_size(canvas), allow_missing=True)
+    if fill:
+        from posecrafter_rt.poses.fill import fill_gaps
+
+        poses = fill_gaps(poses, fill)
     for apply in edits:
         poses = apply(poses)
     poses.save(output, force=force)

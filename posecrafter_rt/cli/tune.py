@@ -5,6 +5,7 @@ Layer 8: arguments, one call, the printed result.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +68,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.atomic import refuse_overwrite
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
+    from posecrafter_rt.video_io import video_size
 
     refuse_overwrite(output, force)  # before minutes of work, not after them
     device, precision = resolve_precision(device, precision)
@@ -74,9 +76,9 @@ def tune(  # noqa: PLR0913 - one argument for each option
         base=base, controlnet=controlnet, vae=vae, frames=frames, steps=steps, decoder_steps=decoder_steps,
         small_decoder_steps=small_decoder_steps, learning_rate=learning_rate, prompt=prompt, norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]
         gradient_checkpointing=gradient_checkpointing, controlvideo_weights=controlvideo_weights)  # fmt: skip
-    all_poses = read_openpose(poses, allow_missing=True)
+    all_poses = read_openpose(poses, allow_missing=True, canvas=video_size(video))
     shown_poses(all_poses, window, poses)
-    clip, clip_poses = load_clip(video, all_poses, picture_size or base_size(base), window)
+    clip, clip_poses = load_clip(video, all_poses, picture_size or base_size(base), window, frames)
     ctx.meta[GOES_ON] = resume
     with step_progress("tuning") as on_step:
         checkpoint = tune(clip, clip_poses, output, options, force=force, resume=resume,
@@ -87,4 +89,4 @@ def tune(  # noqa: PLR0913 - one argument for each option
     else:
         print_table((name.replace("_", " "), str(summary[name]))
                     for name in ("checkpoint", "base", "prompt", "size", "steps", "decoder_steps", "small_decoder_steps", "learning_rate", "norm_scope"))  # fmt: skip
-        typer.echo(f"next: posecrafter-rt build-engine {output}", err=True)
+        typer.echo(f"next: posecrafter-rt build-engine {shlex.quote(str(output))}", err=True)

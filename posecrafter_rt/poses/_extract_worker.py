@@ -18,6 +18,12 @@ import numpy as np
 PROGRESS, DETECTOR, UNAVAILABLE, FAILED = "@progress", "@detector", "@unavailable", "@failed"
 DETECTORS = {"dwpose": "rtmlib", "mediapipe": "mediapipe"}
 DWPOSE_FILES = ("yolox_l.onnx", "dw-ll_ucoco_384.onnx")
+# The same network, as rtmlib's list of models has it. Of itself rtmlib would take RTMW, whose scores are on another scale:
+# SimCC peaks are scores, and its loss lets them go to about 10 (beta 1, label_beta 10) where DWPose's ends near 1.
+_DWPOSE_URL = (
+    "https://download.openmmlab.com/mmpose/v1/projects/rtmposev1/onnx_sdk/"
+    "rtmpose-l_simcc-ucoco_dw-ucoco_270e-384x288-2438fd99_20230728.zip"
+)
 _YOLOX_SIZE = (640, 640)
 _DWPOSE_SIZE = (288, 384)
 _PERSON_CLASS = 0
@@ -38,7 +44,7 @@ def make_dwpose(weights: str | None, device: str) -> Detect:
         raise Unavailable(f"device {device} was asked for, but this ONNX Runtime has no CUDA")
     if weights is None:
         try:
-            both = rtmlib.Wholebody(mode="performance", device=device)
+            both = rtmlib.Wholebody(pose=_DWPOSE_URL, pose_input_size=_DWPOSE_SIZE, mode="performance", device=device)
         except (OSError, ValueError) as error:
             raise Unavailable(f"rtmlib could not download its weights: {error}") from error
         find_people, find_points, has_classes = both.det_model, both.pose_model, False

@@ -47,14 +47,14 @@ def extract_poses(  # noqa: PLR0913 - one keyword for each option of the command
     Args:
         video_path: any video that `video_io` reads.
         detector: `dwpose` (rtmlib), `mediapipe`, or `auto`: the first of the two that can run.
-        weights: folder with yolox_l.onnx and dw-ll_ucoco_384.onnx; None lets rtmlib download its own. MediaPipe brings
-            its own.
+        weights: folder with yolox_l.onnx and dw-ll_ucoco_384.onnx; None lets rtmlib download the same DWPose and its own
+            YOLOX. MediaPipe brings its own.
         device: `cpu` or `cuda` (DWPose only).
         python: interpreter whose environment has the detector; None takes this one.
         person: which of several people in the first frame, counted from 0; None takes the largest.
         upscale: frames are enlarged this many times for detection; None takes the smallest whole number that brings the
             short side to 576 pixels.
-        progress: called with (frames done, all frames).
+        progress: called with (frames done, frames of the video as far as the file tells without being decoded).
     Returns: one pose per frame, in pixels of the video; a frame where the person was not found is all zeros.
     Raises:
         PoseError: nobody in any frame, or no such person.
@@ -63,23 +63,27 @@ def extract_poses(  # noqa: PLR0913 - one keyword for each option of the command
     """
     if detector not in ("auto", *worker.DETECTORS):
         raise BackendUnavailable(f"there is no detector {detector!r}", hint="take auto, dwpose or mediapipe")
-    from posecrafter_rt.video_io import read_video
+    from posecrafter_rt.video_io import count_frames, stream_video, video_size
 
-    video = read_video(video_path)
-    height, width = video.frames.shape[1:3]
+    height, width = video_size(video_path)
     if upscale is None:
         upscale = -(-_DETECTION_SHORT_SIDE_PX // min(height, width))
     arguments = ["--detector", detector, "--device", device, "--height", str(height), "--width", str(width)]
     arguments += ["--upscale", str(upscale)] + (["--weights", str(weights)] if weights is not None else [])
-    people = _detect(video.frames, str(python or sys.executable), arguments, progress)
+    frames, fps = stream_video(video_path)
+    people = _detect(frames, count_frames(video_path), str(python or sys.executable), arguments, progress)
     tracked = follow_person(people, source=str(video_path), person=person, allow_missing=True)
-    return PoseSequence(tracked, (height, width), video.fps)
+    return PoseSequence(tracked, (height, width), fps)
 
 
 def _detect(
-    frames: np.ndarray, python: str, arguments: list[str], progress: Callable[[int, int], None] | None
+    frames: Iterable[np.ndarray],
+    num_frames: int,
+    python: str,
+    arguments: list[str],
+    progress: Callable[[int, int], None] | None,
 ) -> list[np.ndarray]:
-    """Per frame the people in it, float32 (P, 134, 3)."""
+    """Per frame the people in it, float32 (P, 134, 3). num_frames: about how many there are, for `progress`."""
     with tempfile.TemporaryDirectory(prefix="posecrafter-") as folder:
         output = Path(folder) / "keypoints.npz"
         command = [python, str(Path(worker.__file__)), *arguments, "--output", str(output)]
@@ -90,7 +94,7 @@ def _detect(
         except OSError as error:
             raise BackendUnavailable(f"the interpreter {python} cannot be started: {error.strerror}",
                                      "name the interpreter of an environment that has the detector") from error  # fmt: skip
-        listener = _Listener(process, len(frames), progress)
+        listener = _Listener(process, num_frames, progress)
         try:
             listener.start()
             _feed(process, frames)
@@ -141,7 +145,7 @@ class _Listener(threading.Thread):
         kind, _, value = line.partition(" ")
         if kind == worker.PROGRESS:
             if self._progress is not None:
-                self._progress(int(value), self._num_frames)
+                self._progress(int(value), max(int(value), self._num_frames))
         elif kind in (worker.DETECTOR, worker.UNAVAILABLE, worker.FAILED):
             self._said[kind] = value
         elif line:

@@ -100,9 +100,9 @@ class PoseSequence:
     def __len__(self) -> int:
         return len(self.keypoints)
 
-    def __getitem__(self, index: slice | int) -> PoseSequence:
-        """A sequence of the chosen frames; an int gives a sequence of one frame."""
-        if isinstance(index, slice):
+    def __getitem__(self, index: slice | int | np.ndarray) -> PoseSequence:
+        """A sequence of the chosen frames; an int gives a sequence of one frame, an array of ints one of those frames."""
+        if isinstance(index, (slice, np.ndarray)):
             return PoseSequence(self.keypoints[index], self.canvas, self.fps)
         return PoseSequence(self.keypoints[index][np.newaxis], self.canvas, self.fps)
 

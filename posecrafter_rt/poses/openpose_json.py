@@ -40,9 +40,9 @@ _PARTS = {
     "hand_right_keypoints_2d": (RIGHT_HAND, (21,)),
     "foot_keypoints_2d": (FEET, (6,)),
 }
-# Coordinates of a whole file within these bounds are fractions of the canvas: points a little outside the picture
-# still count, and no pose in pixels is this small.
-_NORMALISED_RANGE = (-1.0, 2.0)
+# A file whose coordinates are mostly within this is in fractions of the canvas: a few points may lie far outside the picture,
+# and no pose in pixels is this small.
+_LARGEST_FRACTION = 2.0
 _SMALLEST_PIXEL_CANVAS = 16
 _LARGEST_NUMBER = 1e9
 
@@ -64,7 +64,7 @@ def read_openpose(
 
     Accepted: `{"people": [...]}`, a list of such frames, `{"frames": [...]}`, or a folder with one file per frame in
     the order of the numbers in their names. 18 or 25 body, 68 or 70 face, 21 hand and 6 foot points; a part may be
-    null, empty or absent. Coordinates are pixels, or fractions of the canvas where all of them are that small.
+    null, empty or absent. Coordinates are pixels, or fractions of the canvas where most of them are that small.
     Args:
         path: file or folder.
         person: which of several people, counted from 0 in the first frame; None takes the largest.
@@ -78,11 +78,11 @@ def read_openpose(
     frames = [_parse_frame(document, f"{path}: frame {index}") for index, document in enumerate(documents)]
     if not frames:
         raise PoseError(f"{path}: it holds 0 frames", hint="a pose file needs at least one frame")
-    base = canvas or _parse_canvas(header, str(path)) or next((f.canvas for f in frames if f.canvas), None)
+    base = _parse_canvas(header, str(path)) or next((f.canvas for f in frames if f.canvas), None) or canvas
     if base is None:
         raise PoseError(
             f"{path}: it does not say how large the picture is",
-            hint='add "canvas_width" and "canvas_height" to the JSON, or pass canvas=(height, width)',
+            hint="write a file that does: posecrafter-rt poses edit FILE -o NEW.json --canvas HEIGHTxWIDTH",
         )
     in_pixels = header.get("coordinates") == "pixels" or not _is_normalised(frames, base)
     people = []
@@ -252,8 +252,8 @@ def _parse_fps(document: dict[str, Any], where: str) -> float | None:
 
 def _is_normalised(frames: list[_Frame], canvas: tuple[int, int]) -> bool:
     points = np.concatenate([frame.people.reshape(-1, 3) for frame in frames])
-    coordinates = points[points[:, 2] > 0, :2]
+    # Some tools write a missing point as 0, 0 with a confidence.
+    coordinates = points[(points[:, 2] > 0) & points[:, :2].any(axis=1), :2]
     if coordinates.size == 0 or min(canvas) < _SMALLEST_PIXEL_CANVAS:
         return False
-    low, high = _NORMALISED_RANGE
-    return bool(coordinates.min() >= low and coordinates.max() <= high)
+    return bool(np.median(np.abs(coordinates)) <= _LARGEST_FRACTION)

@@ -97,5 +97,5 @@ def _missing(source: str, frame: int, count: int) -> PoseError:
     others = f" ({count} other{'s' * (count != 1)} there)" if count else ""
     return PoseError(
         f"{source}: frame {frame} does not show the person{others}",
-        hint="cut the frame out, or fill it in from its neighbours; frames are counted from 0",
+        hint="cut the frame out (they are counted from 0), or fill in short gaps: posecrafter-rt poses edit --fill 5",
     )

@@ -95,6 +95,28 @@ def test_the_poses_error_is_relative_to_the_picture(clips: tuple[Path, Path], tm
     assert "MSE-P" in run(*arguments).stdout
 
 
+def test_rendered_poses_may_miss_the_person_in_a_frame(clips: tuple[Path, Path], tmp_path: Path) -> None:
+    """As poses that are extracted on the way may."""
+    target = pose_file(tmp_path / "target.json", 5, (32, 48))
+    keypoints = PoseSequence.load(target).keypoints[1:4].copy()
+    keypoints[1] = 0
+    PoseSequence(keypoints, (32, 48), 25.0).save(tmp_path / "found.json")
+    arguments = (*clips, "--range", "1:4", "--poses", target, "--rendered-poses", tmp_path / "found.json", "--json")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["mse_p"] == 0
+
+
+def test_poses_that_do_not_say_their_canvas_have_the_videos(clips: tuple[Path, Path], tmp_path: Path) -> None:
+    target = pose_file(tmp_path / "target.json", 5, (32, 48))
+    frames = json.loads(target.read_text())["frames"]
+    target.write_text(json.dumps(frames))
+    (tmp_path / "found.json").write_text(json.dumps(frames[1:4]))
+    result = run(*clips, "--range", "1:4", "--poses", target, "--rendered-poses", tmp_path / "found.json", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["mse_p"] == 0
+
+
 def test_poses_that_do_not_fit_are_refused(clips: tuple[Path, Path], tmp_path: Path) -> None:
     poses = pose_file(tmp_path / "poses.json", 5, (32, 48))
     result = run(*clips, "--range", "1:4", "--poses", poses, "--rendered-poses", poses)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.video_io import read_video, write_video
@@ -56,6 +57,18 @@ def test_render_writes_video_sheet_and_report(workshop: Path, tmp_path: Path) ->
     assert report["num_frames"] == 4 and report["engine"]["backend"] == "torch"
     again = run("render", workshop / "tuned.engine", "--poses", workshop / "poses.json", "-o", tmp_path / "out.mp4")
     assert again.exit_code == 1 and "exists already" in again.output and "--force" in again.output
+
+
+def test_poses_that_do_not_say_their_canvas_are_tuned_on_with_the_videos(
+    workshop: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    frames = json.loads((workshop / "poses.json").read_text())["frames"]
+    (tmp_path / "openpose.json").write_text(json.dumps(frames))
+    ok("tune", workshop / "video.mp4", "--poses", tmp_path / "openpose.json", "-o", tmp_path / "tuned.ckpt", "--base", tiny_base,
+       "--frames", 3, "--steps", 0, "--precision", "fp32")  # fmt: skip
+    tuned, expected = Checkpoint.load(tmp_path / "tuned.ckpt").poses, Checkpoint.load(workshop / "tuned.ckpt").poses
+    assert tuned.canvas == expected.canvas == SIZE
+    np.testing.assert_array_equal(tuned.keypoints, expected.keypoints)
 
 
 def test_a_single_target_pose_renders(workshop: Path, tmp_path: Path) -> None:
@@ -191,7 +204,7 @@ def _write_bad_files(folder: Path) -> None:
 COMMANDS = {
     "tune": ("a.ckpt", "posecrafter_rt.tuning._step", ["video.mp4", "--poses", "poses.json", "--frames", "3", "--steps", "3",
                                              "--precision", "fp32"]),
-    "build-engine": ("a.engine", "posecrafter_rt.engines.torch.save_file", ["tuned.ckpt", "--backend", "torch", "--precision", "fp32"]),
+    "build-engine": ("a.engine", "posecrafter_rt.engines.torch.save_tensors", ["tuned.ckpt", "--backend", "torch", "--precision", "fp32"]),
     "render": ("a.mp4", "posecrafter_rt.rendering.VideoWriter.write", ["tuned.engine", "--poses", "poses.json", "--steps", "2"]),
 }  # fmt: skip
 

@@ -178,6 +178,27 @@ def test_bad_usage_exits_with_2(
     assert message in result.stderr
 
 
+@pytest.fixture
+def openpose(poses: Path, tmp_path: Path) -> Path:
+    """The same poses as the OpenPose program writes them: a file for each frame, none of which tells of the picture."""
+    folder = tmp_path / "openpose"
+    folder.mkdir()
+    for index, frame in enumerate(json.loads(poses.read_text())["frames"]):
+        (folder / f"v_{index:012}_keypoints.json").write_text(json.dumps({"version": 1.3, **frame}))
+    return folder
+
+
+def test_preview_is_told_the_size_of_the_picture_or_has_it_from_the_video(openpose: Path, tmp_path: Path) -> None:
+    refused = run("preview", openpose, "-o", tmp_path / "a.png")
+    assert isinstance(refused.exception, PoseError) and "--canvas HEIGHTxWIDTH" in (refused.exception.hint or "")
+    told = run("preview", openpose, "-o", tmp_path / "a.png", "--canvas", "48x64", "--json")
+    assert json.loads(told.stdout)["height"] == 528, told.output
+    clip = video(tmp_path / "clip.mp4", *[200] * 5)
+    beside = run("preview", openpose, "-o", tmp_path / "b.png", "--video", clip, "--json")
+    assert json.loads(beside.stdout)["height"] == 528, beside.output
+    assert run("preview", openpose, "-o", tmp_path / "c.png", "--canvas", "48").exit_code == 2
+
+
 def test_preview_refusals(poses: Path, tmp_path: Path) -> None:
     clip = video(tmp_path / "clip.mp4", 200, 200)
     short = run("preview", poses, "-o", tmp_path / "out.mp4", "--video", clip)

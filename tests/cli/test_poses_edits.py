@@ -49,6 +49,29 @@ def dance(tmp_path: Path) -> Path:
     return tmp_path / "dance.json"
 
 
+@pytest.fixture
+def openpose(me: Path, tmp_path: Path) -> Path:
+    """My poses in a file that does not tell how large the picture is."""
+    (tmp_path / "openpose.json").write_text(json.dumps(json.loads(me.read_text())["frames"]))
+    return tmp_path / "openpose.json"
+
+
+def test_a_canvas_is_written_into_a_file_that_has_none(openpose: Path, me: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    result = run("edit", openpose, "-o", output, "--canvas", "100x120", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["changed_frames"] == []
+    written, expected = PoseSequence.load(output), PoseSequence.load(me)
+    assert written.canvas == (100, 120)
+    np.testing.assert_array_equal(written.keypoints, expected.keypoints)
+
+
+def test_a_dance_is_told_its_canvas(openpose: Path, me: Path, tmp_path: Path) -> None:
+    result = run("retarget", openpose, "--to", me, "-o", tmp_path / "out.json", "--canvas", "100x120")
+    assert result.exit_code == 0, result.output
+    assert isinstance(run("retarget", openpose, "--to", me, "-o", tmp_path / "b.json").exception, PoseError)
+
+
 def test_retarget_writes_what_the_function_gives(me: Path, dance: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "fitted.json"
     result = run("retarget", dance, "--to", me, "-o", output, "--json")
@@ -207,3 +230,5 @@ def test_frames_without_the_person_stay_without(tmp_path: Path, me: Path) -> Non
         assert result.exit_code == 0, result.output
         with pytest.raises(PoseError, match="frame 7 does not show the person"):
             PoseSequence.load(tmp_path / f"{command[0]}.json")
+    assert run("edit", tmp_path / "gap.json", "-o", tmp_path / "filled.json", "--fill", 1).exit_code == 0
+    assert len(PoseSequence.load(tmp_path / "filled.json")) == len(keypoints)

@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from posecrafter_rt.errors import BackendUnavailable, PoseError
+from posecrafter_rt.errors import BackendUnavailable, PoseError, VideoError
 from posecrafter_rt.poses.extract import _feed, extract_poses
 from posecrafter_rt.poses.keypoints import BODY, FACE, FEET, LEFT_HAND, RIGHT_HAND, PoseSequence
+from posecrafter_rt.video_io import write_video
 
 RED = (255, 0, 0)
 BLACK = (0, 0, 0)
@@ -47,12 +48,11 @@ def video(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """The colours of the frames (48 x 64) that the next `extract_poses` will read; a test fills it."""
     colours: list[tuple[int, int, int]] = []
 
-    def read_video(path: object) -> SimpleNamespace:
-        frames = np.zeros((len(colours), 48, 64, 3), np.uint8)
-        frames[:] = np.array(colours, np.uint8)[:, None, None]
-        return SimpleNamespace(frames=frames, fps=25.0)
+    def stream_video(path: object, *, stop: int | None = None, **_: object) -> tuple[Iterator[np.ndarray], float]:
+        return (np.full((48, 64, 3), colour, np.uint8) for colour in colours[:stop]), 25.0
 
-    monkeypatch.setattr("posecrafter_rt.video_io.read_video", read_video)
+    monkeypatch.setattr("posecrafter_rt.video_io.stream_video", stream_video)
+    monkeypatch.setattr("posecrafter_rt.video_io.count_frames", lambda path: len(colours))
     return colours
 
 
@@ -85,6 +85,38 @@ def test_mediapipe_in_another_environment(video: list, tmp_path: Path) -> None:
     assert np.allclose(poses.keypoints[:, FACE.start + 8], [0.152 * 64 - 0.5, 23.5, 1], atol=1e-4)
     assert not poses.keypoints[:, LEFT_HAND].any()
     assert not poses.keypoints[:, RIGHT_HAND].any()
+
+
+def test_frames_are_let_go_once_they_are_sent(video: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+    most_alive = 0
+
+    def stream_video(path: object, *, stop: int | None = None, **_: object) -> tuple[Iterator[np.ndarray], float]:
+        return frames(20 if stop is None else stop), 25.0
+
+    def frames(count: int) -> Iterator[np.ndarray]:
+        nonlocal most_alive
+        for _ in range(count):
+            frame = np.full((48, 64, 3), RED, np.uint8)
+            made.append(weakref.ref(frame))
+            most_alive = max(most_alive, sum(reference() is not None for reference in made))
+            yield frame
+            del frame
+
+    monkeypatch.setattr("posecrafter_rt.video_io.stream_video", stream_video)
+    python = interpreter(tmp_path, {"mediapipe": MEDIAPIPE})
+    assert len(extract_poses("clip.mp4", detector="mediapipe", python=python)) == 20
+    assert most_alive <= 2  # the one that is being made and the one before it
+
+
+def test_a_video_that_breaks_off_ends_the_detection(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3), dtype=np.uint8)
+    noise[..., 2] = 0
+    clip = tmp_path / "clip.mp4"
+    write_video(clip, noise, 25)
+    clip.write_bytes(clip.read_bytes()[: int(clip.stat().st_size * 0.8)])
+    with pytest.raises(VideoError, match=r"clip\.mp4 is damaged or breaks off at frame \d+"):
+        extract_poses(clip, detector="mediapipe", python=interpreter(tmp_path, {"mediapipe": MEDIAPIPE}))
 
 
 def test_a_frame_without_anybody_is_zeros_and_a_video_without_is_an_error(video: list, tmp_path: Path) -> None:
@@ -206,6 +238,24 @@ def test_dwpose_through_rtmlib(video: list, tmp_path: Path) -> None:
     assert np.allclose(keypoints[FEET.start :, :2], expected[17:], atol=0.02)
     assert (keypoints[:, 2] == 1).all()
     assert np.array_equal(poses.keypoints[2], keypoints)
+
+
+def test_the_dwpose_that_rtmlib_downloads(video: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights as they lie once they are downloaded; any others would have to come from the net."""
+    for name in ("rtmlib", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    dwpose_networks(tmp_path)
+    downloads = tmp_path / "hub" / "checkpoints"
+    downloads.mkdir(parents=True)
+    (tmp_path / "yolox_l.onnx").rename(downloads / "yolox_m_8xb8-300e_humanart-c2c7a14a.onnx")
+    dwpose = downloads / "rtmpose-l_simcc-ucoco_dw-ucoco_270e-384x288-2438fd99_20230728.onnx"
+    (tmp_path / "dw-ll_ucoco_384.onnx").rename(dwpose)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nothing is downloaded here
+    video += [RED]
+    poses = extract_poses("clip.mp4", detector="dwpose")
+    assert (poses.keypoints[0, :, 2] == 1).all()
 
 
 def test_dwpose_says_which_weights_are_missing(video: list, tmp_path: Path) -> None:

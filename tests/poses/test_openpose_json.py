@@ -114,9 +114,18 @@ def test_fractions_of_the_canvas_are_recognised(person: np.ndarray, tmp_path: Pa
     assert np.allclose(poses.keypoints[0], expected, atol=1e-3)
 
 
-def test_one_large_coordinate_makes_the_whole_file_pixels(person: np.ndarray, tmp_path: Path) -> None:
+def test_a_point_far_outside_does_not_make_fractions_pixels(person: np.ndarray, tmp_path: Path) -> None:
+    fractions = person / np.array([640, 480, 1], np.float32)
+    fractions[4, :2] = [0.5, 2.5]
+    poses = read_openpose(written(tmp_path, [frame(fractions, canvas=(480, 640))]))
+    assert np.allclose(poses.keypoints[0, 5:], person[5:], atol=1e-3)
+    assert np.allclose(poses.keypoints[0, 4], [320, 1200, person[4, 2]], atol=1e-3)
+
+
+def test_a_small_frame_does_not_make_pixels_fractions(person: np.ndarray, tmp_path: Path) -> None:
     small = person * np.array([0.001, 0.001, 1], np.float32)
-    poses = read_openpose(written(tmp_path, [frame(small), frame(person)]))
+    zeros = person * np.array([0, 0, 1], np.float32)  # missing points, with a confidence all the same
+    poses = read_openpose(written(tmp_path, [frame(small), frame(zeros), frame(zeros), frame(person), frame(person)]))
     assert np.allclose(poses.keypoints[0], small)
 
 
@@ -130,8 +139,15 @@ def test_frames_on_other_canvases_are_scaled_to_the_first(person: np.ndarray, tm
 def test_a_canvas_may_be_passed(person: np.ndarray, tmp_path: Path) -> None:
     path = written(tmp_path, frame(person, canvas=None))
     assert read_openpose(path, canvas=(512, 640)).canvas == (512, 640)
-    with pytest.raises(PoseError, match="how large the picture is"):
+    with pytest.raises(PoseError, match="how large the picture is") as caught:
         read_openpose(path)
+    assert "poses edit FILE -o NEW.json --canvas" in (caught.value.hint or "")
+
+
+def test_what_a_file_says_of_its_canvas_counts_more_than_what_is_passed(person: np.ndarray, tmp_path: Path) -> None:
+    assert read_openpose(written(tmp_path, frame(person)), canvas=(64, 64)).canvas == (512, 512)
+    header = {"canvas_height": 512, "canvas_width": 512, "frames": [frame(person, canvas=None)]}
+    assert read_openpose(written(tmp_path, header), canvas=(64, 64)).canvas == (512, 512)
 
 
 def test_confidences_are_clipped_and_null_points_are_missing(person: np.ndarray, tmp_path: Path) -> None:

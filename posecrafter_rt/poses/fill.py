@@ -1,0 +1,33 @@
+"""Points that a detector missed for a few frames, from their neighbours in time.
+
+Layer 1: numpy; a pure function.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from posecrafter_rt.poses.keypoints import PoseSequence
+
+
+def fill_gaps(poses: PoseSequence, most: int) -> PoseSequence:
+    """Give each point that is missing for `most` frames at most a place on the straight way between where it was seen
+    before and after, and the lower of both confidences.
+
+    Longer gaps, and what is missing at either end, stay; so does every point that is there, bit for bit.
+    """
+    keypoints = poses.keypoints.copy()
+    for point in range(keypoints.shape[1]):
+        track = keypoints[:, point]  # (N, 3), a view
+        seen = np.flatnonzero(track[:, 2] > 0)
+        if not len(seen):
+            continue
+        missing = np.setdiff1d(np.arange(seen[0], seen[-1]), seen)
+        following = np.searchsorted(seen, missing)
+        before, after = seen[following - 1], seen[following]
+        short = after - before <= most + 1
+        missing, before, after = missing[short], before[short], after[short]
+        share = ((missing - before) / (after - before))[:, np.newaxis]
+        track[missing, :2] = (1 - share) * track[before, :2] + share * track[after, :2]
+        track[missing, 2] = np.minimum(track[before, 2], track[after, 2])
+    return PoseSequence(keypoints, poses.canvas, poses.fps)
