@@ -333,9 +333,9 @@ def test_only_components_with_another_weight_are_written(
 ) -> None:
     from posecrafter_rt.engines import torch as backend_module
 
-    written, save = [], backend_module.save_file
+    written, save = [], backend_module.save_tensors
     monkeypatch.setattr(
-        backend_module, "save_file", lambda tensors, path: (written.append(path.stem), save(tensors, path))
+        backend_module, "save_tensors", lambda tensors, path: (written.append(path.stem), save(tensors, path))
     )
     model = Checkpoint.load(checkpoints[1]).load_model()
     model.unet.gives_deep_features = True
