@@ -164,7 +164,7 @@ class Avatar:
             warn_unless_fits(self.networks.room(options), len(target), options)
         elif options.segment == "auto":
             choice = choice or self.choose_segment(len(target), options)
-            options = replace(options, segment=choice.segment)
+            options = replace(options, segment=choice.segment, overlap=choice.overlap)
         segment_length = self.networks.checked_segment(len(target), options)
         split = Split(len(target), segment_length, options.overlap)
         report = RenderReport(options=options, num_frames=len(target), num_resumed=len(finished),
@@ -177,6 +177,7 @@ class Avatar:
         with closing(Ahead(inverted.device if is_ahead else None)) as ahead:
             while split.num_left():
                 latents, part = self._denoise_adjusting(target, split, inverted, carried, report, ahead, on_step)
+                part.threads = self.networks.threads
                 segment = split.settle()
                 num_settled = segment.settled - segment.start
                 carried = latents[num_settled:].clone()
@@ -228,7 +229,7 @@ class Avatar:
                                 options.decoder)  # fmt: skip
 
     def choose_segment(self, num_frames: int, options: RenderOptions) -> SegmentChoice:
-        """Frames of a segment for a clip of so many, by the memory that is free now.
+        """Frames of a segment for a clip of so many, by the memory that is free now, and how many neighbours share.
 
         Raises: PoseCrafterError where the system does not say how much that is.
         """

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+
 from posecrafter_rt import __version__
-from posecrafter_rt.engines import IN_PARTS, LOADED_WIDER, Backend, Engine, Precision, get_backend
+from posecrafter_rt.engines import IN_PARTS, LOADED_WIDER, ROUNDED_BY_THREADS, Backend, Engine, Precision, get_backend
 from posecrafter_rt.engines.base import TORCH_DTYPES
 from posecrafter_rt.engines.device import DRIVER, is_driver_older
 from posecrafter_rt.engines.folder import EngineFolder, in_use, rebuild_command, rebuild_hint
@@ -25,6 +27,10 @@ from posecrafter_rt.spec import FEED_FORWARD_TOKENS, NETWORK_NAMES, STREAM_NETWO
 WIDER: Precision = "fp32"  # what networks run in once 16 bits do not hold their numbers
 # Of a block, one frame of 64 × 64: what fewer of them take is little beside what is not done in parts.
 LEAST_TOKENS = 1 << 12
+# What a processor's engines hold of their weights, over the files: OpenVINO orders them anew, and convolutions' transformed
+# ones are up to twice as large. Measured at Stable Diffusion 1.5's size, for one length of a clip.
+HELD_FOLD = {"openvino": 1.7}
+LIGHTEST = ("torch", "fp16")  # of the engines of a processor: weights are read where they lie in the file, in 16 bits
 
 
 class Networks:
@@ -51,6 +57,13 @@ class Networks:
     def architecture(self) -> Architecture:
         """The sizes of the networks' tensors."""
         return Architecture.from_json(self.folder.manifest["architecture"])
+
+    @property
+    def threads(self) -> list[int]:
+        """How many torch computes with now, where rounding depends on that; else none."""
+        manifest = self.folder.manifest
+        is_rounded = manifest["device"]["type"] == "cpu" and manifest["backend"] in ROUNDED_BY_THREADS
+        return [torch.get_num_threads()] if is_rounded else []
 
     def use(self, precision: Precision, tokens_at_once: int | None = None) -> None:
         """Load the networks in this precision, unless they are. Until `release` no build can replace their folder.
@@ -92,7 +105,7 @@ class Networks:
         On a GPU the networks are in memory once they are loaded. On a processor they may be loaded when they are first called,
         or be files mapped to memory, whose pages count as free; and what runs in 16 bits there may be float32 in between.
         """
-        manifest, reserved, element_bytes = self.folder.manifest, 0, 4
+        manifest, reserved, element_bytes, lighter = self.folder.manifest, 0, 4, None
         if manifest["device"]["type"] == "cuda":
             if not self.engines:
                 with explained(options):
@@ -100,9 +113,13 @@ class Networks:
             element_bytes = TORCH_DTYPES[self.precision or self.built].itemsize
         else:
             files = (file for file in self.folder.networks.rglob("*") if file.is_file())
-            reserved = sum(file.stat().st_size for file in files if not file.name.startswith(STREAM_NETWORKS))
+            stored = sum(file.stat().st_size for file in files if not file.name.startswith(STREAM_NETWORKS))
+            reserved = int(stored * HELD_FOLD.get(manifest["backend"], 1))
+            if (manifest["backend"], self.built) != LIGHTEST:
+                backend, precision = LIGHTEST
+                lighter = self._rebuild(backend=backend, precision=precision)
         per_frame = frame_bytes(self.architecture, tuple(manifest["size"]), options.groups, element_bytes)
-        return Room(free_bytes(manifest["device"]["type"]), reserved, per_frame, self.architecture.max_frames)
+        return Room(free_bytes(manifest["device"]["type"]), reserved, per_frame, self.architecture.max_frames, lighter)
 
     def checked_segment(self, num_frames: int, options: RenderOptions) -> int | None:
         """The length of segments that options ask for, a number by now, or None for a joint render of a clip of so many.
@@ -113,11 +130,13 @@ class Networks:
         length = num_frames if options.segment is None else min(num_frames, options.segment)
         at_once, most = length + options.inserts, self.architecture.max_frames
         if most is not None and at_once > most:
-            rebuild = self._rebuild(max_frames=at_once)
+            hint, longest = self._rebuild(max_frames=at_once), most - options.inserts
+            if options.inserts and longest > 0:
+                overlap = f" --overlap {longest // 3}" if options.overlap > longest // 3 else ""
+                hint = f"render it in segments, --segment {longest}{overlap}, or {hint}"
             raise PoseCrafterError(
                 f"{at_once} frames at once{', the reference among them,' if options.inserts else ''} are more than the "
-                f"{most} that this engine takes",
-                f"render it in segments, --segment {most - 1}, or {rebuild}" if options.inserts else rebuild)  # fmt: skip
+                f"{most} that this engine takes", hint)  # fmt: skip
         return options.segment
 
     def widening(self, what: str, frame: int, precision: Precision) -> Adjustment:

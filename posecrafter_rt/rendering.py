@@ -23,7 +23,7 @@ from posecrafter_rt.framing import contact_sheet, shown_in_sheet, transform_keyp
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import RenderOptions
-from posecrafter_rt.runtime.partial import open_partial, read_state
+from posecrafter_rt.runtime.partial import PartialRender, open_partial, read_state
 from posecrafter_rt.runtime.progress import OnStep
 from posecrafter_rt.runtime.stretch import Stretch
 from posecrafter_rt.video_io import VideoWriter, write_png
@@ -37,22 +37,24 @@ def output_paths(video: Path) -> tuple[Path, Path, Path]:
 
 
 def partial_path(video: Path) -> Path:
-    """The folder that holds the finished segments of an unfinished render."""
+    """The folder that holds what is finished of an unfinished render."""
     return video.with_name(f"{video.name}.partial")
 
 
-def refuse_outputs(video: Path, force: bool) -> None:
+def refuse_outputs(video: Path, force: bool, fingerprint: str | None = None) -> None:
     """Raise OutputExists if any of the three is there and `force` is false, or is a folder.
 
     What a killed render had already moved to its place does not count: the same command is about to finish it.
+    Args: fingerprint: of the render that is to begin; None: not known yet, it may be the one that was killed.
     """
     refuse_overwrite(video, force=True)  # a folder: `.`, too, which has no name for what goes beside it
-    folder = partial_path(video)
+    folder, outputs = partial_path(video), output_paths(video)
     state = read_state(folder)
-    is_moving = state is not None and state["staged"]
-    for path in output_paths(video):
-        if not is_moving or (folder / path.name).exists():
-            refuse_overwrite(path, force)
+    left = [path for path in outputs if (folder / path.name).exists()]
+    is_moving = (state is not None and state["staged"] and fingerprint in (None, state["fingerprint"])
+                 and all(path in left or path.exists() for path in outputs))  # fmt: skip
+    for path in left if is_moving else outputs:
+        refuse_overwrite(path, force)
 
 
 def render_to_files(
@@ -72,23 +74,35 @@ def render_to_files(
     stretch.
     No more frames are held than an engine decodes at once and the contact sheet shows. With `options.segment`, finished
     segments are kept in `partial_path(video)`: the same call goes on from them, and gives the bytes of an unbroken run.
-    Raises: OutputExists before any work, whatever `force` where the output is the video to be mended; what
+    Raises: OutputExists before any work, whatever `force` where the output is the video to be mended, and at the end where
+        another program has made one of the three meanwhile: the same call with `force` then has nothing more to render; what
         `Avatar.render`, `Stretch.mend`, `VideoWriter` and `open_partial` raise. An interrupted render leaves none of the
         three.
     """
-    refuse_outputs(video, force)
+    work, options = _Work(avatar, target, target.fps or DEFAULT_FPS, stretch), avatar.resolve(options)
+    fingerprint = work.fingerprint(options)
+    refuse_outputs(video, force, fingerprint)
+    if video.resolve().is_relative_to(avatar.folder.path.resolve()):
+        raise OutputExists(f"{video} would lie in the engine, which holds nothing else", "give another folder")
     if stretch is not None and video.resolve() == stretch.video.resolve():
         raise OutputExists(f"{video} is itself the video to be mended", "give the output another name")
-    work = _Work(avatar, target, target.fps or DEFAULT_FPS, stretch)
     VideoWriter(video, work.fps, force=True)  # refuses what is no name of a video before any work
 
     def told(stage: str, step: int, steps: int) -> None:
         if on_step is not None:
             on_step(step, steps, stage)
 
-    if options.segment is not None:
-        return _render_resumably(work, video, avatar.resolve(options), force, told)
-    return _write_outputs(work, avatar.iter_render(target, options, on_step=told), output_paths(video))
+    outputs = output_paths(video)
+    with open_partial(partial_path(video), fingerprint, outputs, force=force) as partial:
+        if not partial.holds(outputs):
+            if options.segment is None:
+                rendered = avatar.iter_render(target, options, on_step=told)
+            else:
+                rendered = _render_segments(work, options, partial, told)
+            _write_outputs(work, rendered, output_paths(partial.folder / video.name))
+        partial.publish(outputs, force=force)
+    report: dict[str, Any] = json.loads(outputs[2].read_text(encoding="utf-8"))
+    return report
 
 
 @dataclass(frozen=True)
@@ -110,25 +124,21 @@ class _Work:
         })  # fmt: skip
 
 
-def _render_resumably(work: _Work, video: Path, options: RenderOptions, force: bool, told: OnStep) -> dict[str, Any]:
-    outputs, avatar, target = output_paths(video), work.avatar, work.target
-    with open_partial(partial_path(video), work.fingerprint(options), outputs, force=force) as partial:
-        if not partial.holds(outputs):
-            if options.segment == "auto" and partial.choice is None:
-                partial.fix(avatar.choose_segment(len(target), options))
-            segments = avatar.iter_segments(target, options, choice=partial.choice, finished=partial.reports(),
-                                            carried=partial.carried(), on_step=told, look_ahead=True)  # fmt: skip
-            with closing(segments):
-                for segment in segments:
-                    partial.save(segment.frames, segment.carried, segment.report)
-            _write_outputs(work, partial.frames(), output_paths(partial.folder / video.name))
-        partial.publish(outputs)
-    report: dict[str, Any] = json.loads(outputs[2].read_text(encoding="utf-8"))
-    return report
+def _render_segments(work: _Work, options: RenderOptions, partial: PartialRender, told: OnStep) -> Iterator[np.ndarray]:
+    """Render what is not finished, and keep it; then the frames of all segments."""
+    avatar, target = work.avatar, work.target
+    if options.segment == "auto" and partial.choice is None:
+        partial.fix(avatar.choose_segment(len(target), options))
+    segments = avatar.iter_segments(target, options, choice=partial.choice, finished=partial.reports(),
+                                    carried=partial.carried(), on_step=told, look_ahead=True)  # fmt: skip
+    with closing(segments):
+        for segment in segments:
+            partial.save(segment.frames, segment.carried, segment.report)
+    return partial.frames()
 
 
-def _write_outputs(work: _Work, rendered: Iterable[np.ndarray], outputs: tuple[Path, Path, Path]) -> dict[str, Any]:
-    """Write the three files, replacing what is there; returns the report, of a render that ends with its frames."""
+def _write_outputs(work: _Work, rendered: Iterable[np.ndarray], outputs: tuple[Path, Path, Path]) -> None:
+    """Write the three files, replacing what is there; the report is of a render that ends with its frames."""
     video, sheet_path, report_path = outputs
     avatar, target, stretch = work.avatar, work.target, work.stretch
     of_sheet = target.keypoints if stretch is None else target.keypoints[stretch.inside]
@@ -150,7 +160,6 @@ def _write_outputs(work: _Work, rendered: Iterable[np.ndarray], outputs: tuple[P
     write_png(sheet_path, contact_sheet(rows), force=True)
     with atomic_path(report_path) as temporary:
         temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    return report
 
 
 def _keeping(frames: Iterable[np.ndarray], shown: np.ndarray, kept: list[np.ndarray]) -> Iterator[np.ndarray]:

@@ -76,6 +76,15 @@ def test_parts_become_smaller_until_they_are_few_tokens_and_are_what_is_loaded(
     assert networks.dividing(1000, None, 4, "memory ran out") is None
 
 
+def test_openvino_holds_more_than_its_files_and_the_lightest_engine_is_named(networks: Networks) -> None:
+    as_stored = networks.room(RenderOptions())
+    assert as_stored.lighter is None  # it is
+    networks.folder.manifest["backend"] = "openvino"
+    as_ordered = networks.room(RenderOptions())
+    assert as_ordered.reserved == int(1.7 * as_stored.reserved)
+    assert "--backend torch --precision fp16" in str(as_ordered.lighter)
+
+
 def test_on_a_gpu_loaded_networks_count_once_and_numbers_are_as_wide_as_the_precision(
     networks: Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +101,17 @@ def test_on_a_gpu_loaded_networks_count_once_and_numbers_are_as_wide_as_the_prec
     assert networks.room(RenderOptions()).per_frame == on_cpu.per_frame
     assert networks.precision == "fp32"
     assert networks.room(RenderOptions(guidance_scale=3.0)).per_frame > 1.9 * on_cpu.per_frame
+
+
+def test_threads_count_where_rounding_depends_on_them(networks: Networks) -> None:
+    manifest = networks.folder.manifest
+    for backend, device, expected in (
+        ("torch", "cpu", [torch.get_num_threads()]),
+        ("torch", "cuda", []),
+        ("openvino", "cpu", []),
+    ):
+        manifest.update(backend=backend, device={**manifest["device"], "type": device})
+        assert networks.threads == expected
 
 
 @pytest.mark.parametrize(("change", "missing", "hint"), [

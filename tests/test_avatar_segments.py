@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import posecrafter_rt
 from bench.runs import forget_inversions
@@ -165,6 +166,24 @@ def test_a_clock_that_jumps_backwards_changes_nothing(
     assert resumed["num_resumed"] == 1 and resumed["segments"] == whole["segments"]
     assert all(seconds >= 0 for seconds in resumed["seconds"].values())
     assert (tmp_path / "broken.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("threads", [[2], [1, 2]])
+def test_what_another_number_of_threads_goes_on_with_claims_no_equal_bytes(
+    avatar: Avatar, tmp_path: Path, threads: list[int]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU it does not matter")
+    poses, options, before = some_poses(13), RenderOptions(**SEGMENTS), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads[0])
+        break_off(avatar, poses, tmp_path / "broken.mp4", options, after=1)
+        torch.set_num_threads(threads[-1])
+        report = render_to_files(avatar, poses, tmp_path / "broken.mp4", options)
+    finally:
+        torch.set_num_threads(before)
+    assert report["num_resumed"] == 1 and report["threads"] == threads
+    assert report["claims_byte_equality"] == (len(threads) == 1)
 
 
 def test_no_part_of_the_package_reads_the_clock_on_the_wall() -> None:

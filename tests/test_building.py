@@ -228,18 +228,20 @@ def test_more_frames_than_an_engine_takes_are_refused_before_any_work(copied: Pa
     write_manifest(copied, {**manifest, "architecture": {**manifest["architecture"], "max_frames": 3}})
     before = sorted(copied.glob("inversions/*"))
     with Avatar.load(copied) as avatar:
-        for options, at_once in (({}, 5), ({"segment": 3, "overlap": 0}, 4), ({"segment": "auto"}, 5)):
+        for options, at_once in (({}, 5), ({"segment": 3, "overlap": 0}, 4)):
             with pytest.raises(PoseCrafterError, match=f"^{at_once} frames at once, the reference among them, are more than "
                                "the 3 that this engine takes$") as caught:  # fmt: skip
                 avatar.render(some_poses(4), num_inference_steps=2, **options)
             assert caught.value.hint and "--segment 2" in caught.value.hint
+            assert ("--segment 2 --overlap 0," in caught.value.hint) == ("overlap" not in options)  # 4 are too many
             rebuild = f"build-engine tuned.ckpt -o {copied} --backend torch --precision fp32 --size 32x32"
             assert caught.value.hint.endswith(f"{rebuild} --max-frames {at_once}")
         with pytest.raises(PoseCrafterError, match="^4 frames at once are more than the 3") as caught:
             avatar.render(some_poses(4), num_inference_steps=2, mode="+selection")
         assert caught.value.hint and "--segment" not in caught.value.hint  # which that mode cannot
         assert sorted(copied.glob("inversions/*")) == before  # not even the reference was inverted
-        options = avatar.resolve(num_inference_steps=2, segment="auto", overlap=0)
+        options = avatar.resolve(num_inference_steps=2, segment="auto")
         choice = avatar.choose_segment(4, options)
-        assert choice.segment == 2 and choice.reason == "the engine takes 3 frames at once, the reference among them"
+        assert choice == (2, 0, "the engine takes 3 frames at once, the reference among them")
         assert len(avatar.render(some_poses(4), options)) == 4
+        assert avatar.last_report is not None and avatar.last_report.options.overlap == 0

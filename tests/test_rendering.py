@@ -20,10 +20,12 @@ from bench.untrained import untrained_checkpoint
 from posecrafter_rt import atomic
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
-from posecrafter_rt.errors import DiskFull
+from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.rendering import render_to_files
 from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.partial import PartialRender
+from tests.tiny import some_poses
 
 ROOT = Path(__file__).parents[1]
 SIZE = (32, 32)
@@ -69,6 +71,7 @@ print(json.dumps([report, *seen.values()]))
 # From the n-th call of a function on something else takes what memory the process has left: all but a megabyte, in which
 # an error can be told; beyond that it gets so many bytes. Prints the report, or the error.
 STARVED = f"""{RENDER}
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})  # every thread of an encoder takes memory of its own
 target, moment, num_bytes, *arguments = sys.argv[1:]
 calls, taken = [], []
 
@@ -95,7 +98,7 @@ except PoseCrafterError as error:
 
 # glibc otherwise keeps the addresses of what was freed, and where none are left reserves 64 MB at once for another heap:
 # both count against a limit on addresses, though neither is memory.
-FAITHFUL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+FAITHFUL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +210,78 @@ def test_nothing_is_lost_when_the_disk_is_full(
         with pytest.raises(DiskFull):
             render(engine, unbroken, video)
     finish(engine, unbroken, video, num_finished)
+
+
+JOINTLY = RenderOptions(**{**CHANGES, "segment": None})
+IN_SEGMENTS = RenderOptions(**{**CHANGES, "segment": 6})
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("options", [JOINTLY, IN_SEGMENTS])
+def test_what_a_killed_render_had_moved_is_finished_by_itself_alone(
+    avatar: Avatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: RenderOptions
+) -> None:
+    """It dies when the three are in their places, and its folder is still there: nothing else may replace them."""
+    poses, video = some_poses(9), tmp_path / "out.mp4"
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialRender, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            render_to_files(avatar, poses, video, options)
+    before = files_in(tmp_path)
+    assert sorted(before) == ["out.mp4", "out.png", "out.report.json"] and (tmp_path / "out.mp4.partial").exists()
+    for other in (JOINTLY, IN_SEGMENTS):
+        if other != options:
+            with pytest.raises(OutputExists, match=r"out\.mp4 exists already"):
+                render_to_files(avatar, poses, video, other)
+    monkeypatch.setattr("posecrafter_rt.avatar.render_clip", killed)
+    report = render_to_files(avatar, poses, video, options)
+    assert report == json.loads(before["out.report.json"]) and files_in(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_second_joint_render_into_one_output_is_refused(avatar: Avatar, tmp_path: Path) -> None:
+    poses, video, refused = some_poses(3), tmp_path / "out.mp4", []
+
+    def told(step: int, steps: int, stage: str) -> None:
+        with pytest.raises(PoseCrafterError, match="another process is rendering into") as caught:
+            render_to_files(avatar, poses, video, JOINTLY, force=True)
+        refused.append(caught.value)
+
+    render_to_files(avatar, poses, video, JOINTLY, on_step=told)
+    assert refused and len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_was_made_in_an_outputs_place_meanwhile_is_kept(
+    avatar: Avatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so is the render, which force, or another place for that file, then finishes without any work."""
+    poses, video = some_poses(3), tmp_path / "out.mp4"
+
+    def told(step: int, steps: int, stage: str) -> None:
+        (tmp_path / "out.png").write_bytes(b"mine")
+
+    with pytest.raises(OutputExists, match=r"out\.png exists already"):
+        render_to_files(avatar, poses, video, JOINTLY, on_step=told)
+    assert files_in(tmp_path) == {"out.png": b"mine"}
+    monkeypatch.setattr("posecrafter_rt.avatar.render_clip", None)
+    with pytest.raises(OutputExists, match=r"out\.png exists already"):
+        render_to_files(avatar, poses, video, JOINTLY)
+    render_to_files(avatar, poses, video, JOINTLY, force=True)
+    assert len(list(tmp_path.iterdir())) == 3 and files_in(tmp_path)["out.png"] != b"mine"
+
+
+def test_an_interrupted_joint_render_leaves_nothing(avatar: Avatar, tmp_path: Path) -> None:
+    def told(step: int, steps: int, stage: str) -> None:
+        if stage == "decoding":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        render_to_files(avatar, some_poses(3), tmp_path / "out.mp4", JOINTLY, on_step=told)
+    assert not list(tmp_path.iterdir())

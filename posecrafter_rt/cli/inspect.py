@@ -44,11 +44,14 @@ def describe_engine(path: Path) -> dict[str, Any]:
     """The manifest, sizes of files and caches, and under `problem` the error that `open_folder` raises, if any.
 
     network_details: of an intact engine of this version of the package; another version's networks are its own.
+    Raises: EngineFolderError where the manifest itself is not the one that was written: what it says is nothing to show.
     """
     from posecrafter_rt.engines.description import describe_networks
-    from posecrafter_rt.engines.folder import MUTABLE, open_folder, read_manifest
+    from posecrafter_rt.engines.folder import MUTABLE, is_sealed, open_folder, read_manifest
 
     manifest = read_manifest(path)
+    if not is_sealed(manifest):
+        open_folder(path)  # says so
     record: dict[str, Any] = {"engine": str(path), **manifest}
     record["files"] = {
         name: (path / name).stat().st_size if (path / name).is_file() else None for name in manifest["files"]

@@ -24,9 +24,11 @@ def print_json(value: Any) -> None:
 
 
 def print_table(rows: Iterable[tuple[str | Text, ...]], header: tuple[str, ...] | None = None) -> None:
-    """Print rows in aligned columns without lines; text is taken as it is, never as markup."""
-    table = Table(box=None, show_header=header is not None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    """Print rows in aligned columns without lines; text is taken as it is, never as markup. Neither rows nor header: nothing."""
     rows = list(rows)
+    if not rows and header is None:
+        return
+    table = Table(box=None, show_header=header is not None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
     for index in range(len(header or rows[0])):
         table.add_column(header[index] if header else "", overflow="fold")
     for row in rows:

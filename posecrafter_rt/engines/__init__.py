@@ -33,6 +33,8 @@ MAX_FRAMES = {"tensorrt": 64}
 SAMPLED_AHEAD = ("tensorrt",)
 # Those that can be told how much of a block to do at once (`tokens_at_once`); the others hold code for all.
 IN_PARTS = ("torch",)
+# Which on a processor divide sums among torch's threads: another number of those rounds otherwise.
+ROUNDED_BY_THREADS = ("torch", "inductor")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "LOADED_WIDER",
     "MAX_FRAMES",
     "PRECISIONS",
+    "ROUNDED_BY_THREADS",
     "SAMPLED_AHEAD",
     "Backend",
     "Engine",

@@ -91,7 +91,7 @@ def _refuse_what_is_not_ours(path: Path) -> None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"), parse_constant=int)
     except (OSError, ValueError):
         manifest = None
-    if not isinstance(manifest, dict) or not _is_sealed(manifest):  # web applications have a manifest.json, too
+    if not isinstance(manifest, dict) or not is_sealed(manifest):  # web applications have a manifest.json, too
         refuse_overwrite(path, False)
         return
     foreign = sorted({*_file_names(path)} - {*manifest["files"]})
@@ -223,13 +223,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise EngineFolderError(f"{file} is damaged", rebuild_hint(path, {})) from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        known = manifest if isinstance(manifest, dict) and _is_sealed(manifest) else {}
+        known = manifest if isinstance(manifest, dict) and is_sealed(manifest) else {}
         raise EngineFolderError(f"{file} is of another version of this package", rebuild_hint(path, known))
     return manifest
 
 
-def _is_sealed(manifest: Mapping[str, Any]) -> bool:
-    """Whether it is as `write_manifest` wrote it."""
+def is_sealed(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is as `write_manifest` wrote it."""
     return manifest.get("seal") == sha256_json({name: value for name, value in manifest.items() if name != "seal"})
 
 
@@ -264,7 +264,7 @@ def open_folder(path: str | Path) -> EngineFolder:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    if not _is_sealed(manifest):
+    if not is_sealed(manifest):
         raise EngineFolderError(
             f"{path} was altered: {MANIFEST} is not the file that was built", rebuild_hint(path, {})
         )

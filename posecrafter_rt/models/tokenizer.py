@@ -6,6 +6,7 @@ Layer 3: tokenizers and torch.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from posecrafter_rt.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 
 class PromptTokenizer:
@@ -34,5 +37,12 @@ class PromptTokenizer:
             ) from error
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Prompts → input_ids int64 (prompts, num_tokens), with begin and end marked, padded and cut."""
-        return torch.tensor([encoded.ids for encoded in self._tokenizer.encode_batch(prompts)], dtype=torch.int64)
+        """Prompts → input_ids int64 (prompts, num_tokens), with begin and end marked, padded and cut; what is cut is told."""
+        all_encoded = self._tokenizer.encode_batch(prompts)
+        for prompt, encoded in zip(prompts, all_encoded, strict=True):
+            if encoded.overflowing:
+                (start, _), *_, (_, stop) = encoded.offsets[1:-1]  # of what is between the marks of begin and end
+                left_out = prompt[:start].strip() or prompt[stop:].strip()  # some tokenizers cut on the left
+                log.warning("the prompt has more than %d tokens and is cut; left out is: %s",
+                            len(encoded.ids) - 2, left_out)  # fmt: skip
+        return torch.tensor([encoded.ids for encoded in all_encoded], dtype=torch.int64)

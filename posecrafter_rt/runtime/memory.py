@@ -47,13 +47,14 @@ class Room(NamedTuple):
 
     free: None where the system does not say. reserved: for networks that are not in memory yet, or in what counts as free.
     per_frame: of a jointly rendered frame. most: frames that the engine takes at once, the inserted reference among them;
-        None: any number.
+        None: any number. lighter: what to do where the networks alone hardly fit; None: nothing is known to help.
     """
 
     free: int | None
     reserved: int
     per_frame: int
     most: int | None = None
+    lighter: str | None = None
 
     def fitting(self, kept_lengths: int = 1) -> int:
         """Frames that can be rendered jointly, by estimate; the inserted reference is not counted."""
@@ -90,29 +91,36 @@ def frame_bytes(arch: Architecture, size: tuple[int, int], groups: int, element_
 def choose_segment(room: Room, num_frames: int, overlap: int) -> SegmentChoice:
     """The whole clip where it fits, which is exact; else the longest segments that do, or the shortest that there are.
 
-    None is longer than what the engine takes beside the inserted reference, but for the shortest that there are.
+    None is longer than what the engine takes beside the inserted reference: where that is too little for `overlap`, they
+    share fewer frames.
     Raises: PoseCrafterError where the system does not say what is free.
     """
     if room.free is None:
         raise PoseCrafterError("this system does not say how much memory is free", "give a number: --segment 48")
     facts = f"at {_mb(room.per_frame)} a frame in {_mb(room.free)} that are free"
-    fitting, least = room.fitting(KEPT_LENGTHS), least_segment(overlap)
     most = num_frames if room.most is None else room.most - 1
     if num_frames <= min(room.fitting(), most):
-        return SegmentChoice(max(num_frames, least), f"the whole clip fits, {facts}")
+        return SegmentChoice(max(num_frames, least_segment(overlap)), overlap, f"the whole clip fits, {facts}")
+    if room.most is not None:
+        overlap = min(overlap, most // 3)
+    fitting, least = room.fitting(KEPT_LENGTHS), least_segment(overlap)
     if most < min(num_frames, fitting):
-        return SegmentChoice(max(most, least), f"the engine takes {room.most} frames at once, the reference among them")
+        reason = f"the engine takes {room.most} frames at once, the reference among them"
+        return SegmentChoice(max(most, least), overlap, reason)
     if fitting < least:
-        return SegmentChoice(least, f"not even {least} frames are sure to fit, {facts}; there are no shorter segments")
-    return SegmentChoice(fitting, f"{fitting} frames fit, {facts}")
+        reason = f"not even {least} frames are sure to fit, {facts}; there are no shorter segments"
+        return SegmentChoice(least, overlap, reason)
+    return SegmentChoice(fitting, overlap, f"{fitting} frames fit, {facts}")
 
 
 def warn_unless_fits(room: Room, num_frames: int, options: RenderOptions) -> None:
     """Say in one line if a clip, rendered jointly, will hardly fit; it is tried all the same, for this is an estimate."""
     if room.free is not None and num_frames > room.fitting():
+        advice = "render it in segments: --segment auto" if options.inserts else IN_SEGMENTS
+        if room.lighter is not None and room.reserved > room.free * USED_SHARE:
+            advice = f"the networks alone take most of that: {room.lighter}"
         log.warning("%d frames jointly take about %s, and %s are free: %s", num_frames,
-                    _mb(room.per_frame * (num_frames + 1) + room.reserved), _mb(room.free),
-                    "render it in segments: --segment auto" if options.inserts else IN_SEGMENTS)  # fmt: skip
+                    _mb(room.per_frame * (num_frames + 1) + room.reserved), _mb(room.free), advice)  # fmt: skip
 
 
 @contextmanager

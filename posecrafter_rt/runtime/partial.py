@@ -1,4 +1,4 @@
-"""The finished segments of an unfinished render, on the disk: what the same command goes on from after kill -9.
+"""What is finished of a render, on the disk: what the same command goes on from after kill -9.
 
 Layer 5. A segment counts once state.json lists it with its hash; every file is written under a temporary name first.
 """
@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from posecrafter_rt.atomic import atomic_path, sha256_file
+from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_file
 from posecrafter_rt.errors import OutputExists, PoseCrafterError
 from posecrafter_rt.locks import locked
 from posecrafter_rt.runtime.report import SegmentReport
@@ -84,13 +84,18 @@ class PartialRender:
         """Whether every output is finished: in the folder, or already moved from there to its place."""
         return self.staged and all((self.folder / path.name).exists() or path.exists() for path in outputs)
 
-    def publish(self, outputs: Sequence[Path]) -> None:
-        """Move the outputs from the folder to their places and remove it; to be done again if it breaks off."""
+    def publish(self, outputs: Sequence[Path], *, force: bool = False) -> None:
+        """Move the outputs from the folder to their places and remove it; to be done again if it breaks off.
+
+        Raises: OutputExists if `force` is false and another program has made one meanwhile; all then stays in the folder.
+        """
         self.staged = True
         self._write_state()
-        for path in outputs:
-            if (self.folder / path.name).exists():
-                os.replace(self.folder / path.name, path)
+        left = [path for path in outputs if (self.folder / path.name).exists()]
+        for path in left:
+            refuse_overwrite(path, force)
+        for path in left:
+            os.replace(self.folder / path.name, path)
         self.remove()
 
     def remove(self) -> None:
@@ -130,10 +135,10 @@ class PartialRender:
 def open_partial(
     folder: Path, fingerprint: str, outputs: Sequence[Path], *, force: bool = False
 ) -> Iterator[PartialRender]:
-    """Begin a render that can be resumed, or go on with the one that `folder` holds.
+    """Begin a render, or go on with the one that `folder` holds.
 
-    Args: fingerprint: of everything that its frames depend on. outputs: the files that it is for. force: throw away an
-        unfinished render of another fingerprint.
+    Args: fingerprint: of everything that its frames depend on. outputs: the files that it is for. force: throw away what
+        is finished of a render of another fingerprint.
     Yields: the render, its finished segments verified. The folder stays when the block fails, unless nothing is finished.
     Raises: OutputExists when the folder is of another render and `force` is false, or not of a render at all;
         PoseCrafterError while another process is rendering into it.
@@ -147,7 +152,7 @@ def open_partial(
             choice = state.get("choice")
             partial = PartialRender(folder, fingerprint, state["segments"], state["staged"],
                                     None if choice is None else SegmentChoice(*choice))  # fmt: skip
-        elif not force:
+        elif not force and (state["segments"] or state["staged"]):
             raise OutputExists(f"{folder} holds an unfinished render with another engine, other poses or other options",
                                "give the same ones to finish it, or --force to throw it away")  # fmt: skip
         try:

@@ -55,15 +55,17 @@ class SegmentReport:
     """Of one segment.
 
     edited_regions, skipped_regions: of the frames that it settles; a skipped one is named by its frame in the clip, its
-    region and the reason. adjustments: what had to change on the way. seconds: wall time of each stage. rss_bytes: the
-    largest resident memory of the process during each stage, where the system can count it anew (Linux), else None.
-    gpu_bytes: the most that torch had allocated on the GPU during each; none without one. peak_rss_bytes,
-    peak_gpu_bytes: the largest of those; resident memory where none was counted is the largest since the process began.
+    region and the reason. adjustments: what had to change on the way. threads: how many torch computed with, where an
+    engine's rounding depends on it; of a whole render each number once. seconds: wall time of each stage. rss_bytes:
+    the largest resident memory of the process during each stage, where the system can count it anew (Linux), else None.
+    gpu_bytes: the most that torch had allocated on the GPU during each; none without one. peak_rss_bytes, peak_gpu_bytes:
+    the largest of those; resident memory where none was counted is the largest since the process began.
     """
 
     edited_regions: int = 0
     skipped_regions: list[dict[str, Any]] = field(default_factory=list)
     adjustments: list[Adjustment] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     rss_bytes: dict[str, int | None] = field(default_factory=dict)
     gpu_bytes: dict[str, int] = field(default_factory=dict)
@@ -148,6 +150,7 @@ class RenderReport(SegmentReport):
         self.edited_regions += part.edited_regions
         self.skipped_regions += part.skipped_regions
         self.adjustments += part.adjustments
+        self.threads = sorted({*self.threads, *part.threads})
         self._take_in(part.seconds, part.rss_bytes, part.gpu_bytes)
         self.peak_rss_bytes = max(self.peak_rss_bytes, part.peak_rss_bytes)
         self.peak_gpu_bytes = max(self.peak_gpu_bytes, part.peak_gpu_bytes)
@@ -156,13 +159,14 @@ class RenderReport(SegmentReport):
         """Plain values, for report.json.
 
         claims_byte_equality: whether another run with the same options gives the same bytes. It does not once memory
-        has decided how long segments are, or how much of one is computed at once, which is equal but for rounding.
+        has decided how long segments are, or how much of one is computed at once, which is equal but for rounding, nor
+        where a render was gone on with by another number of threads.
         """
         by_memory = any("segment" in adjustment or "tokens_at_once" in adjustment for adjustment in self.adjustments)
         shortened = [adjustment["segment"] for adjustment in self.adjustments if "segment" in adjustment]
         longest = [self.options.segment, *shortened][-1] if self.num_segments > 1 else None
         return {**super().to_json(), "options": vars(self.options), "num_segments": self.num_segments,
-                "claims_byte_equality": not by_memory,
+                "claims_byte_equality": not by_memory and len(self.threads) < 2,
                 "approximations": approximations(self.options, longest)}  # fmt: skip
 
 

@@ -28,9 +28,10 @@ Adjustment = dict[str, Any]
 
 
 class SegmentChoice(NamedTuple):
-    """What `segment="auto"` became, and why, as the report says it."""
+    """What `segment="auto"` became, with the overlap that such segments allow, and why, as the report says it."""
 
     segment: int
+    overlap: int
     reason: str
 
 

@@ -150,3 +150,19 @@ def test_what_is_no_engine_is_one_line(tmp_path: Path, name: str) -> None:
     result = run(tmp_path / name)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ") and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "change", [{"files": None}, {"files": []}, {"problem": "none"}, {"loras": [1]}, {"bytes": "few"}]
+)
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_an_altered_manifest_is_one_line(engine: Path, change: dict[str, Any], option: tuple[str, ...]) -> None:
+    manifest = json.loads((engine / "manifest.json").read_text())
+    for altered in ({**manifest, **change}, {"schema": manifest["schema"], **change}, {"schema": manifest["schema"]}):
+        (engine / "manifest.json").write_text(json.dumps(altered))
+        result = run(engine, *option)
+        assert result.exit_code == 1 and result.stdout == ""
+        assert (
+            result.stderr.startswith(f"error: {engine} was altered: manifest.json is not the file")
+            and result.stderr.count("\n") == 2
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from posecrafter_rt.cli.output import duration_of, stages
+from posecrafter_rt.cli.output import duration_of, print_table, stages
 
 
 def test_stages_tell_the_time_left_where_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,3 +27,10 @@ def test_stages_tell_the_time_left_where_it_is_known(capsys: pytest.CaptureFixtu
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert duration_of(seconds) == text
+
+
+def test_a_table_may_have_no_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([])
+    assert capsys.readouterr().out == ""
+    print_table([], ("name", "size"))
+    assert capsys.readouterr().out.split() == ["name", "size"]

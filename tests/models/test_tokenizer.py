@@ -44,6 +44,17 @@ def test_tokens_are_those_of_transformers(written: tuple[CLIPTokenizerFast, Path
     assert torch.equal(PromptTokenizer(folder, 77)(PROMPTS[1:2]), expected[1:2])
 
 
+def test_what_is_cut_is_told_once(written: tuple[CLIPTokenizerFast, Path], caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = PromptTokenizer(written[1], 77)
+    tokenizer(["a person", " " + "a " * 75])
+    assert not caplog.records
+    whole, rest = " " + "a  " * 75, "b " * 100 + "é"  # more than twice as many as there may be
+    prompt = f"{rest} {whole}" if written[0].truncation_side == "left" else whole + rest
+    ids = tokenizer([prompt, "a person"])
+    assert torch.equal(ids[:1], tokenizer([whole]))
+    assert caplog.messages == [f"the prompt has more than 75 tokens and is cut; left out is: {rest}"]
+
+
 @pytest.mark.parametrize(
     "damage",
     [Path.unlink, lambda path: path.write_text("{}"), lambda path: path.write_text('{"pad_token": "no word of it"}')],

@@ -35,6 +35,7 @@ from posecrafter_rt.runtime.memory import (
     warn_unless_fits,
 )
 from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.segments import check_split
 from posecrafter_rt.spec import network_specs
 
 MB = 1_000_000
@@ -147,15 +148,22 @@ def test_a_system_that_does_not_say_what_is_free_needs_a_number() -> None:
 
 
 def test_no_segment_is_longer_than_what_the_engine_takes() -> None:
-    """Beside the inserted reference; unless memory allows less, or there are no shorter ones."""
-    for most, overlap, num_frames, segment in (
-        (65, 4, 700, 64),
-        (701, 4, 700, 700),
-        (700, 4, 700, 399),
-        (3, 0, 9, 2),
-        (3, 4, 9, 12),
+    """Beside the inserted reference; unless memory allows less. Where it is too little for the overlap, that becomes less."""
+    for most, overlap, num_frames, *chosen in (
+        (65, 4, 700, 64, 4),
+        (701, 4, 700, 700, 4),
+        (700, 4, 700, 399, 4),
+        (3, 0, 9, 2, 0),
+        (3, 4, 9, 2, 0),
+        (10, 4, 100, 9, 3),
+        (13, 4, 100, 12, 4),
+        (10, 4, 5, 12, 4),  # a clip of fewer frames is one segment
     ):
-        assert choose_segment(room(1000 * MB)._replace(most=most), num_frames, overlap).segment == segment
+        choice = choose_segment(room(1000 * MB)._replace(most=most), num_frames, overlap)
+        assert [choice.segment, choice.overlap] == chosen
+        check_split(*chosen)
+    starved = choose_segment(Room(0, 0, MB, 11), 100, 4)
+    assert (starved.segment, starved.overlap) == (9, 3)
     assert choose_segment(room(100 * MB)._replace(most=500), 700, 4) == choose_segment(room(100 * MB), 700, 4)
 
 
@@ -168,6 +176,15 @@ def test_a_joint_render_that_will_hardly_fit_is_announced_in_one_line(caplog: py
     first, second = (record.getMessage() for record in caplog.records)
     assert first == "700 frames jointly take about 701 MB, and 100 MB are free: render it in segments: --segment auto"
     assert "use +insertion or +editing" in second and all(r.levelno == logging.WARNING for r in caplog.records)
+
+
+def test_where_networks_alone_hardly_fit_a_lighter_engine_is_what_helps(caplog: pytest.LogCaptureFixture) -> None:
+    heavy = room(100 * MB, reserved=90 * MB)
+    for case in (heavy, heavy._replace(lighter="build another"), heavy._replace(reserved=MB, lighter="build another")):
+        warn_unless_fits(case, 700, RenderOptions())
+    advice = [record.getMessage().split(" are free: ")[1] for record in caplog.records]
+    segments = "render it in segments: --segment auto"
+    assert advice == [segments, "the networks alone take most of that: build another", segments]
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8),

@@ -66,7 +66,7 @@ def test_a_segment_that_carries_nothing(folder: Path, outputs: list[Path]) -> No
 
 
 def test_what_was_chosen_for_automatic_segments_is_kept(folder: Path, outputs: list[Path]) -> None:
-    choice = SegmentChoice(6, "6 frames fit")
+    choice = SegmentChoice(6, 2, "6 frames fit")
     with pytest.raises(KeyboardInterrupt), open_partial(folder, "a", outputs) as partial:
         assert partial.choice is None
         partial.fix(choice)
@@ -112,6 +112,18 @@ def test_another_render_is_not_thrown_away_without_force(folder: Path, outputs: 
         assert len(partial.reports()) == 2
     with open_partial(folder, "b", outputs, force=True) as partial:
         assert not partial.reports()
+
+
+def test_another_render_of_which_nothing_is_finished_hinders_none(
+    folder: Path, outputs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialRender, "remove", lambda self: None)  # killed
+        with pytest.raises(KeyboardInterrupt), open_partial(folder, "a", outputs):
+            (folder / ".out.12ab34cd.part.mp4").write_bytes(b"half")
+            raise KeyboardInterrupt
+    with open_partial(folder, "b", outputs) as partial:
+        assert not partial.reports() and [path.name for path in folder.iterdir()] == [STATE]
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(folder: Path, outputs: list[Path]) -> None:
