@@ -55,6 +55,10 @@ def test_the_command_line_answers_without_anything_heavy(arguments: list[str]) -
     assert not heavy_after(call)
 
 
+def test_what_a_render_is_measured_in_imports_no_rival() -> None:
+    assert not heavy_after("import bench.contenders") & {"diffusers", "transformers", "onnx"}
+
+
 def test_command_modules_import_nothing_slow() -> None:
     """`posecrafter-rt COMMAND --help` is quick too: torch comes when a command runs."""
     call = "from posecrafter_rt.cli.main import COMMANDS, load_command\nfor name in COMMANDS: load_command(name)"
