@@ -177,7 +177,7 @@ class Avatar:
         with closing(Ahead(inverted.device if is_ahead else None)) as ahead:
             while split.num_left():
                 latents, part = self._denoise_adjusting(target, split, inverted, carried, report, ahead, on_step)
-                part.threads = self.networks.threads
+                part.threads, self.networks.has_run = self.networks.threads, True
                 segment = split.settle()
                 num_settled = segment.settled - segment.start
                 carried = latents[num_settled:].clone()

@@ -36,7 +36,8 @@ LIGHTEST = ("torch", "fp16")  # of the engines of a processor: weights are read 
 class Networks:
     """At most one precision at a time, since memory may not hold two.
 
-    engines: by the networks' names; empty until they are used, and once they are let go of. precision, tokens_at_once: see
+    engines: by the networks' names; empty until they are used, and once they are let go of. has_run: whether they have
+    denoised since, so that what they hold of their weights is no longer free. precision, tokens_at_once: see
     `use`; those of `engines`.
     """
 
@@ -45,6 +46,7 @@ class Networks:
         self.engines: dict[str, Engine] = {}
         self.precision: Precision | None = None
         self.tokens_at_once: int | None = None
+        self.has_run = False
         self._hold: ExitStack | None = None
 
     @property
@@ -114,7 +116,7 @@ class Networks:
         else:
             files = (file for file in self.folder.networks.rglob("*") if file.is_file())
             stored = sum(file.stat().st_size for file in files if not file.name.startswith(STREAM_NETWORKS))
-            reserved = int(stored * HELD_FOLD.get(manifest["backend"], 1))
+            reserved = int(stored * (1 if self.has_run else HELD_FOLD.get(manifest["backend"], 1)))
             if (manifest["backend"], self.built) != LIGHTEST:
                 backend, precision = LIGHTEST
                 lighter = self._rebuild(backend=backend, precision=precision)
@@ -174,7 +176,7 @@ class Networks:
 
     def close(self) -> None:
         """Let go of the networks and of all memory that they hold for the shapes that they have run at."""
-        self.engines, self.precision, self.tokens_at_once = {}, None, None
+        self.engines, self.precision, self.tokens_at_once, self.has_run = {}, None, None, False
         let_go()
 
     def release(self) -> None:
