@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.processes import in_own_process
 from bench.report import add_output_arguments, publish, table
-from bench.runs import moving_person
+from bench.runs import forget_inversions, moving_person
 from bench.timing import machine
 from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
@@ -58,8 +58,7 @@ def measure(engine: Path, num_frames: int, options: RenderOptions, repeats: int)
         for frames in (1, *[num_frames] * repeats):
             if sum(sum(run.values()) for run in runs[1:]) > BUDGET_S:
                 break  # a long render is its own average
-            for file in avatar.folder.inversions.glob("*"):
-                file.unlink()
+            forget_inversions(avatar)
             for _ in avatar.iter_render(moving_person(frames, avatar.size, phase=1.0), options):
                 pass
             assert avatar.last_report is not None

@@ -36,9 +36,8 @@ LIGHTEST = ("torch", "fp16")  # of the engines of a processor: weights are read 
 class Networks:
     """At most one precision at a time, since memory may not hold two.
 
-    engines: by the networks' names; empty until they are used, and once they are let go of. has_run: whether they have
-    denoised since, so that what they hold of their weights is no longer free. precision, tokens_at_once: see
-    `use`; those of `engines`.
+    engines: by the networks' names; empty until they are used, and once they are let go of. precision, tokens_at_once: see
+    `use`; those of `engines`. has_run: whether these have denoised, so that what they hold of their weights is no longer free.
     """
 
     def __init__(self, folder: EngineFolder) -> None:

@@ -126,7 +126,10 @@ def count_frames(path: str | PathLike[str]) -> int:
     count = 0
     # What is wrong with the file is told by whoever decodes it.
     with suppress(FFmpegError), av.open(str(path), metadata_errors="replace") as container:
-        for packet in container.demux(container.streams.video[0]):
+        stream = container.streams.video[0]
+        if stream.frames:  # most files say, and need not be read for it
+            return stream.frames
+        for packet in container.demux(stream):
             count += packet.size > 0
     return count
 

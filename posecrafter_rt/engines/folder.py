@@ -88,7 +88,7 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
 def _refuse_what_is_not_ours(path: Path) -> None:
     """Raise OutputExists unless `path` is free, or an engine folder, damaged perhaps, with nothing of the user's in it."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"), parse_constant=int)
+        manifest = _parse_manifest(path / MANIFEST)
     except (OSError, ValueError):
         manifest = None
     if not isinstance(manifest, dict) or not is_sealed(manifest):  # web applications have a manifest.json, too
@@ -211,6 +211,14 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(name.as_posix() for name in names if name.parts[0] not in (*MUTABLE, MANIFEST))
 
 
+def _parse_manifest(file: Path) -> Any:
+    """Whatever JSON is there. Raises: OSError; ValueError, also for NaN and for half characters: no seal is over those."""
+    text = file.read_text(encoding="utf-8")
+    manifest = json.loads(text, parse_constant=int)
+    json.dumps(manifest, ensure_ascii=False).encode()
+    return manifest
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, unverified. Raises: EngineFolderError when absent, not JSON, or of another schema."""
     file = path / MANIFEST
@@ -219,7 +227,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path} is not an engine folder", f"posecrafter-rt build-engine tuned.ckpt -o {shlex.quote(str(path))}"
         )
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"), parse_constant=int)  # NaN is none: no seal is over it
+        manifest = _parse_manifest(file)
     except (OSError, ValueError) as error:
         raise EngineFolderError(f"{file} is damaged", rebuild_hint(path, {})) from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:

@@ -72,7 +72,17 @@ def test_a_changed_manifest_is_refused(tmp_path: Path, before: bytes, after: byt
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"schema": 0}', '{"schema": 0, "size": NaN}', '{"schema": 5, "size": NaN}']
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        r'{"schema": 0, "name": "\ud800"}',
+        '{"schema": 0}',
+        '{"schema": 0, "size": NaN}',
+        '{"schema": 5, "size": NaN}',
+    ],
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
     (build(tmp_path / "e") / "manifest.json").write_text(content)
@@ -322,7 +332,9 @@ def test_what_is_no_engine_needs_force(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file", "folder"]
 
 
-@pytest.mark.parametrize("manifest", ['{"name": "a web application"}', '{"seal": "0"}', "{", "[]"])
+@pytest.mark.parametrize(
+    "manifest", ['{"name": "a web application"}', '{"seal": "0"}', "{", "[]", r'{"name": "\ud800"}']
+)
 def test_not_every_folder_with_a_manifest_is_an_engine(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "manifest.json").write_text(manifest)
