@@ -22,6 +22,11 @@ WEB := posecrafter_rt/serve/web
 STATIC := posecrafter_rt/serve/static
 comma := ,
 say = @echo "==> $(1)"
+# TensorRT's library comes from an index of NVIDIA's own, which may be out of reach: everything works without it.
+define add_cuda
+@test -z "$(CUDA)" || { echo "==> TensorRT and xformers"; $(PIP) -e '.[cuda]'; } || \
+  echo "note: without them engines are torch's; '$(BIN)/python -m pip install -e .[cuda]' tries again"
+endef
 
 .PHONY: demo test test-slow test-browser check lint types page page-with-npm web wheel bench-gpu clean
 .DELETE_ON_ERROR:
@@ -106,12 +111,14 @@ $(STAMPS)/torch: | $(BIN)/python
 
 $(STAMPS)/demo: $(PACKAGE_SOURCES) $(STAMPS)/torch
 	$(call say,posecrafter-rt with what the demo needs)
-	@$(PIP) -e '.[demo$(if $(CUDA),$(comma)cuda)]'
+	@$(PIP) -e '.[demo]'
+	$(add_cuda)
 	@touch $@
 
 # rtmlib without its dependencies: all are here already but for further builds of OpenCV, which would overwrite ours.
 $(STAMPS)/dev: $(PACKAGE_SOURCES) $(STAMPS)/torch
 	$(call say,posecrafter-rt with what the tests need)
-	@$(PIP) -e '.[demo,serve,dev$(if $(CUDA),$(comma)cuda)]'
+	@$(PIP) -e '.[demo,serve,dev]'
 	@$(PIP) --no-deps rtmlib
+	$(add_cuda)
 	@touch $@ $(STAMPS)/demo

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one go: tests, every operator's timing, whole renders' and a stream's at Stable Diffusion 1.5's size.
 
-Bench: `make bench-gpu`; a quarter of an hour at most, and as long again where TensorRT can run. Writes results/kernels-<device>,
+Bench: `make bench-gpu`; a quarter of an hour at most, and up to an hour more where TensorRT can run. Writes results/kernels-<device>,
 presets-…, throughput-… and latency-…, .json and .md each; exits 1 if a part fails, after the others have run.
 """
 
@@ -32,8 +32,8 @@ PARTS = {  # each with its limit in seconds
     "streams": (("bench.latency", "--base", "random-sd15", "--size", "512x512", "--backend", "torch", "--precision", "bf16",
                  "--steps", "2", "--rate", "60", "--seconds", "5"), 200),
 }  # fmt: skip
-# Its plans take minutes to build: no part of the others.
-TENSORRT = (("pytest", "-q", "-k", "tensorrt", "tests/engines/test_tensorrt.py", *OF_BACKENDS), 900)
+# Its plans take minutes to build, a hundred of them: no part of the others, and what fails first tells what to mend.
+TENSORRT = (("pytest", "-x", "-q", "-k", "tensorrt", "tests/engines/test_tensorrt.py", *OF_BACKENDS), 3600)
 
 
 def main() -> int:

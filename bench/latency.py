@@ -67,8 +67,9 @@ def benchmark(engine: Path, options: argparse.Namespace) -> Row:
     plain = {"window": options.window, "decoder": options.decoder}
     streams = []
     for steps in options.steps:
-        kinds: list[Row] = [{}, {"unet_every": 2}, {"is_pipelined": True}]
-        streams += [StreamOptions(steps=steps, **kind, **plain) for kind in kinds[: 1 if steps == 1 else None]]
+        kinds: list[Row] = [{}, *({"unet_every": every} for every in (2, 4) if every <= steps)]
+        kinds += [{"is_pipelined": True}] if steps > 1 else []
+        streams += [StreamOptions(steps=steps, **kind, **plain) for kind in kinds]
 
     def add(way: str, stream: StreamOptions, measure: Callable[[], Row]) -> None:
         row: Row = {"way": way, "steps": stream.steps, "is_pipelined": stream.is_pipelined,

@@ -6,12 +6,14 @@ Layer 4: torch.onnx.export(dynamo=True), then folds that leave the weights alone
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 import torch
 from onnxscript import optimizer
 from torch import nn
+from torch.export import ExportedProgram
 
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.functions import OPSET, add_functions, translation_table
@@ -19,6 +21,9 @@ from posecrafter_rt.export.graphs import attach_weights, detach_weights, from_by
 from posecrafter_rt.export.trace import quiet, trace
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
+# aten.conv_transpose2d's arguments, and what they are where they are not given.
+CONV_TRANSPOSE: dict[str, Any] = {"input": None, "weight": None, "bias": None, "stride": (1, 1), "padding": (0, 0),
+                                  "output_padding": (0, 0), "groups": 1, "dilation": (1, 1)}  # fmt: skip
 EXTERNAL_BYTES = 1_500_000_000  # a protobuf message must stay below 2 GiB; larger weights go to a file beside it
 
 
@@ -58,7 +63,34 @@ def export_graph(module: nn.Module, spec: NetworkSpec, arch: Architecture, graph
 
 
 def _trace(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> ir.Model:
-    program = trace(module, spec, arch)
+    model = _translate(trace(module, spec, arch), spec)
+    _simplify(model, {name for name, _ in module.named_parameters()})
+    add_functions(model)
+    return model
+
+
+def _translate(program: ExportedProgram, spec: NetworkSpec) -> ir.Model:
+    """What torch.onnx.export makes of a traced network; decomposed first only where that must be."""
+    try:
+        return _translate_as_it_is(program, spec)
+    except torch.onnx.OnnxExporterError:  # another version of diffusers or transformers may bring what it does not know
+        return _run_exporter(program, spec)
+
+
+def _translate_as_it_is(program: ExportedProgram, spec: NetworkSpec) -> ir.Model:
+    """The exporter without its decompositions, for which it traces everything once more: half of the time.
+
+    Raises: torch.onnx.OnnxExporterError where an operator has no translation of its own.
+    """
+    _replace_untranslated(program)
+    program.run_decompositions = lambda *_: program
+    try:
+        return _run_exporter(program, spec)
+    finally:
+        del program.run_decompositions
+
+
+def _run_exporter(program: ExportedProgram, spec: NetworkSpec) -> ir.Model:
     with torch.no_grad(), quiet():
         exported = torch.onnx.export(
             program,
@@ -71,10 +103,22 @@ def _trace(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> ir.Model
             verbose=False,
         )
     assert exported is not None
-    model = exported.model
-    _simplify(model, {name for name, _ in module.named_parameters()})
-    add_functions(model)
-    return model
+    return exported.model
+
+
+def _replace_untranslated(program: ExportedProgram) -> None:
+    """Write operators that torch.onnx.export only knows in their decomposed form in that form; in place."""
+    aten = torch.ops.aten
+    for node in program.graph.nodes:
+        if node.target is aten.conv_transpose2d.input:
+            given = dict(zip(CONV_TRANSPOSE, node.args, strict=False)) | node.kwargs
+            x, weight, bias, stride, padding, output_padding, groups, dilation = (CONV_TRANSPOSE | given).values()
+            node.args = (x, weight, bias, stride, padding, dilation, True, output_padding, groups)
+            node.target, node.kwargs = aten.convolution.default, {}
+        elif node.target in (aten.to.dtype, aten.to.device):
+            dtype = node.args[1 if node.target is aten.to.dtype else 2]
+            node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": dtype}
+    program.graph_module.recompile()
 
 
 def save_model(model: ir.Model, path: Path) -> None:

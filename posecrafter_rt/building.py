@@ -5,10 +5,11 @@ Layer 6: puts together what the layers below know.
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,10 @@ from posecrafter_rt.engines import (
     choose_precision,
     usual_max_frames,
 )
-from posecrafter_rt.engines.folder import EngineFolder, building, in_use, open_folder
+from posecrafter_rt.engines.folder import PASSED_OVER, EngineFolder, building, in_use, open_folder
 from posecrafter_rt.engines.refit import check_source
 from posecrafter_rt.engines.stage_log import StageLog
-from posecrafter_rt.errors import DiskFull, EngineFolderError, PoseCrafterError
+from posecrafter_rt.errors import DiskFull, EngineFolderError, OutOfMemory, PoseCrafterError
 from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
@@ -41,8 +42,8 @@ from posecrafter_rt.spec import NETWORK_NAMES
 if TYPE_CHECKING:
     from posecrafter_rt.models.loading import PoseModel
 
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
-SOURCES = ("models", "ops", "export", "engines")  # whose code decides what an engine holds
+LIBRARIES = ("torch", "triton", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+SOURCES = ("models", "ops", "kernels", "export", "engines")  # whose code decides what an engine holds
 OF_THE_MACHINE = (OSError, MemoryError, DiskFull)  # what would end any backend's build
 
 log = logging.getLogger(__name__)
@@ -97,54 +98,95 @@ def build_engine(
 ) -> BuildResult:
     """Build an engine folder.
 
-    With backend `auto`, one that runs here but fails at this engine is passed over, with a warning that says why.
+    With backend `auto`, one that runs here but fails at this engine is passed over, with a warning that says why; and so
+    it is the next time, untried, as long as what it would build is the same.
 
     Args:
         checkpoint: what `tune` wrote. output: the folder; None: the checkpoint's name with `.engine`.
         force: replace something at `output` that is not an engine folder; an engine folder is replaced anyway, once the
-            new one is complete.
+            new one is complete. Try anew, too, what `auto` passed over the last time.
         progress: told each stage as it begins, with the seconds left if there was such a build before.
     Raises: CheckpointError (a LoRA's included), ModelError, BackendUnavailable, ShapeError (a size the network cannot
         halve), OutputExists; PoseCrafterError for `max_frames` of a backend that takes any number; EngineFolderError when
         the engine to refit is damaged, or differs in more than weights.
     """
-    failed: dict[str, str] = {}
+    checkpoint = Path(checkpoint)
+    output = Path(output) if output is not None else checkpoint.with_suffix(".engine")
+    failures = _Failures({} if force else _read_passed_over(output))
     while True:
         try:
-            return _build(Path(checkpoint), output, options, force, progress, failed)
+            result = _build(checkpoint, output, options, force, progress, failures)
         except _PassedOver as error:
-            failed[error.backend] = f"it failed at this engine: {error}"
-            log.warning("%s is passed over, %s", error.backend, failed[error.backend])
+            failures.add(error)
+        else:
+            failures.save(result.folder)
+            return result
 
 
 class _PassedOver(Exception):
-    """Why a backend that `auto` took did not build an engine, in one line."""
+    """Why a backend that `auto` took did not build an engine, in one line.
 
-    def __init__(self, backend: str, error: Exception) -> None:
-        super().__init__((str(error).strip().splitlines() or [type(error).__name__])[-1])
-        self.backend = backend
+    fingerprint: of that engine; is_lasting: whether it would fail the next time, too.
+    """
+
+    def __init__(self, backend: str, fingerprint: str, reason: str, is_lasting: bool = True) -> None:
+        super().__init__(reason)
+        self.backend, self.fingerprint, self.is_lasting = backend, fingerprint, is_lasting
+
+
+class _Failures:
+    """What `auto` has passed over. why: by backend; before: reasons by fingerprint, of an earlier build, not tried again."""
+
+    def __init__(self, before: Mapping[str, str]) -> None:
+        self.before, self.why, self._reasons = before, dict[str, str](), dict[str, str]()
+
+    def add(self, error: _PassedOver) -> None:
+        if error.fingerprint in self.before:
+            again = f"--backend {error.backend} or --force tries it again"
+            self.why[error.backend] = f"it failed at this engine before: {error}; {again}"
+        else:
+            self.why[error.backend] = f"it failed at this engine: {error}"
+        if error.is_lasting:
+            self._reasons[error.fingerprint] = str(error)
+        log.warning("%s is passed over, %s", error.backend, self.why[error.backend])
+
+    def save(self, folder: EngineFolder) -> None:
+        """Keep them beside what was built instead, for `_read_passed_over`; where that fails, they are tried again."""
+        if self._reasons.keys() - self.before.keys():
+            with suppress(OSError):  # under no other name first: that would be no part of an engine
+                (folder.path / PASSED_OVER).write_text(json.dumps(self._reasons, indent=1), encoding="utf-8")
+
+
+def _read_passed_over(engine: Path) -> dict[str, str]:
+    """What `_Failures` has kept in an engine folder; nothing where there is none, or it is damaged."""
+    try:
+        reasons = json.loads((engine / PASSED_OVER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return reasons if isinstance(reasons, dict) else {}
 
 
 @contextmanager
-def _passing_over(chosen: str | None) -> Iterator[None]:
+def _passing_over(backend: Backend, fingerprint: str, is_auto: bool) -> Iterator[None]:
     """Raise _PassedOver for what the backend that `auto` has chosen fails at, where there is another."""
     try:
         yield
     except Exception as error:
-        if chosen is None or chosen == LAST_RESORT or isinstance(error, OF_THE_MACHINE):
+        if not is_auto or backend.name == LAST_RESORT or isinstance(error, OF_THE_MACHINE):
             raise
-        raise _PassedOver(chosen, error) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        is_lasting = not isinstance(error, (OutOfMemory, torch.OutOfMemoryError))  # others may have held the memory
+        raise _PassedOver(backend.name, fingerprint, reason, is_lasting) from error
 
 
 def _build(
-    checkpoint: Path, output: Path | str | None, options: BuildOptions, force: bool, progress: BuildProgress,
-    failed: Mapping[str, str],
-) -> BuildResult:  # fmt: skip
-    """`build_engine` by one backend. failed: why others are passed over, by name."""
+    checkpoint: Path, output: Path, options: BuildOptions, force: bool, progress: BuildProgress, failures: _Failures
+) -> BuildResult:
+    """`build_engine` by one backend."""
     source = open_folder(options.refit) if options.refit is not None else None
-    backend, precision, why = _choose(options, source, failed)
+    is_auto = options.backend == "auto" and source is None
+    backend, precision, why = _choose(options, source, failures.why)
     tuned = Checkpoint.load(checkpoint)
-    output = Path(output) if output is not None else checkpoint.with_suffix(".engine")
     loras = [read_lora(lora) for lora in options.loras]
     size = options.size or tuned.frames.shape[1:3]
     max_frames = choose_max_frames(options, backend, size, source)
@@ -155,10 +197,12 @@ def _build(
     manifest["feature_reuse"] = usual if options.feature_reuse is None else options.feature_reuse
     if max_frames is not None:
         manifest["max_frames"] = max_frames
-    manifest["fingerprint"] = sha256_json({**manifest, "sources": source_digest(*SOURCES)})
+    fingerprint = manifest["fingerprint"] = sha256_json({**manifest, "sources": source_digest(*SOURCES)})
+    if is_auto and fingerprint in failures.before:
+        raise _PassedOver(backend.name, fingerprint, failures.before[fingerprint])
     if source is not None:
         check_source(source, manifest)
-    current = _current(output, manifest["fingerprint"])
+    current = _current(output, fingerprint)
     if current is not None:
         return BuildResult(current, True, why)
     decisive = ("backend", "precision", "size", "base_hash")
@@ -181,7 +225,7 @@ def _build(
         networks = staging / "networks"
         networks.mkdir()
         if source is None:
-            with _passing_over(backend.name if options.backend == "auto" else None):
+            with _passing_over(backend, fingerprint, is_auto):
                 backend.build(model, arch, networks, precision, on_stage)
         else:
             with in_use(source):

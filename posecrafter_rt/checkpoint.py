@@ -42,7 +42,8 @@ class Checkpoint:
     frames: (n, H, W, 3) uint8 RGB. poses: n poses on a canvas of H × W pixels.
     metadata: JSON values, among them those of REQUIRED_METADATA: base, controlnet, vae as `load_base` takes them (or
         None); base_hash; prompt; size [height, width]; norm_scope; seed; steps. Where a small decoder was distilled,
-        small_decoder is its configuration. A loaded one also has "versions" and "format_version".
+        small_decoder is its configuration. `tune` also writes schedule, the base's `DDIMSchedule.learned`, which older ones
+        lack. A loaded one also has "versions" and "format_version".
     Raises: CheckpointError when frames, poses and metadata do not fit together.
     """
 
@@ -105,12 +106,18 @@ class Checkpoint:
             raise CheckpointError(f"{path} is a damaged checkpoint: {error}", hint="tune again") from error
 
     def require_base(self, model: PoseModel) -> None:
-        """Raise CheckpointError, naming both hashes, unless `model` is the base that this checkpoint was tuned on."""
+        """Raise CheckpointError, naming what differs, unless `model` is the base that this checkpoint was tuned on."""
         wanted = self.metadata["base_hash"]
         if model.base_hash != wanted:
             message = f"the checkpoint was tuned on {self.metadata['base']} with the hash {wanted[:12]}"
             message += f", but {model.base_id} has {model.base_hash[:12]}"
             raise CheckpointError(message, hint="give the base, ControlNet and VAE that it was tuned on, or tune again")
+        schedule = model.identity()["schedule"]  # no part of the hash, which is of weights alone
+        for name, tuned in self.metadata.get("schedule", schedule).items():  # an older checkpoint does not say it
+            if tuned != schedule.get(name):
+                message = f"the checkpoint was tuned with {name} {tuned}, but {model.base_id} has {schedule.get(name)}"
+                hint = "undo the change in the base's scheduler_config.json, or in the .yaml beside its file, or tune again"
+                raise CheckpointError(message, hint=hint)
 
     def load_model(self, *, base: str | None = None, dtype: torch.dtype = torch.float32) -> PoseModel:
         """Load the base and put the tuned tensors in.

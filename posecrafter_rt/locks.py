@@ -13,15 +13,16 @@ from pathlib import Path
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
+def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[bool]:
     """Hold what lies at `path`, a file or a folder, against every other holder, in this process too.
 
     What is held stays so under another name, and as long as a process lives that was forked meanwhile.
-    Args: shared: together with others who share it; waits for one who does not. Else alone, without waiting.
+    Args: shared: together with others who share it; waits for one who does not. Else alone; wait: for whoever holds it.
     Yields: whether it is held; on a file system without locks nothing is.
-    Raises: BlockingIOError when it is to be held alone and somebody holds it; OSError when it cannot be opened.
+    Raises: BlockingIOError when it is to be held alone without waiting and somebody holds it; OSError when it cannot be
+        opened.
     """
-    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB
+    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     while True:
         # NFS lets a file be held alone only where it is open for writing.
         is_writable = not path.is_dir() and os.access(path, os.W_OK)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from posecrafter_rt import __version__
-from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
+from posecrafter_rt.atomic import atomic_path, disk_full, means_full, refuse_overwrite, sha256_json
 from posecrafter_rt.avatar import Avatar
-from posecrafter_rt.errors import OutputExists
+from posecrafter_rt.errors import DiskFull, OutputExists
 from posecrafter_rt.framing import contact_sheet, shown_in_sheet, transform_keypoints
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -93,7 +93,7 @@ def render_to_files(
             on_step(step, steps, stage)
 
     outputs = output_paths(video)
-    with open_partial(partial_path(video), fingerprint, outputs, force=force) as partial:
+    with _naming(video), open_partial(partial_path(video), fingerprint, outputs, force=force) as partial:
         if not partial.holds(outputs):
             if options.segment is None:
                 rendered = avatar.iter_render(target, options, on_step=told)
@@ -103,6 +103,20 @@ def render_to_files(
         partial.publish(outputs, force=force)
     report: dict[str, Any] = json.loads(outputs[2].read_text(encoding="utf-8"))
     return report
+
+
+@contextmanager
+def _naming(video: Path) -> Iterator[None]:
+    """Tell of a full disk by the name that was given: the folder beside it, which was written to, may be gone by now."""
+    try:
+        yield
+    except (DiskFull, OSError) as error:
+        if not means_full(error):
+            raise
+        told = disk_full(video)
+        if partial_path(video).exists():
+            told.hint = f"free some space in {video.parent}; the same command then goes on from what is finished"
+        raise told from error
 
 
 @dataclass(frozen=True)

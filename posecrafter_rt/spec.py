@@ -6,7 +6,7 @@ Layer 0: the errors only; no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from posecrafter_rt.errors import ShapeError
@@ -195,12 +195,9 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
         attended: tuple[TensorSpec, ...] = ()
         kept: tuple[TensorSpec, ...] = ()
         if unet_layers[-1][1] == 1:  # the last layer attends, for only it and the first ones are at full size
-            attended = (is_reference, window_mask, memory("keyframe", unet_layers)[-1],
+            attended = (window_mask, memory("keyframe", unet_layers)[-1],
                         memory("temporal", arch.temporal_layers, "window")[-1])  # fmt: skip
-            kept = tuple(
-                replace(tensor, name=f"new_{tensor.name}", dims=tuple(dim for dim in tensor.dims if dim != "window"))
-                for tensor in attended[2:]
-            )
+            kept = memory("temporal", arch.temporal_layers, prefix="new_")[-1:]
         specs += (
             NetworkSpec(SHALLOW_UNET, (latents, *tables(time_u, kv_u), *shallow), predicted),
             NetworkSpec(

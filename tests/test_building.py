@@ -11,17 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine, choose_max_frames
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.engines import LAST_RESORT, choose_backend, get_backend
-from posecrafter_rt.engines.folder import EngineFolder, open_folder, read_manifest, write_manifest
+from posecrafter_rt.engines.folder import PASSED_OVER, EngineFolder, open_folder, read_manifest, write_manifest
 from posecrafter_rt.errors import (
     BackendUnavailable,
     DiskFull,
     EngineFolderError,
+    OutOfMemory,
     OutputExists,
     PoseCrafterError,
     ShapeError,
@@ -66,6 +68,74 @@ def test_auto_passes_over_what_fails_and_says_so(
     with pytest.raises(DiskFull):
         build_engine(tiny_checkpoint, tmp_path / "f", BuildOptions(precision="fp32"))
     assert not (tmp_path / "f").exists()
+
+
+def test_what_auto_passed_over_is_not_tried_again_until_something_changes(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    auto, path, tries = BuildOptions(precision="fp32"), tmp_path / "e", []
+    backend = type(choose_backend("auto", "fp32")[0])
+
+    def fails(*arguments: object) -> None:
+        tries.append(1)
+        raise AttributeError("no such method")
+
+    monkeypatch.setattr(backend, "build", fails)
+    by_name = build_engine(tiny_checkpoint, path, BuildOptions(LAST_RESORT, "fp32")).folder
+    assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 1
+    caplog.clear()
+    for _ in range(2):
+        again = build_engine(tiny_checkpoint, path, auto)
+        assert again.was_current and again.folder.manifest == by_name.manifest and len(tries) == 1
+        how = f"it failed at this engine before: no such method; --backend {backend.name} or --force tries it again"
+        assert how in again.backend_reason and f"{backend.name} is passed over, {how}" in caplog.text
+    assert build_engine(tiny_checkpoint, path, auto, force=True).was_current and len(tries) == 2
+    assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 2
+    with pytest.raises(AttributeError):
+        build_engine(tiny_checkpoint, path, BuildOptions(backend.name, "fp32"))
+    for changed in ("device", "libraries"):  # a driver, say, or a version
+        with monkeypatch.context() as patch:
+            if changed == "device":
+                patch.setattr(backend, "device", lambda self: {"type": "cpu", "name": "another"})
+            else:
+                patch.setattr(backend, "libraries", ("torch", "numpy"))
+            tries.clear()
+            assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 1
+    tries.clear()
+    assert not build_engine(tiny_checkpoint, path, BuildOptions(precision="fp32", size=(48, 32))).was_current and tries
+    open_folder(path)
+
+
+def test_an_engine_that_auto_has_built_anew_says_what_it_passed_over(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto, backend, tries = BuildOptions(precision="fp32"), type(choose_backend("auto", "fp32")[0]), []
+
+    def fails(*arguments: object) -> None:
+        tries.append(1)
+        raise AttributeError("no such method")
+
+    monkeypatch.setattr(backend, "build", fails)
+    path = build_engine(tiny_checkpoint, tmp_path / "e", auto).folder.path
+    assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 1
+    (path / PASSED_OVER).write_text("{")
+    assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 2
+
+
+@pytest.mark.parametrize("error", [OutOfMemory("out of memory", "free some"), torch.OutOfMemoryError("out of memory")])
+def test_memory_that_was_too_little_may_suffice_the_next_time(
+    error: Exception, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, tries = type(choose_backend("auto", "fp32")[0]), []
+
+    def fails(*arguments: object) -> None:
+        tries.append(1)
+        raise error
+
+    monkeypatch.setattr(backend, "build", fails)
+    for count in (1, 2):
+        result = build_engine(tiny_checkpoint, tmp_path / "e", BuildOptions(precision="fp32"))
+        assert result.folder.manifest["backend"] == LAST_RESORT and len(tries) == count
 
 
 def _no_space(*arguments: object) -> None:

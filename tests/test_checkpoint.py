@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from posecrafter_rt import checkpoint as checkpoint_module
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.errors import CheckpointError, DiskFull, OutputExists
+from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.models.loading import load_base, named_parameters
 from posecrafter_rt.poses.keypoints import PoseSequence
 
@@ -202,6 +205,34 @@ def test_another_base_is_refused_with_both_hashes(
         tuned.load_model(base=str(other))
     message = str(raised.value)
     assert tuned.metadata["base_hash"][:12] in message and load_base(str(other)).base_hash[:12] in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prediction_type": "v_prediction"}, "prediction_type epsilon, but .* has v_prediction"),
+        ({"beta_end": 0.02}, "beta_end 0.012, but .* has 0.02"),
+        ({"timestep_spacing": "trailing", "num_train_timesteps": 1000}, None),
+    ],
+)
+def test_a_base_that_learned_by_another_schedule_is_refused(
+    change: dict, message: str | None, tiny_base: Path, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    path = tmp_path / "edited" / "scheduler" / "scheduler_config.json"
+    shutil.copytree(tiny_base, tmp_path / "edited")
+    scheduler = json.loads(path.read_text())
+    path.write_text(json.dumps({**scheduler, **change}))
+    model, older = load_base(str(tmp_path / "edited")), make_checkpoint()
+    older.require_base(model)
+    tuned = replace(older, metadata={**older.metadata, "schedule": DDIMSchedule.from_config(scheduler).learned})
+    tuned.save(tmp_path / "tuned.ckpt")
+    loaded = Checkpoint.load(tmp_path / "tuned.ckpt")
+    if message is None:  # only where a sampler steps
+        loaded.require_base(model)
+        return
+    with pytest.raises(CheckpointError, match=message) as raised:
+        loaded.require_base(model)
+    assert "\n" not in str(raised.value) and "scheduler_config.json" in (raised.value.hint or "")
 
 
 def _refused(path: Path, message: str) -> None:

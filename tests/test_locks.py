@@ -56,14 +56,16 @@ def test_several_may_share(path: Path) -> None:
     assert not refused(path)
 
 
-def test_who_shares_waits_for_who_does_not(path: Path) -> None:
+@pytest.mark.parametrize("how", ["shared", "wait"])
+def test_who_shares_or_is_to_wait_waits_for_who_does_not_share(path: Path, how: str) -> None:
     seen: list[bool] = []
 
-    def share() -> None:
-        with locked(path, shared=True) as is_held:
+    def hold() -> None:
+        with locked(path, shared=how == "shared", wait=how == "wait") as is_held:
             seen.append(is_held)
+            assert refused(path)
 
-    thread = threading.Thread(target=share)
+    thread = threading.Thread(target=hold)
     with locked(path):
         thread.start()
         thread.join(0.2)

@@ -207,9 +207,37 @@ def test_nothing_is_lost_when_the_disk_is_full(
 
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "flush_to_disk", full)
-        with pytest.raises(DiskFull):
+        with pytest.raises(DiskFull) as caught:
             render(engine, unbroken, video)
+    assert str(caught.value) == f"no space left to write {video}"
+    assert caught.value.hint == f"free some space in {tmp_path}; the same command then goes on from what is finished"
     finish(engine, unbroken, video, num_finished)
+
+
+@pytest.mark.parametrize("name", ["state", "out", "the folder itself"])
+def test_a_full_disk_is_told_by_the_name_that_was_given(
+    avatar: Avatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What was written to beside it is gone by then."""
+    flush, mkdir = atomic.flush_to_disk, Path.mkdir
+
+    def full(path: Path) -> None:
+        if path.name.startswith(f".{name}."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(path)
+
+    def none(path: Path, *arguments: Any, **named: Any) -> None:
+        if path.suffix == ".partial":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        mkdir(path, *arguments, **named)
+
+    monkeypatch.setattr(atomic, "flush_to_disk", full)
+    if name == "the folder itself":
+        monkeypatch.setattr(Path, "mkdir", none)
+    with pytest.raises(DiskFull) as caught:
+        render_to_files(avatar, some_poses(3), tmp_path / "out.mp4", JOINTLY)
+    assert str(caught.value) == f"no space left to write {tmp_path / 'out.mp4'}"
+    assert caught.value.hint == f"free some space in {tmp_path}, or write elsewhere" and not list(tmp_path.iterdir())
 
 
 JOINTLY = RenderOptions(**{**CHANGES, "segment": None})

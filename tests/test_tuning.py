@@ -84,6 +84,10 @@ def test_the_file_holds_what_was_returned(clip, options, tmp_path: Path) -> None
     loaded = Checkpoint.load(tmp_path / "a.ckpt")
     assert same_tensors(checkpoint, loaded)
     assert loaded.metadata["steps"] == 4 and loaded.metadata["base"] == options.base
+    assert loaded.metadata["schedule"] == {
+        "prediction_type": "epsilon", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+        "num_train_timesteps": 1000,
+    }  # fmt: skip
     assert np.array_equal(loaded.frames, clip[0][[0, 2, 4]])
 
 
@@ -280,6 +284,11 @@ def test_timesteps_are_uniform_or_dwell_on_the_noisy_ones() -> None:
     noisy = torch.cat([draw_timestep(1000, 1.0, generator) for _ in range(4000)]).double()
     assert uniform.min() >= 0 and uniform.max() <= 999 and noisy.max() <= 999
     assert abs(uniform.mean() - 499.5) < 15 and abs(noisy.mean() - 666) < 12  # density ∝ t: two thirds of the way
+
+
+def test_a_prompt_that_is_cut_is_told(clip, options, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tune(*clip, tmp_path / "a.ckpt", replace(options, steps=1, prompt="a " * 75 + "red hat"))
+    assert caplog.messages == ["the prompt has more than 75 tokens and is cut; left out is: red hat"]
 
 
 def test_refuses_to_overwrite_before_any_work(clip, options, tmp_path: Path) -> None:

@@ -62,7 +62,12 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
             help="tensorrt: the most frames rendered jointly, the reference among them; else 64, or fewer beyond 512x512.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that is not an engine folder.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Replace an output that is not an engine folder; try anew what auto passed over before."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Build what renders; the same build twice is nothing to do."""

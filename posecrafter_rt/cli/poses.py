@@ -6,7 +6,7 @@ Layer 8: arguments, one call, the printed result.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -90,7 +90,7 @@ def preview(  # noqa: PLR0913 - one argument for each option
         raise typer.BadParameter(f"{output.name} is neither .mp4 nor .png", param_hint="--output")
     refuse_overwrite(output, force)
     from posecrafter_rt.poses.openpose_json import read_openpose
-    from posecrafter_rt.video_io import video_size
+    from posecrafter_rt.video_io import stream_video, video_size
 
     picture_size = parse_size(canvas) or (video_size(video) if video else None)
     # A preview is where one looks for the frames that lack the person.
@@ -100,7 +100,7 @@ def preview(  # noqa: PLR0913 - one argument for each option
     if video:
         from posecrafter_rt.framing import transform_keypoints
 
-        frames = _video_frames(video, len(poses), (height, width))
+        frames = _one_a_pose(stream_video(video, size=(height, width), stop=len(poses))[0], video, len(poses))
         # Cut around the centre as the frames are, so that both still show the same place.
         poses = transform_keypoints(poses, (height, width))
     fps = fps or poses.fps or _FALLBACK_FPS
@@ -286,20 +286,26 @@ def _preview_size(canvas: tuple[int, int]) -> tuple[int, int]:
     return canvas[0] * multiple, canvas[1] * multiple
 
 
-def _video_frames(video: Path, num_frames: int, size: tuple[int, int]) -> np.ndarray:
-    from posecrafter_rt.video_io import read_video
-
-    frames = read_video(video, size=size, stop=num_frames).frames
-    if len(frames) < num_frames:
+def _one_a_pose(frames: Iterator[np.ndarray], video: Path, num_frames: int) -> Iterator[np.ndarray]:
+    """A video's first frames as they are decoded. Raises: PoseError at the end of a shorter one."""
+    count = 0
+    for frame in frames:
+        count += 1
+        yield frame
+    if count < num_frames:
         raise PoseError(
-            f"{video} has {len(frames)} frames, but there are {num_frames} poses",
+            f"{video} has {count} frames, but there are {num_frames} poses",
             hint="give the video that the poses come from",
         )
-    return frames
 
 
 def _write_video(
-    poses: PoseSequence, frames: np.ndarray | None, size: tuple[int, int], output: Path, fps: float, force: bool
+    poses: PoseSequence,
+    frames: Iterator[np.ndarray] | None,
+    size: tuple[int, int],
+    output: Path,
+    fps: float,
+    force: bool,
 ) -> None:
     from posecrafter_rt.poses.draw import draw_pose
     from posecrafter_rt.video_io import VideoWriter
@@ -307,16 +313,17 @@ def _write_video(
     with VideoWriter(output, fps, force=force) as writer, step_progress("drawing") as on_step:
         for index, keypoints in enumerate(poses):
             picture = draw_pose(keypoints, poses.canvas, size)
-            writer.write(picture if frames is None else np.concatenate([frames[index], picture], axis=1))
+            writer.write(picture if frames is None else np.concatenate([next(frames), picture], axis=1))
             on_step(index + 1, len(poses), "")
 
 
 def _write_sheet(
-    poses: PoseSequence, frames: np.ndarray | None, size: tuple[int, int], output: Path, force: bool
+    poses: PoseSequence, frames: Iterator[np.ndarray] | None, size: tuple[int, int], output: Path, force: bool
 ) -> None:
     from posecrafter_rt.poses.draw import draw_pose
     from posecrafter_rt.video_io import contact_sheet, write_png
 
     chosen = np.unique(np.linspace(0, len(poses) - 1, _SHEET_COLUMNS).round().astype(int))
     drawn = np.stack([draw_pose(poses.keypoints[index], poses.canvas, size) for index in chosen])
-    write_png(output, contact_sheet([drawn] if frames is None else [frames[chosen], drawn]), force=force)
+    shown = [] if frames is None else [np.stack([frame for index, frame in enumerate(frames) if index in chosen])]
+    write_png(output, contact_sheet([*shown, drawn]), force=force)

@@ -66,6 +66,8 @@ def tune(  # noqa: PLR0913 - one argument for each option
     """Tune the base on a few frames of one person."""
     window, picture_size = parse_range(frame_range), parse_size(size)
     from posecrafter_rt.atomic import refuse_overwrite
+    from posecrafter_rt.models.sources import locate_base
+    from posecrafter_rt.models.weights import read_scheduler_config
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
     from posecrafter_rt.video_io import video_size
@@ -78,6 +80,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
         gradient_checkpointing=gradient_checkpointing, controlvideo_weights=controlvideo_weights)  # fmt: skip
     all_poses = read_openpose(poses, allow_missing=True, canvas=video_size(video))
     shown_poses(all_poses, window, poses)
+    read_scheduler_config(locate_base(base))  # refuses what is not supported before the whole video is decoded
     clip, clip_poses = load_clip(video, all_poses, picture_size or base_size(base), window, frames)
     ctx.meta[GOES_ON] = resume
     with step_progress("tuning") as on_step:

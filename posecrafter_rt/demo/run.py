@@ -74,7 +74,7 @@ class Demo:
     def build(self, on_stage: BuildProgress) -> None:
         """Build the engine for this machine."""
         with self._timed("build"):
-            build_engine(self.checkpoint, self.engine, BuildOptions(), force=True, progress=on_stage)
+            build_engine(self.checkpoint, self.engine, BuildOptions(), force=self.force, progress=on_stage)
 
     def render(self, on_step: Step) -> dict[str, Any]:
         """Render frames 46 to 119 from their poses; returns the metrics of the render and of both baselines."""

@@ -12,7 +12,7 @@ import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,15 @@ from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_o
 from posecrafter_rt.errors import EngineFolderError, OutputExists
 from posecrafter_rt.locks import locked
 
-SCHEMA = 5  # 2: channels of convolutions second in `torch` engines; 3: no `unet_stream_shallow`; 4: perhaps no tokenizer.json
+# 2: channels of convolutions second in `torch` engines; 3: no `unet_stream_shallow`; 4: perhaps no tokenizer.json; 5:
+# `unet_stream_shallow` asks which frames are the reference.
+SCHEMA = 6
 MANIFEST = "manifest.json"
 MUTABLE = ("inversions", "compiled")  # caches: outside the hashes, may be emptied at any time
+# So is this: why `auto` passed over other backends, by the fingerprints that their engines would have had.
+PASSED_OVER = "passed_over.json"
+# What a hint says where it is not known which engine it is.
+REBUILD = "build it again: posecrafter-rt build-engine ... --force"
 
 
 @dataclass(frozen=True)
@@ -54,20 +60,22 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
     """Yield a new folder beside `path`; when the block ends well it becomes `path`, with its manifest.
 
     An engine folder at `path` is replaced only then; anything else there, or in it, is kept unless `force`. What a
-    killed build left beside `path` is removed first.
+    killed build left beside `path` is removed first. Of several builds of one `path` the last to end stays: each waits while
+    another puts its folder in place.
     Raises: OutputExists; EngineFolderError while the engine at `path` is in use; DiskFull and others from the block,
         which leave nothing behind.
     """
-    _clear_leftovers(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _placing(path):
+        _clear_leftovers(path)
     if not force:
         _refuse_what_is_not_ours(path)
     if path.exists() and Path.cwd().is_relative_to(path.resolve()):
         raise OutputExists(f"{path} is or holds the working directory", "give the engine a folder of its own")
     with _unused(path):
         pass  # before the work, not only after it
-    path.parent.mkdir(parents=True, exist_ok=True)
     staging = _staging(path)
-    with ExitStack() as held:
+    with ExitStack() as alone, ExitStack() as held:  # what is held ends first: who waits must not find it in use
         try:
             while not _begin(staging, held):
                 staging = _staging(path)
@@ -75,7 +83,10 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
             write_manifest(staging, {"schema": SCHEMA, **manifest, "files": _hash_files(staging, _file_names(staging))})
             for written in staging.rglob("*"):
                 flush_to_disk(written)
+            alone.enter_context(_placing(path))
             with _unused(path):
+                if not force:
+                    _refuse_what_is_not_ours(path)  # nor is what has come there meanwhile
                 _replace(path, staging)
         except Exception as error:
             if means_full(error):
@@ -85,13 +96,15 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def _placing(path: Path) -> AbstractContextManager[bool]:
+    """Hold the place at `path` against other builds, whatever lies there: it is empty between two renames."""
+    return locked(path.parent, wait=True)
+
+
 def _refuse_what_is_not_ours(path: Path) -> None:
     """Raise OutputExists unless `path` is free, or an engine folder, damaged perhaps, with nothing of the user's in it."""
-    try:
-        manifest = _parse_manifest(path / MANIFEST)
-    except (OSError, ValueError):
-        manifest = None
-    if not isinstance(manifest, dict) or not is_sealed(manifest):  # web applications have a manifest.json, too
+    manifest = _sealed_manifest(path)
+    if manifest is None:  # web applications have a manifest.json, too
         refuse_overwrite(path, False)
         return
     foreign = sorted({*_file_names(path)} - {*manifest["files"]})
@@ -208,7 +221,7 @@ def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 def _file_names(folder: Path) -> list[str]:
     """Every hashed file, relative, in a fixed order."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(name.as_posix() for name in names if name.parts[0] not in (*MUTABLE, MANIFEST))
+    return sorted(name.as_posix() for name in names if name.parts[0] not in (*MUTABLE, PASSED_OVER, MANIFEST))
 
 
 def _parse_manifest(file: Path) -> Any:
@@ -231,14 +244,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise EngineFolderError(f"{file} is damaged", rebuild_hint(path, {})) from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        known = manifest if isinstance(manifest, dict) and is_sealed(manifest) else {}
-        raise EngineFolderError(f"{file} is of another version of this package", rebuild_hint(path, known))
+        hint = rebuild_hint(path, _sealed_manifest(path) or {})
+        raise EngineFolderError(f"{file} is of another version of this package", hint)
     return manifest
 
 
 def is_sealed(manifest: Mapping[str, Any]) -> bool:
     """Whether a manifest is as `write_manifest` wrote it."""
     return manifest.get("seal") == sha256_json({name: value for name, value in manifest.items() if name != "seal"})
+
+
+def _sealed_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest, of whatever schema, where it is one that `write_manifest` wrote."""
+    try:
+        manifest = _parse_manifest(path / MANIFEST)
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and is_sealed(manifest) else None
 
 
 def rebuild_command(path: Path, manifest: Mapping[str, Any]) -> str:
@@ -263,6 +285,12 @@ def rebuild_command(path: Path, manifest: Mapping[str, Any]) -> str:
 def rebuild_hint(path: Path, manifest: Mapping[str, Any]) -> str:
     """What mends an engine folder. manifest: see `rebuild_command`."""
     return f"build it again: {rebuild_command(path, manifest)} --force"
+
+
+def rebuild_networks_hint(networks: Path) -> str:
+    """What mends what a backend wrote into `EngineFolder.networks`: in full where the engine's manifest is beside it."""
+    manifest = _sealed_manifest(networks.parent)
+    return REBUILD if manifest is None else rebuild_hint(networks.parent, manifest)
 
 
 def open_folder(path: str | Path) -> EngineFolder:

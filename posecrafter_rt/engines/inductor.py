@@ -32,6 +32,7 @@ from posecrafter_rt.engines.base import (
     to_boundary,
 )
 from posecrafter_rt.engines.device import describe_compiled_device, torch_device
+from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import BackendUnavailable, EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
@@ -61,7 +62,8 @@ class InductorEngine:
         """Raises: EngineFolderError when the weights are not those that the code reads."""
         compiled = _open(package)
         if set(compiled.get_constant_fqns()) != set(weights):
-            raise EngineFolderError(f"{package} and the weights beside it do not fit together", "build it again")
+            raise EngineFolderError(f"{package} and the weights beside it do not fit together",
+                                    rebuild_networks_hint(package.parent))  # fmt: skip
         compiled.load_constants(weights, check_full_update=True, user_managed=True)
         self.spec, self.dtype, self._compiled, self._weights = spec, dtype, compiled, weights
         self.device = next(iter(weights.values())).device
@@ -176,7 +178,8 @@ class InductorBackend:
         package = _package(networks_folder, spec)
         weights_file = package.with_suffix(".safetensors")
         if not (package.is_file() and weights_file.is_file()):
-            raise EngineFolderError(f"{networks_folder} holds no {spec.name} of this backend", "build it again")
+            raise EngineFolderError(f"{networks_folder} holds no {spec.name} of this backend",
+                                    rebuild_networks_hint(networks_folder))  # fmt: skip
         weights = load_file(weights_file, device=str(torch_device()))
         return InductorEngine(spec, package, _laid_out(weights), TORCH_DTYPES[inner_precision(spec.name, precision)])
 

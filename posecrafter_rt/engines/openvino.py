@@ -23,6 +23,7 @@ from torch import Tensor
 from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progress, checked_inputs, fitting_weights
+from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.openvino_linear import use_products
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
 from posecrafter_rt.engines.openvino_winograd import REWRITING, extend, last_line, missing_reason, use_winograd
@@ -261,7 +262,8 @@ class OpenVinoBackend:
         try:
             digests = json.loads((networks_folder / DIGESTS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise EngineFolderError(f"{networks_folder} holds no networks of this backend", "build it again") from error
+            raise EngineFolderError(f"{networks_folder} holds no networks of this backend",
+                                    rebuild_networks_hint(networks_folder)) from error  # fmt: skip
         core, compiled = openvino.Core(), BlobCache(cache, KEPT_BYTES)
 
         def engine(spec: NetworkSpec) -> OpenVinoEngine:

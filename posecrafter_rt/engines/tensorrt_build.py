@@ -85,9 +85,8 @@ def build_plan(
 
     logger, name = make_logger(), path.stem
     builder: trt.Builder = trt.Builder(logger)
-    flags = trt.NetworkDefinitionCreationFlag
     network: trt.INetworkDefinition = builder.create_network(
-        1 << int(flags.STRONGLY_TYPED) | 1 << int(flags.PREFER_AOT_PYTHON_PLUGINS)
+        1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)  # and strongly typed, as all are since 11
     )
     parser: trt.OnnxParser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
@@ -95,6 +94,8 @@ def build_plan(
         raise PoseCrafterError(f"TensorRT cannot parse {path.name}: {errors}", "build with --backend torch")
     config: trt.IBuilderConfig = builder.create_builder_config()
     config.set_flag(trt.BuilderFlag.REFIT)
+    # Without it a plan's inner memory is always that of its largest shape, whatever is run.
+    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     if not allow_tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
     timing_cache = _attach_timings(config, timings)  # which must live until the plan is built

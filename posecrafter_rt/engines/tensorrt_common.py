@@ -46,10 +46,15 @@ def make_logger() -> trt.ILogger:
             if level is None:  # VERBOSE: thousands of lines
                 return
             if level == logging.ERROR:
-                _errors.append(message)
+                note_error(message)
             log.log(level, "TensorRT: %s", message)
 
     return Logger()
+
+
+def note_error(message: str) -> None:
+    """Keep a reason for `failure` to tell."""
+    _errors.append(message)
 
 
 def failure(what: str, hint: str = DEBUG, kind: type[PoseCrafterError] = PoseCrafterError) -> PoseCrafterError:

@@ -10,7 +10,7 @@ from functools import cache
 from types import GenericAlias
 from typing import Any
 
-from posecrafter_rt.engines.tensorrt_common import torch_dtype
+from posecrafter_rt.engines.tensorrt_common import note_error, torch_dtype
 
 NAMESPACE = "posecrafter"
 PLUGIN_OPS = {"KeyframeAttention": "keyframe_attention", "TemporalAttention": "temporal_attention"}
@@ -92,7 +92,11 @@ def _register(trtp: Any, plugin_id: str, op: str, capability: tuple[int, int]) -
         return q.like()
 
     def compile_ahead(q: Any, k: Any, v: Any, heads: int, outputs: Any, tactic: int) -> Any:
-        return ahead_of_time(trtp, op, capability, (q, k), heads)
+        try:
+            return ahead_of_time(trtp, op, capability, (q, k), heads)
+        except Exception as error:
+            note_error(f"{plugin_id}: {error}")  # TensorRT prints it and says only that the build has failed
+            raise
 
     inputs = dict.fromkeys("qkv", trtp.TensorDesc)
     returned = GenericAlias(tuple, (str, str, trtp.KernelLaunchParams, trtp.SymIntExprs))
@@ -115,8 +119,8 @@ def ahead_of_time(
     q, k = descs
     for desc in descs:
         check_size(op, profile_shape(desc, "max"))
-    channels = q.shape[len(q.shape) - 1]
-    frames = typical_frames(op, profile_shape(q, "opt"))
+    usual = profile_shape(q, "opt")  # the channels too: TensorRT may not know yet that they are the same in all shapes
+    channels, frames = usual[-1], typical_frames(op, usual)
     kernel, tile = plugin_kernel(op, capability, torch_dtype(q.dtype), channels // heads, frames)
     launch = launch_parameters(op, list(q.shape_expr), list(k.shape_expr), heads, tile, trtp.cdiv)
     params = trtp.KernelLaunchParams()

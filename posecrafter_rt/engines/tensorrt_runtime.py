@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from posecrafter_rt.engines.base import checked_inputs, fitting_weights
+from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.tensorrt_common import failure, make_logger, torch_dtype, trt_dtype
 from posecrafter_rt.errors import CheckpointError, PoseCrafterError, ShapeError
 from posecrafter_rt.export.shapes import resolve_shape, split_dim
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
-COPIED_BYTES = 1 << 20  # an input up to this size has its own buffer; a larger one is read where it lies
+# An input up to this size has its own buffer, so that a step's latents do (8 MiB for 128 frames of 512 × 512 pixels); a
+# larger one is read where it lies.
+COPIED_BYTES = 16 << 20
 KEPT_SHAPES = 4  # each with its context and output buffers
 KEPT_GRAPHS = 8  # a shape, one for each set of addresses
 # Networks of two workspaces may be called in two threads, but each call is launched by itself, which takes little time. A
@@ -43,8 +47,8 @@ Types = Mapping[str, torch.dtype]  # of a plan's inputs and outputs
 def is_copied(tensor: Tensor) -> bool:
     """Whether an input is copied into a buffer of its own before a run.
 
-    A graph is bound to addresses. Small tensors, such as one row of a table, have a new one at every step; large ones
-    (ControlNet residuals, pose embeddings) come again and again at the same. What is not aligned is copied too.
+    A graph is bound to addresses. Small tensors, such as latents or one row of a table, have a new one at every step; large
+    ones (ControlNet residuals, pose embeddings) come again and again at the same. What is not aligned is copied too.
     """
     return tensor.numel() * tensor.element_size() <= COPIED_BYTES or tensor.data_ptr() % ALIGNMENT != 0
 
@@ -78,6 +82,7 @@ class Workspace:
             self.stream.synchronize()  # what runs may still need the old one
             self.generation += 1
             self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)  # before there is another
+            torch.cuda.empty_cache()  # TensorRT allocates, too, and cannot use what torch only keeps
             self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
 
@@ -89,8 +94,9 @@ class Slot:
     """
 
     def __init__(
-        self, spec: NetworkSpec, engine: trt.ICudaEngine, types: Types, workspace: Workspace, shapes: Shapes
-    ) -> None:
+        self, spec: NetworkSpec, engine: trt.ICudaEngine, types: Types, workspace: Workspace, shapes: Shapes,
+        networks_folder: Path,
+    ) -> None:  # fmt: skip
         import tensorrt as trt
 
         self.spec, self.workspace = spec, workspace
@@ -102,7 +108,7 @@ class Slot:
         for tensor, shape in zip(spec.inputs, shapes, strict=True):
             if not context.set_input_shape(tensor.name, shape):
                 raise ShapeError(f"{spec.name}: {tensor.name} of {shape} is outside what the engine was built for",
-                                 "build it again with another --max-frames or --size")  # fmt: skip
+                                 f"{rebuild_networks_hint(networks_folder)}, with another --max-frames or --size")  # fmt: skip
         # It says 0 where it cannot tell; the plan knows what its largest shapes take.
         self.num_bytes = context.update_device_memory_size_for_shapes() or engine.device_memory_size_v2
         self.generation = -1
@@ -182,15 +188,29 @@ class Slot:
 
 
 class TensorRTEngine:
-    """One network."""
+    """One network.
 
-    def __init__(self, spec: NetworkSpec, engine: trt.ICudaEngine, workspace: Workspace, weights: Path) -> None:
+    plan: reads it onto the GPU; called once, when the network is first run or its weights are replaced, for a process that
+    renders has no use for a stream's networks.
+    """
+
+    def __init__(
+        self, spec: NetworkSpec, plan: Callable[[], trt.ICudaEngine], workspace: Workspace, weights: Path
+    ) -> None:
         self.spec, self.device = spec, workspace.device
-        self._engine, self._workspace, self._weights = engine, workspace, weights
-        self._types = {tensor.name: torch_dtype(engine.get_tensor_dtype(tensor.name))
-                       for tensor in (*spec.inputs, *spec.outputs)}  # fmt: skip
+        self._read_plan, self._workspace, self._weights = plan, workspace, weights
         self._slots: OrderedDict[Shapes, Slot] = OrderedDict()
         self._swapped: dict[str, Tensor] = {}
+
+    @cached_property
+    def _engine(self) -> trt.ICudaEngine:
+        return self._read_plan()
+
+    @cached_property
+    def _types(self) -> Types:
+        engine: trt.ICudaEngine = self._engine
+        return {tensor.name: torch_dtype(engine.get_tensor_dtype(tensor.name))
+                for tensor in (*self.spec.inputs, *self.spec.outputs)}  # fmt: skip
 
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -198,11 +218,12 @@ class TensorRTEngine:
 
         Two threads may call networks of different workspaces, each on a current stream of its own.
         """
-        given = zip(self.spec.inputs, checked_inputs(self.spec, inputs, self.device), strict=True)
-        # Only what is kept can be of another type: zeros in place of what no call has given yet.
-        tensors = [tensor.to(self._types[expected.name]).contiguous() for expected, tensor in given]
+        given = checked_inputs(self.spec, inputs, self.device)
         stream, current = self._workspace.stream, torch.cuda.current_stream(self._workspace.device)
         with _launching:
+            # Only what is kept can be of another type: zeros in place of what no call has given yet.
+            tensors = [tensor.to(self._types[expected.name]).contiguous()
+                       for expected, tensor in zip(self.spec.inputs, given, strict=True)]  # fmt: skip
             stream.wait_stream(current)  # for the inputs, and for who still reads outputs of a slot that may now go
             slot = self._slot(tuple(tuple(tensor.shape) for tensor in tensors))
             with torch.cuda.stream(stream):
@@ -217,7 +238,9 @@ class TensorRTEngine:
             if len(self._slots) >= KEPT_SHAPES:
                 self._workspace.stream.synchronize()
                 self._slots.popitem(last=False)
-            self._slots[shapes] = Slot(self.spec, self._engine, self._types, self._workspace, shapes)
+            self._slots[shapes] = Slot(
+                self.spec, self._engine, self._types, self._workspace, shapes, self._weights.parent
+            )
         self._slots.move_to_end(shapes)
         return self._slots[shapes]
 
@@ -229,19 +252,22 @@ class TensorRTEngine:
             fitting = fitting_weights(shapes, tensors)
             if fitting:
                 swapped = self._swapped | {name: tensor.detach().cpu() for name, tensor in fitting.items()}
-                self._workspace.stream.synchronize()
-                refit(self._engine, swapped, names, stored.get_tensor)
+                hint = rebuild_networks_hint(self._weights.parent)
+                with _launching:  # refitting synchronizes the device, which breaks a recording
+                    self._workspace.stream.synchronize()
+                    refit(self._engine, swapped, names, stored.get_tensor, hint)
+                    self._slots.clear()
                 self._swapped = swapped  # not before TensorRT has taken them
-                self._slots.clear()
         return set(fitting)
 
 
 def refit(
-    engine: trt.ICudaEngine, changed: Mapping[str, Tensor], names: Iterable[str], stored: Callable[[str], Tensor]
-) -> None:
+    engine: trt.ICudaEngine, changed: Mapping[str, Tensor], names: Iterable[str], stored: Callable[[str], Tensor],
+    hint: str,
+) -> None:  # fmt: skip
     """Replace weights by name; those that TensorRT merged with changed ones are `stored` under one of `names`.
 
-    Raises: CheckpointError when TensorRT refuses, OutOfMemory where memory is the reason.
+    Raises: CheckpointError, with this hint, when TensorRT refuses, OutOfMemory where memory is the reason.
     """
     import tensorrt as trt
 
@@ -253,17 +279,17 @@ def refit(
         kept.append(tensor)
         weights = trt.Weights(trt_dtype(tensor.dtype), tensor.data_ptr(), tensor.numel())
         if not refitter.set_named_weights(name, weights):
-            raise failure(f"TensorRT refuses {name}", "build the engine again", CheckpointError)
+            raise failure(f"TensorRT refuses {name}", hint, CheckpointError)
 
     refittable = set(refitter.get_all_weights())
     missing = set(changed) - refittable
     if missing:
-        raise CheckpointError(f"the engine cannot replace {min(missing)}", "build the engine again")
+        raise CheckpointError(f"the engine cannot replace {min(missing)}", hint)
     for name, tensor in changed.items():
         give(name, tensor)
     for name in refitter.get_missing_weights():
         if name not in names:
-            raise CheckpointError(f"the engine merged {name or 'a constant'} with a weight", "build the engine again")
+            raise CheckpointError(f"the engine merged {name or 'a constant'} with a weight", hint)
         give(name, stored(name))
     if not refitter.refit_cuda_engine():
-        raise failure("TensorRT could not replace the weights", "build the engine again", CheckpointError)
+        raise failure("TensorRT could not replace the weights", hint, CheckpointError)

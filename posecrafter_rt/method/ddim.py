@@ -31,6 +31,7 @@ _CHOICES = {
     "prediction_type": ("epsilon", "v_prediction"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
 }
+_LEARNED = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 _UNSUPPORTED = ("rescale_betas_zero_snr", "clip_sample", "thresholding", "trained_betas")
 
 
@@ -80,6 +81,11 @@ class DDIMSchedule:
                 )
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in config.items() if name in known})
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """The settings that a denoiser is trained by; the others only say where a sampler steps. Plain JSON values."""
+        return {name: getattr(self, name) for name in _LEARNED}
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:

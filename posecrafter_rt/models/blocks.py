@@ -30,14 +30,15 @@ BlockForward = Callable[..., Tensor]  # (module, hidden_states, context) → hid
 class StreamMemory:
     """What frames that come one by one attend to, and what later ones will attend to (METHOD: Streaming).
 
-    is_reference: bool (F,), True for frames that are the reference themselves: their own keys are the key frame's.
+    is_reference: bool (F,), True for frames that are the reference themselves: their own keys are the key frame's. None: none
+        is, and their own are not computed.
     keyframe_kv: for each self-attention, in order, (F, h, w, 2C): the reference's keys and values at each frame's step.
     temporal_kv: for each temporal attention (F, M, h, w, 2C): those of the reference and of past frames at that step.
     window_mask: bool (F, M): which of them there are. A frame attends to itself besides.
     new_keyframe_kv, new_temporal_kv: the frames' own, (F, h, w, 2C), appended layer by layer as a forward goes.
     """
 
-    is_reference: Tensor
+    is_reference: Tensor | None
     window_mask: Tensor
     keyframe_kv: Sequence[Tensor]
     temporal_kv: Sequence[Tensor]
@@ -154,6 +155,10 @@ def _keyframe(block: BasicTransformerBlock, hidden_states: Tensor, context: Clip
 
 def _remembered_keyframe(attn: Attention, hidden_states: Tensor, memory: StreamMemory) -> tuple[Tensor, Tensor]:
     """K and V (F, L, C) of each frame's key frame: the remembered ones, or the frame's own where it is the reference."""
+    if memory.is_reference is None:
+        (kept,) = memory.keyframe_kv  # of the one layer that runs so
+        k, v = kept.flatten(1, 2).chunk(2, dim=-1)
+        return k, v
     own = torch.cat([attn.to_k(hidden_states), attn.to_v(hidden_states)], dim=-1)
     kept = memory.keyframe_kv[len(memory.new_keyframe_kv)]
     memory.new_keyframe_kv.append(own.reshape(kept.shape))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
 from posecrafter_rt.errors import CheckpointError, ModelError
+from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.models.blocks import NormScope
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.folding import fold_denoiser, fold_vae
@@ -24,6 +25,7 @@ from posecrafter_rt.models.networks import build_networks, describe_architecture
 from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.small_decoder import fold_small_decoder
 from posecrafter_rt.models.sources import first_line, hash_files, lasting_id, locate_base, locate_component
+from posecrafter_rt.models.tokenizer import warn_of_cuts
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.models.weights import load_network, load_text_encoder, read_scheduler_config, read_weights
 from posecrafter_rt.spec import Architecture
@@ -53,9 +55,10 @@ class PoseModel:
     vae_id: str | None = None
     small_decoder: nn.Module | None = None
 
-    def identity(self) -> dict[str, str | None]:
-        """What a checkpoint's metadata says of its base: base, controlnet, vae and base_hash."""
-        return {"base": self.base_id, "controlnet": self.controlnet_id, "vae": self.vae_id, "base_hash": self.base_hash}
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint's metadata says of its base: base, controlnet, vae, base_hash and `DDIMSchedule.learned`."""
+        return {"base": self.base_id, "controlnet": self.controlnet_id, "vae": self.vae_id, "base_hash": self.base_hash,
+                "schedule": DDIMSchedule.from_config(self.scheduler_config).learned}  # fmt: skip
 
     def modules(self) -> dict[str, nn.Module]:
         """The modules under the prefixes of their parameters' names."""
@@ -85,13 +88,14 @@ class PoseModel:
             fold_small_decoder(self.small_decoder)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Prompts → input_ids int64 (prompts, tokens), padded and cut to the text encoder's length."""
+        """Prompts → input_ids int64 (prompts, tokens), padded and cut to the text encoder's length; what is cut is told."""
         return tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings)
 
 
 def tokenize(tokenizer: CLIPTokenizerFast, prompts: list[str], num_tokens: int) -> Tensor:
-    """Prompts → input_ids int64 (prompts, num_tokens), padded and cut."""
+    """Prompts → input_ids int64 (prompts, num_tokens), padded and cut; what is cut is told."""
     encoded = tokenizer(prompts, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt")
+    warn_of_cuts(prompts, encoded.encodings)
     return encoded.input_ids.to(torch.int64)
 
 
@@ -125,7 +129,7 @@ def load_base(
         parts["controlnet"] = found.component("controlnet")
     else:
         raise ModelError(f"{base} holds no ControlNet, and without one poses steer nothing", hint=CONTROLNET_HINT)
-    settings = found.settings()
+    settings, scheduler_config = found.settings(), read_scheduler_config(found)  # before minutes of reading weights
     scope = norm_scope or settings.norm_scope
     if scope not in get_args(NormScope):
         raise ModelError(f"there is no norm_scope {scope!r}", hint=f"choose {' or '.join(get_args(NormScope))}")
@@ -136,7 +140,7 @@ def load_base(
         vae=load_network(AutoencoderKL, parts["vae"], dtype),
         text_encoder=load_text_encoder(parts["text_encoder"], dtype),
         tokenizer=_load_tokenizer(found.configs / "tokenizer"),
-        scheduler_config=read_scheduler_config(found),
+        scheduler_config=scheduler_config,
         base_id=found.base_id,
         base_hash=hash_files({role: part.files for role, part in parts.items()}),
         settings=settings,

@@ -205,7 +205,8 @@ class UNetStream(nn.Module):
 class UNetShallowStream(nn.Module):
     """`UNetShallow` on frames of a stream.
 
-    attended: where the last layer attends, is_reference, window_mask, and its keys and values, key-frame and temporal.
+    None of them is the reference. attended: where the last layer attends, window_mask, and its keys and values, key-frame
+    and temporal.
     """
 
     def __init__(self, unet: VideoUNet) -> None:
@@ -218,12 +219,12 @@ class UNetShallowStream(nn.Module):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         memory = None
         if attended:
-            is_reference, window_mask, keyframe_kv, temporal_kv = attended
-            memory = StreamMemory(is_reference, window_mask, (keyframe_kv,), (temporal_kv,))
+            window_mask, keyframe_kv, temporal_kv = attended
+            memory = StreamMemory(None, window_mask, (keyframe_kv,), (temporal_kv,))
         noise_pred = self.unet.predict_shallow(
             latents, time_projections, text_kv, deep_features, residual, memory=memory
         )
-        return (noise_pred,) if memory is None else (noise_pred, *memory.new_keyframe_kv, *memory.new_temporal_kv)
+        return (noise_pred,) if memory is None else (noise_pred, *memory.new_temporal_kv)
 
 
 def build_networks(

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from posecrafter_rt.errors import ModelError
@@ -39,10 +40,15 @@ class PromptTokenizer:
     def __call__(self, prompts: list[str]) -> Tensor:
         """Prompts → input_ids int64 (prompts, num_tokens), with begin and end marked, padded and cut; what is cut is told."""
         all_encoded = self._tokenizer.encode_batch(prompts)
-        for prompt, encoded in zip(prompts, all_encoded, strict=True):
-            if encoded.overflowing:
-                (start, _), *_, (_, stop) = encoded.offsets[1:-1]  # of what is between the marks of begin and end
-                left_out = prompt[:start].strip() or prompt[stop:].strip()  # some tokenizers cut on the left
-                log.warning("the prompt has more than %d tokens and is cut; left out is: %s",
-                            len(encoded.ids) - 2, left_out)  # fmt: skip
+        warn_of_cuts(prompts, all_encoded)
         return torch.tensor([encoded.ids for encoded in all_encoded], dtype=torch.int64)
+
+
+def warn_of_cuts(prompts: Sequence[str], all_encoded: Sequence[Encoding]) -> None:
+    """Tell of each prompt that is longer than its tokens what is left out of it."""
+    for prompt, encoded in zip(prompts, all_encoded, strict=True):
+        if encoded.overflowing:
+            (start, _), *_, (_, stop) = encoded.offsets[1:-1]  # of what is between the marks of begin and end
+            left_out = prompt[:start].strip() or prompt[stop:].strip()  # some tokenizers cut on the left
+            log.warning("the prompt has more than %d tokens and is cut; left out is: %s",
+                        len(encoded.ids) - 2, left_out)  # fmt: skip

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from posecrafter_rt.errors import CheckpointError, ModelError
+from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.models.sources import Base, Component, first_line, reading
 
 _CONVERTERS: dict[type, Callable[..., dict[str, Tensor]]] = {
@@ -70,11 +71,13 @@ def read_scheduler_config(base: Base) -> dict[str, Any]:
 
     A single file has none, and is taken to predict the noise unless it says that it predicts v, in any way in use: an
     original configuration of its name beside it (.yaml), a tensor called `v_pred`, or Model Spec's metadata.
-    Raises: ModelError: unreadable; a single file whose schedule was rescaled, which a tensor called `ztsnr` says.
+    Raises: ModelError: unreadable; what `DDIMSchedule` does not have; a single file whose schedule was rescaled, which a
+        tensor called `ztsnr` says.
     """
     with reading(base.base_id):
         text = (base.configs / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
         config: dict[str, Any] = json.loads(text)
+        DDIMSchedule.from_config(config)  # raises now, before minutes of tuning or building
         if base.file is None:
             return config
         names, metadata = _read_header(base.file)

@@ -64,7 +64,9 @@ def read_openpose(
 
     Accepted: `{"people": [...]}`, a list of such frames, `{"frames": [...]}`, or a folder with one file per frame in
     the order of the numbers in their names. 18 or 25 body, 68 or 70 face, 21 hand and 6 foot points; a part may be
-    null, empty or absent. Coordinates are pixels, or fractions of the canvas where most of them are that small.
+    null, empty or absent. Coordinates are pixels, or fractions of the canvas where most of them are that small. A point at
+    exactly (-1, -1) is missing, whatever its confidence: so DWPose and others mark it, in pixels and in fractions. In our own
+    files, which say that they are in pixels, it is a point beside the picture as any other.
     Args:
         path: file or folder.
         person: which of several people, counted from 0 in the first frame; None takes the largest.
@@ -84,7 +86,11 @@ def read_openpose(
             f"{path}: it does not say how large the picture is",
             hint="write a file that does: posecrafter-rt poses edit FILE -o NEW.json --canvas HEIGHTxWIDTH",
         )
-    in_pixels = header.get("coordinates") == "pixels" or not _is_normalised(frames, base)
+    is_ours = header.get("coordinates") == "pixels"
+    if not is_ours:
+        for frame in frames:
+            frame.people[(frame.people[..., :2] == -1).all(axis=-1)] = 0
+    in_pixels = is_ours or not _is_normalised(frames, base)
     people = []
     for frame in frames:
         own = frame.canvas or base

@@ -150,11 +150,9 @@ class StreamDenoiser:
         """The U-Net's first and last layer alone, on what the others gave at an earlier step of the same frames."""
         assert self.shallow_unet is not None
         given = {**self._rows("unet", steps), **{name: tensor[steps] for name, tensor in self.temporal.items()},
-                 "is_reference": torch.zeros(latents.shape[0], dtype=torch.bool, device=self.device),
                  "window_mask": self.window_mask[steps], "latents": latents, **features}  # fmt: skip
         outputs = self.shallow_unet(**{spec.name: given[spec.name] for spec in self.shallow_unet.spec.inputs})
-        temporal = {name: tensor for name, tensor in _new(outputs).items() if name in self.temporal}
-        return Predicted(outputs["noise_pred"], {"temporal": temporal}, features)
+        return Predicted(outputs["noise_pred"], {"temporal": _new(outputs)}, features)
 
     def _rows(self, name: str, steps: slice) -> dict[str, Tensor]:
         """What a network is told of these steps, whatever the frame."""

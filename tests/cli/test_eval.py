@@ -16,6 +16,7 @@ from posecrafter_rt.cli.main import app
 from posecrafter_rt.evaluate.metrics import psnr, ssim
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.video_io import read_video, write_png, write_video
+from tests.cli.conftest import PeakBytes
 
 
 def run(*arguments: object) -> Result:
@@ -42,6 +43,14 @@ def test_json_holds_the_metrics_of_the_named_frames(clips: tuple[Path, Path]) ->
     assert json.loads(result.stdout) == {
         "frames": 3, "height": 32, "width": 48, "psnr": psnr(frames, truth), "ssim": ssim(frames, truth),
     }  # fmt: skip
+
+
+def test_no_clip_is_held_in_memory(tmp_path: Path, peak_bytes: PeakBytes) -> None:
+    frames = np.zeros((400, 48, 48, 3), np.uint8)
+    write_video(tmp_path / "clip.mp4", frames, 25.0)
+    result, peak = peak_bytes(lambda: run(tmp_path / "clip.mp4", tmp_path / "clip.mp4", "--json"))
+    assert result.exit_code == 0 and json.loads(result.stdout)["frames"] == 400, result.output
+    assert peak < frames.nbytes / 2
 
 
 def test_the_table_is_for_reading(clips: tuple[Path, Path]) -> None:

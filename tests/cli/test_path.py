@@ -136,6 +136,9 @@ BAD = [
     (["tune", "video.mp4", "--poses", "nan.json", "-o", "new.ckpt"], 1, "nan.json"),
     (["tune", "video.mp4", "--poses", "two.json", "-o", "new.ckpt"], 1, "4 frames but there are 2 poses"),
     (["tune", "video.mp4", "--poses", "poses.json", "-o", "new.ckpt", "--base", "no/such/base"], 1, "no/such/base"),
+    # Before frames are counted, and weights looked for.
+    (["tune", "video.mp4", "--poses", "two.json", "-o", "new.ckpt", "--base", "rescaled"], 1, "rescale_betas_zero_snr is set"),
+    (["build-engine", "tuned.ckpt", "-o", "new.engine", "--base", "rescaled"], 1, "rescale_betas_zero_snr is set"),
     (["tune", "video.mp4", "--poses", "poses.json", "--range", "9:3"], 2, "9:3"),
     (["tune", "video.mp4", "--poses", "poses.json", "--size", "big"], 2, "big"),
     (["tune", "video.mp4", "--poses", "poses.json", "-o", "tuned.ckpt"], 1, "exists already"),
@@ -192,6 +195,8 @@ def _write_bad_files(folder: Path) -> None:
     (folder / "torn.mp4").write_bytes((folder / "video.mp4").read_bytes()[:600])
     (folder / "torn.ckpt").write_bytes((folder / "tuned.ckpt").read_bytes()[:5000])
     torch.save({"weights": torch.zeros(2)}, folder / "pickle.ckpt")
+    (folder / "rescaled" / "scheduler").mkdir(parents=True, exist_ok=True)
+    (folder / "rescaled" / "scheduler" / "scheduler_config.json").write_text('{"rescale_betas_zero_snr": true}')
     text = (folder / "poses.json").read_text()
     data = json.loads(text)
     (folder / "two.json").write_text(json.dumps({**data, "frames": data["frames"][:2]}))

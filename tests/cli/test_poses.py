@@ -23,6 +23,7 @@ from posecrafter_rt.cli.poses import app
 from posecrafter_rt.errors import OutputExists, PoseError
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
 from posecrafter_rt.video_io import read_video, write_video
+from tests.cli.conftest import PeakBytes
 
 # One person, whose 33 pose points are where the picture is bright; nobody in a dark picture.
 MEDIAPIPE = """
@@ -151,6 +152,34 @@ def test_preview_as_contact_sheet(poses: Path, tmp_path: Path) -> None:
         picture = cv2.imread(str(output))
         assert picture.shape[0] >= 48 * rows
         assert picture.shape[1] >= 64 * 5
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.png"])
+def test_preview_decodes_the_video_as_it_draws(tmp_path: Path, peak_bytes: PeakBytes, name: str) -> None:
+    levels = np.linspace(20, 220, 100).round().astype(int)
+    keypoints = np.random.default_rng(3).random((100, NUM_KEYPOINTS, 3)) * [64, 48, 0.1]  # nothing that is drawn
+    PoseSequence(keypoints, (48, 64), 25.0).save(tmp_path / "poses.json")
+    clip = video(tmp_path / "clip.mp4", *levels)
+    arguments = (
+        "preview",
+        tmp_path / "poses.json",
+        "-o",
+        tmp_path / name,
+        "--video",
+        clip,
+        "--size",
+        "128x160",
+        "--force",
+    )
+    result, peak = peak_bytes(lambda: run(*arguments))
+    assert result.exit_code == 0, result.output
+    assert peak < 100 * 128 * 160 * 3
+    if name == "out.mp4":
+        shown = read_video(tmp_path / name).frames[:, 10:-10, 10:150].mean(axis=(1, 2, 3))
+    else:
+        levels = levels[[0, 14, 28, 42, 57, 71, 85, 99]]
+        shown = cv2.imread(str(tmp_path / name))[64, 80 : 8 * 164 : 164].mean(axis=1)
+    assert np.abs(shown - levels).max() < 4
 
 
 def test_preview_shows_frames_without_the_person(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from posecrafter_rt.engines.folder import (
     open_folder,
     read_manifest,
     rebuild_command,
+    rebuild_networks_hint,
     write_manifest,
 )
 from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists
@@ -81,7 +83,7 @@ def test_a_changed_manifest_is_refused(tmp_path: Path, before: bytes, after: byt
         r'{"schema": 0, "name": "\ud800"}',
         '{"schema": 0}',
         '{"schema": 0, "size": NaN}',
-        '{"schema": 5, "size": NaN}',
+        '{"schema": 6, "size": NaN}',
     ],
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
@@ -320,6 +322,70 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path: Path, monkeypatch
     with in_use(open_folder(path)):
         build(path, "new")
     assert names(tmp_path) == ["e"] and open_folder(path).networks.joinpath("unet.bin").read_text() == "new"
+
+
+@pytest.mark.parametrize("other", ["begins", "ends"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_two_builds_that_end_at_once_put_their_folders_in_place_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, is_there: bool
+) -> None:
+    """The second meets the first between its two renames, or before its one, over what is no engine that could be held."""
+    path, rename, flock = tmp_path / "e", Path.rename, fcntl.flock
+    go, inside, has_met, errors = threading.Event(), threading.Event(), threading.Event(), list[Exception]()
+    if is_there:
+        path.mkdir()
+        (path / "mine").write_text("mine")
+
+    def build_the_other() -> None:
+        try:
+            if other == "begins":
+                go.wait(60)
+            with building(path, {}, force=True) as staging:
+                inside.set()
+                go.wait(60)
+                (staging / "unet.bin").write_text("second")
+        except Exception as error:
+            errors.append(error)
+        has_met.set()  # it has come to its end without waiting
+
+    def meet(source: Path, target: Path) -> Path:
+        if source.suffix == ".part" and threading.current_thread() is not thread:
+            go.set()
+            assert has_met.wait(60)
+        return rename(source, target)
+
+    def noticed(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_EX and go.is_set() and threading.current_thread() is thread:
+            has_met.set()
+        flock(descriptor, operation)
+
+    thread = threading.Thread(target=build_the_other)
+    monkeypatch.setattr(Path, "rename", meet)
+    monkeypatch.setattr(fcntl, "flock", noticed)
+    with building(path, {}, force=True) as staging:
+        thread.start()
+        assert other == "begins" or inside.wait(60)
+        (staging / "unet.bin").write_text("first")
+    thread.join(60)
+    assert not thread.is_alive() and not errors
+    assert names(tmp_path) == ["e"] and (open_folder(path).path / "unet.bin").read_text() == "second"
+
+
+def test_what_has_come_to_the_place_meanwhile_needs_force(tmp_path: Path) -> None:
+    path = tmp_path / "e"
+    with pytest.raises(OutputExists, match="exists already"), building(path, {}):
+        path.mkdir()
+        (path / "mine.txt").write_text("mine")
+    assert names(tmp_path) == ["e"] and names(path) == ["mine.txt"]
+
+
+def test_what_mends_networks_is_said_in_full_where_their_manifest_is_there(tmp_path: Path) -> None:
+    folder = open_folder(build(tmp_path / "e"))
+    command = f"posecrafter-rt build-engine tuned.ckpt -o {folder.path} --backend torch --force"
+    assert rebuild_networks_hint(folder.networks) == f"build it again: {command}"
+    (folder.path / "manifest.json").write_text("{}")
+    for networks in (folder.networks, tmp_path):
+        assert rebuild_networks_hint(networks) == "build it again: posecrafter-rt build-engine ... --force"
 
 
 def test_what_is_no_engine_needs_force(tmp_path: Path) -> None:

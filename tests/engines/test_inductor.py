@@ -17,6 +17,7 @@ from torch import Tensor
 
 from posecrafter_rt.engines import inductor as backend_module
 from posecrafter_rt.engines.base import FULL_PRECISION, Engine
+from posecrafter_rt.engines.folder import REBUILD
 from posecrafter_rt.engines.inductor import InductorBackend
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, EngineFolderError
 from posecrafter_rt.export.shapes import random_inputs
@@ -109,7 +110,7 @@ def test_code_never_runs_without_its_weights(
         (file if change == "no weights" else file.with_suffix(".pt2")).unlink()
     with pytest.raises(EngineFolderError, match=r"do not fit together|holds no vae_decoder") as caught:
         load_decoder(plain_model, folder)
-    assert caught.value.hint == "build it again"
+    assert caught.value.hint == REBUILD  # there is no manifest that would say more
 
 
 def test_code_is_kept_for_other_checkpoints(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from posecrafter_rt.engines import openvino as backend_module
 from posecrafter_rt.engines.base import FULL_PRECISION, Precision
+from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.openvino import KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
 from posecrafter_rt.errors import EngineFolderError
@@ -137,8 +138,11 @@ def test_few_compiled_shapes_are_kept_and_outputs_outlive_them(
 
 
 def test_a_folder_without_its_networks_is_refused(plain_model: PoseModel, tmp_path: Path) -> None:
-    with pytest.raises(EngineFolderError, match="holds no networks"):
-        load(plain_model, tmp_path, tmp_path / "cache")
+    write_manifest(tmp_path, {"backend": "openvino", "precision": "fp32"})
+    with pytest.raises(EngineFolderError, match="holds no networks") as caught:
+        load(plain_model, tmp_path / "networks", tmp_path / "cache")
+    command = f"posecrafter-rt build-engine tuned.ckpt -o {tmp_path} --backend openvino --precision fp32 --force"
+    assert caught.value.hint == f"build it again: {command}"
 
 
 @pytest.mark.parametrize(("free", "number"), [(10, errno.ENOSPC), (10**12, None)])

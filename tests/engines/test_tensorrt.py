@@ -7,34 +7,49 @@ import json
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posecrafter_rt.engines import choose_backend, choose_precision
 from posecrafter_rt.engines import tensorrt as backend_module
 from posecrafter_rt.engines.base import Precision
+from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.tensorrt import (
     DECODERS,
     TensorRTBackend,
+    _build_network,
+    _deserialize,
     check_description,
     initialisers,
     network_precision,
 )
 from posecrafter_rt.engines.tensorrt_build import profile_sizes
-from posecrafter_rt.engines.tensorrt_runtime import ALIGNMENT, COPIED_BYTES, is_copied, output_shapes
+from posecrafter_rt.engines.tensorrt_plugins import register_plugins
+from posecrafter_rt.engines.tensorrt_runtime import (
+    ALIGNMENT,
+    COPIED_BYTES,
+    TensorRTEngine,
+    Workspace,
+    is_copied,
+    output_shapes,
+)
 from posecrafter_rt.errors import BackendUnavailable, EngineFolderError, ShapeError
+from posecrafter_rt.export.onnx import export_network
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.ops.keyframe_attention import keyframe_attention
+from posecrafter_rt.ops.temporal_attention import temporal_attention
 from posecrafter_rt.runtime.ahead import Ahead, Sampled
 from posecrafter_rt.runtime.progress import OnStep, ignore
 from posecrafter_rt.runtime.report import SegmentReport
-from posecrafter_rt.spec import Architecture, network_specs
+from posecrafter_rt.spec import Architecture, NetworkSpec, TensorSpec, network_specs
 from tests.tiny import NETWORKS
 
 REASON = TensorRTBackend().unsupported_reason("fp16")
@@ -96,12 +111,19 @@ def test_only_small_or_unaligned_inputs_are_copied() -> None:
 
 
 def test_another_gpu_or_version_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineFolderError, match="holds no networks"):
-        check_description(tmp_path, {})
-    (tmp_path / backend_module.DESCRIPTION).write_text(json.dumps({"tensorrt": "11.4.0", "device": "A (8.6)"}))
-    check_description(tmp_path, {"tensorrt": "11.4.0", "device": "A (8.6)"})
-    with pytest.raises(EngineFolderError, match=r"built for device A \(8.6\), this is B \(9.0\)"):
-        check_description(tmp_path, {"tensorrt": "11.4.0", "device": "B (9.0)"})
+    networks = tmp_path / "networks"
+    networks.mkdir()
+    write_manifest(tmp_path, {"backend": "tensorrt", "precision": "fp16", "max_frames": 20})
+    options = "--backend tensorrt --precision fp16 --max-frames 20 --force"
+    hint = f"build it again: posecrafter-rt build-engine tuned.ckpt -o {tmp_path} {options}"
+    with pytest.raises(EngineFolderError, match="holds no networks") as caught:
+        check_description(networks, {})
+    assert caught.value.hint == hint
+    (networks / backend_module.DESCRIPTION).write_text(json.dumps({"tensorrt": "11.4.0", "device": "A (8.6)"}))
+    check_description(networks, {"tensorrt": "11.4.0", "device": "A (8.6)"})
+    with pytest.raises(EngineFolderError, match=r"built for device A \(8.6\), this is B \(9.0\)") as caught:
+        check_description(networks, {"tensorrt": "11.4.0", "device": "B (9.0)"})
+    assert caught.value.hint == hint
 
 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT64])
@@ -143,6 +165,17 @@ def engines_of(
     return engines
 
 
+class OneAttention(nn.Module):
+    """One of the two attentions alone, behind the projection of q, which tells how wide it is."""
+
+    def __init__(self, attention: Callable[..., Tensor], channels: int) -> None:
+        super().__init__()
+        self.attention, self.to_q = attention, nn.Linear(channels, channels, bias=False)
+
+    def forward(self, hidden_states: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (self.attention(self.to_q(hidden_states), k, v, 8),)
+
+
 def draw(model: PoseModel, name: str, frames: int, seed: int = 0) -> dict[str, Tensor]:
     """Inputs on the GPU, of so many frames, or of as many as the network may be given."""
     arch = model.architecture()
@@ -163,6 +196,38 @@ def first(outputs: dict[str, Tensor]) -> Tensor:
 
 class TestOnGpu:
     pytestmark = on_gpu
+
+    @pytest.mark.parametrize("precision", ["fp16", "fp32"])
+    @pytest.mark.parametrize("channels", [320, 640, 1280])
+    @pytest.mark.parametrize("attention", [keyframe_attention, temporal_attention])
+    def test_each_plugin_is_its_reference(
+        self,
+        plain_model: PoseModel,
+        tmp_path: Path,
+        attention: Callable[..., Tensor],
+        channels: int,
+        precision: Precision,
+    ) -> None:
+        """The least that shows whether TensorRT takes a kernel of ours: a network of one node, as wide as Stable Diffusion's."""
+        is_temporal = attention is temporal_attention
+        each = ("frames", 64, channels)
+        q = ("groups", *each) if is_temporal else each
+        kv = q if is_temporal else ("groups", 64, channels)
+        spec = NetworkSpec("attention", tuple(TensorSpec(name, dims) for name, dims in zip(("hidden_states", "k", "v"), (q, kv, kv), strict=True)),
+                           (TensorSpec("out", q),))  # fmt: skip
+        arch, module = replace(plain_model.architecture(), max_frames=16), OneAttention(attention, channels).eval()
+        register_plugins(torch.cuda.get_device_capability())
+        described, _ = _build_network(export_network(module, spec, arch), spec, arch, tmp_path, precision, b"", print)
+        has_kernel = is_temporal or (precision, channels) != ("fp32", 1280)
+        assert (described["plugins"], described["attentions"]) == (int(has_kernel), 1)
+        engine = TensorRTEngine(spec, partial(_deserialize, tmp_path, "attention", ""), Workspace(torch.device("cuda", 0)),
+                                tmp_path / "attention.safetensors")  # fmt: skip
+        for frames in (1, 7, 16, 1):
+            inputs = random_inputs(spec, {**SIZES, "frames": frames})
+            with torch.no_grad():
+                right = module(*inputs.values())[0]
+            outputs = engine(**{name: tensor.cuda() for name, tensor in inputs.items()})
+            assert relative_error(first(outputs), right) < (1e-4 if precision == "fp32" else 5e-3)
 
     @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 5e-3), ("bf16", 0.03)])
     @pytest.mark.parametrize("name", NETWORKS)
@@ -234,8 +299,9 @@ class TestOnGpu:
     def test_more_frames_than_were_built_for_are_refused(
         self, plain_model: PoseModel, engines_of: Callable[[Precision], dict[str, Any]]
     ) -> None:
-        with pytest.raises(ShapeError, match="outside what the engine was built for"):
+        with pytest.raises(ShapeError, match="outside what the engine was built for") as caught:
             engines_of("fp16")["unet"](**draw(plain_model, "unet", 40))
+        assert str(caught.value.hint).endswith(" --force, with another --max-frames or --size")
 
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_refitted_weights_are_all_used(

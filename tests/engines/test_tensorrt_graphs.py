@@ -20,6 +20,8 @@ from posecrafter_rt.export.functions import DOMAIN, add_functions
 from posecrafter_rt.export.onnx import export_network
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
+from posecrafter_rt.kernels import plugins as kernel_plugins
+from posecrafter_rt.kernels.plugins import plugin_kernel
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import SHALLOW_STREAM, STREAM_NETWORKS, Architecture, network_specs
 from tests.tiny import NETWORKS
@@ -78,8 +80,20 @@ def test_a_prepared_graph_is_valid_and_typed(
     onnx.checker.check_model(str(tmp_path / "network.onnx"), full_check=precision != "bf16")
 
 
+def test_attention_without_a_kernel_that_fits_is_written_out(
+    plain_model: PoseModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernel_plugins, "SHARED_BYTES", 0)
+    monkeypatch.setattr(kernel_plugins, "smaller_tiles", lambda tile: [tile])
+    plugin_kernel.cache_clear()  # what other tests have compiled did fit
+    model = export(plain_model, "controlnet")
+    plugins, attentions = prepare_graph(model, network_specs(architecture(plain_model))["controlnet"], "fp16", (8, 6))
+    assert plugins == 0 < attentions and not any(node.domain == DOMAIN for node in model.graph)
+    assert "KeyframeAttention is written out in standard operators" in caplog.text
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 5e-3)])
-@pytest.mark.parametrize("name", ["controlnet", "unet", *STREAM_NETWORKS])
+@pytest.mark.parametrize("name", ["controlnet", "unet", *STREAM_NETWORKS, SHALLOW_STREAM])
 def test_a_prepared_graph_computes_what_its_network_computes(
     plain_model: PoseModel, tmp_path: Path, name: str, precision: Precision, tolerance: float
 ) -> None:

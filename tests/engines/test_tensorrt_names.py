@@ -140,6 +140,7 @@ import tensorrt as trt
 import tensorrt_bindings.plugin as trtp
 sys.modules["tensorrt.plugin"] = trtp
 trtp._lib._register_plugin_creator = lambda *arguments: None
+from posecrafter_rt.engines.tensorrt_common import failure
 from posecrafter_rt.engines.tensorrt_plugins import register_plugins
 register_plugins((8, 6))
 
@@ -182,15 +183,21 @@ def launch(name, q, k):
         **{size: getattr(params, size)._expr.value for size in sizes},
     }
 
-print(json.dumps([launch("KeyframeAttention", (6, 100, 80), (2, 77, 80)),
-                  launch("TemporalAttention", (2, 5, 33, 80), (2, 5, 33, 80))]))
+launches = [launch("KeyframeAttention", (6, 100, 80), (2, 77, 80)),
+            launch("TemporalAttention", (2, 5, 33, 80), (2, 5, 33, 80))]
+try:
+    launch("TemporalAttention", (1, 70000, 4096, 80), (1, 70000, 4096, 80))
+except ValueError:  # the library prints it to the terminal
+    launches.append(str(failure("it failed")))
+print(json.dumps(launches))
 """
 
 
 @needs_bindings
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_registration_shapes_and_launches_pass_through_the_bindings_own_code(libraries: Path) -> None:
-    keyframe, temporal = json.loads(helper.run(REGISTERED, libraries).splitlines()[-1])
+    keyframe, temporal, why = json.loads(helper.run(REGISTERED, libraries).splitlines()[-1])
+    assert why.startswith("it failed: posecrafter::TemporalAttention: ") and "build for fewer frames" in why
     assert keyframe["output"] == [6, 100, 80] and temporal["output"] == [2, 5, 33, 80]
     assert keyframe["dtype"] == temporal["dtype"] == "DataType.HALF"
     assert keyframe["attributes"] == temporal["attributes"] == ["heads"]

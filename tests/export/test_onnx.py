@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.errors import PoseCrafterError
@@ -19,6 +20,7 @@ from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.functions import DOMAIN
 from posecrafter_rt.export.graphs import graph_key
 from posecrafter_rt.export.onnx import export_network, save_model
+from posecrafter_rt.export.trace import trace
 from posecrafter_rt.export.verify import default_cases, verify_network
 from posecrafter_rt.models.blocks import ClipContext, group_norm
 from posecrafter_rt.models.loading import PoseModel
@@ -161,6 +163,36 @@ def test_statistics_over_the_clip_are_exported_too(model: PoseModel, tmp_path: P
     spec = NetworkSpec("norm", (TensorSpec("latents", latents), TensorSpec("text_kv", ("groups", 1, 1))),
                        (TensorSpec("out", latents),))  # fmt: skip
     module, path = ClipNorm().eval(), tmp_path / "norm.onnx"
+    save_model(export_network(module, spec, arch), path)
+    assert verify_network(path, module, spec, default_cases(arch)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "vae_decoder", "controlnet", "unet_shallow"])
+def test_nothing_is_traced_once_more_to_be_decomposed(
+    model: PoseModel, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decomposed(*args: object) -> None:
+        raise AssertionError("traced once more")
+
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", decomposed)
+    arch = engine_architecture(model)
+    assert len(export_network(model.networks()[name], network_specs(arch)[name], arch).graph) > 0
+
+
+class InPlace(nn.Module):
+    """What torch.onnx.export translates only once it is decomposed."""
+
+    def forward(self, latents: Tensor) -> tuple[Tensor]:
+        return (latents.mul(2).add_(1),)
+
+
+def test_what_has_no_translation_of_its_own_is_decomposed(model: PoseModel, tmp_path: Path) -> None:
+    latents, arch = ("frames", 8, "height/2", "width/2"), model.architecture()
+    spec = NetworkSpec("in_place", (TensorSpec("latents", latents),), (TensorSpec("out", latents),))
+    module, path = InPlace().eval(), tmp_path / "in_place.onnx"
+    module.register_parameter("unused", nn.Parameter(torch.zeros(1)))  # whose type and device every network has
+    with pytest.raises(torch.onnx.OnnxExporterError):
+        export_onnx._translate_as_it_is(trace(module, spec, arch), spec)
     save_model(export_network(module, spec, arch), path)
     assert verify_network(path, module, spec, default_cases(arch)) < 1e-5
 

@@ -83,6 +83,16 @@ def test_identity_finds_the_same_parts_from_anywhere(
     assert load_base(identity["base"], controlnet=identity["controlnet"]).identity() == identity
 
 
+def test_a_schedule_that_is_not_supported_is_refused_before_any_weights_are_read(base_copy: Path) -> None:
+    path = base_copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_betas_zero_snr": True}))
+    for weights in base_copy.rglob("*.safetensors"):
+        weights.write_bytes(b"")  # would be an error of their own
+    with pytest.raises(ModelError, match="rescale_betas_zero_snr is set, which is not supported") as raised:
+        load_base(str(base_copy))
+    assert raised.value.hint == "use a base model without rescale_betas_zero_snr"
+
+
 def test_no_controlnet_is_an_error_that_names_one(base_copy: Path) -> None:
     shutil.rmtree(base_copy / "controlnet")
     with pytest.raises(ModelError, match="holds no ControlNet") as raised:

@@ -5,6 +5,7 @@ Tests of posecrafter_rt/models/tokenizer.py.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,11 @@ def test_tokens_are_those_of_transformers(written: tuple[CLIPTokenizerFast, Path
     assert torch.equal(PromptTokenizer(folder, 77)(PROMPTS[1:2]), expected[1:2])
 
 
-def test_what_is_cut_is_told_once(written: tuple[CLIPTokenizerFast, Path], caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = PromptTokenizer(written[1], 77)
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_what_is_cut_is_told_once(
+    written: tuple[CLIPTokenizerFast, Path], caplog: pytest.LogCaptureFixture, by_transformers: bool
+) -> None:
+    tokenizer = partial(tokenize, written[0], num_tokens=77) if by_transformers else PromptTokenizer(written[1], 77)
     tokenizer(["a person", " " + "a " * 75])
     assert not caplog.records
     whole, rest = " " + "a  " * 75, "b " * 100 + "é"  # more than twice as many as there may be

@@ -160,6 +160,26 @@ def test_confidences_are_clipped_and_null_points_are_missing(person: np.ndarray,
     assert not keypoints[2].any()
 
 
+@pytest.mark.parametrize("is_in_pixels", [True, False])
+def test_points_at_minus_one_are_missing_in_files_of_others(
+    person: np.ndarray, tmp_path: Path, is_in_pixels: bool
+) -> None:
+    expected = person.copy()
+    expected[[0, 30, 100]] = 0
+    expected[1, :2] = [-1, 5] if is_in_pixels else [-0.25 * 512, -512]
+    points = expected / ([1, 1, 1] if is_in_pixels else [512, 512, 1])
+    points[[0, 30, 100]] = [-1, -1, 1]
+    poses = read_openpose(written(tmp_path, [frame(points)]))
+    assert np.allclose(poses.keypoints[0], expected, atol=1e-3) and not poses.keypoints[0, [0, 30, 100]].any()
+
+
+def test_a_point_at_minus_one_is_one_in_our_own_files(person: np.ndarray, tmp_path: Path) -> None:
+    beside = person.copy()
+    beside[0] = [-1, -1, 1]
+    PoseSequence(beside[None], (512, 512)).save(tmp_path / "ours.json")
+    assert read_openpose(tmp_path / "ours.json").keypoints[0, 0].tolist() == [-1, -1, 1]
+
+
 def test_a_byte_order_mark_is_accepted(person: np.ndarray, tmp_path: Path) -> None:
     path = written(tmp_path, "\ufeff" + json.dumps(frame(person)))
     assert len(read_openpose(path)) == 1
