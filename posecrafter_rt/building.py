@@ -111,7 +111,7 @@ def build_engine(
         the engine to refit is damaged, or differs in more than weights.
     """
     checkpoint = Path(checkpoint)
-    output = Path(output) if output is not None else checkpoint.with_suffix(".engine")
+    output = Path(output) if output is not None else checkpoint.parent / f"{checkpoint.stem}.engine"
     failures = _Failures({} if force else _read_passed_over(output))
     while True:
         try:
