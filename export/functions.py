@@ -83,21 +83,43 @@ TemporalAttention <heads> (q, k, v) => (out)
 }}"""
 
 
-# mask (G, Fq, Fk): keys that are not there get the score -inf.
-_MASKED_TEMPORAL = _TEMPORAL.replace(
-    "TemporalAttention <heads> (q, k, v)", "MaskedTemporalAttention <heads> (q, k, v, mask)"
-).replace(
-    "weights = Softmax <axis: int = -1> (scaled)",
-    """lowest = Constant <value_float: float = -1e30> ()
-  lowest_like = CastLike (lowest, q)
-  masks = Unsqueeze (mask, one)
-  repeats = Concat <axis: int = 0> (one, tokens, one, one)
-  each = Expand (masks, repeats)
-  positions_split = Concat <axis: int = 0> (positions, one, frames, rest)
-  allowed = Reshape (each, positions_split)
-  masked = Where (allowed, scaled, lowest_like)
-  weights = Softmax <axis: int = -1> (masked)""",
-)
+# The same with a mask (G, Fq, Fk), where frames come one by one: one query for a few keys at each position and head, which are
+# no matrices to multiply. Sums are in float32, for 16 bits do not hold every q·k. Keys that are not there get -1e30.
+_MASKED_TEMPORAL = f"""
+<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
+MaskedTemporalAttention <heads> (q, k, v, mask) => (out)
+{{
+  channels = Shape <start: int = 3, end: int = 4> (q)
+{_SPLIT}
+  zero = Constant <value_ints: ints = [0]> ()
+  split = Concat <axis: int = 0> (zero, zero, rest, head_dim)
+  after_groups = Constant <value_ints: ints = [1]> ()
+  after_queries = Constant <value_ints: ints = [2]> ()
+  q_split = Reshape (q, split)
+  k_split = Reshape (k, split)
+  v_split = Reshape (v, split)
+  q_rows = Unsqueeze (q_split, after_queries)
+  k_rows = Unsqueeze (k_split, after_groups)
+  v_rows = Unsqueeze (v_split, after_groups)
+  q_wide = Cast <to: int = 1> (q_rows)
+  k_wide = Cast <to: int = 1> (k_rows)
+  products = Mul (q_wide, k_wide)
+  scores = ReduceSum <keepdims: int = 1> (products, rest)
+  head_dim_wide = Cast <to: int = 1> (head_dim)
+  root = Sqrt (head_dim_wide)
+  scaled = Div (scores, root)
+  lowest = Constant <value_float: float = -1e30> ()
+  last = Constant <value_ints: ints = [3, 4]> ()
+  allowed = Unsqueeze (mask, last)
+  masked = Where (allowed, scaled, lowest)
+  weights = Softmax <axis: int = 2> (masked)
+  v_wide = Cast <to: int = 1> (v_rows)
+  weighted = Mul (weights, v_wide)
+  mixed = ReduceSum <keepdims: int = 0> (weighted, after_queries)
+  narrow = CastLike (mixed, q)
+  shape = Shape (q)
+  out = Reshape (narrow, shape)
+}}"""
 
 
 @cache
