@@ -43,6 +43,9 @@ class Commands(TyperGroup):
                 argument.encode()
             except UnicodeEncodeError:  # neither safetensors nor a terminal takes such a name
                 ctx.fail(f"{argument!r} is not UTF-8; give the file another name")
+        options = args[: args.index("--")] if "--" in args else args
+        if "--debug" in options:  # wherever it stands: one adds it to the command that failed
+            args = ["--debug", *(option for option in options if option != "--debug"), *args[len(options) :]]
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

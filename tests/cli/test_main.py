@@ -86,9 +86,14 @@ def test_a_long_error_is_not_wrapped(run: Callable[..., Result]) -> None:
     assert run("inspect", action=raising(PoseCrafterError(message))).stderr == f"error: {message}\n"
 
 
-def test_debug_shows_the_traceback(run: Callable[..., Result]) -> None:
+@pytest.mark.parametrize("arguments", ["--debug inspect", "inspect --debug", "inspect --debug --count 2"])
+def test_debug_shows_the_traceback_wherever_it_stands(run: Callable[..., Result], arguments: str) -> None:
     error = PoseCrafterError("tau 99")
-    assert run("--debug", "inspect", action=raising(error)).exception is error
+    assert run(*arguments.split(), action=raising(error)).exception is error
+
+
+def test_what_follows_two_dashes_is_no_option(run: Callable[..., Result]) -> None:
+    assert run("inspect", "--", "--debug").exit_code == 2
 
 
 def test_an_interrupt_says_how_to_go_on(run: Callable[..., Result]) -> None:
