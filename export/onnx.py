@@ -5,6 +5,7 @@ Layer 4: torch.onnx.export(dynamo=True), then folds that leave the weights alone
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from posecrafter_rt.spec import Architecture, NetworkSpec
 CONV_TRANSPOSE: dict[str, Any] = {"input": None, "weight": None, "bias": None, "stride": (1, 1), "padding": (0, 0),
                                   "output_padding": (0, 0), "groups": 1, "dilation": (1, 1)}  # fmt: skip
 EXTERNAL_BYTES = 1_500_000_000  # a protobuf message must stay below 2 GiB; larger weights go to a file beside it
+
+log = logging.getLogger(__name__)
 
 
 def export_network(
@@ -63,31 +66,24 @@ def export_graph(module: nn.Module, spec: NetworkSpec, arch: Architecture, graph
 
 
 def _trace(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> ir.Model:
-    model = _translate(trace(module, spec, arch), spec)
+    try:
+        model = _translate_as_it_is(trace(module, spec, arch), spec)
+    except torch.onnx.OnnxExporterError as error:  # other versions of diffusers or transformers may bring what has none
+        log.info("%s is traced twice: %s", spec.name, str(error.__cause__ or error).splitlines()[0])
+        model = _run_exporter(trace(module, spec, arch), spec)  # anew: the first try has changed its program
     _simplify(model, {name for name, _ in module.named_parameters()})
     add_functions(model)
     return model
 
 
-def _translate(program: ExportedProgram, spec: NetworkSpec) -> ir.Model:
-    """What torch.onnx.export makes of a traced network; decomposed first only where that must be."""
-    try:
-        return _translate_as_it_is(program, spec)
-    except torch.onnx.OnnxExporterError:  # another version of diffusers or transformers may bring what it does not know
-        return _run_exporter(program, spec)
-
-
 def _translate_as_it_is(program: ExportedProgram, spec: NetworkSpec) -> ir.Model:
-    """The exporter without its decompositions, for which it traces everything once more: half of the time.
+    """torch.onnx.export without its decompositions, for which it traces everything once more: half of its time.
 
-    Raises: torch.onnx.OnnxExporterError where an operator has no translation of its own.
+    Raises: torch.onnx.OnnxExporterError where an operator has no translation of its own, as none has that writes in place.
     """
     _replace_untranslated(program)
     program.run_decompositions = lambda *_: program
-    try:
-        return _run_exporter(program, spec)
-    finally:
-        del program.run_decompositions
+    return _run_exporter(program, spec)
 
 
 def _run_exporter(program: ExportedProgram, spec: NetworkSpec) -> ir.Model:

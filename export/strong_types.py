@@ -20,7 +20,7 @@ DATA_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 STATISTICS = frozenset({"ReduceMean", "ReduceSum"})
 ISLANDS = STATISTICS | {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "Softmax"}
 # What is computed from statistics, element by element, is computed in their precision.
-FOLLOWERS = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Pow", "Expand", "Unsqueeze", "Cast"})
+FOLLOWERS = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Pow", "Expand", "Unsqueeze", "Cast", "Where"})
 FLOAT_INPUTS = {"Resize": (1, 2)}  # roi and scales: ONNX has them in float32, whatever is resized
 
 
@@ -65,11 +65,21 @@ def _islands(graph: ir.Graph) -> set[ir.Node]:
     statistics: set[ir.Node] = set()
     for node in graph:  # in topological order
         producers = {value.producer() for value in node.inputs if value is not None}
-        if node.op_type in STATISTICS or (node.op_type in FOLLOWERS and producers & statistics):
+        if (
+            node.op_type in STATISTICS
+            or _asks_for_float(node)
+            or (node.op_type in FOLLOWERS and producers & statistics)
+        ):
             statistics.add(node)
         if node.op_type in ISLANDS or node in statistics or node.op_type == "Constant":
             islands.add(node)
     return islands
+
+
+def _asks_for_float(node: ir.Node) -> bool:
+    """Whether a node casts float32 to float32: so attention's bodies say that what comes of it is not to be lowered."""
+    is_cast = node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT
+    return is_cast and node.inputs[0] is not None and node.inputs[0].dtype == FLOAT
 
 
 def _lower_weights(graph: ir.Graph, islands: set[ir.Node], low: ir.DataType) -> None:
@@ -90,7 +100,7 @@ def _type_outputs(node: ir.Node, wanted: ir.DataType) -> None:
     for value in node.outputs:
         if value.dtype == FLOAT:
             value.dtype = wanted
-    if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT:
+    if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT and wanted != FLOAT:
         node.attributes["to"] = ir.AttrInt64("to", int(wanted))
 
 

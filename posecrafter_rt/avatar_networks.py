@@ -22,7 +22,7 @@ from posecrafter_rt.runtime.memory import Room, explained, frame_bytes, free_byt
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import Adjustment
-from posecrafter_rt.spec import FEED_FORWARD_TOKENS, NETWORK_NAMES, STREAM_NETWORKS, Architecture
+from posecrafter_rt.spec import FEED_FORWARD_TOKENS, NETWORK_NAMES, SHALLOW_STREAM, STREAM_NETWORKS, Architecture
 
 WIDER: Precision = "fp32"  # what networks run in once 16 bits do not hold their numbers
 # Of a block, one frame of 64 × 64: what fewer of them take is little beside what is not done in parts.
@@ -30,6 +30,8 @@ LEAST_TOKENS = 1 << 12
 # What a processor's engines hold of their weights, over the files: OpenVINO orders them anew, and convolutions' transformed
 # ones are up to twice as large. Measured at Stable Diffusion 1.5's size, for one length of a clip.
 HELD_FOLD = {"openvino": 1.7}
+# Engines of a GPU whose networks take its memory only once they are first run, and which files then do.
+READ_WHEN_RUN = {"tensorrt": "*.plan"}
 LIGHTEST = ("torch", "fp16")  # of the engines of a processor: weights are read where they lie in the file, in 16 bits
 
 
@@ -103,24 +105,32 @@ class Networks:
     def room(self, options: RenderOptions) -> Room:
         """What there is to render in now.
 
-        On a GPU the networks are in memory once they are loaded. On a processor they may be loaded when they are first called,
-        or be files mapped to memory, whose pages count as free; and what runs in 16 bits there may be float32 in between.
+        On a GPU the networks are in memory once they are loaded, but for files of READ_WHEN_RUN. On a processor they may be
+        loaded when they are first called, or be files mapped to memory, whose pages count as free; and what runs in 16 bits
+        there may be float32 in between.
         """
         manifest, reserved, element_bytes, lighter = self.folder.manifest, 0, 4, None
+        backend = manifest["backend"]
         if manifest["device"]["type"] == "cuda":
             if not self.engines:
                 with explained(options):
                     self.use(self.built)
             element_bytes = TORCH_DTYPES[self.precision or self.built].itemsize
+            if backend in READ_WHEN_RUN and not self.has_run:
+                reserved = self._stored_bytes(READ_WHEN_RUN[backend])
         else:
-            files = (file for file in self.folder.networks.rglob("*") if file.is_file())
-            stored = sum(file.stat().st_size for file in files if not file.name.startswith(STREAM_NETWORKS))
-            reserved = int(stored * (1 if self.has_run else HELD_FOLD.get(manifest["backend"], 1)))
-            if (manifest["backend"], self.built) != LIGHTEST:
-                backend, precision = LIGHTEST
-                lighter = self._rebuild(backend=backend, precision=precision)
+            reserved = int(self._stored_bytes("*") * (1 if self.has_run else HELD_FOLD.get(backend, 1)))
+            if (backend, self.built) != LIGHTEST:
+                lighter = self._rebuild(backend=LIGHTEST[0], precision=LIGHTEST[1])
         per_frame = frame_bytes(self.architecture, tuple(manifest["size"]), options.groups, element_bytes)
         return Room(free_bytes(manifest["device"]["type"]), reserved, per_frame, self.architecture.max_frames, lighter)
+
+    def _stored_bytes(self, pattern: str) -> int:
+        """Of the networks' files of such names, but for those of a stream, which a render does not read."""
+        files = (file for file in self.folder.networks.rglob(pattern) if file.is_file())
+        return sum(
+            file.stat().st_size for file in files if not file.name.startswith((*STREAM_NETWORKS, SHALLOW_STREAM))
+        )
 
     def checked_segment(self, num_frames: int, options: RenderOptions) -> int | None:
         """The length of segments that options ask for, a number by now, or None for a joint render of a clip of so many.

@@ -37,12 +37,16 @@ from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
 from posecrafter_rt.models.sources import Base, locate_base
 from posecrafter_rt.models.weights import read_scheduler_config
+from posecrafter_rt.runtime.memory import OUT_OF_MEMORY
 from posecrafter_rt.spec import NETWORK_NAMES
 
 if TYPE_CHECKING:
     from posecrafter_rt.models.loading import PoseModel
 
-LIBRARIES = ("torch", "triton", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
+EXPORTING = ("onnx-ir", "onnxscript")
+# What else an engine is made by; what it needs to be loaded, too, is `Backend.libraries`.
+BUILT_WITH = {"openvino": EXPORTING, "tensorrt": (*EXPORTING, "triton")}
 SOURCES = ("models", "ops", "kernels", "export", "engines")  # whose code decides what an engine holds
 OF_THE_MACHINE = (OSError, MemoryError, DiskFull)  # what would end any backend's build
 
@@ -138,23 +142,25 @@ class _Failures:
     """What `auto` has passed over. why: by backend; before: reasons by fingerprint, of an earlier build, not tried again."""
 
     def __init__(self, before: Mapping[str, str]) -> None:
-        self.before, self.why, self._reasons = before, dict[str, str](), dict[str, str]()
+        self.before, self.why = before, dict[str, str]()
+        self._reasons: dict[str, str | None] = {}  # by fingerprint; None: one that may be gone the next time
 
     def add(self, error: _PassedOver) -> None:
         if error.fingerprint in self.before:
-            again = f"--backend {error.backend} or --force tries it again"
+            again = f"build-engine with --backend {error.backend} or --force tries it again"
             self.why[error.backend] = f"it failed at this engine before: {error}; {again}"
         else:
             self.why[error.backend] = f"it failed at this engine: {error}"
-        if error.is_lasting:
-            self._reasons[error.fingerprint] = str(error)
+        self._reasons[error.fingerprint] = str(error) if error.is_lasting else None
         log.warning("%s is passed over, %s", error.backend, self.why[error.backend])
 
     def save(self, folder: EngineFolder) -> None:
         """Keep them beside what was built instead, for `_read_passed_over`; where that fails, they are tried again."""
-        if self._reasons.keys() - self.before.keys():
+        held = _read_passed_over(folder.path)  # nothing, where the folder is a new one
+        kept = {key: reason for key, reason in {**held, **self._reasons}.items() if reason is not None}
+        if kept != held:
             with suppress(OSError):  # under no other name first: that would be no part of an engine
-                (folder.path / PASSED_OVER).write_text(json.dumps(self._reasons, indent=1), encoding="utf-8")
+                (folder.path / PASSED_OVER).write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
 def _read_passed_over(engine: Path) -> dict[str, str]:
@@ -175,7 +181,8 @@ def _passing_over(backend: Backend, fingerprint: str, is_auto: bool) -> Iterator
         if not is_auto or backend.name == LAST_RESORT or isinstance(error, OF_THE_MACHINE):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        is_lasting = not isinstance(error, (OutOfMemory, torch.OutOfMemoryError))  # others may have held the memory
+        has_no_memory = isinstance(error, (OutOfMemory, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error))
+        is_lasting = not has_no_memory  # others may have held the memory
         raise _PassedOver(backend.name, fingerprint, reason, is_lasting) from error
 
 
@@ -283,6 +290,11 @@ def choose_max_frames(
     return wanted
 
 
+def libraries_of(backend: Backend) -> list[str]:
+    """The distributions whose versions decide what an engine of a backend holds, sorted; another one is another engine."""
+    return sorted({*LIBRARIES, *BUILT_WITH.get(backend.name, ()), *backend.libraries})
+
+
 def _describe(
     tuned: Checkpoint, base: Base, backend: Backend, precision: Precision, size: Sequence[int], loras: list[LoraFile]
 ) -> dict[str, Any]:
@@ -292,7 +304,7 @@ def _describe(
         "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
         "checkpoint": tuned.digest(), "device": backend.device(),
         "networks": list(NETWORK_NAMES), "scheduler": read_scheduler_config(base), "recommended": base.settings().recommended,
-        "libraries": {"python": platform.python_version(), **library_versions(sorted({*LIBRARIES, *backend.libraries}))},
+        "libraries": {"python": platform.python_version(), **library_versions(libraries_of(backend))},
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
         **({"loras": [lora.describe() for lora in loras]} if loras else {}),
     }  # fmt: skip

@@ -65,6 +65,8 @@ class Checkpoint:
         if self.frames.shape[1:3] != self.poses.canvas:
             message = f"the frames are {self.frames.shape[1:3]} but the poses' canvas is {self.poses.canvas}"
             raise CheckpointError(message, hint="bring the poses to the frames' size")
+        if not isinstance(self.metadata.get("schedule", {}), dict):
+            raise CheckpointError("the noise schedule that it was tuned with is not a table", hint="tune again")
         foreign = [name for name in self.tensors if not name.startswith(_PREFIXES)]
         if foreign:
             raise CheckpointError(
@@ -114,8 +116,8 @@ class Checkpoint:
             raise CheckpointError(message, hint="give the base, ControlNet and VAE that it was tuned on, or tune again")
         schedule = model.identity()["schedule"]  # no part of the hash, which is of weights alone
         for name, tuned in self.metadata.get("schedule", schedule).items():  # an older checkpoint does not say it
-            if tuned != schedule.get(name):
-                message = f"the checkpoint was tuned with {name} {tuned}, but {model.base_id} has {schedule.get(name)}"
+            if name in schedule and tuned != schedule[name]:  # a later version may say more
+                message = f"the checkpoint was tuned with {name} {tuned}, but {model.base_id} has {schedule[name]}"
                 hint = "undo the change in the base's scheduler_config.json, or in the .yaml beside its file, or tune again"
                 raise CheckpointError(message, hint=hint)
 

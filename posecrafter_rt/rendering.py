@@ -107,16 +107,27 @@ def render_to_files(
 
 @contextmanager
 def _naming(video: Path) -> Iterator[None]:
-    """Tell of a full disk by the name that was given: the folder beside it, which was written to, may be gone by now."""
+    """Tell of a full disk by the name that was given: the folder beside it, which was written to, may be gone by now.
+
+    An error that names a file elsewhere, in a compiler's cache, say, is of another disk, and stays as it is.
+    """
     try:
         yield
     except (DiskFull, OSError) as error:
         if not means_full(error):
             raise
+        reason = error.__cause__ if isinstance(error, DiskFull) else error  # the video's writer has met it, too
+        if isinstance(reason, OSError) and not _is_beside(reason, video):
+            raise reason from None
         told = disk_full(video)
         if partial_path(video).exists():
             told.hint = f"free some space in {video.parent}; the same command then goes on from what is finished"
         raise told from error
+
+
+def _is_beside(error: OSError, video: Path) -> bool:
+    """Whether an error is of a file beside the video, as far as it says."""
+    return error.filename is None or Path(error.filename).resolve().is_relative_to(video.parent.resolve())
 
 
 @dataclass(frozen=True)

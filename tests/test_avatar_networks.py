@@ -15,7 +15,7 @@ from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import SegmentReport
-from posecrafter_rt.spec import FEED_FORWARD_TOKENS
+from posecrafter_rt.spec import FEED_FORWARD_TOKENS, SHALLOW_STREAM, STREAM_NETWORKS
 
 
 @pytest.fixture
@@ -103,6 +103,25 @@ def test_on_a_gpu_loaded_networks_count_once_and_numbers_are_as_wide_as_the_prec
     assert networks.room(RenderOptions()).per_frame == on_cpu.per_frame
     assert networks.precision == "fp32"
     assert networks.room(RenderOptions(guidance_scale=3.0)).per_frame > 1.9 * on_cpu.per_frame
+
+
+def test_plans_that_are_read_when_they_are_first_run_are_set_aside_until_then(
+    networks: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.avatar_networks.free_bytes", lambda device_type: 10**9)
+    networks.use("fp16")  # by torch: what counts are the files
+    networks.folder.manifest["device"] = {**networks.folder.manifest["device"], "type": "cuda"}
+    networks.folder.manifest["backend"] = "tensorrt"
+    for name, size in (
+        ("unet", 700),
+        ("vae_decoder", 30),
+        *((name, 5000) for name in (*STREAM_NETWORKS, SHALLOW_STREAM)),
+    ):
+        (networks.folder.networks / f"{name}.plan").write_bytes(bytes(size))
+    assert list(networks.folder.networks.glob("*.safetensors"))  # which a refit reads, and no render
+    assert networks.room(RenderOptions()).reserved == 730
+    networks.has_run = True
+    assert networks.room(RenderOptions()).reserved == 0
 
 
 def test_threads_count_where_rounding_depends_on_them(networks: Networks) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from posecrafter_rt.avatar import Avatar
-from posecrafter_rt.building import BuildOptions, build_engine, choose_max_frames
+from posecrafter_rt.building import BuildOptions, build_engine, choose_max_frames, libraries_of
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.engines import LAST_RESORT, choose_backend, get_backend
 from posecrafter_rt.engines.folder import PASSED_OVER, EngineFolder, open_folder, read_manifest, write_manifest
@@ -87,7 +88,8 @@ def test_what_auto_passed_over_is_not_tried_again_until_something_changes(
     for _ in range(2):
         again = build_engine(tiny_checkpoint, path, auto)
         assert again.was_current and again.folder.manifest == by_name.manifest and len(tries) == 1
-        how = f"it failed at this engine before: no such method; --backend {backend.name} or --force tries it again"
+        hint = f"build-engine with --backend {backend.name} or --force tries it again"
+        how = f"it failed at this engine before: no such method; {hint}"
         assert how in again.backend_reason and f"{backend.name} is passed over, {how}" in caplog.text
     assert build_engine(tiny_checkpoint, path, auto, force=True).was_current and len(tries) == 2
     assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 2
@@ -122,7 +124,74 @@ def test_an_engine_that_auto_has_built_anew_says_what_it_passed_over(
     assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 2
 
 
-@pytest.mark.parametrize("error", [OutOfMemory("out of memory", "free some"), torch.OutOfMemoryError("out of memory")])
+def test_what_was_passed_over_stays_so_when_what_was_built_instead_is_built_again(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto, backend, tries = BuildOptions(precision="fp32"), type(choose_backend("auto", "fp32")[0]), []
+
+    def fails(*arguments: object) -> None:
+        tries.append(1)
+        raise AttributeError("no such method")
+
+    monkeypatch.setattr(backend, "build", fails)
+    folder = build_engine(tiny_checkpoint, tmp_path / "e", auto).folder
+    with (folder.networks / "unet.safetensors").open("ab") as file:
+        file.write(b"damage")
+    assert not build_engine(tiny_checkpoint, folder.path, auto).was_current
+    assert build_engine(tiny_checkpoint, folder.path, auto).was_current and len(tries) == 1
+    assert build_engine(tiny_checkpoint, folder.path, BuildOptions(LAST_RESORT, "fp32")).was_current
+    assert build_engine(tiny_checkpoint, folder.path, auto).was_current and len(tries) == 1
+
+
+def test_a_reason_that_force_has_found_gone_is_not_given_again(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto, backend, tries = BuildOptions(precision="fp32"), type(choose_backend("auto", "fp32")[0]), []
+    errors = [
+        AttributeError("no such method"),
+        OutOfMemory("out of memory", "free some"),
+        AttributeError("no such method"),
+    ]
+
+    def fails(*arguments: object) -> None:
+        tries.append(1)
+        raise errors[len(tries) - 1]
+
+    monkeypatch.setattr(backend, "build", fails)
+    path = build_engine(tiny_checkpoint, tmp_path / "e", auto).folder.path
+    assert build_engine(tiny_checkpoint, path, auto, force=True).was_current and len(tries) == 2
+    assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 3
+    assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 3
+
+
+@pytest.mark.parametrize(("name", "libraries"), [("torch", set()), ("openvino", {"onnx-ir", "onnxscript"}),
+                                                 ("tensorrt", {"triton", "onnx-ir", "onnxscript"}),
+                                                 ("inductor", {"triton"})])  # fmt: skip
+def test_an_engine_depends_on_the_libraries_that_its_backend_builds_with(name: str, libraries: set[str]) -> None:
+    found = {*libraries_of(get_backend(name))}
+    assert found & {"triton", "onnx-ir", "onnxscript"} == libraries
+    assert {"torch", "diffusers", "transformers", "onnx", *get_backend(name).libraries} <= found
+
+
+def test_other_libraries_may_change(
+    tiny_checkpoint: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = ("triton", "onnx-ir", "onnxscript")
+    monkeypatch.setattr("posecrafter_rt.machine.version", lambda name: "99" if name in others else version(name))
+    assert build_engine(tiny_checkpoint, copied, TORCH).was_current
+    build_engine(tiny_checkpoint, tmp_path / "refitted", BuildOptions(refit=copied))
+    Avatar.load(copied).close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemory("out of memory", "free some"),
+        torch.OutOfMemoryError("out of memory"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_memory_that_was_too_little_may_suffice_the_next_time(
     error: Exception, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,6 +235,24 @@ def test_a_base_that_learned_by_another_schedule_is_refused(
     assert "\n" not in str(raised.value) and "scheduler_config.json" in (raised.value.hint or "")
 
 
+def test_what_a_later_version_says_of_the_schedule_is_no_difference(
+    tiny_base: Path, make_checkpoint: Callable[..., Checkpoint]
+) -> None:
+    model = load_base(str(tiny_base))
+    make_checkpoint(schedule={**model.identity()["schedule"], "rescales": True}).require_base(model)
+    with pytest.raises(CheckpointError, match="beta_end 2"):
+        make_checkpoint(schedule={"rescales": True, "beta_end": 2}).require_base(model)
+
+
+@pytest.mark.parametrize("schedule", [None, [], ["epsilon"], "epsilon"])
+def test_a_schedule_that_is_none_is_damage(schedule: Any, saved: Path) -> None:
+    with safe_open(saved, "pt") as file:
+        header = json.loads(file.metadata()["posecrafter"])
+    header["metadata"]["schedule"] = schedule
+    save_file(load_file(saved), saved, {"posecrafter": json.dumps(header)})
+    _refused(saved, "damaged checkpoint: the noise schedule")
+
+
 def _refused(path: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as raised:
         Checkpoint.load(path)

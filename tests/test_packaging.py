@@ -119,7 +119,7 @@ def test_every_import_is_declared(pyproject: dict[str, Any]) -> None:
 
 
 def test_torch_is_a_range_in_the_metadata_and_a_choice_in_the_makefile(pyproject: dict[str, Any]) -> None:
-    assert "torch>=2.6" in pyproject["project"]["dependencies"]
+    assert "torch>=2.7" in pyproject["project"]["dependencies"]
     assert re.search(r"^TORCH \?= torch==[\d.]+$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 

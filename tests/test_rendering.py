@@ -244,6 +244,19 @@ JOINTLY = RenderOptions(**{**CHANGES, "segment": None})
 IN_SEGMENTS = RenderOptions(**{**CHANGES, "segment": 6})
 
 
+@pytest.mark.parametrize("options", [JOINTLY, IN_SEGMENTS])
+def test_another_full_disk_is_told_by_its_own_name(
+    avatar: Avatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: RenderOptions
+) -> None:
+    def full(*arguments: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/cache")
+
+    monkeypatch.setattr("posecrafter_rt.avatar.render_clip", full)
+    with pytest.raises(OSError, match="/elsewhere/cache"):
+        render_to_files(avatar, some_poses(9), tmp_path / "out.mp4", options)
+    assert not list(tmp_path.iterdir())
+
+
 def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 

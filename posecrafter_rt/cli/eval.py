@@ -5,6 +5,7 @@ Layer 8: arguments, one call, the printed result.
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -90,7 +91,12 @@ def _measure(rendered: Path, truth: Path, size: tuple[int, int], window: slice) 
     frames = stream_video(rendered)[0]
     true_frames = stream_video(truth, size=size, start=window.start or 0, stop=window.stop)[0]
     scores: dict[str, list[float]] = {"psnr": [], "ssim": []}
-    for frame, true_frame in zip(frames, true_frames, strict=True):
+    for frame, true_frame in zip_longest(frames, true_frames):
+        if frame is None or true_frame is None:
+            raise VideoError(
+                f"{rendered} or {truth} has changed since its frames were counted",
+                hint="run the same command again once nothing writes to them any more",
+            )
         scores["psnr"].append(psnr(frame[None], true_frame[None]))
         scores["ssim"].append(ssim(frame[None], true_frame[None]))
     return {name: float(np.mean(values)) for name, values in scores.items()}

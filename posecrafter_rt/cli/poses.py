@@ -100,6 +100,9 @@ def preview(  # noqa: PLR0913 - one argument for each option
     if video:
         from posecrafter_rt.framing import transform_keypoints
 
+        if output.suffix.lower() == ".mp4":  # decoding takes a fraction of the drawing, which would be for nothing
+            for _ in _one_a_pose(stream_video(video, stop=len(poses))[0], video, len(poses)):
+                pass
         frames = _one_a_pose(stream_video(video, size=(height, width), stop=len(poses))[0], video, len(poses))
         # Cut around the centre as the frames are, so that both still show the same place.
         poses = transform_keypoints(poses, (height, width))

@@ -19,6 +19,7 @@ from posecrafter_rt.atomic import atomic_path, refuse_overwrite
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, BuildProgress, build_engine
 from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
+from posecrafter_rt.engines.folder import PASSED_OVER
 from posecrafter_rt.evaluate.metrics import psnr, ssim
 from posecrafter_rt.framing import side_by_side
 from posecrafter_rt.machine import peak_rss_bytes
@@ -74,7 +75,9 @@ class Demo:
     def build(self, on_stage: BuildProgress) -> None:
         """Build the engine for this machine."""
         with self._timed("build"):
-            build_engine(self.checkpoint, self.engine, BuildOptions(), force=self.force, progress=on_stage)
+            # With force `auto` would try anew, each time, what it has passed over; an engine is replaced without.
+            force = self.force and not (self.engine / PASSED_OVER).exists()
+            build_engine(self.checkpoint, self.engine, BuildOptions(), force=force, progress=on_stage)
 
     def render(self, on_step: Step) -> dict[str, Any]:
         """Render frames 46 to 119 from their poses; returns the metrics of the render and of both baselines."""

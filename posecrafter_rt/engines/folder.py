@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import secrets
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ MUTABLE = ("inversions", "compiled")  # caches: outside the hashes, may be empti
 PASSED_OVER = "passed_over.json"
 # What a hint says where it is not known which engine it is.
 REBUILD = "build it again: posecrafter-rt build-engine ... --force"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,19 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
 
     An engine folder at `path` is replaced only then; anything else there, or in it, is kept unless `force`. What a
     killed build left beside `path` is removed first. Of several builds of one `path` the last to end stays: each waits while
-    another puts its folder in place.
+    another puts its folder in place, and says so.
     Raises: OutputExists; EngineFolderError while the engine at `path` is in use; DiskFull and others from the block,
         which leave nothing behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _placing(path):
+    with _placing(path):  # what another has just put there is still in use, by that build
         _clear_leftovers(path)
-    if not force:
-        _refuse_what_is_not_ours(path)
-    if path.exists() and Path.cwd().is_relative_to(path.resolve()):
-        raise OutputExists(f"{path} is or holds the working directory", "give the engine a folder of its own")
-    with _unused(path):
-        pass  # before the work, not only after it
+        if not force:
+            _refuse_what_is_not_ours(path)
+        if path.exists() and Path.cwd().is_relative_to(path.resolve()):
+            raise OutputExists(f"{path} is or holds the working directory", "give the engine a folder of its own")
+        with _unused(path):
+            pass  # before the work, not only after it
     staging = _staging(path)
     with ExitStack() as alone, ExitStack() as held:  # what is held ends first: who waits must not find it in use
         try:
@@ -96,9 +99,20 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _placing(path: Path) -> AbstractContextManager[bool]:
-    """Hold the place at `path` against other builds, whatever lies there: it is empty between two renames."""
-    return locked(path.parent, wait=True)
+@contextmanager
+def _placing(path: Path) -> Iterator[None]:
+    """Hold the place at `path` against other builds, whatever lies there: it is empty between two renames.
+
+    Where the folder that it is in may not be read, nothing is held, as on a file system without locks.
+    """
+    with ExitStack() as held:
+        with suppress(PermissionError):
+            try:
+                held.enter_context(locked(path.parent))
+            except BlockingIOError:
+                log.warning("waiting for another build: the folder %s is locked", path.parent)
+                held.enter_context(locked(path.parent, wait=True))
+        yield
 
 
 def _refuse_what_is_not_ours(path: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,7 @@ class TensorRTBackend:
             timings.save(key, timing_cache)
             progress(f"checking {name}")
             self._compare(folder, network, specs[name], arch, precision, "--backend torch")
+            torch.cuda.empty_cache()  # of what that took: TensorRT cannot use what torch only keeps
         (folder / TIMING_CACHE).write_bytes(timing_cache)
         write_graphs(folder, graphs)
         write_description(folder, described)
@@ -158,6 +159,7 @@ class TensorRTBackend:
             refit(plan, changed, weights, weights.__getitem__, WITHOUT)
             (folder / f"{name}.plan").write_bytes(_serialize(plan))
             self._compare(folder, network, specs[name], arch, precision, WITHOUT)
+            torch.cuda.empty_cache()  # of what that took: TensorRT cannot use what torch only keeps
         for file in (TIMING_CACHE, DESCRIPTION, DESCRIPTION_FILE, GRAPHS_FILE):
             shutil.copyfile(source / file, folder / file)
 
@@ -243,6 +245,7 @@ def prepare_graph(
     from posecrafter_rt.export.tensorrt_plugins import mark_plugins
     from posecrafter_rt.kernels.plugins import plugin_kernel, unsupported_reason
 
+    @cache  # one that no kernel fits is tried, and told, once
     def has_plugin(name: str, channels: int, heads: int) -> bool:
         if name not in PLUGIN_OPS:
             return False

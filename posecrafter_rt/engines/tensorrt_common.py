@@ -25,7 +25,9 @@ DEBUG = "run again with --debug"
 
 log = logging.getLogger(__name__)
 
-_errors: deque[str] = deque(maxlen=4)  # TensorRT's last ones, for `failure`
+# What `failure` tells: the last that TensorRT logged, and what was noted, which no number of those pushes out.
+_errors: deque[str] = deque(maxlen=4)
+_notes: list[str] = []
 
 
 @cache
@@ -46,15 +48,15 @@ def make_logger() -> trt.ILogger:
             if level is None:  # VERBOSE: thousands of lines
                 return
             if level == logging.ERROR:
-                note_error(message)
+                _errors.append(message)
             log.log(level, "TensorRT: %s", message)
 
     return Logger()
 
 
 def note_error(message: str) -> None:
-    """Keep a reason for `failure` to tell."""
-    _errors.append(message)
+    """Keep a reason for `failure` to tell rather than what TensorRT logs before and after it."""
+    _notes.append(message)
 
 
 def failure(what: str, hint: str = DEBUG, kind: type[PoseCrafterError] = PoseCrafterError) -> PoseCrafterError:
@@ -62,19 +64,21 @@ def failure(what: str, hint: str = DEBUG, kind: type[PoseCrafterError] = PoseCra
 
     Returns: OutOfMemory where memory is the reason, else a `kind` with `hint`.
     """
-    errors = take_errors()
-    return explain(what, errors, hint, kind)
+    return explain(what, take_errors(), hint, kind)
 
 
 def take_errors() -> list[str]:
-    """What TensorRT logged as errors since the last time, the last few; a build that succeeds may have some, too."""
-    errors = list(_errors)
+    """What TensorRT logged as errors since the last time, the last few, then what was noted; a build that succeeds may have
+    some, too.
+    """
+    errors = [*_errors, *_notes]
     _errors.clear()
+    _notes.clear()
     return errors
 
 
 def explain(what: str, errors: Sequence[str], hint: str, kind: type[PoseCrafterError]) -> PoseCrafterError:
-    """`failure`'s error for these messages of TensorRT, the newest last: one line, whatever their number."""
+    """`failure`'s error for these reasons, the one to tell last, memory before all: one line, whatever their number."""
     for error in errors:
         if OUT_OF_MEMORY.search(error):
             return OutOfMemory(f"{what}: {_first_line(error)}", FREE_MEMORY)

@@ -35,6 +35,7 @@ KEPT_SHAPES = 4  # each with its context and output buffers
 KEPT_GRAPHS = 8  # a shape, one for each set of addresses
 # Networks of two workspaces may be called in two threads, but each call is launched by itself, which takes little time. A
 # recording is broken by whatever another thread does to the whole device: makes a context, records (which waits for it).
+# The network's device is current meanwhile: TensorRT puts a plan there, and each thread has a current one of its own.
 _launching = Lock()
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class Slot:
         for tensor, shape in zip(spec.inputs, shapes, strict=True):
             if not context.set_input_shape(tensor.name, shape):
                 raise ShapeError(f"{spec.name}: {tensor.name} of {shape} is outside what the engine was built for",
-                                 f"{rebuild_networks_hint(networks_folder)}, with another --max-frames or --size")  # fmt: skip
+                                 f"change --max-frames or --size and {rebuild_networks_hint(networks_folder)}")  # fmt: skip
         # It says 0 where it cannot tell; the plan knows what its largest shapes take.
         self.num_bytes = context.update_device_memory_size_for_shapes() or engine.device_memory_size_v2
         self.generation = -1
@@ -204,6 +205,7 @@ class TensorRTEngine:
 
     @cached_property
     def _engine(self) -> trt.ICudaEngine:
+        torch.cuda.empty_cache()  # TensorRT allocates, too, and cannot use what torch only keeps
         return self._read_plan()
 
     @cached_property
@@ -220,7 +222,7 @@ class TensorRTEngine:
         """
         given = checked_inputs(self.spec, inputs, self.device)
         stream, current = self._workspace.stream, torch.cuda.current_stream(self._workspace.device)
-        with _launching:
+        with _launching, torch.cuda.device(self.device):
             # Only what is kept can be of another type: zeros in place of what no call has given yet.
             tensors = [tensor.to(self._types[expected.name]).contiguous()
                        for expected, tensor in zip(self.spec.inputs, given, strict=True)]  # fmt: skip
@@ -253,7 +255,8 @@ class TensorRTEngine:
             if fitting:
                 swapped = self._swapped | {name: tensor.detach().cpu() for name, tensor in fitting.items()}
                 hint = rebuild_networks_hint(self._weights.parent)
-                with _launching:  # refitting synchronizes the device, which breaks a recording
+                # Refitting synchronizes the device, which breaks a recording.
+                with _launching, torch.cuda.device(self.device):
                     self._workspace.stream.synchronize()
                     refit(self._engine, swapped, names, stored.get_tensor, hint)
                     self._slots.clear()

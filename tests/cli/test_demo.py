@@ -17,6 +17,8 @@ from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.demo import run as demo
 from posecrafter_rt.demo.footage import load_poses
+from posecrafter_rt.engines.folder import PASSED_OVER
+from posecrafter_rt.tuning import TuneOptions
 from posecrafter_rt.video_io import read_video
 from tests.test_lean_import import modules_after
 
@@ -69,6 +71,19 @@ def test_a_complete_one_is_not_overwritten_unasked(finished: tuple[Path, dict[st
     result = invoke("demo", "-o", folder, *SHORT)
     assert result.exit_code == 1 and "--force" in result.output
     assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_one_that_is_done_anew_does_not_try_again_what_auto_has_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: list[bool] = []
+    monkeypatch.setattr(demo, "build_engine", lambda *arguments, force, progress: forced.append(force))
+    run = demo.Demo(tmp_path, 2, TuneOptions(), force=True)
+    run.build(lambda stage, seconds_left: None)
+    run.engine.mkdir()
+    (run.engine / PASSED_OVER).write_text("{}")
+    run.build(lambda stage, seconds_left: None)
+    assert forced == [True, False]
 
 
 def test_a_second_render_inverts_and_compiles_nothing(

@@ -6,12 +6,14 @@ Tests; no layer.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from posecrafter_rt.cli import eval as evaluation
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.evaluate.metrics import psnr, ssim
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -62,6 +64,21 @@ def test_clips_of_different_lengths_are_refused(clips: tuple[Path, Path]) -> Non
     result = run(*clips)
     assert result.exit_code == 1
     assert "has 3 frames" in result.stderr and "has 5" in result.stderr and "--range" in result.stderr
+
+
+def test_a_clip_that_grows_after_it_was_counted_is_refused(
+    clips: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = evaluation._count_pairs
+
+    def grown(rendered: Path, truth: Path, window: slice) -> int:
+        num_frames = count(rendered, truth, window)
+        shutil.copy(rendered / "2.png", rendered / "3.png")
+        return num_frames
+
+    monkeypatch.setattr(evaluation, "_count_pairs", grown)
+    result = run(*clips, "--range", "1:4")
+    assert result.exit_code == 1 and "has changed since its frames were counted" in result.stderr
 
 
 def test_a_truth_of_another_size_is_fitted(clips: tuple[Path, Path], tmp_path: Path) -> None:

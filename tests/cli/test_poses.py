@@ -228,9 +228,18 @@ def test_preview_is_told_the_size_of_the_picture_or_has_it_from_the_video(openpo
     assert run("preview", openpose, "-o", tmp_path / "c.png", "--canvas", "48").exit_code == 2
 
 
+def test_a_video_that_is_too_short_is_refused_before_anything_is_drawn(
+    poses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.poses.draw.draw_pose", None)
+    short = run("preview", poses, "-o", tmp_path / "out.mp4", "--video", video(tmp_path / "clip.mp4", 200, 200))
+    assert isinstance(short.exception, PoseError)
+    assert "has 2 frames, but there are 5 poses" in str(short.exception)
+
+
 def test_preview_refusals(poses: Path, tmp_path: Path) -> None:
     clip = video(tmp_path / "clip.mp4", 200, 200)
-    short = run("preview", poses, "-o", tmp_path / "out.mp4", "--video", clip)
+    short = run("preview", poses, "-o", tmp_path / "out.png", "--video", clip)
     assert isinstance(short.exception, PoseError)
     assert "has 2 frames, but there are 5 poses" in str(short.exception)
     (tmp_path / "out.png").write_text("mine")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from posecrafter_rt.engines import choose_backend, choose_precision
 from posecrafter_rt.engines import tensorrt as backend_module
+from posecrafter_rt.engines import tensorrt_runtime as runtime_module
 from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.tensorrt import (
@@ -50,6 +52,7 @@ from posecrafter_rt.runtime.ahead import Ahead, Sampled
 from posecrafter_rt.runtime.progress import OnStep, ignore
 from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.spec import Architecture, NetworkSpec, TensorSpec, network_specs
+from posecrafter_rt.tensor_file import save_tensors
 from tests.tiny import NETWORKS
 
 REASON = TensorRTBackend().unsupported_reason("fp16")
@@ -143,6 +146,40 @@ def test_weights_are_kept_in_their_own_type(dtype: ir.DataType) -> None:
     assert array.astype(float).sum() == 15  # it has memory of its own
 
 
+# ---- with a stand-in for the GPU ----
+
+
+def test_a_plan_is_read_and_refitted_on_its_device_once_torch_keeps_no_memory_that_is_free(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    did: list[str] = []
+
+    @contextmanager
+    def device(current: torch.device) -> Iterator[None]:
+        did.append(f"on {current}")
+        yield
+        did.append("back")
+
+    def plan() -> Any:
+        did.append("read")
+        return object()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: did.append("emptied"))
+    monkeypatch.setattr(runtime_module, "refit", lambda *arguments: did.append("refitted"))
+    workspace: Any = SimpleNamespace(
+        device=torch.device("cuda", 1), stream=SimpleNamespace(synchronize=lambda: did.append("waited"))
+    )
+    weights = tmp_path / "unet.safetensors"
+    save_tensors({"unet.w": torch.zeros(2)}, weights)
+    engine = TensorRTEngine(network_specs(ARCH)["unet"], plan, workspace, weights)
+    assert not did  # nothing is read before it is needed
+    for _ in range(2):
+        assert engine.swap_weights({"unet.w": torch.ones(2), "unet.other": torch.ones(2)}) == {"unet.w"}
+    assert did == ["on cuda:1", "waited", "emptied", "read", "refitted", "back",
+                   "on cuda:1", "waited", "refitted", "back"]  # fmt: skip
+
+
 # ---- on a GPU, with the library ----
 
 
@@ -158,6 +195,9 @@ def engines_of(
             folder, arch = tmp_path_factory.mktemp(precision), replace(plain_model.architecture(), max_frames=16)
             backend = TensorRTBackend()
             backend.build(plain_model, arch, folder, precision, lambda stage: None)
+            reserved = torch.cuda.memory_reserved()
+            torch.cuda.empty_cache()
+            assert torch.cuda.memory_reserved() == reserved  # what checks took is TensorRT's again
             assert not list(folder.glob("*.onnx*")) and (folder / "timing.cache").stat().st_size > 0
             built[precision] = backend.load(folder, arch, precision, folder / "unused")
         return built[precision]
@@ -301,7 +341,7 @@ class TestOnGpu:
     ) -> None:
         with pytest.raises(ShapeError, match="outside what the engine was built for") as caught:
             engines_of("fp16")["unet"](**draw(plain_model, "unet", 40))
-        assert str(caught.value.hint).endswith(" --force, with another --max-frames or --size")
+        assert str(caught.value.hint).startswith("change --max-frames or --size and build it again: posecrafter-rt ")
 
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_refitted_weights_are_all_used(

@@ -80,6 +80,22 @@ def test_a_prepared_graph_is_valid_and_typed(
     onnx.checker.check_model(str(tmp_path / "network.onnx"), full_check=precision != "bf16")
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_streams_scores_are_in_float32(plain_model: PoseModel, precision: Precision) -> None:
+    model = export(plain_model, "unet_stream")
+    prepare_graph(model, network_specs(architecture(plain_model))["unet_stream"], precision, CAPABILITY)
+    scores = [node.inputs[0] for node in model.graph if node.op_type == "Softmax" and node.inputs[0] is not None]
+    masks = [producer for value in scores if (producer := value.producer()) and producer.op_type == "Where"]
+    assert len(masks) == len(plain_model.architecture().temporal_layers)
+    for mask in masks:
+        chain, value = [], mask.outputs[0]
+        while (producer := value.producer()) is not None and producer.op_type in ("Where", "Div", "ReduceSum", "Mul"):
+            chain.append(producer.op_type)
+            value = producer.inputs[1 if producer.op_type == "Where" else 0]
+            assert producer.outputs[0].dtype == ir.DataType.FLOAT
+        assert chain == ["Where", "Div", "ReduceSum", "Mul"]
+
+
 def test_attention_without_a_kernel_that_fits_is_written_out(
     plain_model: PoseModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -90,6 +106,8 @@ def test_attention_without_a_kernel_that_fits_is_written_out(
     plugins, attentions = prepare_graph(model, network_specs(architecture(plain_model))["controlnet"], "fp16", (8, 6))
     assert plugins == 0 < attentions and not any(node.domain == DOMAIN for node in model.graph)
     assert "KeyframeAttention is written out in standard operators" in caplog.text
+    told = [message for message in caplog.messages if "is written out" in message]
+    assert len(told) == len({*told}) < attentions  # each width is tried once
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 5e-3)])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from posecrafter_rt.engines.folder import write_manifest
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "posecrafter_rt" / "engines").glob("tensorrt*.py"))
 _spec = spec_from_file_location("tensorrt_bindings_helper", Path(__file__).with_name("tensorrt_bindings.py"))
@@ -101,7 +103,9 @@ import json
 from queue import SimpleQueue
 import tensorrt as trt
 from posecrafter_rt.engines.tensorrt_build import make_monitor
-from posecrafter_rt.engines.tensorrt_common import failure, make_logger, torch_dtype, trt_dtype
+from posecrafter_rt.engines.tensorrt_common import (
+    failure, make_logger, note_error, take_errors, torch_dtype, trt_dtype,
+)
 phases = SimpleQueue()
 monitor = make_monitor(phases)
 assert {"phase_start", "step_complete", "phase_finish"} <= set(vars(trt.IProgressMonitor))
@@ -118,6 +122,18 @@ logger.log(trt.ILogger.Severity.ERROR, "Error Code 2: OutOfMemory (Requested siz
 logger.log(trt.ILogger.Severity.WARNING, "a warning")
 logger.log(trt.ILogger.Severity.VERBOSE, "a detail")
 errors = [failure("it failed") for _ in range(2)]
+note_error("posecrafter::TemporalAttention: too large\\nby far")
+for _ in range(9):
+    logger.log(trt.ILogger.Severity.ERROR, "Error Code 4: Internal Error (a plugin failed)")
+errors += [failure("it failed") for _ in range(2)]
+note_error("posecrafter::TemporalAttention: too large")
+logger.log(trt.ILogger.Severity.ERROR, "Error Code 1: Cuda Runtime (out of memory)")
+errors.append(failure("it failed"))
+note_error("posecrafter::TemporalAttention: CUDA out of memory")
+errors.append(failure("it failed"))
+note_error("of what was tried and not taken")
+take_errors()
+errors.append(failure("it failed"))
 types = [trt.float32, trt.float16, trt.bfloat16, trt.int64, trt.bool]
 assert [trt_dtype(torch_dtype(dtype)) for dtype in types] == types
 print(json.dumps([told, cancelled, [[type(error).__name__, str(error)] for error in errors]]))
@@ -130,6 +146,36 @@ def test_the_monitor_and_the_logger_are_what_the_bindings_ask_for(libraries: Pat
     assert told == ["outer", "inner"] and cancelled
     assert errors[0] == ["OutOfMemory", "it failed: Error Code 2: OutOfMemory (Requested size was 7 bytes.)"]
     assert errors[1] == ["PoseCrafterError", "it failed"]  # what was explained is not explained again
+    note = "it failed: posecrafter::TemporalAttention: too large"  # whatever TensorRT has logged since
+    assert errors[2:4] == [["PoseCrafterError", note], ["PoseCrafterError", "it failed"]]
+    assert errors[4] == ["OutOfMemory", "it failed: Error Code 1: Cuda Runtime (out of memory)"]
+    assert errors[5] == ["OutOfMemory", "it failed: posecrafter::TemporalAttention: CUDA out of memory"]
+    assert errors[6:] == [["PoseCrafterError", "it failed"]]
+
+
+# A plan and its context are the library's: these stand in for those that refuse a shape outside the profile.
+REFUSED = """
+from pathlib import Path
+from types import SimpleNamespace
+from posecrafter_rt.engines.tensorrt_runtime import Slot
+from posecrafter_rt.errors import ShapeError
+from posecrafter_rt.spec import NetworkSpec, TensorSpec
+context = SimpleNamespace(set_input_shape=lambda name, shape: False)
+plan = SimpleNamespace(create_execution_context=lambda strategy: context)
+spec = NetworkSpec("unet", (TensorSpec("latents", ("frames", 4)),), ())
+try:
+    Slot(spec, plan, {}, None, ((40, 4),), Path(NETWORKS))
+except ShapeError as error:
+    print(error.hint)
+"""
+
+
+@needs_bindings
+def test_a_refused_shape_names_what_to_change_and_then_the_command(libraries: Path, tmp_path: Path) -> None:
+    write_manifest(tmp_path, {"backend": "tensorrt", "max_frames": 20})
+    hint = helper.run(f"NETWORKS = {str(tmp_path / 'networks')!r}\n{REFUSED}", libraries).splitlines()[-1]
+    command = f"posecrafter-rt build-engine tuned.ckpt -o {tmp_path} --backend tensorrt --max-frames 20 --force"
+    assert hint == f"change --max-frames or --size and build it again: {command}"
 
 
 # The registry and the expression builder are parts of the library: registration goes without the first, and sizes are
@@ -140,7 +186,7 @@ import tensorrt as trt
 import tensorrt_bindings.plugin as trtp
 sys.modules["tensorrt.plugin"] = trtp
 trtp._lib._register_plugin_creator = lambda *arguments: None
-from posecrafter_rt.engines.tensorrt_common import failure
+from posecrafter_rt.engines.tensorrt_common import failure, make_logger
 from posecrafter_rt.engines.tensorrt_plugins import register_plugins
 register_plugins((8, 6))
 
@@ -188,6 +234,7 @@ launches = [launch("KeyframeAttention", (6, 100, 80), (2, 77, 80)),
 try:
     launch("TemporalAttention", (1, 70000, 4096, 80), (1, 70000, 4096, 80))
 except ValueError:  # the library prints it to the terminal
+    make_logger().log(trt.ILogger.Severity.ERROR, "Error Code 9: Internal Error (the build failed)")  # as it does then
     launches.append(str(failure("it failed")))
 print(json.dumps(launches))
 """
