@@ -100,7 +100,7 @@ def _type_outputs(node: ir.Node, wanted: ir.DataType) -> None:
     for value in node.outputs:
         if value.dtype == FLOAT:
             value.dtype = wanted
-    if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT and wanted != FLOAT:
+    if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT:
         node.attributes["to"] = ir.AttrInt64("to", int(wanted))
 
 

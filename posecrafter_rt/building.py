@@ -31,7 +31,7 @@ from posecrafter_rt.engines import (
 from posecrafter_rt.engines.folder import PASSED_OVER, EngineFolder, building, in_use, open_folder
 from posecrafter_rt.engines.refit import check_source
 from posecrafter_rt.engines.stage_log import StageLog
-from posecrafter_rt.errors import DiskFull, EngineFolderError, OutOfMemory, PoseCrafterError
+from posecrafter_rt.errors import DiskFull, EngineFolderError, OutOfMemory, PoseCrafterError, last_line
 from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
@@ -180,10 +180,9 @@ def _passing_over(backend: Backend, fingerprint: str, is_auto: bool) -> Iterator
     except Exception as error:
         if not is_auto or backend.name == LAST_RESORT or isinstance(error, OF_THE_MACHINE):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         has_no_memory = isinstance(error, (OutOfMemory, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error))
         is_lasting = not has_no_memory  # others may have held the memory
-        raise _PassedOver(backend.name, fingerprint, reason, is_lasting) from error
+        raise _PassedOver(backend.name, fingerprint, last_line(error), is_lasting) from error
 
 
 def _build(

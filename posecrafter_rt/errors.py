@@ -1,4 +1,4 @@
-"""The exception tree: what is wrong (with the value seen) and what to do about it.
+"""The exception tree: what is wrong (with the value seen) and what to do about it; and a library's error in one line.
 
 Layer 0: imports nothing of the package.
 """
@@ -61,3 +61,8 @@ class NotFinite(PoseCrafterError):
 
 class DiskFull(PoseCrafterError):
     """A write failed for lack of space; nothing half-written is left behind."""
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says at last, or its kind where it says nothing: libraries name their source files before."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,6 +48,26 @@ def test_the_same_build_twice_is_nothing_to_do(tiny_checkpoint: Path, tiny_engin
     assert result.was_current and (tiny_engine / "manifest.json").stat().st_mtime_ns == before
 
 
+FailFirstChoice = Callable[..., list[Exception]]
+
+
+@pytest.fixture
+def fail_first_choice(monkeypatch: pytest.MonkeyPatch) -> FailFirstChoice:
+    """fail_first_choice(*errors): what `auto` takes here fails by them, in turn and then by the last; they are listed as raised."""
+
+    def fail(*errors: Exception) -> list[Exception]:
+        raised: list[Exception] = []
+
+        def fails(*arguments: object) -> None:
+            raised.append(errors[min(len(raised), len(errors) - 1)])
+            raise raised[-1]
+
+        monkeypatch.setattr(type(choose_backend("auto", "fp32")[0]), "build", fails)
+        return raised
+
+    return fail
+
+
 @pytest.mark.parametrize("error", [AttributeError("no such method"), EngineFolderError("unet: an error of 0.3", "ask")])
 def test_auto_passes_over_what_fails_and_says_so(
     error: Exception, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -72,16 +93,14 @@ def test_auto_passes_over_what_fails_and_says_so(
 
 
 def test_what_auto_passed_over_is_not_tried_again_until_something_changes(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fail_first_choice: FailFirstChoice,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    auto, path, tries = BuildOptions(precision="fp32"), tmp_path / "e", []
-    backend = type(choose_backend("auto", "fp32")[0])
-
-    def fails(*arguments: object) -> None:
-        tries.append(1)
-        raise AttributeError("no such method")
-
-    monkeypatch.setattr(backend, "build", fails)
+    auto, path, backend = BuildOptions(precision="fp32"), tmp_path / "e", type(choose_backend("auto", "fp32")[0])
+    tries = fail_first_choice(AttributeError("no such method"))
     by_name = build_engine(tiny_checkpoint, path, BuildOptions(LAST_RESORT, "fp32")).folder
     assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 1
     caplog.clear()
@@ -109,15 +128,9 @@ def test_what_auto_passed_over_is_not_tried_again_until_something_changes(
 
 
 def test_an_engine_that_auto_has_built_anew_says_what_it_passed_over(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tmp_path: Path, fail_first_choice: FailFirstChoice
 ) -> None:
-    auto, backend, tries = BuildOptions(precision="fp32"), type(choose_backend("auto", "fp32")[0]), []
-
-    def fails(*arguments: object) -> None:
-        tries.append(1)
-        raise AttributeError("no such method")
-
-    monkeypatch.setattr(backend, "build", fails)
+    auto, tries = BuildOptions(precision="fp32"), fail_first_choice(AttributeError("no such method"))
     path = build_engine(tiny_checkpoint, tmp_path / "e", auto).folder.path
     assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 1
     (path / PASSED_OVER).write_text("{")
@@ -125,15 +138,9 @@ def test_an_engine_that_auto_has_built_anew_says_what_it_passed_over(
 
 
 def test_what_was_passed_over_stays_so_when_what_was_built_instead_is_built_again(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tmp_path: Path, fail_first_choice: FailFirstChoice
 ) -> None:
-    auto, backend, tries = BuildOptions(precision="fp32"), type(choose_backend("auto", "fp32")[0]), []
-
-    def fails(*arguments: object) -> None:
-        tries.append(1)
-        raise AttributeError("no such method")
-
-    monkeypatch.setattr(backend, "build", fails)
+    auto, tries = BuildOptions(precision="fp32"), fail_first_choice(AttributeError("no such method"))
     folder = build_engine(tiny_checkpoint, tmp_path / "e", auto).folder
     with (folder.networks / "unet.safetensors").open("ab") as file:
         file.write(b"damage")
@@ -144,20 +151,10 @@ def test_what_was_passed_over_stays_so_when_what_was_built_instead_is_built_agai
 
 
 def test_a_reason_that_force_has_found_gone_is_not_given_again(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tmp_path: Path, fail_first_choice: FailFirstChoice
 ) -> None:
-    auto, backend, tries = BuildOptions(precision="fp32"), type(choose_backend("auto", "fp32")[0]), []
-    errors = [
-        AttributeError("no such method"),
-        OutOfMemory("out of memory", "free some"),
-        AttributeError("no such method"),
-    ]
-
-    def fails(*arguments: object) -> None:
-        tries.append(1)
-        raise errors[len(tries) - 1]
-
-    monkeypatch.setattr(backend, "build", fails)
+    auto, lasting = BuildOptions(precision="fp32"), AttributeError("no such method")
+    tries = fail_first_choice(lasting, OutOfMemory("out of memory", "free some"), lasting)
     path = build_engine(tiny_checkpoint, tmp_path / "e", auto).folder.path
     assert build_engine(tiny_checkpoint, path, auto, force=True).was_current and len(tries) == 2
     assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 3
@@ -193,15 +190,9 @@ def test_other_libraries_may_change(
     ],
 )
 def test_memory_that_was_too_little_may_suffice_the_next_time(
-    error: Exception, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, tiny_checkpoint: Path, tmp_path: Path, fail_first_choice: FailFirstChoice
 ) -> None:
-    backend, tries = type(choose_backend("auto", "fp32")[0]), []
-
-    def fails(*arguments: object) -> None:
-        tries.append(1)
-        raise error
-
-    monkeypatch.setattr(backend, "build", fails)
+    tries = fail_first_choice(error)
     for count in (1, 2):
         result = build_engine(tiny_checkpoint, tmp_path / "e", BuildOptions(precision="fp32"))
         assert result.folder.manifest["backend"] == LAST_RESORT and len(tries) == count

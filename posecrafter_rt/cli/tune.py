@@ -69,7 +69,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.models.sources import locate_base
     from posecrafter_rt.models.weights import read_scheduler_config
     from posecrafter_rt.poses.openpose_json import read_openpose
-    from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
+    from posecrafter_rt.tuning import TuneOptions, load_clip, resolve_precision, tune
     from posecrafter_rt.video_io import video_size
 
     refuse_overwrite(output, force)  # before minutes of work, not after them
@@ -80,8 +80,9 @@ def tune(  # noqa: PLR0913 - one argument for each option
         gradient_checkpointing=gradient_checkpointing, controlvideo_weights=controlvideo_weights)  # fmt: skip
     all_poses = read_openpose(poses, allow_missing=True, canvas=video_size(video))
     shown_poses(all_poses, window, poses)
-    read_scheduler_config(locate_base(base))  # refuses what is not supported before the whole video is decoded
-    clip, clip_poses = load_clip(video, all_poses, picture_size or base_size(base), window, frames)
+    found = locate_base(base)
+    read_scheduler_config(found)  # refuses what is not supported before the whole video is decoded
+    clip, clip_poses = load_clip(video, all_poses, picture_size or found.settings().size, window, frames)
     ctx.meta[GOES_ON] = resume
     with step_progress("tuning") as on_step:
         checkpoint = tune(clip, clip_poses, output, options, force=force, resume=resume,

@@ -26,9 +26,9 @@ from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progr
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.openvino_linear import use_products
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
-from posecrafter_rt.engines.openvino_winograd import REWRITING, extend, last_line, missing_reason, use_winograd
+from posecrafter_rt.engines.openvino_winograd import REWRITING, extend, missing_reason, use_winograd
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
-from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.errors import EngineFolderError, last_line
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs

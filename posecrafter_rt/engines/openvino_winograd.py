@@ -23,7 +23,7 @@ from posecrafter_rt import config
 from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
 from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
 from posecrafter_rt.engines.openvino_patterns import added, has_filter, is_same, of_channels, orders, with_bias
-from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.errors import PoseCrafterError, last_line
 from posecrafter_rt.machine import cpu_features
 from posecrafter_rt.models.doubling import fold_doubling
 
@@ -291,8 +291,3 @@ def _trials(factory: Any) -> openvino.Model:
     outputs = [own(pixels), ours(), own(pixels), ours(tile=2), own(doubled), ours(times=2),
                own(active), ours(scale, shift, groups=4, eps=1e-5)]  # fmt: skip
     return openvino.Model(outputs, [pixels])
-
-
-def last_line(error: BaseException) -> str:
-    """What OpenVINO says at last: the lines before it name its source files."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
