@@ -86,6 +86,7 @@ class LivePage:
     def choose(self, source: str) -> None:
         """Drive the avatar with `Demo`, `File`, `Webcam` or `Joints`."""
         self.page.get_by_role("radio", name=source).check()
+        self.page.wait_for_selector(f"#{source.lower()}-panel")  # that of Joints once the avatar's own poses are there
 
     def _on_console(self, message: ConsoleMessage) -> None:
         if message.type == "error":

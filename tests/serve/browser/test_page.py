@@ -197,7 +197,8 @@ def test_a_recording_can_be_saved(serve: Serve, open_page: OpenPage, tmp_path: P
     page = open_page(serve().url())
     page.wait_for_link("Live")
     page.page.get_by_role("button", name="Record").click()
-    page.wait_for_text("#record-label", "Stop 0:01")
+    page.page.wait_for_timeout(1500)
+    page.wait_for_text("#record-label", "Stop 0:")
     page.page.get_by_role("button", name="Stop").click()
     with page.page.expect_download() as download:
         page.page.get_by_role("link", name="Save recording").click()
@@ -332,6 +333,7 @@ def test_every_control_can_be_reached_with_the_tab_key(serve: Serve, open_page: 
     page.page.keyboard.press("ArrowLeft")  # to the webcam, as arrow keys do in a group of radio buttons
     assert page.page.is_visible("#webcam-panel")
     page.page.keyboard.press("ArrowRight")
+    page.page.wait_for_selector("#joints-panel")
     page.page.evaluate("document.activeElement.blur()")
     reached = []
     for _ in range(14):
