@@ -75,6 +75,7 @@ web:
 
 # Imported from another folder in an environment that has numpy and nothing else: what is lean stays lean.
 wheel: $(STAMPS)/wheel
+	@test -e $(STATIC)/tracker || echo "note: the wheel leaves out the page's tracker, for $(STATIC)/tracker is not there; 'make web', then 'make wheel' adds it"
 
 $(STAMPS)/wheel: $(STAMPS)/dev $(PACKAGE_SOURCES) $(SOURCES) tests/wheel_check.py
 	$(call say,wheel: build$(comma) install into an empty environment$(comma) import)

@@ -2,8 +2,8 @@
 
 Bench: `python -m bench.engines [--base embedded] [--size 128x160] [--frames 1 4 16] [--json FILE] [--quick]` takes every
 backend and precision, and what `bench.onnx_engines` has; each is built, and called, in processes of its own, in turns. Writes
-results/engines-<base>-<size>-<device>.json and .md, or FILE and its .md; with --quick alone it only prints. `--base
-random-sd15` has the size of Stable Diffusion 1.5.
+results/engines-<base>-<size>-<device>.json and .md, or FILE and its .md; with --quick alone (two engines unless others are
+named, up to four frames) it only prints. `--base random-sd15` has the size of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from posecrafter_rt.models.loading import PoseModel, load_base
 from posecrafter_rt.spec import Architecture, network_specs
 
 REFERENCE = "torch fp32"
+QUICK = (REFERENCE, "openvino fp32")  # what takes minutes to build, as inductor does, only by name
 TARGET_SPEEDUP, TARGET_PSNR_DB = 5.0, 40.0  # of the fastest engine, against REFERENCE
 ARCHITECTURE = "architecture.json"
 Row = dict[str, Any]
@@ -94,7 +95,9 @@ def measure(job: Job, frame_counts: list[int], budget_s: float) -> Row:
     steps: dict[str, Row] = {}
     for frames in frame_counts:
         sizes = {"frames": frames, "groups": 1, "steps": 1, "window": 9, "height": job.size[0], "width": job.size[1]}
-        inputs = {name: random_inputs(specs[name], sizes) for name in ("controlnet", "unet")}
+        inputs = {name: {key: tensor.to(getattr(networks[name], "device", "cpu"))
+                         for key, tensor in random_inputs(specs[name], sizes).items()}
+                  for name in ("controlnet", "unet")}  # fmt: skip
 
         def step(inputs: dict[str, dict[str, Tensor]] = inputs) -> Tensor:
             residuals = networks["controlnet"](**inputs["controlnet"])
@@ -181,25 +184,28 @@ def judged(rows: list[Row], base: Row, counts: list[str]) -> list[str]:
             f"`{REFERENCE}` where it gains least. Target {TARGET_SPEEDUP:g}: {verdict}."]  # fmt: skip
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; --quick changes defaults, the rounds and the time for each engine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="embedded", help="as for `posecrafter-rt tune`, or random-sd15")
     parser.add_argument("--size", type=picture_size, default=(128, 160), help="HEIGHTxWIDTH in pixels")
-    parser.add_argument("--frames", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--frames", type=int, nargs="+")
     parser.add_argument(
         "--engines", nargs="+", choices=list(candidates()), metavar="NAME", help=f"else all; {REFERENCE} always"
     )
     parser.add_argument("--rounds", type=int, default=2)
-    add_output_arguments(parser, "half a second for each engine instead of four, one round")
-    return parser.parse_args()
+    add_output_arguments(parser, f"half a second for each engine instead of four, one round, {' and '.join(QUICK)}")
+    options = parser.parse_args(arguments)
+    options.frames = options.frames or ([1, 4] if options.quick else [1, 4, 16])
+    options.engines = options.engines or list(QUICK if options.quick else candidates())
+    return options
 
 
 def main() -> None:
     """Build, measure, write both files."""
     options = parse()
     budget_s, rounds = (0.5, 1) if options.quick else (4.0, options.rounds)
-    wanted = {REFERENCE, *(options.engines or candidates())}
+    wanted = {REFERENCE, *options.engines}
     reasons = {name: reason for name, reason in candidates().items() if name in wanted}
     with tempfile.TemporaryDirectory(prefix="engines-") as temporary:
         folder = Path(temporary)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from posecrafter_rt.building import BuildOptions
 from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
 from posecrafter_rt.embedded.people import sample_clip
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -46,6 +47,11 @@ def drawn_person(seed: int, num_unseen: int = 8) -> Subject:
     frames, keypoints, _ = sample_clip(rng, FRAMES + num_unseen, base_size("embedded"))
     poses = PoseSequence(keypoints, (frames.shape[1], frames.shape[2]))
     return Subject(f"a drawn person, {seed}", (frames[:FRAMES], poses[:FRAMES]), (frames[FRAMES:], poses[FRAMES:]))
+
+
+def engine_options(is_quick: bool) -> BuildOptions:
+    """What `auto` takes; where it should be quick `torch`, which is built in a second."""
+    return BuildOptions("torch") if is_quick else BuildOptions()
 
 
 HARDLY = {"steps": 10, "decoder_steps": 10, "small_decoder_steps": 10}

@@ -1,14 +1,18 @@
 """What each fusion around the attentions saves, by counting bytes, and which are kept.
 
-Bench: `python -m bench.fusions` prints the table of docs/operators.md; a count, nothing is run or timed.
+Bench: `python -m bench.fusions [--json FILE] [--quick]` prints the table of docs/operators.md and writes results/fusions.json
+and .md, or FILE and its .md; a count, nothing is run or timed.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from bench.hardware import REGISTERS
+from bench.report import add_output_arguments, publish
 from bench.workloads import FRAMES, LEVELS
 
 ELEMENT_BYTES = 2
@@ -80,19 +84,34 @@ def saved_bytes(fusion: Fusion, frames: int, tokens: int, channels: int) -> int:
     return fusion.saved(frames * frame, frame, channels)
 
 
-def table() -> str:
-    """The Markdown table: MB a call at each level, and a step's sum over the levels where it is a gain."""
-    levels = [f"{tokens} × {channels}" for tokens, channels in TEMPORAL_LEVELS]
-    header = ("fusion", "F", *levels, "a step", "kept")
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
+def count() -> list[dict[str, Any]]:
+    """A row for each fusion and number of frames: bytes a call at each level, and a step's sum over those with a gain."""
+    rows = []
     for fusion in FUSIONS:
         for frames in FRAMES:
             calls = [saved_bytes(fusion, frames, *level) for level in TEMPORAL_LEVELS]
-            step = CALLS * sum(max(0, saved) for saved in calls)
-            cells = [fusion.name, str(frames), *(f"{saved / 1e6:,.1f}" for saved in (*calls, step)), fusion.verdict]
-            lines.append("| " + " | ".join(cells) + " |")
+            rows.append({"fusion": fusion.name, "frames": frames, "call_bytes": calls,
+                         "step_bytes": CALLS * sum(max(0, saved) for saved in calls), "kept": fusion.verdict})  # fmt: skip
+    return rows
+
+
+def table() -> str:
+    """The Markdown table, in MB."""
+    levels = [f"{tokens} × {channels}" for tokens, channels in TEMPORAL_LEVELS]
+    header = ("fusion", "F", *levels, "a step", "kept")
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
+    for row in count():
+        saved = (f"{num_bytes / 1e6:,.1f}" for num_bytes in (*row["call_bytes"], row["step_bytes"]))
+        lines.append("| " + " | ".join((row["fusion"], str(row["frames"]), *saved, row["kept"])) + " |")
     return "\n".join(lines)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_output_arguments(parser, "no less: all is counted in a moment")
+    options = parser.parse_args()
+    publish("fusions", count(), table() + "\n", options.json, options.quick)
+
+
 if __name__ == "__main__":
-    print(table())
+    main()

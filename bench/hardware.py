@@ -36,6 +36,8 @@ GPUS = (
     Gpu("RTX 4090", 89, 128, 2.52e9, 1008e9, 5e12, 165e12, 82.6e12, 100 << 10, 99 << 10, 48, 24),
     Gpu("H100 SXM", 90, 132, 1.83e9, 3350e9, 5.5e12, 989e12, 494e12, 228 << 10, 227 << 10, 64, 32),
 )
+# By what NVIDIA's driver has in their names; an H200 is an H100 with more memory.
+NAMES = {"RTX 3090": "RTX 3090", "RTX 4090": "RTX 4090", "H100 80GB HBM3": "H100 SXM", "H200": "H100 SXM"}
 REGISTERS = 65536  # of a multiprocessor; handed out to warps in units of 256
 SHARED_RESERVED = 1024  # the system's share of a block's shared memory
 
@@ -56,3 +58,9 @@ def blocks_per_multiprocessor(gpu: Gpu, num_warps: int, registers: int, shared_b
 def roofline_s(gpu: Gpu, num_bytes: float, num_flops: float, element_bytes: int) -> float:
     """The time that memory or the tensor cores take at their peaks, whichever is longer."""
     return max(num_bytes / gpu.memory_bytes_per_s, num_flops / gpu.flops(element_bytes))
+
+
+def tensor_peak(name: str) -> float | None:
+    """16-bit FLOPs a second that a card's specification names, by the name that its driver gives, if it is listed."""
+    known = next((ours for theirs, ours in NAMES.items() if theirs in name), None)
+    return next((gpu.tensor_flops for gpu in GPUS if gpu.name == known), None)

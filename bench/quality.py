@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.footage import Subject, drawn_person, filmed_person, tune_person
+from bench.footage import Subject, drawn_person, engine_options, filmed_person, tune_person
 from bench.report import add_output_arguments, publish, table
 from bench.runs import forget_inversions, psnr
 from bench.timing import machine
@@ -136,7 +136,8 @@ def make_checkpoints(folder: Path, given: Path | None, is_quick: bool) -> Iterat
     tuned.tensors = {name: tensor for name, tensor in tuned.tensors.items() if not name.startswith("vae.")}
     tuned.save(folder / "own_decoder.ckpt")
     yield OWN_DECODER, folder / "own_decoder.ckpt"
-    yield CLIP_SCOPE, tune_person(folder / "clip.ckpt", is_quick=is_quick, norm_scope="clip")
+    if not is_quick:
+        yield CLIP_SCOPE, tune_person(folder / "clip.ckpt", norm_scope="clip")
 
 
 def run_timed(
@@ -145,7 +146,7 @@ def run_timed(
     """Render a person by every preset, or with features kept over steps: what rendered it, and the variants."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = tune_person(Path(folder) / "tuned.ckpt", given, subject=subject, is_quick=is_quick)
-        built = build_engine(checkpoint, Path(folder) / "tuned.engine").folder
+        built = build_engine(checkpoint, Path(folder) / "tuned.engine", engine_options(is_quick)).folder
         with Avatar.load(built.path) as avatar:
             engine = {name: built.manifest[name] for name in ("backend", "precision")}
             variants = {name: options for name, options in timed_variants(is_reuse).items()
@@ -164,7 +165,8 @@ def run(subject: Subject, steps: int, given: Path | None, is_quick: bool) -> dic
             if name != TUNED:
                 variants = {name: options for name, options in variants.items() if name.startswith("mode")}
             print(f"# {name}", file=sys.stderr)
-            with Avatar.load(build_engine(checkpoint, Path(folder) / f"{number}.engine").folder.path) as avatar:
+            built = build_engine(checkpoint, Path(folder) / f"{number}.engine", engine_options(is_quick)).folder
+            with Avatar.load(built.path) as avatar:
                 results[name] = measure(avatar, poses, frames, variants)
     return results
 
@@ -220,7 +222,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=0, help="of --presets: so many drawn people, too")
     parser.add_argument("--stride", type=int, default=1, help="every so many-th frame of the footage")
     parser.add_argument("--rounds", type=int, default=3, help="of --presets and --reuse, whose least time counts")
-    add_output_arguments(parser, "two frames of a person who is hardly tuned unless one is given, 10 steps, one round")
+    add_output_arguments(parser, "two frames, hardly tuned if no checkpoint is given, `torch`, 10 steps, one round")
     options = parser.parse_args()
     if options.quick:
         options.stride, options.steps, options.rounds = QUICK_STRIDE, 10, 1

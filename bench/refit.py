@@ -2,8 +2,8 @@
 
 Bench: `python -m bench.refit [--base embedded] [--size HxW] [--backend NAME …] [--json FILE] [--quick]` takes every
 backend that can run here, each build in a process of its own, and writes results/refit-<base>-<device>.json and .md, or
-FILE and its .md; with --quick alone (one round, without `inductor`) it only prints. `--base random-sd15` has the size of
-Stable Diffusion 1.5.
+FILE and its .md; with --quick alone (one round, `torch` unless others are named) it only prints. `--base random-sd15` has
+the size of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from posecrafter_rt.tuning_losses import decoder_parameters
 
 Row = dict[str, Any]
 TARGET_S = 5.0  # of a refit
-SLOW = "inductor"  # to compile the first takes minutes
+QUICK = "torch"  # the others take most of a minute, or minutes, to build the first
 WAYS = {"first_s": "first, nothing cached", "anew_s": "second, anew", "refit_s": "second, refitted"}
 
 
@@ -119,9 +119,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
     parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
     parser.add_argument("--backend", nargs="+", choices=names(), help="else all that can run here")
-    add_output_arguments(parser, f"one round, without {SLOW}")
+    add_output_arguments(parser, f"one round, of {QUICK} unless others are named")
     options = parser.parse_args()
-    options.backend = options.backend or [name for name in names() if not (options.quick and name == SLOW)]
+    options.backend = options.backend or ([QUICK] if options.quick else names())
     return options
 
 

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from bench.contenders import METHODS, Job, Render
-from bench.plain import Baseline, to_diffusers
+from bench.plain import Baseline, Networks, to_diffusers
 from bench.runs import Stages
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines.base import TORCH_DTYPES
@@ -39,14 +39,19 @@ def load_model(tuned: Checkpoint, job: Job) -> PoseModel:
     return tuned.load_model(dtype=TORCH_DTYPES[job.precision]).to(device=torch_device())
 
 
+def compile_denoisers(networks: Networks, backend: str = "inductor") -> Networks:
+    """The same networks, what runs at every step under torch.compile."""
+    compiled: dict[str, Any] = {name: torch.compile(getattr(networks, name), backend=backend)
+                                for name in ("unet", "controlnet")}  # fmt: skip
+    return replace(networks, **compiled)
+
+
 def load_baseline(job: Job) -> Render:
     """ControlVideo's algorithm, or PoseCrafter as published."""
     tuned = Checkpoint.load(job.checkpoint)
     baseline = Baseline(load_model(tuned, job), tuned.metadata["prompt"])
     if job.method == METHODS["compile"]:
-        networks = baseline.networks
-        compiled: dict[str, Any] = {name: torch.compile(getattr(networks, name)) for name in ("unet", "controlnet")}
-        baseline.networks = replace(networks, **compiled)
+        baseline.networks = compile_denoisers(baseline.networks)
     algorithm = baseline.published if job.method == "published" else baseline.plain
 
     def render(target: PoseSequence, num_inference_steps: int) -> tuple[np.ndarray, dict[str, float], int]:

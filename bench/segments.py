@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.footage import load_footage, tune_person
+from bench.footage import engine_options, load_footage, tune_person
 from bench.report import add_output_arguments, publish, table
 from bench.runs import psnr
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
-from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.building import build_engine
 from posecrafter_rt.demo.footage import TARGET
 from posecrafter_rt.demo.run import scores
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -101,7 +101,7 @@ def run(steps: int, num_frames: int | None, splits: Any, given: Path | None, is_
     target, truth = poses[TARGET][:num_frames], frames[TARGET][:num_frames]
     with tempfile.TemporaryDirectory(prefix="segments-") as folder:
         checkpoint = tune_person(Path(folder) / "tuned.ckpt", given, is_quick=is_quick)
-        built = build_engine(checkpoint, Path(folder) / "tuned.engine", BuildOptions()).folder
+        built = build_engine(checkpoint, Path(folder) / "tuned.engine", engine_options(is_quick)).folder
         with Avatar.load(built.path) as avatar:
             rows = compare(avatar, target, truth, steps, splits)
     return {"machine": machine(), "engine": f"{built.manifest['backend']} {built.manifest['precision']}", "steps": steps,

@@ -28,7 +28,7 @@ from posecrafter_rt.demo.run import scores
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.stream_options import StreamOptions
 
-STEPS, WINDOWS = (1, 2, 4), (0, 2, 8)
+STEPS, WINDOWS = (1, 2, 4, 8), (0, 2, 8)
 QUICK_FRAMES, QUICK_STEPS, QUICK_WINDOWS, QUICK_OFFLINE_STEPS = 16, (2, 4), (0, 4), 20
 Row = dict[str, Any]
 

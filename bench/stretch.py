@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.footage import load_footage, tune_person
+from bench.footage import engine_options, load_footage, tune_person
 from bench.report import add_output_arguments, publish, table
 from bench.runs import psnr
 from bench.timing import machine
@@ -99,7 +99,8 @@ def run(options: argparse.Namespace) -> Row:
     with tempfile.TemporaryDirectory(prefix="stretch-") as folder:
         if engine is None:
             checkpoint = tune_person(Path(folder) / "tuned.ckpt", options.checkpoint, is_quick=options.quick)
-            engine = build_engine(checkpoint, Path(folder) / "tuned.engine").folder.path
+            built = build_engine(checkpoint, Path(folder) / "tuned.engine", engine_options(options.quick))
+            engine = built.folder.path
         with Avatar.load(engine) as avatar:
             manifest = avatar.folder.manifest
             rows = [row for stretch in stretches for row in compare(avatar, footage, poses, *stretch, preset)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,18 @@ class BlobCache:
             log.warning("not kept for the next time: %s", error)
 
     def _prune(self) -> None:
-        facts = [(path.stat(), path) for path in self.folder.glob("*.blob")]
+        facts = [(stat, path) for path in self.folder.glob("*.blob") if (stat := _stat(path)) is not None]
         by_age = sorted(facts, key=lambda fact: fact[0].st_mtime_ns, reverse=True)
         until = accumulate(stat.st_size for stat, _ in by_age)
         for count, ((_, path), num_bytes) in enumerate(zip(by_age, until, strict=True)):
             is_too_much = self.max_bytes is not None and num_bytes > self.max_bytes
             if count >= MAX_FILES or (count and is_too_much):  # the newest stays, whatever its size
                 path.unlink(missing_ok=True)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """None for a file that another process has just removed."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None

@@ -39,7 +39,7 @@ def prefill(model: PoseModel, arch: Architecture, graphs: BlobCache, progress: C
     Args: model: folded, float32, on the CPU. progress: told that there is something to wait for.
     """
     networks, specs = model.networks(), network_specs(arch)
-    missing = [name for name in networks if not graphs.holds(graph_key(networks[name], specs[name], arch))]
+    missing = missing_graphs(model, arch, graphs)
     missing.sort(key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST))
     num_workers = count_workers(len(missing))
     if num_workers == 0 or not _is_writable(graphs.folder):
@@ -54,6 +54,12 @@ def prefill(model: PoseModel, arch: Architecture, graphs: BlobCache, progress: C
     with start_workers(num_workers, json.dumps(task), missing) as names:
         for name in names:
             export_graph(networks[name], specs[name], arch, graphs)
+
+
+def missing_graphs(model: PoseModel, arch: Architecture, graphs: BlobCache) -> list[str]:
+    """The networks that are still to be traced, by name; no graph is read for it."""
+    networks, specs = model.networks(), network_specs(arch)
+    return [name for name in networks if not graphs.holds(graph_key(networks[name], specs[name], arch))]
 
 
 def count_workers(num_missing: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from posecrafter_rt.avatar_networks import Networks, check_runs_here
 from posecrafter_rt.avatar_once import KEPT, ComputedOnce
 from posecrafter_rt.engine_training import read_training
-from posecrafter_rt.engines import SAMPLED_AHEAD, Engine
+from posecrafter_rt.engines import SAMPLED_AHEAD, Engine, Precision
 from posecrafter_rt.engines.folder import EngineFolder, open_folder
 from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
@@ -31,7 +31,7 @@ from posecrafter_rt.runtime.ahead import Ahead, Sampled
 from posecrafter_rt.runtime.memory import choose_segment, explained, warn_unless_fits
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.prepare import prepare_clip
-from posecrafter_rt.runtime.presets import bundle
+from posecrafter_rt.runtime.presets import STREAM_PRESETS, bundle
 from posecrafter_rt.runtime.progress import OnStep, ignore, naming_segment
 from posecrafter_rt.runtime.recent import Recent
 from posecrafter_rt.runtime.render import blend, decode, render_clip
@@ -76,7 +76,7 @@ class Avatar:
         self.frames, self.poses = read_training(folder.path)
         self.last_report: RenderReport | None = None
         self._once = ComputedOnce(self.networks, self.frames, self.poses)
-        self._stream_references = Recent[StreamReference](KEPT)
+        self._stream_references = Recent[tuple[StreamReference, Precision]](KEPT)
 
     @classmethod
     def load(cls, path: str | Path) -> Avatar:
@@ -168,7 +168,8 @@ class Avatar:
         segment_length = self.networks.checked_segment(len(target), options)
         split = Split(len(target), segment_length, options.overlap)
         report = RenderReport(options=options, num_frames=len(target), num_resumed=len(finished),
-                              segment_reason=None if choice is None else choice.reason)  # fmt: skip
+                              segment_reason=None if choice is None else choice.reason,
+                              adjustments=[] if choice is None else choice.adjustments())  # fmt: skip
         for part in finished:
             report.add(part, split.settle(part.adjustments))
         with explained(options):
@@ -190,17 +191,19 @@ class Avatar:
         self.last_report = report
 
     def stream(
-        self, options: StreamOptions | None = None, *, calibration: PoseSequence | None = None, **changes: Any
-    ) -> AvatarStream:
+        self, options: StreamOptions | None = None, *, preset: str = "balanced",
+        calibration: PoseSequence | None = None, **changes: Any,
+    ) -> AvatarStream:  # fmt: skip
         """Follow poses as they come, one frame each: `AvatarStream.step`.
 
         The first stream of some options inverts and samples the reference, which later ones share. Frames of a stream
         attend to the reference and to past frames only, which a joint render's do not: an approximation of it.
-        Args: options, or single options by name: see `StreamOptions`. calibration: poses such as will come, by which the
-            reference is chosen (Eq. 5), on any canvas; None: the training pose that is nearest to all others.
+        Args: options, or single options by name: see `StreamOptions`; preset: a name of `STREAM_PRESETS`, a bundle of them
+            that those given by name beside it overrule. calibration: poses such as will come, by which the reference is
+            chosen (Eq. 5), on any canvas; None: the training pose that is nearest to all others.
         Raises: PoseCrafterError for bad options, and for a checkpoint whose statistics run over all frames of a clip.
         """
-        options = replace(options or StreamOptions(), **changes)
+        options = replace(options or StreamOptions(), **{**bundle(preset, STREAM_PRESETS), **changes})
         if self.folder.manifest["norm_scope"] != "frame":
             raise PoseCrafterError("this checkpoint cannot stream: its GroupNorm takes statistics over all frames together",
                                    "tune with norm_scope frame")  # fmt: skip
@@ -209,12 +212,14 @@ class Avatar:
         recommended = self.folder.manifest["recommended"]["strength"]
         render = self.resolve(options.as_render(recommended, self.has_small_decoder))
         self.networks.check(replace(render, unet_every=options.unet_every))
-        self.networks.use(self.networks.built)  # a render may have let go of them
-        reference = self._stream_references.get((index, render), lambda: self._sample_reference(index, render))
+        reference, precision = self._stream_references.get(
+            (index, render), lambda: self._sample_reference(index, render)
+        )
+        self.networks.use(precision)  # a render may have let go of them, or have come to another
         return AvatarStream(self.engines, reference, options)
 
-    def _sample_reference(self, index: int, options: RenderOptions) -> StreamReference:
-        """What all streams share whose sampling is that of a render with these options."""
+    def _sample_reference(self, index: int, options: RenderOptions) -> tuple[StreamReference, Precision]:
+        """What all streams share whose sampling is that of a render with these options, and the precision that it took."""
         report = RenderReport(options=options, num_frames=1, reference_index=index)
         inverted = self._inverted_latents(report, ignore)
         schedule, start = self.schedules["dpmpp"], options.start_step
@@ -225,8 +230,9 @@ class Avatar:
             dpmpp_terms(schedule, options.num_inference_steps, start_step=start)[start:],
             options.conditioning_scale,
         )
-        return sample_reference(self.engines, sampling, inverted, self.poses.keypoints[index], self.size,
-                                options.decoder)  # fmt: skip
+        reference = sample_reference(self.engines, sampling, inverted, self.poses.keypoints[index], self.size,
+                                     options.decoder)  # fmt: skip
+        return reference, self.networks.needed(report)[0]
 
     def choose_segment(self, num_frames: int, options: RenderOptions) -> SegmentChoice:
         """Frames of a segment for a clip of so many, by the memory that is free now, and how many neighbours share.

@@ -18,7 +18,15 @@ from posecrafter_rt.engines.device import DRIVER, is_driver_older
 from posecrafter_rt.engines.folder import EngineFolder, in_use, rebuild_command, rebuild_hint
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.machine import library_versions
-from posecrafter_rt.runtime.memory import Room, explained, frame_bytes, free_bytes, let_go
+from posecrafter_rt.runtime.memory import (
+    COPIES_IN_PARTS,
+    InParts,
+    Room,
+    explained,
+    frame_bytes,
+    free_bytes,
+    let_go,
+)
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import Adjustment
@@ -109,7 +117,7 @@ class Networks:
         loaded when they are first called, or be files mapped to memory, whose pages count as free; and what runs in 16 bits
         there may be float32 in between.
         """
-        manifest, reserved, element_bytes, lighter = self.folder.manifest, 0, 4, None
+        manifest, reserved, element_bytes, lighter, in_parts = self.folder.manifest, 0, 4, None, None
         backend = manifest["backend"]
         if manifest["device"]["type"] == "cuda":
             if not self.engines:
@@ -122,8 +130,19 @@ class Networks:
             reserved = int(self._stored_bytes("*") * (1 if self.has_run else HELD_FOLD.get(backend, 1)))
             if (backend, self.built) != LIGHTEST:
                 lighter = self._rebuild(backend=LIGHTEST[0], precision=LIGHTEST[1])
-        per_frame = frame_bytes(self.architecture, tuple(manifest["size"]), options.groups, element_bytes)
-        return Room(free_bytes(manifest["device"]["type"]), reserved, per_frame, self.architecture.max_frames, lighter)
+        arch, size = self.architecture, tuple(manifest["size"])
+        per_frame = frame_bytes(arch, size, options.groups, element_bytes)
+        if backend in IN_PARTS and manifest["norm_scope"] == "frame":  # else convolutions are not
+            frames_at_once = -(-LEAST_TOKENS // self._frame_tokens())  # rounded up
+            in_parts = InParts(LEAST_TOKENS, frame_bytes(arch, size, options.groups, element_bytes, COPIES_IN_PARTS),
+                               frames_at_once * per_frame)  # fmt: skip
+        return Room(free_bytes(manifest["device"]["type"]), reserved, per_frame, arch.max_frames, lighter, in_parts)
+
+    def _frame_tokens(self) -> int:
+        """Positions of a frame at the widest level that has transformer blocks."""
+        arch, (height, width) = self.architecture, self.folder.manifest["size"]
+        scale = arch.vae_scale_factor * min(level for layers in arch.keyframe_layers for _, level in layers)
+        return int((height // scale) * (width // scale))
 
     def _stored_bytes(self, pattern: str) -> int:
         """Of the networks' files of such names, but for those of a stream, which a render does not read."""
@@ -171,10 +190,7 @@ class Networks:
         Args: num_frames: that the denoisers are given at once, the inserted reference and all prompts counted; at_once: the
             tokens that blocks did, as `needed` has it.
         """
-        arch, (height, width) = self.architecture, self.folder.manifest["size"]
-        scale = arch.vae_scale_factor * min(level for layers in arch.keyframe_layers for _, level in layers)
-        num_tokens = num_frames * (height // scale) * (width // scale)
-        halved = min(at_once or FEED_FORWARD_TOKENS, num_tokens) // 2
+        halved = min(at_once or FEED_FORWARD_TOKENS, num_frames * self._frame_tokens()) // 2
         if self.folder.manifest["backend"] not in IN_PARTS or halved < LEAST_TOKENS:
             return None
         return {"frame": frame, "tokens_at_once": halved, "reason": reason}

@@ -39,12 +39,16 @@ class ComputedOnce:
 
     def tables(self, timesteps: np.ndarray, prompts: list[str]) -> Tables:
         """Of int64 timesteps, noisiest first, and of one prompt a group."""
-        engines, precision = self.networks.engines, self.networks.precision
+        engines, computed = self.networks.engines, self._computed_by()
         return Tables(
-            self._time_tables.get((precision, timesteps.tobytes()), lambda: time_tables(engines, timesteps)),
+            self._time_tables.get((computed, timesteps.tobytes()), lambda: time_tables(engines, timesteps)),
             self._text_tables.get(
-                (precision, *prompts), lambda: text_tables(engines, self.tokenizer(prompts))),
+                (computed, *prompts), lambda: text_tables(engines, self.tokenizer(prompts))),
         )  # fmt: skip
+
+    def _computed_by(self) -> tuple[Precision | None, tuple[int, ...]]:
+        """What the networks' outputs depend on beside their inputs, and what may change between two renders."""
+        return self.networks.precision, tuple(self.networks.threads)
 
     def prepared(self, reference: int, inverted_latents: Tensor, timesteps: np.ndarray, prompts: list[str]) -> Prepared:
         """All of a render with this training frame as its reference that its segments share."""
@@ -54,7 +58,7 @@ class ComputedOnce:
     def _reference_embedding(self, reference: int) -> Tensor:
         """Of a training frame's pose, (1, C, h, w)."""
         networks, poses = self.networks, PoseSequence(self.poses.keypoints[[reference]], self.poses.canvas)
-        return self._embeddings.get((networks.precision, reference),
+        return self._embeddings.get((self._computed_by(), reference),
                                     lambda: embed_poses(networks.engines, poses, poses.canvas).contiguous())  # fmt: skip
 
     def inverted_latents(
@@ -68,7 +72,7 @@ class ComputedOnce:
         networks, options = self.networks, report.options
         cache, precision = InversionCache(networks.folder.inversions), networks.built
         keys = {name: inversion_key(networks.folder.manifest, schedule, options, precision=name,
-                                    frame=report.reference_index, prompt=prompt)
+                                    frame=report.reference_index, prompt=prompt, threads=networks.threads)
                 for name in (precision, WIDER)}  # fmt: skip
         cached = {name: cache.load(key) for name, key in keys.items()}
         report.inversion_cached = any(inverted is not None for inverted in cached.values())

@@ -48,6 +48,8 @@ EXPORTING = ("onnx-ir", "onnxscript")
 # What else an engine is made by; what it needs to be loaded, too, is `Backend.libraries`.
 BUILT_WITH = {"openvino": EXPORTING, "tensorrt": (*EXPORTING, "triton")}
 SOURCES = ("models", "ops", "kernels", "export", "engines")  # whose code decides what an engine holds
+# Of the manifest: what differs from one person's engine to another's, and takes no time.
+OF_A_PERSON = ("fingerprint", "checkpoint", "base", "base_hash", "prompt", "steps", "seed", "loras", "small_decoder")
 OF_THE_MACHINE = (OSError, MemoryError, DiskFull)  # what would end any backend's build
 
 log = logging.getLogger(__name__)
@@ -211,8 +213,7 @@ def _build(
     current = _current(output, fingerprint)
     if current is not None:
         return BuildResult(current, True, why)
-    decisive = ("backend", "precision", "size", "base_hash")
-    stages = StageLog({"is_refit": source is not None, **{name: manifest[name] for name in decisive}})
+    stages = StageLog(_kind_of_build(manifest, tuned, source is not None))
 
     def on_stage(stage: str) -> None:
         progress(stage, stages.begin(stage))
@@ -232,6 +233,7 @@ def _build(
         networks.mkdir()
         if source is None:
             with _passing_over(backend, fingerprint, is_auto):
+                stages.set_missing(backend.num_missing(model, arch, precision))
                 backend.build(model, arch, networks, precision, on_stage)
         else:
             with in_use(source):
@@ -306,6 +308,19 @@ def _describe(
         "libraries": {"python": platform.python_version(), **library_versions(libraries_of(backend))},
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
         **({"loras": [lora.describe() for lora in loras]} if loras else {}),
+    }  # fmt: skip
+
+
+def _kind_of_build(manifest: Mapping[str, Any], tuned: Checkpoint, is_refit: bool) -> dict[str, Any]:
+    """What decides how long a build takes and is known before the base is loaded: all that decides what is built, but for whose.
+
+    Names and shapes of the tuned tensors stand for the base's architecture.
+    """
+    decisive = {name: value for name, value in manifest.items() if name not in OF_A_PERSON}
+    shapes = {name: list(tensor.shape) for name, tensor in tuned.tensors.items()}
+    return {
+        **decisive, "sources": source_digest(*SOURCES), "is_refit": is_refit, "tuned": shapes,
+        "other_decoder": "small_decoder" in manifest,
     }  # fmt: skip
 
 

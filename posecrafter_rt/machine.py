@@ -11,7 +11,9 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -71,6 +73,58 @@ def counted_peak_bytes() -> int | None:
     """The largest resident memory since `count_peak_anew`, where that could; None where the system does not say."""
     peak = _numbers(_STATUS).get("VmHWM:")
     return None if peak is None else peak * 1024
+
+
+SAMPLE_SECONDS = 0.2  # a compiler's or a tracer's peak lasts longer
+
+
+@contextmanager
+def watched_peak() -> Iterator[Callable[[], int]]:
+    """Yields a function: the most memory that this process and those it has started have held at once, in bytes.
+
+    Of this process it is `peak_rss_bytes`. The sum is sampled, where the system is Linux; elsewhere others are not counted.
+    """
+    most, has_ended = 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal most
+        most = max(most, _held_bytes())
+
+    def watch() -> None:
+        while not has_ended.wait(SAMPLE_SECONDS):
+            sample()
+
+    def peak() -> int:
+        sample()
+        return max(most, peak_rss_bytes())
+
+    thread = threading.Thread(target=watch, name="watched_peak", daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        has_ended.set()
+        thread.join()
+
+
+def _held_bytes() -> int:
+    """Resident memory of this process, and of those below it what is their own: they mostly map the same libraries."""
+    below, kilobytes = list(_children(os.getpid())), _numbers(_STATUS).get("VmRSS:", 0)
+    while below:
+        process = below.pop()
+        kilobytes += _numbers(Path(f"/proc/{process}/status")).get("RssAnon:", 0)
+        below += _children(process)
+    return kilobytes * 1024
+
+
+def _children(process: int) -> Iterator[int]:
+    """The processes that a process has started and that still run."""
+    try:
+        threads = os.listdir(f"/proc/{process}/task")
+    except OSError:  # it has ended, or this is not Linux
+        return
+    for thread in threads:
+        yield from map(int, _text(Path(f"/proc/{process}/task/{thread}/children")).split())
 
 
 def return_freed_memory() -> None:

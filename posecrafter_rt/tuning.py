@@ -36,6 +36,7 @@ from posecrafter_rt.models.loading import (
 from posecrafter_rt.models.small_decoder import describe_config, new_small_decoder
 from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.poses.shown import shown_poses
 from posecrafter_rt.tuning_losses import (
     Lessons,
     TrainingSet,
@@ -307,16 +308,13 @@ def _begin(model: PoseModel, metadata: dict[str, Any], options: TuneOptions) -> 
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return _Run(
-        {
-            "denoiser": metadata["steps"],
-            "decoder": metadata["decoder_steps"],
-            "small decoder": metadata["small_decoder_steps"],
-        },
+        {"denoiser": metadata["steps"], "decoder": metadata["decoder_steps"],
+         "small decoder": metadata["small_decoder_steps"]},
         trained,
         torch.optim.AdamW(groups, weight_decay=settings.weight_decay),
         torch.amp.GradScaler(options.device, enabled=options.precision == "fp16"),
         torch.Generator().manual_seed(options.seed),
-    )
+    )  # fmt: skip
 
 
 def _step(model: PoseModel, data: TrainingSet, run: _Run, options: TuneOptions, schedule: DDIMSchedule) -> None:
@@ -392,9 +390,10 @@ def load_clip(
 ) -> tuple[np.ndarray, PoseSequence]:
     """The frames of `window` at `size` (scaled to cover, centre-cropped), or those that `choose_frames` takes; their poses.
 
-    Raises: VideoError; PoseError when the video and the poses do not have the same number of frames.
+    Raises: VideoError; PoseError when the video and the poses do not have the same number of frames, and as `shown_poses`.
     """
-    chosen = np.arange(len(poses))[window][choose_frames(len(poses[window]), num_wanted or len(poses))]
+    num_shown = len(shown_poses(poses, window, video))
+    chosen = np.arange(len(poses))[window][choose_frames(num_shown, num_wanted or num_shown)]
     frames = [resize_to(frame, size) if i in chosen else None for i, frame in enumerate(stream_video(video)[0])]
     check_one_pose_a_frame(video, len(frames), len(poses))
     return np.stack([frame for frame in frames if frame is not None]), transform_keypoints(poses, size)[chosen]

@@ -236,7 +236,7 @@ def test_a_segment_that_float16_does_not_hold_is_done_once_more(
     with Avatar.load(narrow / "fp16.engine") as avatar:
         forget_inversions(avatar)
         key = inversion_key(avatar.folder.manifest, avatar.schedules["ddim"], avatar.resolve(options), frame=reference,
-                            prompt=avatar.prompt, precision="fp16")  # fmt: skip
+                            prompt=avatar.prompt, precision="fp16", threads=avatar.networks.threads)  # fmt: skip
         InversionCache(avatar.folder.inversions).save(key, inverted)
         whole = render_to_files(avatar, POSES, tmp_path / "whole.mp4", options)
         (adjustment,) = whole["adjustments"]

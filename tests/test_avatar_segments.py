@@ -18,8 +18,10 @@ from posecrafter_rt.avatar_once import KEPT
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.rendering import render_to_files
+from posecrafter_rt.runtime.memory import USED_SHARE
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.segments import split_clip
+from posecrafter_rt.video_io import VideoWriter
 from tests.tiny import SIZE, Watched, break_off, some_poses
 
 SEGMENTS = {"num_inference_steps": 2, "segment": 6, "overlap": 2}
@@ -146,6 +148,61 @@ def test_automatic_segments_are_those_that_fit(avatar: Avatar, monkeypatch: pyte
     assert np.array_equal(split, avatar.render(poses, **SEGMENTS))
 
 
+def test_automatic_segments_come_after_the_whole_clip_in_parts(
+    avatar: Avatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for 13.5 frames at once: the reference and 13 fit in parts alone. An unfinished render keeps to that."""
+    changes = {**SEGMENTS, "inversion_substeps": 1}
+    poses, options = some_poses(13), RenderOptions(**{**changes, "segment": "auto"})
+    whole = avatar.render(poses, **{**changes, "segment": None})
+    monkeypatch.setattr("posecrafter_rt.avatar_networks.LEAST_TOKENS", 512)  # two frames
+    room = avatar.networks.room(avatar.resolve(options))
+
+    def give_frames(num_frames: float) -> None:
+        free = (room.reserved + num_frames * room.per_frame) / USED_SHARE
+        monkeypatch.setattr("posecrafter_rt.avatar_networks.free_bytes", lambda device_type: int(free))
+
+    give_frames(13.5)
+    in_parts = avatar.render(poses, options)
+    assert avatar.last_report is not None and avatar.networks.tokens_at_once == 512
+    report = avatar.last_report.to_json()
+    assert report["segments"] == [13] and "segment" not in report["approximations"]
+    assert [adjustment["tokens_at_once"] for adjustment in report["adjustments"]] == [512]
+    assert "the whole clip fits in parts" in report["segment_reason"] and not report["claims_byte_equality"]
+    assert abs(in_parts.astype(int) - whole).max() <= 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoWriter, "write", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            render_to_files(avatar, poses, tmp_path / "out.mp4", options)
+    give_frames(99)
+    resumed = render_to_files(avatar, poses, tmp_path / "out.mp4", options)
+    assert resumed["num_resumed"] == 1
+    for name in ("segments", "adjustments", "segment_reason", "claims_byte_equality"):
+        assert resumed[name] == report[name], name
+
+    for change in ("too little", "an engine that cannot"):
+        give_frames(5 if change == "too little" else 13.5)
+        monkeypatch.setattr("posecrafter_rt.avatar_networks.IN_PARTS", ("torch",) if change == "too little" else ())
+        avatar.render(poses, options)
+        assert avatar.last_report.num_segments > 1 and not avatar.last_report.adjustments, change
+
+
+def broken_off(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_with_guidance_both_passes_are_one_call(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of twice the frames, the reference among them, at every step; the inversion has neither guidance nor other frames."""
+    forget_inversions(avatar)
+    seen: dict[str, list[int]] = {"controlnet": [], "unet": []}
+    for name, calls in seen.items():
+        monkeypatch.setitem(avatar.engines, name, Watched(avatar.engines[name], calls))
+    avatar.render(some_poses(4), num_inference_steps=3, inversion_substeps=1, strength=1.0, guidance_scale=3.0)
+    for name, calls in seen.items():
+        assert calls == [1] * 3 + [2 * (1 + 4)] * 3, name
+
+
 @pytest.mark.parametrize("mode", ["controlvideo", "+selection"])
 def test_modes_without_a_common_key_frame_are_not_split(avatar: Avatar, mode: str) -> None:
     with pytest.raises(PoseCrafterError, match="no key frame is common"):
@@ -184,6 +241,26 @@ def test_what_another_number_of_threads_goes_on_with_claims_no_equal_bytes(
         torch.set_num_threads(before)
     assert report["num_resumed"] == 1 and report["threads"] == threads
     assert report["claims_byte_equality"] == (len(threads) == 1)
+
+
+def test_another_number_of_threads_computes_all_of_its_own(avatar: Avatar) -> None:
+    """What another number has left in the folder or in memory may be rounded otherwise: bytes would depend on what ran before."""
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU it does not matter")
+    before, seen = torch.get_num_threads(), []
+    forget_inversions(avatar)
+    try:
+        for threads in (1, 2, 1, 2):
+            torch.set_num_threads(threads)
+            avatar.render(some_poses(3), num_inference_steps=1, inversion_substeps=1)
+            assert avatar.last_report is not None
+            once = avatar._once
+            kept = len(once._text_tables), len(once._time_tables), len(once._embeddings)
+            seen.append((avatar.last_report.inversion_cached, kept))
+    finally:
+        torch.set_num_threads(before)
+    (first, (texts, times, poses)), *others = seen
+    assert not first and others == [(False, kept := (2 * texts, 2 * times, 2 * poses)), (True, kept), (True, kept)]
 
 
 def test_no_part_of_the_package_reads_the_clock_on_the_wall() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from posecrafter_rt.machine import (
     counted_peak_bytes,
     peak_rss_bytes,
     return_freed_memory,
+    watched_peak,
 )
 
 MIB = 1 << 20
@@ -99,6 +102,43 @@ def test_a_peak_that_is_counted_anew_forgets_what_was_before_and_the_process_doe
     counted = counted_peak_bytes()
     assert counted is not None and counted > begun + size // 4
     assert len(memory) and peak_rss_bytes() >= most  # although the system has forgotten
+
+
+# A process that starts another, which holds memory until it is told to go.
+HOLDS = """
+import subprocess, sys
+holds = "memory = b'1' * (256 << 20); print('held', flush=True); input()"
+subprocess.run([sys.executable, "-c", holds], stdin=sys.stdin, check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other processes are counted on Linux alone")
+def test_a_watched_peak_counts_what_was_started_too_also_once_it_has_ended() -> None:
+    with watched_peak() as peak:
+        before = peak()
+        with subprocess.Popen([sys.executable, "-c", HOLDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"held\n"
+            during = peak()
+            process.communicate(b"\n")
+        own = peak_rss_bytes()
+        # The largest peak of this process may have been long ago, and the sum is of memory that is held at once.
+        assert during >= before >= own - MIB and during >= resident_bytes() + 200 * MIB
+        assert process.returncode == 0 and peak() >= during
+
+
+def test_it_is_watched_without_being_asked_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled, most = threading.Event(), 7 << 50
+
+    def held() -> int:
+        sampled.set()
+        return most
+
+    monkeypatch.setattr("posecrafter_rt.machine._held_bytes", held)
+    with watched_peak() as peak:
+        assert sampled.wait(60)
+        monkeypatch.setattr("posecrafter_rt.machine._held_bytes", lambda: 0)
+        assert peak() == most
+    assert "watched_peak" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_where_no_peak_can_be_counted_anew_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import fnmatch
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,17 @@ def test_tools_are_pinned_once(pyproject: dict[str, Any]) -> None:
     assert sorted(name for name in pinned if name in tools) == sorted(tools)
     for other in ("Makefile", ".ci/run"):
         assert not re.search(r"(pytest|ruff|mypy|clang-format)==", (ROOT / other).read_text())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make on the PATH")
+@pytest.mark.parametrize("has_tracker", [True, False])
+def test_make_wheel_says_where_it_leaves_out_the_tracker(tmp_path: Path, has_tracker: bool) -> None:
+    if has_tracker:
+        (tmp_path / "tracker").mkdir()
+    built = ["-o", "none/.stamps/wheel", "VENV=none"]  # as if there were a wheel, so that none is built
+    command = ["make", "--silent", *built, f"STATIC={tmp_path}", "wheel"]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert ("tracker" in said and "make web" in said) is not has_tracker
 
 
 def test_the_changelog_knows_this_version() -> None:

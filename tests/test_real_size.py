@@ -15,7 +15,8 @@ import pytest
 
 from bench.processes import in_own_process
 from bench.untrained import untrained_checkpoint, write_random_base
-from tests.real_size import prove_export
+from tests.real_size import prepare_for_tensorrt, prove_export
+from tests.tiny import NETWORKS
 
 pytestmark = pytest.mark.slow
 SIZE, MEMORY_LIMIT_BYTES = (256, 256), 12e9
@@ -75,13 +76,28 @@ def test_two_frames_render_within_twelve_gigabytes(
     assert max(build_peak, render_peak) <= MEMORY_LIMIT_BYTES
 
 
-@pytest.mark.parametrize("name", ["controlnet", "unet"])
-def test_a_denoiser_is_exported_and_proved(
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_exported_and_proved(
     base: Path, tmp_path: Path, record_testsuite_property: Callable[[str, object], None], name: str
 ) -> None:
-    """As ONNX, the U-Net's weights in a file beside it; in a process of its own, so that its memory is given back."""
+    """As ONNX, a U-Net's weights in a file beside it; in a process of its own, so that its memory is given back."""
     result = in_own_process(prove_export, base, name, SIZE, tmp_path)
     record_testsuite_property(f"export of {name}", result)
     assert "error" not in result, result["error"]
-    assert (tmp_path / f"{name}.onnx.data").exists() == (name == "unet")  # 3.4 GB, the other 1.4
+    # They have 3.4 GB, a ControlNet 1.4.
+    assert (tmp_path / f"{name}.onnx.data").exists() == (name in ("unet", "unet_stream"))
+    assert result["peak_bytes"] <= MEMORY_LIMIT_BYTES
+
+
+@pytest.mark.parametrize("name", ["controlnet", "unet"])
+def test_every_attention_of_a_denoiser_becomes_a_plugin(
+    base: Path, tmp_path: Path, record_testsuite_property: Callable[[str, object], None], name: str
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    result = in_own_process(prepare_for_tensorrt, base, name, SIZE, tmp_path)
+    record_testsuite_property(f"{name} for TensorRT", result)
+    assert "error" not in result, result["error"]
+    # A block has its self-attention and the prompt's, and in the U-Net, but for the middle one, that over frames.
+    assert result["plugins"] == result["attentions"] == {"controlnet": 7 * 2, "unet": 16 * 2 + 15}[name]
+    assert (tmp_path / f"{name}.onnx.data").exists() == (name == "unet")  # 1.7 GB in 16 bits, the other 0.7
     assert result["peak_bytes"] <= MEMORY_LIMIT_BYTES

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,77 +25,13 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.rendering import render_to_files
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.partial import PartialRender
+from tests.render_scripts import FULL, NOTED, STARVED, run_lines, run_script
 from tests.tiny import some_poses
 
-ROOT = Path(__file__).parents[1]
 SIZE = (32, 32)
 CHANGES = {"num_inference_steps": 1, "strength": 1.0, "inversion_substeps": 1, "segment": 50, "overlap": 2}
 OPTIONS = json.dumps(CHANGES)
 TOLERANCE = 0.03
-# What the scripts below begin with: they render a pose file in a process of their own, because what a test run holds
-# otherwise would hide what grows, and could not be taken away from it.
-RENDER = """
-import json, os, pkgutil, resource, sys
-from pathlib import Path
-from posecrafter_rt.avatar import Avatar
-from posecrafter_rt.errors import PoseCrafterError
-from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.rendering import render_to_files
-from posecrafter_rt.runtime.options import RenderOptions
-
-def around(target, before=lambda: None, after=lambda: None):
-    owner, name = target.rsplit(".", 1)
-    original = pkgutil.resolve_name(target)
-    def wrapped(*arguments, **named):
-        before()
-        result = original(*arguments, **named)
-        after()
-        return result
-    setattr(pkgutil.resolve_name(owner), name, wrapped)
-
-def held_bytes(column):
-    return int(Path("/proc/self/statm").read_text().split()[column]) * os.sysconf("SC_PAGE_SIZE")
-
-def render(engine, poses, video, options):
-    with Avatar.load(engine) as avatar:
-        return render_to_files(avatar, PoseSequence.load(poses), Path(video), RenderOptions(**json.loads(options)))
-"""
-# Prints the report, and the resident memory at the end of every segment and after every frame of the video.
-NOTED = f"""{RENDER}
-seen = {{"posecrafter_rt.runtime.report.RenderReport.add": [], "posecrafter_rt.video_io.VideoWriter.write": []}}
-for target, series in seen.items():
-    around(target, after=lambda series=series: series.append(held_bytes(1)))
-report = render(*sys.argv[1:])
-print(json.dumps([report, *seen.values()]))
-"""
-# From the n-th call of a function on something else takes what memory the process has left: all but a megabyte, in which
-# an error can be told; beyond that it gets so many bytes. Prints the report, or the error.
-STARVED = f"""{RENDER}
-os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})  # every thread of an encoder takes memory of its own
-target, moment, num_bytes, *arguments = sys.argv[1:]
-calls, taken = [], []
-
-def starve():
-    calls.append(1)
-    if len(calls) == int(moment):
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (held_bytes(0), hard))
-        for size in (1 << 20, 1 << 14):
-            try:
-                while True:
-                    taken.append(bytearray(size))
-            except MemoryError:
-                pass
-        del taken[-64:]
-        resource.setrlimit(resource.RLIMIT_AS, (held_bytes(0) + int(num_bytes), hard))
-
-around(target, before=starve)
-try:
-    print(json.dumps(render(*arguments)))
-except PoseCrafterError as error:
-    print(json.dumps([type(error).__name__, str(error)]))
-"""
-
 # glibc otherwise keeps the addresses of what was freed, and where none are left reserves 64 MB at once for another heap:
 # both count against a limit on addresses, though neither is memory.
 FAITHFUL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
@@ -109,12 +45,27 @@ def engine(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tuned.engine"
 
 
-def run_script(script: str, *arguments: object, environment: Mapping[str, str] = {}) -> Any:
-    """Run one of the scripts above; returns what it printed."""
-    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def assert_flat(peaks: list[int]) -> None:
+    """Each segment's peak: from the third on, where the first two have warmed everything up, within 3 % of one another."""
+    settled = np.array(peaks[2:])
+    figures = [round(peak / 1e6, 1) for peak in peaks]
+    assert np.abs(settled / np.median(settled) - 1).max() <= TOLERANCE, figures
+    assert settled[-1] / settled[0] - 1 <= TOLERANCE, figures
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_the_peaks_of_segments_are_flat(engine: Path, tmp_path: Path, backend: str) -> None:
+    """Of 25, all of 8 frames: of two lengths a backend may keep what it allocated for one beside the other's."""
+    if backend != "torch":
+        pytest.importorskip(backend)
+        build_engine(engine.with_name("tuned.ckpt"), tmp_path / "other.engine", BuildOptions(backend, "fp32"))
+        engine = tmp_path / "other.engine"
+    moving_person(25 * 6 + 2, SIZE).save(tmp_path / "poses.json")
+    options = json.dumps({**CHANGES, "segment": 8})
+    report, *_ = run_script(NOTED, engine, tmp_path / "poses.json", tmp_path / "out.mp4", options)
+    assert report["segments"] == [8] * 25 and len(report["segment_peaks"]) == 25
+    assert_flat(report["segment_peaks"])
 
 
 @pytest.mark.slow
@@ -129,6 +80,7 @@ def test_ten_thousand_frames_stream_in_memory_that_stays_flat(engine: Path, tmp_
     moving_person(num_frames, SIZE).save(tmp_path / "poses.json")
     report, segments, video = run_script(NOTED, engine, tmp_path / "poses.json", tmp_path / "out.mp4", OPTIONS)
     assert len(segments) == report["num_segments"] == 209 and len(video) == report["num_frames"] == num_frames
+    assert_flat(report["segment_peaks"])
     settled = np.array(segments[1:])
     spread, growth = np.abs(settled / np.median(settled) - 1).max(), settled[-1] / settled[0] - 1
     encoding = np.array(video[1000:])  # the encoder holds some frames of its own before the first comes out
@@ -212,6 +164,44 @@ def test_nothing_is_lost_when_the_disk_is_full(
     assert str(caught.value) == f"no space left to write {video}"
     assert caught.value.hint == f"free some space in {tmp_path}; the same command then goes on from what is finished"
     finish(engine, unbroken, video, num_finished)
+
+
+ALONE = ("unshare", "--map-root-user", "--mount")  # with file systems of its own, and leave to mount them
+
+
+def refused_mount(folder: Path) -> str | None:
+    """Why this process may mount nothing; None where it may."""
+    if not shutil.which("unshare"):
+        return "there is no unshare, with which Linux gives a process file systems of its own"
+    done = subprocess.run([*ALONE, "mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, text=True)
+    return None if done.returncode == 0 else f"no file system can be mounted: {done.stderr.strip()}"
+
+
+@pytest.mark.parametrize(("num_kb", "num_finished"), [(40, 0), (200, 1), (450, 2)])
+def test_nothing_is_lost_when_a_real_file_system_is_full(
+    engine: Path, unbroken: Path, tmp_path: Path, num_kb: int, num_finished: int
+) -> None:
+    """In the first segment, in the second, or in the contact sheet: a segment takes 136 kB, the sheet 323."""
+    folder, copied = tmp_path / "mounted", tmp_path / "copied"
+    folder.mkdir()
+    copied.mkdir()
+    if (reason := refused_mount(folder)) is not None:
+        pytest.skip(reason)
+    options = ("--steps", "1", "--strength", "1", "--inversion-substeps", "1", "--segment", "50", "--overlap", "2")
+    printed = run_lines([*ALONE, sys.executable, "-c", FULL], folder, copied, num_kb, "render", engine,
+                        "--poses", unbroken / "poses.json", *options)  # fmt: skip
+    (status, said, left), (again, _, whole) = printed
+    errors = [line for line in said.splitlines() if line.startswith(("error:", "hint:"))]
+    assert status == 1 and errors[0] == f"error: no space left to write {folder / 'out.mp4'}", said
+    assert len(errors) == 2 and "Traceback" not in said
+    kept = [*(f"segment-{number:05d}.safetensors" for number in range(num_finished)), "state.json"]
+    if num_finished == 2:
+        kept.insert(0, "out.mp4")  # whole, and not in its place
+    assert left == ([f"out.mp4.partial/{name}" for name in kept] if num_finished else [])
+    assert again == 0 and whole == ["out.mp4", "out.png", "out.report.json"]
+    assert json.loads((copied / "out.report.json").read_text())["num_resumed"] == num_finished
+    for name in ("out.mp4", "out.png"):
+        assert (copied / name).read_bytes() == (unbroken / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("name", ["state", "out", "the folder itself"])

@@ -347,6 +347,17 @@ def test_load_clip_moves_poses_with_frames_and_takes_the_window(clip, tmp_path: 
         load_clip(tmp_path / "v.mp4", poses[:2], SIZE, slice(None))
 
 
+def test_load_clip_refuses_a_window_that_does_not_show_the_person(clip, tmp_path: Path) -> None:
+    frames, poses = clip
+    write_video(tmp_path / "v.mp4", frames, 25.0)
+    keypoints = poses.keypoints.copy()
+    keypoints[2] = 0
+    gap = PoseSequence(keypoints, SIZE, 25.0)
+    with pytest.raises(PoseError, match=r"v\.mp4 does not show the person in 1 of 4 frames: 2"):
+        load_clip(tmp_path / "v.mp4", gap, SIZE, slice(1, 5), 2)  # 2 is not among the two that it would take
+    assert len(load_clip(tmp_path / "v.mp4", gap, SIZE, slice(3, None))[1]) == 2
+
+
 @pytest.mark.parametrize(
     ("window", "wanted", "expected"),
     [(slice(None), 3, [0, 6, 11]), (slice(1, 4), 2, [1, 3]), (slice(9, None), 8, [9, 10, 11])],

@@ -1,4 +1,4 @@
-"""What options of several commands share; values that are more than a word: sizes, segments, frame ranges, poses, LoRAs.
+"""What options of several commands share; values that are more than a word: sizes, segments, frame ranges, LoRAs.
 
 Layer 8: a value that says nothing is bad usage (exit code 2).
 """
@@ -7,15 +7,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-
-from posecrafter_rt.cli.output import abridged
-from posecrafter_rt.errors import PoseError
-
-if TYPE_CHECKING:
-    from posecrafter_rt.poses.keypoints import PoseSequence
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -62,20 +56,3 @@ def parse_lora(text: str) -> tuple[Path, float]:
         return Path(path), float(scale)
     except ValueError:
         raise typer.BadParameter(f"{text!r}: {scale!r} is not a number; write FILE:SCALE, such as {path}:0.8") from None
-
-
-def shown_poses(poses: PoseSequence, window: slice, source: Path) -> PoseSequence:
-    """Those poses of a sequence, read with `allow_missing`, that a range names: these have to show the person.
-
-    Raises: PoseError where there is none, or some do not; frames go by their numbers in `source`.
-    """
-    chosen = poses.keypoints[window]
-    if not len(chosen):
-        named = f"{window.start or 0}:{'' if window.stop is None else window.stop}"
-        raise PoseError(f"{source} has {len(poses)} poses, and {named} holds none of them",
-                        f"frames are counted from 0; give START and END of 0 to {len(poses)}")  # fmt: skip
-    missing = ((chosen[..., 2] <= 0).all(axis=1).nonzero()[0] + (window.start or 0)).tolist()
-    if missing:
-        raise PoseError(f"{source} does not show the person in {len(missing)} of {len(chosen)} frames: {abridged(missing)}",
-                        "leave them out, --range START:END, or fill in short gaps: posecrafter-rt poses edit --fill 5")  # fmt: skip
-    return poses[window]

@@ -73,21 +73,22 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     """Build what renders; the same build twice is nothing to do."""
     picture_size, given = parse_size(size), [parse_lora(text) for text in lora or ()]
     from posecrafter_rt.building import BuildOptions, build_engine
-    from posecrafter_rt.machine import peak_rss_bytes
+    from posecrafter_rt.machine import watched_peak
     from posecrafter_rt.models.lora import Lora
 
     start = time.monotonic()
-    with stages("building") as on_stage:
+    with watched_peak() as peak_bytes, stages("building") as on_stage:
         options = BuildOptions(backend, precision, picture_size, base, refit, tuple(Lora(*one) for one in given),
                                small_decoder, feature_reuse, max_frames)  # fmt: skip
         result = build_engine(checkpoint, output, options, force=force, progress=on_stage)
+        peak = peak_bytes()
     folder = result.folder
     num_bytes = sum((folder.path / name).stat().st_size for name in folder.manifest["files"])
     summary = {
         "engine": str(folder.path), "was_current": result.was_current, "backend": folder.manifest["backend"],
         "backend_reason": result.backend_reason, "precision": folder.manifest["precision"],
         "size": folder.manifest["size"], "loras": folder.manifest.get("loras", []), "bytes": num_bytes,
-        "seconds": round(time.monotonic() - start, 2), "peak_rss_bytes": peak_rss_bytes(),
+        "seconds": round(time.monotonic() - start, 2), "peak_rss_bytes": peak,
     }  # fmt: skip
     if as_json:
         print_json(summary)
@@ -98,6 +99,6 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         ("size", "x".join(map(str, folder.manifest["size"]))),
         *((f"LoRA {said['file']}", f"scale {said['scale']:g}") for said in summary["loras"]),
         ("on disk", size_of(num_bytes)),
-        ("took", f"{summary['seconds']} s, {size_of(peak_rss_bytes())} of memory"),
+        ("took", f"{summary['seconds']} s, {size_of(peak)} of memory"),
     ])  # fmt: skip
     typer.echo(f"next: posecrafter-rt render {shlex.quote(str(folder.path))} --poses poses.json -o out.mp4", err=True)

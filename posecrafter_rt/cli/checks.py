@@ -52,8 +52,14 @@ OPTIONAL = {
     "aiortc": ("serve", "`serve` over WebRTC"),
     "pyvirtualcam": ("camera", "`serve --virtual-camera`"),
 }
+# Where an extra is not what installs a distribution best: rtmlib would bring further builds of OpenCV, which overwrite ours.
+MENDS = {"rtmlib": "pip install --no-deps rtmlib"}
 # Modules of a distribution that another distribution may provide as well.
-SAME_MODULE = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")}
+SAME_MODULE = {
+    "opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
+    "onnxruntime": ("onnxruntime-gpu",),
+}
+REINSTALL = "in the checkout: pip install -e ."
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 MIN_FREE_BYTES = 2_000_000_000
 
@@ -75,9 +81,7 @@ def run_checks() -> dict[str, list[Finding]]:
         try:
             sections[title] = check()
         except (ImportError, OSError, RuntimeError) as error:
-            sections[title] = [
-                Finding(title, "failed", first_line(error), "pip install --force-reinstall posecrafter-rt")
-            ]
+            sections[title] = [Finding(title, "failed", first_line(error), REINSTALL)]
     return sections
 
 
@@ -142,8 +146,7 @@ def check_engines() -> list[Finding]:
         detail = "; ".join(filter(None, (f"can run in {', '.join(able)}" if able else "", *reasons)))
         findings.append(Finding(name, "ok" if able else "absent", detail))
     if not any(finding.status == "ok" for finding in findings):
-        mend = "pip install --force-reinstall posecrafter-rt"
-        return [*findings, Finding("auto", "failed", "no backend can run", mend)]
+        return [*findings, Finding("auto", "failed", "no backend can run", REINSTALL)]
     precision = engines.choose_precision("auto")
     backend, why = engines.choose_backend("auto", precision)
     return [*findings, Finding("auto", "ok", f"takes {backend.name} in {precision}: {why}")]
@@ -166,9 +169,7 @@ def check_operators() -> list[Finding]:
         detail = ", ".join(f"{key} {value}" for key, value in info.items())
         findings.append(Finding("native extension", "ok", detail))
     else:
-        mend = (
-            "install a C++ compiler and Python's headers, then: pip install --force-reinstall --no-deps posecrafter-rt"
-        )
+        mend = f"install a C++ compiler and Python's headers, then {REINSTALL}"
         findings.append(Finding("native extension", "absent", str(native.missing_reason()), mend))
     return findings
 
@@ -194,7 +195,7 @@ def check_packages() -> list[Finding]:
         findings.append(Finding(name, "ok" if found else "failed", found or f"missing: {purpose}", mend))
     for name, (extra, purpose) in OPTIONAL.items():
         found = installed(name)
-        mend = None if found else f"pip install 'posecrafter-rt[{extra}]'"
+        mend = None if found else MENDS.get(name, f"pip install 'posecrafter-rt[{extra}]'")
         findings.append(Finding(name, "ok" if found else "absent", found or f"not installed: {purpose}", mend))
     return findings
 

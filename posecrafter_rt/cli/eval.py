@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from posecrafter_rt.cli.arguments import AsJson, parse_range, shown_poses
+from posecrafter_rt.cli.arguments import AsJson, parse_range
 from posecrafter_rt.cli.output import print_json, print_table
 from posecrafter_rt.errors import VideoError
 
@@ -45,6 +45,7 @@ def evaluate(
     from posecrafter_rt.framing import transform_keypoints
     from posecrafter_rt.poses.extract import extract_poses
     from posecrafter_rt.poses.openpose_json import read_openpose
+    from posecrafter_rt.poses.shown import shown_poses
     from posecrafter_rt.video_io import video_size
 
     height, width = video_size(rendered)

@@ -16,9 +16,10 @@ import typer
 
 from posecrafter_rt.atomic import refuse_overwrite
 from posecrafter_rt.cli.arguments import AsJson, Force, parse_range, parse_size
-from posecrafter_rt.cli.output import abridged, step_progress
+from posecrafter_rt.cli.output import step_progress
 from posecrafter_rt.errors import PoseError
 from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, FEET, LEFT_HAND, RIGHT_HAND, PoseSequence
+from posecrafter_rt.poses.shown import abridged
 
 app = typer.Typer(help="Keypoints: from a video, to look at, fitted to the tuned person, edited.", no_args_is_help=True)
 

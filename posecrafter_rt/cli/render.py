@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from posecrafter_rt.cli.arguments import parse_range, parse_segment, shown_poses
+from posecrafter_rt.cli.arguments import parse_range, parse_segment
 from posecrafter_rt.cli.main import GOES_ON
 from posecrafter_rt.cli.output import print_json, print_table, size_of, step_progress
 
@@ -93,6 +93,7 @@ def render(  # noqa: PLR0913 - one argument for each option
     window = parse_range(frame_range if replace is None else replace)
     from posecrafter_rt.avatar import Avatar
     from posecrafter_rt.poses.openpose_json import read_openpose
+    from posecrafter_rt.poses.shown import shown_poses
     from posecrafter_rt.rendering import output_paths, refuse_outputs, render_to_files
     from posecrafter_rt.runtime.presets import preset_options
     from posecrafter_rt.runtime.report import describe_adjustment
@@ -135,11 +136,12 @@ def render(  # noqa: PLR0913 - one argument for each option
 
 
 def _segments_row(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was approximated, if the clip was split."""
-    options, resumed, reason = report["options"], report["num_resumed"], report["segment_reason"]
+    """What was rendered, whatever was asked for, if the clip was split."""
+    resumed, reason = report["num_resumed"], report["segment_reason"]
     if report["num_segments"] == 1:
         return [("segments", f"none: {reason}")] if reason else []
-    longest = options["segment"] or max(report["segments"])
-    text = f"{report['num_segments']} of {longest} frames at most, {options['overlap']} shared"
+    overlaps = report["overlaps"][:-1]  # after the last one nothing comes
+    shared = " to ".join(map(str, sorted({min(overlaps), max(overlaps)})))
+    text = f"{report['num_segments']} of {max(report['segments'])} frames at most, {shared} shared"
     notes = [text, *([reason] if reason else []), *([f"{resumed} from an interrupted run"] if resumed else [])]
     return [("segments", "; ".join(notes))]

@@ -31,7 +31,13 @@ def serve(  # noqa: PLR0913 - one argument for each option
         str, typer.Option(help="Address to listen at; others than this machine need --token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0: any free one.", min=0, max=65535)] = 8000,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps a frame; else 2.", min=1)] = None,
+    preset: Annotated[
+        str,
+        typer.Option(help="fast, balanced or quality: a bundle of options; those given beside it overrule it."),
+    ] = "balanced",
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps a frame; else the preset's (balanced: 2).", min=1)
+    ] = None,
     window: Annotated[int | None, typer.Option(help="Past frames that a frame looks at; else 2.", min=0)] = None,
     pipelined: Annotated[
         bool,
@@ -43,12 +49,14 @@ def serve(  # noqa: PLR0913 - one argument for each option
             help="Steps of a frame after which the networks run whole; 2 saves up to half of their time.", min=1
         ),
     ] = None,
-    decoder: Annotated[str | None, typer.Option(help="full or small; else small where the engine has one.")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="full or small; else the preset's, or small where the engine has one.")
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Poses such as will come: they choose the reference, 1 dB on the demonstration."),
     ] = None,
-    max_sessions: Annotated[int, typer.Option(help="Clients at a time; more are refused.")] = 4,
+    max_sessions: Annotated[int, typer.Option(help="Clients at a time, 64 at most; more are refused.")] = 4,
     token: Annotated[
         str | None, typer.Option(help="What clients must know; better in the environment: POSECRAFTER_TOKEN.")
     ] = None,
@@ -68,7 +76,8 @@ def serve(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.serve.listening import listen
     from posecrafter_rt.serve.options import ServeOptions, is_loopback
 
-    given = {"steps": steps, "window": window, "is_pipelined": pipelined or None, "unet_every": unet_every, "decoder": decoder,
+    given = {"preset": preset, "steps": steps, "window": window, "is_pipelined": pipelined or None,
+             "unet_every": unet_every, "decoder": decoder,
              "calibration": None if calibration is None else PoseSequence.load(calibration)}  # fmt: skip
     options = ServeOptions(
         stream={name: value for name, value in given.items() if value is not None},

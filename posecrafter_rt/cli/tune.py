@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from posecrafter_rt.cli.arguments import AsJson, Force, parse_range, parse_size, shown_poses
+from posecrafter_rt.cli.arguments import AsJson, Force, parse_range, parse_size
 from posecrafter_rt.cli.main import GOES_ON
 from posecrafter_rt.cli.output import print_json, print_table, step_progress
 
@@ -69,6 +69,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.models.sources import locate_base
     from posecrafter_rt.models.weights import read_scheduler_config
     from posecrafter_rt.poses.openpose_json import read_openpose
+    from posecrafter_rt.poses.shown import shown_poses
     from posecrafter_rt.tuning import TuneOptions, load_clip, resolve_precision, tune
     from posecrafter_rt.video_io import video_size
 
@@ -79,7 +80,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
         small_decoder_steps=small_decoder_steps, learning_rate=learning_rate, prompt=prompt, norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]
         gradient_checkpointing=gradient_checkpointing, controlvideo_weights=controlvideo_weights)  # fmt: skip
     all_poses = read_openpose(poses, allow_missing=True, canvas=video_size(video))
-    shown_poses(all_poses, window, poses)
+    shown_poses(all_poses, window, poses)  # as load_clip asks once more: before a base is downloaded
     found = locate_base(base)
     read_scheduler_config(found)  # refuses what is not supported before the whole video is decoded
     clip, clip_poses = load_clip(video, all_poses, picture_size or found.settings().size, window, frames)

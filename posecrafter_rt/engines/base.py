@@ -73,6 +73,10 @@ class Backend(Protocol):
         """Why this backend cannot run here in this precision, or None."""
         ...
 
+    def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
+        """How many blobs of the user's cache that a build makes or reads are not there, without reading any; `model` is folded."""
+        ...
+
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:

@@ -106,6 +106,13 @@ class InductorBackend:
             return "triton is not installed: pip install triton"
         return None
 
+    def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
+        """How many networks are to be compiled."""
+        specs, codes = network_specs(arch), BlobCache(cache_dir() / "inductor")
+        keys = (self._key(graph_digest(network, specs[name], arch), name, precision)
+                for name, network in model.networks().items())  # fmt: skip
+        return sum(not codes.holds(key) for key in keys)
+
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:
@@ -129,8 +136,7 @@ class InductorBackend:
         """
         package, dtype = _package(folder, spec), TORCH_DTYPES[inner_precision(spec.name, precision)]
         graph, cache = graph_digest(network, spec, arch), BlobCache(cache_dir() / "inductor")
-        key = {"graph": graph, "dtype": str(dtype), "device": self.device(), "options": OPTIONS,
-               "libraries": library_versions(self.libraries)}  # fmt: skip
+        key = self._key(graph, spec.name, precision)
         code = cache.load(key)
         if code is None:
             code = self._compile(network, spec, arch, dtype)
@@ -138,6 +144,12 @@ class InductorBackend:
         package.write_bytes(code)
         _write_weights(package, network, dtype)
         return graph
+
+    def _key(self, graph: str, name: str, precision: Precision) -> dict[str, Any]:
+        """All that a network's code depends on. graph: its hash."""
+        dtype = TORCH_DTYPES[inner_precision(name, precision)]
+        return {"graph": graph, "dtype": str(dtype), "device": self.device(), "options": OPTIONS,
+                "libraries": library_versions(self.libraries)}  # fmt: skip
 
     def _compile(self, network: nn.Module, spec: NetworkSpec, arch: Architecture, dtype: torch.dtype) -> bytes:
         from torch._inductor import aoti_compile_and_package

@@ -196,6 +196,12 @@ class OpenVinoBackend:
             return "this processor has no bf16; use fp32"
         return None
 
+    def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
+        """How many networks are to be traced."""
+        from posecrafter_rt.export.prefill import missing_graphs
+
+        return len(missing_graphs(model, arch, BlobCache(cache_dir() / "graphs")))
+
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:

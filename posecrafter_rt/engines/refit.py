@@ -108,6 +108,17 @@ def check_graph(folder: Path, graphs: Graphs, name: str, digest: str) -> None:
         raise _refusal(folder.parent, f"its {name} was exported from another configuration or by other code")
 
 
+def in_stored_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the type that an engine stores it in, contiguous.
+
+    Raises: EngineFolderError when it is beyond that type's range: an infinity would be taken without a word.
+    """
+    stored = tensor.detach().to(dtype).contiguous()
+    if not torch.isfinite(stored).all():
+        raise EngineFolderError(f"{name} does not fit {dtype}", f"{WITHOUT}, with --precision bf16")
+    return stored
+
+
 def same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors of one element type are equal in every bit: 0.0 is not -0.0, a NaN is itself."""
     ours, theirs = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))

@@ -14,13 +14,22 @@ from posecrafter_rt.export.blob_cache import BlobCache
 
 
 class StageLog:
-    """The stages of a build as they begin. key: JSON values that decide how long they take."""
+    """The stages of a build as they begin. key: JSON values that decide how long they take.
+
+    How much of what the build makes is still to be made, and not in the user's cache, decides it too. Until `set_missing` tells
+    it, nothing is thought to be: a build of the same key has most likely filled the cache.
+    """
 
     def __init__(self, key: dict[str, Any]) -> None:
-        self._cache, self._key = BlobCache(cache_dir() / "stages"), key
-        blob = self._cache.load(key)
-        self._earlier: dict[str, float] = json.loads(blob) if blob is not None else {}  # seconds, in their order
+        self._cache, self._kind = BlobCache(cache_dir() / "stages"), key
         self._starts: dict[str, float] = {}
+        self.set_missing(0)
+
+    def set_missing(self, number: int) -> None:
+        """Go by the builds for which so many blobs had to be made."""
+        self._key = {**self._kind, "missing": number}
+        blob = self._cache.load(self._key)
+        self._earlier: dict[str, float] = json.loads(blob) if blob is not None else {}  # seconds, in their order
 
     def begin(self, stage: str) -> float | None:
         """Seconds that this stage and those after it took the last time; None where that is not known."""

@@ -29,11 +29,12 @@ from posecrafter_rt.engines.refit import (
     Graphs,
     check_graph,
     graph_digest,
+    in_stored_type,
     read_graphs,
     same_bits,
     write_graphs,
 )
-from posecrafter_rt.engines.tensorrt_build import USUAL_FRAMES, build_plan, profile_shapes, profile_sizes
+from posecrafter_rt.engines.tensorrt_build import build_plan, profile_shapes, profile_sizes
 from posecrafter_rt.engines.tensorrt_common import failure, make_logger
 from posecrafter_rt.engines.tensorrt_plugins import PLUGIN_OPS, register_plugins
 from posecrafter_rt.engines.tensorrt_runtime import TensorRTEngine, Workspace, refit
@@ -98,6 +99,13 @@ class TensorRTBackend:
             return f"tensorrt {version} is too old: pip install {INSTALL['tensorrt']}"
         return None
 
+    def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
+        """How many networks are to be traced, and one more where nothing was timed on this GPU."""
+        from posecrafter_rt.export.prefill import missing_graphs
+
+        is_timed = _timings().holds(_timings_key())
+        return len(missing_graphs(model, arch, BlobCache(cache_dir() / "graphs"))) + (not is_timed)
+
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:
@@ -112,7 +120,7 @@ class TensorRTBackend:
         specs, cache = network_specs(arch), BlobCache(cache_dir() / "graphs")
         graphs: Graphs = {}
         register_plugins(torch.cuda.get_device_capability())
-        timings, key = BlobCache(cache_dir() / "tensorrt"), {"timings": gpu_name(), "tensorrt": _version()}
+        timings, key = _timings(), _timings_key()
         timing_cache = timings.load(key) or b""
         described: dict[str, dict[str, Any]] = {}
         prefill(model.to(torch.float32), arch, cache, progress)
@@ -207,6 +215,15 @@ class TensorRTBackend:
         }  # fmt: skip
 
 
+def _timings() -> BlobCache:
+    """Timing caches, each under a `_timings_key`."""
+    return BlobCache(cache_dir() / "tensorrt")
+
+
+def _timings_key() -> dict[str, str]:
+    return {"timings": gpu_name(), "tensorrt": _version()}
+
+
 def _build_network(
     graph: ir.Model, spec: NetworkSpec, arch: Architecture, folder: Path, precision: Precision, timings: bytes,
     progress: Progress,
@@ -215,7 +232,7 @@ def _build_network(
     from posecrafter_rt.export.onnx import save_model
 
     inner, allow_tf32 = network_precision(spec.name, precision)
-    plugins, attentions = prepare_graph(graph, spec, inner, torch.cuda.get_device_capability())
+    plugins, attentions = prepare_graph(graph, spec, arch, inner, torch.cuda.get_device_capability())
     save_tensors(initialisers(graph), folder / f"{spec.name}.safetensors")
     path = folder / f"{spec.name}.onnx"
     save_model(graph, path)
@@ -235,15 +252,19 @@ def shape_limits(spec: NetworkSpec, arch: Architecture) -> dict[str, list[int]]:
 
 
 def prepare_graph(
-    graph: ir.Model, spec: NetworkSpec, precision: Precision, capability: tuple[int, int]
+    graph: ir.Model, spec: NetworkSpec, arch: Architecture, precision: Precision, capability: tuple[int, int]
 ) -> tuple[int, int]:
     """Make an exported graph TensorRT's: attention as plugins where a kernel serves it, precision in its types.
+
+    A kernel is tried as `ahead_of_time` will compile it for the profile of this architecture.
 
     Returns: how many attentions are plugins, and how many there are.
     """
     from posecrafter_rt.export.strong_types import kept_names, lower_precision
     from posecrafter_rt.export.tensorrt_plugins import mark_plugins
     from posecrafter_rt.kernels.plugins import plugin_kernel, unsupported_reason
+
+    _, usual, _ = profile_sizes(spec, arch)
 
     @cache  # one that no kernel fits is tried, and told, once
     def has_plugin(name: str, channels: int, heads: int) -> bool:
@@ -252,7 +273,7 @@ def prepare_graph(
         op, dtype = PLUGIN_OPS[name], TORCH_DTYPES[precision]
         if unsupported_reason(op, capability, dtype, channels, heads) is not None:
             return False
-        frames = 1 if op == "keyframe_attention" else USUAL_FRAMES  # mostly those of the profile: then compiled once
+        frames = 1 if op == "keyframe_attention" else usual["frames"] // usual["groups"]
         try:
             plugin_kernel(op, capability, dtype, channels // heads, frames)
         except ValueError as error:
@@ -286,9 +307,7 @@ def changed_weights(stored: Mapping[str, Tensor], network: nn.Module) -> dict[st
     changed = {}
     for name, parameter in network.named_parameters():
         if name in stored:
-            tensor = parameter.detach().to(stored[name].dtype).contiguous()
-            if not torch.isfinite(tensor).all():
-                raise EngineFolderError(f"{name} does not fit {tensor.dtype}", f"{WITHOUT}, with --precision bf16")
+            tensor = in_stored_type(name, parameter, stored[name].dtype)
             if not same_bits(stored[name], tensor):
                 changed[name] = tensor
     return changed

@@ -107,6 +107,10 @@ class TorchBackend:
         """None: what a processor does not multiply it keeps and widens."""
         return None
 
+    def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
+        """0: its builds keep nothing."""
+        return 0
+
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:

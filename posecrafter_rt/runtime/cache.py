@@ -6,6 +6,7 @@ Layer 5.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ log = logging.getLogger(__name__)
 
 
 def inversion_key(
-    manifest: dict[str, Any], schedule: DDIMSchedule, options: RenderOptions, *, frame: int, prompt: str, precision: str
-) -> dict[str, Any]:
+    manifest: dict[str, Any], schedule: DDIMSchedule, options: RenderOptions, *, frame: int, prompt: str,
+    precision: str, threads: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
     """All that an inversion depends on, and nothing else (METHOD), of an engine by its manifest.
 
     Args: options: with nothing left to the base. frame: the training frame that is inverted; prompt: the source prompt;
-        precision: what it is done in.
+        precision: what it is done in; threads: how many it is done with where rounding depends on that, else none.
     """
     assert options.inversion_substeps is not None
     steps = schedule.inversion_pairs(options.num_inference_steps, options.inversion_substeps, options.start_step)
@@ -37,7 +39,7 @@ def inversion_key(
                                              "libraries")},
         "loras": [[lora["sha256"], lora["scale"]] for lora in manifest.get("loras", [])],
         "source_prompt": prompt, "frame": frame, "steps": steps.tolist(), "precision": precision,
-        "conditioning_scale": options.conditioning_scale,
+        "conditioning_scale": options.conditioning_scale, "threads": list(threads),
     }  # fmt: skip
 
 

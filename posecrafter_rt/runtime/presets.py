@@ -1,10 +1,12 @@
-"""Named bundles of render options, and which options of a render are approximations.
+"""Named bundles of options of renders and of streams, and which options of a render are approximations.
 
-Layer 5: plain data. What each preset costs and gives is measured by `python -m bench.quality --presets`; see docs/presets.md.
+Layer 5: plain data. What each preset costs and gives is measured: those of a render by `python -m bench.quality --presets`,
+see docs/presets.md, those of a stream by `bench.stream_quality` and `bench.latency`, see docs/streaming.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from posecrafter_rt.errors import PoseCrafterError
@@ -17,13 +19,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"num_inference_steps": 25, "unet_every": 3, "inversion_substeps": 3},
     "fast": {"sampler": "dpmpp", "num_inference_steps": 4, "inversion_substeps": 5},
 }
+# Of a stream, whose defaults are `balanced`. To the joint render 2 steps with the full decoder are nearer than 4 with the small
+# one, so `quality` takes both. Features kept over steps, which a pipelined stream refuses, are in none: 4 steps with them are
+# no nearer than 2 whole ones, and take longer.
+STREAM_PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"steps": 1},
+    "balanced": {},
+    "quality": {"steps": 4, "decoder": "full"},
+}
 
 
-def bundle(preset: str) -> dict[str, Any]:
+def bundle(preset: str, presets: Mapping[str, dict[str, Any]] = PRESETS) -> dict[str, Any]:
     """The options of a preset by name. Raises: PoseCrafterError for a preset that is not there."""
-    if preset not in PRESETS:
-        raise PoseCrafterError(f"unknown preset {preset!r}", f"choose one of {', '.join(PRESETS)}")
-    return PRESETS[preset]
+    if preset not in presets:
+        raise PoseCrafterError(f"unknown preset {preset!r}", f"choose one of {', '.join(presets)}")
+    return presets[preset]
 
 
 def preset_options(preset: str, **given: Any) -> RenderOptions:

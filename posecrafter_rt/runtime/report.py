@@ -126,7 +126,8 @@ class SegmentReport:
 class RenderReport(SegmentReport):
     """Of a whole render: the sums over its segments, the largest memory, and what they have in common.
 
-    segments: how many frames each of them rendered jointly; one: the clip was not split. num_resumed: how many of them
+    segments: how many frames each of them rendered jointly; one: the clip was not split. overlaps: how many of those each
+    shared with the next. segment_peaks: each one's largest resident memory. num_resumed: how many of them
     an earlier, interrupted run had finished. segment_reason: how `segment="auto"` came to the number in `options`.
     reference_index: which training frame was inverted. inversion_cached: whether it was read from the cache.
     """
@@ -134,6 +135,8 @@ class RenderReport(SegmentReport):
     options: RenderOptions
     num_frames: int
     segments: list[int] = field(default_factory=list)
+    overlaps: list[int] = field(default_factory=list)
+    segment_peaks: list[int] = field(default_factory=list)
     num_resumed: int = 0
     segment_reason: str | None = None
     reference_index: int = 0
@@ -147,6 +150,8 @@ class RenderReport(SegmentReport):
     def add(self, part: SegmentReport, segment: Segment) -> None:
         """Take in a segment and its report."""
         self.segments.append(segment.stop - segment.start)
+        self.overlaps.append(segment.stop - segment.settled)
+        self.segment_peaks.append(part.peak_rss_bytes)
         self.edited_regions += part.edited_regions
         self.skipped_regions += part.skipped_regions
         self.adjustments += part.adjustments

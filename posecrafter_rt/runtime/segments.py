@@ -28,11 +28,21 @@ Adjustment = dict[str, Any]
 
 
 class SegmentChoice(NamedTuple):
-    """What `segment="auto"` became, with the overlap that such segments allow, and why, as the report says it."""
+    """What `segment="auto"` became, with the overlap that such segments allow, and why, as the report says it.
+
+    tokens_at_once: of a block, where the whole clip fits only so; None: all.
+    """
 
     segment: int
     overlap: int
     reason: str
+    tokens_at_once: int | None = None
+
+    def adjustments(self) -> list[Adjustment]:
+        """What it changes that no option of a render says: free memory alone has decided it."""
+        if self.tokens_at_once is None:
+            return []
+        return [{"frame": 0, "tokens_at_once": self.tokens_at_once, "reason": "the whole clip fits only so"}]
 
 
 def check_split(segment: int, overlap: int) -> None:

@@ -26,10 +26,11 @@ from posecrafter_rt.spec import SHALLOW_STREAM, TensorSpec, residual_names
 
 
 class StepInfo(NamedTuple):
-    """How a stream came to its newest frame.
+    """How a stream met its newest pose; where it is pipelined, the frame of that pose is yet to come.
 
-    held: nobody was seen. is_repeat: the pose was that of the frame before, which was given again. reset: the pose was
-    far from the one before, so the frame attends to no other than the reference.
+    held: nobody was seen. is_repeat: the pose was that of the frame before, which was given again; never where several
+    poses are on their way in a pipeline. reset: the pose was far from the one before, so its frame attends to no other
+    than the reference.
     """
 
     held: bool = False
@@ -90,6 +91,7 @@ class StreamDenoiser:
         self.device, self.window = self.unet.device, window
         steps = len(sampling.terms)
         self.conditioning_scale = torch.full((1,), sampling.conditioning_scale, device=self.device)
+        self.is_reference = torch.full((steps,), memory is None, device=self.device)
         self.tables = {
             name: {"time_projections": sampling.tables.time_projections[name], "text_kv": sampling.tables.text_kv[name]}
             for name in ("controlnet", "unet")
@@ -124,9 +126,9 @@ class StreamDenoiser:
             self.num_frames[step] = 0
 
     @torch.inference_mode()
-    def __call__(self, latents: Tensor, pose_embeddings: Tensor, steps: slice, is_reference: bool = False) -> Predicted:
+    def __call__(self, latents: Tensor, pose_embeddings: Tensor, steps: slice) -> Predicted:
         """Both networks, whole. latents: (F, 4, h, w), one frame at each of `steps`."""
-        own = torch.full((latents.shape[0],), is_reference, device=self.device)
+        own = self.is_reference[: len(latents)]
         residuals = self.controlnet(
             latents=latents, pose_embeddings=pose_embeddings, conditioning_scale=self.conditioning_scale,
             is_reference=own, **self._rows("controlnet", steps))  # fmt: skip
@@ -171,6 +173,11 @@ class StreamDenoiser:
             self.num_frames[step] += 1
 
 
+def _batch(frames: list[Tensor]) -> Tensor:
+    """Of one frame each, (1, …); one alone is no copy."""
+    return frames[0] if len(frames) == 1 else torch.cat(frames)
+
+
 def _kept(network: Engine, kind: str) -> list[TensorSpec]:
     return [spec for spec in network.spec.inputs if spec.name.startswith(f"{kind}_kv_")]
 
@@ -193,7 +200,7 @@ def sample_reference(
     embedding = embed_poses(engines, PoseSequence(pose[None], size), size)
     latents, before, parts = inverted_latents[None], None, []
     for index, terms in enumerate(sampling.terms):
-        predicted = denoise(latents, embedding, slice(index, index + 1), is_reference=True)
+        predicted = denoise(latents, embedding, slice(index, index + 1))
         parts.append({name: {key: kept.clone() for key, kept in tensors.items()}
                       for name, tensors in predicted.memory.items()})  # fmt: skip
         latents, before = dpmpp_step(latents, predicted.noise_pred, before, terms)
@@ -209,7 +216,7 @@ class AvatarStream:
     Frames are denoised one after another; a pose's frame is what its `step` returns. With `is_pipelined` the last
     `steps` poses are denoised at once, each one step further, in one call of the networks a frame; then `step` returns
     the frame of the pose given `steps - 1` calls before, and the reference's frame until there is one.
-    last: how the newest frame came to be. Streams of one avatar must not step at the same time.
+    last: how the newest pose was met. Streams of one avatar must not step at the same time.
     """
 
     def __init__(self, engines: Mapping[str, Engine], reference: StreamReference, options: StreamOptions) -> None:
@@ -278,9 +285,9 @@ class AvatarStream:
 
     def _advance(self, flights: list[_Flight], steps: slice, is_whole: bool = True) -> None:
         """Take frames, one at each of `steps`, over that step; one frame alone where the networks are not whole."""
-        latents = torch.cat([flight.latents for flight in flights])
+        latents = _batch([flight.latents for flight in flights])
         if is_whole:
-            embeddings = torch.cat([flight.embedding for flight in flights])
+            embeddings = _batch([flight.embedding for flight in flights])
             predicted = self._denoiser(latents, embeddings, steps)
             if self.options.unet_every > 1:
                 flights[0].features = {name: tensor.clone() for name, tensor in predicted.features.items()}

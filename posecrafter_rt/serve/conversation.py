@@ -37,11 +37,10 @@ class Conversation:
     def hear(self, message: bytes | str) -> None:
         """Act on a message. Raises: Disconnect for one that is none of ours, too long, or one too many."""
         now_s = time.perf_counter()
-        if len(message) > MAX_MESSAGE_BYTES:
-            raise Disconnect(
-                ProtocolError(f"a message of {len(message)} bytes", f"{MAX_MESSAGE_BYTES} at most"), TOO_BIG
-            )
         is_command = isinstance(message, str)
+        num_bytes = len(message.encode() if isinstance(message, str) else message)
+        if num_bytes > MAX_MESSAGE_BYTES:
+            raise Disconnect(ProtocolError(f"a message of {num_bytes} bytes", f"{MAX_MESSAGE_BYTES} at most"), TOO_BIG)
         if not self._all.take(now_s) or (is_command and not self._commands.take(now_s)):
             raise Disconnect(ProtocolError("too many messages", "send poses at the rate of a camera"), POLICY_VIOLATION)
         try:

@@ -9,7 +9,8 @@ import json
 import os
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError, PoseError, VideoError
@@ -17,9 +18,11 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.poses_api import NO_DETECTOR, pose_track
 from posecrafter_rt.serve.protocol import MAX_CANVAS_PX
 
-MAX_DECODED_BYTES = 2**30  # detection holds all frames
 MAX_FRAMES = 20_000
-_MAX_JSON_MEMORY_BYTES = 3 * 2**30  # a small file may ask for very much
+MAX_FRAME_PX = 4096 * 2304
+MAX_ASPECT = 16  # a narrow picture is enlarged very much before detection
+_MAX_MORE_BYTES = 2 * 2**30  # of addresses: a small file may ask for very much
+_STATM = Path("/proc/self/statm")
 
 
 def read_track(path: Path) -> PoseSequence:
@@ -39,31 +42,51 @@ def read_track(path: Path) -> PoseSequence:
 def _read_json(path: Path) -> PoseSequence:
     from posecrafter_rt.poses.openpose_json import read_openpose
 
-    try:
+    with _bounded_memory():
         return read_openpose(path, allow_missing=True)
-    except MemoryError as error:
-        raise PoseError("the file asks for too much memory", "send a shorter one") from error
 
 
 def _read_video(path: Path) -> PoseSequence:
+    """Decoded twice: first within bounded memory, which a detector cannot have: it reserves far more than it uses."""
     from posecrafter_rt.poses.extract import extract_poses
     from posecrafter_rt.video_io import stream_video
 
-    frames, _ = stream_video(path)
-    num_bytes = 0
-    for frame in frames:
-        num_bytes += frame.nbytes
-        if num_bytes > MAX_DECODED_BYTES:
-            raise VideoError("the video is too long or too large", "cut it, or scale it down to 640 pixels")
+    with _bounded_memory():
+        frames, _ = stream_video(path)
+        for number, frame in enumerate(frames, start=1):
+            height, width = frame.shape[:2]
+            if height * width > MAX_FRAME_PX or max(height, width) > MAX_ASPECT * min(height, width):
+                raise VideoError(f"frames of {width}x{height} pixels are too large", "scale it down to 640 pixels")
+            if number > MAX_FRAMES:
+                raise VideoError(f"more than {MAX_FRAMES} frames are too many", "cut it, or send it in parts")
     return extract_poses(path)
+
+
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Let this process have 2 GiB more than it has, where the system tells how much that is: on Linux.
+
+    Raises: PoseError where that is not enough.
+    """
+    if not _STATM.exists():
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = int(_STATM.read_text().split()[0]) * resource.getpagesize() + _MAX_MORE_BYTES
+    limit = min(wanted, *(bound for bound in before if bound != resource.RLIM_INFINITY), wanted)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    except MemoryError as error:
+        raise PoseError("the file asks for too much memory", "send a shorter or smaller one") from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def main(path: Path) -> int:
     """Print the answer; returns the exit status."""
     with suppress(AttributeError, OSError):
         os.nice(10)  # whoever is being rendered goes first
-    if path.suffix == ".json":  # detectors reserve far more than they use
-        resource.setrlimit(resource.RLIMIT_AS, (_MAX_JSON_MEMORY_BYTES, _MAX_JSON_MEMORY_BYTES))
     try:
         answer, status = pose_track(read_track(path)), 0
     except PoseCrafterError as error:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import secrets
 import tempfile
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from posecrafter_rt.serve.sampling import SAMPLES_PER_SECOND, sample
 from posecrafter_rt.video_io import VideoWriter
 
 MAX_SECONDS = 600
-MAX_FINISHED = 16  # the oldest go
+MAX_OF_CLIENT = 4  # finished; then the client's oldest goes
 
 
 class Recording:
@@ -61,21 +61,37 @@ class Recording:
         self._on_end(error)
 
 
-class Recordings:
-    """All recordings of a server, in a temporary folder that goes with it. Begun and ended on one thread."""
+class Finished(NamedTuple):
+    """A video that is whole, and the client who made it."""
 
-    def __init__(self) -> None:
+    path: Path
+    client: str
+
+
+class Recordings:
+    """All recordings of a server, in a temporary folder that goes with it. Begun and ended on one thread.
+
+    Four finished ones are kept for each client that is there, whatever the others do. Those of clients who have left stay
+    as long as there is room: four times `max_clients`, the clients at a time, in all; else their oldest go.
+    """
+
+    def __init__(self, max_clients: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="posecrafter-recordings-")
+        self._max_finished = MAX_OF_CLIENT * max_clients
+        self._clients: set[str] = set()  # who has recorded and is there
         self._running: dict[str, Recording] = {}
-        self._finished: OrderedDict[str, Path] = OrderedDict()
+        self._finished: dict[str, Finished] = {}  # oldest first
         self._lock = threading.Lock()
 
-    def begin(self, latest: Callable[[], np.ndarray], on_end: Callable[[str, PoseCrafterError | None], None]) -> str:
+    def begin(
+        self, client: str, latest: Callable[[], np.ndarray], on_end: Callable[[str, PoseCrafterError | None], None]
+    ) -> str:
         """Record what `latest` gives. Returns its name, which only this client is told; `on_end` is told it, too."""
         name = secrets.token_urlsafe(16)
         path = Path(self._folder.name) / f"{name}.mp4"
         with self._lock:
-            self._running[name] = Recording(path, latest, partial(self._ended, name, on_end))
+            self._clients.add(client)
+            self._running[name] = Recording(path, latest, partial(self._ended, name, client, on_end))
         return name
 
     def end(self, name: str) -> None:
@@ -85,10 +101,16 @@ class Recordings:
         if recording is not None:
             recording.stop()
 
+    def leave(self, client: str) -> None:
+        """A client is gone: what it has finished may make room for others, and what it has not is not kept."""
+        with self._lock:
+            self._clients.discard(client)
+
     def path(self, name: str) -> Path | None:
         """A finished recording's file."""
         with self._lock:
-            return self._finished.get(name)
+            finished = self._finished.get(name)
+        return None if finished is None else finished.path
 
     def close(self) -> None:
         """End all and delete the files."""
@@ -101,12 +123,24 @@ class Recordings:
         self._folder.cleanup()
 
     def _ended(
-        self, name: str, on_end: Callable[[str, PoseCrafterError | None], None], error: PoseCrafterError | None
-    ) -> None:
+        self, name: str, client: str, on_end: Callable[[str, PoseCrafterError | None], None],
+        error: PoseCrafterError | None,
+    ) -> None:  # fmt: skip
         with self._lock:
-            recording = self._running.pop(name)
-            if error is None:
-                self._finished[name] = recording.path
-            while len(self._finished) > MAX_FINISHED:
-                self._finished.popitem(last=False)[1].unlink(missing_ok=True)
+            path = self._running.pop(name).path
+            if client not in self._clients:  # nobody will be told where it is
+                path.unlink(missing_ok=True)
+            elif error is None:
+                self._finished[name] = Finished(path, client)
+                self._make_room(client)
         on_end(name, error)
+
+    def _make_room(self, client: str) -> None:
+        own = [name for name, finished in self._finished.items() if finished.client == client]
+        self._delete(own[:-MAX_OF_CLIENT])
+        left = [name for name, finished in self._finished.items() if finished.client not in self._clients]
+        self._delete(left[: max(0, len(self._finished) - self._max_finished)])
+
+    def _delete(self, names: list[str]) -> None:
+        for name in names:
+            self._finished.pop(name).path.unlink(missing_ok=True)

@@ -74,7 +74,7 @@ class Service:
             return
         if self.options.has_virtual_camera:
             self._camera = VirtualCamera(self.avatar.size, self._first_frame)
-        self._recordings = Recordings()
+        self._recordings = Recordings(self.options.max_sessions)
         self._scheduler.start()
         try:
             self._scheduler.call(self._warm_up).result()
@@ -128,7 +128,7 @@ class Service:
             self._recordings.end(self._recording_of.pop(session.id, ""))
         elif session.id not in self._recording_of:
             recorded = partial(self._recorded, session)
-            self._recording_of[session.id] = self._recordings.begin(lambda: session.latest, recorded)
+            self._recording_of[session.id] = self._recordings.begin(session.id, lambda: session.latest, recorded)
             session.texts.put({"type": "recording", "on": True, "url": None})
 
     def recording(self, name: str) -> Path | None:
@@ -148,7 +148,8 @@ class Service:
         assert options is not None
         return {
             "backend": manifest["backend"], "precision": manifest["precision"], "steps": options.steps,
-            "window": options.window, "sessions": self.num_sessions, "max_sessions": self.options.max_sessions,
+            "window": options.window, "in_flight": options.steps if options.is_pipelined else 1,
+            "sessions": self.num_sessions, "max_sessions": self.options.max_sessions,
         }  # fmt: skip
 
     def _ready(self, session: Session) -> dict[str, Any]:
@@ -178,6 +179,8 @@ class Service:
         session.is_closed = True
         self._scheduler.discard(session)
         self.record(session, False)
+        if self._recordings is not None:
+            self._recordings.leave(session.id)
 
     def _recorded(self, session: Session, name: str, error: PoseCrafterError | None) -> None:
         """On the recording's thread."""

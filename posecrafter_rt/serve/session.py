@@ -1,12 +1,13 @@
 """One client's avatar: the newest pose in, frames and messages out.
 
-Layer 7: `render` runs on the engine's thread, everything else on the event loop.
+Layer 7: `render` runs on the engine's thread, everything else on the event loop; both count what they drop.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -112,29 +113,33 @@ class Session:
         self._delay, self._flights = _delay_of(stream), deque[Flight]()
         self._num_resets_done = self.num_resets = 0
         self._is_broken = self.is_closed = False
-        self._num_overtaken = self._num_stale = self._num_limited = self.num_shown = 0
+        self._num_dropped = self.num_shown = 0
+        self._count_lock = threading.Lock()
         self._render_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
         self._last_error_s = float("-inf")
 
     @property
     def num_dropped(self) -> int:
         """Poses so far that no frame was shown for."""
-        return self._num_overtaken + self._num_stale + self._num_limited
+        return self._num_dropped
 
     def count_overtaken(self) -> None:
         """A pose was overtaken by a newer one, or by a reset, before its frame was on its way to the client."""
-        self._num_overtaken += 1
-        self._metrics.dropped.labels("overtaken").inc()
+        self._count_dropped("overtaken")
 
     def count_limited(self) -> None:
         """A pose came faster than the rate limit allows."""
-        self._num_limited += 1
-        self._metrics.dropped.labels("limited").inc()
+        self._count_dropped("limited")
 
     def count_stale(self) -> None:
         """A pose, or its frame, grew too old to be shown."""
-        self._num_stale += 1
-        self._metrics.dropped.labels("stale").inc()
+        self._count_dropped("stale")
+
+    def _count_dropped(self, reason: str) -> None:
+        """From any thread."""
+        with self._count_lock:
+            self._num_dropped += 1
+        self._metrics.dropped.labels(reason).inc()
 
     def count_shown(self, shown: Shown) -> None:
         """A frame is on its way to the client."""
@@ -162,8 +167,8 @@ class Session:
     def render(self, waiting: Waiting) -> bool:
         """Take a turn: show the frame of a pose, or tell the client what went wrong.
 
-        Returns: whether the frame of this pose is still to come, as from a pipelined stream: it does with the next turns, of
-            the same pose if there is no other.
+        Returns: whether a frame is still to come, as from a pipelined stream: it does with the next turns, of the same pose if
+            there is no other. Of one pose that is steps - 1 turns more; then the stream rests until another comes.
         """
         if self.is_closed:
             return False

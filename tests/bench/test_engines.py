@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench import engines, onnx_engines
-from bench.engines import REFERENCE, Job, judged, run, to_markdown
+from bench.engines import REFERENCE, Job, judged, parse, run, to_markdown
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.onnx import export_network
@@ -57,6 +57,14 @@ def test_what_fails_is_told_and_the_rest_is_not_lost(rows: dict[str, dict[str, A
     }
     text = to_markdown(document)
     assert "- torch fp0: KeyError" in text and "- tensorrt fp16: no GPU" in text and "| onnxruntime int8 |" in text
+
+
+def test_a_quick_run_builds_nothing_that_takes_minutes() -> None:
+    quick = parse(["--quick"])
+    assert not any("inductor" in name for name in quick.engines) and REFERENCE in quick.engines
+    assert len(quick.engines) < 3 and max(quick.frames) < max(parse([]).frames)
+    assert parse(["--quick", "--engines", "inductor fp32", "--frames", "9"]).engines == ["inductor fp32"]
+    assert "inductor fp32" in parse([]).engines
 
 
 def test_the_fastest_that_is_good_enough_is_judged_where_it_gains_least() -> None:

@@ -63,5 +63,13 @@ def test_calls_a_step_are_sd15s() -> None:
     )
 
 
+def test_the_result_is_this_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["fusions", "--json", str(tmp_path / "fusions.json")])
+    fusions.main()
+    assert len(json.loads((tmp_path / "fusions.json").read_text())) == len(fusions.FUSIONS) * len(fusions.FRAMES)
+    for name in ("fusions.json", "fusions.md"):
+        assert (ROOT / "bench/results" / name).read_text() == (tmp_path / name).read_text()
+
+
 def test_the_document_shows_this_table() -> None:
     assert fusions.table() in (ROOT / "docs/operators.md").read_text()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.loop import markdown, measure
+from bench.loop import markdown, measure, median_round
 
 
 def test_the_rest_of_the_loop_is_what_its_networks_do_not_take(tiny_engine: Path) -> None:
@@ -15,6 +15,11 @@ def test_the_rest_of_the_loop_is_what_its_networks_do_not_take(tiny_engine: Path
     assert (row["frames"], row["steps"]) == (2, 3) and min(row["controlnet"], row["unet"], row["outside_s"]) > 0
     assert row["denoise_s"] == pytest.approx(row["controlnet"] + row["unet"] + row["outside_s"])
     assert row["share"] == pytest.approx(row["outside_s"] / row["denoise_s"])
+
+
+def test_the_median_round_is_reported() -> None:
+    rounds = [{"share": share, "denoise_s": 10 * share} for share in (0.05, 0.01, 0.9, 0.02, 0.03)]
+    assert median_round(rounds) == {"share": 0.03, "denoise_s": 0.3}
 
 
 def test_the_table_has_a_steps_times() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench import presets
 from bench.flops import Counters, Setup
-from bench.presets import STAGES, WAYS, count_flops_of, markdown
+from bench.presets import STAGES, WAYS, benchmark, count_flops_of, find_peak, markdown, measure, parse
+from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.runtime.presets import PRESETS, preset_options
 
 
@@ -20,6 +23,7 @@ def document(gpu: str, frames: int = 100) -> dict[str, Any]:
         "setup": setup,
         "machine": {"gpu": gpu},
         "peak_flops_per_s": 4e14,
+        "peak_of": "a large matrix product",
         "rows": {"exact": row, "fast": {"error": "memory ran out"}},
     }
 
@@ -47,3 +51,62 @@ def test_goals_are_a_cards_at_one_size_and_length() -> None:
     for other in (document("NVIDIA H200"), document("NVIDIA H100 80GB HBM3", frames=16)):
         assert "| exact | 20.00 |  |" in markdown(other)
     assert "| fast | failed: memory ran out" in markdown(document("NVIDIA H200"))
+
+
+def test_every_row_is_in_the_result_before_the_next_begins(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, begun = tmp_path / "presets.json", []
+
+    def in_own_process(function: Any, *arguments: Any) -> dict[str, Any]:
+        if function is presets.measure_peak:
+            return {"flops_per_s": 1e12}
+        begun.append(arguments[1])
+        if len(begun) > 1:
+            raise KeyboardInterrupt
+        return {**document("")["rows"]["exact"], "sampled": 4, "shallow": 0, "inverted": 4, "decoder": "full"}
+
+    monkeypatch.setattr(presets, "in_own_process", in_own_process)
+    words = [str(tiny_engine), "--frames", "2", "--ways", "fast", "exact", "--json", str(path)]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(parse(words), tmp_path)
+    assert begun == ["fast", "exact"]
+    left = json.loads(path.read_text())
+    assert list(left["rows"]) == begun[:1] and left["setup"]["frames"] == 2
+    assert f"| {begun[0]} |" in path.with_suffix(".md").read_text()
+
+
+def test_the_cheapest_come_first_and_the_cached_after_what_it_finds() -> None:
+    assert list(WAYS)[-2:] == ["exact", "exact, inversion cached"]
+    assert parse([]).ways == list(WAYS) and set(parse(["--quick"]).ways) == set(presets.QUICK_WAYS) < set(WAYS)
+
+
+def test_a_cached_inversion_is_that_of_the_whole_target(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eq. 5 chooses the reference by all poses: a shorter target may have another, whose inversion is no help."""
+    lengths, whole = [], Avatar.render
+
+    def render(self: Avatar, target: Any, *arguments: Any, **options: Any) -> Any:
+        lengths.append(len(target))
+        return whole(self, target, *arguments, **options)
+
+    monkeypatch.setattr(Avatar, "render", render)
+    for way in ("exact", "exact, inversion cached"):
+        monkeypatch.setitem(WAYS, way, {"preset": "exact", "num_inference_steps": 4})
+    inverted = measure(tiny_engine, "exact", 3)
+    assert inverted["inverted"] > 0 and len(lengths) == 2  # one of few steps, and itself
+    assert measure(tiny_engine, "exact, inversion cached", 3)["inverted"] == 0 and len(lengths) == 4
+    for file in (tiny_engine / "inversions").iterdir():
+        file.unlink()
+    assert measure(tiny_engine, "exact, inversion cached", 3)["inverted"] == 0
+    assert lengths == [3] * 7  # where nothing is cached, a whole one more
+
+
+def test_where_no_peak_is_measured_the_cards_specification_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "in_own_process", lambda *arguments: {"error": "no memory"})
+    monkeypatch.setattr(presets.torch.cuda, "is_available", lambda: True)
+    for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA GeForce RTX 3090", 71e12), ("NVIDIA H100 PCIe", None)):
+        monkeypatch.setattr(presets.torch.cuda, "get_device_name", lambda name=name: name)
+        found = find_peak("bf16")
+        assert found["peak_flops_per_s"] == peak and "specification (not measured: no memory)" in found["peak_of"]
+    unknown = markdown({**document("NVIDIA H100 PCIe"), **found})
+    assert "| 200 |  | 1000 | 2000 |" in unknown and "specification" in unknown

@@ -11,13 +11,21 @@ from bench import report
 from bench.report import add_output_arguments, publish
 
 BENCH = Path(report.__file__).parent
-TOOLS = {"gpu", "kernel_fits", "kernel_search"}  # they run others, or write what the kernels are compiled with
+TOOLS = {
+    "gpu": "runs the others",
+    "kernel_fits": "answers kernel_search and kernel_tune, under another Triton",
+    "kernel_search": "writes what the kernels are compiled with: kernels/configs.json",
+    "timing": "what the others time with; by itself it prints what timing nothing takes",
+}
 
 
 def test_every_benchmark_has_both_options() -> None:
-    scripts = {path.stem: path.read_text() for path in BENCH.glob("*.py") if "def main(" in path.read_text()}
-    assert len(scripts) > 12 and scripts.keys() >= TOOLS
-    assert {name for name, text in scripts.items() if "add_output_arguments(parser" not in text} == TOOLS
+    scripts = {
+        path.stem: text for path in BENCH.glob("*.py") if 'if __name__ == "__main__"' in (text := path.read_text())
+    }
+    assert len(scripts) > 18 and scripts.keys() >= TOOLS.keys()
+    assert {name for name, text in scripts.items() if "add_output_arguments(parser" not in text} == TOOLS.keys()
+    assert all("publish(" in text for name, text in scripts.items() if name not in TOOLS)
 
 
 @pytest.mark.parametrize(("words", "written"), [

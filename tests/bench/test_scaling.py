@@ -30,7 +30,10 @@ def test_what_is_paid_once_weighs_least_between_the_last_two_points() -> None:
 def test_every_point_is_rendered(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     untrained_checkpoint(str(tiny_base), num_frames=3).save(tmp_path / "tuned.ckpt")
 
+    built = []
+
     def build(folder: Path, side: float) -> dict[str, Any]:
+        built.append(side)
         length = round(32 * side)
         path = folder / f"{length}.engine"
         build_engine(folder / "tuned.ckpt", path, BuildOptions("torch", "fp32", size=(length, length)))
@@ -42,6 +45,7 @@ def test_every_point_is_rendered(tiny_base: Path, tmp_path: Path, monkeypatch: p
     axes = measure_axes(plan, tmp_path)
     assert {axis: [row["at"] for row in rows] for axis, rows in axes.items()} == {
         "frames": [1, 2], "frames, in segments": [5, 8], "pixels": [256, 1024], "steps": [1, 2]}  # fmt: skip
+    assert sorted(built) == [0.5, 1.0]  # each engine once
     for rows in axes.values():
         for row in rows:
             assert set(row["seconds"]) == {"prepare", "invert", "denoise", "decode"} and row["peak_bytes"] > 0

@@ -66,7 +66,10 @@ def test_a_broken_package_is_a_finding(monkeypatch: pytest.MonkeyPatch, error: E
 
     monkeypatch.setattr(checks, "SECTIONS", {"devices": broken, "rest": lambda: [Finding("x", "ok", "fine")]})
     sections = checks.run_checks()
-    assert sections["devices"][0].status == "failed"
+    assert (sections["devices"][0].status, sections["devices"][0].mend) == (
+        "failed",
+        "in the checkout: pip install -e .",
+    )
     assert sections["devices"][0].detail == str(error).splitlines()[0]
     assert sections["rest"][0].status == "ok"
 
@@ -75,17 +78,21 @@ def test_missing_packages_name_the_command(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(checks, "installed", lambda name: None)
     found = {finding.name: finding for finding in checks.check_packages()}
     assert (found["torch"].status, found["torch"].mend) == ("failed", "pip install torch")
-    assert (found["rtmlib"].status, found["rtmlib"].mend) == ("absent", "pip install 'posecrafter-rt[poses]'")
+    assert (found["rtmlib"].status, found["rtmlib"].mend) == ("absent", "pip install --no-deps rtmlib")
+    assert (found["aiortc"].status, found["aiortc"].mend) == ("absent", "pip install 'posecrafter-rt[serve]'")
 
 
-def test_another_build_of_opencv_serves_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "other"), [("opencv-python-headless", "opencv-python"), ("onnxruntime", "onnxruntime-gpu")]
+)
+def test_another_build_of_a_module_serves_as_well(monkeypatch: pytest.MonkeyPatch, wanted: str, other: str) -> None:
     def version(name: str) -> str:
-        if name == "opencv-python":
+        if name == other:
             return "4.10"
         raise checks.PackageNotFoundError(name)
 
     monkeypatch.setattr(checks, "version", version)
-    assert checks.installed("opencv-python-headless") == "4.10 (opencv-python)"
+    assert checks.installed(wanted) == f"4.10 ({other})"
     assert checks.installed("torch") is None
 
 
@@ -106,3 +113,12 @@ def test_a_video_library_without_h264_is_needed(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(av.codec, "Codec", refuse)
     assert checks.check_video()[0].status == "failed"
+
+
+def test_what_is_not_built_names_the_command_that_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from posecrafter_rt.ops import native
+
+    monkeypatch.setattr(native, "build_info", lambda: {})
+    monkeypatch.setattr(native, "missing_reason", lambda: "it was not compiled")
+    extension = next(finding for finding in checks.check_operators() if finding.name == "native extension")
+    assert extension.mend == "install a C++ compiler and Python's headers, then in the checkout: pip install -e ."

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,82 +25,9 @@ from posecrafter_rt.runtime.partial import read_state
 from posecrafter_rt.runtime.presets import PRESETS
 from posecrafter_rt.tuning import TuneOptions, tune
 from posecrafter_rt.video_io import VideoWriter, read_video
+from tests.cli.kill_scripts import CHAOS, PAIR, VICTIMS, run_script
 
-ROOT = Path(__file__).parents[2]
 SIZE, COUNT, SEGMENTS, SEED = (32, 32), 14, 3, 3
-# What the scripts below begin with: processes that run the command, forked from one that has only imported what takes long
-# to import.
-FORKS = """
-import hashlib, json, os, pathlib, pkgutil, random, signal, sys, time
-import posecrafter_rt.rendering
-from posecrafter_rt.cli.main import main
-
-def start(*command, prepare=lambda: None):
-    victim = os.fork()
-    if not victim:
-        os.dup2(2, 1)
-        sys.argv = ["posecrafter-rt", *command]
-        prepare()
-        main()
-    return victim
-
-def wait(victim):
-    return os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1])
-
-def finished(output):
-    state = pathlib.Path(output + ".partial/state.json")
-    return len(json.loads(state.read_text())["segments"]) if state.exists() else None
-"""
-# Runs the command once for each moment, in a process that kills itself (SIGKILL: nothing is cleaned up) at the n-th call
-# of a function.
-VICTIMS = f"""{FORKS}
-def die_at(target, moment):
-    owner, name = target.rsplit(".", 1)
-    original, calls = pkgutil.resolve_name(target), []
-    def killed(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    setattr(pkgutil.resolve_name(owner), name, killed)
-
-output, moments, *command = sys.argv[1:]
-for target, call in json.loads(moments):
-    status = wait(start(*command, prepare=lambda: die_at(target, call)))
-    print(json.dumps([status, finished(output), os.path.exists(output)]), flush=True)
-"""
-# Kills the command from outside until it was killed so many times, at moments drawn from what the faster of two unbroken runs
-# takes (the first one fills the system's caches). Each time the inversion is to be computed anew. A render that is done in
-# spite of it makes way for the next one. Prints after each: whether it was killed, how many segments are finished, and the
-# hashes of the outputs that are in place.
-CHAOS = f"""{FORKS}
-seed, kills, output, inversions, *command = sys.argv[1:]
-places = [pathlib.Path(output).with_suffix(suffix) for suffix in (".mp4", ".png", ".report.json")]
-rng, killed, spans = random.Random(int(seed)), 0, []
-while killed < int(kills):
-    for file in pathlib.Path(inversions).glob("*"):
-        file.unlink()
-    begin, victim = time.monotonic(), start(*command)
-    if len(spans) == 2:
-        time.sleep(rng.uniform(0, min(spans)))
-        os.kill(victim, signal.SIGKILL)
-    status = wait(victim)
-    if len(spans) < 2:
-        spans.append(time.monotonic() - begin)
-    killed += status == -signal.SIGKILL
-    hashes = {{place.name: hashlib.sha256(place.read_bytes()).hexdigest() for place in places if place.exists()}}
-    print(json.dumps([status, finished(output), hashes]), flush=True)
-    if status not in (0, -signal.SIGKILL):
-        break
-    if finished(output) is None:
-        for place in places:
-            place.unlink(missing_ok=True)
-"""
-# Two renders by one avatar at the same time, its cache of inversions empty.
-PAIR = f"""{FORKS}
-first, second, *command = sys.argv[1:]
-print(json.dumps([wait(victim) for victim in [start(*command, "-o", output) for output in (first, second)]]))
-"""
 # Where each dies, and then: how many segments are finished, and whether the video is in its place.
 MOMENTS = {
     "in the second segment": ("posecrafter_rt.avatar.render_clip", 2, 1, False),
@@ -143,6 +67,10 @@ def command(workshop: Path, output: Path, *more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def unbroken(workshop: Path) -> Path:
+    return render_unbroken(workshop)
+
+
+def render_unbroken(workshop: Path) -> Path:
     result = run(*command(workshop, workshop / "unbroken" / "out.mp4"))
     assert result.exit_code == 0, result.output
     assert f"{SEGMENTS} of 6 frames at most, 2 shared" in result.output
@@ -150,17 +78,16 @@ def unbroken(workshop: Path) -> Path:
     return workshop / "unbroken"
 
 
-def run_script(script: str, *arguments: object) -> tuple[list[list[Any]], str]:
-    """Run one of the scripts above; returns the lines that it printed, and what it and its processes said otherwise."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)  # fmt: skip
-    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
-
-
+@pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment_and_the_same_command_gives_the_same_bytes(
-    workshop: Path, unbroken: Path, tmp_path: Path
+    workshop: Path, unbroken: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, backend: str
 ) -> None:
+    if backend != "torch":
+        pytest.importorskip(backend)
+        folder = tmp_path_factory.mktemp(backend)
+        shutil.copy(workshop / "poses.json", folder)
+        build_engine(workshop / "tuned.ckpt", folder / "tuned.engine", BuildOptions(backend, "fp32"))
+        workshop, unbroken = folder, render_unbroken(folder)
     output = tmp_path / "out.mp4"
     moments = json.dumps([moment[:2] for moment in MOMENTS.values()])
     seen, messages = run_script(VICTIMS, output, moments, *command(workshop, output))
@@ -261,6 +188,24 @@ def test_a_render_that_ends_in_shorter_segments_says_so(
     assert result.exit_code == 0, result.output
     assert "from frame 0 on segments of 3 frames at most, 1 shared: memory ran out" in result.stdout
     assert "segment 3" in result.stdout  # among the approximations
+    assert "7 of 3 frames at most, 1 shared" in result.stdout
+    joint = ["render", workshop / "tuned.engine", "--poses", workshop / "poses.json", "--steps", 2]
+    result = run(*joint, "-o", tmp_path / "joint.mp4")
+    assert result.exit_code == 0 and "7 of 3 frames at most, 1 shared" in result.stdout
+    calls: list[int] = []
+
+    def starved_later(engine: TorchEngine, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        if engine.spec.name == "unet" and len(inputs["latents"]) > 1:
+            calls.append(1)
+            if len(calls) > 2:  # the first segment's two steps
+                return starved(engine, **inputs)
+        return original(engine, **inputs)
+
+    monkeypatch.setattr(TorchEngine, "__call__", starved_later)
+    result = run(*command(workshop, tmp_path / "later.mp4"))
+    report = json.loads((tmp_path / "later.report.json").read_text())
+    assert report["segments"][:2] == [6, 3] and [*report["overlaps"][:2], report["overlaps"][-1]] == [2, 1, 0]
+    assert f"{len(report['segments'])} of 6 frames at most, 1 to 2 shared" in result.stdout
 
 
 def give_memory(monkeypatch: pytest.MonkeyPatch, workshop: Path, num_frames: int) -> None:

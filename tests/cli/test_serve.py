@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -66,6 +67,22 @@ def test_missing_calibration_poses_are_one_line(tmp_path: Path) -> None:
 def test_bad_options_have_a_hint(arguments: tuple[str, ...]) -> None:
     result = run("me.engine", *arguments)
     assert result.exit_code == 1 and "hint: " in result.stderr
+
+
+def test_a_preset_and_what_overrules_it_reach_the_stream(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[dict[str, Any]] = []
+    monkeypatch.setattr(serve_module, "_run", lambda application, *others: (
+        served.append(dict(application.state.service.options.stream))))  # fmt: skip
+    for arguments, stream in (((), {"preset": "balanced"}),
+                              (("--preset", "quality", "--steps", "3"), {"preset": "quality", "steps": 3})):  # fmt: skip
+        assert run(str(tiny_engine), "--port", "0", *arguments).exit_code == 0
+        assert served.pop() == stream
+
+
+def test_an_unknown_preset_is_one_line(tiny_engine: Path) -> None:
+    result = run(str(tiny_engine), "--port", "0", "--preset", "exact")  # a render's
+    assert result.exit_code == 1
+    assert result.stderr == "error: unknown preset 'exact'\nhint: choose one of fast, balanced, quality\n"
 
 
 def test_an_engine_that_is_not_there(tmp_path: Path) -> None:

@@ -68,6 +68,15 @@ def test_one_code_serves_any_number_of_frames(plain_model: PoseModel, inductor_d
     assert all(decoding_error(engine, plain_model, frames) < 1e-4 for frames in (1, 16, 1, 7, 65))
 
 
+def test_what_is_compiled_already_is_not_counted(
+    plain_model: PoseModel, inductor_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch, backend = sized(plain_model), InductorBackend()
+    assert backend.num_missing(plain_model, arch, "fp32") < len(plain_model.networks())  # the decoder's is there
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
+    assert backend.num_missing(plain_model, arch, "fp32") == len(plain_model.networks())
+
+
 def test_every_weight_stays_apart_from_the_code(plain_model: PoseModel, inductor_decoder: Path) -> None:
     """Small ones too, which AOTInductor would otherwise make constants of the code."""
     parameters = dict(plain_model.networks()[DECODER].named_parameters())

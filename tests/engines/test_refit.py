@@ -16,6 +16,7 @@ from posecrafter_rt.engines.refit import (
     check_graph,
     check_source,
     graph_digest,
+    in_stored_type,
     read_graphs,
     same_bits,
     write_graphs,
@@ -107,6 +108,20 @@ def test_bits_are_compared_not_values(dtype: torch.dtype) -> None:
         assert not same_bits(torch.tensor([0.0], dtype=dtype), torch.tensor([-0.0], dtype=dtype))
         nothing = torch.tensor([float("nan")], dtype=dtype)
         assert same_bits(nothing, nothing.clone())
+
+
+@pytest.mark.parametrize(("value", "dtype", "fits"), [
+    (6e4, torch.float16, True), (1e5, torch.float16, False), (1e5, torch.bfloat16, True), (1e5, torch.float32, True),
+    (float("nan"), torch.float32, False)])  # fmt: skip
+def test_what_a_stored_type_does_not_hold_is_refused(value: float, dtype: torch.dtype, fits: bool) -> None:
+    weight = torch.nn.Parameter(torch.tensor([[1.0, value], [2.0, 3.0]]).T)
+    if fits:
+        stored = in_stored_type("w", weight, dtype)
+        assert stored.dtype == dtype and stored.is_contiguous() and not stored.requires_grad
+        assert torch.equal(stored, weight.to(dtype))
+    else:
+        with pytest.raises(EngineFolderError, match=f"^w does not fit {dtype}$"):
+            in_stored_type("w", weight, dtype)
 
 
 def test_weights_of_a_plan_change_in_their_stored_type() -> None:

@@ -22,6 +22,7 @@ from posecrafter_rt.engines import tensorrt as backend_module
 from posecrafter_rt.engines import tensorrt_runtime as runtime_module
 from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.engines.folder import write_manifest
+from posecrafter_rt.engines.openvino import OpenVinoBackend
 from posecrafter_rt.engines.tensorrt import (
     DECODERS,
     TensorRTBackend,
@@ -42,6 +43,8 @@ from posecrafter_rt.engines.tensorrt_runtime import (
     output_shapes,
 )
 from posecrafter_rt.errors import BackendUnavailable, EngineFolderError, ShapeError
+from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.export.graphs import graph_key
 from posecrafter_rt.export.onnx import export_network
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
@@ -111,6 +114,23 @@ def test_only_small_or_unaligned_inputs_are_copied() -> None:
     aligned, size = memory[start:], COPIED_BYTES // 4
     assert is_copied(aligned[:size]) and not is_copied(aligned[: size + 1])
     assert is_copied(aligned[1 : size + 2])
+
+
+def test_what_a_build_has_to_trace_and_to_time_is_counted(
+    plain_model: PoseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(backend_module, "gpu_name", lambda: "A (8.6)")
+    monkeypatch.setattr(backend_module, "_version", lambda: "11.4.0")
+    model, arch, backend = plain_model, plain_model.architecture(), TensorRTBackend()
+    networks = model.networks()
+    assert backend.num_missing(model, arch, "fp16") == len(networks) + 1
+    key = graph_key(networks["unet"], network_specs(arch)["unet"], arch)
+    BlobCache(tmp_path / "graphs").save(key, b"a graph, which is not read")
+    assert backend.num_missing(model, arch, "fp16") == len(networks)
+    assert OpenVinoBackend().num_missing(model, arch, "fp32") == len(networks) - 1
+    BlobCache(tmp_path / "tensorrt").save({"timings": "A (8.6)", "tensorrt": "11.4.0"}, b"")
+    assert backend.num_missing(model, arch, "fp16") == len(networks) - 1
 
 
 def test_another_gpu_or_version_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.engines.tensorrt import prepare_graph
+from posecrafter_rt.engines.tensorrt_build import profile_sizes
+from posecrafter_rt.engines.tensorrt_plugins import typical_frames
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.functions import DOMAIN, add_functions
 from posecrafter_rt.export.onnx import export_network
@@ -64,7 +66,7 @@ def test_a_prepared_graph_is_valid_and_typed(
     plain_model: PoseModel, tmp_path: Path, name: str, precision: Precision
 ) -> None:
     spec, model = network_specs(architecture(plain_model))[name], export(plain_model, name)
-    plugins, attentions = prepare_graph(model, spec, precision, CAPABILITY)
+    plugins, attentions = prepare_graph(model, spec, architecture(plain_model), precision, CAPABILITY)
     assert not model.functions
     marked = [node for node in model.graph if node.domain == DOMAIN]
     assert len(marked) == plugins <= attentions and all(set(MARKS) < set(node.attributes) for node in marked)
@@ -83,7 +85,8 @@ def test_a_prepared_graph_is_valid_and_typed(
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_streams_scores_are_in_float32(plain_model: PoseModel, precision: Precision) -> None:
     model = export(plain_model, "unet_stream")
-    prepare_graph(model, network_specs(architecture(plain_model))["unet_stream"], precision, CAPABILITY)
+    arch = architecture(plain_model)
+    prepare_graph(model, network_specs(arch)["unet_stream"], arch, precision, CAPABILITY)
     scores = [node.inputs[0] for node in model.graph if node.op_type == "Softmax" and node.inputs[0] is not None]
     masks = [producer for value in scores if (producer := value.producer()) and producer.op_type == "Where"]
     assert len(masks) == len(plain_model.architecture().temporal_layers)
@@ -103,11 +106,34 @@ def test_attention_without_a_kernel_that_fits_is_written_out(
     monkeypatch.setattr(kernel_plugins, "smaller_tiles", lambda tile: [tile])
     plugin_kernel.cache_clear()  # what other tests have compiled did fit
     model = export(plain_model, "controlnet")
-    plugins, attentions = prepare_graph(model, network_specs(architecture(plain_model))["controlnet"], "fp16", (8, 6))
+    arch = architecture(plain_model)
+    plugins, attentions = prepare_graph(model, network_specs(arch)["controlnet"], arch, "fp16", (8, 6))
     assert plugins == 0 < attentions and not any(node.domain == DOMAIN for node in model.graph)
     assert "KeyframeAttention is written out in standard operators" in caplog.text
     told = [message for message in caplog.messages if "is written out" in message]
     assert len(told) == len({*told}) < attentions  # each width is tried once
+
+
+def test_kernels_are_tried_for_as_many_frames_as_the_plan_compiles_them_for(
+    plain_model: PoseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the importer asks for a kernel of fewer frames that nobody tried, and what fails then ends the build."""
+
+    def fits_sixteen(op: str, capability: tuple[int, int], dtype: torch.dtype, head_size: int, frames: int) -> None:
+        asked.add((op, frames))
+        if op == "temporal_attention" and frames < 16:
+            raise ValueError("no tile fits")
+
+    asked: set[tuple[str, int]] = set()
+    monkeypatch.setattr(kernel_plugins, "plugin_kernel", fits_sixteen)
+    for max_frames, frames in ((None, 16), (8, 8), (64, 16)):
+        asked.clear()
+        model, arch = export(plain_model, "unet"), replace(architecture(plain_model), max_frames=max_frames)
+        prepare_graph(model, network_specs(arch)["unet"], arch, "fp16", CAPABILITY)
+        assert asked == {("keyframe_attention", 1), ("temporal_attention", frames)}
+        shape = profile_sizes(network_specs(arch)["unet"], arch)[1]["frames"]
+        assert typical_frames("temporal_attention", (1, shape, 16, 80)) == frames
+        assert any(node.op_type == "TemporalAttention" for node in model.graph) == (frames == 16)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 5e-3)])
@@ -116,7 +142,7 @@ def test_a_prepared_graph_computes_what_its_network_computes(
     plain_model: PoseModel, tmp_path: Path, name: str, precision: Precision, tolerance: float
 ) -> None:
     spec, model = network_specs(architecture(plain_model))[name], export(plain_model, name)
-    prepare_graph(model, spec, precision, CAPABILITY)
+    prepare_graph(model, spec, architecture(plain_model), precision, CAPABILITY)
     types = {value.name: value.dtype.numpy() for value in model.graph.inputs if value.dtype is not None}
     inputs = random_inputs(spec, SIZES)
     given = {key: tensor.numpy().astype(types[key]) for key, tensor in inputs.items()}

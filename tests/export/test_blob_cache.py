@@ -57,6 +57,19 @@ def test_no_more_bytes_than_allowed_but_for_the_newest(tmp_path: Path) -> None:
     assert [file.stat().st_size for file in tmp_path.iterdir()] == [32 + 1000]
 
 
+def test_a_file_that_another_process_removes_meanwhile_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A link to nothing stands for it: it is listed, and is not there when it is asked about."""
+    monkeypatch.setattr(blob_cache, "MAX_FILES", 1)
+    (tmp_path / "gone.blob").symlink_to("absent")
+    cache = BlobCache(tmp_path)
+    for number in range(2):
+        cache.save({"n": number}, b"x")
+        os.utime(cache.path({"n": number}), (number, number))
+    assert cache.load({"n": 1}) == b"x" and cache.load({"n": 0}) is None and not caplog.messages
+
+
 def test_a_folder_that_cannot_be_written_is_only_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING, "posecrafter_rt"):

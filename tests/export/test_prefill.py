@@ -18,7 +18,7 @@ from posecrafter_rt.export import prefill as module
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.graphs import graph_key
 from posecrafter_rt.export.onnx import export_graph
-from posecrafter_rt.export.prefill import LONGEST_FIRST, count_workers, prefill, start_workers
+from posecrafter_rt.export.prefill import LONGEST_FIRST, count_workers, missing_graphs, prefill, start_workers
 from posecrafter_rt.export.prefill_worker import unfilled_networks
 from posecrafter_rt.models.empty import describe_modules
 from posecrafter_rt.models.loading import PoseModel
@@ -90,8 +90,9 @@ def test_another_process_traces_the_same_bytes(
     monkeypatch.setattr(module, "count_workers", lambda num_missing: min(num_missing, 1))
     monkeypatch.setattr(module, "take_name", lambda source: None)  # so that the other process takes all
     stages: list[str] = []
+    assert missing_graphs(model, arch, filled) == [*names]
     prefill(model, arch, filled, stages.append)
-    assert stages == ["tracing the networks"]
+    assert stages == ["tracing the networks"] and missing_graphs(model, arch, filled) == []
     for key in keys(model, networks).values():
         assert own.path(key).read_bytes() == filled.path(key).read_bytes()
     with monkeypatch.context() as patch:

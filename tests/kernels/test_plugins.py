@@ -20,6 +20,7 @@ if find_spec("posecrafter_rt.kernels") is None:
 
 from posecrafter_rt.kernels.configs import TemporalConfig, TileConfig
 from posecrafter_rt.kernels.plugins import (
+    KERNELS,
     SHARED_BYTES,
     integer_names,
     plugin_kernel,
@@ -86,11 +87,14 @@ def test_widths_without_a_plugin_are_told(channels: int, heads: int, is_served: 
 @pytest.mark.parametrize(
     ("op", "capability", "head_size"),
     [
-        ("keyframe_attention", (8, 6), 40),
+        *((op, (8, 6), head_size) for op in KERNELS for head_size in (40, 80)),
         ("keyframe_attention", (9, 0), 40),  # the table's tile has 54 KiB
         ("temporal_attention", (8, 9), 40),
-        pytest.param("keyframe_attention", (9, 0), 160, marks=pytest.mark.slow),
-        pytest.param("temporal_attention", (9, 0), 160, marks=pytest.mark.slow),
+        *(
+            pytest.param(op, capability, 160, marks=pytest.mark.slow)
+            for op in KERNELS
+            for capability in ((8, 6), (9, 0))
+        ),
     ],
 )
 def test_kernels_take_what_is_declared_and_assemble(

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.runtime import cache as cache_module
-from posecrafter_rt.runtime.cache import InversionCache
+from posecrafter_rt.runtime.cache import InversionCache, inversion_key
+from posecrafter_rt.runtime.options import RenderOptions
 
 LATENTS = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
 
@@ -21,6 +23,15 @@ def test_what_was_saved_is_found_bit_for_bit(tmp_path: Path) -> None:
     found = InversionCache(tmp_path / "new").load({"frame": 1})
     assert found is not None and torch.equal(found, LATENTS)
     assert InversionCache(tmp_path / "new").load({"frame": 2}) is None
+
+
+def test_what_another_number_of_threads_rounded_otherwise_is_another_inversion() -> None:
+    manifest = dict.fromkeys(("checkpoint", "base_hash", "backend", "norm_scope", "scheduler", "size", "libraries"), "")
+    schedule = DDIMSchedule.from_config({"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012})
+    options = RenderOptions(inversion_substeps=1, strength=1.0)
+    paths = {InversionCache(Path()).path(inversion_key(manifest, schedule, options, frame=0, prompt="", precision="fp32",
+                                                       threads=threads)) for threads in ([], [1], [2], [2])}  # fmt: skip
+    assert len(paths) == 3
 
 
 def test_one_altered_byte_is_noticed(tmp_path: Path) -> None:

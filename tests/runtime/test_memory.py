@@ -26,7 +26,9 @@ from posecrafter_rt.models.networks import build_networks, describe_architecture
 from posecrafter_rt.models.sources import SD15_FOLDER, locate_base
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.runtime.memory import (
+    COPIES_IN_PARTS,
     KEPT_LENGTHS,
+    InParts,
     Room,
     choose_segment,
     explained,
@@ -116,6 +118,18 @@ def test_transformer_blocks_in_parts_take_less_memory(network: tuple[Any, Any, t
     assert bytes_taken(network, 16, 1) - one < 0.8 * (whole - one)
 
 
+@pytest.mark.parametrize(("groups", "dtype"), [(1, torch.float32), (2, torch.float32), (1, torch.float16)])
+def test_the_estimate_covers_what_a_frame_takes_in_parts(
+    network: tuple[Any, Any, tuple[int, int]], groups: int, dtype: torch.dtype
+) -> None:
+    """Beside what one frame takes, and less than twice that."""
+    unet, arch, size = network
+    do_in_parts(unet, groups * (size[0] // arch.vae_scale_factor) * (size[1] // arch.vae_scale_factor))
+    per_frame = (bytes_taken(network, 5, groups, dtype) - bytes_taken(network, 3, groups, dtype)) / 2
+    estimate = frame_bytes(arch, size, groups, dtype.itemsize, COPIES_IN_PARTS)
+    assert per_frame <= estimate <= 2 * per_frame and estimate < 0.7 * frame_bytes(arch, size, groups, dtype.itemsize)
+
+
 def room(free: int, per_frame: int = MB, reserved: int = 0) -> Room:
     return Room(free, reserved, per_frame)
 
@@ -133,6 +147,23 @@ def test_a_segment_takes_the_memory_that_is_free_less_what_is_reserved() -> None
         assert KEPT_LENGTHS * (length + 1) <= 0.8 * free <= KEPT_LENGTHS * (length + 2)
     assert choose_segment(room(400 * MB, reserved=160 * MB), 10_000, 4).segment == lengths[1]
     assert choose_segment(room(400 * MB, per_frame=2 * MB), 10_000, 4).segment == lengths[1]
+
+
+def test_a_clip_that_does_not_fit_at_once_is_tried_in_parts_before_it_is_split() -> None:
+    """800 MB may be used: 799 frames at 1 MB beside the reference, 1,400 at half of that beside it and a part of 99."""
+    parts = room(1000 * MB)._replace(in_parts=InParts(4096, MB // 2, 99 * MB))
+    assert choose_segment(parts, 799, 4) == choose_segment(room(1000 * MB), 799, 4)
+    for num_frames in (800, 1400):
+        choice = choose_segment(parts, num_frames, 4)
+        assert (choice.segment, choice.overlap, choice.tokens_at_once) == (num_frames, 4, 4096)
+        assert choice.reason.startswith("the whole clip fits in parts of 4096 tokens, at 0 MB a frame in 1,000 MB")
+        (adjustment,) = choice.adjustments()
+        assert (adjustment["frame"], adjustment["tokens_at_once"]) == (0, 4096)
+    for case in (room(1000 * MB), parts):
+        choice = choose_segment(case, 1402, 4)
+        assert choice == choose_segment(room(1000 * MB), 1402, 4) and choice.segment < 400 and not choice.adjustments()
+    assert choose_segment(parts._replace(most=900), 1400, 4).tokens_at_once is None
+    assert choose_segment(parts._replace(reserved=800 * MB), 800, 4).segment == 12
 
 
 @pytest.mark.parametrize(("free", "reserved"), [(0, 0), (20 * MB, 0), (MB, 100 * MB)])

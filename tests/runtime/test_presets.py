@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.runtime.options import RenderOptions
-from posecrafter_rt.runtime.presets import PRESETS, approximations, preset_options
+from posecrafter_rt.runtime.presets import PRESETS, STREAM_PRESETS, approximations, bundle, preset_options
+from posecrafter_rt.runtime.stream_options import StreamOptions
 
 
 def test_exact_is_the_defaults_and_the_first() -> None:
@@ -33,6 +36,14 @@ def test_an_unknown_preset_or_sampler_is_refused_with_the_names_of_those_there_a
     assert error.value.hint is not None and "balanced" in error.value.hint
     with pytest.raises(PoseCrafterError, match="unknown sampler 'euler'"):
         RenderOptions(sampler="euler")  # type: ignore[arg-type]
+
+
+def test_presets_of_streams_do_more_from_one_to_the_next_and_the_middle_one_is_the_defaults() -> None:
+    options = {name: StreamOptions(**bundle(name, STREAM_PRESETS)) for name in STREAM_PRESETS}
+    assert {name: (stream.steps, stream.window, stream.decoder) for name, stream in options.items()} == {
+        "fast": (1, 2, None), "balanced": (2, 2, None), "quality": (4, 2, "full")}  # fmt: skip
+    assert options["balanced"] == StreamOptions()
+    assert all(replace(stream, is_pipelined=True) for stream in options.values())
 
 
 @pytest.mark.parametrize(("options", "segment", "named"), [

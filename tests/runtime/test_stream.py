@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.engines import get_backend
-from posecrafter_rt.engines.base import Engine
+from posecrafter_rt.engines.base import Engine, Precision
 from posecrafter_rt.errors import PoseCrafterError, PoseError
 from posecrafter_rt.method import DPMSchedule, dpmpp_sample
 from posecrafter_rt.method.dpmpp import dpmpp_terms
@@ -39,22 +43,25 @@ class Setting(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def setting(tiny_base: Any, backend_name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
-    from posecrafter_rt.models.loading import load_base
-
-    model = load_base(str(tiny_base))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.unet.named_parameters():
-        if ".conv_temp." in name:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.unet.gives_deep_features = True
+def model(make_tiny_model: Callable[..., PoseModel]) -> PoseModel:
+    model = make_tiny_model()
     model.fold()
-    folder, arch = tmp_path_factory.mktemp(backend_name), replace(model.architecture(), size=SIZE)
-    backend = get_backend(backend_name)
-    backend.build(model, arch, folder, "fp32", lambda stage: None)
-    engines = backend.load(folder, arch, "fp32", folder / "compiled")
-    inverted = torch.randn(4, 16, 16, generator=generator).to(engines["unet"].device)
-    yield Setting(model, engines, DPMSchedule.from_config(model.scheduler_config), inverted, some_poses(1, seed=5)[0])
+    return model
+
+
+@pytest.fixture(scope="module")
+def setting(model: PoseModel, backend_name: str, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return set_up(model, backend_name, "fp32", tmp_path_factory.mktemp(backend_name))
+
+
+def set_up(model: PoseModel, backend_name: str, precision: Precision, folder: Path) -> Setting:
+    """Build its engines in a folder, and load them."""
+    arch, backend = replace(model.architecture(), size=SIZE), get_backend(backend_name)
+    folder.mkdir(exist_ok=True)
+    backend.build(model, arch, folder, precision, lambda stage: None)
+    engines = backend.load(folder, arch, precision, folder / "compiled")
+    inverted = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(2)).to(engines["unet"].device)
+    return Setting(model, engines, DPMSchedule.from_config(model.scheduler_config), inverted, some_poses(1, seed=5)[0])
 
 
 def some_poses(count: int, seed: int = 0) -> np.ndarray:
@@ -135,7 +142,7 @@ def assert_same_pictures(given: np.ndarray, expected: np.ndarray) -> None:
     assert difference.max() <= 1 and (difference > 0).mean() < 0.02
 
 
-@pytest.mark.parametrize(("steps", "window"), [(3, 2), (1, 4), (2, 0), (2, 16)])
+@pytest.mark.parametrize(("steps", "window"), [(3, 2), (1, 4), (2, 0), (2, 16), (8, 30)])
 def test_streaming_is_one_forward_with_a_causal_window(setting: Setting, steps: int, window: int) -> None:
     sampling, poses = sampling_of(setting, steps), some_poses(NUM_POSES)
     expected = batched(setting, sampling, poses, window)
@@ -146,6 +153,21 @@ def test_streaming_is_one_forward_with_a_causal_window(setting: Setting, steps: 
     if window < NUM_POSES - 1:
         wider = batched(setting, sampling, poses, NUM_POSES)
         assert np.abs(wider.astype(int) - expected.astype(int)).max() > 1  # and the window bears on them
+
+
+def test_in_bf16_it_is_near_to_that_forward(model: PoseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near as 8 bits of a number allow."""
+    monkeypatch.setattr("posecrafter_rt.engines.torch.multiplies", lambda precision, device: True)  # not widened
+    exact = set_up(model, "torch", "fp32", tmp_path / "fp32")
+    narrow = set_up(model, "torch", "bf16", tmp_path / "bf16")
+    sampling, poses = sampling_of(exact, 2), some_poses(NUM_POSES)
+    expected, without = (batched(exact, sampling, poses, window).astype(int) for window in (2, 0))
+    with open_stream(narrow, sampling_of(narrow, 2), window=2, live=EVERY_POSE) as stream:
+        assert {tensor.dtype for tensor in stream.reference.memory["temporal"].values()} == {torch.bfloat16}
+        frames = np.stack([stream.step(pose) for pose in poses])
+    difference = np.abs(frames - expected)
+    assert difference.mean() < 0.5 and difference.max() <= 4
+    assert difference.mean() < np.abs(frames - without).mean()
 
 
 @pytest.mark.parametrize(("steps", "window", "unet_every"), [(4, 2, 2), (3, 0, 3)])
@@ -264,6 +286,67 @@ def test_still_poses_cost_nothing_and_a_lost_person_is_held(setting: Setting) ->
         for bad in (np.zeros((18, 3)), np.full((134, 3), np.nan)):
             with pytest.raises(PoseError):
                 stream.step(bad)
+
+
+def test_a_pipeline_renders_every_pose_and_tells_how_it_met_the_newest(setting: Setting) -> None:
+    sampling, (pose, *_) = sampling_of(setting, 2), some_poses(2)
+    with open_stream(setting, sampling, is_pipelined=True) as stream:
+        for _ in range(4):
+            stream.step(pose)
+            assert not stream.last.is_repeat
+        stream.step(None)
+        assert stream.last.held  # this pose, not the one whose frame that was
+    with open_stream(setting, sampling_of(setting, 1), is_pipelined=True) as stream:  # nothing is on its way
+        assert [(stream.step(pose), stream.last.is_repeat)[1] for _ in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize("options", [{"unet_every": 2}, {"is_pipelined": True}])
+def test_steps_leave_no_memory_behind(setting: Setting, options: dict[str, Any]) -> None:
+    """What a step makes is gone after the next: tensors to the byte, all of the process's memory but for the noise."""
+    poses = some_poses(8)
+    with open_stream(setting, sampling_of(setting, 2), window=2, live=EVERY_POSE, **options) as stream:
+        before = resident = 0
+        for number in range(70):
+            if number == 10:  # compiled, and the ring is full
+                before, resident = tensor_bytes(), resident_bytes()
+            stream.step(poses[number % 8])
+        assert tensor_bytes() == before
+        assert resident_bytes() - resident < 2e6
+
+
+def tensor_bytes() -> int:
+    """Of all tensors that there are; what several show is counted once."""
+    gc.collect()
+    storages = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def resident_bytes() -> int:
+    """Of the process; 0 where the system does not say."""
+    if sys.platform != "linux":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_is_the_same_at_every_step_is_made_once(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+
+    class Watched:
+        def __init__(self, engine: Engine) -> None:
+            self.engine, self.spec, self.device = engine, engine.spec, engine.device
+
+        def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+            given.extend(inputs[name] for name in ("pose_embeddings", "is_reference", "conditioning_scale"))
+            return self.engine(**inputs)
+
+    monkeypatch.setitem(setting.engines, "controlnet_stream", Watched(setting.engines["controlnet_stream"]))
+    sampling = sampling_of(setting, 3)
+    with open_stream(setting, sampling, live=EVERY_POSE) as stream:
+        given.clear()
+        for pose in some_poses(2):
+            stream.step(pose)
+    places = [[tensor.data_ptr() for tensor in given[first::3]] for first in range(3)]
+    assert [len(set(of_steps)) for of_steps in places] == [2, 1, 1]  # an embedding a pose, the others for good
 
 
 def test_before_anybody_is_seen_the_reference_stands_there(setting: Setting) -> None:

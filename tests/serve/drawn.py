@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,27 +40,32 @@ def make_pose(shift: float = 0.0) -> np.ndarray:
 
 @dataclass
 class DrawnStream:
-    """Draws each pose, after `seconds`; fails for poses whose first point lies at x < -500, as a network might."""
+    """Draws each pose, after `seconds`; fails for poses whose first point lies at x < -500, as a network might.
+
+    Pipelined, a step gives the drawing of the pose that was given `steps - 1` steps before, none of them a repeat.
+    """
 
     owner: DrawnAvatar
     options: Any = field(default_factory=lambda: SimpleNamespace(steps=1, window=1, is_pipelined=False))
     last: Any = None
     past: np.ndarray | None = None
+    flights: deque[np.ndarray] = field(default_factory=deque)
 
     def step(self, pose: np.ndarray | None) -> np.ndarray:
         self.owner.steps.append((id(self), threading.get_ident()))
         time.sleep(self.owner.seconds)
-        is_repeat = pose is not None and self.past is not None and np.array_equal(pose, self.past)
+        delay = self.options.steps - 1 if self.options.is_pipelined else 0
+        is_repeat = not delay and pose is not None and self.past is not None and np.array_equal(pose, self.past)
         self.last = SimpleNamespace(held=pose is None, is_repeat=is_repeat, reset=False)
-        if pose is None:
-            return np.zeros((*SIZE, 3), np.uint8)
-        if pose[0, 0] < -500:
+        if pose is not None and pose[0, 0] < -500:
             raise RuntimeError("a step that fails")
-        self.past = pose
-        return draw_pose(pose, SIZE)
+        self.past = self.past if pose is None else pose
+        self.flights.append(np.zeros((*SIZE, 3), np.uint8) if pose is None else draw_pose(pose, SIZE))
+        return self.flights.popleft() if len(self.flights) > delay else self.owner.frames[0]
 
     def reset(self) -> None:
         self.past = None
+        self.flights.clear()
         self.owner.num_resets += 1
 
 
@@ -84,7 +90,7 @@ class DrawnAvatar:
     def stream(self, **options: Any) -> Iterator[DrawnStream]:
         self.num_open += 1
         try:
-            yield DrawnStream(self)
+            yield DrawnStream(self, SimpleNamespace(**{"steps": 1, "window": 1, "is_pipelined": False, **options}))
         finally:
             self.num_open -= 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import resource
 import sys
 import threading
 import time
@@ -17,7 +18,9 @@ import numpy as np
 import pytest
 from websockets.sync.client import connect
 
+from posecrafter_rt import video_io
 from posecrafter_rt.errors import PoseError, VideoError
+from posecrafter_rt.poses import extract as extract_module
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve import app as app_module
 from posecrafter_rt.serve import pose_worker, poses_api
@@ -42,8 +45,8 @@ def test_health_and_info(serve: Serve) -> None:
     assert httpx.get(server.url("/health")).json() == {"status": "ok", "sessions": 0, "max_sessions": 4}
     info = httpx.get(server.url("/api/info")).json()
     assert info["size"] == list(SIZE) and info["name"] == "drawn.engine" and info["steps"] == 1
-    assert set(info) == {"name", "size", "backend", "precision", "device", "steps", "window", "max_sessions", "sessions",
-                         "prompt", "has_pose_extraction"}  # fmt: skip
+    assert set(info) == {"name", "size", "backend", "precision", "device", "steps", "window", "in_flight", "max_sessions",
+                         "sessions", "prompt", "has_pose_extraction"}  # fmt: skip
     assert httpx.get(server.url("/docs")).status_code == httpx.get(server.url("/openapi.json")).status_code == 404
 
 
@@ -131,11 +134,44 @@ def test_a_detector_that_cannot_start_is_not_the_files_fault(
     )
 
 
-def test_a_video_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(pose_worker, "MAX_DECODED_BYTES", 30_000)
-    write_video(tmp_path / "grey.mp4", np.full((3, 64, 64, 3), 90, np.uint8), 10)
-    with pytest.raises(VideoError, match="too long"):
+@pytest.mark.parametrize(("limit", "value", "why"), [
+    ("MAX_FRAMES", 2, "more than 2 frames"), ("MAX_FRAME_PX", 64 * 64, "128x64 pixels"), ("MAX_ASPECT", 1, "128x64 pixels")])  # fmt: skip
+def test_a_video_that_would_fill_the_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, value: int, why: str
+) -> None:
+    monkeypatch.setattr(pose_worker, limit, value)
+    write_video(tmp_path / "grey.mp4", np.full((3, 64, 128, 3), 90, np.uint8), 10)
+    with pytest.raises(VideoError, match=why):
         pose_worker.read_track(tmp_path / "grey.mp4")
+
+
+def test_a_video_may_be_long_and_large_for_its_frames_are_read_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two gigabytes of frames in all; and what detects people in them has all the memory that there is."""
+    frame = np.zeros((1080, 1920, 3), np.uint8)
+    limits = []
+
+    def extract(path: Path) -> PoseSequence:
+        limits.append(resource.getrlimit(resource.RLIMIT_AS))
+        return PoseSequence(make_pose()[np.newaxis], SIZE)
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    monkeypatch.setattr(video_io, "stream_video", lambda path: ((frame for _ in range(350)), 25.0))
+    monkeypatch.setattr(extract_module, "extract_poses", extract)
+    assert len(pose_worker.read_track(tmp_path / "long.mp4")) == 1 and limits == [before]
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs Linux, which tells how much memory it has given"
+)
+def test_a_video_that_asks_for_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    greedy = (np.empty(size, np.uint8) for size in [3 * 2**30])
+    monkeypatch.setattr(video_io, "stream_video", lambda path: (greedy, 25.0))
+    with pytest.raises(PoseError, match="memory"):
+        pose_worker.read_track(tmp_path / "greedy.mp4")
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_too_much_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

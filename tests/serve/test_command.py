@@ -1,4 +1,4 @@
-"""The command as a process, with a real engine: it says where it is, serves the client of the documentation, and ends."""
+"""The command as a process, with a real engine: it says where it is, serves the client that README shows, and ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import httpx
 
 from posecrafter_rt.avatar import Avatar
 
-DOCUMENTATION = Path(__file__).parents[2] / "docs" / "serve.md"
+README = Path(__file__).parents[2] / "README.md"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "POSECRAFTER_TOKEN"}
 
 
@@ -50,8 +50,9 @@ def end(process: subprocess.Popen[str], by: signal.Signals) -> tuple[int, str, s
 
 
 def documented_client() -> str:
-    """The Python of the section `A client`."""
-    return re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.DOTALL)[0]
+    """README's, in its section `Live`."""
+    live = README.read_text(encoding="utf-8").partition("\n## Live\n")[2].partition("\n## ")[0]
+    return re.findall(r"<details>.*?```python\n(.*?)```\n\n</details>", live, re.DOTALL)[0]
 
 
 def test_the_documented_client_is_short() -> None:

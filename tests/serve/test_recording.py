@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -62,24 +62,62 @@ def test_a_failure_is_told(tmp_path: Path) -> None:
     assert isinstance(ended[0], PoseCrafterError) and not list(tmp_path.iterdir())
 
 
-def test_the_oldest_files_go_and_all_go_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "MAX_FINISHED", 2)
-    recordings, ended = Recordings(), []
-    for _ in range(3):
-        done = threading.Event()
-        name = recordings.begin(lambda: np.zeros((*SIZE, 3), np.uint8), lambda name, error, done=done: done.set())
-        assert recordings.path(name) is None
-        recordings.end(name)
-        assert done.wait(20)
-        ended.append(name)
-    paths = [recordings.path(name) for name in ended]
-    assert paths[0] is None and paths[1] is not None and paths[2] is not None
-    folder = paths[2].parent
-    assert len(list(folder.iterdir())) == 2
-    running = recordings.begin(lambda: np.zeros((*SIZE, 3), np.uint8), lambda name, error: None)
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recordings]:
+    """Of a server for two clients, who keep two each."""
+    monkeypatch.setattr(recording, "MAX_OF_CLIENT", 2)
+    recordings = Recordings(max_clients=2)
+    yield recordings
+    recordings.close()
+
+
+def record(recordings: Recordings, client: str, *, leaves: bool = False) -> str:
+    """The name of a recording that a client has made, and perhaps left before it was whole."""
+    done = threading.Event()
+    name = recordings.begin(client, lambda: np.zeros((*SIZE, 3), np.uint8), lambda name, error: done.set())
+    assert recordings.path(name) is None
+    if leaves:
+        recordings.leave(client)
+    recordings.end(name)
+    assert done.wait(20)
+    return name
+
+
+def kept(recordings: Recordings, *names: str) -> list[bool]:
+    """Which of these can be downloaded; there are no other files."""
+    paths = [recordings.path(name) for name in names]
+    assert {path for path in paths if path is not None} == set(Path(recordings._folder.name).iterdir())
+    return [path is not None for path in paths]
+
+
+def test_nobody_but_a_client_itself_makes_its_recordings_go(recordings: Recordings) -> None:
+    first = record(recordings, "a")
+    others = [record(recordings, "b") for _ in range(5)]
+    assert kept(recordings, first, *others) == [True, False, False, False, True, True]
+    assert kept(recordings, first, *others[3:], record(recordings, "a")) == [True] * 4
+
+
+def test_what_clients_who_left_have_made_is_bounded_too(recordings: Recordings) -> None:
+    left = []
+    for client in "abc":
+        left += [record(recordings, client), record(recordings, client)]
+        recordings.leave(client)
+    assert kept(recordings, *left) == [False, False, True, True, True, True]
+    there = [record(recordings, "d") for _ in range(2)]
+    assert kept(recordings, *left[2:], *there) == [False, False, True, True, True, True]
+
+
+def test_what_nobody_was_told_of_is_not_kept(recordings: Recordings) -> None:
+    assert kept(recordings, record(recordings, "a", leaves=True)) == [False]
+
+
+def test_all_go_in_the_end(recordings: Recordings) -> None:
+    path = recordings.path(record(recordings, "a"))
+    assert path is not None and path.is_file()
+    running = recordings.begin("a", lambda: np.zeros((*SIZE, 3), np.uint8), lambda name, error: None)
     recordings.end("not there")
     recordings.close()
-    assert not folder.exists() and running not in recordings._running
+    assert not path.parent.exists() and running not in recordings._running
 
 
 def test_a_client_records_and_downloads(serve: Callable[..., Running]) -> None:
@@ -108,4 +146,4 @@ def test_a_recording_ends_with_its_client(serve: Callable[..., Running]) -> None
         told(client)
     service = server.app.state.service
     wait_until(lambda: not service._recording_of)
-    assert service.num_sessions == 0
+    assert service.num_sessions == 0 and not service._recordings._clients

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,28 +22,23 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.metrics import Metrics
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import HELD, REPEAT, RGB, Configure, PoseMessage
+from posecrafter_rt.serve.scheduler import Scheduler
 from posecrafter_rt.serve.service import Service
 from posecrafter_rt.serve.session import Session, Waiting
 from tests.serve.drawn import SIZE, DrawnAvatar, DrawnStream, make_pose
 
 
 class LateStream(DrawnStream):
-    """Gives the frame of the pose before, as a pipelined stream of two steps does, and calls `in_step` meanwhile."""
+    """Gives the frame of a pose before, as a pipelined stream does, and calls `in_step` meanwhile."""
 
-    before: np.ndarray | None = None
     in_step: Callable[[], None] = staticmethod(lambda: None)
 
-    def __init__(self, owner: DrawnAvatar) -> None:
-        super().__init__(owner, SimpleNamespace(steps=2, window=1, is_pipelined=True))
+    def __init__(self, owner: DrawnAvatar, steps: int = 2) -> None:
+        super().__init__(owner, SimpleNamespace(steps=steps, window=1, is_pipelined=True))
 
     def step(self, pose: np.ndarray | None) -> np.ndarray:
         self.in_step()
-        frame, self.before = self.before, super().step(pose)
-        return self.owner.frames[0] if frame is None else frame
-
-    def reset(self) -> None:
-        super().reset()
-        self.before = None
+        return super().step(pose)
 
 
 class Client:
@@ -252,6 +250,57 @@ async def test_what_is_on_its_way_when_a_pose_begins_anew_is_dropped(client: Cli
     next_pose = client.waiting(make_pose(1))
     assert await client.turn(next_pose) and client.session.num_dropped == 1
     assert not await client.turn(next_pose) and (await client.frame()).header.dropped == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_last_poses_of_a_pipelined_stream_come_out_and_then_it_rests(steps: int) -> None:
+    async def check() -> None:
+        client = Client(partial(LateStream, steps=steps))
+        client.session.configure(Configure(fit="canvas"))
+        poses = [client.waiting(make_pose(shift)) for shift in range(3)]
+        shown = []
+        for waiting in (*poses, *[poses[-1]] * (steps - 1)):
+            is_more = await client.turn(waiting)
+            with suppress(asyncio.TimeoutError):
+                shown.append(await asyncio.wait_for(client.session.frames.take(), 0.01))
+        assert not is_more and client.session.num_dropped == 0
+        assert np.array_equal([each.frame for each in shown], [draw_pose(make_pose(shift), SIZE) for shift in range(3)])
+
+    asyncio.run(check())
+
+
+def test_a_client_who_sends_no_more_takes_no_more_turns_than_its_last_frame_needs() -> None:
+    async def check() -> None:
+        client = Client(partial(LateStream, steps=4))
+        scheduler: Scheduler[Session, Waiting] = Scheduler(lambda session, waiting: session.render(waiting))
+        scheduler.start()
+        for num_steps in (4, 8):
+            scheduler.put(client.session, client.waiting(make_pose(num_steps)))
+            await client.frame()
+            for _ in range(2):  # a turn that were still wanted would come between two jobs
+                await asyncio.wrap_future(scheduler.call(lambda: None))
+            assert len(client.avatar.steps) == num_steps
+        await asyncio.to_thread(scheduler.stop)
+
+    asyncio.run(check())
+
+
+@on_loop
+async def test_counts_from_two_threads_are_all_kept(client: Client) -> None:
+    class Interrupted(int):
+        """A count that another thread takes up while it is being raised, if that is let."""
+
+        def __add__(self, other: int) -> int:
+            if loop_counts.ident is None:
+                loop_counts.start()
+                loop_counts.join(timeout=0.3)
+            return int(self) + other
+
+    loop_counts = threading.Thread(target=client.session.count_stale)
+    client.session._num_dropped = Interrupted(0)
+    client.session.count_overtaken()
+    loop_counts.join()
+    assert client.session.num_dropped == 2
 
 
 @on_loop

@@ -1,21 +1,24 @@
 """Four clients that join and leave: memory stays flat, no frame comes that is older than a second, places become free.
 
-Ten seconds by default; half an hour with `-m slow`.
+Ten seconds by default, on `torch`; half an hour with `-m slow`, on `openvino` where it is installed. `-rP` shows the line
+that each prints, and `--junitxml` has it as a property.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
-import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.machine import return_freed_memory
 from posecrafter_rt.runtime.stream import AvatarStream
 from posecrafter_rt.serve.options import MAX_AGE_S, ServeOptions
@@ -46,10 +49,21 @@ def memory_bytes() -> int:
     return resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def openvino_engine(torch_engine: Path, folder: Path) -> Path:
+    """The same avatar's on OpenVINO where that is installed; else the one that is there."""
+    if importlib.util.find_spec("openvino") is None:
+        return torch_engine
+    options = BuildOptions(backend="openvino", precision="fp32")
+    return build_engine(torch_engine.parent / "tuned.ckpt", folder / "openvino.engine", options).folder.path
+
+
 @pytest.mark.parametrize("seconds", [10, pytest.param(1800, marks=pytest.mark.slow)])
-def test_clients_come_and_go(tiny_engine: Path, seconds: int) -> None:
+def test_clients_come_and_go(
+    tiny_engine: Path, tmp_path: Path, seconds: int, record_testsuite_property: Callable[[str, object], None]
+) -> None:
+    engine = openvino_engine(tiny_engine, tmp_path) if seconds > 60 else tiny_engine
     options = ServeOptions(stream={"steps": 1, "window": 2}, max_sessions=NUM_CLIENTS)
-    with Avatar.load(tiny_engine) as avatar, running(avatar, options) as server:
+    with Avatar.load(engine) as avatar, running(avatar, options) as server:
         serve_clients(server, max(4.0, seconds / 10))  # what is allocated once
         before = memory_bytes()
         seen = serve_clients(server, seconds)
@@ -57,8 +71,11 @@ def test_clients_come_and_go(tiny_engine: Path, seconds: int) -> None:
         ages = server.app.state.service.metrics.registry.get_sample_value
         num_sent = ages("posecrafter_frame_age_seconds_count")
         num_sent_in_time = ages("posecrafter_frame_age_seconds_bucket", {"le": "1.0"})
-        facts = f"{seen}, memory grew by {growth / 1e6:.1f} MB"
-    logging.getLogger(__name__).info(facts)
+        result = {"backend": avatar.folder.manifest["backend"], "seconds": seconds, "sessions": seen.num_sessions,
+                  "frames": seen.num_frames, "oldest_frame_ms": round(seen.oldest_ms), "growth_mb": round(growth / 1e6, 1)}  # fmt: skip
+    record_testsuite_property(f"soak_{seconds}_s", json.dumps(result))
+    sys.stdout.write(f"soak: {json.dumps(result)}\n")
+    facts = f"{result}, {seen}"
     assert seen.num_sessions > seconds / 2 and seen.num_frames > seconds, facts
     assert num_sent == num_sent_in_time and seen.oldest_ms < MAX_AGE_S * 1000 + WAY_MS, facts
     assert growth < MAX_GROWTH_BYTES, facts

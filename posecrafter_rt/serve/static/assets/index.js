@@ -665,33 +665,65 @@ var Meter = class {
 /** A pose without an answer for so long is given up: the server may have dropped it. */
 var PATIENCE_MS = 1500;
 /**
-* Lets a few poses be under way at a time and keeps the newest of those that came meanwhile.
+* Lets as many poses as the server works at be under way, and one more; keeps the newest of those that came meanwhile.
 *
 * A second pose sets out only when the server should be about done with the first: sooner, it would wait there and grow
-* old; later, the server would wait for it. `send` is called with every pose that goes out.
+* old; later, the server would wait for it. A pipelined server does not wait: a step for which no pose is there goes to
+* one that it has had. So one always waits there, and each frame that comes calls for the next pose at once.
+* `send` is called with every pose that goes out.
 */
 var Pacer = class {
 	send;
 	now;
-	limit;
 	/** Poses that a newer one replaced before they were sent. */
 	overtaken = 0;
 	sequence = 0;
+	inFlight = 1;
 	gapMs = 0;
 	underWay = [];
 	waiting = null;
-	constructor(send, now, limit = 2) {
+	constructor(send, now) {
 		this.send = send;
 		this.now = now;
-		this.limit = limit;
 	}
 	/** Send this pose now, or as soon as an answer comes, unless a newer one comes first. */
 	offer(pose) {
+		this.sendAfter(this.gapMs, pose);
+	}
+	/**
+	* A frame has come for this pose, so for every earlier one too.
+	*
+	* waitMs, renderMs: what the pose waited for its turn, and what the frame took.
+	* Returns: the pose, if it was still awaited.
+	*/
+	acknowledge(sequence, waitMs, renderMs) {
+		const isPipelined = this.inFlight > 1;
+		this.gapMs = isPipelined ? renderMs : renderMs + waitMs / 2;
+		const answered = this.underWay.find((sent) => sent.sequence === sequence) ?? null;
+		this.underWay = this.underWay.filter((sent) => sent.sequence > sequence);
+		const waiting = this.waiting;
+		if (waiting !== null) this.sendAfter(isPipelined ? 0 : this.gapMs, waiting);
+		return answered;
+	}
+	/** Send a pose once more whose frame has not been shown, unless one is still to come. */
+	offerAgain(pose) {
+		this.giveUp(this.now());
+		if (this.underWay.length === 0) this.offer(pose);
+	}
+	/** The connection is a new one, to a server that works at so many poses at once: nothing sent before will be answered. */
+	restart(inFlight = 1) {
+		this.inFlight = inFlight;
+		this.overtaken = 0;
+		this.gapMs = 0;
+		this.underWay = [];
+		this.waiting = null;
+	}
+	sendAfter(gapMs, pose) {
 		const now = this.now();
 		this.giveUp(now);
+		if (this.waiting !== null && this.waiting !== pose) this.overtaken++;
 		const last = this.underWay.at(-1);
-		if (last !== void 0 && (this.underWay.length >= this.limit || now - last.sentMs < this.gapMs)) {
-			if (this.waiting !== null) this.overtaken++;
+		if (last !== void 0 && (this.underWay.length > this.inFlight || now - last.sentMs < gapMs)) {
 			this.waiting = pose;
 			return;
 		}
@@ -704,32 +736,6 @@ var Pacer = class {
 		};
 		this.underWay.push(sent);
 		this.send(sent);
-	}
-	/**
-	* A frame has come for this pose, so for every earlier one too.
-	*
-	* waitMs, renderMs: what the pose waited for its turn, and what the frame took.
-	* Returns: the pose, if it was still awaited.
-	*/
-	acknowledge(sequence, waitMs, renderMs) {
-		this.gapMs = renderMs + waitMs / 2;
-		const answered = this.underWay.find((sent) => sent.sequence === sequence) ?? null;
-		this.underWay = this.underWay.filter((sent) => sent.sequence > sequence);
-		const waiting = this.waiting;
-		if (waiting !== null) this.offer(waiting);
-		return answered;
-	}
-	/** Send a pose once more whose frame has not been shown, unless one is still to come. */
-	offerAgain(pose) {
-		this.giveUp(this.now());
-		if (this.underWay.length === 0) this.offer(pose);
-	}
-	/** The connection is a new one: no answer will come to what was sent before. */
-	restart() {
-		this.overtaken = 0;
-		this.gapMs = 0;
-		this.underWay = [];
-		this.waiting = null;
 	}
 	giveUp(now) {
 		this.underWay = this.underWay.filter((sent) => now - sent.sentMs < PATIENCE_MS);
@@ -752,7 +758,7 @@ var FrameGate = class {
 };
 // src/screen.ts
 var FIGURES_EVERY_MS = 250;
-/** What comes later is not shown, as the server does not send it. */
+/** A picture that comes later is not shown, as the server does not send it; a video's are the browser's to show. */
 var MAX_AGE_MS = 1e3;
 var Screen = class {
 	view;
@@ -771,7 +777,7 @@ var Screen = class {
 	shown = null;
 	isLive = false;
 	droppedByServer = 0;
-	/** The pose whose frame is next on the video track. */
+	/** The pose that was announced last: its frame is the video track's next picture, or soon follows. */
 	onVideoTrack = null;
 	/** onLate: a frame came too late to be shown. */
 	constructor(view, send, onLate) {
@@ -790,14 +796,17 @@ var Screen = class {
 		this.newest = pose;
 		if (this.isLive) this.pacer.offer(pose);
 	}
-	/** A connection is there, or none is. Over a new one nothing is under way, and the newest pose is told again. */
-	setLive(isLive) {
-		this.isLive = isLive;
-		this.pacer.restart();
+	/**
+	* A connection is there whose server works at so many poses at once, or (null) none is. Over a new one nothing is under
+	* way, and the newest pose is told again.
+	*/
+	setLive(inFlight) {
+		this.isLive = inFlight !== null;
+		this.pacer.restart(inFlight ?? 1);
 		this.meter.clear();
 		this.gate.late = 0;
 		this.droppedByServer = 0;
-		if (isLive && this.newest !== null) this.pacer.offer(this.newest);
+		if (this.isLive && this.newest !== null) this.pacer.offer(this.newest);
 	}
 	async onFrame(frame) {
 		const sent = this.pacer.acknowledge(frame.sequence, frame.waitMs, frame.renderMs);
@@ -1347,6 +1356,15 @@ function contain(picture, box) {
 		scale,
 		left: (box.width - picture.width * scale) / 2,
 		top: (box.height - picture.height * scale) / 2
+	};
+}
+/** Where a picture lies that covers a frame: scaled until it fills it, its centre kept. placement: the frame's own. */
+function cover(picture, frame, placement) {
+	const scale = placement.scale * Math.max(frame.width / picture.width, frame.height / picture.height);
+	return {
+		scale,
+		left: placement.left + (frame.width * placement.scale - picture.width * scale) / 2,
+		top: placement.top + (frame.height * placement.scale - picture.height * scale) / 2
 	};
 }
 /** The point of the picture, pixel centres at integers, that lies at (x, y) of the box. */
@@ -1969,6 +1987,7 @@ var PoseView = class {
 	canvas;
 	context;
 	pose = null;
+	frame = null;
 	backdrop = null;
 	marked = null;
 	constructor(canvas) {
@@ -1980,8 +1999,10 @@ var PoseView = class {
 			this.paint();
 		}).observe(canvas);
 	}
-	show(pose) {
+	/** frame: a picture in the middle of ours that the pose's canvas covers, as it does the avatar's; null: all is seen. */
+	show(pose, frame = null) {
 		this.pose = pose;
+		this.frame = frame;
 		this.paint();
 	}
 	/** Paint the picture in which the next pose was found, dimmed, behind it; or none from now on. */
@@ -2000,13 +2021,16 @@ var PoseView = class {
 			width: this.canvas.clientWidth,
 			height: this.canvas.clientHeight
 		};
-		return this.pose === null ? null : contain(this.pose.canvas, box);
+		return this.pose === null ? null : this.place(this.pose.canvas, box);
+	}
+	place(canvas, box) {
+		return this.frame === null ? contain(canvas, box) : cover(canvas, this.frame, contain(this.frame, box));
 	}
 	paint() {
 		const { context, pose } = this;
 		context.clearRect(0, 0, this.canvas.width, this.canvas.height);
 		if (pose === null) return;
-		const placement = contain(pose.canvas, this.canvas);
+		const placement = this.place(pose.canvas, this.canvas);
 		if (this.backdrop !== null) this.paintBackdrop(this.backdrop, pose.canvas, placement);
 		drawPose(context, pose, placement);
 		if (this.marked !== null && pose.points !== null) drawRing(context, pose.points, this.marked, placement, 9 * devicePixelRatio);
@@ -2022,6 +2046,7 @@ var AvatarView = class {
 	canvas;
 	overlay;
 	pose = null;
+	hasOverlay = false;
 	context;
 	constructor(canvas, overlay) {
 		this.canvas = canvas;
@@ -2038,11 +2063,20 @@ var AvatarView = class {
 		this.context.drawImage(image, 0, 0, width, height);
 		if (pose === null) return;
 		this.pose = pose;
-		if (!this.overlay.canvas.hidden) this.overlay.show(pose);
+		this.showPose();
 	}
 	setOverlay(isOn) {
-		this.overlay.canvas.hidden = !isOn;
-		if (isOn && this.pose !== null) this.overlay.show(this.pose);
+		this.hasOverlay = isOn;
+		this.showPose();
+	}
+	/** What is shown from now on is of other poses, or of poses that are fitted otherwise. */
+	forgetPose() {
+		this.pose = null;
+		this.showPose();
+	}
+	showPose() {
+		this.overlay.canvas.hidden = !this.hasOverlay || this.pose === null;
+		if (this.hasOverlay && this.pose !== null) this.overlay.show(this.pose, this.canvas);
 	}
 };
 // src/status.ts
@@ -2145,9 +2179,14 @@ function fromStorage(use) {
 }
 // src/main.ts
 var INFO_EVERY_MS = 5e3;
+var LATENCY = "From a pose's sending to its frame on this page, the median of two seconds";
+/** A video track does not say which pose a picture is of. */
+var LATENCY_OF_VIDEO = "Approximate: from a pose's sending to the video's next picture once the server has sent its frame, the median of two seconds";
+var WHY_NO_OVERLAY = "Not while the person is fitted: only the server knows where the fitted pose lies";
 var poseView = new PoseView(byId("pose", HTMLCanvasElement));
 var overlayView = new PoseView(byId("avatar-pose", HTMLCanvasElement));
 var avatarView = new AvatarView(byId("avatar", HTMLCanvasElement), overlayView);
+var overlayBox = byId("overlay", HTMLInputElement);
 var wayChoice = byId("way", HTMLSelectElement);
 var connection = new Connection({
 	onState: showState,
@@ -2179,6 +2218,8 @@ var sources = new Sources(poseView, (pose) => {
 		fit: sources.fit
 	});
 	connection.command({ type: "reset" });
+	avatarView.forgetPose();
+	showOverlay();
 });
 var isLive = false;
 var avatar = null;
@@ -2188,13 +2229,14 @@ function showState(state) {
 	recorder.setLive(isLive);
 	if (state.kind === "live") {
 		showInfo(state.ready);
+		byId("latency-figure", HTMLDivElement).title = state.way === "webrtc" ? LATENCY_OF_VIDEO : LATENCY;
 		connection.command({
 			type: "configure",
 			format: "jpeg",
 			fit: sources.fit
 		});
 	}
-	screen.setLive(isLive);
+	screen.setLive(state.kind === "live" ? state.ready.in_flight : null);
 	if (isLive) loadAvatar();
 }
 function takeMessage(message) {
@@ -2233,10 +2275,15 @@ function showInfo(info) {
 	byId("backend", HTMLElement).textContent = `${info.backend} ${info.precision}`;
 	byId("sessions", HTMLElement).textContent = `${info.sessions} of ${info.max_sessions}`;
 }
+/** The pose lies over the avatar, if wanted, where the page knows its place there. */
+function showOverlay() {
+	const isFitted = sources.fit === "person";
+	overlayBox.disabled = isFitted;
+	byId("overlay-switch", HTMLLabelElement).title = isFitted ? WHY_NO_OVERLAY : "";
+	avatarView.setOverlay(overlayBox.checked && !isFitted);
+}
 setUpTheme();
-byId("overlay", HTMLInputElement).onchange = ({ target }) => {
-	avatarView.setOverlay(target.checked);
-};
+overlayBox.onchange = showOverlay;
 wayChoice.onchange = () => {
 	status.note("");
 	connection.open(wayChoice.value);

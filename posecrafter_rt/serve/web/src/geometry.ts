@@ -13,6 +13,16 @@ export function contain(picture: Size, box: Size): Placement {
   return { scale, left: (box.width - picture.width * scale) / 2, top: (box.height - picture.height * scale) / 2 };
 }
 
+/** Where a picture lies that covers a frame: scaled until it fills it, its centre kept. placement: the frame's own. */
+export function cover(picture: Size, frame: Size, placement: Placement): Placement {
+  const scale = placement.scale * Math.max(frame.width / picture.width, frame.height / picture.height);
+  return {
+    scale,
+    left: placement.left + (frame.width * placement.scale - picture.width * scale) / 2,
+    top: placement.top + (frame.height * placement.scale - picture.height * scale) / 2,
+  };
+}
+
 /** The point of the picture, pixel centres at integers, that lies at (x, y) of the box. */
 export function toPicture(placement: Placement, x: number, y: number): { x: number; y: number } {
   return { x: (x - placement.left) / placement.scale - 0.5, y: (y - placement.top) / placement.scale - 0.5 };

@@ -13,10 +13,16 @@ import { setUpTheme } from "./theme.ts";
 import type { Way } from "./transport.ts";
 
 const INFO_EVERY_MS = 5000;
+const LATENCY = "From a pose's sending to its frame on this page, the median of two seconds";
+/** A video track does not say which pose a picture is of. */
+const LATENCY_OF_VIDEO =
+  "Approximate: from a pose's sending to the video's next picture once the server has sent its frame, the median of two seconds";
+const WHY_NO_OVERLAY = "Not while the person is fitted: only the server knows where the fitted pose lies";
 
 const poseView = new PoseView(byId("pose", HTMLCanvasElement));
 const overlayView = new PoseView(byId("avatar-pose", HTMLCanvasElement));
 const avatarView = new AvatarView(byId("avatar", HTMLCanvasElement), overlayView);
+const overlayBox = byId("overlay", HTMLInputElement);
 const wayChoice = byId("way", HTMLSelectElement);
 const connection = new Connection({
   onState: showState,
@@ -45,6 +51,8 @@ const sources = new Sources(
   () => {
     connection.command({ type: "configure", fit: sources.fit });
     connection.command({ type: "reset" }); // what comes next is another person, or another place
+    avatarView.forgetPose();
+    showOverlay();
   },
 );
 let isLive = false;
@@ -56,9 +64,10 @@ function showState(state: LinkState): void {
   recorder.setLive(isLive);
   if (state.kind === "live") {
     showInfo(state.ready);
+    byId("latency-figure", HTMLDivElement).title = state.way === "webrtc" ? LATENCY_OF_VIDEO : LATENCY;
     connection.command({ type: "configure", format: "jpeg", fit: sources.fit });
   }
-  screen.setLive(isLive);
+  screen.setLive(state.kind === "live" ? state.ready.in_flight : null);
   if (isLive) void loadAvatar();
 }
 
@@ -101,10 +110,16 @@ function showInfo(info: Pick<Info, "backend" | "precision" | "sessions" | "max_s
   byId("sessions", HTMLElement).textContent = `${info.sessions} of ${info.max_sessions}`;
 }
 
+/** The pose lies over the avatar, if wanted, where the page knows its place there. */
+function showOverlay(): void {
+  const isFitted = sources.fit === "person";
+  overlayBox.disabled = isFitted;
+  byId("overlay-switch", HTMLLabelElement).title = isFitted ? WHY_NO_OVERLAY : "";
+  avatarView.setOverlay(overlayBox.checked && !isFitted);
+}
+
 setUpTheme();
-byId("overlay", HTMLInputElement).onchange = ({ target }) => {
-  avatarView.setOverlay((target as HTMLInputElement).checked);
-};
+overlayBox.onchange = showOverlay;
 wayChoice.onchange = () => {
   status.note("");
   connection.open(wayChoice.value as Way);

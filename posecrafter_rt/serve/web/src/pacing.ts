@@ -11,15 +11,18 @@ export interface Sent {
 }
 
 /**
- * Lets a few poses be under way at a time and keeps the newest of those that came meanwhile.
+ * Lets as many poses as the server works at be under way, and one more; keeps the newest of those that came meanwhile.
  *
  * A second pose sets out only when the server should be about done with the first: sooner, it would wait there and grow
- * old; later, the server would wait for it. `send` is called with every pose that goes out.
+ * old; later, the server would wait for it. A pipelined server does not wait: a step for which no pose is there goes to
+ * one that it has had. So one always waits there, and each frame that comes calls for the next pose at once.
+ * `send` is called with every pose that goes out.
  */
 export class Pacer {
   /** Poses that a newer one replaced before they were sent. */
   overtaken = 0;
   private sequence = 0;
+  private inFlight = 1;
   private gapMs = 0;
   private underWay: Sent[] = [];
   private waiting: Pose | null = null;
@@ -27,24 +30,11 @@ export class Pacer {
   constructor(
     private readonly send: (sent: Sent) => void,
     private readonly now: () => number,
-    private readonly limit = 2,
   ) {}
 
   /** Send this pose now, or as soon as an answer comes, unless a newer one comes first. */
   offer(pose: Pose): void {
-    const now = this.now();
-    this.giveUp(now);
-    const last = this.underWay.at(-1);
-    if (last !== undefined && (this.underWay.length >= this.limit || now - last.sentMs < this.gapMs)) {
-      if (this.waiting !== null) this.overtaken++;
-      this.waiting = pose;
-      return;
-    }
-    this.waiting = null;
-    this.sequence++;
-    const sent = { sequence: this.sequence, sentMs: now, pose };
-    this.underWay.push(sent);
-    this.send(sent);
+    this.sendAfter(this.gapMs, pose);
   }
 
   /**
@@ -54,11 +44,12 @@ export class Pacer {
    * Returns: the pose, if it was still awaited.
    */
   acknowledge(sequence: number, waitMs: number, renderMs: number): Sent | null {
-    this.gapMs = renderMs + waitMs / 2; // what waited shall wait less from then on
+    const isPipelined = this.inFlight > 1;
+    this.gapMs = isPipelined ? renderMs : renderMs + waitMs / 2; // what waited shall wait less from then on
     const answered = this.underWay.find((sent) => sent.sequence === sequence) ?? null;
     this.underWay = this.underWay.filter((sent) => sent.sequence > sequence);
     const waiting = this.waiting;
-    if (waiting !== null) this.offer(waiting);
+    if (waiting !== null) this.sendAfter(isPipelined ? 0 : this.gapMs, waiting);
     return answered;
   }
 
@@ -68,12 +59,29 @@ export class Pacer {
     if (this.underWay.length === 0) this.offer(pose);
   }
 
-  /** The connection is a new one: no answer will come to what was sent before. */
-  restart(): void {
+  /** The connection is a new one, to a server that works at so many poses at once: nothing sent before will be answered. */
+  restart(inFlight = 1): void {
+    this.inFlight = inFlight;
     this.overtaken = 0;
     this.gapMs = 0;
     this.underWay = [];
     this.waiting = null;
+  }
+
+  private sendAfter(gapMs: number, pose: Pose): void {
+    const now = this.now();
+    this.giveUp(now);
+    if (this.waiting !== null && this.waiting !== pose) this.overtaken++;
+    const last = this.underWay.at(-1);
+    if (last !== undefined && (this.underWay.length > this.inFlight || now - last.sentMs < gapMs)) {
+      this.waiting = pose;
+      return;
+    }
+    this.waiting = null;
+    this.sequence++;
+    const sent = { sequence: this.sequence, sentMs: now, pose };
+    this.underWay.push(sent);
+    this.send(sent);
   }
 
   private giveUp(now: number): void {

@@ -36,6 +36,8 @@ export interface Ready {
   precision: string;
   steps: number;
   window: number;
+  /** How many poses the server works at at once: more than one where it is pipelined. */
+  in_flight: number;
   sessions: number;
   max_sessions: number;
 }

@@ -7,7 +7,7 @@ import { encodePose, NO_PICTURE, type Frame } from "./protocol.ts";
 import type { AvatarView } from "./stage.ts";
 
 const FIGURES_EVERY_MS = 250;
-/** What comes later is not shown, as the server does not send it. */
+/** A picture that comes later is not shown, as the server does not send it; a video's are the browser's to show. */
 const MAX_AGE_MS = 1000;
 
 export class Screen {
@@ -23,7 +23,7 @@ export class Screen {
   private shown: Pose | null = null;
   private isLive = false;
   private droppedByServer = 0;
-  /** The pose whose frame is next on the video track. */
+  /** The pose that was announced last: its frame is the video track's next picture, or soon follows. */
   private onVideoTrack: { sentMs: number; pose: Pose } | null = null;
 
   /** onLate: a frame came too late to be shown. */
@@ -47,14 +47,17 @@ export class Screen {
     if (this.isLive) this.pacer.offer(pose);
   }
 
-  /** A connection is there, or none is. Over a new one nothing is under way, and the newest pose is told again. */
-  setLive(isLive: boolean): void {
-    this.isLive = isLive;
-    this.pacer.restart();
+  /**
+   * A connection is there whose server works at so many poses at once, or (null) none is. Over a new one nothing is under
+   * way, and the newest pose is told again.
+   */
+  setLive(inFlight: number | null): void {
+    this.isLive = inFlight !== null;
+    this.pacer.restart(inFlight ?? 1);
     this.meter.clear();
     this.gate.late = 0;
     this.droppedByServer = 0;
-    if (isLive && this.newest !== null) this.pacer.offer(this.newest);
+    if (this.isLive && this.newest !== null) this.pacer.offer(this.newest);
   }
 
   async onFrame(frame: Frame): Promise<void> {

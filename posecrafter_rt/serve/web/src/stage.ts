@@ -1,6 +1,6 @@
 // The two pictures: the pose that is sent and the avatar that comes back.
 import { drawPose, drawRing } from "./draw.ts";
-import { contain, type Placement } from "./geometry.ts";
+import { contain, cover, type Placement } from "./geometry.ts";
 import type { Pose, Size } from "./layout.ts";
 
 const BACKDROP_OPACITY = 0.45;
@@ -9,6 +9,7 @@ const BACKDROP_OPACITY = 0.45;
 export class PoseView {
   private readonly context: CanvasRenderingContext2D;
   private pose: Pose | null = null;
+  private frame: Size | null = null;
   private backdrop: CanvasImageSource | null = null;
   private marked: number | null = null;
 
@@ -21,8 +22,10 @@ export class PoseView {
     }).observe(canvas);
   }
 
-  show(pose: Pose): void {
+  /** frame: a picture in the middle of ours that the pose's canvas covers, as it does the avatar's; null: all is seen. */
+  show(pose: Pose, frame: Size | null = null): void {
     this.pose = pose;
+    this.frame = frame;
     this.paint();
   }
 
@@ -41,14 +44,18 @@ export class PoseView {
   /** Where the pose's canvas lies within ours, in pixels of the page; null before the first pose. */
   get placement(): Placement | null {
     const box = { width: this.canvas.clientWidth, height: this.canvas.clientHeight };
-    return this.pose === null ? null : contain(this.pose.canvas, box);
+    return this.pose === null ? null : this.place(this.pose.canvas, box);
+  }
+
+  private place(canvas: Size, box: Size): Placement {
+    return this.frame === null ? contain(canvas, box) : cover(canvas, this.frame, contain(this.frame, box));
   }
 
   private paint(): void {
     const { context, pose } = this;
     context.clearRect(0, 0, this.canvas.width, this.canvas.height);
     if (pose === null) return;
-    const placement = contain(pose.canvas, this.canvas);
+    const placement = this.place(pose.canvas, this.canvas);
     if (this.backdrop !== null) this.paintBackdrop(this.backdrop, pose.canvas, placement);
     drawPose(context, pose, placement);
     if (this.marked !== null && pose.points !== null) {
@@ -66,6 +73,7 @@ export class PoseView {
 /** The avatar's newest frame, which the browser enlarges, and over it, if wanted, the pose that it shows. */
 export class AvatarView {
   private pose: Pose | null = null;
+  private hasOverlay = false;
   private readonly context: CanvasRenderingContext2D;
 
   constructor(
@@ -85,11 +93,22 @@ export class AvatarView {
     this.context.drawImage(image, 0, 0, width, height);
     if (pose === null) return;
     this.pose = pose;
-    if (!this.overlay.canvas.hidden) this.overlay.show(pose);
+    this.showPose();
   }
 
   setOverlay(isOn: boolean): void {
-    this.overlay.canvas.hidden = !isOn;
-    if (isOn && this.pose !== null) this.overlay.show(this.pose);
+    this.hasOverlay = isOn;
+    this.showPose();
+  }
+
+  /** What is shown from now on is of other poses, or of poses that are fitted otherwise. */
+  forgetPose(): void {
+    this.pose = null;
+    this.showPose();
+  }
+
+  private showPose(): void {
+    this.overlay.canvas.hidden = !this.hasOverlay || this.pose === null;
+    if (this.hasOverlay && this.pose !== null) this.overlay.show(this.pose, this.canvas);
   }
 }

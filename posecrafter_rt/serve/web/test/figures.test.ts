@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { retryDelayMs } from "../src/backoff.ts";
-import { contain, toPicture } from "../src/geometry.ts";
+import { contain, cover, toPicture } from "../src/geometry.ts";
 import { Meter } from "../src/meter.ts";
 
 test("waiting grows, is capped and spread", () => {
@@ -17,6 +17,14 @@ test("a picture is centred in its box, and points find their way back", () => {
   assert.deepEqual(placement, { scale: 2, left: 0, top: 100 });
   assert.deepEqual(toPicture(placement, 1, 101), { x: 0, y: 0 });
   assert.deepEqual(toPicture(placement, 399, 299), { x: 199, y: 99 });
+});
+
+test("a picture covers a frame: its centre stays, what is too much of it is cut off", () => {
+  const frame = { height: 64, width: 48 };
+  const placement = contain(frame, { height: 128, width: 200 });
+  assert.deepEqual(placement, { scale: 2, left: 52, top: 0 });
+  assert.deepEqual(cover({ height: 96, width: 48 }, frame, placement), { scale: 2, left: 52, top: -32 });
+  assert.deepEqual(cover({ height: 32, width: 48 }, frame, placement), { scale: 4, left: 4, top: 0 });
 });
 
 test("the meter counts the frames of the last two seconds", () => {

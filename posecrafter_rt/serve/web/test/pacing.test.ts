@@ -3,6 +3,8 @@ import { test } from "node:test";
 import type { Pose } from "../src/layout.ts";
 import { FrameGate, Pacer } from "../src/pacing.ts";
 
+const STEPS = 4;
+
 function pose(width: number): Pose {
   return { canvas: { height: 1, width }, points: null };
 }
@@ -20,6 +22,46 @@ test("two poses are under way at most, and of those that wait the newest goes ne
   assert.equal(under.acknowledge(1, 0, 0)?.pose.canvas.width, 1);
   assert.deepEqual(sent, [1, 2, 5]);
   assert.equal(under.overtaken, 2);
+});
+
+test("a pose that waits on, or goes out, is not overtaken by itself, but by any other", () => {
+  const { clock, sent, pacer: under } = pacer();
+  for (const width of [1, 2, 3]) under.offer(pose(width));
+  clock.ms = 10;
+  under.acknowledge(1, 0, 40);
+  assert.deepEqual([sent, under.overtaken], [[1, 2], 0]);
+  clock.ms = 50;
+  under.offer(pose(4));
+  assert.deepEqual([sent, under.overtaken], [[1, 2, 4], 1]);
+});
+
+/** What a pipelined server does with a fast camera's poses: how many new ones it takes in so many steps, and is sent. */
+function runPipelined(numSteps: number, inFlight: number): { taken: number; sent: number } {
+  const { clock, sent, pacer: under } = pacer();
+  under.restart(inFlight);
+  const [stepMs, cameraMs, wayMs] = [100, 16, 2];
+  const pipeline: (number | null)[] = []; // null: there was nothing new
+  let [taken, ready, landed]: [number, number, number | null] = [0, 0, null];
+  for (clock.ms = 0; clock.ms < numSteps * stepMs; clock.ms += 2) {
+    if (clock.ms % stepMs === 0) {
+      landed = pipeline.length === STEPS ? (pipeline.shift() ?? null) : null;
+      const isNew = sent.length > ready;
+      ready = sent.length; // of those that came meanwhile the newest is taken
+      pipeline.push(isNew ? ready : null);
+      if (isNew) taken++;
+    }
+    if (clock.ms % stepMs === wayMs && landed !== null) under.acknowledge(landed, stepMs - wayMs, stepMs);
+    if (clock.ms % cameraMs === 0) under.offer(pose(clock.ms + 1));
+  }
+  return { taken, sent: sent.length };
+}
+
+test("a pipelined server that tells how much it works at gets a new pose for every step", () => {
+  const fed = runPipelined(60, STEPS);
+  assert.ok(fed.taken > 50, `${fed.taken} new poses in 60 steps`);
+  assert.ok(fed.sent < fed.taken + 2 * STEPS, `${fed.sent} sent, ${fed.taken} taken`);
+  const starved = runPipelined(60, 1);
+  assert.ok(starved.taken < 31, `${starved.taken} new poses in 60 steps`);
 });
 
 test("a frame answers every earlier pose too", () => {

@@ -1,0 +1,48 @@
+"""What running TensorRT plans does without TensorRT: stand-ins for its refitter and its context note what they are given."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from posecrafter_rt.engines import tensorrt_runtime as runtime_module
+from posecrafter_rt.engines.tensorrt_runtime import Slot, refit
+from posecrafter_rt.errors import EngineFolderError
+
+
+def test_a_weight_beyond_the_stored_type_is_refused_before_the_plan_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    did: list[tuple[str, torch.dtype] | str] = []
+    refitter = SimpleNamespace(
+        get_all_weights=lambda: ["w"], get_missing_weights=list,
+        set_named_weights=lambda name, weights: did.append((name, weights)) or True,
+        refit_cuda_engine=lambda: did.append("refitted") or True,
+    )  # fmt: skip
+    library = SimpleNamespace(Refitter=lambda *arguments: refitter, Weights=lambda dtype, *memory: dtype)
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    monkeypatch.setattr(runtime_module, "make_logger", lambda: None)
+    monkeypatch.setattr(runtime_module, "trt_dtype", lambda dtype: dtype)
+
+    def give(value: float) -> None:
+        plan: Any = None
+        refit(plan, {"w": torch.tensor([1.0, value])}, ["w"], lambda name: torch.zeros(2).half(), "hint")
+
+    with pytest.raises(EngineFolderError, match=r"^w does not fit torch\.float16$") as caught:
+        give(1e5)
+    assert caught.value.hint and "--precision bf16" in caught.value.hint and not did
+    give(6e4)
+    assert did == [("w", torch.float16), "refitted"]
+
+
+@pytest.mark.parametrize("num_bytes", [0, 7])
+def test_a_network_without_inner_memory_is_bound_to_none(num_bytes: int) -> None:
+    bound: list[tuple[int, int]] = []
+    slot: Any = Slot.__new__(Slot)
+    slot.num_bytes, slot.generation, slot.graphs = num_bytes, -1, {}
+    slot.context = SimpleNamespace(set_device_memory=lambda *memory: bound.append(memory))
+    slot.workspace = SimpleNamespace(reserve=lambda num_bytes: None, generation=0, memory=torch.empty(num_bytes))
+    slot._take_workspace()
+    assert len(bound) == (num_bytes > 0) and all(address for address, _ in bound)

@@ -1,0 +1,36 @@
+"""What a stream may be told, and the render whose sampling does its steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.runtime.stream_options import StreamOptions
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 9}, {"window": -1}, {"window": 31}])
+def test_beyond_the_bounds_is_refused(options: dict[str, int]) -> None:
+    (value,) = options.values()
+    with pytest.raises(PoseCrafterError, match=str(value)) as error:
+        StreamOptions(**options)  # type: ignore[arg-type]
+    assert error.value.hint in ("give 1 to 8", "give 0 to 30")
+
+
+@pytest.mark.parametrize(("steps", "total"), [(1, 1), (2, 3), (3, 5), (4, 6), (5, 8), (8, 13)])
+def test_steps_are_those_that_a_partial_inversion_leaves(steps: int, total: int) -> None:
+    options = StreamOptions(steps=steps).as_render(0.6, has_small_decoder=False)
+    assert (options.num_inference_steps, options.strength, options.sampler) == (total, 0.6, "dpmpp")
+    assert options.num_inference_steps - options.start_step == steps
+    own = StreamOptions(steps=steps, strength=1.0).as_render(0.6, has_small_decoder=False)
+    assert (own.num_inference_steps, own.start_step) == (steps, 0)
+
+
+def test_a_strength_that_leaves_too_few_steps_is_refused() -> None:
+    with pytest.raises(PoseCrafterError, match="no schedule has 8 steps at strength 0.001"):
+        StreamOptions(steps=8, strength=0.001).as_render(1.0, has_small_decoder=False)
+
+
+@pytest.mark.parametrize(("decoder", "has_small", "used"), [
+    (None, True, "small"), (None, False, "full"), ("full", True, "full")])  # fmt: skip
+def test_the_small_decoder_is_taken_where_there_is_one(decoder: str | None, has_small: bool, used: str) -> None:
+    assert StreamOptions(decoder=decoder).as_render(1.0, has_small).decoder == used  # type: ignore[arg-type]

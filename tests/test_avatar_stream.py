@@ -1,0 +1,109 @@
+"""Streams as an avatar opens them: presets, the reference that they share and how it is chosen, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.untrained import untrained_checkpoint
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.method import DPMSchedule, medoid_reference, select_reference
+from posecrafter_rt.runtime.presets import STREAM_PRESETS
+from posecrafter_rt.runtime.stream import StreamReference, sample_reference
+from tests.test_adjusting import overflowing
+from tests.tiny import SIZE, TORCH, some_poses
+
+
+@pytest.mark.parametrize("preset", STREAM_PRESETS)
+def test_a_preset_is_all_that_it_bundles(avatar: Avatar, preset: str) -> None:
+    pose = some_poses(1).keypoints[0]
+    with avatar.stream(preset=preset) as by_name, avatar.stream(**STREAM_PRESETS[preset]) as stream:
+        assert by_name.options == stream.options
+        assert np.array_equal(by_name.step(pose), stream.step(pose))
+
+
+def test_what_is_given_overrules_the_preset(avatar: Avatar) -> None:
+    with avatar.stream(preset="quality", steps=3, is_pipelined=True) as stream:
+        assert (stream.options.steps, stream.options.is_pipelined, stream.options.decoder) == (3, True, "full")
+
+
+def test_an_unknown_preset_is_refused_with_the_names_of_those_there_are(avatar: Avatar) -> None:
+    with pytest.raises(PoseCrafterError, match="unknown preset 'exact'") as error:
+        avatar.stream(preset="exact")  # a render's
+    assert error.value.hint == "choose one of fast, balanced, quality"
+
+
+def test_streams_of_equal_sampling_share_one_reference(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled: list[StreamReference] = []
+
+    def watched(*arguments: Any) -> StreamReference:
+        sampled.append(sample_reference(*arguments))
+        return sampled[-1]
+
+    monkeypatch.setattr("posecrafter_rt.avatar.sample_reference", watched)
+    for options in ({"window": 2}, {"window": 2}, {"window": 5}, {"is_pipelined": True}):
+        with avatar.stream(steps=2, **options) as stream:
+            stream.step(some_poses(1).keypoints[0])
+            assert [stream.reference] == sampled
+    with avatar.stream(steps=3) as stream:
+        assert len(sampled) == 2 and stream.reference is sampled[1]
+
+
+def test_the_reference_is_the_medoid_or_what_eq_5_chooses_of_a_calibration(avatar: Avatar) -> None:
+    medoid = medoid_reference(avatar.poses)
+    with avatar.stream(steps=1) as stream:
+        assert np.array_equal(stream.reference.pose, avatar.poses.keypoints[medoid])
+    for index in range(len(avatar.poses)):
+        calibration = avatar.poses[index : index + 1]
+        assert select_reference(avatar.poses, calibration) == index
+        with avatar.stream(steps=1, calibration=calibration.resized(64, 64)) as stream:  # on another canvas
+            assert np.array_equal(stream.reference.pose, avatar.poses.keypoints[index])
+
+
+def test_a_checkpoint_whose_statistics_run_over_all_frames_cannot_stream(tiny_base: Path, tmp_path: Path) -> None:
+    checkpoint = untrained_checkpoint(str(tiny_base), num_frames=3)
+    replace(checkpoint, metadata={**checkpoint.metadata, "norm_scope": "clip"}).save(tmp_path / "tuned.ckpt")
+    build_engine(tmp_path / "tuned.ckpt", tmp_path / "tuned.engine", TORCH)
+    with Avatar.load(tmp_path / "tuned.engine") as avatar:
+        with pytest.raises(PoseCrafterError, match="this checkpoint cannot stream") as error:
+            avatar.stream()
+        assert error.value.hint == "tune with norm_scope frame"
+
+
+def test_a_stream_starts_where_the_base_recommends(avatar: Avatar) -> None:
+    avatar.folder.manifest["recommended"] = {"inversion_substeps": 1, "strength": 0.6}
+    schedule = avatar.schedules["dpmpp"]
+    assert isinstance(schedule, DPMSchedule)
+    with avatar.stream(steps=3) as partial, avatar.stream(steps=3, strength=1.0) as whole:
+        expected = {"partial": schedule.timesteps(5)[2:], "whole": schedule.timesteps(3)}
+        for stream, timesteps in zip((partial, whole), expected.values(), strict=True):
+            assert len(stream.reference.sampling.terms) == 3
+            tables = avatar.engines["time_tables"](timesteps=torch.from_numpy(timesteps))
+            assert np.array_equal(stream.reference.sampling.tables.time_projections["unet"],
+                                  tables["unet_time_projections"])  # fmt: skip
+        assert partial.step(some_poses(1).keypoints[0]).shape == (*SIZE, 3)
+
+
+def test_a_stream_runs_in_the_precision_that_its_reference_took(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 does not hold the inversion; so all streams of it run in float32, and those of others as they were built."""
+    monkeypatch.setattr("posecrafter_rt.engines.torch.multiplies", lambda precision, device: True)  # as on a GPU
+    overflowing(tiny_base, 60_000.0).save(tmp_path / "tuned.ckpt")
+    build_engine(tmp_path / "tuned.ckpt", tmp_path / "fp16.engine", BuildOptions("torch", "fp16"))
+    pose = some_poses(1).keypoints[0]
+    with Avatar.load(tmp_path / "fp16.engine") as avatar:
+        frames = []
+        for _ in range(2):
+            with avatar.stream(steps=1, inversion_substeps=1) as stream:
+                assert avatar.networks.precision == "fp32"
+                frames.append(stream.step(pose))
+            avatar.networks.use("fp16")  # as a render of other options may
+        assert np.array_equal(*frames)
