@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -67,9 +68,13 @@ def test_nothing_outlives_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             pipe.read()  # until it is gone
         closed.set()
 
-    threading.Thread(target=watch, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        gpu.run_part(("runner",), 120)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        threading.Thread(target=watch, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            gpu.run_part(("runner",), 120)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert closed.wait(60)
 
 
