@@ -28,7 +28,7 @@ from bench.timing import machine, time_call
 from bench.untrained import write_random_base
 from posecrafter_rt.engines import PRECISIONS, get_backend, names
 from posecrafter_rt.export.shapes import random_inputs
-from posecrafter_rt.machine import peak_rss_bytes
+from posecrafter_rt.machine import peak_rss_bytes, watched_peak
 from posecrafter_rt.models.loading import PoseModel, load_base
 from posecrafter_rt.spec import Architecture, network_specs
 
@@ -57,15 +57,16 @@ def candidates() -> dict[str, str | None]:
 
 
 def build(job: Job) -> Row:
-    """Write an engine's networks; build_s: how long it took after the base was loaded, and the most memory it had."""
+    """Write an engine's networks; build_s: how long it took after the base was loaded; and its processes' peak memory."""
     model = load_base(job.base)
     model.fold()
     arch = replace(model.architecture(), size=job.size)
     job.folder.mkdir()
     (job.folder / ARCHITECTURE).write_text(json.dumps(arch.to_json()))
     start = time.perf_counter()
-    write_networks(job.name, model, arch, job.folder)
-    return {"build_s": time.perf_counter() - start, "build_peak_bytes": peak_rss_bytes()}
+    with watched_peak() as peak_bytes:
+        write_networks(job.name, model, arch, job.folder)
+        return {"build_s": time.perf_counter() - start, "build_peak_bytes": peak_bytes()}
 
 
 def write_networks(name: str, model: PoseModel, arch: Architecture, folder: Path) -> None:

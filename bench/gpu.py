@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one go: tests, every operator's timing, whole renders' and a stream's at Stable Diffusion 1.5's size.
 
 Bench: `make bench-gpu`; about a quarter of an hour on an H100, and up to an hour more where TensorRT can run. What matters most
-comes first. Writes results/kernels-<device>, presets-…, throughput-…, latency-…, loop-…, engines-… and refit-…, .json and .md
-each; exits 1 if a part fails, after the others have run.
+comes first; loop, engines and refit publish at their end, so that one that its limit cuts off leaves nothing. Writes
+results/kernels-<device>, presets-…, throughput-…, latency-…, loop-…, engines-… and refit-…, .json and .md each; exits 1 if a part
+fails, after the others have run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -39,7 +41,7 @@ PARTS = {  # each with its limit in seconds on an H100
     "streams": (("bench.latency", *SD15_TORCH, "--steps", "2", "--rate", "60", "--seconds", "5"), 200),
     # What may be left out where time is short.
     "loop": (("bench.loop", *SD15_TORCH), 110),
-    "engines": (("bench.engines", "--engines", "torch fp32", "torch fp16", "torch bf16"), 110),
+    "engines": (("bench.engines", "--rounds", "1", "--engines", "torch fp32", "torch fp16", "torch bf16"), 110),
     "second identities": (("bench.refit", "--backend", "torch"), 110),
 }  # fmt: skip
 # Its plans take minutes to build, a hundred of them: no part of the others, and what fails first tells what to mend.
@@ -61,21 +63,24 @@ def run_part(module: tuple[str, ...], limit_s: float) -> bool:
     except subprocess.TimeoutExpired:
         return False
     finally:
-        if process.returncode is None:
+        with suppress(ProcessLookupError):  # where nothing is left
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def main() -> int:
     if not torch.cuda.is_available():
         print("error: torch sees no GPU", file=sys.stderr)
         return 1
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # a part is in a session of its own, where they do not come
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as under nohup
+            signal.signal(ending, lambda *_: sys.exit(143))
     failed, gpu = [], torch.cuda.get_device_name()
-    can_run_tensorrt = get_backend("tensorrt").unsupported_reason("fp16") is None
-    parts = {**PARTS, "tensorrt": TENSORRT} if can_run_tensorrt else PARTS
+    parts = {name: (module, limit_on(gpu, limit_s)) for name, (module, limit_s) in PARTS.items()}
+    if get_backend("tensorrt").unsupported_reason("fp16") is None:
+        parts["tensorrt"] = TENSORRT  # its hour is for any card
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as work:
         for name, (module, limit_s) in parts.items():
-            limit_s = limit_on(gpu, limit_s)
             if not run_part(tuple(word.format(work=work) for word in module), limit_s):
                 print(f"error: {name}: failed, or took more than {limit_s:g} s", file=sys.stderr)
                 failed.append(name)

@@ -20,6 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.report import add_output_arguments, name_by_device, publish
 from bench.timing import Timing, compare, machine, time_call, time_on_cpu
 from bench.workloads import HEADS, Attention, attentions, paste_bytes
+from posecrafter_rt.engines.base import TORCH_DTYPES
+from posecrafter_rt.engines.device import torch_device
 from posecrafter_rt.ops import BACKENDS, affine_warp_paste, keyframe_attention, temporal_attention, unsupported_reason
 from posecrafter_rt.ops.reference import split_heads
 
@@ -160,6 +162,13 @@ def measure_peaks(device: str, dtypes: list[torch.dtype], budget_s: float) -> di
         peak = max(2e3 * size**3 / multiplied.min_ms, peaks.get("float32", 0.0))
         peaks[str(dtype).removeprefix("torch.")] = peak
     return peaks
+
+
+def measure_peak(precision: str) -> Row:
+    """FLOPs a second of a large matrix product at its fastest, on the device that engines take."""
+    dtype = TORCH_DTYPES[precision]
+    peaks = measure_peaks(torch_device().type, [dtype], budget_s=0.5)
+    return {"flops_per_s": peaks[str(dtype).removeprefix("torch.")]}
 
 
 def markdown(document: Row) -> str:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from bench.live import BUDGET_FRAMES, Camera, RunFailed, measure_serve, measure_stream
 from bench.report import add_output_arguments, name_by_device, publish, table
-from bench.throughput import add_engine_arguments, find_engine
+from bench.throughput import add_engine_arguments, find_engine, setup_of
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.demo.footage import TARGET, load_poses
@@ -91,8 +91,8 @@ def benchmark(engine: Path, options: argparse.Namespace) -> Row:
     for stream in streams:
         if not options.quick or stream == StreamOptions(steps=options.steps[-1], **plain):
             add("serve", stream, partial(measure_serve, engine, stream, camera))
-    setup = {"base": Path(manifest["base"]).name, **{name: manifest[name] for name in ("backend", "precision", "size")},
-             "window": options.window, "decoder": used, "rate": options.rate, "seconds": options.seconds}  # fmt: skip
+    setup = {**setup_of(manifest), "window": options.window, "decoder": used, "rate": options.rate,
+             "seconds": options.seconds}  # fmt: skip
     return {"machine": machine(), "setup": setup, "load_s": round(load_s, 3), "rows": rows}
 
 

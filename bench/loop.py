@@ -17,10 +17,11 @@ from torch import Tensor
 from bench.processes import in_own_process
 from bench.report import add_output_arguments, name_by_device, publish, table
 from bench.runs import moving_person, wait_for_gpu
-from bench.throughput import add_engine_arguments, find_engine
+from bench.throughput import add_engine_arguments, find_engine, setup_of
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.engines import Engine
+from posecrafter_rt.engines.folder import read_manifest
 
 Row = dict[str, Any]
 TARGET_SHARE = 0.03  # of the denoising loop's time
@@ -100,9 +101,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         engine = find_engine(options, folder)
         rows = [{"frames": count, **in_own_process(measure, engine, count, options.steps, rounds)} for count in counts]
-        with Avatar.load(engine) as avatar:
-            manifest = avatar.folder.manifest
-    setup = {"base": Path(manifest["base"]).name, **{name: manifest[name] for name in ("size", "backend", "precision")}}
+        setup = setup_of(read_manifest(engine))
     document = {"setup": setup, "machine": machine(), "rows": rows}
     publish(name_by_device("loop", document["machine"]), document, markdown(document), options.json, options.quick)
 

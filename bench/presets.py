@@ -19,10 +19,11 @@ import torch
 
 from bench.flops import Counters, Setup, count_flops
 from bench.hardware import tensor_peak
+from bench.kernels import measure_peak
 from bench.processes import in_own_process
 from bench.report import add_output_arguments, name_by_device, publish, result_path, table, write_report
 from bench.runs import forget_inversions, moving_person
-from bench.throughput import add_engine_arguments, find_engine, measure_peak
+from bench.throughput import add_engine_arguments, find_engine, setup_of
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.engines.folder import read_manifest
@@ -164,8 +165,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> tuple[str, Row]:
     """
     engine = find_engine(options, folder)
     manifest, facts = read_manifest(engine), machine()
-    setup = {"frames": options.frames, "base": Path(manifest["base"]).name,
-             **{name: manifest[name] for name in ("size", "backend", "precision")}}  # fmt: skip
+    setup = {"frames": options.frames, **setup_of(manifest)}
     rows: dict[str, Row] = {}
     document = {"setup": setup, "machine": facts, **find_peak(manifest["precision"]), "rows": rows}
     name = name_by_device("presets", facts)

@@ -28,7 +28,7 @@ from bench.untrained import untrained_checkpoint, write_random_base
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines import choose_precision, get_backend, names
-from posecrafter_rt.machine import peak_rss_bytes
+from posecrafter_rt.machine import watched_peak
 from posecrafter_rt.models.loading import load_base
 from posecrafter_rt.tuning import trainable_parameters
 from posecrafter_rt.tuning_losses import decoder_parameters
@@ -57,12 +57,13 @@ def make_identities(base: str, size: tuple[int, int] | None, paths: list[Path]) 
 
 
 def build(checkpoint: Path, engine: Path, options: BuildOptions, cache: Path) -> Row:
-    """Seconds of one build, the base's loading in it, and its peak memory. cache: where all that builds keep goes."""
+    """Seconds of one build, the base's loading in it, and the peak memory of its processes. cache: for all that it keeps."""
     os.environ.update(POSECRAFTER_CACHE=str(cache), TORCHINDUCTOR_CACHE_DIR=str(cache / "torch"))
     start = time.perf_counter()
-    result = build_engine(checkpoint, engine, options)
-    assert not result.was_current
-    return {"seconds": time.perf_counter() - start, "peak_bytes": peak_rss_bytes()}
+    with watched_peak() as peak_bytes:
+        result = build_engine(checkpoint, engine, options)
+        assert not result.was_current
+        return {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
 
 
 def measure(backend: str, identities: list[Path], folder: Path, rounds: int) -> Row:

@@ -5,6 +5,7 @@ Bench: imported by contenders.py in a rival's process.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,7 @@ def load_model(tuned: Checkpoint, job: Job) -> PoseModel:
     return tuned.load_model(dtype=TORCH_DTYPES[job.precision]).to(device=torch_device())
 
 
-def compile_denoisers(networks: Networks, backend: str = "inductor") -> Networks:
+def compile_denoisers(networks: Networks, backend: str | Callable[..., Any] = "inductor") -> Networks:
     """The same networks, what runs at every step under torch.compile."""
     compiled: dict[str, Any] = {name: torch.compile(getattr(networks, name), backend=backend)
                                 for name in ("unet", "controlnet")}  # fmt: skip

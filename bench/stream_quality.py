@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.footage import load_footage, tune_person
+from bench.footage import engine_options, load_footage, tune_person
 from bench.report import add_output_arguments, publish, table
 from bench.segments import jumps
 from bench.timing import machine
@@ -100,7 +100,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="stream-quality-") as folder:
         if engine is None:
             checkpoint = tune_person(Path(folder) / "tuned.ckpt", checkpoint, is_quick=is_quick)
-            engine = build_engine(checkpoint, Path(folder) / "tuned.engine").folder.path
+            engine = build_engine(checkpoint, Path(folder) / "tuned.engine", engine_options(is_quick)).folder.path
         with Avatar.load(engine) as avatar:
             manifest = avatar.folder.manifest
             rows = compare(avatar, target, truth, streams, offline_steps)

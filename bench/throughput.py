@@ -13,6 +13,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 
 from bench.contenders import METHODS, WARM_UP_STEPS, Job, run
 from bench.flops import Counters, Setup
-from bench.kernels import measure_peaks
+from bench.kernels import measure_peak
 from bench.plot import Bar, stacked_bars
 from bench.processes import in_own_process
 from bench.report import add_output_arguments, name_by_device, picture_size, publish, result_path, table, write_json
@@ -41,14 +42,8 @@ FULL_FRAMES, FULL_STEPS = 100, 50
 TARGET_PSNR_DB, TARGET_MEMORY = 40.0, 0.6
 TARGET_SPEEDUPS = {"any type": 2.5, "the same type": 1.2}  # over published; twice that over plain
 STAGES = ("prepare", "invert", "denoise", "decode")
+NOT_COUNTED = "not counted"
 Row = dict[str, Any]
-
-
-def measure_peak(precision: str) -> Row:
-    """FLOPs a second of a large matrix product at its fastest, on the contenders' device."""
-    dtype = TORCH_DTYPES[precision]
-    peaks = measure_peaks(torch_device().type, [dtype], budget_s=0.5)
-    return {"flops_per_s": peaks[str(dtype).removeprefix("torch.")]}
 
 
 def make_checkpoint(base: str, size: tuple[int, int] | None, path: Path) -> Row:
@@ -103,6 +98,11 @@ def find_engine(options: argparse.Namespace, folder: Path) -> Path:
     if "error" in built:
         raise SystemExit(f"error: no engine could be built: {built['error']}")
     return engine
+
+
+def setup_of(manifest: Row) -> Row:
+    """What a result says of the engine that was measured."""
+    return {"base": Path(manifest["base"]).name, **{name: manifest[name] for name in ("size", "backend", "precision")}}
 
 
 def make_contenders(job: Job, methods: list[str], engines: list[str], folder: Path) -> dict[str, Row]:
@@ -215,9 +215,11 @@ def _quality(row: Row) -> str:
     return "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
 
 
-def _memory(row: Row) -> float:
-    """The peak that contenders are compared by: the GPU's where one is used."""
-    return row["peak_gpu_bytes"] or row["peak_bytes"]
+def _peaks(rows: list[Row]) -> dict[str, float]:
+    """What contenders' memory is compared by: the GPU's where one is used, but for what torch does not allocate there."""
+    counter = "peak_gpu_bytes" if any(row["peak_gpu_bytes"] for row in rows) else "peak_bytes"
+    return {row["contender"]: row[counter] for row in rows
+            if row[counter] and not row["contender"].startswith("exact, tensorrt")}  # fmt: skip
 
 
 def _ratios(rows: list[Row]) -> list[str]:
@@ -226,10 +228,12 @@ def _ratios(rows: list[Row]) -> list[str]:
     if not exact:
         return []
     header = ("contender", *(f"over {row['contender']}" for row in exact), "peak memory over the least of exact")
-    least, cells = min(map(_memory, exact)), []
+    peaks, cells = _peaks(rows), []
+    least = min((peaks[row["contender"]] for row in exact if row["contender"] in peaks), default=None)
     for row in rows:
+        name = row["contender"]
         ratios = [f"{row['total_s'] / other['total_s']:.2f}×" for other in exact]
-        cells.append((row["contender"], *ratios, f"{_memory(row) / least:.2f}×"))
+        cells.append((name, *ratios, f"{peaks[name] / least:.2f}×" if least and name in peaks else NOT_COUNTED))
     return ["## Times of each contender over those of `exact`", "", *table(header, cells)]
 
 
@@ -238,7 +242,7 @@ def judged(rows: list[Row], precision: str) -> list[str]:
     near = [row for row in rows if row["contender"].startswith("exact")
             and (row["psnr_db"] is None or row["psnr_db"] >= TARGET_PSNR_DB)]  # fmt: skip
     engines = {"any type": near, "the same type": [row for row in near if row["contender"].endswith(precision)]}
-    cells, verdicts = [], []
+    peaks, cells, verdicts = _peaks(rows), [], []
     for baseline, times in (("published", 1.0), ("plain", 2.0)):
         of_baseline = next((row for row in rows if row["contender"] == f"{baseline}, {precision}"), None)
         for types, of_types in engines.items():
@@ -247,22 +251,24 @@ def judged(rows: list[Row], precision: str) -> list[str]:
             target, fast, lean = times * TARGET_SPEEDUPS[types], [], []
             for row in of_types:
                 name, ratio = row["contender"], of_baseline["total_s"] / row["total_s"]
-                memory = _memory(row) / _memory(of_baseline)
+                memory = peaks[name] / peaks[of_baseline["contender"]] if name in peaks else math.nan
                 fast += [name] * (ratio >= target)
                 lean += [name] * (memory <= TARGET_MEMORY)
+                verdict = "" if math.isnan(memory) else "met" if name in lean else "missed"
                 cells.append((f"{name}, against {baseline}, {types}",
                               f"{ratio:.2f}", f"≥ {target:g}", "met" if name in fast else "missed",
-                              f"{memory:.2f}", f"≤ {TARGET_MEMORY:g}", "met" if name in lean else "missed"))  # fmt: skip
+                              f"{memory:.2f}" if verdict else NOT_COUNTED, f"≤ {TARGET_MEMORY:g}", verdict))  # fmt: skip
             both = [name for name in fast if name in lean]
+            uncounted = {row["contender"] for row in of_types} - peaks.keys()
             verdicts.append(f"- {target:g} times as fast as {baseline}, {types}: {_who(fast)}; {TARGET_MEMORY:g} of its memory: "
-                            f"{_who(lean)}; both in one engine: {_who(both)}.")  # fmt: skip
+                            f"{_who(lean, uncounted)}; both in one engine: {_who(both, uncounted & {*fast})}.")  # fmt: skip
     header = ("engine", "times as fast", "target", "", "peak memory", "target", "")
     return ["## Targets", "", *table(header, cells), *verdicts, ""] if cells else []
 
 
-def _who(contenders: list[str]) -> str:
-    """Who meets a target."""
-    return f"met by {' and '.join(contenders)}" if contenders else "**missed**"
+def _who(contenders: list[str], uncounted: Set[str] = frozenset()) -> str:
+    """Who meets a target; it is missed where nobody's memory is left uncounted."""
+    return f"met by {' and '.join(contenders)}" if contenders else NOT_COUNTED if uncounted else "**missed**"
 
 
 def absent(rows: list[Row]) -> list[str]:
@@ -299,7 +305,8 @@ def markdown(document: Row) -> str:
               "included. FLOPs are the ledger's, convolutions as if done directly, which `openvino` does not in fp32; peak is that",
               "of a large matrix product in the same type. At fp16 `exact` keeps its VAE in float32, the others do not."]  # fmt: skip
     if on_gpu:
-        lines += ["Peak GPU memory is the most that torch had allocated at once; by it the contenders are compared."]
+        lines += ["Peak GPU memory is the most that torch had allocated at once; by it the contenders are compared, but for those",
+                  "that run on the processor, and TensorRT, whose plans and weights it does not count."]  # fmt: skip
     header = ("contender", "s", "frames/s", "s per 100 frames", "peak MB", *(["peak GPU MB"] if on_gpu else []), "startup s",
               "GFLOP/s", "% of peak", "PSNR dB")  # fmt: skip
     cells = []
@@ -340,12 +347,10 @@ def benchmark(options: argparse.Namespace, folder: Path) -> Row:
     contenders = make_contenders(job, methods, options.engines, folder)
     runs = measure(contenders, options.rounds)
     base = options.base if options.checkpoint is None else tuned.metadata["base"]
-    facts = {
-        "setup": {"base": base, "size": list(size), "frames": len(target), "steps": options.steps,
-                  "precision": options.precision, "rounds": options.rounds,
-                  "warm_up_steps": WARM_UP_STEPS[torch_device().type]},
-        "machine": machine(),
-    }  # fmt: skip
+    used = {name: getattr(options, name) for name in ("steps", "precision", "rounds")}
+    warm_up_steps = WARM_UP_STEPS[torch_device().type]
+    facts = {"setup": {"base": base, "size": list(size), "frames": len(target), **used, "warm_up_steps": warm_up_steps},
+             "machine": machine()}  # fmt: skip
     path = result_path(result_name(facts), options.json, options.quick)
     if path is not None:
         write_json(path, {**facts, "runs": runs})
@@ -372,12 +377,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="keep checkpoint and engines here for the next run")
     options = parser.parse_args(arguments)
     same = options.precision
-    defaults: dict[str, Any] = {
-        "frames": 24,
-        "steps": 20,
-        "rounds": 3,
-        "engines": [f"torch:{same}", f"auto:{same}", "auto:auto"],
-    }
+    defaults: Row = {"frames": 24, "steps": 20, "rounds": 3, "engines": [f"torch:{same}", f"auto:{same}", "auto:auto"]}
     if options.quick:
         defaults = {"frames": 4, "steps": 2, "rounds": 1, "engines": [f"torch:{same}"]}
     for name, value in defaults.items():

@@ -88,7 +88,9 @@ def watched_peak() -> Iterator[Callable[[], int]]:
 
     def sample() -> None:
         nonlocal most
-        most = max(most, _held_bytes())
+        held = _held_bytes()
+        if held > most:  # asked afterwards: two threads sample, and neither may put back what it read before the other
+            most = held
 
     def watch() -> None:
         while not has_ended.wait(SAMPLE_SECONDS):

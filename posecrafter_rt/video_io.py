@@ -314,6 +314,8 @@ def _decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
                         raise _changed_size(path, count - 1, shape, picture.shape)
                     yield picture
     except FFmpegError as failure:
+        if isinstance(failure, MemoryError):  # the file may be whole
+            raise
         raise _damaged(path, count, _reason(failure)) from failure
 
 
@@ -331,6 +333,8 @@ def _frame_rate(path: Path) -> float:
                 )
             return float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
     except FFmpegError as failure:
+        if isinstance(failure, MemoryError):
+            raise
         raise VideoError(
             f"{path} cannot be read as a video: {_reason(failure)}",
             hint="check that the file is a whole video; `ffmpeg -i FILE out.mp4` converts most formats",

@@ -96,13 +96,13 @@ for path in Path(folder).iterdir():
 
 def run_script(script: str, *arguments: object, environment: Mapping[str, str] = {}) -> Any:
     """Run one of the scripts above; returns what it printed."""
-    (printed,) = run_lines([sys.executable, "-c", script], *arguments, environment=environment)
+    (printed,), _ = run_lines([sys.executable, "-c", script], *arguments, environment=environment)
     return printed
 
 
-def run_lines(command: Sequence[str], *arguments: object, environment: Mapping[str, str] = {}) -> list[Any]:
-    """The same of a command: each line that it printed."""
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True,
+def run_lines(command: Sequence[str], *arguments: object, environment: Mapping[str, str] = {}) -> tuple[list[Any], str]:
+    """The same of a command: each line that it printed, and what it and its processes said otherwise."""
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=3600,
                           cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr

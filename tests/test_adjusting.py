@@ -246,21 +246,13 @@ def test_a_segment_that_float16_does_not_hold_is_done_once_more(
         lengths = [(torch.float16, whole["segments"][0]), *((torch.float32, length) for length in whole["segments"])]
         assert seen == [(dtype, 1 + length) for dtype, length in lengths for _ in range(2)]
         # Broken off after the first segment, and gone on with by an avatar that is loaded anew: in float32 from the start.
-        decode = avatar._decode
-        monkeypatch.setattr(avatar, "_decode", lambda latents, split, report, *others: (
-            decode(latents, split, report, *others) if not report.segments else broken_off()))  # fmt: skip
-        with pytest.raises(KeyboardInterrupt):
-            render_to_files(avatar, POSES, tmp_path / "broken.mp4", options)
+        break_off(avatar, POSES, tmp_path / "broken.mp4", options, after=1)
     seen.clear()
     with Avatar.load(narrow / "fp16.engine") as avatar:
         resumed = render_to_files(avatar, POSES, tmp_path / "broken.mp4", options)
     assert resumed["num_resumed"] == 1 and resumed["adjustments"] == whole["adjustments"]
     assert {dtype for dtype, _ in seen} == {torch.float32}
     assert (tmp_path / "broken.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
-
-
-def broken_off() -> None:
-    raise KeyboardInterrupt
 
 
 def test_what_no_type_holds_is_a_clear_failure(tiny_base: Path, tmp_path: Path) -> None:

@@ -46,10 +46,13 @@ def engine(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_flat(peaks: list[int]) -> None:
-    """Each segment's peak: from the third on, where the first two have warmed everything up, within 3 % of one another."""
+    """Each segment's peak, from the third on, where the first two have warmed everything up: 3 % above the median at most.
+
+    Below it some may lie further: a system that is short of memory takes back pages of files that are mapped.
+    """
     settled = np.array(peaks[2:])
     figures = [round(peak / 1e6, 1) for peak in peaks]
-    assert np.abs(settled / np.median(settled) - 1).max() <= TOLERANCE, figures
+    assert settled.max() / np.median(settled) - 1 <= TOLERANCE, figures
     assert settled[-1] / settled[0] - 1 <= TOLERANCE, figures
 
 
@@ -188,7 +191,7 @@ def test_nothing_is_lost_when_a_real_file_system_is_full(
     if (reason := refused_mount(folder)) is not None:
         pytest.skip(reason)
     options = ("--steps", "1", "--strength", "1", "--inversion-substeps", "1", "--segment", "50", "--overlap", "2")
-    printed = run_lines([*ALONE, sys.executable, "-c", FULL], folder, copied, num_kb, "render", engine,
+    printed, _ = run_lines([*ALONE, sys.executable, "-c", FULL], folder, copied, num_kb, "render", engine,
                         "--poses", unbroken / "poses.json", *options)  # fmt: skip
     (status, said, left), (again, _, whole) = printed
     errors = [line for line in said.splitlines() if line.startswith(("error:", "hint:"))]

@@ -88,6 +88,8 @@ def stages(title: str) -> Iterator[Callable[[str, float | None], None]]:
                 total = max(total, seconds_left)
                 progress.update(task, total=total, completed=total - seconds_left)
                 line += f", about {duration_of(seconds_left)} left"
+            else:
+                progress.tasks[0].total, total = None, 0.0  # `update` takes None for no change
             progress.update(task, description=line)
             if not console.is_terminal:
                 console.print(line)

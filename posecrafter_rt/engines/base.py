@@ -54,7 +54,8 @@ class Engine(Protocol):
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """Replace those of `tensors` that this network holds (`unet.…`, `controlnet.…` names, folded form).
 
-        Returns the names that it holds. Raises CheckpointError when a shape differs; then nothing has changed.
+        Returns the names that it holds. Raises CheckpointError when a shape differs or a value is beyond the range of the type
+        that the engine keeps it in; then nothing has changed.
         """
         ...
 

@@ -33,8 +33,18 @@ from posecrafter_rt.engines.base import (
 )
 from posecrafter_rt.engines.device import describe_compiled_device, torch_device
 from posecrafter_rt.engines.folder import rebuild_networks_hint
-from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
-from posecrafter_rt.errors import BackendUnavailable, EngineFolderError
+from posecrafter_rt.engines.refit import (
+    ANEW_AND_WIDER,
+    WIDER,
+    Graphs,
+    check_graph,
+    graph_digest,
+    in_stored_type,
+    read_graphs,
+    same_bits,
+    write_graphs,
+)
+from posecrafter_rt.errors import BackendUnavailable, CheckpointError, EngineFolderError
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.machine import cpu_features, library_versions
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
@@ -79,8 +89,10 @@ class InductorEngine:
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """See `Engine.swap_weights`; in place, so there is nothing to bind anew."""
         fitting = fitting_weights({name: tuple(tensor.shape) for name, tensor in self._weights.items()}, tensors)
-        for name, tensor in fitting.items():
-            self._weights[name].copy_(tensor.detach())
+        swapped = {name: in_stored_type(name, tensor, self._weights[name].dtype, CheckpointError, WIDER)
+                   for name, tensor in fitting.items()}  # fmt: skip
+        for name, tensor in swapped.items():
+            self._weights[name].copy_(tensor)
         return set(fitting)
 
 
@@ -118,7 +130,8 @@ class InductorBackend:
     ) -> None:
         """Write every network's code and, beside it, its weights in the precision that it runs in.
 
-        Raises: BackendUnavailable when something is to be compiled and no C++ compiler is found.
+        Raises: BackendUnavailable when something is to be compiled and no C++ compiler is found; EngineFolderError when a weight
+            is beyond the precision's range.
         """
         specs, graphs = network_specs(arch), Graphs()
         for name, network in model.to(torch.float32).networks().items():
@@ -142,7 +155,7 @@ class InductorBackend:
             code = self._compile(network, spec, arch, dtype)
             cache.save(key, code)
         package.write_bytes(code)
-        _write_weights(package, network, dtype)
+        _write_weights(package, network, dtype, {})
         return graph
 
     def _key(self, graph: str, name: str, precision: Precision) -> dict[str, Any]:
@@ -175,7 +188,8 @@ class InductorBackend:
             progress(f"refitting {name}")
             package = _package(folder, specs[name])
             shutil.copyfile(source / package.name, package)
-            _write_weights(package, network, TORCH_DTYPES[inner_precision(name, precision)])
+            stored = load_file((source / package.name).with_suffix(".safetensors"))
+            _write_weights(package, network, TORCH_DTYPES[inner_precision(name, precision)], stored)
         write_graphs(folder, graphs)
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
@@ -239,12 +253,23 @@ def _open(package: Path) -> Any:
     return aoti_load_package(str(package))
 
 
-def _write_weights(package: Path, network: nn.Module, dtype: torch.dtype) -> None:
-    """Write those of a network's parameters and buffers that its code reads; what is no floating-point number stays."""
+def _write_weights(package: Path, network: nn.Module, dtype: torch.dtype, stored: Mapping[str, Tensor]) -> None:
+    """Write those of a network's parameters and buffers that its code reads; what is no floating-point number stays.
+
+    stored: those of the engine that is refitted; none in a build.
+    Raises: EngineFolderError when one that is not stored is beyond the type's range.
+    """
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    held = {name: tensors[name].detach() for name in _open(package).get_constant_fqns()}
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in held.items()}
-    save_tensors(cast, package.with_suffix(".safetensors"))
+    hint = ANEW_AND_WIDER if stored else WIDER
+    weights = {}
+    for name in _open(package).get_constant_fqns():
+        tensor = tensors[name].detach()
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+            if name not in stored or not same_bits(stored[name], tensor):
+                tensor = in_stored_type(name, tensor, dtype, hint=hint)
+        weights[name] = tensor
+    save_tensors(weights, package.with_suffix(".safetensors"))
 
 
 def _laid_out(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

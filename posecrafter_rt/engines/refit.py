@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from posecrafter_rt.atomic import sha256_json
 from posecrafter_rt.engines.device import DRIVER
 from posecrafter_rt.engines.folder import EngineFolder
-from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
 GRAPHS_FILE = "graphs.json"  # in a networks folder: the hash of each network's graph, without weights
 WITHOUT = "build without --refit"
+WIDER = "build the engine with --precision bf16"
+ANEW_AND_WIDER = f"{WITHOUT}, with --precision bf16"
 
 Graphs = dict[str, str | None]
 
@@ -108,14 +110,17 @@ def check_graph(folder: Path, graphs: Graphs, name: str, digest: str) -> None:
         raise _refusal(folder.parent, f"its {name} was exported from another configuration or by other code")
 
 
-def in_stored_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def in_stored_type(
+    name: str, tensor: Tensor, dtype: torch.dtype, error: type[PoseCrafterError] = EngineFolderError,
+    hint: str = ANEW_AND_WIDER,
+) -> Tensor:  # fmt: skip
     """A weight in the type that an engine stores it in, contiguous.
 
-    Raises: EngineFolderError when it is beyond that type's range: an infinity would be taken without a word.
+    Raises: `error` with `hint` when it is beyond that type's range: an infinity would be taken without a word.
     """
     stored = tensor.detach().to(dtype).contiguous()
     if not torch.isfinite(stored).all():
-        raise EngineFolderError(f"{name} does not fit {dtype}", f"{WITHOUT}, with --precision bf16")
+        raise error(f"{name} does not fit {dtype}", hint)
     return stored
 
 

@@ -302,14 +302,14 @@ def initialisers(graph: ir.Model) -> dict[str, Tensor]:
 def changed_weights(stored: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """A network's parameters that are stored with another value, in the type that they are stored in.
 
-    Raises: EngineFolderError when one is beyond that type's range.
+    Raises: EngineFolderError when one of them is beyond that type's range.
     """
     changed = {}
     for name, parameter in network.named_parameters():
         if name in stored:
-            tensor = in_stored_type(name, parameter, stored[name].dtype)
-            if not same_bits(stored[name], tensor):
-                changed[name] = tensor
+            tensor = parameter.detach().to(stored[name].dtype)
+            if not same_bits(stored[name], tensor):  # what is stored already is not judged
+                changed[name] = in_stored_type(name, tensor, tensor.dtype)
     return changed
 
 

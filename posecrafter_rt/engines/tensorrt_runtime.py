@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posecrafter_rt.engines.base import checked_inputs, fitting_weights
 from posecrafter_rt.engines.folder import rebuild_networks_hint
-from posecrafter_rt.engines.refit import in_stored_type
+from posecrafter_rt.engines.refit import WIDER, in_stored_type
 from posecrafter_rt.engines.tensorrt_common import failure, make_logger, torch_dtype, trt_dtype
 from posecrafter_rt.errors import CheckpointError, PoseCrafterError, ShapeError
 from posecrafter_rt.export.shapes import resolve_shape, split_dim
@@ -250,7 +250,7 @@ class TensorRTEngine:
         return self._slots[shapes]
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """See `Engine.swap_weights`; graphs are recorded anew. Raises EngineFolderError for a value out of range, too."""
+        """See `Engine.swap_weights`; graphs are recorded anew."""
         with safe_open(self._weights, "pt") as stored:
             names = stored.keys()
             shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
@@ -273,8 +273,8 @@ def refit(
 ) -> None:  # fmt: skip
     """Replace weights by name; those that TensorRT merged with changed ones are `stored` under one of `names`.
 
-    Raises: EngineFolderError when one is beyond the range of the type that it is stored in; CheckpointError, with this hint,
-        when TensorRT refuses, OutOfMemory where memory is the reason.
+    Raises: CheckpointError when a changed one is beyond the range of the type that it is stored in, and, with this hint, when
+        TensorRT refuses; OutOfMemory where memory is the reason.
     """
     import tensorrt as trt
 
@@ -282,7 +282,7 @@ def refit(
     kept: list[Tensor] = []  # TensorRT reads them when it refits, not when it is told
 
     def give(name: str, tensor: Tensor) -> None:
-        tensor = in_stored_type(name, tensor, stored(name).dtype)
+        tensor = tensor.contiguous()
         kept.append(tensor)
         weights = trt.Weights(trt_dtype(tensor.dtype), tensor.data_ptr(), tensor.numel())
         if not refitter.set_named_weights(name, weights):
@@ -293,7 +293,7 @@ def refit(
     if missing:
         raise CheckpointError(f"the engine cannot replace {min(missing)}", hint)
     for name, tensor in changed.items():
-        give(name, tensor)
+        give(name, in_stored_type(name, tensor, stored(name).dtype, CheckpointError, WIDER))
     for name in refitter.get_missing_weights():
         if name not in names:
             raise CheckpointError(f"the engine merged {name or 'a constant'} with a weight", hint)

@@ -27,8 +27,8 @@ from posecrafter_rt.engines.base import (
 )
 from posecrafter_rt.engines.cuda_graphs import Recorder
 from posecrafter_rt.engines.device import describe_device, multiplies, torch_device
-from posecrafter_rt.engines.refit import WITHOUT, same_bits
-from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.engines.refit import WIDER, WITHOUT, in_stored_type, same_bits
+from posecrafter_rt.errors import CheckpointError, EngineFolderError
 from posecrafter_rt.models.blocks import channels_last, do_in_parts
 from posecrafter_rt.models.empty import describe_modules, empty_modules
 from posecrafter_rt.models.loading import PoseModel
@@ -81,8 +81,10 @@ class TorchEngine:
         """See `Engine.swap_weights`. Networks that share a module share the swap."""
         parameters = dict(self.module.named_parameters())
         fitting = fitting_weights({name: tuple(p.shape) for name, p in parameters.items()}, tensors)
+        swapped = {name: in_stored_type(name, tensor, parameters[name].dtype, CheckpointError, WIDER)
+                   for name, tensor in fitting.items()}  # fmt: skip
         with torch.no_grad():
-            for name, tensor in fitting.items():
+            for name, tensor in swapped.items():
                 parameters[name].copy_(tensor)
         return set(fitting)
 

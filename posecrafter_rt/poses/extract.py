@@ -26,8 +26,8 @@ from posecrafter_rt.poses.tracking import follow_person
 _DETECTION_SHORT_SIDE_PX = 576
 _NUM_LOG_LINES = 20
 _INSTALL_HINT = (
-    "pip install 'posecrafter-rt[poses]' for DWPose or 'posecrafter-rt[mediapipe]', or name an environment that has "
-    "the detector with --python; --weights names a folder with DWPose's weights"
+    "pip install --no-deps rtmlib for DWPose, or name an environment that has rtmlib or mediapipe "
+    "with --python; --weights names a folder with DWPose's weights"
 )
 
 

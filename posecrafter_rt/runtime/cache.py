@@ -39,7 +39,7 @@ def inversion_key(
                                              "libraries")},
         "loras": [[lora["sha256"], lora["scale"]] for lora in manifest.get("loras", [])],
         "source_prompt": prompt, "frame": frame, "steps": steps.tolist(), "precision": precision,
-        "conditioning_scale": options.conditioning_scale, "threads": list(threads),
+        "conditioning_scale": options.conditioning_scale, **({"threads": list(threads)} if threads else {}),
     }  # fmt: skip
 
 

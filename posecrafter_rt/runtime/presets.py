@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # Of a stream, whose defaults are `balanced`. To the joint render 2 steps with the full decoder are nearer than 4 with the small
 # one, so `quality` takes both. Features kept over steps, which a pipelined stream refuses, are in none: 4 steps with them are
-# no nearer than 2 whole ones, and take longer.
+# no nearer than 2 whole ones, and take about as long.
 STREAM_PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"steps": 1},
     "balanced": {},

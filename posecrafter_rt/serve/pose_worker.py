@@ -55,7 +55,11 @@ def _read_video(path: Path) -> PoseSequence:
         frames, _ = stream_video(path)
         for number, frame in enumerate(frames, start=1):
             height, width = frame.shape[:2]
-            if height * width > MAX_FRAME_PX or max(height, width) > MAX_ASPECT * min(height, width):
+            if max(height, width) > MAX_ASPECT * min(height, width):
+                raise VideoError(
+                    f"frames of {width}x{height} pixels are too narrow", f"cut it to at most {MAX_ASPECT}:1"
+                )
+            if height * width > MAX_FRAME_PX:
                 raise VideoError(f"frames of {width}x{height} pixels are too large", "scale it down to 640 pixels")
             if number > MAX_FRAMES:
                 raise VideoError(f"more than {MAX_FRAMES} frames are too many", "cut it, or send it in parts")
@@ -73,7 +77,7 @@ def _bounded_memory() -> Iterator[None]:
         return
     before = resource.getrlimit(resource.RLIMIT_AS)
     wanted = int(_STATM.read_text().split()[0]) * resource.getpagesize() + _MAX_MORE_BYTES
-    limit = min(wanted, *(bound for bound in before if bound != resource.RLIM_INFINITY), wanted)
+    limit = min([wanted, *(bound for bound in before if bound != resource.RLIM_INFINITY)])
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
     try:
         yield

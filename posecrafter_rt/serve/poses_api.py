@@ -71,7 +71,7 @@ class PoseReader:
         elif kind.startswith("video/"):
             name, limit = "video", MAX_VIDEO_BYTES
             if not has_pose_extraction():
-                raise BackendUnavailable("no pose detector is installed", "pip install 'posecrafter-rt[poses]'")
+                raise BackendUnavailable("no pose detector is installed", "pip install --no-deps rtmlib")
         else:
             raise PoseError(f"a body of type {kind!r:.60}", "send OpenPose JSON as application/json, or video/mp4")
         if self._is_busy:

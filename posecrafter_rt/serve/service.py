@@ -126,7 +126,7 @@ class Service:
         assert self._recordings is not None
         if not on:
             self._recordings.end(self._recording_of.pop(session.id, ""))
-        elif session.id not in self._recording_of:
+        elif not session.is_closed and session.id not in self._recording_of:  # a WebRTC peer is heard for a moment more
             recorded = partial(self._recorded, session)
             self._recording_of[session.id] = self._recordings.begin(session.id, lambda: session.latest, recorded)
             session.texts.put({"type": "recording", "on": True, "url": None})
@@ -178,9 +178,9 @@ class Service:
         self._sessions.pop(session.id, None)
         session.is_closed = True
         self._scheduler.discard(session)
-        self.record(session, False)
         if self._recordings is not None:
-            self._recordings.leave(session.id)
+            self._recordings.leave(session.id)  # first: what ends from here on nobody is told of
+        self.record(session, False)
 
     def _recorded(self, session: Session, name: str, error: PoseCrafterError | None) -> None:
         """On the recording's thread."""

@@ -96,7 +96,7 @@ class Session:
 
     latest: the frame that it was shown last, (H, W, 3) uint8. format, quality: of the pictures that it wants.
     frames, texts: what goes to it; whoever speaks to the client takes from both, and calls `count_shown` for what it sends.
-    num_resets: that the client asked for.
+    num_resets: that the client asked for. num_dropped: poses so far that no frame was shown for.
     """
 
     def __init__(self, stream: Stream, reference: np.ndarray, reference_pose: np.ndarray, metrics: Metrics) -> None:
@@ -113,15 +113,10 @@ class Session:
         self._delay, self._flights = _delay_of(stream), deque[Flight]()
         self._num_resets_done = self.num_resets = 0
         self._is_broken = self.is_closed = False
-        self._num_dropped = self.num_shown = 0
+        self.num_dropped = self.num_shown = 0
         self._count_lock = threading.Lock()
         self._render_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
         self._last_error_s = float("-inf")
-
-    @property
-    def num_dropped(self) -> int:
-        """Poses so far that no frame was shown for."""
-        return self._num_dropped
 
     def count_overtaken(self) -> None:
         """A pose was overtaken by a newer one, or by a reset, before its frame was on its way to the client."""
@@ -138,7 +133,7 @@ class Session:
     def _count_dropped(self, reason: str) -> None:
         """From any thread."""
         with self._count_lock:
-            self._num_dropped += 1
+            self.num_dropped += 1
         self._metrics.dropped.labels(reason).inc()
 
     def count_shown(self, shown: Shown) -> None:

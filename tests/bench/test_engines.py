@@ -45,6 +45,13 @@ def test_every_engine_runs_the_same_step(rows: dict[str, dict[str, Any]]) -> Non
         assert exact > close > 90 > coarse > 15
 
 
+def test_a_builds_memory_is_that_of_all_that_it_has_started(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.machine._held_bytes", lambda: 7 << 50)
+    assert engines.build(Job(REFERENCE, str(tiny_base), (32, 32), tmp_path / "a"))["build_peak_bytes"] == 7 << 50
+
+
 def test_what_fails_is_told_and_the_rest_is_not_lost(rows: dict[str, dict[str, Any]]) -> None:
     assert set(rows["torch fp0"]) == {"engine", "error"}
     setup = {"base": "tiny", "size": [32, 32], "frame_counts": [1, 3], "rounds": 2}

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
+import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from bench import gpu
 
 TESTS = Path(__file__).resolve().parents[1]
+# A process that starts another, which says when it has the pipe open; and then ends by itself, or does not.
 RUNNER = """
 import subprocess, sys
-subprocess.run([sys.executable, "-c", "import sys, time; pipe = open(sys.argv[1], 'w'); time.sleep(600)", sys.argv[1]])
+holds = "import sys, time; pipe = open(sys.argv[1], 'w'); print(flush=True); time.sleep(600)"
+holder = subprocess.Popen([sys.executable, "-c", holds, {pipe!r}], stdout=subprocess.PIPE)
+holder.stdout.readline()
+sys.exit(3 if {ends} else holder.wait())
 """
 
 
@@ -35,17 +42,14 @@ def test_every_test_that_needs_a_gpu_is_in_a_part() -> None:
     assert not [path for path in for_a_gpu if not parts_with(path)]
     assert not [path for path in for_a_gpu if path not in of_tensorrt and parts_with(path) == {"tensorrt"}]
     assert not [path for path in of_tensorrt if "tensorrt" not in parts_with(path)]
+    # No plan is built within the limit of other tests.
+    assert all("-k" in gpu.PARTS[part][0] for path in of_tensorrt for part in parts_with(path) - {"tensorrt"})
 
 
 def test_what_is_run_is_there() -> None:
     for module, _ in (*gpu.PARTS.values(), gpu.TENSORRT):
         assert module[0] == "pytest" or (gpu.ROOT / module[0].replace(".", "/")).with_suffix(".py").is_file()
         assert all((gpu.ROOT / word).exists() for word in module if word.startswith("tests/"))
-
-
-def test_no_plan_is_built_within_the_limit_of_other_tests() -> None:
-    module, _ = gpu.PARTS["tests"]
-    assert module[module.index("-k") + 1] == "not tensorrt" and gpu.TENSORRT[1] >= 3600
 
 
 def test_slower_cards_have_longer() -> None:
@@ -55,26 +59,84 @@ def test_slower_cards_have_longer() -> None:
     assert gpu.limit_on("NVIDIA GeForce RTX 3090", limit_s) > 2 * (2.2 * 115 + 1.2 * 40 + 2 * 2 * 12)
 
 
-def test_nothing_outlives_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a part's process has started holds the pipe open; it ends when the part does, here by an interruption."""
-    (tmp_path / "runner.py").write_text(RUNNER.replace("sys.argv[1]]", f"{str(tmp_path / 'pipe')!r}]"))
-    os.mkfifo(tmp_path / "pipe")
+@pytest.fixture
+def on_rtx_3090(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part, and TensorRT's, on a card of which only the name is there."""
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 3090")
+    monkeypatch.setattr(gpu, "get_backend", lambda name: SimpleNamespace(unsupported_reason=lambda precision: None))
+    monkeypatch.setattr(gpu, "PARTS", {"one": (("module",), 100)})
+
+
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+def ending(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal that this process hears, whatever it was started by; both are as they were afterwards."""
+    before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGTERM, signal.SIGHUP)}
+    yield request.param
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
+def test_an_hour_for_tensorrt_is_one_on_any_card(
+    on_rtx_3090: None, ending: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(gpu, "run_part", lambda module, limit_s: limits.append(limit_s) or True)
+    assert gpu.main() == 0 and limits == [400, 3600]
+
+
+def test_what_ends_it_ends_the_part(on_rtx_3090: None, ending: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part is in a session of its own, where a signal to this process does not come: `run_part` must be left in order."""
+    ended: list[int] = []
+
+    def run_part(module: tuple[str, ...], limit_s: float) -> bool:
+        try:
+            signal.raise_signal(ending)
+            return True
+        finally:
+            ended.append(1)
+
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    with pytest.raises(SystemExit) as caught:
+        gpu.main()
+    assert caught.value.code == 143 and ended == [1]
+
+
+def test_what_is_ignored_stays_so(on_rtx_3090: None, ending: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    signal.signal(ending, signal.SIG_IGN)
+    monkeypatch.setattr(gpu, "run_part", lambda module, limit_s: True)
+    assert gpu.main() == 0 and signal.getsignal(ending) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["interrupted", "ends by itself"])
+def test_nothing_outlives_a_part(ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a part's process has started holds the pipe open; it ends when the part does, however that ends."""
+    pipe = tmp_path / "pipe"
+    (tmp_path / "runner.py").write_text(RUNNER.format(pipe=str(pipe), ends=ends))
+    os.mkfifo(pipe)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    closed = threading.Event()
+    opened, closed = threading.Event(), threading.Event()
+    wait = subprocess.Popen.wait
 
     def watch() -> None:
-        with open(tmp_path / "pipe") as pipe:  # once the process that writes is there
-            _thread.interrupt_main()
-            pipe.read()  # until it is gone
+        with open(pipe) as reader:  # once the process that writes is there
+            opened.set()
+            reader.read()  # until it is gone
         closed.set()
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    try:
-        threading.Thread(target=watch, daemon=True).start()
+    def interrupted(process: Any, timeout: float | None = None) -> int:
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)  # for later calls
+        assert opened.wait(60)
+        raise KeyboardInterrupt
+
+    threading.Thread(target=watch, daemon=True).start()
+    if ends:
+        assert not gpu.run_part(("runner",), 120)
+    else:
+        monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             gpu.run_part(("runner",), 120)
-    finally:
-        signal.signal(signal.SIGINT, before)
     assert closed.wait(60)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from bench import stream_quality
 from bench.runs import moving_person
 from bench.stream_quality import compare, grade, markdown, stream_clip
 from bench.untrained import untrained_checkpoint
@@ -66,6 +68,22 @@ def test_streams_are_compared_with_the_joint_render(avatar: Avatar) -> None:
     facts = {"machine": {"processor": "one", "torch_threads": 1}, "engine": {"backend": "torch", "precision": "fp32"}}
     text = markdown({**facts, "num_frames": 6, "offline_steps": 2, "rows": rows})
     assert "| joint render |" in text and "| 2 steps, window 2, calibrated |" in text
+
+
+@pytest.mark.parametrize(("is_quick", "backend"), [(True, "torch"), (False, "auto")])
+def test_a_quick_run_builds_what_takes_a_second(
+    is_quick: bool, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[BuildOptions] = []
+
+    def build(checkpoint: Path, output: Path, options: BuildOptions) -> Any:
+        asked.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream_quality, "build_engine", build)
+    with pytest.raises(KeyboardInterrupt):
+        stream_quality.run(None, tmp_path / "a.ckpt", [], 1, 2, is_quick)
+    assert [options.backend for options in asked] == [backend]
 
 
 def test_the_documents_example_runs(

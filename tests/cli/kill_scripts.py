@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
-ROOT = Path(__file__).parents[2]
 # What the scripts below begin with: processes that run the command, forked from one that has only imported what takes long
 # to import.
 FORKS = """
@@ -83,11 +75,3 @@ PAIR = f"""{FORKS}
 first, second, *command = sys.argv[1:]
 print(json.dumps([wait(victim) for victim in [start(*command, "-o", output) for output in (first, second)]]))
 """
-
-
-def run_script(script: str, *arguments: object) -> tuple[list[list[Any]], str]:
-    """Run one of the scripts above; returns the lines that it printed, and what it and its processes said otherwise."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)  # fmt: skip
-    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+from rich.progress import Progress
+
+from posecrafter_rt.cli import output
 from posecrafter_rt.cli.output import duration_of, print_table, stages
 
 
@@ -19,6 +23,26 @@ def test_stages_tell_the_time_left_where_it_is_known(capsys: pytest.CaptureFixtu
         "building: compiling, about 3 min left",
         "building: writing, about 5 s left",
     ]
+
+
+def test_where_the_time_left_is_not_known_any_more_the_bar_knows_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a build finds that the user's cache lacks what the last one found there."""
+    made: list[Progress] = []
+
+    class Kept(Progress):
+        def __init__(self, *columns: Any, **options: Any) -> None:
+            super().__init__(*columns, **options)
+            made.append(self)
+
+    monkeypatch.setattr(output, "Progress", Kept)
+    with stages("building") as on_stage:
+        (task,) = made[0].tasks
+        on_stage("loading", 300.0)
+        assert (task.completed, task.total) == (0, 300)
+        on_stage("exporting", None)
+        assert task.total is None
+        on_stage("compiling", 200.0)
+        assert (task.completed, task.total) == (0, 200)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from posecrafter_rt.runtime.partial import read_state
 from posecrafter_rt.runtime.presets import PRESETS
 from posecrafter_rt.tuning import TuneOptions, tune
 from posecrafter_rt.video_io import VideoWriter, read_video
-from tests.cli.kill_scripts import CHAOS, PAIR, VICTIMS, run_script
+from tests.cli.kill_scripts import CHAOS, PAIR, VICTIMS
+from tests.render_scripts import run_lines
 
 SIZE, COUNT, SEGMENTS, SEED = (32, 32), 14, 3, 3
 # Where each dies, and then: how many segments are finished, and whether the video is in its place.
@@ -90,7 +92,7 @@ def test_kill_9_at_any_moment_and_the_same_command_gives_the_same_bytes(
         workshop, unbroken = folder, render_unbroken(folder)
     output = tmp_path / "out.mp4"
     moments = json.dumps([moment[:2] for moment in MOMENTS.values()])
-    seen, messages = run_script(VICTIMS, output, moments, *command(workshop, output))
+    seen, messages = run_lines([sys.executable, "-c", VICTIMS], output, moments, *command(workshop, output))
     expected = [[-signal.SIGKILL, *moment[2:]] for moment in MOMENTS.values()]
     assert dict(zip(MOMENTS, seen, strict=False)) == dict(zip(MOMENTS, expected, strict=True)), messages
     result = run(*command(workshop, output))
@@ -112,7 +114,7 @@ def test_kills_at_random_moments_leave_nothing_half_done_and_the_same_bytes(
     """At any instruction, of the interpreter or of a library: while a cache, a segment or the video is written, too."""
     output = tmp_path / "out.mp4"
     expected = {name: sha256_file(unbroken / name) for name in ("out.mp4", "out.png")}
-    seen, messages = run_script(CHAOS, SEED, kills, output, workshop / "tuned.engine" / "inversions",
+    seen, messages = run_lines([sys.executable, "-c", CHAOS], SEED, kills, output, workshop / "tuned.engine" / "inversions",
                                 *command(workshop, output))  # fmt: skip
     assert [status for status, *_ in seen].count(-signal.SIGKILL) == kills, messages
     assert [status for status, *_ in seen[:2]] == [0, 0], "these are not killed: they tell how long a run takes"
@@ -136,7 +138,7 @@ def test_two_renders_by_one_avatar_at_once_do_not_disturb_each_other(
     for file in inversions.iterdir():
         file.unlink()
     outputs = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
-    seen, messages = run_script(PAIR, *outputs, *command(workshop, tmp_path / "later.mp4"))
+    seen, messages = run_lines([sys.executable, "-c", PAIR], *outputs, *command(workshop, tmp_path / "later.mp4"))
     assert seen == [[0, 0]], messages
     for output in outputs:
         assert output.read_bytes() == (unbroken / "out.mp4").read_bytes()

@@ -100,6 +100,29 @@ def test_swapped_weights_are_used_at_once(
     assert decoding_error(engine, model, 3) < 1e-4
     with pytest.raises(CheckpointError, match="shape"):  # which AOTInductor would take
         engine.swap_weights({"vae.decoder.conv_out.bias": torch.zeros(7)})
+    with pytest.raises(CheckpointError, match=r"bias does not fit torch\.float32$"):
+        engine.swap_weights({"vae.decoder.conv_out.bias": torch.full((3,), 1e39, dtype=torch.float64)})
+    assert decoding_error(engine, model, 3) < 1e-4
+
+
+def test_weights_beyond_the_type_that_they_are_kept_in_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for those that the engine that is refitted has, too."""
+    network, package = torch.nn.Linear(1, 1), tmp_path / "network.pt2"
+    monkeypatch.setattr(backend_module, "_open", lambda package: network)
+    monkeypatch.setattr(network, "get_constant_fqns", lambda: ["weight", "bias"], raising=False)
+    network.weight.data.fill_(2.0)
+    network.bias.data.fill_(1e5)
+    for stored, hint in (
+        ({}, "build the engine with"),
+        ({"bias": torch.zeros(1).half()}, "build without --refit, with"),
+    ):
+        with pytest.raises(EngineFolderError, match=r"^bias does not fit torch\.float16$") as caught:
+            backend_module._write_weights(package, network, torch.float16, stored)
+        assert caught.value.hint == f"{hint} --precision bf16" and not list(tmp_path.iterdir())
+    backend_module._write_weights(package, network, torch.float16, {"bias": torch.tensor([torch.inf]).half()})
+    assert load_file(package.with_suffix(".safetensors"))["weight"].item() == 2
 
 
 @pytest.mark.parametrize("change", ["missing weight", "further weight", "no weights", "no code"])

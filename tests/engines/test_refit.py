@@ -130,6 +130,9 @@ def test_weights_of_a_plan_change_in_their_stored_type() -> None:
     network.bias.data.fill_(1.0)
     stored = {"weight": torch.tensor([[1.0, 2.0]]).half(), "bias": torch.tensor([0.5]), "constant": torch.zeros(3)}
     assert set(changed_weights(stored, network)) == {"bias"}
+    network.bias.data.fill_(-torch.inf)
+    assert not changed_weights({"bias": torch.tensor([-torch.inf])}, network)  # what is stored is not judged
+    network.bias.data.fill_(1.0)
     network.weight.data[0, 0] = 1 + 2**-12  # equal in float16
     assert set(changed_weights(stored, network)) == {"bias"}
     network.weight.data[0, 0] = 1.5

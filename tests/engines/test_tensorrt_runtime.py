@@ -11,13 +11,13 @@ import torch
 
 from posecrafter_rt.engines import tensorrt_runtime as runtime_module
 from posecrafter_rt.engines.tensorrt_runtime import Slot, refit
-from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.errors import CheckpointError
 
 
 def test_a_weight_beyond_the_stored_type_is_refused_before_the_plan_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     did: list[tuple[str, torch.dtype] | str] = []
     refitter = SimpleNamespace(
-        get_all_weights=lambda: ["w"], get_missing_weights=list,
+        get_all_weights=lambda: ["w"], get_missing_weights=lambda: ["merged"],
         set_named_weights=lambda name, weights: did.append((name, weights)) or True,
         refit_cuda_engine=lambda: did.append("refitted") or True,
     )  # fmt: skip
@@ -26,15 +26,17 @@ def test_a_weight_beyond_the_stored_type_is_refused_before_the_plan_is_changed(m
     monkeypatch.setattr(runtime_module, "make_logger", lambda: None)
     monkeypatch.setattr(runtime_module, "trt_dtype", lambda dtype: dtype)
 
+    stored = {"w": torch.zeros(2).half(), "merged": torch.tensor([-torch.inf]).half()}  # what was there is not judged
+
     def give(value: float) -> None:
         plan: Any = None
-        refit(plan, {"w": torch.tensor([1.0, value])}, ["w"], lambda name: torch.zeros(2).half(), "hint")
+        refit(plan, {"w": torch.tensor([1.0, value])}, stored, stored.__getitem__, "hint")
 
-    with pytest.raises(EngineFolderError, match=r"^w does not fit torch\.float16$") as caught:
+    with pytest.raises(CheckpointError, match=r"^w does not fit torch\.float16$") as caught:
         give(1e5)
-    assert caught.value.hint and "--precision bf16" in caught.value.hint and not did
+    assert caught.value.hint == "build the engine with --precision bf16" and not did
     give(6e4)
-    assert did == [("w", torch.float16), "refitted"]
+    assert did == [("w", torch.float16), ("merged", torch.float16), "refitted"]
 
 
 @pytest.mark.parametrize("num_bytes", [0, 7])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from posecrafter_rt.engines import torch as engines_torch
 from posecrafter_rt.engines.base import TORCH_DTYPES, Precision, inner_precision
 from posecrafter_rt.engines.description import COMPONENTS
 from posecrafter_rt.engines.device import multiplies, torch_device
-from posecrafter_rt.engines.torch import TorchBackend
+from posecrafter_rt.engines.torch import TorchBackend, TorchEngine
+from posecrafter_rt.errors import CheckpointError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models import narrow
@@ -70,6 +73,25 @@ def test_what_a_processor_does_not_multiply_it_widens(
     swapped = torch.randn(held[name].shape)
     assert engines["unet"].swap_weights({name: swapped}) == {name}
     assert torch.equal(held[name], swapped.to(TORCH_DTYPES[precision]))
+
+
+def test_a_swap_beyond_what_16_bits_hold_is_refused_and_changes_nothing(
+    make_tiny_model: Callable[..., PoseModel],
+) -> None:
+    model = make_tiny_model()
+    network = model.networks()["pose_embedding"].half()
+    engine = TorchEngine(network, network_specs(model.architecture())["pose_embedding"], is_exact=False)
+    held = dict(network.named_parameters())
+    before = {name: parameter.clone() for name, parameter in held.items()}
+    tensors = {name: torch.zeros(parameter.shape) for name, parameter in held.items()}
+    *_, last = tensors
+    tensors[last].fill_(1e5)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(last)} does not fit torch.float16$") as caught:
+        engine.swap_weights(tensors)
+    assert caught.value.hint == "build the engine with --precision bf16"
+    assert all(torch.equal(held[name], parameter) for name, parameter in before.items())
+    tensors[last].fill_(2.0**15)
+    assert engine.swap_weights(tensors) == set(tensors) and (held[last] == 2.0**15).all()
 
 
 def test_convolutions_lie_in_the_file_as_they_run(plain_model: PoseModel, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_why_a_detector_cannot_run(video: list, tmp_path: Path, modules: dict, o
     video += [RED]
     with pytest.raises(BackendUnavailable, match=f"(?s){message}") as caught:
         extract_poses("clip.mp4", python=interpreter(tmp_path, modules), **options)
-    assert "pip install 'posecrafter-rt[poses]'" in (caught.value.hint or "")
+    assert "pip install --no-deps rtmlib" in (caught.value.hint or "")
 
 
 def test_an_interpreter_that_is_not_there(video: list, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import cv2
 import httpx
 import numpy as np
@@ -135,7 +137,8 @@ def test_a_detector_that_cannot_start_is_not_the_files_fault(
 
 
 @pytest.mark.parametrize(("limit", "value", "why"), [
-    ("MAX_FRAMES", 2, "more than 2 frames"), ("MAX_FRAME_PX", 64 * 64, "128x64 pixels"), ("MAX_ASPECT", 1, "128x64 pixels")])  # fmt: skip
+    ("MAX_FRAMES", 2, "more than 2 frames"), ("MAX_FRAME_PX", 64 * 64, "128x64 pixels are too large"),
+    ("MAX_ASPECT", 1, "128x64 pixels are too narrow")])  # fmt: skip
 def test_a_video_that_would_fill_the_memory_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, value: int, why: str
 ) -> None:
@@ -172,6 +175,26 @@ def test_a_video_that_asks_for_too_much_memory_is_refused(monkeypatch: pytest.Mo
     with pytest.raises(PoseError, match="memory"):
         pose_worker.read_track(tmp_path / "greedy.mp4")
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_video_that_libav_has_no_memory_for_is_not_called_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moment: int
+) -> None:
+    """When its rate is read, and when its frames are."""
+    write_video(tmp_path / "grey.mp4", np.full((3, 64, 64, 3), 90, np.uint8), 10)
+    open_file, opened = av.open, []
+
+    def starved(*arguments: object, **named: object) -> object:
+        opened.append(arguments)
+        if len(opened) == moment:
+            raise av.error.MemoryError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return open_file(*arguments, **named)
+
+    monkeypatch.setattr(av, "open", starved)
+    with pytest.raises(PoseError, match="too much memory"):
+        pose_worker.read_track(tmp_path / "grey.mp4")
+    assert len(opened) == moment
 
 
 def test_too_much_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,11 +139,34 @@ def test_a_client_records_and_downloads(serve: Callable[..., Running]) -> None:
         assert told(client)["on"]
 
 
-def test_a_recording_ends_with_its_client(serve: Callable[..., Running]) -> None:
+def test_a_recording_ends_with_its_client(serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not kept, even where it is whole as soon as it is asked to end."""
+    end = Recordings.end
+
+    def end_at_once(recordings: Recordings, name: str) -> None:
+        making = recordings._running.get(name)
+        end(recordings, name)
+        if making is not None:
+            making.join()
+
+    monkeypatch.setattr(Recordings, "end", end_at_once)
     server = serve()
     with connect(server.url("/ws", "ws")) as client:
         client.send('{"type": "record", "on": true}')
         told(client)
     service = server.app.state.service
-    wait_until(lambda: not service._recording_of)
+    wait_until(lambda: not service._recording_of and not service._recordings._running)
     assert service.num_sessions == 0 and not service._recordings._clients
+    assert not service._recordings._finished
+
+
+def test_who_has_left_begins_no_recording(serve: Callable[..., Running]) -> None:
+    """A WebRTC peer is heard until it is closed, after its session."""
+    server = serve()
+    service = server.app.state.service
+    with connect(server.url("/ws", "ws")) as client:
+        told(client, "ready")
+        (session,) = service._sessions.values()
+    wait_until(lambda: session.is_closed)
+    service.record(session, True)
+    assert not service._recording_of and not service._recordings._running and not service._recordings._clients

@@ -297,7 +297,7 @@ async def test_counts_from_two_threads_are_all_kept(client: Client) -> None:
             return int(self) + other
 
     loop_counts = threading.Thread(target=client.session.count_stale)
-    client.session._num_dropped = Interrupted(0)
+    client.session.num_dropped = Interrupted(0)
     client.session.count_overtaken()
     loop_counts.join()
     assert client.session.num_dropped == 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -56,7 +57,7 @@ class LivePage:
         """Wait until the header says this of the connection."""
         self.wait_for_text("#link", text)
 
-    def wait_for_text(self, selector: str, text: str, seconds: float = TIMEOUT_S) -> None:
+    def wait_for_text(self, selector: str, text: str | re.Pattern[str], seconds: float = TIMEOUT_S) -> None:
         """Wait until an element holds this text."""
         from playwright.sync_api import expect
 

@@ -27,14 +27,16 @@ export class Sources {
   private demo: Track | null = null;
   private reference: Pose | null = null;
   private fromFile: Track | TrackedVideo | null = null;
+  private last: Pose | null = null; // of the source as it is
 
-  /** emit: a pose is to be shown; onChange: another source, or another fit, from the next pose on. */
+  /** onPose: a pose is to be shown; onChange: another source, or another fit, from the next pose on. */
   constructor(
     view: PoseView,
-    private readonly emit: (pose: Pose) => void,
+    private readonly onPose: (pose: Pose) => void,
     private readonly onChange: () => void,
   ) {
     const tracker = new Tracker();
+    const emit = (pose: Pose) => this.emit(pose);
     this.editor = new JointEditor(view, emit);
     this.webcam = new Webcam(view, tracker, emit);
     this.video = new TrackedVideo(view, tracker, {
@@ -54,7 +56,10 @@ export class Sources {
       loadVideo: (file, signal, onShown) => this.video.load(file, signal, onShown),
       onVideo: () => this.playFile(this.video),
     });
-    this.fitBox.onchange = onChange;
+    this.fitBox.onchange = () => {
+      onChange();
+      if (this.last !== null) this.emit({ ...this.last }); // a copy: its frame has not been shown
+    };
     for (const radio of radios()) radio.onchange = () => this.choose(radio.value as Name);
     document.addEventListener("keydown", (event) => this.onKey(event));
   }
@@ -83,6 +88,7 @@ export class Sources {
   private choose(name: Name): void {
     for (const radio of radios()) radio.checked = radio.value === name;
     this.name = name;
+    this.last = null;
     this.player.stop();
     this.video.close();
     this.editor.close();
@@ -91,6 +97,11 @@ export class Sources {
     this.fitRow.hidden = !this.isOfSomebody;
     this.onChange();
     this.begin();
+  }
+
+  private emit(pose: Pose): void {
+    this.last = pose;
+    this.onPose(pose);
   }
 
   private begin(): void {
@@ -107,7 +118,7 @@ export class Sources {
   private leaveFile(): void {
     this.player.stop();
     this.video.close();
-    this.fromFile = null;
+    this.fromFile = this.last = null;
     this.onChange();
   }
 
