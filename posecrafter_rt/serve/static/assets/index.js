@@ -1780,7 +1780,7 @@ function reason(error) {
 }
 // src/sources.ts
 var Sources = class {
-	emit;
+	onPose;
 	onChange;
 	player = new Player();
 	editor;
@@ -1794,11 +1794,13 @@ var Sources = class {
 	demo = null;
 	reference = null;
 	fromFile = null;
-	/** emit: a pose is to be shown; onChange: another source, or another fit, from the next pose on. */
-	constructor(view, emit, onChange) {
-		this.emit = emit;
+	last = null;
+	/** onPose: a pose is to be shown; onChange: another source, or another fit, from the next pose on. */
+	constructor(view, onPose, onChange) {
+		this.onPose = onPose;
 		this.onChange = onChange;
 		const tracker = new Tracker();
+		const emit = (pose) => this.emit(pose);
 		this.editor = new JointEditor(view, emit);
 		this.webcam = new Webcam(view, tracker, emit);
 		this.video = new TrackedVideo(view, tracker, {
@@ -1818,7 +1820,10 @@ var Sources = class {
 			loadVideo: (file, signal, onShown) => this.video.load(file, signal, onShown),
 			onVideo: () => this.playFile(this.video)
 		});
-		this.fitBox.onchange = onChange;
+		this.fitBox.onchange = () => {
+			onChange();
+			if (this.last !== null) this.emit({ ...this.last });
+		};
 		for (const radio of radios()) radio.onchange = () => this.choose(radio.value);
 		document.addEventListener("keydown", (event) => this.onKey(event));
 	}
@@ -1842,6 +1847,7 @@ var Sources = class {
 	choose(name) {
 		for (const radio of radios()) radio.checked = radio.value === name;
 		this.name = name;
+		this.last = null;
 		this.player.stop();
 		this.video.close();
 		this.editor.close();
@@ -1850,6 +1856,10 @@ var Sources = class {
 		this.fitRow.hidden = !this.isOfSomebody;
 		this.onChange();
 		this.begin();
+	}
+	emit(pose) {
+		this.last = pose;
+		this.onPose(pose);
 	}
 	begin() {
 		this.demoPanel.hidden = this.name !== "demo";
@@ -1864,7 +1874,7 @@ var Sources = class {
 	leaveFile() {
 		this.player.stop();
 		this.video.close();
-		this.fromFile = null;
+		this.fromFile = this.last = null;
 		this.onChange();
 	}
 	playFile(file) {
