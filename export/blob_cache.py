@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posecrafter_rt.atomic import atomic_path, sha256_json
+from posecrafter_rt.config import cache_dir
 from posecrafter_rt.errors import PoseCrafterError
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,11 @@ class BlobCache:
             is_too_much = self.max_bytes is not None and num_bytes > self.max_bytes
             if count >= MAX_FILES or (count and is_too_much):  # the newest stays, whatever its size
                 path.unlink(missing_ok=True)
+
+
+def graph_cache() -> BlobCache:
+    """The networks that this user has traced, for whatever engine."""
+    return BlobCache(cache_dir() / "graphs")
 
 
 def _stat(path: Path) -> os.stat_result | None:

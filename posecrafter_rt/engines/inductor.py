@@ -120,7 +120,7 @@ class InductorBackend:
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
         """How many networks are to be compiled."""
-        specs, codes = network_specs(arch), BlobCache(cache_dir() / "inductor")
+        specs, codes = network_specs(arch), _codes()
         keys = (self._key(graph_digest(network, specs[name], arch), name, precision)
                 for name, network in model.networks().items())  # fmt: skip
         return sum(not codes.holds(key) for key in keys)
@@ -148,7 +148,7 @@ class InductorBackend:
         seconds.
         """
         package, dtype = _package(folder, spec), TORCH_DTYPES[inner_precision(spec.name, precision)]
-        graph, cache = graph_digest(network, spec, arch), BlobCache(cache_dir() / "inductor")
+        graph, cache = graph_digest(network, spec, arch), _codes()
         key = self._key(graph, spec.name, precision)
         code = cache.load(key)
         if code is None:
@@ -251,6 +251,11 @@ def _open(package: Path) -> Any:
     from torch._inductor import aoti_load_package
 
     return aoti_load_package(str(package))
+
+
+def _codes() -> BlobCache:
+    """Compiled networks, each under a key of `_key` of the backend."""
+    return BlobCache(cache_dir() / "inductor")
 
 
 def _write_weights(package: Path, network: nn.Module, dtype: torch.dtype, stored: Mapping[str, Tensor]) -> None:

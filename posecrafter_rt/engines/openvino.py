@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.atomic import sha256_file
-from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progress, checked_inputs, fitting_weights
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.openvino_linear import use_products
@@ -29,7 +28,7 @@ from posecrafter_rt.engines.openvino_norms import normalise_by_channel
 from posecrafter_rt.engines.openvino_winograd import REWRITING, extend, missing_reason, use_winograd
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError, last_line
-from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
 from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
 
@@ -200,7 +199,7 @@ class OpenVinoBackend:
         """How many networks are to be traced."""
         from posecrafter_rt.export.prefill import missing_graphs
 
-        return len(missing_graphs(model, arch, BlobCache(cache_dir() / "graphs")))
+        return len(missing_graphs(model, arch, graph_cache()))
 
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
@@ -214,7 +213,7 @@ class OpenVinoBackend:
         from posecrafter_rt.export.onnx import export_network, save_model
         from posecrafter_rt.export.prefill import prefill
 
-        core, specs, cache = openvino.Core(), network_specs(arch), BlobCache(cache_dir() / "graphs")
+        core, specs, cache = openvino.Core(), network_specs(arch), graph_cache()
         graphs: Graphs = {}
         prefill(model.to(torch.float32), arch, cache, progress)
         for name, network in model.networks().items():

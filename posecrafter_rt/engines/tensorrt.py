@@ -39,7 +39,7 @@ from posecrafter_rt.engines.tensorrt_common import failure, make_logger
 from posecrafter_rt.engines.tensorrt_plugins import PLUGIN_OPS, register_plugins
 from posecrafter_rt.engines.tensorrt_runtime import TensorRTEngine, Workspace, refit
 from posecrafter_rt.errors import EngineFolderError
-from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
 from posecrafter_rt.export.shapes import random_inputs, split_dim
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.spec import SMALL_DECODER, Architecture, NetworkSpec, network_specs
@@ -104,7 +104,7 @@ class TensorRTBackend:
         from posecrafter_rt.export.prefill import missing_graphs
 
         is_timed = _timings().holds(_timings_key())
-        return len(missing_graphs(model, arch, BlobCache(cache_dir() / "graphs"))) + (not is_timed)
+        return len(missing_graphs(model, arch, graph_cache())) + (not is_timed)
 
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
@@ -117,7 +117,7 @@ class TensorRTBackend:
         from posecrafter_rt.export.onnx import export_network
         from posecrafter_rt.export.prefill import prefill
 
-        specs, cache = network_specs(arch), BlobCache(cache_dir() / "graphs")
+        specs, cache = network_specs(arch), graph_cache()
         graphs: Graphs = {}
         register_plugins(torch.cuda.get_device_capability())
         timings, key = _timings(), _timings_key()

@@ -74,9 +74,8 @@ class Room(NamedTuple):
         return max(0, int(self._usable() / (self.per_frame * kept_lengths)) - 1)
 
     def fitting_in_parts(self) -> int:
-        """The same where blocks go through them in parts; 0 where the engine cannot."""
-        if self.in_parts is None:
-            return 0
+        """The same where blocks go through them in parts, which the engine can."""
+        assert self.in_parts is not None
         return max(0, int((self._usable() - self.in_parts.of_part) / self.in_parts.per_frame) - 1)
 
     def _usable(self) -> float:
