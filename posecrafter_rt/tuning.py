@@ -23,7 +23,7 @@ from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, PoseCrafterError, PoseError
 from posecrafter_rt.framing import check_one_pose_a_frame, resize_to, transform_keypoints
-from posecrafter_rt.machine import cpu_has_bf16
+from posecrafter_rt.machine import cpu_gains_by_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
 from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.loading import (
@@ -364,7 +364,7 @@ def _autocast(options: TuneOptions, keep_range: bool = False) -> AbstractContext
 
 
 def resolve_precision(device: str, precision: str) -> tuple[str, str]:
-    """Turn `auto` into what this machine trains fastest in: CUDA where it is; bf16 where it is native, else fp32.
+    """Turn `auto` into what this machine trains fastest in: CUDA where it is; bf16 where that is fast, else fp32.
 
     Raises: BackendUnavailable for a CUDA device that does not answer; PoseCrafterError for an unknown precision.
     """
@@ -373,7 +373,7 @@ def resolve_precision(device: str, precision: str) -> tuple[str, str]:
     if device != "cpu" and not torch.cuda.is_available():
         raise BackendUnavailable(f"device {device!r} was asked for, but no NVIDIA GPU answers", "use --device cpu")
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if device != "cpu" else cpu_has_bf16()
+        native = torch.cuda.is_bf16_supported() if device != "cpu" else cpu_gains_by_bf16()
         precision = "bf16" if native else "fp16" if device != "cpu" else "fp32"
     if precision not in ("fp32", "bf16", "fp16"):
         raise PoseCrafterError(f"unknown precision {precision!r}", "choose auto, fp32, bf16 or fp16")

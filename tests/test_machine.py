@@ -14,6 +14,8 @@ from posecrafter_rt.machine import (
     available_bytes,
     count_peak_anew,
     counted_peak_bytes,
+    cpu_gains_by_bf16,
+    cpu_has_bf16,
     peak_rss_bytes,
     return_freed_memory,
     watched_peak,
@@ -171,3 +173,16 @@ def test_where_no_peak_can_be_counted_anew_it_says_so(tmp_path: Path, monkeypatc
     monkeypatch.setattr("posecrafter_rt.machine._CLEAR", tmp_path / "proc" / "clear_refs")
     monkeypatch.setattr("posecrafter_rt.machine._STATUS", tmp_path / "proc" / "status")
     assert not count_peak_anew() and counted_peak_bytes() is None and peak_rss_bytes() > 0
+
+
+@pytest.mark.parametrize(("features", "has_it", "gains"), [
+    ({"avx2", "fma"}, False, False),
+    ({"avx512f", "avx512_bf16"}, True, False),  # as fast as float32 at best
+    ({"avx512f", "avx512_bf16", "amx_bf16"}, True, True),
+    ({"asimd", "bf16"}, True, True),
+])  # fmt: skip
+def test_to_multiply_bf16_is_not_to_gain_by_it(
+    features: set[str], has_it: bool, gains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.machine.cpu_features", lambda: features)
+    assert (cpu_has_bf16(), cpu_gains_by_bf16()) == (has_it, gains)

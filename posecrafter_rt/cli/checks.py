@@ -92,11 +92,11 @@ def first_line(error: BaseException) -> str:
 
 def check_machine() -> list[Finding]:
     """Python, processor, memory."""
-    from posecrafter_rt.machine import cpu_features, cpu_has_bf16, cpu_name, usable_cores
+    from posecrafter_rt.machine import cpu_features, cpu_gains_by_bf16, cpu_name, usable_cores
 
     num_cores = usable_cores()
     flags = [flag for flag in ISA_FLAGS if flag in cpu_features()]
-    bf16 = "multiplies bf16" if cpu_has_bf16() else "no bf16: fp32 is the fast precision"
+    bf16 = "bf16 is the fast precision" if cpu_gains_by_bf16() else "fp32 is the fast precision"
     findings = [
         Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("processor", "ok", ", ".join(filter(None, (cpu_name(), f"{num_cores} cores", " ".join(flags), bf16)))),

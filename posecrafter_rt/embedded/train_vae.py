@@ -17,7 +17,7 @@ from torch import Tensor
 
 from posecrafter_rt.embedded.architecture import VAE
 from posecrafter_rt.embedded.corpus import Clips, photograph_crop
-from posecrafter_rt.machine import cpu_has_bf16
+from posecrafter_rt.machine import cpu_gains_by_bf16
 from posecrafter_rt.models.blocks import channels_last
 
 CROP = (64, 80)
@@ -30,7 +30,7 @@ EMA_DECAY = 0.998
 
 def mixed_precision() -> torch.autocast:
     """bf16 where the processor multiplies it; elsewhere torch's bf16 convolutions take ten times as long as float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16())
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_gains_by_bf16())
 
 
 def to_pixels(frames: np.ndarray) -> Tensor:

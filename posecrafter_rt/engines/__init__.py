@@ -12,7 +12,7 @@ from typing import Any
 from posecrafter_rt.engines.base import Backend, Engine, Precision
 from posecrafter_rt.engines.device import torch_device
 from posecrafter_rt.errors import BackendUnavailable
-from posecrafter_rt.machine import cpu_has_bf16
+from posecrafter_rt.machine import cpu_gains_by_bf16
 
 # In the order that `auto` tries them. Each answers cheaply where its library is not installed. `torch` runs everywhere,
 # so what comes after it is taken by name alone: `inductor` compiles C++ for minutes.
@@ -84,11 +84,11 @@ def usual_max_frames(backend: str, size: tuple[int, int]) -> int | None:
 
 
 def choose_precision(precision: str, backend: str = "auto") -> Precision:
-    """`auto`: fp16 on a GPU; on a processor bf16 where it multiplies that natively, else fp32. backend: auto or a name."""
+    """`auto`: fp16 on a GPU; on a processor bf16 where it gains by that, else fp32. backend: auto or a name."""
     if precision == "auto":
         if torch_device().type == "cuda" and backend not in ON_CPU:
             return "fp16"
-        return "bf16" if cpu_has_bf16() else "fp32"
+        return "bf16" if cpu_gains_by_bf16() else "fp32"
     if precision not in PRECISIONS:
         raise BackendUnavailable(f"there is no precision {precision!r}", f"choose auto, {', '.join(PRECISIONS)}")
     return precision  # type: ignore[return-value]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from posecrafter_rt.machine import cpu_device, cpu_has_bf16
+from posecrafter_rt.machine import cpu_device, cpu_gains_by_bf16
 
 DRIVER = "cuda_driver"
 
@@ -25,9 +25,9 @@ def torch_device() -> torch.device:
 def multiplies(precision: str, device: torch.device) -> bool:
     """Whether torch multiplies `fp32`, `bf16` or `fp16` on a device at the device's own speed, and not a tenth of it.
 
-    A processor has bf16 or has it not; its fp16 is one that hardly any has, and that overflows.
+    A processor gains by bf16 or does not; its fp16 is one that hardly any has, and that overflows.
     """
-    return precision == "fp32" or device.type == "cuda" or (precision == "bf16" and cpu_has_bf16())
+    return precision == "fp32" or device.type == "cuda" or (precision == "bf16" and cpu_gains_by_bf16())
 
 
 def gpu_name() -> str:

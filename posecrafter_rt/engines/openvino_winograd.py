@@ -14,7 +14,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     import openvino
 
 SOURCES = Path(__file__).with_name("winograd")
-FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+         "-ffp-contract=fast")  # fmt: skip
 COMPILE_S = 300  # a compiler that takes longer hangs
-LANES, PANEL = 8, 16  # input channels come in eights, output channels in sixteens
 # In tiles of 4×4 outputs products are a quarter of a direct convolution's, and weights four times as large; in those of 2×2
 # four ninths, and less than twice as large. So large pictures and small weights have the former.
 LEAST_TILES = 16  # over all frames: fewer do not pay for the transformed weights
@@ -45,13 +45,27 @@ REWRITING = 3  # counted up when networks are rewritten otherwise, here or in op
 log = logging.getLogger(__name__)
 
 
+class Vectors(NamedTuple):
+    """What the operation is compiled for."""
+
+    lanes: int  # floats: input channels come in so many, output channels in twice as many
+    needed: frozenset[str]  # of the processor
+    flags: tuple[str, ...]
+
+
+VECTORS = (
+    Vectors(16, frozenset({"avx512f"}), ("-mavx512f",)),
+    Vectors(8, frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
+)  # the widest first
+
+
 class WinogradError(Exception):
     """Why the operation cannot be had here, in one line."""
 
 
 def missing_reason() -> str | None:
     """Why the operation cannot be had here, or None. Compiles it, which takes seconds, where that was not done yet."""
-    return _library()[1]
+    return _library(_vectors())[1]
 
 
 def extend(core: openvino.Core) -> str | None:
@@ -59,7 +73,7 @@ def extend(core: openvino.Core) -> str | None:
 
     Returns: what tells its build from every other, or None where there is none.
     """
-    library, _ = _library()
+    library, _ = _library(_vectors())
     if library is None:
         return None
     core.add_extension(library)
@@ -68,16 +82,18 @@ def extend(core: openvino.Core) -> str | None:
 
 def use_winograd(model: openvino.Model) -> int:
     """Replace the convolutions of a float32 model of fixed shapes that gain by it, in place; returns how many."""
-    library, _ = _library()
-    if library is None:
+    vectors = _vectors()
+    library, _ = _library(vectors)
+    if vectors is None or library is None:
         return 0
-    factory, gaining = _factory(library), [(node, tile) for node in model.get_ordered_ops() if (tile := _tile(node))]
+    factory, ops = _factory(library), model.get_ordered_ops()
+    gaining = [(node, tile) for node in ops if (tile := _tile(node, vectors.lanes))]
     for convolution, tile in gaining:
         _rewrite(convolution, tile, factory)
     return len(gaining)
 
 
-def _tile(node: Any) -> int | None:
+def _tile(node: Any, lanes: int) -> int | None:
     """The side of the tiles that a convolution gains most by; None: of none, or it is no such convolution."""
     if node.get_type_name() not in ("Convolution", "ConvolutionBackpropData"):
         return None
@@ -87,7 +103,7 @@ def _tile(node: Any) -> int | None:
     gains = (
         node.input_value(1).get_node().get_type_name() == "Constant"  # it is transformed once
         and all(value.get_element_type().get_type_name() == "f32" for value in node.input_values())
-        and in_channels % LANES == channels % PANEL == 0
+        and in_channels % lanes == channels % (2 * lanes) == 0
         and frames * tiles[side] >= LEAST_TILES
         and (_is_convolution(node) or _is_doubling(node))
     )
@@ -156,6 +172,12 @@ def _silu_of_norm(value: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] | None
     return None
 
 
+def _vectors() -> Vectors | None:
+    """The widest that this processor has."""
+    features = cpu_features()
+    return next((vectors for vectors in VECTORS if vectors.needed <= features), None)
+
+
 @cache  # for good: OpenVINO would unload the library with the last factory and core, and not ask for nodes that are left
 def _factory(library: Path) -> Any:
     from openvino.utils.node_factory import NodeFactory
@@ -166,10 +188,10 @@ def _factory(library: Path) -> Any:
 
 
 @cache
-def _library() -> tuple[Path | None, str | None]:
+def _library(vectors: Vectors | None) -> tuple[Path | None, str | None]:
     """The compiled operation, or why there is none, which is logged once."""
     try:
-        library = _compiled()
+        library = _compiled(vectors)
         _factory(library)
         return library, None
     except WinogradError as error:
@@ -177,21 +199,18 @@ def _library() -> tuple[Path | None, str | None]:
         return None, str(error)
 
 
-def _compiled() -> Path:
+def _compiled(vectors: Vectors | None) -> Path:
+    if vectors is None:
+        raise WinogradError("it is written for AVX2 and FMA, or AVX-512, which this processor lacks")
     try:
         import openvino
     except ImportError as error:
         raise WinogradError("openvino is not installed") from error
-    flags = cpu_features()
-    if not {"avx2", "fma"} <= flags:
-        raise WinogradError("it is written for AVX2 and FMA, which this processor lacks")
-    if "avx512f" in flags:
-        raise WinogradError("this processor has AVX-512, for which it is not written")
     home = Path(openvino.__file__).parent
     if not (home / "include" / "openvino").is_dir():
         raise WinogradError("this OpenVINO came without its headers")
     sources = sorted(SOURCES.glob("*.*"))
-    key = {"openvino": openvino.get_version(), "home": str(home), "flags": FLAGS,
+    key = {"openvino": openvino.get_version(), "home": str(home), "flags": (*FLAGS, *vectors.flags),
            "sources": [path.read_text(encoding="utf-8") for path in sources]}  # fmt: skip
     folder, name = config.cache_dir() / "openvino_operations", sha256_json(key)
     kept = next(filter(_is_sound, folder.glob(f"{name}-*.so")), None)
@@ -201,8 +220,8 @@ def _compiled() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder) as building:
             built = Path(building) / "built.so"
-            _compile([path for path in sources if path.suffix == ".cpp"], home, built)
-            _try(built)
+            _compile([path for path in sources if path.suffix == ".cpp"], vectors, home, built)
+            _try(built, vectors.lanes)
             library = folder / f"{name}-{sha256_file(built)}.so"
             with atomic_path(library) as temporary:
                 shutil.copyfile(built, temporary)
@@ -227,14 +246,14 @@ def _is_sound(library: Path) -> bool:
     return reason is None
 
 
-def _compile(sources: list[Path], home: Path, library: Path) -> None:
+def _compile(sources: list[Path], vectors: Vectors, home: Path, library: Path) -> None:
     compiler = config.compiler() or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "")
     if not compiler:
         raise WinogradError("no C++ compiler was found: install g++, or name one in CXX")
     linked = [next(home.glob(f"libs/{name}.so*"), None) for name in ("libopenvino", "libtbb")]
     if None in linked:
         raise WinogradError("this OpenVINO came without its libraries, or without TBB")
-    command = [*shlex.split(compiler), *FLAGS, "-I", str(home / "include"), *map(str, sources), "-o", str(library),
+    command = [*shlex.split(compiler), *FLAGS, *vectors.flags, "-I", str(home / "include"), *map(str, sources), "-o", str(library),
                *map(str, linked), f"-Wl,-rpath,{home / 'libs'}"]  # fmt: skip
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_S)
@@ -245,15 +264,15 @@ def _compile(sources: list[Path], home: Path, library: Path) -> None:
         raise WinogradError(f"{compiler} refuses it: {next((line for line in lines if 'error' in line), lines[-1])}")
 
 
-def _try(library: Path) -> None:
+def _try(library: Path, lanes: int) -> None:
     """Raise WinogradError unless what it does with a small picture is what OpenVINO does."""
     import openvino
 
-    pixels = np.random.default_rng(0).normal(size=(2, 8, 9, 13)).astype(np.float32)
+    pixels = np.random.default_rng(0).normal(size=(2, lanes, 9, 13)).astype(np.float32)
     try:
         core = openvino.Core()
         core.add_extension(library)
-        compiled = core.compile_model(_trials(_factory(library)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = core.compile_model(_trials(_factory(library), lanes), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         outputs = list(compiled([pixels]).values())
     except RuntimeError as error:
         raise WinogradError(f"OpenVINO refuses it: {last_line(error)}") from error
@@ -262,15 +281,17 @@ def _try(library: Path) -> None:
             raise WinogradError("compiled here it does not give what OpenVINO's own convolution does")
 
 
-def _trials(factory: Any) -> openvino.Model:
+def _trials(factory: Any, lanes: int) -> openvino.Model:
     """A convolution in tiles of either size, of a doubled picture, and after GroupNorm and SiLU: OpenVINO's and ours of each."""
     import openvino
     from openvino import opset13 as op
 
     rng = np.random.default_rng(1)
-    pixels = op.parameter([2, 8, 9, 13], np.float32)
-    weight, bias, scale, shift = (op.constant(rng.normal(size=shape).astype(np.float32))
-                                  for shape in ((16, 8, 3, 3), (16,), (8,), (8,)))  # fmt: skip
+    pixels = op.parameter([2, lanes, 9, 13], np.float32)
+    weight, bias, scale, shift = (
+        op.constant(rng.normal(size=shape).astype(np.float32))
+        for shape in ((2 * lanes, lanes, 3, 3), (2 * lanes,), (lanes,), (lanes,))
+    )
 
     def by_channel(values: Any) -> Any:
         return op.unsqueeze(values, np.array([1, 2]))
@@ -285,7 +306,7 @@ def _trials(factory: Any) -> openvino.Model:
     doubled = op.gather(op.gather(pixels, rows, np.int64(2)), columns, np.int64(3))
     grouped = op.reshape(pixels, np.array([2, 4, -1]), special_zero=False)
     normed = op.mvn(grouped, np.array([2]), True, 1e-5, "INSIDE_SQRT")
-    normed = op.reshape(normed, np.array([2, 8, 9, 13]), special_zero=False)
+    normed = op.reshape(normed, np.array([2, lanes, 9, 13]), special_zero=False)
     normed = op.add(op.multiply(normed, by_channel(scale)), by_channel(shift))
     active = op.multiply(normed, op.sigmoid(normed))
     outputs = [own(pixels), ours(), own(pixels), ours(tile=2), own(doubled), ours(times=2),

@@ -81,7 +81,7 @@ def test_an_engine_whose_backend_cannot_run_here_is_built_again_for_one_that_can
 def test_a_processor_multiplies_bf16_or_does_not_and_never_fp16(
     monkeypatch: pytest.MonkeyPatch, has_bf16: bool
 ) -> None:
-    monkeypatch.setattr(device, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(device, "cpu_gains_by_bf16", lambda: has_bf16)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [device.multiplies(precision, cpu) for precision in ("fp32", "bf16", "fp16")] == [True, has_bf16, False]
     assert all(device.multiplies(precision, gpu) for precision in ("fp32", "bf16", "fp16"))

@@ -26,8 +26,6 @@ from posecrafter_rt.spec import NetworkSpec, TensorSpec
 
 EXACT = 3e-5  # of the largest output, at most 512 channels: float32, and transforms that multiply by up to 8
 
-needs_winograd = pytest.mark.usefixtures("operation")
-
 
 @pytest.fixture
 def operation() -> None:
@@ -35,6 +33,17 @@ def operation() -> None:
     reason = winograd.missing_reason()
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(params=winograd.VECTORS, ids=lambda vectors: f"{vectors.lanes}-lanes")
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The operation with vectors of so many floats; skips where there is none."""
+    vectors: winograd.Vectors = request.param
+    if not vectors.needed <= winograd.cpu_features():
+        pytest.skip(f"this processor lacks {' or '.join(sorted(vectors.needed))}")
+    monkeypatch.setattr(winograd, "cpu_features", lambda: vectors.needed)
+    request.getfixturevalue("operation")
+    return vectors.lanes
 
 
 @pytest.fixture(params=[4, 2])
@@ -77,11 +86,15 @@ def run(model: openvino.Model, pixels: Tensor, num_threads: int = 2) -> Tensor:
     return torch.from_numpy(core.compile_model(model, "CPU", properties)([pixels.numpy()])[0].copy())
 
 
+def whole(channels: int, of: int) -> int:
+    """So many channels, or as many more as whole vectors or panels have."""
+    return -(-channels // of) * of
+
+
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@needs_winograd
 @pytest.mark.parametrize(("frames", "channels", "size"), [
     (1, (8, 16), (16, 16)),  # the least of everything
     (16, (8, 16), (1, 1)),  # pictures smaller than a tile
@@ -97,10 +110,11 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 ])  # fmt: skip
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_it_is_a_convolution(
-    frames: int, channels: tuple[int, int], size: tuple[int, int], has_bias: bool, tile: int
+    frames: int, channels: tuple[int, int], size: tuple[int, int], has_bias: bool, tile: int, lanes: int
 ) -> None:
-    pixels, weight = draw(frames, channels[0], *size), draw(channels[1], channels[0], 3, 3, seed=1)
-    bias = draw(channels[1], seed=2) if has_bias else None
+    read, written = whole(channels[0], lanes), whole(channels[1], 2 * lanes)
+    pixels, weight = draw(frames, read, *size), draw(written, read, 3, 3, seed=1)
+    bias = draw(written, seed=2) if has_bias else None
     model = convolution(pixels, weight, bias)
     assert winograd.use_winograd(model) == 1
     assert tiles(model) == [tile]
@@ -109,8 +123,7 @@ def test_it_is_a_convolution(
     assert relative_error(run(model, pixels), expected) < EXACT
 
 
-@needs_winograd
-def test_a_frame_depends_neither_on_its_neighbours_nor_on_threads(tile: int) -> None:
+def test_a_frame_depends_neither_on_its_neighbours_nor_on_threads(tile: int, lanes: int) -> None:
     pixels, weight = draw(9, 16, 21, 18), draw(32, 16, 3, 3, seed=1)
     together, alone = convolution(pixels, weight), convolution(pixels[4:5], weight)
     assert winograd.use_winograd(together) == winograd.use_winograd(alone) == 1
@@ -119,21 +132,21 @@ def test_a_frame_depends_neither_on_its_neighbours_nor_on_threads(tile: int) -> 
     assert torch.equal(frames, run(together, pixels, num_threads=1))
 
 
-@needs_winograd
 @pytest.mark.parametrize(("weight", "size", "stride"), [
-    ((16, 8, 1, 1), (16, 16), 1),
-    ((16, 8, 3, 3), (16, 16), 2),
-    ((16, 4, 3, 3), (16, 16), 1),  # the first convolution of a network
-    ((4, 16, 3, 3), (16, 16), 1),  # the last
-    ((16, 8, 3, 3), (8, 12), 1),  # too few tiles
+    ((32, 32, 1, 1), (16, 16), 1),
+    ((32, 32, 3, 3), (16, 16), 2),
+    ((32, 4, 3, 3), (16, 16), 1),  # the first convolution of a network
+    ((4, 32, 3, 3), (16, 16), 1),  # the last
+    ((32, 32, 3, 3), (8, 12), 1),  # too few tiles
 ])  # fmt: skip
-def test_what_does_not_fit_or_gain_stays(weight: tuple[int, ...], size: tuple[int, int], stride: int) -> None:
+def test_what_does_not_fit_or_gain_stays(
+    weight: tuple[int, ...], size: tuple[int, int], stride: int, lanes: int
+) -> None:
     model = convolution(draw(1, weight[1], *size), draw(*weight, seed=1), draw(weight[0]), stride)
     assert winograd.use_winograd(model) == 0
     assert "Convolution" in {node.get_type_name() for node in model.get_ops()}
 
 
-@needs_winograd
 @pytest.mark.parametrize(("has_large_weights", "frames", "size", "expected"), [
     (False, 4, (8, 8), [4]),
     (False, 3, (8, 8), []),  # too few
@@ -144,18 +157,22 @@ def test_what_does_not_fit_or_gain_stays(weight: tuple[int, ...], size: tuple[in
     (True, 3, (4, 4), []),
 ])  # fmt: skip
 def test_small_pictures_with_large_weights_have_small_tiles(
-    has_large_weights: bool, frames: int, size: tuple[int, int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+    has_large_weights: bool,
+    frames: int,
+    size: tuple[int, int],
+    expected: list[int],
+    lanes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(winograd, "MOST_BYTES", 4 * 36 * 8 * 16 - has_large_weights)
-    model = convolution(draw(frames, 8, *size), draw(16, 8, 3, 3))
+    monkeypatch.setattr(winograd, "MOST_BYTES", 4 * 36 * lanes * 2 * lanes - has_large_weights)
+    model = convolution(draw(frames, lanes, *size), draw(2 * lanes, lanes, 3, 3))
     assert winograd.use_winograd(model) == len(expected)
     assert tiles(model) == expected
 
 
-@needs_winograd
-def test_an_addition_of_pictures_is_no_bias() -> None:
+def test_an_addition_of_pictures_is_no_bias(lanes: int) -> None:
     """Nor is one of a number for each frame and channel, such as a timestep's; they stay beside the convolution."""
-    pixels, weight, added = draw(2, 16, 16, 16), draw(16, 16, 3, 3, seed=1), draw(2, 16, 1, 1, seed=2)
+    pixels, weight, added = draw(2, 32, 16, 16), draw(32, 32, 3, 3, seed=1), draw(2, 32, 1, 1, seed=2)
     parameter = op.parameter(list(pixels.shape), np.float32)
     result = op.convolution(parameter, op.constant(weight.numpy()), [1, 1], [1, 1], [1, 1], [1, 1])
     model = openvino.Model([op.add(op.add(result, op.constant(added.numpy())), parameter)], [parameter])
@@ -177,14 +194,13 @@ def norm_silu_convolution(pixels: Tensor, groups: int, norm: tuple[Tensor, Tenso
     return openvino.Model([result], [parameter])
 
 
-@needs_winograd
 @pytest.mark.parametrize("size", [(16, 16), (9, 21)])
 @pytest.mark.parametrize(("channels", "groups"), [(16, 16), (32, 8), (96, 4)])
 @pytest.mark.parametrize("offset", [0.0, 100.0])  # what is far from zero loses digits in a variance of one pass
 def test_norm_and_silu_before_it_are_its_own(
-    size: tuple[int, int], channels: int, groups: int, offset: float, tile: int
+    size: tuple[int, int], channels: int, groups: int, offset: float, tile: int, lanes: int
 ) -> None:
-    pixels, weight = draw(3, channels, *size) + offset, draw(16, channels, 3, 3, seed=1)
+    pixels, weight = draw(3, channels, *size) + offset, draw(32, channels, 3, 3, seed=1)
     norm = draw(channels, seed=2), draw(channels, seed=3)
     model = norm_silu_convolution(pixels, groups, norm, weight)
     assert winograd.use_winograd(model) == 1
@@ -194,11 +210,10 @@ def test_norm_and_silu_before_it_are_its_own(
     assert relative_error(run(model, pixels), expected) < EXACT * (1 + offset / 10)
 
 
-@needs_winograd
 @pytest.mark.parametrize("size", [(8, 8), (5, 9), (1, 32)])
-def test_a_folded_doubling_is_unfolded(size: tuple[int, int], tile: int) -> None:
+def test_a_folded_doubling_is_unfolded(size: tuple[int, int], tile: int, lanes: int) -> None:
     torch.manual_seed(0)
-    convolved, pixels = nn.Conv2d(24, 32, 3, padding=1), draw(3, 24, *size)
+    convolved, pixels = nn.Conv2d(48, 32, 3, padding=1), draw(3, 48, *size)
     with torch.no_grad():
         model = doubling(pixels, *fold_doubled(convolved).state_dict().values())
     assert winograd.use_winograd(model) == 1
@@ -208,10 +223,9 @@ def test_a_folded_doubling_is_unfolded(size: tuple[int, int], tile: int) -> None
     assert relative_error(run(model, pixels), expected) < EXACT
 
 
-@needs_winograd
-def test_another_transposed_convolution_stays() -> None:
-    pixels = draw(3, 24, 8, 8)
-    assert winograd.use_winograd(doubling(pixels, draw(24, 32, 4, 4), draw(32))) == 0
+def test_another_transposed_convolution_stays(lanes: int) -> None:
+    pixels = draw(3, 48, 8, 8)
+    assert winograd.use_winograd(doubling(pixels, draw(48, 32, 4, 4), draw(32))) == 0
 
 
 def doubling(pixels: Tensor, weight: Tensor, bias: Tensor) -> openvino.Model:
@@ -222,23 +236,21 @@ def doubling(pixels: Tensor, weight: Tensor, bias: Tensor) -> openvino.Model:
     return openvino.Model([op.add(result, shaped)], [parameter])
 
 
-@needs_winograd
-def test_silu_holds_at_its_ends() -> None:
+def test_silu_holds_at_its_ends(lanes: int) -> None:
     """Where exp would overflow or vanish: SiLU(x) is x, or 0."""
-    pixels, weight = draw(1, 8, 16, 16), draw(16, 8, 3, 3, seed=1)
-    norm = torch.full((8,), 200.0), torch.zeros(8)
-    model = norm_silu_convolution(pixels, 8, norm, weight)
+    pixels, weight = draw(1, 16, 16, 16), draw(32, 16, 3, 3, seed=1)
+    norm = torch.full((16,), 200.0), torch.zeros(16)
+    model = norm_silu_convolution(pixels, 16, norm, weight)
     assert winograd.use_winograd(model) == 1
-    normed = functional.group_norm(pixels.double(), 8, *(values.double() for values in norm), eps=1e-5)
+    normed = functional.group_norm(pixels.double(), 16, *(values.double() for values in norm), eps=1e-5)
     assert float(normed.abs().max()) > 400
     expected = functional.conv2d(functional.silu(normed), weight.double(), padding=1)
     assert relative_error(run(model, pixels), expected) < EXACT
 
 
-@needs_winograd
-def test_another_activation_before_it_stays() -> None:
+def test_another_activation_before_it_stays(lanes: int) -> None:
     """SiLU without a norm, and x · sigmoid of something else."""
-    pixels, weight = draw(1, 8, 16, 16), draw(16, 8, 3, 3, seed=1)
+    pixels, weight = draw(1, 16, 16, 16), draw(32, 16, 3, 3, seed=1)
     for gate in (lambda value: value, op.abs):
         parameter = op.parameter(list(pixels.shape), np.float32)
         active = op.multiply(parameter, op.sigmoid(gate(parameter)))
@@ -250,17 +262,16 @@ def test_another_activation_before_it_stays() -> None:
         assert relative_error(run(model, pixels), functional.conv2d(gated.double(), weight.double(), padding=1)) < EXACT
 
 
-@needs_winograd
 def test_an_engine_finds_it_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, forgotten: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, lanes: int
 ) -> None:
-    pixels, weight = draw(2, 16, 24, 20), draw(16, 16, 3, 3, seed=1)
-    model = convolution(pixels, weight, draw(16, seed=2))
+    pixels, weight = draw(2, 16, 24, 20), draw(32, 16, 3, 3, seed=1)
+    model = convolution(pixels, weight, draw(32, seed=2))
     model.input().set_names({"latents"})
     model.output().set_names({"pixels"})
     openvino.save_model(model, tmp_path / "network.xml", compress_to_fp16=False)
-    dims = ("frames", 16, "height", "width")
-    spec = NetworkSpec("unet", (TensorSpec("latents", dims),), (TensorSpec("pixels", dims),))
+    dims = [("frames", channels, "height", "width") for channels in (16, 32)]
+    spec = NetworkSpec("unet", (TensorSpec("latents", dims[0]),), (TensorSpec("pixels", dims[1]),))
     compiled = tmp_path / "compiled"
 
     def run_anew() -> Tensor:
@@ -268,7 +279,7 @@ def test_an_engine_finds_it_again(
         engine = OpenVinoEngine(spec, openvino.Core(), tmp_path / "network.xml", properties, BlobCache(compiled), "0")
         return engine(latents=pixels)["pixels"].clone()
 
-    expected = functional.conv2d(pixels.double(), weight.double(), draw(16, seed=2).double(), padding=1)
+    expected = functional.conv2d(pixels.double(), weight.double(), draw(32, seed=2).double(), padding=1)
     first = run_anew()
     assert relative_error(first, expected) < EXACT
     assert len(list(compiled.iterdir())) == 1
@@ -285,7 +296,6 @@ def test_an_engine_finds_it_again(
 
     assert torch.equal(run_anew(), first)
     monkeypatch.setattr(winograd, "cpu_features", set)
-    winograd._library.cache_clear()
     plain = run_anew()
     assert not torch.equal(plain, first)
     assert relative_error(plain, expected) < EXACT
@@ -296,8 +306,7 @@ def test_an_engine_finds_it_again(
     ("false", "false refuses it: exit status 1"),
     ("no-such-compiler", "no-such-compiler cannot be run"),
 ])  # fmt: skip
-@pytest.mark.skipif(not {"avx2", "fma"} <= winograd.cpu_features() or "avx512f" in winograd.cpu_features(),
-                    reason="this processor is not asked for a compiler")  # fmt: skip
+@pytest.mark.skipif(winograd._vectors() is None, reason="this processor is not asked for a compiler")
 def test_without_a_compiler_convolutions_are_openvinos(
     compiler: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
 ) -> None:
@@ -305,22 +314,28 @@ def test_without_a_compiler_convolutions_are_openvinos(
     monkeypatch.setenv("CXX", compiler)
     assert reason in str(winograd.missing_reason())
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
-    pixels, weight = draw(1, 8, 16, 16), draw(16, 8, 3, 3)
+    pixels, weight = draw(1, 32, 16, 16), draw(32, 32, 3, 3)
     model = convolution(pixels, weight)
     assert winograd.use_winograd(model) == 0
     assert relative_error(run(model, pixels), functional.conv2d(pixels, weight, padding=1)) < EXACT
 
 
-@pytest.mark.parametrize(("features", "reason"), [
-    ({"avx2"}, "AVX2 and FMA"),
-    ({"avx2", "fma", "avx512f"}, "AVX-512"),
+def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "cpu_features", lambda: {"avx2"})
+    assert "AVX2 and FMA, or AVX-512" in str(winograd.missing_reason())
+
+
+@pytest.mark.parametrize(("features", "lanes"), [
+    ({"avx2", "fma"}, 8),
+    ({"avx2", "fma", "avx512f", "avx512bw"}, 16),
 ])  # fmt: skip
-def test_other_processors(features: set[str], reason: str, monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+def test_the_widest_vectors_are_taken(features: set[str], lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "cpu_features", lambda: features)
-    assert reason in str(winograd.missing_reason())
+    vectors = winograd._vectors()
+    assert vectors is not None
+    assert vectors.lanes == lanes
 
 
-@needs_winograd
 @pytest.mark.parametrize(("right", "wrong"), [
     ("1. / 24, 1. / 12", "1. / 24, 1. / 11"),  # the convolution
     ("1. / 2, -1. / 2", "1. / 2, -1. / 3"),  # the same in tiles of 2×2
@@ -328,7 +343,7 @@ def test_other_processors(features: set[str], reason: str, monkeypatch: pytest.M
     ("y / times", "y / 2"),  # the doubling, or what is not doubled
 ])  # fmt: skip
 def test_what_compiles_but_is_wrong_is_not_kept(
-    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: None, forgotten: None
 ) -> None:
     sources = tmp_path / "sources"
     sources.mkdir()
@@ -341,9 +356,8 @@ def test_what_compiles_but_is_wrong_is_not_kept(
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-@needs_winograd
 def test_what_cannot_be_loaded_is_compiled_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: None, forgotten: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "env LC_ALL=C g++")  # a compiler may have arguments
@@ -363,8 +377,7 @@ def test_what_cannot_be_loaded_is_compiled_again(
         assert any(file.read_bytes() == whole for file in library.parent.iterdir())
 
 
-@needs_winograd
-def test_two_threads_at_once() -> None:
+def test_two_threads_at_once(lanes: int) -> None:
     """Two requests of one compiled network share the operation, and its transformed weights."""
     pixels, weight = draw(4, 32, 33, 35), draw(32, 32, 3, 3, seed=1)
     model = norm_silu_convolution(pixels, 8, (draw(32, seed=2), draw(32, seed=3)), weight)

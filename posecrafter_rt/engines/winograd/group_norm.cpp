@@ -13,22 +13,21 @@ namespace {
 
 // The sum of (x - centre), or of its square: in float over a stretch, in double over stretches.
 template <bool kIsSquared>
-PC_AVX2 double sum(const float* x, size_t count, float centre) {
+double sum(const float* x, size_t count, float centre) {
     constexpr size_t kStretch = 4096;
     double total = 0;
     for (size_t begin = 0; begin < count; begin += kStretch) {
         const size_t end = std::min(count, begin + kStretch);
-        __m256 sums[4];
-        for (__m256& lanes : sums) lanes = _mm256_setzero_ps();
+        Vector sums[4] = {};
         size_t i = begin;
         for (; i + 4 * kLanes <= end; i += 4 * kLanes)
 #pragma GCC unroll 4
             for (int part = 0; part < 4; ++part) {
-                const __m256 v = _mm256_sub_ps(_mm256_loadu_ps(x + i + part * kLanes), _mm256_set1_ps(centre));
-                sums[part] = kIsSquared ? _mm256_fmadd_ps(v, v, sums[part]) : _mm256_add_ps(v, sums[part]);
+                const Vector v = load(x + i + part * kLanes) - centre;
+                sums[part] += kIsSquared ? v * v : v;
             }
-        alignas(32) float lanes[kLanes];
-        _mm256_store_ps(lanes, _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+        alignas(Vector) float lanes[kLanes];
+        store(lanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));
         for (float lane : lanes) total += lane;
         for (; i < end; ++i) total += kIsSquared ? (x[i] - centre) * (x[i] - centre) : x[i] - centre;
     }

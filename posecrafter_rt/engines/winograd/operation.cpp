@@ -78,7 +78,7 @@ public:
         return true;
     }
 
-    bool has_evaluate() const override { return has_winograd(); }
+    bool has_evaluate() const override { return winograd_lanes() > 0; }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         const ov::Shape &pixels = inputs[0].get_shape(), &weight = inputs[1].get_shape();
@@ -102,7 +102,7 @@ public:
                               parallel);
             call.scale = scale, call.shift = shift;
         }
-        winograd_convolve(call, parallel);
+        winograd_convolve(call, tbb::this_task_arena::max_concurrency(), parallel);
         return true;
     }
 

@@ -1,51 +1,106 @@
-// What vectors of eight floats do here: what AVX2 code is marked with, a transposition, SiLU.
-// Layer 4. Empty where this build cannot have AVX2.
+// Vectors as wide as the instructions that this is compiled for, sixteen floats or eight: what their operators do not
+// do, a transposition, SiLU. Layer 4. Empty where there are neither AVX-512 nor AVX2 and FMA.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(POSECRAFTER_PORTABLE)
+#include <cstddef>
+
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #define PC_WINOGRAD 1
 #include <immintrin.h>
-#define PC_AVX2 __attribute__((target("avx2,fma")))
-#define PC_INLINE PC_AVX2 inline __attribute__((always_inline))
+#define PC_INLINE inline __attribute__((always_inline))
 
 namespace posecrafter {
 
-PC_INLINE void transpose(__m256 v[8]) {
-    const __m256 a0 = _mm256_unpacklo_ps(v[0], v[1]), a1 = _mm256_unpackhi_ps(v[0], v[1]);
-    const __m256 a2 = _mm256_unpacklo_ps(v[2], v[3]), a3 = _mm256_unpackhi_ps(v[2], v[3]);
-    const __m256 a4 = _mm256_unpacklo_ps(v[4], v[5]), a5 = _mm256_unpackhi_ps(v[4], v[5]);
-    const __m256 a6 = _mm256_unpacklo_ps(v[6], v[7]), a7 = _mm256_unpackhi_ps(v[6], v[7]);
-    const __m256 b0 = _mm256_shuffle_ps(a0, a2, 0x44), b1 = _mm256_shuffle_ps(a0, a2, 0xee);
-    const __m256 b2 = _mm256_shuffle_ps(a1, a3, 0x44), b3 = _mm256_shuffle_ps(a1, a3, 0xee);
-    const __m256 b4 = _mm256_shuffle_ps(a4, a6, 0x44), b5 = _mm256_shuffle_ps(a4, a6, 0xee);
-    const __m256 b6 = _mm256_shuffle_ps(a5, a7, 0x44), b7 = _mm256_shuffle_ps(a5, a7, 0xee);
-    v[0] = _mm256_permute2f128_ps(b0, b4, 0x20), v[4] = _mm256_permute2f128_ps(b0, b4, 0x31);
-    v[1] = _mm256_permute2f128_ps(b1, b5, 0x20), v[5] = _mm256_permute2f128_ps(b1, b5, 0x31);
-    v[2] = _mm256_permute2f128_ps(b2, b6, 0x20), v[6] = _mm256_permute2f128_ps(b2, b6, 0x31);
-    v[3] = _mm256_permute2f128_ps(b3, b7, 0x20), v[7] = _mm256_permute2f128_ps(b3, b7, 0x31);
+#ifdef __AVX512F__
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+
+using Vector = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Unaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+constexpr int kColumns = 8;  // of the squares that `transpose` turns over
+
+PC_INLINE Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
+
+PC_INLINE void store(float* to, Vector v) { *reinterpret_cast<Unaligned*>(to) = v; }
+
+// Eight columns of kLanes planes as eight vectors, those of planes c and c + 8 in one of sixteen; and back.
+PC_INLINE void load_columns(const float* from, size_t plane, Vector (&v)[kColumns]) {
+    for (int c = 0; c < kColumns; ++c) {
+#ifdef __AVX512F__
+        const __m512d low = _mm512_castpd256_pd512(_mm256_loadu_pd(reinterpret_cast<const double*>(from + c * plane)));
+        const auto* high = reinterpret_cast<const double*>(from + (c + kColumns) * plane);
+        v[c] = _mm512_castpd_ps(_mm512_insertf64x4(low, _mm256_loadu_pd(high), 1));
+#else
+        v[c] = load(from + c * plane);
+#endif
+    }
+}
+
+PC_INLINE void store_columns(const Vector (&v)[kColumns], float* to, size_t plane) {
+    for (int c = 0; c < kColumns; ++c) {
+#ifdef __AVX512F__
+        const __m512d both = _mm512_castps_pd(v[c]);
+        _mm256_storeu_pd(reinterpret_cast<double*>(to + c * plane), _mm512_castpd512_pd256(both));
+        _mm256_storeu_pd(reinterpret_cast<double*>(to + (c + kColumns) * plane), _mm512_extractf64x4_pd(both, 1));
+#else
+        store(to + c * plane, v[c]);
+#endif
+    }
+}
+
+// The squares of eight by eight that eight vectors hold, one or two beside each other.
+PC_INLINE void transpose(Vector (&v)[kColumns]) {
+    Vector a[kColumns], b[kColumns];
+#ifdef __AVX512F__
+#define PC_OF(name) _mm512_##name
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+    const __m512i high = _mm512_setr_epi32(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    const auto lower = [=](Vector x, Vector y) { return _mm512_permutex2var_ps(x, low, y); };
+    const auto upper = [=](Vector x, Vector y) { return _mm512_permutex2var_ps(x, high, y); };
+#else
+#define PC_OF(name) _mm256_##name
+    const auto lower = [](Vector x, Vector y) { return _mm256_permute2f128_ps(x, y, 0x20); };
+    const auto upper = [](Vector x, Vector y) { return _mm256_permute2f128_ps(x, y, 0x31); };
+#endif
+    for (int i = 0; i < kColumns; i += 2) {
+        a[i] = PC_OF(unpacklo_ps)(v[i], v[i + 1]);
+        a[i + 1] = PC_OF(unpackhi_ps)(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < kColumns; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            b[i + 2 * j] = PC_OF(shuffle_ps)(a[i + j], a[i + 2 + j], 0x44);
+            b[i + 2 * j + 1] = PC_OF(shuffle_ps)(a[i + j], a[i + 2 + j], 0xee);
+        }
+    for (int i = 0; i < 4; ++i) v[i] = lower(b[i], b[i + 4]), v[i + 4] = upper(b[i], b[i + 4]);
+#undef PC_OF
 }
 
 // exp to 2e-7, by Cephes' polynomial.
-PC_INLINE __m256 exponential(__m256 x) {
-    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87)), _mm256_set1_ps(88));
-    const __m256 power = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    x = _mm256_fnmadd_ps(power, _mm256_set1_ps(0.693359375f), x);
-    x = _mm256_fnmadd_ps(power, _mm256_set1_ps(-2.12194440e-4f), x);
-    __m256 y = _mm256_set1_ps(1.9875691500e-4f);
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(1.3981999507e-3f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(8.3334519073e-3f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(4.1665795894e-2f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(1.6666665459e-1f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(5.0000001201e-1f));
-    y = _mm256_fmadd_ps(y, _mm256_mul_ps(x, x), _mm256_add_ps(x, _mm256_set1_ps(1)));
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+PC_INLINE Vector exponential(Vector x) {
+    const Vector zero{};
+    const Vector least = zero - 87, most = zero + 88;
+    x = x < least ? least : x;
+    x = x > most ? most : x;
+    constexpr float kRounding = 1.5f * (1 << 23);  // added, it leaves no bit for what is less than one
+    const Vector power = (x * 1.44269504f + kRounding) - kRounding;
+    x = x - power * 0.693359375f;
+    x = x - power * -2.12194440e-4f;
+    Vector y = zero + 1.9875691500e-4f;
+    y = y * x + 1.3981999507e-3f;
+    y = y * x + 8.3334519073e-3f;
+    y = y * x + 4.1665795894e-2f;
+    y = y * x + 1.6666665459e-1f;
+    y = y * x + 5.0000001201e-1f;
+    y = y * (x * x) + (x + 1);
+    using Integers = int __attribute__((vector_size(sizeof(Vector))));
+    const Integers exponent = (__builtin_convertvector(power, Integers) + 127) << 23;
+    return y * reinterpret_cast<Vector>(exponent);
 }
 
-PC_INLINE __m256 silu(__m256 x) {
-    const __m256 one = _mm256_set1_ps(1);
-    return _mm256_div_ps(x, _mm256_add_ps(one, exponential(_mm256_sub_ps(_mm256_setzero_ps(), x))));
-}
+PC_INLINE Vector silu(Vector x) { return x / (1 + exponential(-x)); }
 
 }  // namespace posecrafter
 

@@ -21,41 +21,39 @@ inline const double (*weight_transform(int tile))[3] {
 #ifdef PC_WINOGRAD
 
 // One column of Bᵀ d of F(2, 3).
-PC_INLINE void transform_in(const __m256 (&d)[4], __m256 (&t)[4]) {
-    t[0] = _mm256_sub_ps(d[0], d[2]);
-    t[1] = _mm256_add_ps(d[1], d[2]);
-    t[2] = _mm256_sub_ps(d[2], d[1]);
-    t[3] = _mm256_sub_ps(d[1], d[3]);
+PC_INLINE void transform_in(const Vector (&d)[4], Vector (&t)[4]) {
+    t[0] = d[0] - d[2];
+    t[1] = d[1] + d[2];
+    t[2] = d[2] - d[1];
+    t[3] = d[1] - d[3];
 }
 
 // One column of Bᵀ d of F(4, 3).
-PC_INLINE void transform_in(const __m256 (&d)[6], __m256 (&t)[6]) {
-    const __m256 two = _mm256_set1_ps(2), four = _mm256_set1_ps(4), five = _mm256_set1_ps(5);
-    const __m256 even = _mm256_fnmadd_ps(four, d[2], d[4]), odd = _mm256_fnmadd_ps(four, d[1], d[3]);
-    const __m256 far = _mm256_sub_ps(d[4], d[2]), wide = _mm256_mul_ps(two, _mm256_sub_ps(d[3], d[1]));
-    t[0] = _mm256_fmadd_ps(four, d[0], _mm256_fnmadd_ps(five, d[2], d[4]));
-    t[1] = _mm256_add_ps(even, odd);
-    t[2] = _mm256_sub_ps(even, odd);
-    t[3] = _mm256_add_ps(far, wide);
-    t[4] = _mm256_sub_ps(far, wide);
-    t[5] = _mm256_fmadd_ps(four, d[1], _mm256_fnmadd_ps(five, d[3], d[5]));
+PC_INLINE void transform_in(const Vector (&d)[6], Vector (&t)[6]) {
+    const Vector even = d[4] - 4 * d[2], odd = d[3] - 4 * d[1];
+    const Vector far = d[4] - d[2], wide = 2 * (d[3] - d[1]);
+    t[0] = 4 * d[0] + (d[4] - 5 * d[2]);
+    t[1] = even + odd;
+    t[2] = even - odd;
+    t[3] = far + wide;
+    t[4] = far - wide;
+    t[5] = 4 * d[1] + (d[5] - 5 * d[3]);
 }
 
 // One column of Aᵀ m of F(2, 3).
-PC_INLINE void transform_out(const __m256 (&m)[4], __m256 (&y)[2]) {
-    y[0] = _mm256_add_ps(m[0], _mm256_add_ps(m[1], m[2]));
-    y[1] = _mm256_sub_ps(_mm256_sub_ps(m[1], m[2]), m[3]);
+PC_INLINE void transform_out(const Vector (&m)[4], Vector (&y)[2]) {
+    y[0] = m[0] + (m[1] + m[2]);
+    y[1] = (m[1] - m[2]) - m[3];
 }
 
 // One column of Aᵀ m of F(4, 3).
-PC_INLINE void transform_out(const __m256 (&m)[6], __m256 (&y)[4]) {
-    const __m256 two = _mm256_set1_ps(2), four = _mm256_set1_ps(4), eight = _mm256_set1_ps(8);
-    const __m256 sum1 = _mm256_add_ps(m[1], m[2]), difference1 = _mm256_sub_ps(m[1], m[2]);
-    const __m256 sum2 = _mm256_add_ps(m[3], m[4]), difference2 = _mm256_sub_ps(m[3], m[4]);
-    y[0] = _mm256_add_ps(m[0], _mm256_add_ps(sum1, sum2));
-    y[1] = _mm256_fmadd_ps(two, difference2, difference1);
-    y[2] = _mm256_fmadd_ps(four, sum2, sum1);
-    y[3] = _mm256_add_ps(_mm256_fmadd_ps(eight, difference2, difference1), m[5]);
+PC_INLINE void transform_out(const Vector (&m)[6], Vector (&y)[4]) {
+    const Vector sum1 = m[1] + m[2], difference1 = m[1] - m[2];
+    const Vector sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+    y[0] = m[0] + (sum1 + sum2);
+    y[1] = 2 * difference2 + difference1;
+    y[2] = 4 * sum2 + sum1;
+    y[3] = 8 * difference2 + difference1 + m[5];
 }
 
 #endif

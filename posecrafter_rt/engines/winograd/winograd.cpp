@@ -1,12 +1,13 @@
 // Winograd's filtering in three phases over chunks of tiles: pictures to matrices, one for each product, matrix
-// products, matrices to pictures. Layer 4. Vectors run over channels; planes are transposed to and from them in L1,
-// eight columns by eight channels.
+// products, matrices to pictures. Layer 4. Vectors run over channels; planes are transposed to and from them in L1.
 #include "winograd.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "simd.h"
 #include "transforms.h"
@@ -17,15 +18,12 @@
 
 namespace posecrafter {
 
-constexpr size_t kLargePage = 1 << 21;
-
-bool has_winograd() {
 #ifdef PC_WINOGRAD
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return false;
-#endif
-}
+constexpr int kPanel = 2 * kLanes;  // output channels of the innermost loop
+
+int winograd_lanes() { return kLanes; }
+
+constexpr size_t kLargePage = 1 << 21;
 
 float* allocate_floats(size_t count) {
     const size_t page = count * sizeof(float) < kLargePage ? 64 : kLargePage;
@@ -61,39 +59,42 @@ void winograd_pack(const float* weight, int in_channels, int out_channels, int t
     });
 }
 
-#ifdef PC_WINOGRAD
 namespace {
 
-constexpr int kRows = 6;        // tiles that the innermost loop computes at once: 12 accumulators of 16 registers
-constexpr int kTaskTiles = 96;  // of one product, that one thread multiplies at a time
-// Both matrices of a chunk stay in the cache that cores share; but a chunk reads all weights, so it has some tiles.
-constexpr int kChunkFloats = 1 << 19, kLeastTiles = 96;
+constexpr int kRows = kLanes == 16 ? 14 : 6;  // tiles that the innermost loop computes at once: what registers hold
+constexpr int kTaskTiles = 96;                // of one product, that one thread multiplies at a time
+// Both matrices of a chunk stay in a cache. Each chunk reads all weights, so it has some tiles: where that cache is a
+// core's own, fewer will do, and threads need not wait for each other.
+constexpr int kChunkFloats = 1 << 19, kLeastTiles = 96, kLeastOwnTiles = 24;
 
-// kCount tiles × 16 output channels of one of the products. v: rows of in_channels; m: rows of out_channels.
+// kCount tiles × one panel of one of the products. v: rows of in_channels; m: rows of out_channels.
 template <int kCount>
-PC_AVX2 void multiply(const float* v, const float* panel, float* m, int in_channels, int out_channels) {
-    __m256 sums[kCount][2];
-#pragma GCC unroll 6
-    for (int r = 0; r < kCount; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_ps();
+void multiply(const float* v, const float* panel, float* m, int in_channels, int out_channels) {
+    Vector sums[kCount][2] = {};
     for (int k = 0; k < in_channels; ++k) {
-        const __m256 left = _mm256_load_ps(panel + k * kPanel), right = _mm256_load_ps(panel + k * kPanel + kLanes);
-#pragma GCC unroll 6
+        const Vector left = load(panel + k * kPanel), right = load(panel + k * kPanel + kLanes);
+#pragma GCC unroll 14
         for (int r = 0; r < kCount; ++r) {
-            const __m256 value = _mm256_broadcast_ss(v + static_cast<size_t>(r) * in_channels + k);
-            sums[r][0] = _mm256_fmadd_ps(value, left, sums[r][0]);
-            sums[r][1] = _mm256_fmadd_ps(value, right, sums[r][1]);
+            const float value = v[static_cast<size_t>(r) * in_channels + k];
+            sums[r][0] += value * left;
+            sums[r][1] += value * right;
         }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 14
     for (int r = 0; r < kCount; ++r) {
-        _mm256_store_ps(m + static_cast<size_t>(r) * out_channels, sums[r][0]);
-        _mm256_store_ps(m + static_cast<size_t>(r) * out_channels + kLanes, sums[r][1]);
+        store(m + static_cast<size_t>(r) * out_channels, sums[r][0]);
+        store(m + static_cast<size_t>(r) * out_channels + kLanes, sums[r][1]);
     }
 }
 
 using Multiply = void (*)(const float*, const float*, float*, int, int);
-constexpr Multiply kMultiply[kRows + 1] = {nullptr,     multiply<1>, multiply<2>, multiply<3>,
-                                           multiply<4>, multiply<5>, multiply<6>};
+
+template <int... kCounts>
+constexpr std::array<Multiply, kRows> multiplies(std::integer_sequence<int, kCounts...>) {
+    return {multiply<kCounts + 1>...};
+}
+
+constexpr auto kMultiply = multiplies(std::make_integer_sequence<int, kRows>());  // by the number of tiles, less one
 
 // Memory of one thread that grows to what its calls need, and stays: pages that are new at every call cost as much as a
 // phase.
@@ -120,6 +121,8 @@ private:
 
 thread_local Scratch thread_matrices, thread_lines;  // of both tiles
 
+constexpr int ceil_div(int count, int by) { return (count + by - 1) / by; }
+
 // What all threads of one call share. A row is a row of tiles of one frame; a chunk is some rows.
 template <int kTile>
 struct Plan {
@@ -127,39 +130,41 @@ struct Plan {
 
     const Convolution& call;
     int tiles_wide, tiles_high, rows, chunk_rows;
+    bool is_own;                // whether a chunk is one thread's, and not done by all
     int columns;                // of a line in a thread's scratch: the picture's, its padding, up to whole vectors
     size_t v_stride, m_stride;  // from one matrix to the next, in floats
 
-    explicit Plan(const Convolution& c) : call(c) {
-        tiles_wide = (c.width + kTile - 1) / kTile;
-        tiles_high = (c.height + kTile - 1) / kTile;
+    Plan(const Convolution& c, int threads) : call(c) {
+        tiles_wide = ceil_div(c.width, kTile);
+        tiles_high = ceil_div(c.height, kTile);
         rows = c.frames * tiles_high;
-        const int64_t fitting = kChunkFloats / kProducts / (c.in_channels + c.out_channels);
-        const int64_t tiles = std::max<int64_t>(kLeastTiles, fitting);
-        chunk_rows = static_cast<int>(std::min<int64_t>(rows, std::max<int64_t>(1, tiles / tiles_wide)));
-        columns = (tiles_wide * kTile + 2 + kLanes - 1) / kLanes * kLanes;
+        const int fitting = kChunkFloats / kProducts / (c.in_channels + c.out_channels);
+        is_own = fitting >= kLeastOwnTiles && int64_t{rows} * tiles_wide >= int64_t{threads} * kLeastOwnTiles;
+        int chunks = ceil_div(rows, std::max(1, (is_own ? fitting : std::max(kLeastTiles, fitting)) / tiles_wide));
+        if (is_own) chunks = ceil_div(chunks, threads) * threads;
+        chunk_rows = ceil_div(rows, chunks);
+        columns = ceil_div(tiles_wide * kTile + 2, kColumns) * kColumns;
         const size_t chunk_tiles = static_cast<size_t>(chunk_rows) * tiles_wide;
         v_stride = chunk_tiles * c.in_channels + kPanel;  // no power of two, lest all streams share a cache set
         m_stride = chunk_tiles * c.out_channels + kPanel;
     }
 };
 
-// One pixel of eight planes.
-PC_INLINE __m256 pixel(const float* from, size_t plane) {
-    alignas(32) float values[kLanes];
+// One pixel of all planes of a vector.
+PC_INLINE Vector pixel(const float* from, size_t plane) {
+    alignas(Vector) float values[kLanes];
     for (int c = 0; c < kLanes; ++c) values[c] = from[c * plane];
-    return _mm256_load_ps(values);
+    return load(values);
 }
 
-// The lines of a row of patches from top on of eight channels of one frame, zeros around, as (patch, columns, 8).
+// The lines of a row of patches from top on of a vector's channels of one frame, zeros around, as (patch, columns,
+// lanes).
 template <int kTile, bool kIsNormed>
-PC_AVX2 void gather(const Plan<kTile>& plan, size_t channel, int top, float* lines) {
+void gather(const Plan<kTile>& plan, size_t channel, int top, float* lines) {
     const int height = plan.call.height, times = plan.call.times, width = plan.call.width / times;
     const size_t plane = static_cast<size_t>(height / times) * width;
-    __m256 scale = _mm256_setzero_ps(), shift = scale;
-    if (kIsNormed)
-        scale = _mm256_loadu_ps(plan.call.scale + channel), shift = _mm256_loadu_ps(plan.call.shift + channel);
-    const auto normed = [=](__m256 v) PC_AVX2 { return kIsNormed ? silu(_mm256_fmadd_ps(v, scale, shift)) : v; };
+    Vector scale{}, shift{};
+    if (kIsNormed) scale = load(plan.call.scale + channel), shift = load(plan.call.shift + channel);
     for (int line = 0; line < plan.kPatch; ++line) {
         float* to = lines + static_cast<size_t>(line) * plan.columns * kLanes;
         const int y = top + line;
@@ -168,173 +173,184 @@ PC_AVX2 void gather(const Plan<kTile>& plan, size_t channel, int top, float* lin
             continue;
         }
         const float* from = plan.call.input + channel * plane + static_cast<size_t>(y / times) * width;
-        _mm256_store_ps(to, _mm256_setzero_ps());
+        store(to, Vector{});
         to += kLanes;
-        for (int x = 0; x < width; x += kLanes) {
-            const int count = std::min(kLanes, width - x);
-            __m256 v[8];
-            if (count == kLanes) {
-                for (int c = 0; c < kLanes; ++c) v[c] = _mm256_loadu_ps(from + c * plane + x);
+        for (int x = 0; x < width; x += kColumns) {
+            const int count = std::min(kColumns, width - x);
+            Vector v[kColumns];
+            if (count == kColumns) {
+                load_columns(from + x, plane, v);
                 transpose(v);
             } else {
                 for (int i = 0; i < count; ++i) v[i] = pixel(from + x + i, plane);
             }
             for (int i = 0; i < count; ++i) {
-                const __m256 value = normed(v[i]);
-                for (int time = 0; time < times; ++time) _mm256_store_ps(to + ((x + i) * times + time) * kLanes, value);
+                const Vector value = kIsNormed ? silu(v[i] * scale + shift) : v[i];
+                for (int time = 0; time < times; ++time) store(to + ((x + i) * times + time) * kLanes, value);
             }
         }
         std::fill(to + width * times * kLanes, to + static_cast<size_t>(plan.columns - 1) * kLanes, 0.0f);
     }
 }
 
-// Bᵀ d B of a row of tiles and eight input channels. v: this row's first tile and channel in the first matrix.
+// Bᵀ d B of a row of tiles and a vector's input channels. v: this row's first tile and channel in the first matrix.
 template <int kTile>
-PC_AVX2 void rows_to_matrices(const Plan<kTile>& plan, const float* lines, float* v) {
+void rows_to_matrices(const Plan<kTile>& plan, const float* lines, float* v) {
     constexpr int kPatch = Plan<kTile>::kPatch;
     for (int tile = 0; tile < plan.tiles_wide; ++tile, v += plan.call.in_channels) {
         const float* patch = lines + tile * kTile * kLanes;
-        __m256 half[kPatch][kPatch];  // [column][a]
+        Vector half[kPatch][kPatch];  // [column][a]
         for (int x = 0; x < kPatch; ++x) {
-            __m256 d[kPatch];
-            for (int y = 0; y < kPatch; ++y)
-                d[y] = _mm256_load_ps(patch + (static_cast<size_t>(y) * plan.columns + x) * kLanes);
+            Vector d[kPatch];
+            for (int y = 0; y < kPatch; ++y) d[y] = load(patch + (static_cast<size_t>(y) * plan.columns + x) * kLanes);
             transform_in(d, half[x]);
         }
         for (int a = 0; a < kPatch; ++a) {
-            __m256 d[kPatch], t[kPatch];
+            Vector d[kPatch], t[kPatch];
             for (int x = 0; x < kPatch; ++x) d[x] = half[x][a];
             transform_in(d, t);
-            for (int b = 0; b < kPatch; ++b) _mm256_store_ps(v + (a * kPatch + b) * plan.v_stride, t[b]);
+            for (int b = 0; b < kPatch; ++b) store(v + (a * kPatch + b) * plan.v_stride, t[b]);
         }
     }
 }
 
-// Aᵀ m A of a row of tiles and eight output channels, plus the bias, as (tile, columns, 8).
+// Aᵀ m A of a row of tiles and a vector's output channels, plus the bias, as (tile, columns, lanes).
 template <int kTile>
-PC_AVX2 void matrices_to_rows(const Plan<kTile>& plan, const float* m, const float* biases, float* lines) {
+void matrices_to_rows(const Plan<kTile>& plan, const float* m, const float* biases, float* lines) {
     constexpr int kPatch = Plan<kTile>::kPatch;
-    const __m256 bias = _mm256_loadu_ps(biases);
+    const Vector bias = load(biases);
     for (int tile = 0; tile < plan.tiles_wide; ++tile, m += plan.call.out_channels) {
         float* to = lines + tile * kTile * kLanes;
-        __m256 half[kPatch][kTile];  // [a][x]
+        Vector half[kPatch][kTile];  // [a][x]
         for (int a = 0; a < kPatch; ++a) {
-            __m256 row[kPatch];
-            for (int b = 0; b < kPatch; ++b) row[b] = _mm256_load_ps(m + (a * kPatch + b) * plan.m_stride);
+            Vector row[kPatch];
+            for (int b = 0; b < kPatch; ++b) row[b] = load(m + (a * kPatch + b) * plan.m_stride);
             transform_out(row, half[a]);
         }
         for (int x = 0; x < kTile; ++x) {
-            __m256 column[kPatch], y[kTile];
+            Vector column[kPatch], y[kTile];
             for (int a = 0; a < kPatch; ++a) column[a] = half[a][x];
             transform_out(column, y);
             for (int line = 0; line < kTile; ++line)
-                _mm256_store_ps(to + (static_cast<size_t>(line) * plan.columns + x) * kLanes,
-                                _mm256_add_ps(y[line], bias));
+                store(to + (static_cast<size_t>(line) * plan.columns + x) * kLanes, y[line] + bias);
         }
     }
 }
 
-// (tile, columns, 8) to lines from top on of eight channels of one frame, without what lies beyond the picture.
+// (tile, columns, lanes) to lines from top on of a vector's channels of one frame, without what lies beyond the
+// picture.
 template <int kTile>
-PC_AVX2 void scatter(const Plan<kTile>& plan, const float* lines, int top, float* planes) {
+void scatter(const Plan<kTile>& plan, const float* lines, int top, float* planes) {
     const int height = plan.call.height, width = plan.call.width;
     const size_t plane = static_cast<size_t>(height) * width;
     for (int line = 0; line < std::min(kTile, height - top); ++line) {
         const float* from = lines + static_cast<size_t>(line) * plan.columns * kLanes;
         float* to = planes + static_cast<size_t>(top + line) * width;
         int x = 0;
-        for (; x + kLanes <= width; x += kLanes) {
-            __m256 v[8];
-            for (int c = 0; c < kLanes; ++c) v[c] = _mm256_load_ps(from + (x + c) * kLanes);
+        for (; x + kColumns <= width; x += kColumns) {
+            Vector v[kColumns];
+            for (int i = 0; i < kColumns; ++i) v[i] = load(from + (x + i) * kLanes);
             transpose(v);
-            for (int c = 0; c < kLanes; ++c) _mm256_storeu_ps(to + c * plane + x, v[c]);
+            store_columns(v, to + x, plane);
         }
         for (; x < width; ++x)
             for (int c = 0; c < kLanes; ++c) to[c * plane + x] = from[x * kLanes + c];
     }
 }
 
-// One call. A task of the first and the last phase is a row of tiles of eight channels; of the second, a part of a
-// product.
+// One call. In a chunk a task of the first and the last phase is a row of tiles of a vector's channels; of the second,
+// a part of a product.
 template <int kTile>
 class Job {
 public:
-    explicit Job(const Convolution& call) : plan_(call) {
-        v_ = thread_matrices.take(kProducts * (plan_.v_stride + plan_.m_stride));
-        m_ = v_ + kProducts * plan_.v_stride;
-    }
+    Job(const Convolution& call, int threads) : plan_(call, threads) {}
 
     void run(const Parallel& parallel) const {
-        const Convolution& c = plan_.call;
-        for (int first = 0; first < plan_.rows; first += plan_.chunk_rows) {
-            const int rows = std::min(plan_.chunk_rows, plan_.rows - first);
-            const int tiles = rows * plan_.tiles_wide, parts = (tiles + kTaskTiles - 1) / kTaskTiles;
-            parallel(rows * (c.in_channels / kLanes), [&](int task) { read(first, task % rows, task / rows); });
-            parallel(kProducts * parts, [&](int task) { multiply_part(task / parts, task % parts, parts, tiles); });
-            parallel(rows * (c.out_channels / kLanes), [&](int task) { write(first, task % rows, task / rows); });
-        }
+        const int chunks = ceil_div(plan_.rows, plan_.chunk_rows);
+        const Parallel alone = [](int count, const std::function<void(int)>& task) {
+            for (int i = 0; i < count; ++i) task(i);
+        };
+        if (plan_.is_own)
+            parallel(chunks, [&](int chunk) { run_chunk(chunk, alone); });
+        else
+            for (int chunk = 0; chunk < chunks; ++chunk) run_chunk(chunk, parallel);
     }
 
 private:
     static constexpr int kProducts = Plan<kTile>::kProducts;
 
+    void run_chunk(int chunk, const Parallel& parallel) const {
+        const Convolution& c = plan_.call;
+        float* v = thread_matrices.take(kProducts * (plan_.v_stride + plan_.m_stride));
+        float* m = v + kProducts * plan_.v_stride;
+        const int first = chunk * plan_.chunk_rows, rows = std::min(plan_.chunk_rows, plan_.rows - first);
+        const int tiles = rows * plan_.tiles_wide, parts = ceil_div(tiles, kTaskTiles);
+        parallel(rows * (c.in_channels / kLanes), [&](int task) { read(first, task % rows, task / rows, v); });
+        parallel(kProducts * parts, [&](int task) { multiply_part(v, task / parts, task % parts, parts, tiles, m); });
+        parallel(rows * (c.out_channels / kLanes), [&](int task) { write(m, first, task % rows, task / rows); });
+    }
+
     float* lines() const { return thread_lines.take(static_cast<size_t>(plan_.kPatch) * plan_.columns * kLanes); }
 
-    void read(int first, int row, int group) const {
+    void read(int first, int row, int group, float* v) const {
         const Convolution& c = plan_.call;
         const int frame = (first + row) / plan_.tiles_high, top = (first + row) % plan_.tiles_high * kTile - 1;
         const size_t channel = static_cast<size_t>(frame) * c.in_channels + group * kLanes;
         float* patches = lines();
         (c.scale == nullptr ? gather<kTile, false> : gather<kTile, true>)(plan_, channel, top, patches);
         const size_t tile = static_cast<size_t>(row) * plan_.tiles_wide;
-        rows_to_matrices(plan_, patches, v_ + tile * c.in_channels + group * kLanes);
+        rows_to_matrices(plan_, patches, v + tile * c.in_channels + group * kLanes);
     }
 
-    void multiply_part(int index, int part, int parts, int tiles) const {
+    void multiply_part(const float* v, int index, int part, int parts, int tiles, float* m) const {
         const Convolution& c = plan_.call;
         const int begin = static_cast<int>(int64_t{tiles} * part / parts);
         const int count = static_cast<int>(int64_t{tiles} * (part + 1) / parts) - begin;
-        const int blocks = (count + kRows - 1) / kRows, panels = c.out_channels / kPanel;
-        const float* v = v_ + index * plan_.v_stride;
-        float* m = m_ + index * plan_.m_stride;
+        const int blocks = ceil_div(count, kRows), panels = c.out_channels / kPanel;
+        v += index * plan_.v_stride, m += index * plan_.m_stride;
         for (int panel = 0; panel < panels; ++panel) {
             const float* weights = c.packed + (static_cast<size_t>(index) * panels + panel) * c.in_channels * kPanel;
             for (int block = 0; block < blocks; ++block) {  // of nearly equal sizes: a short one leaves lanes idle
                 const int from = begin + count * block / blocks, to = begin + count * (block + 1) / blocks;
-                kMultiply[to - from](v + static_cast<size_t>(from) * c.in_channels, weights,
-                                     m + static_cast<size_t>(from) * c.out_channels + panel * kPanel, c.in_channels,
-                                     c.out_channels);
+                kMultiply[to - from - 1](v + static_cast<size_t>(from) * c.in_channels, weights,
+                                         m + static_cast<size_t>(from) * c.out_channels + panel * kPanel, c.in_channels,
+                                         c.out_channels);
             }
         }
     }
 
-    void write(int first, int row, int group) const {
+    void write(const float* m, int first, int row, int group) const {
         const Convolution& c = plan_.call;
         const int frame = (first + row) / plan_.tiles_high, top = (first + row) % plan_.tiles_high * kTile;
         const size_t tile = static_cast<size_t>(row) * plan_.tiles_wide;
         float* patches = lines();
-        matrices_to_rows(plan_, m_ + tile * c.out_channels + group * kLanes, c.bias + group * kLanes, patches);
+        matrices_to_rows(plan_, m + tile * c.out_channels + group * kLanes, c.bias + group * kLanes, patches);
         const size_t channel = static_cast<size_t>(frame) * c.out_channels + group * kLanes;
         scatter(plan_, patches, top, c.out + channel * c.height * c.width);
     }
 
     Plan<kTile> plan_;
-    float *v_, *m_;
 };
 
 }  // namespace
 
-void winograd_convolve(const Convolution& call, const Parallel& parallel) {
+void winograd_convolve(const Convolution& call, int threads, const Parallel& parallel) {
     if (call.frames == 0 || call.height == 0 || call.width == 0) return;
     if (call.tile == 2)
-        Job<2>(call).run(parallel);
+        Job<2>(call, threads).run(parallel);
     else
-        Job<4>(call).run(parallel);
+        Job<4>(call, threads).run(parallel);
 }
 
 #else
 
-void winograd_convolve(const Convolution&, const Parallel&) {}
+int winograd_lanes() { return 0; }
+
+float* allocate_floats(size_t) { return nullptr; }
+
+void winograd_pack(const float*, int, int, int, float*, const Parallel&) {}
+
+void winograd_convolve(const Convolution&, int, const Parallel&) {}
 
 #endif
 

@@ -9,23 +9,21 @@
 
 namespace posecrafter {
 
-constexpr int kLanes = 8;   // channels of a vector: input channels are a multiple of it
-constexpr int kPanel = 16;  // output channels of the innermost loop: output channels are a multiple of it
-
 // Of a tile of tile × tile outputs, 2 or 4: one for each pixel that it depends on.
 constexpr int winograd_products(int tile) { return (tile + 2) * (tile + 2); }
 
 // Calls task(i) for every i in 0 … count-1 on whatever threads there are, and returns when all are done.
 using Parallel = std::function<void(int count, const std::function<void(int)>& task)>;
 
-// Whether this processor, and this build, can run it: AVX2 and FMA.
-bool has_winograd();
+// Input channels are a multiple of a vector's floats, output channels of a panel's, which are two vectors. 0: this
+// build has no vectors.
+int winograd_lanes();
 
 // Memory for `count` floats, in large pages where the system has them, for products stream through weights. Released by
 // std::free. nullptr: out of memory.
 float* allocate_floats(size_t count);
 
-// weight (out, in, 3, 3) → packed (products, out / 16, in, 16); `packed` is 64 bytes aligned.
+// weight (out, in, 3, 3) → packed (products, out / panel, in, panel); `packed` is 64 bytes aligned.
 void winograd_pack(const float* weight, int in_channels, int out_channels, int tile, float* packed,
                    const Parallel& parallel);
 
@@ -42,7 +40,8 @@ struct Convolution {
     int frames, in_channels, out_channels, height, width, times, tile;
 };
 
-void winograd_convolve(const Convolution& call, const Parallel& parallel);
+// threads: how many work at it at best.
+void winograd_convolve(const Convolution& call, int threads, const Parallel& parallel);
 
 // GroupNorm of an input as scale and shift. input (frames, channels, size); weight and bias (channels).
 struct GroupNorm {
