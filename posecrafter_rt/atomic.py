@@ -33,7 +33,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Missing folders are made. Ask `refuse_overwrite` first where the file may be the user's.
     Args: path: the final name.
     Raises:
-        DiskFull: no space left, whether the system or a library within the block says so.
+        DiskFull: no space left, whether the system or a library within the block says so. It names `path`, unless the
+            error names a file elsewhere.
         PoseCrafterError: the folder or file cannot be written; the message holds the system's reason.
     """
     path = Path(path)
@@ -55,8 +56,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         except BaseException as error:
             with suppress(OSError):  # never made, or in no folder of ours: the error tells which
                 temporary.unlink()
-            if isinstance(error, Exception) and means_full(error):
-                raise disk_full(path) from error
+            # One that is a DiskFull already has told of its own file.
+            if isinstance(error, Exception) and not isinstance(error, DiskFull) and means_full(error):
+                raise disk_full(path, error) from error
             raise
 
 
@@ -144,6 +146,18 @@ def means_full(error: BaseException) -> bool:
     return is_full or (error.__cause__ is not None and means_full(error.__cause__))
 
 
-def disk_full(path: Path) -> DiskFull:
-    """The error for a path that could not be written for lack of space."""
+def disk_full(path: Path, error: BaseException | None = None) -> DiskFull:
+    """The error for a path that could not be written for lack of space, or for the file that `error` names outside its folder."""
+    named = None if error is None else _file_without_space(error)
+    if named is not None and not named.resolve().is_relative_to(path.parent.resolve()):
+        path = named
     return DiskFull(f"no space left to write {path}", hint=f"free some space in {path.parent}, or write elsewhere")
+
+
+def _file_without_space(error: BaseException) -> Path | None:
+    """The file that lack of space is told of: the system names one that could not be made, and none that could not grow."""
+    name = getattr(error, "filename", None)
+    if getattr(error, "errno", None) in _FULL and isinstance(name, (str, bytes)):
+        return Path(os.fsdecode(name))
+    before = error.__cause__ or error.__context__  # a library's error may quote it and hide it
+    return None if before is None else _file_without_space(before)

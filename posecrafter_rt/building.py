@@ -109,8 +109,9 @@ def build_engine(
 
     Args:
         checkpoint: what `tune` wrote. output: the folder; None: the checkpoint's name with `.engine`.
-        force: replace something at `output` that is not an engine folder; an engine folder is replaced anyway, once the
-            new one is complete. Try anew, too, what `auto` passed over the last time.
+        force: two things. What is at `output` and no part of an engine is lost, be it a whole folder or a file in an
+            engine's; an engine is replaced anyway, once the new one is complete. And what `auto` passed over the last time is
+            tried anew. An engine of the same checkpoint and options stays all the same: remove it to have it built again.
         progress: told each stage as it begins, with the seconds left if there was such a build before.
     Raises: CheckpointError (a LoRA's included), ModelError, BackendUnavailable, ShapeError (a size the network cannot
         halve), OutputExists; PoseCrafterError for `max_frames` of a backend that takes any number; EngineFolderError when

@@ -137,6 +137,25 @@ def test_a_full_disk_is_said_plainly(tmp_path, error):
     assert caught.value.hint and caught.value.__cause__ is error and not os.listdir(tmp_path)
 
 
+def test_another_full_disk_is_told_by_its_own_name(tmp_path):
+    folder, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
+    full = OSError(errno.ENOSPC, "No space left on device", str(elsewhere / "b"))
+    hidden = RuntimeError(f"compiling: {full}")
+    hidden.__context__, hidden.__suppress_context__ = full, True  # raised from None
+    for error in (full, hidden, OSError(errno.ENOSPC, "No space left on device", bytes(elsewhere / "b"))):
+        with pytest.raises(DiskFull, match="left to write .*elsewhere/b$") as caught, atomic_path(folder / "a"):
+            raise error
+        assert str(elsewhere) in caught.value.hint and not os.listdir(folder)
+    with (
+        pytest.raises(DiskFull, match="no space left to write .*elsewhere/b$"),
+        atomic_path(folder / "a"),
+        atomic_path(elsewhere / "b"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write says it, without a name
+    with pytest.raises(DiskFull, match="no space left to write .*mine/a$"), atomic_path(folder / "a") as part:
+        raise OSError(errno.ENOSPC, "No space left on device", str(part))
+
+
 def test_a_disk_that_fills_at_the_flush_is_said_plainly(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")

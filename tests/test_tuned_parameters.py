@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
-from posecrafter_rt.engines.tensorrt import changed_weights
+from posecrafter_rt.engines.refit import changed_weights
+from posecrafter_rt.engines.tensorrt import in_types_of
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.folding import fold_denoiser
 from posecrafter_rt.models.loading import PoseModel, load_base, named_parameters
@@ -61,6 +62,6 @@ def test_a_refit_replaces_them_and_what_was_tuned_of_the_decoder(tiny_base: Path
     networks, replaced = source.networks(), set()
     for name, network in other.networks().items():
         stored = {key: parameter.detach() for key, parameter in networks[name].named_parameters()}
-        replaced |= set(changed_weights(stored, network))
+        replaced |= set(changed_weights(in_types_of(stored, network), stored))
     of_decoder = set(decoder_parameters(other.vae)) if with_decoder else set()
     assert replaced == {name for name, _ in named_parameters(other) if re.search(FOLDED, name)} | of_decoder

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_overwrite, sha256_file, sha256_json
-from posecrafter_rt.errors import EngineFolderError, OutputExists
+from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists
 from posecrafter_rt.locks import locked
 
 # 2: channels of convolutions second in `torch` engines; 3: no `unet_stream_shallow`; 4: perhaps no tokenizer.json; 5:
@@ -92,8 +92,8 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
                     _refuse_what_is_not_ours(path)  # nor is what has come there meanwhile
                 _replace(path, staging)
         except Exception as error:
-            if means_full(error):
-                raise disk_full(path) from error
+            if not isinstance(error, DiskFull) and means_full(error):  # one that is has told of its own file
+                raise disk_full(path, error) from error
             raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -34,14 +34,13 @@ from posecrafter_rt.engines.base import (
 from posecrafter_rt.engines.device import describe_compiled_device, torch_device
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.refit import (
-    ANEW_AND_WIDER,
     WIDER,
     Graphs,
+    changed_weights,
     check_graph,
     graph_digest,
     in_stored_type,
     read_graphs,
-    same_bits,
     write_graphs,
 )
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, EngineFolderError
@@ -265,15 +264,9 @@ def _write_weights(package: Path, network: nn.Module, dtype: torch.dtype, stored
     Raises: EngineFolderError when one that is not stored is beyond the type's range.
     """
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    hint = ANEW_AND_WIDER if stored else WIDER
-    weights = {}
-    for name in _open(package).get_constant_fqns():
-        tensor = tensors[name].detach()
-        if tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-            if name not in stored or not same_bits(stored[name], tensor):
-                tensor = in_stored_type(name, tensor, dtype, hint=hint)
-        weights[name] = tensor
+    names = _open(package).get_constant_fqns()
+    weights = dict(zip(names, cast((tensors[name].detach() for name in names), dtype), strict=True))
+    changed_weights(weights, stored)  # raises where one does not fit
     save_tensors(weights, package.with_suffix(".safetensors"))
 
 

@@ -124,6 +124,17 @@ def in_stored_type(
     return stored
 
 
+def changed_weights(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `weights` that are not `stored` bit by bit: all of them in a build, where nothing is stored.
+
+    weights: in the types that they are to be stored in.
+    Raises: EngineFolderError when one of them is beyond its type's range; what is stored already is not judged.
+    """
+    hint = ANEW_AND_WIDER if stored else WIDER
+    return {name: in_stored_type(name, tensor, tensor.dtype, hint=hint) for name, tensor in weights.items()
+            if name not in stored or not same_bits(stored[name], tensor)}  # fmt: skip
+
+
 def same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors of one element type are equal in every bit: 0.0 is not -0.0, a NaN is itself."""
     ours, theirs = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))

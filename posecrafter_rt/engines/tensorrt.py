@@ -27,15 +27,14 @@ from posecrafter_rt.engines.refit import (
     GRAPHS_FILE,
     WITHOUT,
     Graphs,
+    changed_weights,
     check_graph,
     graph_digest,
-    in_stored_type,
     read_graphs,
-    same_bits,
     write_graphs,
 )
 from posecrafter_rt.engines.tensorrt_build import build_plan, profile_shapes, profile_sizes
-from posecrafter_rt.engines.tensorrt_common import failure, make_logger
+from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_logger
 from posecrafter_rt.engines.tensorrt_plugins import PLUGIN_OPS, register_plugins
 from posecrafter_rt.engines.tensorrt_runtime import TensorRTEngine, Workspace, refit
 from posecrafter_rt.errors import EngineFolderError
@@ -136,7 +135,7 @@ class TensorRTBackend:
             timings.save(key, timing_cache)
             progress(f"checking {name}")
             self._compare(folder, network, specs[name], arch, precision, "--backend torch")
-            torch.cuda.empty_cache()  # of what that took: TensorRT cannot use what torch only keeps
+            leave_memory()
         (folder / TIMING_CACHE).write_bytes(timing_cache)
         write_graphs(folder, graphs)
         write_description(folder, described)
@@ -156,18 +155,16 @@ class TensorRTBackend:
             check_graph(source, graphs, name, graph_digest(network, specs[name], arch))
             progress(f"refitting {name}")
             stored = load_file(source / f"{name}.safetensors")
-            changed = changed_weights(stored, network)
+            changed = changed_weights(in_types_of(stored, network), stored)
             if not changed:
                 for suffix in (".plan", ".safetensors"):
                     shutil.copyfile(source / f"{name}{suffix}", folder / f"{name}{suffix}")
                 continue
             weights = {**stored, **changed}
             save_tensors(weights, folder / f"{name}.safetensors")
-            plan = _deserialize(source, name, rebuild_networks_hint(source))
-            refit(plan, changed, weights, weights.__getitem__, WITHOUT)
-            (folder / f"{name}.plan").write_bytes(_serialize(plan))
+            _refit_plan(source, folder, name, changed, weights)
             self._compare(folder, network, specs[name], arch, precision, WITHOUT)
-            torch.cuda.empty_cache()  # of what that took: TensorRT cannot use what torch only keeps
+            leave_memory()
         for file in (TIMING_CACHE, DESCRIPTION, DESCRIPTION_FILE, GRAPHS_FILE):
             shutil.copyfile(source / file, folder / file)
 
@@ -299,18 +296,10 @@ def initialisers(graph: ir.Model) -> dict[str, Tensor]:
     return found
 
 
-def changed_weights(stored: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """A network's parameters that are stored with another value, in the type that they are stored in.
-
-    Raises: EngineFolderError when one of them is beyond that type's range.
-    """
-    changed = {}
-    for name, parameter in network.named_parameters():
-        if name in stored:
-            tensor = parameter.detach().to(stored[name].dtype)
-            if not same_bits(stored[name], tensor):  # what is stored already is not judged
-                changed[name] = in_stored_type(name, tensor, tensor.dtype)
-    return changed
+def in_types_of(stored: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Those of a network's parameters that are stored, each in the type that it is stored in."""
+    return {name: parameter.detach().to(stored[name].dtype)
+            for name, parameter in network.named_parameters() if name in stored}  # fmt: skip
 
 
 def check_description(networks_folder: Path, current: dict[str, Any]) -> None:
@@ -335,6 +324,15 @@ def _deserialize(folder: Path, name: str, hint: str) -> trt.ICudaEngine:
     if plan is None:
         raise failure(f"TensorRT cannot read {name}.plan in {folder}", hint, EngineFolderError)
     return plan
+
+
+def _refit_plan(
+    source: Path, folder: Path, name: str, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> None:
+    """Write a network's plan with changed weights; the GPU holds it no longer than that."""
+    plan = _deserialize(source, name, rebuild_networks_hint(source))
+    refit(plan, changed, weights, weights.__getitem__, WITHOUT)
+    (folder / f"{name}.plan").write_bytes(_serialize(plan))
 
 
 def _serialize(plan: trt.ICudaEngine) -> bytes:

@@ -89,6 +89,11 @@ def _first_line(message: str) -> str:
     return (message.strip().splitlines() or ["for no reason that it tells"])[0]
 
 
+def leave_memory() -> None:
+    """Give back what torch only keeps: TensorRT allocates, too, and cannot use it."""
+    torch.cuda.empty_cache()
+
+
 def trt_dtype(dtype: torch.dtype) -> Any:
     """TensorRT's name of a torch type."""
     return _dtypes()[dtype]

@@ -20,7 +20,7 @@ from torch import Tensor
 from posecrafter_rt.engines.base import checked_inputs, fitting_weights
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.refit import WIDER, in_stored_type
-from posecrafter_rt.engines.tensorrt_common import failure, make_logger, torch_dtype, trt_dtype
+from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_logger, torch_dtype, trt_dtype
 from posecrafter_rt.errors import CheckpointError, PoseCrafterError, ShapeError
 from posecrafter_rt.export.shapes import resolve_shape, split_dim
 from posecrafter_rt.spec import NetworkSpec
@@ -84,7 +84,7 @@ class Workspace:
             self.stream.synchronize()  # what runs may still need the old one
             self.generation += 1
             self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)  # before there is another
-            torch.cuda.empty_cache()  # TensorRT allocates, too, and cannot use what torch only keeps
+            leave_memory()
             self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
 
@@ -208,7 +208,7 @@ class TensorRTEngine:
 
     @cached_property
     def _engine(self) -> trt.ICudaEngine:
-        torch.cuda.empty_cache()  # TensorRT allocates, too, and cannot use what torch only keeps
+        leave_memory()
         return self._read_plan()
 
     @cached_property

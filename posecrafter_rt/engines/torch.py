@@ -27,7 +27,7 @@ from posecrafter_rt.engines.base import (
 )
 from posecrafter_rt.engines.cuda_graphs import Recorder
 from posecrafter_rt.engines.device import describe_device, multiplies, torch_device
-from posecrafter_rt.engines.refit import WIDER, WITHOUT, in_stored_type, same_bits
+from posecrafter_rt.engines.refit import WIDER, WITHOUT, changed_weights, in_stored_type
 from posecrafter_rt.errors import CheckpointError, EngineFolderError
 from posecrafter_rt.models.blocks import channels_last, do_in_parts
 from posecrafter_rt.models.empty import describe_modules, empty_modules
@@ -116,10 +116,15 @@ class TorchBackend:
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:
-        """Write each component's configuration and its weights in the precision that it runs in."""
+        """Write each component's configuration and its weights in the precision that it runs in.
+
+        Raises: EngineFolderError when a weight is beyond the precision's range.
+        """
         for name, module in model.modules().items():
             progress(name)
-            save_tensors(_weights(name, module, precision), folder / f"{name}.safetensors")
+            weights = _weights(name, module, precision)
+            changed_weights(_named(name, weights), {})  # raises where one does not fit
+            save_tensors(weights, folder / f"{name}.safetensors")
         (folder / COMPONENTS_FILE).write_text(describe_modules(model), encoding="utf-8")
 
     def refit(
@@ -136,11 +141,10 @@ class TorchBackend:
         for name, module in model.modules().items():
             progress(name)
             file, weights = f"{name}.safetensors", _weights(name, module, precision)
-            stored = load_file(source / file)
-            if all(same_bits(stored[key], tensor) for key, tensor in weights.items()):
-                shutil.copyfile(source / file, folder / file)
-            else:
+            if changed_weights(_named(name, weights), _named(name, load_file(source / file))):
                 save_tensors(weights, folder / file)
+            else:
+                shutil.copyfile(source / file, folder / file)
         (folder / COMPONENTS_FILE).write_text(description, encoding="utf-8")
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
@@ -176,6 +180,11 @@ def _weights(name: str, module: nn.Module, precision: Precision) -> dict[str, Te
     weights = _cast_weights(module.state_dict(), TORCH_DTYPES[inner_precision(name, precision)])
     return {key: (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
             for key, tensor in weights.items()}  # fmt: skip
+
+
+def _named(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A component's weights by the names that networks have them under, by which they are told of."""
+    return {f"{component}.{key}": tensor for key, tensor in weights.items()}
 
 
 def _in_use(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from posecrafter_rt.atomic import disk_full
 from posecrafter_rt.engines.folder import (
     building,
     in_use,
@@ -54,6 +55,18 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, error: Exception
     with pytest.raises(DiskFull, match="e"), building(tmp_path / "e", {}):
         raise error
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_another_full_disk_is_told_by_its_own_name(tmp_path: Path, is_told: bool) -> None:
+    """A compiler's cache, say."""
+    cache = tmp_path / "cache"
+    full = OSError(errno.ENOSPC, "No space left on device", None if is_told else str(cache / "code"))
+    error = disk_full(cache / "code") if is_told else RuntimeError("it failed")
+    error.__cause__ = full
+    with pytest.raises(DiskFull, match="^no space left to write .*cache/code$"), building(tmp_path / "mine" / "e", {}):
+        raise error
+    assert names(tmp_path / "mine") == []
 
 
 def test_ctrl_c_between_the_renames_brings_the_old_engine_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from posecrafter_rt.engines.folder import EngineFolder
 from posecrafter_rt.engines.refit import (
     GRAPHS_FILE,
+    changed_weights,
     check_graph,
     check_source,
     graph_digest,
@@ -21,7 +22,7 @@ from posecrafter_rt.engines.refit import (
     same_bits,
     write_graphs,
 )
-from posecrafter_rt.engines.tensorrt import changed_weights
+from posecrafter_rt.engines.tensorrt import in_types_of
 from posecrafter_rt.errors import EngineFolderError
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import network_specs
@@ -124,20 +125,33 @@ def test_what_a_stored_type_does_not_hold_is_refused(value: float, dtype: torch.
             in_stored_type("w", weight, dtype)
 
 
+def test_weights_that_are_not_stored_yet_are_those_that_are_judged() -> None:
+    one, infinite = torch.ones(2).half(), torch.tensor([torch.inf]).half()
+    assert set(changed_weights({"a": one, "n": torch.tensor([3])}, {})) == {"a", "n"}
+    assert set(changed_weights({"a": one, "b": infinite}, {"a": one + 1, "b": infinite})) == {"a"}
+    for stored, hint in (({}, "build the engine with"), ({"b": torch.zeros(1).half()}, "build without --refit, with")):
+        with pytest.raises(EngineFolderError, match=r"^b does not fit torch\.float16$") as caught:
+            changed_weights({"b": infinite}, stored)
+        assert caught.value.hint == f"{hint} --precision bf16"
+
+
 def test_weights_of_a_plan_change_in_their_stored_type() -> None:
+    def changed(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return changed_weights(in_types_of(stored, network), stored)
+
     network = torch.nn.Linear(2, 1)
     network.weight.data.copy_(torch.tensor([[1.0, 2.0]]))
     network.bias.data.fill_(1.0)
     stored = {"weight": torch.tensor([[1.0, 2.0]]).half(), "bias": torch.tensor([0.5]), "constant": torch.zeros(3)}
-    assert set(changed_weights(stored, network)) == {"bias"}
+    assert set(changed(stored)) == {"bias"}
     network.bias.data.fill_(-torch.inf)
-    assert not changed_weights({"bias": torch.tensor([-torch.inf])}, network)  # what is stored is not judged
+    assert not changed({"bias": torch.tensor([-torch.inf])})  # what is stored is not judged
     network.bias.data.fill_(1.0)
     network.weight.data[0, 0] = 1 + 2**-12  # equal in float16
-    assert set(changed_weights(stored, network)) == {"bias"}
+    assert set(changed(stored)) == {"bias"}
     network.weight.data[0, 0] = 1.5
-    changed = changed_weights(stored, network)
-    assert set(changed) == {"weight", "bias"} and changed["weight"].dtype == torch.float16
+    replaced = changed(stored)
+    assert set(replaced) == {"weight", "bias"} and replaced["weight"].dtype == torch.float16
     network.weight.data[0, 0] = 1e6
     with pytest.raises(EngineFolderError, match="weight does not fit"):
-        changed_weights(stored, network)
+        changed(stored)

@@ -1,4 +1,5 @@
-"""Every TensorRT name that the sources use exists in the published bindings, and their own checks accept our plugins.
+"""Every TensorRT name that the sources use exists in the published bindings and takes what they give it, and their own
+checks accept our plugins.
 
 Nothing is built: that needs the library and a GPU, and is in test_tensorrt.py.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -30,9 +32,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return helper.write_libraries(tmp_path_factory.mktemp("libraries"))
 
 
-def names_in(source: str) -> set[str]:
-    """`trt.…` and `trtp.…` chains, and what is read off variables annotated with a `trt` class."""
-    tree = ast.parse(source)
+def uses_in(tree: ast.AST) -> Iterator[tuple[ast.Attribute, str, bool]]:
+    """`trt.…` and `trtp.…` chains, and what is read off variables annotated with a `trt` class: node, chain, whether that."""
     classes: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign):
@@ -40,14 +41,28 @@ def names_in(source: str) -> set[str]:
         elif isinstance(node, ast.arg) and node.annotation is not None:
             classes[node.arg] = ast.unparse(node.annotation)
     classes = {name: annotation for name, annotation in classes.items() if re.fullmatch(r"trt\.\w+", annotation)}
-    found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             owner, chain = ast.unparse(node.value), ast.unparse(node)
             if re.fullmatch(r"trtp?(\.\w+)+", chain):
-                found.add(chain)
+                yield node, chain, False
             elif owner in classes:
-                found.add(f"{classes[owner]}.{node.attr}")
+                yield node, f"{classes[owner]}.{node.attr}", True
+
+
+def names_in(source: str) -> set[str]:
+    return {chain for _, chain, _ in uses_in(ast.parse(source))}
+
+
+def calls_in(source: str) -> list[tuple[str, int, list[str]]]:
+    """Of each call of such a name: the name, how many positional arguments with `self`, and the keywords."""
+    tree = ast.parse(source)
+    uses = {use: (chain, int(is_bound)) for use, chain, is_bound in uses_in(tree)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.func in uses:
+            chain, count = uses[node.func]
+            found.append((chain, count + len(node.args), [str(given.arg) for given in node.keywords]))
     return found
 
 
@@ -61,6 +76,13 @@ def test_names_are_found_in_chains_and_on_annotated_variables() -> None:
     assert names_in(source) == {
         "trt.IBuilderConfig", "trt.IBuilderConfig.set_flag", "trt.Runtime", "trt.Runtime.load", "trt.BuilderFlag",
         "trt.BuilderFlag.REFIT", "trtp.cdiv"}  # fmt: skip
+
+
+def test_calls_are_found_with_what_they_give() -> None:
+    source = "def f(config: trt.IBuilderConfig):\n    config.set_flag(trt.BuilderFlag.REFIT, on=1)\n"
+    source += "    other.thing(1)\n    config.flags\n    trt.ILogger.__init__(self)\n    trtp.register(a)(b)\n"
+    assert calls_in(source) == [("trt.IBuilderConfig.set_flag", 2, ["on"]), ("trt.ILogger.__init__", 1, []),
+                                ("trtp.register", 1, [])]  # fmt: skip
 
 
 def test_the_sources_use_what_this_looks_for() -> None:
@@ -96,6 +118,57 @@ def test_a_removed_name_is_noticed(libraries: Path) -> None:
     names = ["trt.BuilderFlag.FP16", "trt.IExecutionContext.execute_async_v2", "trt.BuilderFlag.REFIT"]
     missing = helper.run(f"NAMES = {json.dumps(names)!r}\n{MISSING}", libraries)
     assert json.loads(missing.splitlines()[-1]) == names[:2]
+
+
+# pybind11 tells signatures in docstrings alone, one a line: `name(self: type, argument: type = default) -> type`.
+UNTAKEN = r"""
+import inspect, json, re, tensorrt as trt, tensorrt_bindings.plugin as trtp
+def signature(text):
+    while text != (text := re.sub(r"\[[^][]*\]|\([^()]*\)|<[^<>]*>", "", text)):
+        pass  # what is in brackets has commas, too
+    return inspect.Signature([
+        inspect.Parameter(re.match(r"\w+", one)[0], inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                          default=None if "=" in one else inspect.Parameter.empty)
+        for one in text.split(", ")
+    ])
+def signatures(function):
+    try:
+        return [inspect.signature(function)]
+    except ValueError:
+        return [signature(text) for text in re.findall(r"^(?:\d+\. )?\w+\((.*)\) -> ", function.__doc__, re.M)]
+def is_taken(chain, count, keywords):
+    value = {"trt": trt, "trtp": trtp}[chain.split(".")[0]]
+    for name in chain.split(".")[1:]:
+        value = getattr(value, name)
+    is_class = inspect.isclass(value)
+    for signature in signatures(value.__init__ if is_class else value):
+        try:
+            signature.bind(*[None] * (count + is_class), **dict.fromkeys(keywords))
+        except TypeError:
+            continue
+        return True
+    return False
+print(json.dumps([call for call in json.loads(CALLS) if not is_taken(*call)]))
+"""
+
+
+@needs_bindings
+def test_every_call_gives_what_its_name_takes(libraries: Path) -> None:
+    calls = [call for path in SOURCES for call in calls_in(path.read_text(encoding="utf-8"))]
+    assert len(calls) > 30
+    untaken = helper.run(f"CALLS = {json.dumps(calls)!r}\n{UNTAKEN}", libraries)
+    assert json.loads(untaken.splitlines()[-1]) == []
+
+
+@needs_bindings
+def test_wrong_arguments_are_noticed(libraries: Path) -> None:
+    right = [("trt.Weights", 3, []), ("trt.Weights", 1, []),
+             ("trt.IExecutionContext.execute_async_v3", 1, ["stream_handle"])]  # fmt: skip
+    wrong = [("trt.Weights", 4, []), ("trt.IExecutionContext.execute_async_v3", 1, []),
+             ("trt.IExecutionContext.execute_async_v3", 2, ["stream_handle"]), ("trt.IBuilderConfig.set_flag", 3, []),
+             ("trt.ITimingCache.serialize", 1, ["deep"]), ("trtp.register", 0, []), ("trt.Runtime", 0, [])]  # fmt: skip
+    untaken = helper.run(f"CALLS = {json.dumps(right + wrong)!r}\n{UNTAKEN}", libraries)
+    assert [tuple(call) for call in json.loads(untaken.splitlines()[-1])] == wrong
 
 
 WATCHED = """

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
+from torch import nn
 
+from posecrafter_rt.engines import tensorrt as backend_module
 from posecrafter_rt.engines import tensorrt_runtime as runtime_module
+from posecrafter_rt.engines.refit import graph_digest, write_graphs
+from posecrafter_rt.engines.tensorrt import TensorRTBackend
 from posecrafter_rt.engines.tensorrt_runtime import Slot, refit
 from posecrafter_rt.errors import CheckpointError
+from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.spec import network_specs
+from posecrafter_rt.tensor_file import save_tensors
 
 
 def test_a_weight_beyond_the_stored_type_is_refused_before_the_plan_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +58,37 @@ def test_a_network_without_inner_memory_is_bound_to_none(num_bytes: int) -> None
     slot.workspace = SimpleNamespace(reserve=lambda num_bytes: None, generation=0, memory=torch.empty(num_bytes))
     slot._take_workspace()
     assert len(bound) == (num_bytes > 0) and all(address for address, _ in bound)
+
+
+def test_a_refit_lets_a_plan_go_before_another_is_read(
+    plain_model: PoseModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What was written is read to be compared, and then comes the next network's."""
+    arch, networks = plain_model.architecture(), plain_model.networks()
+    plans, held = WeakSet[Any](), list[int]()
+
+    def read(*arguments: object) -> Any:
+        plan = nn.Identity()
+        plans.add(plan)
+        held.append(len(plans))
+        return plan
+
+    source, folder = tmp_path / "source", tmp_path / "folder"
+    source.mkdir()
+    folder.mkdir()
+    for name, network in networks.items():
+        others = {key: parameter + 1 for key, parameter in network.named_parameters()}
+        save_tensors(others, source / f"{name}.safetensors")
+    write_graphs(source, {name: graph_digest(network, network_specs(arch)[name], arch)
+                          for name, network in networks.items()})  # fmt: skip
+    for file in (backend_module.TIMING_CACHE, backend_module.DESCRIPTION_FILE):
+        (source / file).touch()
+    (source / backend_module.DESCRIPTION).write_text(json.dumps({"tensorrt": "11.4.0", "device": "A (8.6)"}))
+    monkeypatch.setattr(backend_module, "gpu_name", lambda: "A (8.6)")
+    monkeypatch.setattr(backend_module, "_version", lambda: "11.4.0")
+    monkeypatch.setattr(backend_module, "_deserialize", read)
+    monkeypatch.setattr(backend_module, "refit", lambda *arguments: None)
+    monkeypatch.setattr(backend_module, "_serialize", lambda plan: b"")
+    monkeypatch.setattr(TensorRTBackend, "_compare", read)
+    TensorRTBackend().refit(source, folder, plain_model, arch, "fp32", lambda stage: None)
+    assert held == [1] * 2 * len(networks)

@@ -15,7 +15,7 @@ from posecrafter_rt.engines.base import TORCH_DTYPES, Precision, inner_precision
 from posecrafter_rt.engines.description import COMPONENTS
 from posecrafter_rt.engines.device import multiplies, torch_device
 from posecrafter_rt.engines.torch import TorchBackend, TorchEngine
-from posecrafter_rt.errors import CheckpointError
+from posecrafter_rt.errors import CheckpointError, EngineFolderError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models import narrow
@@ -92,6 +92,25 @@ def test_a_swap_beyond_what_16_bits_hold_is_refused_and_changes_nothing(
     assert all(torch.equal(held[name], parameter) for name, parameter in before.items())
     tensors[last].fill_(2.0**15)
     assert engine.swap_weights(tensors) == set(tensors) and (held[last] == 2.0**15).all()
+
+
+def test_builds_and_refits_refuse_a_weight_beyond_what_16_bits_hold(
+    make_tiny_model: Callable[..., PoseModel], tmp_path: Path
+) -> None:
+    model, other, backend = make_tiny_model(), make_tiny_model(), TorchBackend()
+    arch, (source, built, refitted, wide) = model.architecture(), (tmp_path / name for name in "sbrw")
+    for folder in (source, built, refitted, wide):
+        folder.mkdir()
+    backend.build(model, arch, source, "fp16", lambda stage: None)
+    other.unet.conv_in.weight.data[0, 0, 0, 0] = 1e5
+    with pytest.raises(EngineFolderError, match=r"^unet\.conv_in\.weight does not fit torch\.float16$") as caught:
+        backend.build(other, arch, built, "fp16", lambda stage: None)
+    assert caught.value.hint == "build the engine with --precision bf16" and not (built / "unet.safetensors").exists()
+    with pytest.raises(EngineFolderError, match=r"^unet\.conv_in\.weight does not fit torch\.float16$") as caught:
+        backend.refit(source, refitted, other, arch, "fp16", lambda stage: None)
+    assert caught.value.hint == "build without --refit, with --precision bf16"
+    backend.build(other, arch, wide, "bf16", lambda stage: None)
+    assert load_file(wide / "unet.safetensors")["conv_in.weight"].isfinite().all()
 
 
 def test_convolutions_lie_in_the_file_as_they_run(plain_model: PoseModel, tmp_path: Path) -> None:
