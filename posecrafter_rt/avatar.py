@@ -5,7 +5,7 @@ Layer 6: the Python API; `cli` and `serve` are thin around it.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -212,27 +212,44 @@ class Avatar:
         recommended = self.folder.manifest["recommended"]["strength"]
         render = self.resolve(options.as_render(recommended, self.has_small_decoder))
         self.networks.check(replace(render, unet_every=options.unet_every))
-        reference, precision = self._stream_references.get(
-            (index, render), lambda: self._sample_reference(index, render)
-        )
-        self.networks.use(precision)  # a render may have let go of them, or have come to another
-        return AvatarStream(self.engines, reference, options)
+        shared = partial(self._stream_reference, index, render)
+        return AvatarStream(*shared(), options, widen=shared)
 
-    def _sample_reference(self, index: int, options: RenderOptions) -> tuple[StreamReference, Precision]:
-        """What all streams share whose sampling is that of a render with these options, and the precision that it took."""
-        report = RenderReport(options=options, num_frames=1, reference_index=index)
+    def _stream_reference(
+        self, index: int, options: RenderOptions, failed: StreamReference | None = None
+    ) -> tuple[Mapping[str, Engine], StreamReference]:
+        """The networks of streams whose sampling is that of a render with these options, and what they share.
+
+        failed: with which a frame was not finite; it is sampled anew in a wider type, for this stream and all later ones.
+        Raises: PoseCrafterError where there is none.
+        """
+        key, report = (index, options), RenderReport(options=options, num_frames=1, reference_index=index)
+        reference, precision = self._stream_references.get(key, lambda: self._sample_reference(report))
+        if reference is failed:  # else another stream has come to this before
+            report.adjust(self.networks.widening("a frame of a stream", 0, precision))
+            self._stream_references.forget(key)
+            reference, precision = self._stream_references.get(key, lambda: self._sample_reference(report))
+        self.networks.use(precision)  # a render may have let go of them, or have come to another
+        return self.engines, reference
+
+    def _sample_reference(self, report: RenderReport) -> tuple[StreamReference, Precision]:
+        """What streams share, in the precision that its report has come to, or comes to; and that precision."""
+        options, index = report.options, report.reference_index
         inverted = self._inverted_latents(report, ignore)
         schedule, start = self.schedules["dpmpp"], options.start_step
         assert isinstance(schedule, DPMSchedule)
         timesteps = schedule.timesteps(options.num_inference_steps)[start:]
-        sampling = Sampling(
-            self._once.tables(timesteps, self._prompts(options)),
-            dpmpp_terms(schedule, options.num_inference_steps, start_step=start)[start:],
-            options.conditioning_scale,
-        )
-        reference = sample_reference(self.engines, sampling, inverted, self.poses.keypoints[index], self.size,
-                                     options.decoder)  # fmt: skip
-        return reference, self.networks.needed(report)[0]
+        terms = dpmpp_terms(schedule, options.num_inference_steps, start_step=start)[start:]
+        while True:
+            precision, _ = self.networks.needed(report)
+            self.networks.use(precision)
+            tables = self._once.tables(timesteps, self._prompts(options))
+            sampling = Sampling(tables, terms, options.conditioning_scale)
+            try:
+                return sample_reference(self.engines, sampling, inverted, self.poses.keypoints[index], self.size,
+                                        options.decoder), precision  # fmt: skip
+            except NotFinite:
+                report.adjust(self.networks.widening("the reference of a stream", 0, precision))
 
     def choose_segment(self, num_frames: int, options: RenderOptions) -> SegmentChoice:
         """Frames of a segment for a clip of so many, by the memory that is free now, and how many neighbours share.

@@ -21,7 +21,7 @@ from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.torch import TorchEngine
-from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError
+from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
 from posecrafter_rt.rendering import render_to_files
 from posecrafter_rt.runtime.cache import InversionCache, inversion_key
 from posecrafter_rt.runtime.options import RenderOptions
@@ -256,7 +256,7 @@ def test_a_segment_that_float16_does_not_hold_is_done_once_more(
 
 
 def test_what_no_type_holds_is_a_clear_failure(tiny_base: Path, tmp_path: Path) -> None:
-    overflowing(tiny_base, 1e38).save(tmp_path / "tuned.ckpt")
+    overflowing(tiny_base, 1e37).save(tmp_path / "tuned.ckpt")
     build_engine(tmp_path / "tuned.ckpt", tmp_path / "tuned.engine", BuildOptions("torch", "fp32"))
     with Avatar.load(tmp_path / "tuned.engine") as avatar:
         with pytest.raises(PoseCrafterError, match="the inversion is not finite in fp32") as caught:
@@ -379,9 +379,9 @@ def test_a_frame_that_float16_does_not_hold_is_decoded_once_more(tiny_base: Path
             else:
                 assert adjustments == [{"frame": 0, "precision": "fp32", "reason": "frame 0 was not finite in fp16"}]
                 assert avatar.networks.precision == "fp32" and report_of(avatar)["claims_byte_equality"]
-                with pytest.raises(NotFinite, match="decoded frame") as caught:
-                    avatar.stream(steps=1)  # which decodes the reference; a stream does not change its type
-                assert "--precision" in str(caught.value.hint)
+                avatar.networks.use("fp16")
+                with avatar.stream(steps=1, inversion_substeps=1) as stream:  # which decodes the reference
+                    assert stream.step(POSES.keypoints[0]).any() and avatar.networks.precision == "fp32"
     assert abs(renders["fp16"] - renders["fp32"]).mean() < 1
 
 

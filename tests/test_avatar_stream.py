@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.engines.torch import TorchEngine
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method import DPMSchedule, medoid_reference, select_reference
 from posecrafter_rt.runtime.presets import STREAM_PRESETS
@@ -107,3 +110,50 @@ def test_a_stream_runs_in_the_precision_that_its_reference_took(
                 frames.append(stream.step(pose))
             avatar.networks.use("fp16")  # as a render of other options may
         assert np.array_equal(*frames)
+
+
+@pytest.fixture
+def fp16_avatar(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Avatar]:
+    """Which computes in fp16, as on a GPU."""
+    monkeypatch.setattr("posecrafter_rt.engines.torch.multiplies", lambda precision, device: True)
+    untrained_checkpoint(str(tiny_base), num_frames=3).save(tmp_path / "tuned.ckpt")
+    build_engine(tmp_path / "tuned.ckpt", tmp_path / "fp16.engine", BuildOptions("torch", "fp16"))
+    with Avatar.load(tmp_path / "fp16.engine") as avatar:
+        yield avatar
+
+
+@pytest.mark.parametrize("is_pipelined", [False, True])
+def test_a_stream_whose_frames_float16_does_not_hold_goes_on_in_float32(
+    fp16_avatar: Avatar, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_pipelined: bool
+) -> None:
+    """The reference was finite; then the float16 U-Net gives NaN, as an overflow would, and keys and values of NaN."""
+    original, is_too_large = TorchEngine.__call__, []
+
+    def overflows(engine: TorchEngine, **inputs: Tensor) -> dict[str, Tensor]:
+        outputs = original(engine, **inputs)
+        is_spoiled = is_too_large and engine.spec.name == "unet_stream" and engine.dtype == torch.float16
+        return {name: tensor * float("nan") for name, tensor in outputs.items()} if is_spoiled else outputs
+
+    monkeypatch.setattr(TorchEngine, "__call__", overflows)
+    options: dict[str, Any] = {"steps": 1 + is_pipelined, "inversion_substeps": 1, "is_pipelined": is_pipelined}
+    first, *poses = some_poses(3).keypoints
+    with fp16_avatar.stream(**options) as one, fp16_avatar.stream(**options) as another:
+        for stream in (one, another):
+            stream.step(first)
+        assert one.reference is another.reference and fp16_avatar.networks.precision == "fp16"
+        is_too_large.append(True)
+        frames = [[stream.step(pose) for pose in poses] for stream in (one, another)]
+    assert caplog.text.count("networks in fp32: a frame of a stream was not finite in fp16") == 1
+    with fp16_avatar.stream(**options) as later:
+        assert one.reference is another.reference is later.reference and fp16_avatar.networks.precision == "fp32"
+        expected = [later.step(pose) for pose in poses]
+    assert np.array_equal(frames, [expected, expected])
+
+
+def test_a_stream_whose_frames_no_type_holds_says_so(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = TorchEngine.__call__
+    with avatar.stream(steps=1) as stream:
+        monkeypatch.setattr(TorchEngine, "__call__", lambda engine, **inputs: {
+            name: tensor * float("nan") for name, tensor in original(engine, **inputs).items()})  # fmt: skip
+        with pytest.raises(PoseCrafterError, match="a frame of a stream is not finite in fp32"):
+            stream.step(some_poses(1).keypoints[0])

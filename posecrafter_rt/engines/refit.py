@@ -22,6 +22,7 @@ from posecrafter_rt.spec import Architecture, NetworkSpec
 GRAPHS_FILE = "graphs.json"  # in a networks folder: the hash of each network's graph, without weights
 WITHOUT = "build without --refit"
 WIDER = "build the engine with --precision bf16"
+WIDER_THAN_ALL = "no precision holds it: tune again, perhaps with a lower --learning-rate"
 ANEW_AND_WIDER = f"{WITHOUT}, with --precision bf16"
 
 Graphs = dict[str, str | None]
@@ -116,11 +117,11 @@ def in_stored_type(
 ) -> Tensor:  # fmt: skip
     """A weight in the type that an engine stores it in, contiguous.
 
-    Raises: `error` with `hint` when it is beyond that type's range: an infinity would be taken without a word.
+    Raises: `error`, of float16 with `hint`, when it is beyond that type's range: an infinity would be taken without a word.
     """
     stored = tensor.detach().to(dtype).contiguous()
     if not torch.isfinite(stored).all():
-        raise error(f"{name} does not fit {dtype}", hint)
+        raise error(f"{name} does not fit {dtype}", hint if dtype == torch.float16 else WIDER_THAN_ALL)
     return stored
 
 

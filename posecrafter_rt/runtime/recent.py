@@ -31,6 +31,10 @@ class Recent(Generic[Value]):
         self._values.move_to_end(key)
         return self._values[key]
 
+    def forget(self, key: Hashable) -> None:
+        """Keep nothing of a key."""
+        self._values.pop(key, None)
+
     def clear(self) -> None:
         """Keep none."""
         self._values.clear()

@@ -5,7 +5,7 @@ Layer 5. `AvatarStream.step` is the loop; `StreamReference` is all that every st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.engines.base import Engine
-from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.errors import NotFinite, PoseCrafterError
 from posecrafter_rt.method.dpmpp import Terms, dpmpp_step
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.live import PoseFollower
@@ -125,6 +125,12 @@ class StreamDenoiser:
         for step in range(*steps.indices(len(self.num_frames))):
             self.num_frames[step] = 0
 
+    def wipe(self) -> None:
+        """`forget` all, numbers that are not finite, too: a slot that is masked counts 0 times, which leaves NaN as it is."""
+        self.forget(slice(None))
+        for tensor in self.temporal.values():
+            tensor[:, 1:] = 0
+
     @torch.inference_mode()
     def __call__(self, latents: Tensor, pose_embeddings: Tensor, steps: slice) -> Predicted:
         """Both networks, whole. latents: (F, 4, h, w), one frame at each of `steps`."""
@@ -219,15 +225,25 @@ class AvatarStream:
     last: how the newest pose was met. Streams of one avatar must not step at the same time.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], reference: StreamReference, options: StreamOptions) -> None:
-        self.engines, self.reference, self.options = engines, reference, options
+    def __init__(
+        self, engines: Mapping[str, Engine], reference: StreamReference, options: StreamOptions,
+        widen: Callable[[StreamReference], tuple[Mapping[str, Engine], StreamReference]] | None = None,
+    ) -> None:  # fmt: skip
+        """widen: gives networks of a wider type, and the reference as they sample it, in place of one with which a frame was
+        not finite, or raises PoseCrafterError; None: there are none.
+        """
+        self.options, self._widen = options, widen
         self.size = (reference.frame.shape[0], reference.frame.shape[1])
         self.last = StepInfo()
-        self._denoiser = StreamDenoiser(engines, reference.sampling, options.window, reference.memory)
         self._poses = PoseFollower(reference.pose, self.size, options.live)
-        self._frame = reference.frame
-        self._flights: list[_Flight] = []
         self._is_closed = False
+        self._begin(engines, reference)
+
+    def _begin(self, engines: Mapping[str, Engine], reference: StreamReference) -> None:
+        """Go on with these networks, and nothing but the reference to attend to."""
+        self.engines, self.reference, self._frame = engines, reference, reference.frame
+        self._denoiser = StreamDenoiser(engines, reference.sampling, self.options.window, reference.memory)
+        self._flights: list[_Flight] = []
 
     def step(self, pose: np.ndarray | None) -> np.ndarray:
         """The next frame.
@@ -237,6 +253,9 @@ class AvatarStream:
         Returns: (H, W, 3) uint8 RGB, a new array.
         Raises: PoseError for another shape or numbers that are not finite, which change nothing; PoseCrafterError once
             the stream is closed. After any other error the stream is as after `reset`.
+
+        A frame that is not finite in 16 bits is computed once more in float32, as the first one that follows the reference,
+        and so are all that come: a warning says so. What was on its way in a pipeline is lost.
         """
         if self._is_closed:
             raise PoseCrafterError("this stream is closed", "open another: avatar.stream()")
@@ -251,7 +270,16 @@ class AvatarStream:
         return self._frame.copy()
 
     def _render(self, pose: np.ndarray, jumped: bool) -> None:
-        """Denoise, and decode what is done."""
+        """Denoise, and decode what is done; once more, in a wider type, where that is not finite."""
+        try:
+            self._render_once(pose, jumped)
+        except NotFinite:
+            if self._widen is None:
+                raise
+            self._begin(*self._widen(self.reference))
+            self._render_once(pose, jumped)
+
+    def _render_once(self, pose: np.ndarray, jumped: bool) -> None:
         flight = self._take_off(pose, jumped)
         landed = self._fly_along(flight) if self.options.is_pipelined else self._fly(flight)
         if landed is not None:
@@ -302,7 +330,7 @@ class AvatarStream:
 
     def reset(self) -> None:
         """Forget all poses and frames; the next frame is a first one."""
-        self._denoiser.forget(slice(None))
+        self._denoiser.wipe()
         self._poses.reset()
         self._frame, self._flights, self.last = self.reference.frame, [], StepInfo()
 

@@ -6,10 +6,10 @@ Layer 7: on the event loop, but for what it hands to the engine's thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,12 @@ from posecrafter_rt.machine import return_freed_memory
 from posecrafter_rt.poses.fit import median_pose
 from posecrafter_rt.serve.loop_watch import LoopWatch
 from posecrafter_rt.serve.metrics import Metrics
-from posecrafter_rt.serve.options import ServeOptions
+from posecrafter_rt.serve.options import MAX_AGE_S, ServeOptions
 from posecrafter_rt.serve.poses_api import has_pose_extraction
 from posecrafter_rt.serve.protocol import error_message
 from posecrafter_rt.serve.recording import Recordings
 from posecrafter_rt.serve.scheduler import Scheduler
-from posecrafter_rt.serve.session import Session, Stream, Waiting
+from posecrafter_rt.serve.session import Session, Stream, Waiting, faster_hint, steps_in_flight
 from posecrafter_rt.serve.virtual_camera import VirtualCamera
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from posecrafter_rt.runtime.stream_options import StreamOptions
 
 STATS_EVERY_S = 1.0
+_log = logging.getLogger(__name__)
 
 
 class SessionsFull(PoseCrafterError):
@@ -127,8 +128,12 @@ class Service:
         if not on:
             self._recordings.end(self._recording_of.pop(session.id, ""))
         elif not session.is_closed and session.id not in self._recording_of:  # a WebRTC peer is heard for a moment more
-            recorded = partial(self._recorded, session)
-            self._recording_of[session.id] = self._recordings.begin(session.id, lambda: session.latest, recorded)
+            loop = asyncio.get_running_loop()
+
+            def on_end(name: str, error: PoseCrafterError | None) -> None:  # on the recording's thread, at once perhaps
+                loop.call_soon_threadsafe(self._recorded, session, name, error)
+
+            self._recording_of[session.id] = self._recordings.begin(session.id, lambda: session.latest, on_end)
             session.texts.put({"type": "recording", "on": True, "url": None})
 
     def recording(self, name: str) -> Path | None:
@@ -140,7 +145,8 @@ class Service:
         manifest = self.avatar.folder.manifest
         return {
             "name": self.avatar.folder.path.name, "size": list(self.avatar.size), "prompt": self.avatar.prompt,
-            "device": manifest["device"]["name"], "has_pose_extraction": has_pose_extraction(), **self._state(),
+            "device": manifest["device"]["name"], "has_pose_extraction": has_pose_extraction(),
+            "preset": self.options.stream.get("preset", "balanced"), **self._state(),
         }  # fmt: skip
 
     def _state(self) -> dict[str, Any]:
@@ -148,7 +154,7 @@ class Service:
         assert options is not None
         return {
             "backend": manifest["backend"], "precision": manifest["precision"], "steps": options.steps,
-            "window": options.window, "in_flight": options.steps if options.is_pipelined else 1,
+            "window": options.window, "in_flight": steps_in_flight(options),
             "sessions": self.num_sessions, "max_sessions": self.options.max_sessions,
         }  # fmt: skip
 
@@ -167,7 +173,16 @@ class Service:
             self.stream_options = stream.options
             stream.step(self.avatar.poses.keypoints[0])
             stream.reset()
+            started_s = time.perf_counter()
             self.reference = stream.step(None)
+            self._warn_if_slow(time.perf_counter() - started_s, stream.options)
+
+    def _warn_if_slow(self, step_s: float, options: StreamOptions) -> None:
+        """Say so where even a client who is alone would hardly see a frame: none that is old is shown."""
+        num_steps = steps_in_flight(options)
+        if num_steps * step_s > MAX_AGE_S:
+            _log.warning("a frame comes %.1f s after its pose here, in turns of %.1f s, and none older than %g s is shown: %s",
+                         num_steps * step_s, step_s, MAX_AGE_S, faster_hint(options))  # fmt: skip
 
     def _first_frame(self) -> np.ndarray:
         """What the camera shows."""
@@ -183,7 +198,7 @@ class Service:
         self.record(session, False)
 
     def _recorded(self, session: Session, name: str, error: PoseCrafterError | None) -> None:
-        """On the recording's thread."""
+        """It has ended: on the event loop, as all that looks at `_recording_of`."""
         if self._recording_of.get(session.id) == name:  # it has reached its greatest length
             self._recording_of.pop(session.id, None)
         url = None if error is not None else f"/api/recordings/{name}.mp4"

@@ -110,7 +110,7 @@ class Session:
         self._size: tuple[int, int] = reference.shape[:2]
         self._person = PersonFit(reference_pose)
         self._metrics = metrics
-        self._delay, self._flights = _delay_of(stream), deque[Flight]()
+        self._delay, self._flights = steps_in_flight(stream.options) - 1, deque[Flight]()
         self._num_resets_done = self.num_resets = 0
         self._is_broken = self.is_closed = False
         self.num_dropped = self.num_shown = 0
@@ -230,8 +230,10 @@ class Session:
 
     def _show(self, frame: np.ndarray, flight: Flight, render_ms: float) -> None:
         arrived_s, pose = flight.waiting.arrived_s, flight.waiting.pose
-        if time.perf_counter() - arrived_s > MAX_AGE_S:
-            self._drop_stale(f"a frame took {render_ms / 1000:.1f} s")
+        age_s = time.perf_counter() - arrived_s
+        if age_s > MAX_AGE_S:
+            turns = f"{self._delay + 1} turns of " if self._delay else ""
+            self._drop_stale(f"a frame took {turns}{render_ms / 1000:.1f} s and came {age_s:.1f} s after its pose")
             return
         self.latest = frame
         header = FrameHeader(self.format, flight.flags, pose.sequence, pose.sent_ms, frame.shape[:2], self.num_dropped,
@@ -241,7 +243,7 @@ class Session:
     def _drop_stale(self, why: str) -> None:
         self.count_stale()
         self._tell(PoseCrafterError(f"{why}; frames older than {MAX_AGE_S:g} s are not shown",
-                                    "serve with fewer --steps, or fewer sessions"))  # fmt: skip
+                                    f"{faster_hint(self._stream.options)}, or for fewer sessions"))  # fmt: skip
 
     def _fail(self, error: Exception) -> None:
         self._metrics.errors.inc()
@@ -259,6 +261,11 @@ class Session:
             self.texts.put(error_message(error))
 
 
-def _delay_of(stream: Stream) -> int:
-    """How many steps after its own a pose's frame comes."""
-    return stream.options.steps - 1 if stream.options.is_pipelined else 0
+def steps_in_flight(options: StreamOptions) -> int:
+    """How many steps of its stream, its own among them, a pose's frame takes."""
+    return options.steps if options.is_pipelined else 1
+
+
+def faster_hint(options: StreamOptions) -> str:
+    """What helps where frames come too late."""
+    return "serve without --pipelined, or with fewer --steps" if options.is_pipelined else "serve with fewer --steps"

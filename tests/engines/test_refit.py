@@ -121,8 +121,9 @@ def test_what_a_stored_type_does_not_hold_is_refused(value: float, dtype: torch.
         assert stored.dtype == dtype and stored.is_contiguous() and not stored.requires_grad
         assert torch.equal(stored, weight.to(dtype))
     else:
-        with pytest.raises(EngineFolderError, match=f"^w does not fit {dtype}$"):
+        with pytest.raises(EngineFolderError, match=f"^w does not fit {dtype}$") as caught:
             in_stored_type("w", weight, dtype)
+        assert ("--precision bf16" in str(caught.value.hint)) == (dtype == torch.float16)  # else none is wider
 
 
 def test_weights_that_are_not_stored_yet_are_those_that_are_judged() -> None:

@@ -25,6 +25,10 @@ def test_a_value_is_made_once_and_what_was_used_longest_ago_goes_first() -> None
     assert made == ["a", "b", "c"]
     get("b")
     assert made == ["a", "b", "c", "b"]
+    recent.forget("b")
+    get("b")
+    assert made == ["a", "b", "c", "b", "b"]
+    recent.forget("not there")
     recent.clear()
     assert len(recent) == 0
 

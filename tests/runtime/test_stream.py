@@ -274,6 +274,18 @@ def test_after_an_error_a_stream_begins_anew(
         stream.step(poses[0])
 
 
+def test_nothing_is_left_of_numbers_that_were_not_finite(setting: Setting) -> None:
+    """A masked slot counts 0 times, and 0 times NaN is NaN."""
+    sampling, poses = sampling_of(setting, 2), some_poses(3)
+    with open_stream(setting, sampling, window=2) as stream:
+        expected = [stream.step(pose) for pose in poses]
+        for tensor in stream._denoiser.temporal.values():
+            tensor[:, 1:] = float("nan")  # as an overflow leaves it
+        stream.reset()
+        for pose, frame in zip(poses, expected, strict=True):
+            assert np.array_equal(stream.step(pose), frame)
+
+
 def test_still_poses_cost_nothing_and_a_lost_person_is_held(setting: Setting) -> None:
     sampling, pose = sampling_of(setting, 1), some_poses(1)[0]
     with open_stream(setting, sampling) as stream:

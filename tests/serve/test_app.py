@@ -47,7 +47,9 @@ def test_health_and_info(serve: Serve) -> None:
     assert httpx.get(server.url("/health")).json() == {"status": "ok", "sessions": 0, "max_sessions": 4}
     info = httpx.get(server.url("/api/info")).json()
     assert info["size"] == list(SIZE) and info["name"] == "drawn.engine" and info["steps"] == 1
-    assert set(info) == {"name", "size", "backend", "precision", "device", "steps", "window", "in_flight", "max_sessions",
+    assert info["preset"] == "balanced"
+    assert httpx.get(serve(stream={"preset": "fast"}).url("/api/info")).json()["preset"] == "fast"
+    assert set(info) == {"name", "size", "preset", "backend", "precision", "device", "steps", "window", "in_flight", "max_sessions",
                          "sessions", "prompt", "has_pose_extraction"}  # fmt: skip
     assert httpx.get(server.url("/docs")).status_code == httpx.get(server.url("/openapi.json")).status_code == 404
 

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import numpy as np
+import pytest
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
 from websockets.sync.client import connect
 from websockets.uri import parse_uri
 
 from posecrafter_rt.serve.protocol import RGB, FrameHeader, decode_frame
-from tests.serve.drawn import SIZE, Running, pose_bytes
+from tests.serve.drawn import SIZE, DrawnAvatar, Running, pose_bytes
 
 Serve = Callable[..., Running]
 FRAME_BYTES = 32 + SIZE[0] * SIZE[1] * 3
@@ -99,6 +100,19 @@ def test_on_a_slow_line_frames_are_left_out_and_none_grows_old(serve: Serve) -> 
     assert np.max(ages_s) < 1.0, ages_s
     # Every pose is shown or counted as dropped, but for those that were overtaken while the last header was written.
     assert 0 <= headers[-1].sequence + 1 - len(headers) - headers[-1].dropped <= 2
+
+
+def test_a_server_that_is_too_slow_to_show_anything_says_so(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """When it starts, and to its clients."""
+    serve()
+    assert not caplog.text
+    server = serve(DrawnAvatar(seconds=0.36), stream={"steps": 3, "is_pipelined": True})
+    assert "in turns of 0." in caplog.text and "serve without --pipelined" in caplog.text
+    with connect(server.url("/ws", "ws"), compression=None) as client:
+        client.send(pose_bytes(0))
+        while (message := json.loads(client.recv(timeout=10)))["type"] != "error":
+            pass
+    assert "a frame took 3 turns of 0." in message["message"] and "without --pipelined" in message["hint"]
 
 
 def test_poses_that_came_while_the_server_stood_still_are_not_shown_late(serve: Serve) -> None:

@@ -139,6 +139,27 @@ def test_a_client_records_and_downloads(serve: Callable[..., Running]) -> None:
         assert told(client)["on"]
 
 
+def test_a_recording_that_fails_at_once_has_begun_and_ended(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In that order, even where its thread was faster; and another may be begun."""
+    begin = Recordings.begin
+
+    def fail_at_once(recordings: Recordings, client: str, latest: Callable, on_end: Callable) -> str:
+        name = begin(recordings, client, lambda: np.zeros((3, 3), np.uint8), on_end)
+        making = recordings._running.get(name)
+        if making is not None:
+            making.join()
+        return name
+
+    monkeypatch.setattr(Recordings, "begin", fail_at_once)
+    with connect(serve().url("/ws", "ws")) as client:
+        for _ in range(2):
+            client.send('{"type": "record", "on": true}')
+            said = [told(client), told(client), told(client, "error")]
+            assert [message.get("on") for message in said] == [True, False, None] and said[1]["url"] is None
+
+
 def test_a_recording_ends_with_its_client(serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     """And is not kept, even where it is whole as soon as it is asked to end."""
     end = Recordings.end

@@ -157,6 +157,16 @@ async def test_a_frame_that_took_too_long_is_not_shown(client: Client) -> None:
         await asyncio.wait_for(client.session.frames.take(), 0.1)
 
 
+@pipelined
+async def test_a_frame_whose_turns_took_too_long_says_how_many_there_were(client: Client) -> None:
+    waiting, before = client.waiting(make_pose(), age_s=0.9), client.session.latest
+    client.avatar.seconds = 0.2
+    assert await client.turn(waiting) and not await client.turn(waiting)
+    message = await client.text()
+    assert "2 turns of 0." in message["message"] and "without --pipelined" in message["hint"]
+    assert client.session.num_dropped == 1 and client.session.latest is before
+
+
 @on_loop
 async def test_a_failing_step_is_told_once_a_second_and_resets(client: Client) -> None:
     client.session.configure(Configure(fit="canvas"))
