@@ -5,7 +5,7 @@ Layer 6: the Python API; `cli` and `serve` are thin around it.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -212,25 +212,31 @@ class Avatar:
         recommended = self.folder.manifest["recommended"]["strength"]
         render = self.resolve(options.as_render(recommended, self.has_small_decoder))
         self.networks.check(replace(render, unet_every=options.unet_every))
-        shared = partial(self._stream_reference, index, render)
-        return AvatarStream(*shared(), options, widen=shared)
+        report = RenderReport(options=render, num_frames=1, reference_index=index)
+        return AvatarStream(*self._stream_networks(report), options, widen=partial(self._widened_networks, report))
 
-    def _stream_reference(
-        self, index: int, options: RenderOptions, failed: StreamReference | None = None
-    ) -> tuple[Mapping[str, Engine], StreamReference]:
-        """The networks of streams whose sampling is that of a render with these options, and what they share.
-
-        failed: with which a frame was not finite; it is sampled anew in a wider type, for this stream and all later ones.
-        Raises: PoseCrafterError where there is none.
-        """
-        key, report = (index, options), RenderReport(options=options, num_frames=1, reference_index=index)
-        reference, precision = self._stream_references.get(key, lambda: self._sample_reference(report))
-        if reference is failed:  # else another stream has come to this before
-            report.adjust(self.networks.widening("a frame of a stream", 0, precision))
-            self._stream_references.forget(key)
-            reference, precision = self._stream_references.get(key, lambda: self._sample_reference(report))
+    def _stream_networks(self, report: RenderReport) -> tuple[Mapping[str, Engine], StreamReference]:
+        """The networks of streams whose sampling is that of a render with a report's options, and what they share."""
+        reference, precision = self._stream_reference(report)
         self.networks.use(precision)  # a render may have let go of them, or have come to another
         return self.engines, reference
+
+    def _widened_networks(
+        self, report: RenderReport, failed: StreamReference, let_go: Callable[[], None]
+    ) -> tuple[Mapping[str, Engine], StreamReference]:
+        """See `AvatarStream`: in a wider type, for this stream and all later ones, if a frame was not finite with `failed`."""
+        reference, precision = self._stream_reference(report)
+        if reference is failed:  # else another stream has come to this before
+            report.adjust(self.networks.widening("a frame of a stream", 0, precision))
+            self._stream_references.forget((report.reference_index, report.options))
+        let_go()
+        return self._stream_networks(report)
+
+    def _stream_reference(self, report: RenderReport) -> tuple[StreamReference, Precision]:
+        """Sampled once for all streams of the same reference and options, and the precision that it took."""
+        return self._stream_references.get(
+            (report.reference_index, report.options), lambda: self._sample_reference(report)
+        )
 
     def _sample_reference(self, report: RenderReport) -> tuple[StreamReference, Precision]:
         """What streams share, in the precision that its report has come to, or comes to; and that precision."""

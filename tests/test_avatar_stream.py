@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,8 @@ from torch import Tensor
 from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
-from posecrafter_rt.engines.torch import TorchEngine
+from posecrafter_rt.engines.base import Engine
+from posecrafter_rt.engines.torch import TorchBackend, TorchEngine
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method import DPMSchedule, medoid_reference, select_reference
 from posecrafter_rt.runtime.presets import STREAM_PRESETS
@@ -148,6 +151,43 @@ def test_a_stream_whose_frames_float16_does_not_hold_goes_on_in_float32(
         assert one.reference is another.reference is later.reference and fp16_avatar.networks.precision == "fp32"
         expected = [later.step(pose) for pose in poses]
     assert np.array_equal(frames, [expected, expected])
+
+
+@pytest.mark.parametrize("can_load", [True, False])
+def test_its_networks_go_before_wider_ones_come(
+    fp16_avatar: Avatar, monkeypatch: pytest.MonkeyPatch, can_load: bool
+) -> None:
+    """Memory may not hold both. Where it does not hold the wider ones alone the stream is closed, and the next one begins anew."""
+    call, load, modules = TorchEngine.__call__, TorchBackend.load, []
+
+    def overflows(engine: TorchEngine, **inputs: Tensor) -> dict[str, Tensor]:
+        factor = float("nan") if modules and engine.dtype == torch.float16 else 1.0
+        return {name: tensor * factor for name, tensor in call(engine, **inputs).items()}
+
+    def watched(backend: TorchBackend, *arguments: Any) -> dict[str, Engine]:
+        gc.collect()
+        assert all(module() is None for module in modules)
+        if modules and not can_load:
+            raise MemoryError
+        return load(backend, *arguments)
+
+    monkeypatch.setattr(TorchEngine, "__call__", overflows)
+    monkeypatch.setattr(TorchBackend, "load", watched)
+    first, second = some_poses(2).keypoints
+    with fp16_avatar.stream(steps=1, inversion_substeps=1) as stream:
+        stream.step(first)
+        modules += [weakref.ref(engine.module) for engine in stream.engines.values()]
+        if can_load:
+            stream.step(second)
+            return
+        with pytest.raises(MemoryError):
+            stream.step(second)
+        with pytest.raises(PoseCrafterError, match="this stream is closed"):
+            stream.step(second)
+    can_load = True
+    with fp16_avatar.stream(steps=1, inversion_substeps=1) as stream:
+        stream.step(second)
+    assert fp16_avatar.networks.precision == "fp32"
 
 
 def test_a_stream_whose_frames_no_type_holds_says_so(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ EMA_DECAY = 0.998
 
 
 def mixed_precision() -> torch.autocast:
-    """bf16 where the processor multiplies it; elsewhere torch's bf16 convolutions take ten times as long as float32."""
+    """bf16 where the processor gains by it; elsewhere torch's bf16 convolutions take up to ten times as long as float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=cpu_gains_by_bf16())
 
 

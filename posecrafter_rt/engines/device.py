@@ -23,7 +23,7 @@ def torch_device() -> torch.device:
 
 
 def multiplies(precision: str, device: torch.device) -> bool:
-    """Whether torch multiplies `fp32`, `bf16` or `fp16` on a device at the device's own speed, and not a tenth of it.
+    """Whether torch multiplies `fp32`, `bf16` or `fp16` on a device at the device's own speed, and not half or a tenth of it.
 
     A processor gains by bf16 or does not; its fp16 is one that hardly any has, and that overflows.
     """

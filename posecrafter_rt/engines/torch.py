@@ -106,7 +106,7 @@ class TorchBackend:
         return describe_device()
 
     def unsupported_reason(self, precision: Precision) -> str | None:
-        """None: what a processor does not multiply it keeps and widens."""
+        """None: what a processor does not multiply fast it keeps and widens."""
         return None
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:

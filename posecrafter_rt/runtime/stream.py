@@ -227,23 +227,24 @@ class AvatarStream:
 
     def __init__(
         self, engines: Mapping[str, Engine], reference: StreamReference, options: StreamOptions,
-        widen: Callable[[StreamReference], tuple[Mapping[str, Engine], StreamReference]] | None = None,
+        widen: Callable[[StreamReference, Callable[[], None]], tuple[Mapping[str, Engine], StreamReference]] | None = None,
     ) -> None:  # fmt: skip
         """widen: gives networks of a wider type, and the reference as they sample it, in place of one with which a frame was
-        not finite, or raises PoseCrafterError; None: there are none.
+        not finite, or raises PoseCrafterError where there is none; before it loads them it calls what it is given, for memory
+        may not hold both. None: there are none.
         """
         self.options, self._widen = options, widen
         self.size = (reference.frame.shape[0], reference.frame.shape[1])
         self.last = StepInfo()
         self._poses = PoseFollower(reference.pose, self.size, options.live)
-        self._is_closed = False
         self._begin(engines, reference)
 
     def _begin(self, engines: Mapping[str, Engine], reference: StreamReference) -> None:
         """Go on with these networks, and nothing but the reference to attend to."""
-        self.engines, self.reference, self._frame = engines, reference, reference.frame
         self._denoiser = StreamDenoiser(engines, reference.sampling, self.options.window, reference.memory)
+        self.engines, self.reference, self._frame = engines, reference, reference.frame
         self._flights: list[_Flight] = []
+        self._is_closed = False
 
     def step(self, pose: np.ndarray | None) -> np.ndarray:
         """The next frame.
@@ -255,7 +256,8 @@ class AvatarStream:
             the stream is closed. After any other error the stream is as after `reset`.
 
         A frame that is not finite in 16 bits is computed once more in float32, as the first one that follows the reference,
-        and so are all that come: a warning says so. What was on its way in a pipeline is lost.
+        and so are all that come: a warning says so. What was on its way in a pipeline is lost. Where that cannot be loaded the
+        stream is closed.
         """
         if self._is_closed:
             raise PoseCrafterError("this stream is closed", "open another: avatar.stream()")
@@ -271,13 +273,19 @@ class AvatarStream:
 
     def _render(self, pose: np.ndarray, jumped: bool) -> None:
         """Denoise, and decode what is done; once more, in a wider type, where that is not finite."""
+        while not self._has_rendered(pose, jumped):  # not in the handler, whose traceback holds the networks
+            assert self._widen is not None
+            self._begin(*self._widen(self.reference, self.close))
+
+    def _has_rendered(self, pose: np.ndarray, jumped: bool) -> bool:
+        """False: what came is not finite, and there may be a wider type."""
         try:
             self._render_once(pose, jumped)
         except NotFinite:
             if self._widen is None:
                 raise
-            self._begin(*self._widen(self.reference))
-            self._render_once(pose, jumped)
+            return False
+        return True
 
     def _render_once(self, pose: np.ndarray, jumped: bool) -> None:
         flight = self._take_off(pose, jumped)
@@ -330,15 +338,18 @@ class AvatarStream:
 
     def reset(self) -> None:
         """Forget all poses and frames; the next frame is a first one."""
+        if self._is_closed:
+            return
         self._denoiser.wipe()
         self._poses.reset()
         self._frame, self._flights, self.last = self.reference.frame, [], StepInfo()
 
     def close(self) -> None:
         """Let go of the memory."""
-        self._is_closed = True
-        del self._denoiser
-        self._flights = []
+        if not self._is_closed:
+            self._is_closed = True
+            del self._denoiser
+        self.engines, self._flights = {}, []
 
     def __enter__(self) -> AvatarStream:
         return self

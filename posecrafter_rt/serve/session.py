@@ -268,4 +268,6 @@ def steps_in_flight(options: StreamOptions) -> int:
 
 def faster_hint(options: StreamOptions) -> str:
     """What helps where frames come too late."""
+    if options.steps == 1:
+        return "build the engine for a smaller --size"
     return "serve without --pipelined, or with fewer --steps" if options.is_pipelined else "serve with fewer --steps"

@@ -320,6 +320,16 @@ def test_without_a_compiler_convolutions_are_openvinos(
     assert relative_error(run(model, pixels), functional.conv2d(pixels, weight, padding=1)) < EXACT
 
 
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not installed")
+def test_clang_compiles_it_as_well(
+    lanes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
+) -> None:
+    """clang reads attributes of types otherwise."""
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "clang++")
+    assert winograd.missing_reason() is None  # it was tried
+
+
 def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "cpu_features", lambda: {"avx2"})
     assert "AVX2 and FMA, or AVX-512" in str(winograd.missing_reason())
