@@ -153,7 +153,7 @@ class Service:
         manifest, options = self.avatar.folder.manifest, self.stream_options
         assert options is not None
         return {
-            "backend": manifest["backend"], "precision": self.avatar.networks.precision or manifest["precision"], "steps": options.steps,
+            "backend": manifest["backend"], "precision": manifest["precision"], "steps": options.steps,
             "window": options.window, "in_flight": steps_in_flight(options),
             "sessions": self.num_sessions, "max_sessions": self.options.max_sessions,
         }  # fmt: skip
