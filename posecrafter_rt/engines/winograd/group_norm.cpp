@@ -8,7 +8,6 @@
 
 namespace posecrafter {
 
-#ifdef PC_WINOGRAD
 namespace {
 
 // The sum of (x - centre), or of its square: in float over a stretch, in double over stretches.
@@ -51,11 +50,5 @@ void group_norm_scales(const GroupNorm& norm, const Parallel& parallel) {
         }
     });
 }
-
-#else
-
-void group_norm_scales(const GroupNorm&, const Parallel&) {}
-
-#endif
 
 }  // namespace posecrafter

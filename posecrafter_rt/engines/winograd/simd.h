@@ -1,11 +1,13 @@
 // Vectors as wide as the instructions that this is compiled for, sixteen floats or eight: what their operators do not
-// do, a transposition, SiLU. Layer 4. Empty where there are neither AVX-512 nor AVX2 and FMA.
+// do, a transposition, SiLU. Layer 4.
 #pragma once
 
 #include <cstddef>
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-#define PC_WINOGRAD 1
+#if !defined(__AVX512F__) && !(defined(__AVX2__) && defined(__FMA__))
+#error "there is neither AVX-512 nor AVX2 with FMA: openvino_winograd.py compiles this for what the processor has"
+#endif
+
 #include <immintrin.h>
 #define PC_INLINE inline __attribute__((always_inline))
 
@@ -104,5 +106,3 @@ PC_INLINE Vector exponential(Vector x) {
 PC_INLINE Vector silu(Vector x) { return x / (1 + exponential(-x)); }
 
 }  // namespace posecrafter
-
-#endif

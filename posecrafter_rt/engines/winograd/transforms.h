@@ -18,8 +18,6 @@ inline const double (*weight_transform(int tile))[3] {
     return tile == 2 ? two : four;
 }
 
-#ifdef PC_WINOGRAD
-
 // One column of Bᵀ d of F(2, 3).
 PC_INLINE void transform_in(const Vector (&d)[4], Vector (&t)[4]) {
     t[0] = d[0] - d[2];
@@ -55,7 +53,5 @@ PC_INLINE void transform_out(const Vector (&m)[6], Vector (&y)[4]) {
     y[2] = 4 * sum2 + sum1;
     y[3] = 8 * difference2 + difference1 + m[5];
 }
-
-#endif
 
 }  // namespace posecrafter

@@ -18,10 +18,7 @@
 
 namespace posecrafter {
 
-#ifdef PC_WINOGRAD
 constexpr int kPanel = 2 * kLanes;  // output channels of the innermost loop
-
-int winograd_lanes() { return kLanes; }
 
 constexpr size_t kLargePage = 1 << 21;
 
@@ -341,17 +338,5 @@ void winograd_convolve(const Convolution& call, int threads, const Parallel& par
     else
         Job<4>(call, threads).run(parallel);
 }
-
-#else
-
-int winograd_lanes() { return 0; }
-
-float* allocate_floats(size_t) { return nullptr; }
-
-void winograd_pack(const float*, int, int, int, float*, const Parallel&) {}
-
-void winograd_convolve(const Convolution&, int, const Parallel&) {}
-
-#endif
 
 }  // namespace posecrafter

@@ -15,10 +15,6 @@ constexpr int winograd_products(int tile) { return (tile + 2) * (tile + 2); }
 // Calls task(i) for every i in 0 … count-1 on whatever threads there are, and returns when all are done.
 using Parallel = std::function<void(int count, const std::function<void(int)>& task)>;
 
-// Input channels are a multiple of a vector's floats, output channels of a panel's, which are two vectors. 0: this
-// build has no vectors.
-int winograd_lanes();
-
 // Memory for `count` floats, in large pages where the system has them, for products stream through weights. Released by
 // std::free. nullptr: out of memory.
 float* allocate_floats(size_t count);
@@ -27,7 +23,8 @@ float* allocate_floats(size_t count);
 void winograd_pack(const float* weight, int in_channels, int out_channels, int tile, float* packed,
                    const Parallel& parallel);
 
-// One convolution. All are compact: input (frames, in, h / times, w / times), out (frames, out, h, w), bias (out). It
+// One convolution. Input channels are a multiple of a vector's floats, output channels of a panel's, which are two
+// vectors. All are compact: input (frames, in, h / times, w / times), out (frames, out, h, w), bias (out). It
 // is of the input with each pixel repeated `times`, 1 or 2, in either direction, and where scale and shift (frames, in)
 // are given of SiLU(input · scale + shift).
 struct Convolution {
