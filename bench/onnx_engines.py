@@ -1,4 +1,5 @@
-"""Engines that the package does not use, to compare its own with: ONNX Runtime, and OpenVINO with free shapes.
+"""Engines that the package does not use, to compare its own with: ONNX Runtime, OpenVINO with free shapes, and with
+weights in 8 bits.
 
 Bench: imported by engines.py.
 """
@@ -14,6 +15,7 @@ import onnxruntime
 import openvino
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from openvino import opset13
 from torch import Tensor
 
 from posecrafter_rt.engines.openvino import OpenVinoBackend
@@ -23,6 +25,7 @@ from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
 
 Network = Callable[..., dict[str, Tensor]]
 DENOISERS = ("controlnet", "unet")
+STATIC = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
 
 
 class OnnxRuntime:
@@ -74,7 +77,7 @@ class FreeOpenVino:
     def load(self, folder: Path, arch: Architecture) -> dict[str, Network]:
         """The denoisers, compiled."""
         core, specs = openvino.Core(), network_specs(arch)
-        properties = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "CPU_RUNTIME_CACHE_CAPACITY": 0}
+        properties = {**STATIC, "CPU_RUNTIME_CACHE_CAPACITY": 0}
 
         def network(name: str) -> Network:
             compiled = core.compile_model(core.read_model(folder / f"{name}.xml"), "CPU", properties)
@@ -88,7 +91,48 @@ class FreeOpenVino:
         return {name: network(name) for name in DENOISERS}
 
 
-ENGINES: Mapping[str, OnnxRuntime | FreeOpenVino] = {
+class EightBitOpenVino:
+    """OpenVINO in float32 with the weights of products in 8 bits, each row by its own scale; weights alone, no activations."""
+
+    def build(self, model: PoseModel, arch: Architecture, folder: Path) -> None:
+        """As the backend does."""
+        OpenVinoBackend().build(model, arch, folder, "fp32", lambda stage: None)
+
+    def load(self, folder: Path, arch: Architecture) -> dict[str, Network]:
+        """The denoisers, compiled for each shape at its first call."""
+        core, specs = openvino.Core(), network_specs(arch)
+        return {name: self._network(core, folder / f"{name}.xml", specs[name]) for name in DENOISERS}
+
+    def _network(self, core: openvino.Core, path: Path, spec: NetworkSpec) -> Network:
+        compiled: dict[tuple[torch.Size, ...], Any] = {}
+
+        def call(**inputs: Tensor) -> dict[str, Tensor]:
+            key = tuple(tensor.shape for tensor in inputs.values())
+            if key not in compiled:
+                model = core.read_model(path)
+                model.reshape({name: list(tensor.shape) for name, tensor in inputs.items()})
+                quantise_products(model)
+                compiled[key] = core.compile_model(model, "CPU", STATIC)
+            results = compiled[key]({name: tensor.numpy() for name, tensor in inputs.items()})
+            return {out.name: torch.from_numpy(np.array(results[out.name])) for out in spec.outputs}
+
+        return call
+
+
+def quantise_products(model: openvino.Model) -> int:
+    """Replace the constant matrices of a model's products by 8 bits times a scale for each row; returns how many."""
+    matrices = [node.input_value(1).get_node() for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
+    constants = [node for node in matrices if node.get_type_name() == "Constant" and len(node.shape) == 2]
+    for node in constants:
+        weight = np.asarray(node.data, np.float32)
+        scale = np.maximum(np.abs(weight).max(1, keepdims=True), 1e-12) / 127
+        whole = opset13.convert(opset13.constant(np.rint(weight / scale).astype(np.int8)), "f32")
+        node.output(0).replace(opset13.multiply(whole, opset13.constant(scale)).output(0))
+    return len(constants)
+
+
+ENGINES: Mapping[str, OnnxRuntime | FreeOpenVino | EightBitOpenVino] = {
+    "openvino fp32, int8 weights": EightBitOpenVino(),
     "openvino fp32, free shapes": FreeOpenVino(),
     "onnxruntime fp32": OnnxRuntime(is_static=True),
     "onnxruntime fp32, free shapes": OnnxRuntime(),

@@ -153,8 +153,8 @@ def check_engines() -> list[Finding]:
 
 
 def check_operators() -> list[Finding]:
-    """Every operator's backends, the convolutions of `openvino`, which may be compiled for it, and the native extension."""
-    from posecrafter_rt.engines import openvino_winograd
+    """Every operator's backends, the operations of `openvino`, which may be compiled for it, and the native extension."""
+    from posecrafter_rt.engines import openvino_operations
     from posecrafter_rt.ops import BACKENDS, native, unsupported_reason
 
     findings = []
@@ -162,8 +162,8 @@ def check_operators() -> list[Finding]:
         for backend in backends:
             reason = unsupported_reason(operator, backend)
             findings.append(Finding(f"{operator}: {backend}", "absent" if reason else "ok", reason or "can run"))
-    reason = openvino_winograd.missing_reason()
-    findings.append(Finding("winograd: openvino", "absent" if reason else "ok", reason or "can run"))
+    reason = openvino_operations.missing_reason()
+    findings.append(Finding("operations: openvino", "absent" if reason else "ok", reason or "can run"))
     info = native.build_info()
     if info:
         detail = ", ".join(f"{key} {value}" for key, value in info.items())

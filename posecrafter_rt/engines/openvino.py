@@ -23,9 +23,10 @@ from torch import Tensor
 from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progress, checked_inputs, fitting_weights
 from posecrafter_rt.engines.folder import rebuild_networks_hint
-from posecrafter_rt.engines.openvino_linear import use_products
+from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
-from posecrafter_rt.engines.openvino_winograd import REWRITING, extend, missing_reason, use_winograd
+from posecrafter_rt.engines.openvino_operations import REWRITING, extend, missing_reason
+from posecrafter_rt.engines.openvino_winograd import use_winograd
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError, last_line
 from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
@@ -69,10 +70,10 @@ class OpenVinoEngine:
         is_full = properties["INFERENCE_PRECISION_HINT"] == HINTS["fp32"]
         # A fifth of the decoder's time in float32; nothing in the denoisers, whose pictures are small. bf16: not measured.
         self._is_by_channel = spec.name == "vae_decoder" and is_full
-        self._winograd = extend(core) if is_full and spec.name not in FULL_PRECISION else None
+        self._operations = extend(core) if is_full and spec.name not in FULL_PRECISION else None
         # Exported, a network refers to the weights' file. OpenVINO 2026.4 does not read one back so that has an operation of
         # ours, only one that holds its weights, too.
-        self._is_apart = self._winograd is None
+        self._is_apart = self._operations is None
         self._properties = {**properties, "CACHE_MODE": "OPTIMIZE_SIZE" if self._is_apart else "OPTIMIZE_SPEED"}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -107,7 +108,7 @@ class OpenVinoEngine:
         if self._swapped or (self._weight_bytes > LARGE_BYTES and not self._is_apart):
             return self._core.compile_model(self._read(shapes), "CPU", self._properties)
         key = {"network": self._digest, "shapes": shapes, "properties": self._properties,
-               "by_channel": self._is_by_channel, "winograd": self._winograd, "rewriting": REWRITING,
+               "by_channel": self._is_by_channel, "operations": self._operations, "rewriting": REWRITING,
                **_runtime(self._core)}  # fmt: skip
         blob = self._cache.load(key)
         if blob is not None:
@@ -125,9 +126,9 @@ class OpenVinoEngine:
         _replace(model, self._swapped)
         if shapes is not None:
             model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
-            if self._winograd is not None:
+            if self._operations is not None:
                 use_winograd(model)
-                use_products(model)  # of use beside those, whose pictures have their channels first
+                use_linear(model)
             if self._is_by_channel:
                 normalise_by_channel(model)  # those that no convolution took
         return model
@@ -230,7 +231,7 @@ class OpenVinoBackend:
             graphs[name] = graph_digest(network, specs[name], arch) if is_refittable else None
         _write_digests(folder, graphs)
         if precision == "fp32":
-            progress("compiling convolutions")  # once a machine: the first render would wait for it
+            progress("compiling operations")  # once a machine: the first render would wait for it
             missing_reason()
 
     def refit(

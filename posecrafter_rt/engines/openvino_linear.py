@@ -1,58 +1,111 @@
-"""Linear maps of a transformer where OpenVINO needs no other layout for them, beside pictures whose channels come first.
+"""Linear maps of a transformer with what surrounds them: pictures whose channels come first, a gate, an addition.
 
 Layer 4. Between pictures and tokens diffusers has 1×1 convolutions, for which OpenVINO reorders the picture that it then
-transposes: on tokens they are products. And it copies both halves of a gated unit's product apart: two products need no copy.
-Compiled networks are kept by `openvino_winograd.REWRITING`.
+transposes; it copies both halves of a gated unit's product apart; and what is added after a product it reads and writes once
+more. The operation is in operations/; products without any of these stay OpenVINO's own.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from posecrafter_rt.engines.openvino_patterns import has_filter, only_user, with_bias
+from posecrafter_rt.engines.openvino_operations import Operations, operations
+from posecrafter_rt.engines.openvino_patterns import (
+    has_filter,
+    is_float_constant,
+    is_same,
+    only_user,
+    orders,
+    with_bias,
+    with_residual,
+)
 
 if TYPE_CHECKING:
     import openvino
 
+MOST_BETWEEN = 2560  # channels between two layers: with more, weights would be read again for few tokens
 SWAPPED = [0, 2, 1]  # flat pictures (N, C, h·w) to tokens (N, h·w, C), and back
 
 
-def use_products(model: openvino.Model) -> int:
-    """Rewrite both in a model of fixed shapes, in place; returns how many. What looks different is left alone."""
-    return sum(_convolve_tokens(node) or _multiply_apart(node) for node in model.get_ordered_ops())
+class Layer(NamedTuple):
+    """input · weightᵀ + bias, given by a node: tokens (…, n, in) or pixels (N, in, h, w), weight (out, in, …), bias (out)."""
+
+    given: Any
+    input: Any
+    weight: Any
+    bias: Any
 
 
-def _convolve_tokens(node: Any) -> bool:
-    """A 1×1 convolution of what tokens were made of, or that tokens are made of, as a product of tokens."""
-    from openvino import opset13 as op
+def use_linear(model: openvino.Model) -> int:
+    """Replace those of a float32 model of fixed shapes that gain by it, in place; returns how many."""
+    available = operations()
+    if available is None:
+        return 0
+    rewrites = (_convolve, _gate, _add)
+    return sum(any(rewrite(node, available) for rewrite in rewrites) for node in model.get_ordered_ops())
 
-    if not _is_pointwise(node):
+
+def _convolve(node: Any, available: Operations) -> bool:
+    """A 1×1 convolution, of pixels or what tokens were made of, as pixels or what tokens are made of, and what is added."""
+    is_pointwise = node.get_type_name() == "Convolution" and has_filter(node, kernel=1, stride=1, padding=0)
+    if not is_pointwise or not is_float_constant(node.input_value(1)):
         return False
-    (frames, channels, height, width), in_channels = node.get_output_shape(0), node.get_input_shape(0)[1]
-    last, bias = with_bias(node, channels)
-    tokens, read_as_tokens = _tokens_of(node.input_value(0)), _read_as_tokens(last)
-    if tokens is None and read_as_tokens is None:
+    channels, height = node.get_output_shape(0)[1:3]
+    given, numbers = with_bias(node, channels)
+    tokens, read_as_tokens = _tokens_of(node.input_value(0)), _read_as_tokens(given)
+    if tokens is None and node.get_input_shape(0)[1] % available.lanes:
         return False
-    if tokens is None:
-        flat = op.reshape(node.input_value(0), np.array([frames, in_channels, height * width]), special_zero=False)
-        tokens = op.transpose(flat, np.array(SWAPPED)).output(0)
-    weight = op.reshape(node.input_value(1), np.array([channels, in_channels]), special_zero=False)
-    out = _linear(tokens, weight, bias)
-    if read_as_tokens is not None:
-        read_as_tokens.output(0).replace(out)
-    else:
-        planes = op.transpose(out, np.array(SWAPPED))
-        shape = np.array([frames, channels, height, width])
-        last.output(0).replace(op.reshape(planes, shape, special_zero=False).output(0))
+    layer = Layer(read_as_tokens or given, tokens or node.input_value(0), node.input_value(1), _bias(numbers, channels))
+    return _replace(layer, available, height=0 if read_as_tokens else height)
+
+
+def _gate(product: Any, available: Operations) -> bool:
+    """value · GELU(gate), both halves of one layer's output."""
+    for value, active in orders(product, "Multiply"):
+        gelu, split = active.get_node(), value.get_node()
+        if gelu.get_type_name() != "Gelu" or split.get_type_name() != "Split" or split.get_output_size() != 2:
+            continue
+        is_exact = gelu.get_attributes()["approximation_mode"].lower() == "erf"
+        is_gate = is_same(gelu.input_value(0), split.output(1)) and is_same(value, split.output(0))
+        is_gate = is_gate and all(len(part.get_target_inputs()) == 1 for part in (*split.outputs(), active))
+        layer = _linear_layer(split.input_value(0).get_node())
+        if is_exact and is_gate and layer is not None and _is_along_last(split) and only_user(layer.given) is not None:
+            return _replace(layer._replace(given=product), available, is_gated=True)
+    return False
+
+
+def _add(node: Any, available: Operations) -> bool:
+    """A layer whose output is added to something, or which follows a gated one: a transformer's feed-forward."""
+    layer, user = _linear_layer(node), only_user(node)
+    if layer is None or (user is not None and user.get_type_name() == "Add" and _linear_layer(user) is not None):
+        return False  # that user is the layer with its bias
+    before = _gated_before(layer)
+    return bool(before or with_residual(layer.given)[1]) and _replace(layer, available, before=before)
+
+
+def _gated_before(layer: Layer) -> list[Any]:
+    """The inputs of the gated layer that a layer alone reads, if what is between them is not too wide."""
+    gated = layer.input.get_node()
+    is_gated = gated.get_type_name() == "Linear" and gated.get_attributes()["is_gated"] and gated.get_input_size() == 3
+    is_between = is_gated and only_user(gated) is not None and layer.weight.get_shape()[1] <= MOST_BETWEEN
+    return gated.input_values() if is_between else []
+
+
+def _replace(
+    layer: Layer, available: Operations, height: int = 0, is_gated: bool = False, before: list[Any] | None = None
+) -> bool:
+    """Whether the operation can be that layer, which it is then, with the gated one before and what is added to its output."""
+    panels = layer.weight.get_shape()[0] / (2 * available.lanes)
+    is_fitting = panels % (2 if is_gated else 1) == 0
+    if not is_fitting or len(layer.given.get_output_shape(0)) != (4 if height else 3):
+        return False
+    given, residual = with_residual(layer.given)
+    inputs = [*(before or [layer.input]), layer.weight, layer.bias, *residual]
+    made = available.factory.create("Linear", inputs, {"height": height, "is_gated": is_gated or bool(before)})
+    given.output(0).replace(made.output(0))
     return True
-
-
-def _is_pointwise(node: Any) -> bool:
-    """Whether it is a float32 convolution of 1×1 and stride 1 with constant weights."""
-    is_constant = node.get_type_name() == "Convolution" and _is_float_constant(node.input_value(1))
-    return is_constant and has_filter(node, kernel=1, stride=1, padding=0)
 
 
 def _tokens_of(pixels: Any) -> Any | None:
@@ -61,11 +114,8 @@ def _tokens_of(pixels: Any) -> Any | None:
     if reshape.get_type_name() != "Reshape":
         return None
     transpose, (frames, channels, height, width) = reshape.input_value(0).get_node(), pixels.get_shape()
-    is_made = _is_transpose(transpose, SWAPPED) and list(transpose.get_output_shape(0)) == [
-        frames,
-        channels,
-        height * width,
-    ]
+    flat = [frames, channels, height * width]
+    is_made = _is_transpose(transpose, SWAPPED) and list(transpose.get_output_shape(0)) == flat
     return transpose.input_value(0) if is_made else None
 
 
@@ -74,10 +124,8 @@ def _read_as_tokens(node: Any) -> Any | None:
     reshape, (frames, channels, height, width) = only_user(node), node.get_output_shape(0)
     if reshape is None or reshape.get_type_name() != "Reshape":
         return None
-    transpose = only_user(reshape)
-    is_read = list(reshape.get_output_shape(0)) == [frames, channels, height * width] and _is_transpose(
-        transpose, SWAPPED
-    )
+    transpose, flat = only_user(reshape), [frames, channels, height * width]
+    is_read = list(reshape.get_output_shape(0)) == flat and _is_transpose(transpose, SWAPPED)
     return transpose if is_read else None
 
 
@@ -88,58 +136,42 @@ def _is_transpose(node: Any | None, order: list[int]) -> bool:
     return constant.get_type_name() == "Constant" and constant.data.tolist() == order
 
 
-def _multiply_apart(split: Any) -> bool:
-    """The parts of a linear layer's output, each as a product with its part of the weights."""
-    from openvino import opset13 as op
-
-    if split.get_type_name() != "Split" or not _is_along_last(split):
-        return False
-    layer = _linear_layer(split.input_value(0).get_node())
-    if layer is None:
-        return False
-    tokens, weight, bias = layer
-    *rows, in_channels = tokens.get_shape()
-    if np.prod(rows) < in_channels:  # then the weights, which are copied here, are the larger ones
-        return False
-    number = split.get_output_size()
-    for output, part, numbers in zip(split.outputs(), np.split(weight, number), np.split(bias, number), strict=True):
-        output.replace(_linear(tokens, op.constant(np.ascontiguousarray(part)), numbers))
-    return True
-
-
 def _is_along_last(split: Any) -> bool:
     axis = split.input_value(1).get_node()
     rank = len(split.get_input_shape(0))
     return axis.get_type_name() == "Constant" and int(axis.data) in (-1, rank - 1)
 
 
-def _linear_layer(add: Any) -> tuple[Any, np.ndarray, np.ndarray] | None:
-    """Input (…, in), weight (out, in) and bias (out) of x · weightᵀ + bias, which one node reads."""
-    if add.get_type_name() != "Add" or only_user(add) is None:
+def _linear_layer(given: Any) -> Layer | None:
+    """The layer of tokens (N, n, in) that a node gives with a bias or without one."""
+    product, numbers = given, None
+    for value, bias in orders(given, "Add"):
+        if value.get_node().get_type_name() == "MatMul" and is_float_constant(bias):
+            product, numbers = value.get_node(), np.asarray(bias.get_node().data)
+    if product.get_type_name() != "MatMul" or len(product.get_input_shape(0)) != 3:
         return None
-    product, bias = (value.get_node() for value in add.input_values())
-    if product.get_type_name() != "MatMul" or only_user(product) is None or not _is_float_constant(add.input_value(1)):
+    if numbers is not None and only_user(product) is None:
         return None
+    weight, channels = _weight(product), product.get_output_shape(0)[-1]
+    if weight is None or (numbers is not None and numbers.shape != (channels,)):
+        return None
+    return Layer(given, product.input_value(0), weight, _bias(numbers, channels))
+
+
+def _weight(product: Any) -> Any | None:
+    """A product's constant matrix as (out, in)."""
+    from openvino import opset13 as op
+
     facts, value = product.get_attributes(), product.input_value(1)
     is_transposed = facts["transpose_b"]
     if _is_transpose(value.get_node(), [1, 0]):
         value, is_transposed = value.get_node().input_value(0), not is_transposed
-    channels = add.get_output_shape(0)[-1]
-    if facts["transpose_a"] or not _is_float_constant(value) or list(bias.get_output_shape(0)) != [channels]:
+    if facts["transpose_a"] or not is_float_constant(value) or len(value.get_shape()) != 2:
         return None
-    weight = np.asarray(value.get_node().data)
-    weight = weight if is_transposed else weight.T
-    is_matrix = weight.ndim == 2 and len(weight) == channels  # a bias may broadcast what is narrower
-    return (product.input_value(0), weight, np.asarray(bias.data)) if is_matrix else None
+    return value if is_transposed else op.constant(np.ascontiguousarray(value.get_node().data.T)).output(0)
 
 
-def _is_float_constant(value: Any) -> bool:
-    return value.get_node().get_type_name() == "Constant" and value.get_element_type().get_type_name() == "f32"
-
-
-def _linear(tokens: Any, weight: Any, bias: np.ndarray | None) -> Any:
-    """tokens · weightᵀ + bias, an output; weight (out, in), a node."""
+def _bias(numbers: np.ndarray | None, channels: int) -> Any:
     from openvino import opset13 as op
 
-    out = op.matmul(tokens, weight, False, True)
-    return (out if bias is None else op.add(out, op.constant(bias))).output(0)
+    return op.constant(np.zeros(channels, np.float32) if numbers is None else numbers).output(0)

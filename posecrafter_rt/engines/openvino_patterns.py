@@ -55,6 +55,20 @@ def with_bias(node: Any, channels: int) -> tuple[Any, np.ndarray | None]:
     return (node, None) if bias is None else (user, bias)
 
 
+def with_residual(node: Any) -> tuple[Any, list[Any]]:
+    """The node that adds something as large to what a node gives, and what it adds; the node itself and nothing elsewhere."""
+    user, shape = only_user(node), list(node.get_output_shape(0))
+    for own, other in [] if user is None else orders(user, "Add"):
+        if is_same(own, node.output(0)) and not is_same(other, own) and list(other.get_shape()) == shape:
+            return user, [other]
+    return node, []
+
+
+def is_float_constant(value: Any) -> bool:
+    """Whether it is a constant in float32."""
+    return value.get_node().get_type_name() == "Constant" and value.get_element_type().get_type_name() == "f32"
+
+
 def of_channels(value: Any, channels: int) -> np.ndarray | None:
     """A constant number for each channel."""
     constant, shape = value.get_node(), list(value.get_shape())

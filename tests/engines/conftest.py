@@ -1,12 +1,14 @@
-"""The tiny base as an OpenVINO folder, and its decoder compiled by AOTInductor, built once."""
+"""The tiny base as an OpenVINO folder, and its decoder compiled by AOTInductor, built once; the OpenVINO operations."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.engines.inductor import InductorBackend
 from posecrafter_rt.engines.openvino import OpenVinoBackend
 from posecrafter_rt.models.loading import PoseModel, load_base
@@ -44,3 +46,30 @@ def inductor_decoder(plain_model: PoseModel, tmp_path_factory: pytest.TempPathFa
     network, spec = plain_model.networks()["vae_decoder"], network_specs(arch)["vae_decoder"]
     InductorBackend().build_network(network, spec, arch, folder, "fp32")
     return folder
+
+
+@pytest.fixture
+def operation() -> None:
+    """Skips where the OpenVINO operations cannot be had; compiled when the first test asks, not while tests are collected."""
+    reason = operations.missing_reason()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=operations.VECTORS, ids=lambda vectors: f"{vectors.lanes}-lanes")
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The operations with vectors of so many floats; skips where they cannot be had."""
+    vectors: operations.Vectors = request.param
+    if not vectors.needed <= operations.cpu_features():
+        pytest.skip(f"this processor lacks {' or '.join(sorted(vectors.needed))}")
+    monkeypatch.setattr(operations, "cpu_features", lambda: vectors.needed)
+    request.getfixturevalue("operation")
+    return vectors.lanes
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was found out about the operations is forgotten, before and after."""
+    operations._library.cache_clear()
+    yield
+    operations._library.cache_clear()

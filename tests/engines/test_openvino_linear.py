@@ -1,152 +1,329 @@
-"""Products in place of 1×1 convolutions and of split ones: the same numbers, and what looks different is left alone.
+"""Linear maps against PyTorch's in float64, and what is left alone.
 
 Tests of posecrafter_rt/engines/openvino_linear.py and openvino_patterns.py.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
+import torch
+from openvino import opset13 as op
+from torch import Tensor
+from torch.nn import functional
 
-from posecrafter_rt.engines.openvino_linear import use_products
-from posecrafter_rt.export.shapes import random_inputs
-from posecrafter_rt.spec import NetworkSpec, TensorSpec
+from posecrafter_rt.engines import openvino_linear
+from posecrafter_rt.engines.openvino_linear import use_linear
+from posecrafter_rt.export.verify import relative_error
+from tests.engines.openvino_models import compiled, constant, draw, infer, kinds, parameter, reshaped, run, whole
 
-openvino = pytest.importorskip("openvino")
-op = openvino.opset13
-
-FRAMES, CHANNELS, HEIGHT, WIDTH = 2, 16, 3, 5
-PIXELS = [FRAMES, CHANNELS, HEIGHT, WIDTH]
-SPEC = NetworkSpec("tried", (TensorSpec("x", (FRAMES, CHANNELS, HEIGHT, WIDTH)),), ())
-
-
-def draw(*shape: int) -> Any:
-    return op.constant(np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32))
+ROUNDING = 2.0**-24  # of one float32
+REPLACED = {"Parameter", "Constant", "Linear", "Result"}  # all that is left
+PIXELS = ("pixels to pixels", "pixels to tokens", "tokens to pixels", "tokens to tokens")  # by convolutions
+LAYOUTS = (*PIXELS, "product", "gated", "feed-forward")
+Shape = tuple[int, tuple[int, int], int, int]  # frames, height and width, input channels, panels of output channels
+Linear = tuple[Tensor, Tensor | None]  # weight and bias
 
 
-def convolved(pixels: Any, side: int = 1, stride: int = 1, has_bias: bool = True) -> Any:
-    out = op.convolution(
-        pixels, draw(8, pixels.get_output_shape(0)[1], side, side), [stride] * 2, [0] * 2, [0] * 2, [1] * 2
-    )
-    return op.add(out, draw(1, 8, 1, 1)) if has_bias else out
+def exact(channels: int, is_gated: bool = False) -> float:
+    """What float32 allows, of the largest output: a sum's roundings add up to the root of their number, and two are gated."""
+    return ROUNDING * (4 + math.sqrt(channels)) * (2 if is_gated else 1)
 
 
 def to_tokens(pixels: Any, order: tuple[int, ...] = (0, 2, 1)) -> Any:
     frames, channels, height, width = pixels.get_output_shape(0)
-    return op.transpose(op.reshape(pixels, np.array([frames, channels, height * width]), False), np.array(order))
+    return op.transpose(reshaped(pixels, frames, channels, height * width), np.array(order))
 
 
-def to_pixels(tokens: Any) -> Any:
-    frames, _, channels = tokens.get_output_shape(0)
-    return op.reshape(op.transpose(tokens, np.array([0, 2, 1])), np.array([frames, channels, HEIGHT, WIDTH]), False)
+def to_pixels(tokens: Any, height: int) -> Any:
+    frames, size, channels = tokens.get_output_shape(0)
+    return reshaped(op.transpose(tokens, np.array([0, 2, 1])), frames, channels, height, size // height)
 
 
-def linear(tokens: Any, is_stored_transposed: bool, channels: int = 12) -> Any:
-    weight = draw(channels, CHANNELS)
-    value = op.transpose(weight, np.array([1, 0])) if is_stored_transposed else weight
-    return op.add(op.matmul(tokens, value, False, not is_stored_transposed), draw(channels))
+def convolved(pixels: Any, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Any:
+    """A convolution, its bias as ONNX brings it."""
+    result = op.convolution(pixels, constant(weight), [stride] * 2, [padding] * 2, [padding] * 2, [1, 1])
+    return result if bias is None else op.add(result, reshaped(constant(bias), 1, len(bias), 1, 1))
 
 
-def halves(tokens: Any, axis: int = 2) -> Any:
-    first, second = op.split(tokens, np.array(axis), 2).outputs()
-    return op.multiply(first, op.gelu(second, "erf"))
+def product(tokens: Any, weight: Tensor, bias: Tensor | None = None, is_stored_transposed: bool = False) -> Any:
+    matrix = op.transpose(constant(weight), np.array([1, 0])) if is_stored_transposed else constant(weight)
+    result = op.matmul(tokens, matrix, False, not is_stored_transposed)
+    return result if bias is None else op.add(result, constant(bias))
 
 
-def build(make: Callable[[Any], Any]) -> Any:
-    pixels = op.parameter(PIXELS, np.float32, name="x")
-    made = make(pixels)
-    return openvino.Model(made if isinstance(made, list) else [made], [pixels])
+def gated(whole: Any, axis: int = 2, approximation: str = "erf") -> Any:
+    value, gate = op.split(whole, np.array(axis), 2).outputs()
+    return op.multiply(value, op.gelu(gate, approximation))
 
 
-def run(model: Any) -> list[np.ndarray]:
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    inputs = {name: tensor.numpy() for name, tensor in random_inputs(SPEC, {}, seed=3).items()}
-    return [np.array(value) for value in compiled(list(inputs.values())).values()]
+def layer(layout: str, given: Any, height: int, of: Linear, after: Linear) -> Any:
+    """One as OpenVINO's own operations, of a feed-forward two; with a bias its weights are stored transposed."""
+    if layout in PIXELS:
+        weight, bias = of
+        pixels = to_pixels(given, height) if layout.startswith("tokens") else given
+        result = convolved(pixels, weight[:, :, None, None], bias)
+        return to_tokens(result) if layout.endswith("tokens") else result
+    result = product(given, *of, is_stored_transposed=of[1] is not None)
+    if layout == "product":
+        return result
+    return gated(result) if layout == "gated" else product(gated(result), *after)
 
 
-def kinds(model: Any) -> Counter[str]:
-    return Counter(node.get_type_name() for node in model.get_ordered_ops())
+def reference(layout: str, given: Tensor, height: int, of: Linear, after: Linear) -> Tensor:
+    def mapped(tokens: Tensor, by: Linear) -> Tensor:
+        return functional.linear(tokens, by[0].double(), None if by[1] is None else by[1].double())
+
+    result = mapped((given.flatten(2).mT if layout.startswith("pixels") else given).double(), of)
+    if layout in PIXELS:
+        return result.mT.unflatten(2, (height, -1)) if layout.endswith("pixels") else result
+    value, gate = result.chunk(2, -1)
+    active = value * functional.gelu(gate)
+    return {"product": result, "gated": active, "feed-forward": mapped(active, after)}[layout]
 
 
-REWRITTEN: dict[str, Callable[[Any], Any]] = {
-    "to tokens": lambda x: to_tokens(convolved(x)),
-    "to tokens without a bias": lambda x: to_tokens(convolved(x, has_bias=False)),
-    "of tokens": lambda x: op.relu(convolved(to_pixels(op.relu(to_tokens(x))))),
-    "of tokens without a bias": lambda x: op.relu(convolved(to_pixels(to_tokens(x)), has_bias=False)),
-    "from tokens to tokens": lambda x: to_tokens(convolved(to_pixels(to_tokens(x)))),
-    "halves": lambda x: halves(linear(to_tokens(x), False)),
-    "halves of a weight that is transposed": lambda x: halves(linear(to_tokens(x), True)),
-}
+def layers(layout: str, shape: Shape, lanes: int) -> tuple[openvino.Model, list[Tensor], list[Tensor]]:
+    """A model of four, with and without bias and addition; its inputs, and what it should give."""
+    frames, (height, width), read, panels = shape
+    read = whole(read, lanes) if layout.startswith("pixels") else read
+    written, rows = 2 * lanes * panels, 2 * lanes * panels * (1 if layout in (*PIXELS, "product") else 2)
+    given = draw(frames, read, height, width) if layout.startswith("pixels") else draw(frames, height * width, read)
+    size = (written, height, width) if layout.endswith("pixels") else (height * width, written)
+    other = draw(frames, *size, seed=3) * math.sqrt(read)
+    inputs, outputs, expected = [parameter(given), parameter(other)], [], []
+    for has_bias in (True, False):
+        of = draw(rows, read, seed=1), draw(rows, seed=2) if has_bias else None
+        after = draw(written, rows // 2, seed=4), draw(written, seed=5) if has_bias else None
+        for is_added in (True, False) if layout != "product" else (True,):
+            result = layer(layout, inputs[0], height, of, after)
+            sides = (inputs[1], result) if has_bias else (result, inputs[1])
+            outputs.append(op.add(*sides) if is_added else result)
+            expected.append(reference(layout, given, height, of, after) + (other if is_added else 0))
+    return openvino.Model(outputs, inputs), [given, other], expected
 
 
-@pytest.mark.parametrize("name", REWRITTEN)
-def test_it_gives_the_same(name: str) -> None:
-    expected, model = run(build(REWRITTEN[name])), build(REWRITTEN[name])
-    assert use_products(model) == 1
+@pytest.mark.parametrize("shape", [
+    (1, (1, 1), 16, 1),  # one row
+    (1, (1, 13), 5, 1),  # one less than AVX-512 takes at once; tokens of any number of channels
+    (2, (3, 5), 40, 3),
+    (25, (4, 4), 32, 2),  # many frames in a chunk
+    (2, (13, 13), 64, 1),  # a token more than a chunk
+    (3, (8, 21), 48, 1),  # whole chunks
+    (5, (9, 11), 320, 20),  # chunks that end within a frame
+    (2, (3, 5), 513, 2),  # more than is multiplied at once
+    (2, (3, 5), 1024, 1),  # rows that are copied
+    (2, (9, 15), 2048, 1),  # the same, and in smaller chunks
+    (1, (11, 11), 1040, 2),
+    (1, (10, 9), 5120, 1),  # the smallest chunks
+])  # fmt: skip
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_is_a_linear_map(layout: str, shape: Shape, lanes: int) -> None:
+    model, inputs, expected = layers(layout, shape, lanes)
+    use_linear(model)
     model.validate_nodes_and_infer_types()
-    assert not kinds(model) & Counter(["Convolution", "Split"])
-    (got,) = run(model)
-    np.testing.assert_allclose(got, expected[0], rtol=1e-5, atol=1e-5)
-    assert got.shape == expected[0].shape
+    assert set(kinds(model)) == REPLACED and kinds(model)["Linear"] == len(expected)
+    allowed = exact(inputs[0].shape[1 if layout.startswith("pixels") else 2], layout in ("gated", "feed-forward"))
+    for found, wanted in zip(run(model, *inputs), expected, strict=True):
+        assert relative_error(found, wanted) < allowed
 
 
-def shared(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """What is made, and what it is made of, both as outputs."""
-
-    def both(x: Any) -> list[Any]:
-        made = make(x)
-        return [made, op.relu(made.input_value(0).get_node())]
-
-    return both
-
-
-LEFT_ALONE: dict[str, Callable[[Any], Any]] = {
-    "pixels to pixels": lambda x: convolved(x),
-    "3×3": lambda x: op.transpose(
-        op.reshape(convolved(x, side=3), np.array([FRAMES, 8, 3]), False), np.array([0, 2, 1])
-    ),
-    "stride 2": lambda x: to_tokens(convolved(x, stride=2)),
-    "another order": lambda x: to_tokens(convolved(x), (2, 0, 1)),
-    "other planes": lambda x: op.transpose(
-        op.reshape(convolved(x), np.array([FRAMES, 4, 30]), False), np.array([0, 2, 1])
-    ),
-    "planes that are read, too": shared(lambda x: to_tokens(convolved(x))),
-    "halves of tokens": lambda x: halves(linear(to_tokens(x), False), axis=0),
-    "halves of a whole that is read, too": lambda x: [halves(y := linear(to_tokens(x), False)), op.relu(y)],
-    "halves of a sum that is wider than the product": lambda x: halves(
-        op.add(op.matmul(to_tokens(x), draw(1, CHANNELS), False, True), draw(12))
-    ),
-    "halves of fewer tokens than channels": lambda x: halves(
-        linear(op.gather(to_tokens(x), np.arange(7), np.int64(1)), False)
-    ),
-    "halves of no layer": lambda x: halves(op.relu(to_tokens(x))),
-    "halves of a product of tokens": lambda x: halves(
-        op.add(op.matmul(to_tokens(x), x_square(x), False, False), draw(16))
-    ),
-}
+@pytest.mark.parametrize("shape", [
+    (1, (1, 1), 16, 1),  # a part for one thread alone
+    (1, (3, 5), 32, 3),  # panels are divided
+    (3, (13, 13), 1040, 2),  # tokens are
+])  # fmt: skip
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_depends_on_no_threads(layout: str, shape: Shape, lanes: int) -> None:
+    model, inputs, _ = layers(layout, shape, lanes)
+    use_linear(model)
+    assert all(map(torch.equal, run(model, *inputs), run(model, *inputs, num_threads=1)))
 
 
-def x_square(x: Any) -> Any:
-    """A matrix (N, C, C) that is no constant."""
-    return op.matmul(to_tokens(x), to_tokens(x), True, False)
+def test_two_threads_at_once(lanes: int) -> None:
+    """Two requests of one compiled network share its weights, and no thread's memory."""
+    model, (_, other), _ = layers("gated", (5, (9, 11), 1024, 2), lanes)
+    assert use_linear(model) == 4
+    given, shared = [draw(5, 99, 1024, seed=seed) for seed in range(6)], compiled(model, NUM_STREAMS=2)
+    alone = [run(model, tokens, other) for tokens in given]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for found, expected in zip(
+                pool.map(lambda tokens: infer(shared.create_infer_request(), tokens, other), given), alone, strict=True
+            ):
+                assert all(map(torch.equal, found, expected))
+
+
+def test_gelu_holds_at_its_ends(lanes: int) -> None:
+    """Where exp vanishes it is x, or 0; and what is not a number stays so, in its row."""
+    ends = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 200.0, -200.0, float("nan"), 0.0])
+    gate = torch.cat([ends, torch.linspace(-200, 200, 401), torch.linspace(-6, 6, 1001)])
+    weight = torch.cat([torch.zeros(2 * lanes, 1), torch.ones(2 * lanes, 1)])
+    bias = torch.cat([torch.ones(2 * lanes), torch.zeros(2 * lanes)])  # a value of one
+    given = parameter(gate[None, :, None])
+    model = openvino.Model([gated(product(given, weight, bias))], [given])
+    assert use_linear(model) == 1
+    found = run(model, gate[None, :, None])[0][0].double()
+    expected = functional.gelu(gate.double())[:, None].expand(-1, 2 * lanes)
+    assert torch.equal(found.isnan(), expected.isnan())
+    # erf to 1.5e-7 of one, so x · Φ(x) to half that of x, and roundings
+    assert bool(((found - expected).abs() <= 2e-7 * gate.double().abs()[:, None] + 1e-37)[~found.isnan()].all())
+
+
+FRAMES, CHANNELS, HEIGHT, WIDTH = SIZE = (2, 32, 3, 4)
+TOKENS = HEIGHT * WIDTH
+
+
+def make(name: str, graphs: dict[str, Callable[[Any], list[Any]]]) -> openvino.Model:
+    """One of these, of pixels."""
+    given = op.parameter(list(SIZE), np.float32)
+    return openvino.Model(graphs[name](given), [given])
+
+
+def pointwise(pixels: Any) -> Any:
+    return convolved(pixels, draw(CHANNELS, CHANNELS, 1, 1), draw(CHANNELS))
+
+
+def swapped(value: Any, *order: int) -> Any:
+    return op.transpose(value, np.array(order or (0, 2, 1)))
+
+
+def drawn(*shape: int) -> Any:
+    return constant(draw(*shape))
+
+
+def halves(pixels: Any, has_bias: bool = True) -> Any:
+    """What a gated product is of."""
+    return product(to_tokens(pixels), draw(4 * CHANNELS, CHANNELS), draw(4 * CHANNELS) if has_bias else None)
+
+
+def computed(whole: Any) -> Any:
+    """As large as a half, and no constant to whoever looks at its node."""
+    frames, size, channels = whole.get_output_shape(0)
+    return op.relu(drawn(frames, size, channels // 2))
+
+
+OTHERWISE: dict[str, Callable[[Any], list[Any]]] = {
+    "pixels to tokens that come first": lambda x: [to_tokens(pointwise(x), (2, 0, 1))],
+    "pixels to other tokens": lambda x: [swapped(reshaped(pointwise(x), FRAMES, 2 * CHANNELS, TOKENS // 2))],
+    "pixels that are read, too": lambda x: [to_tokens(y := pointwise(x)), op.relu(y)],
+    "flat pixels that are read, too": lambda x: [swapped(y := reshaped(pointwise(x), FRAMES, CHANNELS, TOKENS)), y],
+    "pixels added to before they are tokens": lambda x: [to_tokens(op.add(pointwise(x), x))],
+    "pixels of other tokens": lambda x: [pointwise(reshaped(swapped(reshaped(x, FRAMES, 6, -1)), *SIZE))],
+    "pixels of tokens that came first": lambda x: [pointwise(reshaped(swapped(reshaped(x, TOKENS, FRAMES, -1), 1, 2, 0), *SIZE))],
+    "pixels of tokens as they lie": lambda x: [pointwise(reshaped(to_tokens(x), *SIZE))],
+    "a bias after what is read, too": lambda x: [op.add(y := convolved(x, draw(32, 32, 1, 1)), drawn(1, 32, 1, 1)), y],
+    "a layer after a gated one that is read, too": lambda x: [product(y := gated(halves(x)), draw(32, 64)), y],
+    "a layer after a gated one that is added to": lambda x: [product(op.add(gated(y := halves(x)), computed(y)), draw(32, 64))],
+    "a layer after a gated one and something else": lambda x: [product(op.relu(gated(halves(x))), draw(32, 64), draw(32))],
+    "no whole panel after a gated one": lambda x: [product(gated(halves(x)), draw(24, 64))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_surrounds_it_otherwise_stays(name: str, lanes: int) -> None:
+    """Beside the layer, whose result is as before."""
+    model, pixels = make(name, OTHERWISE), draw(*SIZE, seed=1)
+    assert use_linear(model) == 1
+    assert set(kinds(model)) > REPLACED
+    for found, expected in zip(run(model, pixels), run(make(name, OTHERWISE), pixels), strict=True):
+        assert relative_error(found, expected) < exact(CHANNELS, is_gated=True)
+
+
+def parted(whole: Any, make: Callable[[Any, Any], list[Any]], parts: int = 2) -> list[Any]:
+    """What is made of the first two parts of something."""
+    first, second, *_ = op.split(whole, np.array(2), parts).outputs()
+    return make(first, second)
+
+
+def layer_of(tokens: Any) -> Any:
+    return product(tokens, draw(CHANNELS, CHANNELS), draw(CHANNELS))
+
+
+LEFT_ALONE: dict[str, Callable[[Any], list[Any]]] = {
+    "3×3": lambda x: [convolved(x, draw(CHANNELS, CHANNELS, 3, 3), padding=1)],
+    "stride 2": lambda x: [to_tokens(convolved(x, draw(CHANNELS, CHANNELS, 1, 1), stride=2))],
+    "padding": lambda x: [to_tokens(convolved(x, draw(CHANNELS, CHANNELS, 1, 1), padding=1))],
+    "weights that are computed": lambda x: [op.convolution(x, op.abs(drawn(32, 32, 1, 1)), [1, 1], [0, 0], [0, 0], [1, 1])],
+    "a product alone": lambda x: [layer_of(to_tokens(x))],
+    "a product of two": lambda x: [op.add(op.matmul(y := to_tokens(x), op.matmul(y, y, True, False), False, False), to_tokens(x))],
+    "a product of pixels": lambda x: [op.add(op.matmul(x, drawn(WIDTH, WIDTH), False, True), x)],
+    "a product of a matrix": lambda x: [op.add(y := reshaped(x, -1, CHANNELS), layer_of(y))],
+    "a product of what is transposed": lambda x: [op.add(to_tokens(x), op.matmul(reshaped(x, FRAMES, CHANNELS, TOKENS), drawn(32, 32), True, True))],
+    "a product with a matrix for each frame": lambda x: [op.add(to_tokens(x), op.matmul(to_tokens(x), drawn(FRAMES, 32, 32), False, True))],
+    "a product from the left": lambda x: [op.add(y := reshaped(x, FRAMES, CHANNELS, TOKENS), op.matmul(drawn(32, 32), y, False, False))],
+    "itself": lambda x: [op.add(y := layer_of(to_tokens(x)), y)],
+    "what is read, too": lambda x: [op.add(y := layer_of(to_tokens(x)), to_tokens(x)), op.relu(y)],
+    "what is read, too, without its bias": lambda x: [op.add(op.add(y := product(to_tokens(x), draw(32, 32)), drawn(32)), to_tokens(x)), y],
+    "what is added to all frames": lambda x: [op.add(layer_of(to_tokens(x)), op.relu(drawn(1, TOKENS, CHANNELS)))],
+    "a layer of one frame that is added to all": lambda x: [op.add(layer_of(op.gather(y := to_tokens(x), np.array([0]), np.int64(0))), y)],
+    "a bias of one number": lambda x: [op.add(op.add(product(to_tokens(x), draw(32, 32)), drawn(1)), to_tokens(x))],
+    "a bias for each token": lambda x: [op.add(op.add(product(to_tokens(x), draw(32, 32)), drawn(TOKENS, 1)), to_tokens(x))],
+    "a bias that is wider than the product": lambda x: [gated(op.add(product(to_tokens(x), draw(1, CHANNELS)), drawn(128)))],
+    "tanh": lambda x: [gated(halves(x), approximation="tanh")],
+    "halves of tokens": lambda x: [gated(halves(x), axis=1)],
+    "halves of no layer": lambda x: [gated(op.relu(halves(x)))],
+    "the other half": lambda x: parted(halves(x), lambda value, gate: [op.multiply(op.gelu(value, "erf"), gate)]),
+    "one half alone": lambda x: parted(halves(x), lambda value, gate: [op.multiply(gate, op.gelu(gate, "erf"))]),
+    "two of four parts": lambda x: parted(halves(x), lambda value, gate: [op.multiply(value, op.gelu(gate, "erf"))], 4),
+    "a gate without GELU": lambda x: parted(halves(x), lambda value, gate: [op.multiply(value, op.sigmoid(gate))]),
+    "a whole that is read, too": lambda x: [gated(y := halves(x)), op.relu(y)],
+    "a whole that is read, too, without its bias": lambda x: [gated(op.add(y := halves(x, has_bias=False), drawn(128))), y],
+    "a value that is read, too": lambda x: parted(halves(x), lambda value, gate: [op.multiply(value, op.gelu(gate, "erf")), op.relu(value)]),
+    "a gate that is read, too": lambda x: parted(halves(x), lambda value, gate: [op.multiply(value, op.gelu(gate, "erf")), op.relu(gate)]),
+    "a GELU that is read, too": lambda x: parted(halves(x), lambda value, gate: [op.multiply(value, y := op.gelu(gate, "erf")), y]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEFT_ALONE)
-def test_what_looks_different_is_left_alone(name: str) -> None:
-    model = build(LEFT_ALONE[name])
+def test_what_looks_different_is_left_alone(name: str, lanes: int) -> None:
+    model = make(name, LEFT_ALONE)
     before = kinds(model)
-    assert use_products(model) == 0 and kinds(model) == before
+    assert use_linear(model) == 0 and kinds(model) == before
 
 
-def test_all_of_an_exported_network_are_found(openvino_networks: Path) -> None:
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "feed-forward"])
+def test_channels_that_are_no_whole_panels_are_left_alone(layout: str, lanes: int) -> None:
+    """Nor are those of pixels that are no whole vectors, or a half of a gated layer's."""
+    sizes = [(2 * lanes, 3 * lanes), (2 * lanes, 2 * lanes + 1), (lanes + 1, 2 * lanes)]
+    for read, written in sizes if layout.startswith("pixels") else sizes[:2]:
+        of = draw(written * (2 if layout == "gated" else 1), read), None
+        given = parameter(draw(2, read, 3, 4) if layout.startswith("pixels") else draw(2, 12, read))
+        result = layer(layout, given, 3, of, of)
+        model = openvino.Model([op.add(result, op.relu(drawn(*result.get_output_shape(0))))], [given])
+        assert use_linear(model) == 0
+
+
+@pytest.mark.parametrize(("wider", "found", "apart"), [
+    (0, 8, {"Linear": 4, "MatMul": 0}),
+    (1, 6, {"Linear": 6, "MatMul": 2}),  # those to which nothing is added are products alone
+])  # fmt: skip
+def test_layers_with_much_between_them_stay_apart(
+    wider: int, found: int, apart: dict[str, int], lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_linear, "MOST_BETWEEN", 2 * lanes - wider)
+    model, inputs, expected = layers("feed-forward", (1, (3, 5), 16, 1), lanes)
+    assert use_linear(model) == found
+    assert {kind: kinds(model)[kind] for kind in apart} == apart
+    for given, wanted in zip(run(model, *inputs), expected, strict=True):
+        assert relative_error(given, wanted) < exact(16, is_gated=True)
+
+
+def test_all_of_an_exported_network_are_found(openvino_networks: Path, lanes: int) -> None:
     model = openvino.Core().read_model(openvino_networks / "unet.xml")
     blocks = kinds(model)["Gelu"]
     assert blocks == 4  # one transformer block each: of three levels' attentions and the middle
     model.reshape({name: [3, *shape[1:]] if shape[0].is_dynamic else shape
                    for name, shape in ((value.any_name, value.get_partial_shape()) for value in model.inputs)})  # fmt: skip
-    assert use_products(model) == 3 * blocks  # in, out, and the feed-forward's halves
+    # In, out, both attentions' outputs, which are added, and the feed-forward's two; temporal attention's in all but the
+    # middle; shortcuts where a residual block's channels change.
+    found = 6 * blocks + 3 + 5
+    assert use_linear(model) == found
+    assert kinds(model)["Linear"] == found - blocks  # the feed-forward's two are one
+    assert kinds(model)["Gelu"] == 0

@@ -5,19 +5,13 @@
 #pragma once
 
 #include <cstddef>
-#include <functional>
+
+#include "parallel.h"
 
 namespace posecrafter {
 
 // Of a tile of tile × tile outputs, 2 or 4: one for each pixel that it depends on.
 constexpr int winograd_products(int tile) { return (tile + 2) * (tile + 2); }
-
-// Calls task(i) for every i in 0 … count-1 on whatever threads there are, and returns when all are done.
-using Parallel = std::function<void(int count, const std::function<void(int)>& task)>;
-
-// Memory for `count` floats, in large pages where the system has them, for products stream through weights. Released by
-// std::free. nullptr: out of memory.
-float* allocate_floats(size_t count);
 
 // weight (out, in, 3, 3) → packed (products, out / panel, in, panel); `packed` is 64 bytes aligned.
 void winograd_pack(const float* weight, int in_channels, int out_channels, int tile, float* packed,
@@ -26,13 +20,14 @@ void winograd_pack(const float* weight, int in_channels, int out_channels, int t
 // One convolution. Input channels are a multiple of a vector's floats, output channels of a panel's, which are two
 // vectors. All are compact: input (frames, in, h / times, w / times), out (frames, out, h, w), bias (out). It
 // is of the input with each pixel repeated `times`, 1 or 2, in either direction, and where scale and shift (frames, in)
-// are given of SiLU(input · scale + shift).
+// are given of SiLU(input · scale + shift). A residual, as out, is added.
 struct Convolution {
     const float* input;
     const float* scale;
     const float* shift;
     const float* packed;
     const float* bias;
+    const float* residual;
     float* out;
     int frames, in_channels, out_channels, height, width, times, tile;
 };

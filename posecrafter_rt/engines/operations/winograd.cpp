@@ -3,12 +3,11 @@
 #include "winograd.h"
 
 #include <algorithm>
-#include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <new>
-#include <utility>
 
+#include "products.h"
 #include "simd.h"
 #include "transforms.h"
 
@@ -17,8 +16,6 @@
 #endif
 
 namespace posecrafter {
-
-constexpr int kPanel = 2 * kLanes;  // output channels of the innermost loop
 
 constexpr size_t kLargePage = 1 << 21;
 
@@ -58,67 +55,22 @@ void winograd_pack(const float* weight, int in_channels, int out_channels, int t
 
 namespace {
 
-constexpr int kRows = kLanes == 16 ? 14 : 6;  // tiles that the innermost loop computes at once: what registers hold
-constexpr int kTaskTiles = 96;                // of one product, that one thread multiplies at a time
+constexpr int kTaskTiles = 96;  // of one product, that one thread multiplies at a time
 // Both matrices of a chunk stay in a cache. Each chunk reads all weights, so it has some tiles: where that cache is a
 // core's own, fewer will do, and threads need not wait for each other.
 constexpr int kChunkFloats = 1 << 19, kLeastTiles = 96, kLeastOwnTiles = 24;
 
-// kCount tiles × one panel of one of the products. v: rows of in_channels; m: rows of out_channels.
-template <int kCount>
-void multiply(const float* v, const float* panel, float* m, int in_channels, int out_channels) {
-    Vector sums[kCount][2] = {};
-    for (int k = 0; k < in_channels; ++k) {
-        const Vector left = load(panel + k * kPanel), right = load(panel + k * kPanel + kLanes);
-#pragma GCC unroll 14
-        for (int r = 0; r < kCount; ++r) {
-            const float value = v[static_cast<size_t>(r) * in_channels + k];
-            sums[r][0] += value * left;
-            sums[r][1] += value * right;
-        }
-    }
-#pragma GCC unroll 14
-    for (int r = 0; r < kCount; ++r) {
-        store(m + static_cast<size_t>(r) * out_channels, sums[r][0]);
-        store(m + static_cast<size_t>(r) * out_channels + kLanes, sums[r][1]);
-    }
-}
-
-using Multiply = void (*)(const float*, const float*, float*, int, int);
-
-template <int... kCounts>
-constexpr std::array<Multiply, kRows> multiplies(std::integer_sequence<int, kCounts...>) {
-    return {multiply<kCounts + 1>...};
-}
-
-constexpr auto kMultiply = multiplies(std::make_integer_sequence<int, kRows>());  // by the number of tiles, less one
-
-// Memory of one thread that grows to what its calls need, and stays: pages that are new at every call cost as much as a
-// phase.
-class Scratch {
-public:
-    Scratch() = default;
-    Scratch(const Scratch&) = delete;
-    ~Scratch() { std::free(memory_); }
-
-    float* take(size_t count) {
-        if (count > count_) {
-            std::free(memory_);
-            memory_ = allocate_floats(count);
-            count_ = memory_ == nullptr ? 0 : count;
-            if (memory_ == nullptr) throw std::bad_alloc();
-        }
-        return memory_;
-    }
-
-private:
-    float* memory_ = nullptr;
-    size_t count_ = 0;
+// The lines of a row of patches, and which they are.
+struct Patches {
+    Scratch memory;
+    uint64_t call = 0;
+    size_t channel = 0;
+    int top = 0;
 };
 
 thread_local Scratch thread_matrices, thread_lines;  // of both tiles
-
-constexpr int ceil_div(int count, int by) { return (count + by - 1) / by; }
+thread_local Patches thread_patches;
+std::atomic<uint64_t> num_calls{0};
 
 // What all threads of one call share. A row is a row of tiles of one frame; a chunk is some rows.
 template <int kTile>
@@ -147,22 +99,15 @@ struct Plan {
     }
 };
 
-// One pixel of all planes of a vector.
-PC_INLINE Vector pixel(const float* from, size_t plane) {
-    alignas(Vector) float values[kLanes];
-    for (int c = 0; c < kLanes; ++c) values[c] = from[c * plane];
-    return load(values);
-}
-
-// The lines of a row of patches from top on of a vector's channels of one frame, zeros around, as (patch, columns,
-// lanes).
+// Lines, from `line` on, of a row of patches from top on of a vector's channels of one frame, zeros around, as (patch,
+// columns, lanes).
 template <int kTile, bool kIsNormed>
-void gather(const Plan<kTile>& plan, size_t channel, int top, float* lines) {
+void gather(const Plan<kTile>& plan, size_t channel, int top, int line, float* lines) {
     const int height = plan.call.height, times = plan.call.times, width = plan.call.width / times;
     const size_t plane = static_cast<size_t>(height / times) * width;
     Vector scale{}, shift{};
     if (kIsNormed) scale = load(plan.call.scale + channel), shift = load(plan.call.shift + channel);
-    for (int line = 0; line < plan.kPatch; ++line) {
+    for (; line < plan.kPatch; ++line) {
         float* to = lines + static_cast<size_t>(line) * plan.columns * kLanes;
         const int y = top + line;
         if (y < 0 || y >= height) {
@@ -175,12 +120,7 @@ void gather(const Plan<kTile>& plan, size_t channel, int top, float* lines) {
         for (int x = 0; x < width; x += kColumns) {
             const int count = std::min(kColumns, width - x);
             Vector v[kColumns];
-            if (count == kColumns) {
-                load_columns(from + x, plane, v);
-                transpose(v);
-            } else {
-                for (int i = 0; i < count; ++i) v[i] = pixel(from + x + i, plane);
-            }
+            read_columns(from + x, plane, count, v);
             for (int i = 0; i < count; ++i) {
                 const Vector value = kIsNormed ? silu(v[i] * scale + shift) : v[i];
                 for (int time = 0; time < times; ++time) store(to + ((x + i) * times + time) * kLanes, value);
@@ -235,23 +175,18 @@ void matrices_to_rows(const Plan<kTile>& plan, const float* m, const float* bias
 }
 
 // (tile, columns, lanes) to lines from top on of a vector's channels of one frame, without what lies beyond the
-// picture.
+// picture, plus those of the residual if there is one.
 template <int kTile>
-void scatter(const Plan<kTile>& plan, const float* lines, int top, float* planes) {
+void scatter(const Plan<kTile>& plan, const float* lines, int top, size_t channel) {
     const int height = plan.call.height, width = plan.call.width;
     const size_t plane = static_cast<size_t>(height) * width;
+    const float* residual = plan.call.residual;
     for (int line = 0; line < std::min(kTile, height - top); ++line) {
         const float* from = lines + static_cast<size_t>(line) * plan.columns * kLanes;
-        float* to = planes + static_cast<size_t>(top + line) * width;
-        int x = 0;
-        for (; x + kColumns <= width; x += kColumns) {
-            Vector v[kColumns];
-            for (int i = 0; i < kColumns; ++i) v[i] = load(from + (x + i) * kLanes);
-            transpose(v);
-            store_columns(v, to + x, plane);
-        }
-        for (; x < width; ++x)
-            for (int c = 0; c < kLanes; ++c) to[c * plane + x] = from[x * kLanes + c];
+        const size_t at = channel * plane + static_cast<size_t>(top + line) * width;
+        for (int x = 0; x < width; x += kColumns)
+            write_columns(from + x * kLanes, kLanes, Vector{}, std::min(kColumns, width - x),
+                          residual == nullptr ? nullptr : residual + at + x, plan.call.out + at + x, plane);
     }
 }
 
@@ -287,14 +222,24 @@ private:
         parallel(rows * (c.out_channels / kLanes), [&](int task) { write(m, first, task % rows, task / rows); });
     }
 
-    float* lines() const { return thread_lines.take(static_cast<size_t>(plan_.kPatch) * plan_.columns * kLanes); }
+    size_t line() const { return static_cast<size_t>(plan_.columns) * kLanes; }
+
+    // How many lines this thread has gathered for the row of patches above, which it did last if all goes in order.
+    int shared_lines(size_t channel, int top) const {
+        Patches& last = thread_patches;
+        const bool is_next = last.call == id_ && last.channel == channel && last.top + kTile == top;
+        last.call = id_, last.channel = channel, last.top = top;
+        return is_next ? plan_.kPatch - kTile : 0;
+    }
 
     void read(int first, int row, int group, float* v) const {
         const Convolution& c = plan_.call;
         const int frame = (first + row) / plan_.tiles_high, top = (first + row) % plan_.tiles_high * kTile - 1;
         const size_t channel = static_cast<size_t>(frame) * c.in_channels + group * kLanes;
-        float* patches = lines();
-        (c.scale == nullptr ? gather<kTile, false> : gather<kTile, true>)(plan_, channel, top, patches);
+        const int known = shared_lines(channel, top);
+        float* patches = thread_patches.memory.take(line() * plan_.kPatch);
+        if (known > 0) std::copy_n(patches + kTile * line(), known * line(), patches);
+        (c.scale == nullptr ? gather<kTile, false> : gather<kTile, true>)(plan_, channel, top, known, patches);
         const size_t tile = static_cast<size_t>(row) * plan_.tiles_wide;
         rows_to_matrices(plan_, patches, v + tile * c.in_channels + group * kLanes);
     }
@@ -303,16 +248,13 @@ private:
         const Convolution& c = plan_.call;
         const int begin = static_cast<int>(int64_t{tiles} * part / parts);
         const int count = static_cast<int>(int64_t{tiles} * (part + 1) / parts) - begin;
-        const int blocks = ceil_div(count, kRows), panels = c.out_channels / kPanel;
-        v += index * plan_.v_stride, m += index * plan_.m_stride;
+        const int panels = c.out_channels / kPanel;
+        v += index * plan_.v_stride + static_cast<size_t>(begin) * c.in_channels;
+        m += index * plan_.m_stride + static_cast<size_t>(begin) * c.out_channels;
         for (int panel = 0; panel < panels; ++panel) {
             const float* weights = c.packed + (static_cast<size_t>(index) * panels + panel) * c.in_channels * kPanel;
-            for (int block = 0; block < blocks; ++block) {  // of nearly equal sizes: a short one leaves lanes idle
-                const int from = begin + count * block / blocks, to = begin + count * (block + 1) / blocks;
-                kMultiply[to - from - 1](v + static_cast<size_t>(from) * c.in_channels, weights,
-                                         m + static_cast<size_t>(from) * c.out_channels + panel * kPanel, c.in_channels,
-                                         c.out_channels);
-            }
+            multiply_rows({v, static_cast<size_t>(c.in_channels)}, count, weights, c.in_channels, m + panel * kPanel,
+                          c.out_channels);
         }
     }
 
@@ -320,13 +262,14 @@ private:
         const Convolution& c = plan_.call;
         const int frame = (first + row) / plan_.tiles_high, top = (first + row) % plan_.tiles_high * kTile;
         const size_t tile = static_cast<size_t>(row) * plan_.tiles_wide;
-        float* patches = lines();
+        float* patches = thread_lines.take(line() * kTile);
         matrices_to_rows(plan_, m + tile * c.out_channels + group * kLanes, c.bias + group * kLanes, patches);
         const size_t channel = static_cast<size_t>(frame) * c.out_channels + group * kLanes;
-        scatter(plan_, patches, top, c.out + channel * c.height * c.width);
+        scatter(plan_, patches, top, channel);
     }
 
     Plan<kTile> plan_;
+    const uint64_t id_ = ++num_calls;
 };
 
 }  // namespace

@@ -1,0 +1,260 @@
+"""Operations for OpenVINO: 3×3 convolutions by Winograd's minimal filtering, and linear maps beside them.
+
+Layer 4. They are C++ (operations/), compiled once a machine against the OpenVINO that is installed and kept in the
+user's cache. Where that fails OpenVINO's own operations run: nothing but time is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from posecrafter_rt import config
+from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
+from posecrafter_rt.errors import PoseCrafterError, last_line
+from posecrafter_rt.machine import cpu_features
+
+if TYPE_CHECKING:
+    import openvino
+
+SOURCES = Path(__file__).with_name("operations")
+FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+         "-ffp-contract=fast")  # fmt: skip
+COMPILE_S = 300  # a compiler that takes longer hangs
+TOLERANCE = 1e-4  # of the largest value, where float32 comes to 1e-5
+REWRITING = 4  # counted up when networks are rewritten otherwise: they are kept under it
+
+log = logging.getLogger(__name__)
+
+
+class Vectors(NamedTuple):
+    """What the operations are compiled for."""
+
+    lanes: int  # floats: input channels come in so many, output channels in twice as many
+    needed: frozenset[str]  # of the processor
+    flags: tuple[str, ...]
+
+
+VECTORS = (
+    Vectors(16, frozenset({"avx512f"}), ("-mavx512f",)),
+    Vectors(8, frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
+)  # the widest first
+
+
+class Operations(NamedTuple):
+    """The compiled operations: how wide their vectors are, and what makes nodes of them."""
+
+    lanes: int
+    factory: Any
+
+
+class OperationsError(Exception):
+    """Why the operations cannot be had here, in one line."""
+
+
+def missing_reason() -> str | None:
+    """Why the operations cannot be had here, or None. Compiles them, which takes seconds, where that was not done yet."""
+    return _library(_vectors())[1]
+
+
+def extend(core: openvino.Core) -> str | None:
+    """Make the operations known to a core, so that models with them can be compiled and read.
+
+    Returns: what tells their build from every other, or None where there is none.
+    """
+    library, _ = _library(_vectors())
+    if library is None:
+        return None
+    core.add_extension(library)
+    return library.stem
+
+
+def operations() -> Operations | None:
+    """The operations for this processor, or None where they cannot be had."""
+    vectors = _vectors()
+    library, _ = _library(vectors)
+    return None if vectors is None or library is None else Operations(vectors.lanes, _factory(library))
+
+
+def _vectors() -> Vectors | None:
+    """The widest that this processor has."""
+    features = cpu_features()
+    return next((vectors for vectors in VECTORS if vectors.needed <= features), None)
+
+
+@cache  # for good: OpenVINO would unload the library with the last factory and core, and not ask for nodes that are left
+def _factory(library: Path) -> Any:
+    from openvino.utils.node_factory import NodeFactory
+
+    factory = NodeFactory()
+    factory.add_extension(str(library))
+    return factory
+
+
+@cache
+def _library(vectors: Vectors | None) -> tuple[Path | None, str | None]:
+    """The compiled operations, or why there are none, which is logged once."""
+    try:
+        library = _compiled(vectors)
+        _factory(library)
+        return library, None
+    except OperationsError as error:
+        log.info("convolutions and linear maps are OpenVINO's own: %s", error)
+        return None, str(error)
+
+
+def _compiled(vectors: Vectors | None) -> Path:
+    if vectors is None:
+        raise OperationsError("they are written for AVX2 and FMA, or AVX-512, which this processor lacks")
+    try:
+        import openvino
+    except ImportError as error:
+        raise OperationsError("openvino is not installed") from error
+    home = Path(openvino.__file__).parent
+    if not (home / "include" / "openvino").is_dir():
+        raise OperationsError("this OpenVINO came without its headers")
+    sources = sorted(SOURCES.glob("*.*"))
+    key = {"openvino": openvino.get_version(), "home": str(home), "flags": (*FLAGS, *vectors.flags),
+           "sources": [path.read_text(encoding="utf-8") for path in sources]}  # fmt: skip
+    folder, name = config.cache_dir() / "openvino_operations", sha256_json(key)
+    kept = next(filter(_is_sound, folder.glob(f"{name}-*.so")), None)
+    if kept is not None:
+        return kept
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as building:
+            built = Path(building) / "built.so"
+            _compile([path for path in sources if path.suffix == ".cpp"], vectors, home, built)
+            _try(built, vectors.lanes)
+            library = folder / f"{name}-{sha256_file(built)}.so"
+            with atomic_path(library) as temporary:
+                shutil.copyfile(built, temporary)
+    except (PoseCrafterError, OSError) as error:
+        raise OperationsError(f"they cannot be kept: {error}") from error
+    return library
+
+
+def _is_sound(library: Path) -> bool:
+    """Whether what was compiled earlier is as it was, which its name tells, and loads: the cache may be another system's.
+
+    To load a damaged one would end the process.
+    """
+    try:
+        reason = None if library.stem.endswith(sha256_file(library)) else "it was altered"
+        if reason is None:
+            _factory(library)
+    except (OSError, RuntimeError) as error:
+        reason = last_line(error)
+    if reason is not None:
+        log.warning("%s is compiled again: %s", library, reason)
+    return reason is None
+
+
+def _compile(sources: list[Path], vectors: Vectors, home: Path, library: Path) -> None:
+    compiler = config.compiler() or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "")
+    if not compiler:
+        raise OperationsError("no C++ compiler was found: install g++, or name one in CXX")
+    linked = [next(home.glob(f"libs/{name}.so*"), None) for name in ("libopenvino", "libtbb")]
+    if None in linked:
+        raise OperationsError("this OpenVINO came without its libraries, or without TBB")
+    command = [*shlex.split(compiler), *FLAGS, *vectors.flags, "-I", str(home / "include"), *map(str, sources), "-o", str(library),
+               *map(str, linked), f"-Wl,-rpath,{home / 'libs'}"]  # fmt: skip
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise OperationsError(f"{compiler} cannot be run: {error}") from error
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        raise OperationsError(
+            f"{compiler} refuses them: {next((line for line in lines if 'error' in line), lines[-1])}"
+        )
+
+
+def _try(library: Path, lanes: int) -> None:
+    """Raise OperationsError unless what it does with a small picture is what OpenVINO does."""
+    import openvino
+
+    pixels = np.random.default_rng(0).normal(size=(2, lanes, 9, 13)).astype(np.float32)
+    try:
+        core = openvino.Core()
+        core.add_extension(library)
+        compiled = core.compile_model(_trials(_factory(library), lanes), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        outputs = list(compiled([pixels]).values())
+    except RuntimeError as error:
+        raise OperationsError(f"OpenVINO refuses them: {last_line(error)}") from error
+    for own, tried in zip(outputs[::2], outputs[1::2], strict=True):
+        if not np.abs(own - tried).max() <= TOLERANCE * np.abs(own).max():
+            raise OperationsError("compiled here they do not give what OpenVINO's own operations do")
+
+
+def _trials(factory: Any, lanes: int) -> openvino.Model:
+    """What each operation can do with a small picture, OpenVINO's and ours in turn."""
+    import openvino
+    from openvino import opset13 as op
+
+    rng = np.random.default_rng(1)
+    pixels = op.parameter([2, lanes, 9, 13], np.float32)
+
+    def constant(*shape: int) -> Any:
+        return op.constant(rng.normal(size=shape).astype(np.float32))
+
+    outputs = [*_convolutions(factory, pixels, constant), *_linear_maps(factory, pixels, constant)]
+    return openvino.Model(outputs, [pixels])
+
+
+def _convolutions(factory: Any, pixels: Any, constant: Any) -> list[Any]:
+    """A convolution in tiles of either size, of a doubled picture, after GroupNorm and SiLU, and added to something."""
+    from openvino import opset13 as op
+
+    frames, lanes, height, width = pixels.get_output_shape(0)
+    weight, bias, scale, shift = constant(2 * lanes, lanes, 3, 3), constant(2 * lanes), constant(lanes), constant(lanes)
+
+    def by_channel(values: Any) -> Any:
+        return op.unsqueeze(values, np.array([1, 2]))
+
+    def own(of: Any) -> Any:
+        return op.add(op.convolution(of, weight, [1, 1], [1, 1], [1, 1], [1, 1]), by_channel(bias))
+
+    def ours(*more: Any, **attributes: Any) -> Any:
+        return factory.create("Winograd", [node.output(0) for node in (pixels, weight, bias, *more)], attributes)
+
+    rows, columns = (np.repeat(np.arange(side), 2) for side in (height, width))
+    doubled = op.gather(op.gather(pixels, rows, np.int64(2)), columns, np.int64(3))
+    grouped = op.reshape(pixels, np.array([frames, 4, -1]), special_zero=False)
+    normed = op.mvn(grouped, np.array([2]), True, 1e-5, "INSIDE_SQRT")
+    normed = op.reshape(normed, np.array([frames, lanes, height, width]), special_zero=False)
+    normed = op.add(op.multiply(normed, by_channel(scale)), by_channel(shift))
+    active, residual = op.multiply(normed, op.sigmoid(normed)), op.concat([pixels, pixels], 1)
+    return [own(pixels), ours(), own(pixels), ours(tile=2), own(doubled), ours(times=2),
+            own(active), ours(scale, shift, groups=4, eps=1e-5), op.add(own(pixels), residual), ours(residual)]  # fmt: skip
+
+
+def _linear_maps(factory: Any, pixels: Any, constant: Any) -> list[Any]:
+    """A map of pixels to pixels, added to something, a gated one of tokens, and another after that."""
+    from openvino import opset13 as op
+
+    frames, lanes, height, width = pixels.get_output_shape(0)
+    weight, bias, residual = constant(4 * lanes, lanes), constant(4 * lanes), op.concat([pixels] * 4, 1)
+    flat = op.reshape(pixels, np.array([frames, lanes, height * width]), special_zero=False)
+    tokens = op.transpose(flat, np.array([0, 2, 1]))
+    mapped = op.add(op.matmul(tokens, weight, False, True), bias)
+    shape = np.array([frames, 4 * lanes, height, width])
+    planes = op.reshape(op.transpose(mapped, np.array([0, 2, 1])), shape, special_zero=False)
+    value, gate = op.split(mapped, np.array(2), 2).outputs()
+    gated = op.multiply(value, op.gelu(gate, "erf"))
+    back, shift = constant(2 * lanes, 2 * lanes), constant(2 * lanes)
+
+    def ours(*inputs: Any, **attributes: Any) -> Any:
+        return factory.create("Linear", [node.output(0) for node in inputs], attributes)
+
+    return [op.add(planes, residual), ours(pixels, weight, bias, residual, height=height),
+            gated, ours(tokens, weight, bias, is_gated=True),
+            op.add(op.matmul(gated, back, False, True), shift), ours(tokens, weight, bias, back, shift, is_gated=True)]  # fmt: skip

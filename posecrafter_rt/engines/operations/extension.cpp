@@ -1,0 +1,12 @@
+// What OpenVINO finds in the library. Layer 4.
+#include <memory>
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <vector>
+
+#include "linear_operation.h"
+#include "winograd_operation.h"
+
+OPENVINO_CREATE_EXTENSIONS(
+    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<posecrafter::Winograd>>(),
+                                     std::make_shared<ov::OpExtension<posecrafter::LinearOperation>>()}));

@@ -1,0 +1,189 @@
+// Linear maps over chunks of tokens that stay in a core's cache, one panel of weights after the other. Layer 4.
+#include "linear.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "products.h"
+#include "simd.h"
+
+namespace posecrafter {
+
+void linear_pack(const float* weight, int in_channels, int out_channels, float* packed, const Parallel& parallel) {
+    parallel(out_channels / kPanel, [=](int panel) {
+        float* to = packed + static_cast<size_t>(panel) * in_channels * kPanel;
+        for (int i = 0; i < in_channels; ++i)
+            for (int o = 0; o < kPanel; ++o)
+                to[i * kPanel + o] = weight[static_cast<size_t>(panel * kPanel + o) * in_channels + i];
+    });
+}
+
+namespace {
+
+constexpr int kChunkRows = 12 * 14, kLeastRows = 4 * kRows;
+constexpr int kChunkFloats = 1 << 18;  // of a chunk's input, or of what is between two layers
+constexpr int kDepth = 512;            // of the products, so that a panel stays in the innermost cache
+// Rows so far apart that all begin in one set of the innermost cache are copied, as are those that come from planes.
+constexpr int kWayFloats = 1024;
+
+thread_local Scratch thread_rows, thread_sums, thread_between;
+
+// A chunk's tokens that lie in one frame.
+struct Run {
+    int frame, begin, count;
+};
+
+// Calls use(run, first token within the chunk) for the runs of tokens from `first` on.
+template <class Use>
+void for_runs(int size, int64_t first, int count, const Use& use) {
+    for (int done = 0; done < count;) {
+        const int frame = static_cast<int>((first + done) / size), begin = static_cast<int>((first + done) % size);
+        const Run run{frame, begin, std::min(count - done, size - begin)};
+        use(run, done);
+        done += run.count;
+    }
+}
+
+class Job {
+public:
+    Job(const Linear& call, int threads)
+        : call_(call),
+          first_(call.layer),
+          last_(call.next.packed == nullptr ? call.layer : call.next),
+          rows_(int64_t{call.frames} * call.size),
+          panels_(last_.out_channels / kPanel) {
+        const int widest = std::max(first_.in_channels, last_.in_channels);
+        const int fitting = std::min(kChunkRows, std::max(kLeastRows, kChunkFloats / widest));
+        row_parts_ = static_cast<int>((rows_ + fitting - 1) / fitting);
+        if (has_next() || row_parts_ >= threads) row_parts_ = ceil_div(row_parts_, threads) * threads;
+        row_parts_ = static_cast<int>(std::min<int64_t>(row_parts_, rows_));
+        panel_parts_ = std::min(panels_, ceil_div(threads, row_parts_));
+        copies_ = call.from_planes || first_.in_channels % kWayFloats == 0;
+    }
+
+    void run(const Parallel& parallel) const {
+        parallel(row_parts_ * panel_parts_, [&](int task) {
+            const int part = task / panel_parts_, split = task % panel_parts_;
+            const int64_t first = rows_ * part / row_parts_, last = rows_ * (part + 1) / row_parts_;
+            run_chunk(first, static_cast<int>(last - first), panels_ * split / panel_parts_,
+                      panels_ * (split + 1) / panel_parts_);
+        });
+    }
+
+private:
+    bool has_next() const { return call_.next.packed != nullptr; }
+
+    void run_chunk(int64_t first, int count, int panel, int last_panel) const {
+        const size_t channels = first_.in_channels;
+        Rows rows = copies_ ? copy(first, count) : Rows{call_.input + first * channels, channels};
+        float* sums = thread_sums.take(size_t{2} * kPanel * count);
+        if (has_next()) rows = between(rows, count, sums);
+        for (; panel < last_panel; ++panel) {
+            if (call_.is_gated && !has_next())
+                gated(rows, count, panel, sums, sums, kPanel);
+            else
+                sum(last_, rows, count, panel, sums);
+            write(sums, first, count, panel);
+        }
+    }
+
+    // What the first layer gives, which stays with the thread.
+    Rows between(Rows rows, int count, float* sums) const {
+        const size_t stride = first_.out_channels + kLanes;
+        float* to = thread_between.take(stride * count);
+        for (int panel = 0; panel * kPanel < first_.out_channels; ++panel)
+            gated(rows, count, panel, sums, to + panel * kPanel, stride);
+        return {to, stride};
+    }
+
+    Rows copy(int64_t first, int count) const {
+        const size_t channels = first_.in_channels, stride = channels + kLanes;
+        float* to = thread_rows.take(stride * count);
+        if (call_.from_planes)
+            for_runs(call_.size, first, count,
+                     [&](Run run, int done) { copy_planes(run, to + done * stride, stride); });
+        else
+            for (int i = 0; i < count; ++i)
+                std::copy_n(call_.input + (first + i) * channels, channels, to + i * stride);
+        return {to, stride};
+    }
+
+    void copy_planes(Run run, float* to, size_t stride) const {
+        const size_t plane = call_.size;
+        for (int channel = 0; channel < first_.in_channels; channel += kLanes) {
+            const float* from = call_.input + (size_t(run.frame) * first_.in_channels + channel) * plane + run.begin;
+            for (int x = 0; x < run.count; x += kColumns) {
+                const int columns = std::min(kColumns, run.count - x);
+                Vector v[kColumns];
+                read_columns(from + x, plane, columns, v);
+                for (int i = 0; i < columns; ++i) store(to + (x + i) * stride + channel, v[i]);
+            }
+        }
+    }
+
+    static void sum(const Layer& layer, Rows rows, int count, int panel, float* sums) {
+        const float* weights = layer.packed + static_cast<size_t>(panel) * layer.in_channels * kPanel;
+        for (int k = 0; k < layer.in_channels; k += kDepth) {
+            const int depth = std::min(kDepth, layer.in_channels - k);
+            (k == 0 ? multiply_rows<false> : multiply_rows<true>)({rows.first + k, rows.stride}, count,
+                                                                  weights + size_t(k) * kPanel, depth, sums, kPanel);
+        }
+    }
+
+    // A panel of the gated layer's output, its biases among it. sums: of two panels.
+    void gated(Rows rows, int count, int panel, float* sums, float* to, size_t stride) const {
+        float* gates = sums + static_cast<size_t>(kPanel) * count;
+        sum(first_, rows, count, panel, sums);
+        sum(first_, rows, count, panel + first_.out_channels / kPanel, gates);
+        const float *bias = first_.bias + panel * kPanel, *gate_bias = bias + first_.out_channels;
+        for (int lane = 0; lane < kPanel; lane += kLanes) {
+            const Vector of_value = load(bias + lane), of_gate = load(gate_bias + lane);
+            for (int i = 0; i < count; ++i) {
+                const Vector value = load(sums + i * kPanel + lane) + of_value;
+                store(to + i * stride + lane, value * gelu(load(gates + i * kPanel + lane) + of_gate));
+            }
+        }
+    }
+
+    void write(const float* sums, int64_t first, int count, int panel) const {
+        for (int lane = 0; lane < kPanel; lane += kLanes) {
+            const int channel = panel * kPanel + lane;
+            const Vector bias = call_.is_gated && !has_next() ? Vector{} : load(last_.bias + channel);
+            if (call_.to_planes)
+                for_runs(call_.size, first, count,
+                         [&](Run run, int done) { write_planes(sums + done * kPanel + lane, run, channel, bias); });
+            else
+                write_tokens(sums + lane, first, count, channel, bias);
+        }
+    }
+
+    void write_tokens(const float* sums, int64_t first, int count, int channel, Vector bias) const {
+        for (int i = 0; i < count; ++i) {
+            const size_t at = (first + i) * last_.out_channels + channel;
+            const Vector v = load(sums + i * kPanel) + bias;
+            store(call_.out + at, call_.residual == nullptr ? v : v + load(call_.residual + at));
+        }
+    }
+
+    void write_planes(const float* sums, Run run, int channel, Vector bias) const {
+        const size_t plane = call_.size, at = (size_t(run.frame) * last_.out_channels + channel) * plane + run.begin;
+        const float* residual = call_.residual == nullptr ? nullptr : call_.residual + at;
+        for (int x = 0; x < run.count; x += kColumns)
+            write_columns(sums + x * kPanel, kPanel, bias, std::min(kColumns, run.count - x),
+                          residual == nullptr ? nullptr : residual + x, call_.out + at + x, plane);
+    }
+
+    const Linear& call_;
+    const Layer &first_, &last_;
+    int64_t rows_;
+    int panels_, row_parts_, panel_parts_;
+    bool copies_;
+};
+
+}  // namespace
+
+void linear(const Linear& call, int threads, const Parallel& parallel) {
+    if (call.frames > 0 && call.size > 0) Job(call, threads).run(parallel);
+}
+
+}  // namespace posecrafter

@@ -1,0 +1,35 @@
+// Linear maps of tokens in float32 on x86-64, read from pictures whose channels come first or written to them without a
+// copy apart, gated, added to a residual. Layer 4: knows neither Python nor any library's tensors or threads.
+#pragma once
+
+#include "parallel.h"
+
+namespace posecrafter {
+
+// weight (out, in) → packed (out / panel, in, panel); `packed` is 64 bytes aligned.
+void linear_pack(const float* weight, int in_channels, int out_channels, float* packed, const Parallel& parallel);
+
+// A map from in_channels to out_channels, x · weightᵀ + bias. Of a gated one the weight's rows are a value's and then a
+// gate's, it is value · GELU(gate), and out_channels are of either. A multiple of a panel's.
+struct Layer {
+    const float* packed;
+    const float* bias;
+    int in_channels, out_channels;
+};
+
+// out = the layer's output, or that of the next one after a gated layer (without `packed`: there is none), plus the
+// residual where there is one. Input channels that come first are a multiple of a vector's floats. All are compact:
+// tokens (frames, size, channels), planes (frames, channels, size), the residual as out.
+struct Linear {
+    const float* input;
+    Layer layer, next;
+    const float* residual;
+    float* out;
+    int frames, size;
+    bool from_planes, to_planes, is_gated;
+};
+
+// threads: how many work at it at best.
+void linear(const Linear& call, int threads, const Parallel& parallel);
+
+}  // namespace posecrafter

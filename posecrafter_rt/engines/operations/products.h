@@ -1,0 +1,83 @@
+// The innermost loop of every matrix product here: some rows times one panel of weights, sums kept in registers.
+// Layer 4.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <utility>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace posecrafter {
+
+constexpr int kPanel = 2 * kLanes;            // output channels of the innermost loop
+constexpr int kRows = kLanes == 16 ? 14 : 6;  // rows that it computes at once: what registers hold
+
+// Where rows are, and how far each is from the next, in floats.
+struct Rows {
+    const float* first;
+    size_t stride;
+};
+
+// What is read next, to be fetched meanwhile: from where, and how much of it with each number of a row, in floats.
+// Panels come from memory, or a cache that all cores share, and are done with sooner than the next arrives.
+struct Ahead {
+    const float* from;
+    size_t step;
+};
+
+// kCount rows of `depth` numbers times a panel (depth, kPanel) → out, rows of kPanel; kIsMore: added to what is there.
+template <int kCount, bool kIsMore>
+void multiply(Rows rows, const float* panel, int depth, float* out, size_t out_stride, Ahead ahead) {
+    Vector sums[kCount][2] = {};
+    if (kIsMore)
+#pragma GCC unroll 14
+        for (int r = 0; r < kCount; ++r) {
+            sums[r][0] = load(out + r * out_stride);
+            sums[r][1] = load(out + r * out_stride + kLanes);
+        }
+    for (int k = 0; k < depth; ++k) {
+        __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
+        __builtin_prefetch(rows.first + kCount * rows.stride + k * kCount);  // the rows after these, where they follow
+        const Vector left = load(panel + k * kPanel), right = load(panel + k * kPanel + kLanes);
+#pragma GCC unroll 14
+        for (int r = 0; r < kCount; ++r) {
+            const float value = rows.first[r * rows.stride + k];
+            sums[r][0] += value * left;
+            sums[r][1] += value * right;
+        }
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < kCount; ++r) {
+        store(out + r * out_stride, sums[r][0]);
+        store(out + r * out_stride + kLanes, sums[r][1]);
+    }
+}
+
+using Multiply = void (*)(Rows, const float*, int, float*, size_t, Ahead);
+
+template <bool kIsMore, int... kCounts>
+constexpr std::array<Multiply, kRows> multiplies(std::integer_sequence<int, kCounts...>) {
+    return {multiply<kCounts + 1, kIsMore>...};
+}
+
+// By the number of rows, less one.
+template <bool kIsMore>
+constexpr auto kMultiply = multiplies<kIsMore>(std::make_integer_sequence<int, kRows>());
+
+// Any number of rows times one panel, which another follows. In blocks of nearly equal sizes: a short one leaves lanes
+// idle.
+template <bool kIsMore = false>
+void multiply_rows(Rows rows, int count, const float* panel, int depth, float* out, size_t out_stride) {
+    const int blocks = ceil_div(count, kRows);
+    const float* next = panel + static_cast<size_t>(depth) * kPanel;
+    const size_t step = kPanel / blocks;
+    for (int block = 0; block < blocks; ++block) {
+        const int from = count * block / blocks, to = count * (block + 1) / blocks;
+        kMultiply<kIsMore>[to - from - 1]({rows.first + from * rows.stride, rows.stride}, panel, depth,
+                                          out + from* out_stride, out_stride, {next + block * step * depth, step});
+    }
+}
+
+}  // namespace posecrafter

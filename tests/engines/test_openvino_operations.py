@@ -1,0 +1,210 @@
+"""The OpenVINO operations as a library: compiled, tried, kept, and what runs where they cannot be had."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import openvino
+import pytest
+import torch
+from openvino import opset13 as op
+from torch import Tensor
+from torch.nn import functional
+
+from posecrafter_rt.engines import openvino_operations as operations
+from posecrafter_rt.engines.openvino import OpenVinoEngine
+from posecrafter_rt.engines.openvino_linear import use_linear
+from posecrafter_rt.engines.openvino_winograd import use_winograd
+from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.export.verify import relative_error
+from posecrafter_rt.spec import NetworkSpec, TensorSpec
+from tests.engines.openvino_models import constant, draw, kinds, parameter, run
+
+EXACT = 3e-5  # of the largest output: see test_openvino_winograd.py
+PLAIN_FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in operations.FLAGS)  # compiled in half the time
+PIXELS, WEIGHTS = (2, 16, 24, 20), (draw(32, 16, 3, 3, seed=1), draw(32, 32, 1, 1, seed=2))
+
+
+def network() -> openvino.Model:
+    """A convolution of 3×3, then one of 1×1."""
+    given = parameter(draw(*PIXELS))
+    given.output(0).set_names({"latents"})
+    result = op.convolution(given, constant(WEIGHTS[0]), [1, 1], [1, 1], [1, 1], [1, 1])
+    result = op.convolution(result, constant(WEIGHTS[1]), [1, 1], [0, 0], [0, 0], [1, 1])
+    result.output(0).set_names({"pixels"})
+    return openvino.Model([result], [given])
+
+
+def reference(pixels: Tensor) -> Tensor:
+    first, second = (weight.double() for weight in WEIGHTS)
+    return functional.conv2d(functional.conv2d(pixels.double(), first, padding=1), second)
+
+
+def test_an_engine_finds_them_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, lanes: int
+) -> None:
+    openvino.save_model(network(), tmp_path / "network.xml", compress_to_fp16=False)
+    dims = [("frames", channels, "height", "width") for channels in (16, 32)]
+    spec = NetworkSpec("unet", (TensorSpec("latents", dims[0]),), (TensorSpec("pixels", dims[1]),))
+    kept, pixels, used = tmp_path / "compiled", draw(*PIXELS), {"Winograd": 1, "Linear": 1, "Convolution": 0}
+
+    def engine() -> OpenVinoEngine:
+        properties = {"INFERENCE_PRECISION_HINT": "f32"}
+        return OpenVinoEngine(spec, openvino.Core(), tmp_path / "network.xml", properties, BlobCache(kept), "0")
+
+    def run_anew() -> Tensor:
+        return engine()(latents=pixels)["pixels"].clone()
+
+    found = kinds(engine()._read((PIXELS,)))
+    assert {kind: found[kind] for kind in used} == used
+    first = run_anew()
+    assert relative_error(first, reference(pixels)) < EXACT
+    assert len(list(kept.iterdir())) == 1
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(run_anew(), first)  # read back
+    assert not caplog.records
+    assert len(list(kept.iterdir())) == 1
+
+    with monkeypatch.context() as patch:  # of a large network, which would hold its weights, nothing is kept
+        patch.setattr("posecrafter_rt.engines.openvino.LARGE_BYTES", 0)
+        shutil.rmtree(kept)
+        assert torch.equal(run_anew(), first)
+        assert not kept.exists()
+
+    assert torch.equal(run_anew(), first)
+    monkeypatch.setattr(operations, "cpu_features", set)
+    plain = run_anew()
+    assert not torch.equal(plain, first)
+    assert relative_error(plain, reference(pixels)) < EXACT
+    assert len(list(kept.iterdir())) == 2  # of its own: not confused with the other
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [
+    ("false", "false refuses them: exit status 1"),
+    ("no-such-compiler", "no-such-compiler cannot be run"),
+])  # fmt: skip
+@pytest.mark.skipif(operations._vectors() is None, reason="this processor is not asked for a compiler")
+def test_without_a_compiler_all_is_openvinos(
+    compiler: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forgotten: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    with caplog.at_level(logging.INFO):
+        assert reason in str(operations.missing_reason())
+        assert operations.operations() is operations.extend(openvino.Core()) is None
+    assert [record.levelname for record in caplog.records] == ["INFO"]  # once
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+    model, pixels = network(), draw(*PIXELS)
+    assert use_winograd(model) == use_linear(model) == 0
+    assert relative_error(run(model, pixels)[0], reference(pixels)) < EXACT
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not installed")
+def test_clang_compiles_them_as_well(
+    lanes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
+) -> None:
+    """clang reads attributes of types otherwise."""
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "clang++")
+    assert operations.missing_reason() is None  # they were tried
+
+
+def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "cpu_features", lambda: {"avx2"})
+    assert "AVX2 and FMA, or AVX-512" in str(operations.missing_reason())
+
+
+@pytest.mark.parametrize(("features", "lanes"), [
+    ({"avx2", "fma"}, 8),
+    ({"avx2", "fma", "avx512f", "avx512bw"}, 16),
+])  # fmt: skip
+def test_the_widest_vectors_are_taken(features: set[str], lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "cpu_features", lambda: features)
+    vectors = operations._vectors()
+    assert vectors is not None
+    assert vectors.lanes == lanes
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every source as it is, compiled once, by its name."""
+    vectors = operations._vectors()
+    if vectors is None or operations.missing_reason() is not None or shutil.which("g++") is None:
+        pytest.skip("the operations cannot be compiled by g++ here")
+    folder, headers = tmp_path_factory.mktemp("objects"), Path(openvino.__file__).with_name("include")
+    made = {source.name: folder / f"{source.stem}.o" for source in operations.SOURCES.glob("*.cpp")}
+    flags = [flag for flag in (*PLAIN_FLAGS, *vectors.flags) if flag != "-shared"]
+    for name, path in made.items():
+        command: list[Any] = ["g++", *flags, "-I", headers, "-c", operations.SOURCES / name, "-o", path]
+        subprocess.run(command, check=True)
+    return made
+
+
+@pytest.mark.parametrize(("compiled", "right", "wrong"), [
+    ("winograd.cpp", "1. / 24, 1. / 12", "1. / 24, 1. / 11"),  # the convolution
+    ("winograd.cpp", "1. / 2, -1. / 2", "1. / 2, -1. / 3"),  # the same in tiles of 2×2
+    ("winograd.cpp", "2.402264791e-1f", "2.5e-1f"),  # SiLU
+    ("winograd.cpp", "y / times", "y / 2"),  # the doubling, or what is not doubled
+    ("winograd.cpp", "residual + at + x", "residual + x"),  # what is added
+    ("linear.cpp", "load(last_.bias + channel)", "load(last_.bias)"),
+    ("linear.cpp", "+ of_gate)", "+ of_value)"),  # the gate's bias
+    ("linear.cpp", "0.254829592f", "0.26f"),  # GELU
+    ("linear.cpp", "call_.residual + at;", "call_.residual;"),  # what is added
+    ("linear.cpp", "(first + done) % size", "(first + done) % (size - 1)"),  # where a chunk begins
+])  # fmt: skip
+def test_what_compiles_but_is_wrong_is_not_kept(
+    compiled: str,
+    right: str,
+    wrong: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    objects: dict[str, Path],
+    forgotten: None,
+) -> None:
+    """Only that source is compiled anew, with what it includes."""
+    sources, num_found = tmp_path / "sources", 0
+    sources.mkdir()
+    for file in (*operations.SOURCES.glob("*.h"), operations.SOURCES / compiled):
+        text = file.read_text(encoding="utf-8")
+        num_found += text.count(right)
+        (sources / file.name).write_text(text.replace(right, wrong), encoding="utf-8")
+    assert num_found > 0
+    others = [str(path) for name, path in objects.items() if name != compiled]
+    monkeypatch.setattr(operations, "SOURCES", sources)
+    monkeypatch.setattr(operations, "FLAGS", PLAIN_FLAGS)
+    monkeypatch.setenv("CXX", " ".join(["g++", *others]))
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / "cache"))
+    assert "do not give" in str(operations.missing_reason())
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_what_cannot_be_loaded_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: None, forgotten: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "env LC_ALL=C g++")  # a compiler may have arguments
+    monkeypatch.setattr(operations, "FLAGS", PLAIN_FLAGS)
+    assert operations.missing_reason() is None
+    (library,) = tmp_path.rglob("*.so")
+    whole = library.read_bytes()
+    no_library = b"no library"
+    for damaged, name in ((whole[: len(whole) // 2], library.name),
+                          (no_library, f"{library.stem[:64]}-{sha256(no_library).hexdigest()}.so")):  # fmt: skip
+        for file in library.parent.iterdir():
+            file.unlink()  # it is mapped: what was written over it would change under us
+        library.with_name(name).write_bytes(damaged)
+        caplog.clear()
+        operations._library.cache_clear()
+        assert operations.missing_reason() is None
+        assert "is compiled again" in caplog.text
+        assert any(file.read_bytes() == whole for file in library.parent.iterdir())
