@@ -30,12 +30,18 @@ SWAPPED = [0, 2, 1]  # flat pictures (N, C, h·w) to tokens (N, h·w, C), and ba
 
 
 class Layer(NamedTuple):
-    """input · weightᵀ + bias, given by a node: tokens (…, n, in) or pixels (N, in, h, w), weight (out, in, …), bias (out)."""
+    """input · weightᵀ + bias: tokens (N, n, in) or pixels (N, in, h, w), weight (out, in, …), or (in, out) where it is swapped."""
 
-    given: Any
+    last: Any  # the node that gives it
     input: Any
     weight: Any
-    bias: Any
+    is_swapped: bool
+    bias: np.ndarray | None  # (out)
+
+    @property
+    def channels(self) -> int:
+        """Those of the output."""
+        return int(self.weight.get_shape()[self.is_swapped])
 
 
 def use_linear(model: openvino.Model) -> int:
@@ -43,7 +49,7 @@ def use_linear(model: openvino.Model) -> int:
     available = operations()
     if available is None:
         return 0
-    rewrites = (_convolve, _gate, _add)
+    rewrites = (_convolve, _gate, _follow_or_add)
     return sum(any(rewrite(node, available) for rewrite in rewrites) for node in model.get_ordered_ops())
 
 
@@ -53,12 +59,12 @@ def _convolve(node: Any, available: Operations) -> bool:
     if not is_pointwise or not is_float_constant(node.input_value(1)):
         return False
     channels, height = node.get_output_shape(0)[1:3]
-    given, numbers = with_bias(node, channels)
-    tokens, read_as_tokens = _tokens_of(node.input_value(0)), _read_as_tokens(given)
+    last, bias = with_bias(node, channels)
+    tokens, read_as_tokens = _tokens_of(node.input_value(0)), _read_as_tokens(last)
     if tokens is None and node.get_input_shape(0)[1] % available.lanes:
         return False
-    layer = Layer(read_as_tokens or given, tokens or node.input_value(0), node.input_value(1), _bias(numbers, channels))
-    return _replace(layer, available, height=0 if read_as_tokens else height)
+    layer = Layer(read_as_tokens or last, tokens or node.input_value(0), node.input_value(1), False, bias)
+    return _rewrite(layer, available, height=0 if read_as_tokens else height)
 
 
 def _gate(product: Any, available: Operations) -> bool:
@@ -67,44 +73,49 @@ def _gate(product: Any, available: Operations) -> bool:
         gelu, split = active.get_node(), value.get_node()
         if gelu.get_type_name() != "Gelu" or split.get_type_name() != "Split" or split.get_output_size() != 2:
             continue
-        is_exact = gelu.get_attributes()["approximation_mode"].lower() == "erf"
+        is_exact = gelu.get_attributes().get("approximation_mode", "").lower() == "erf"
         is_gate = is_same(gelu.input_value(0), split.output(1)) and is_same(value, split.output(0))
         is_gate = is_gate and all(len(part.get_target_inputs()) == 1 for part in (*split.outputs(), active))
         layer = _linear_layer(split.input_value(0).get_node())
-        if is_exact and is_gate and layer is not None and _is_along_last(split) and only_user(layer.given) is not None:
-            return _replace(layer._replace(given=product), available, is_gated=True)
+        if is_exact and is_gate and layer is not None and _is_along_last(split) and only_user(layer.last) is not None:
+            return _rewrite(layer._replace(last=product), available, is_gated=True)
     return False
 
 
-def _add(node: Any, available: Operations) -> bool:
-    """A layer whose output is added to something, or which follows a gated one: a transformer's feed-forward."""
+def _follow_or_add(node: Any, available: Operations) -> bool:
+    """A layer which follows a gated one, a transformer's feed-forward, or whose output is added to something."""
     layer, user = _linear_layer(node), only_user(node)
     if layer is None or (user is not None and user.get_type_name() == "Add" and _linear_layer(user) is not None):
         return False  # that user is the layer with its bias
     before = _gated_before(layer)
-    return bool(before or with_residual(layer.given)[1]) and _replace(layer, available, before=before)
+    return bool(before or with_residual(layer.last)[1]) and _rewrite(layer, available, before=before)
 
 
 def _gated_before(layer: Layer) -> list[Any]:
     """The inputs of the gated layer that a layer alone reads, if what is between them is not too wide."""
     gated = layer.input.get_node()
     is_gated = gated.get_type_name() == "Linear" and gated.get_attributes()["is_gated"] and gated.get_input_size() == 3
-    is_between = is_gated and only_user(gated) is not None and layer.weight.get_shape()[1] <= MOST_BETWEEN
+    is_between = is_gated and only_user(gated) is not None and layer.input.get_shape()[-1] <= MOST_BETWEEN
     return gated.input_values() if is_between else []
 
 
-def _replace(
+def _rewrite(
     layer: Layer, available: Operations, height: int = 0, is_gated: bool = False, before: list[Any] | None = None
 ) -> bool:
     """Whether the operation can be that layer, which it is then, with the gated one before and what is added to its output."""
-    panels = layer.weight.get_shape()[0] / (2 * available.lanes)
+    from openvino import opset13 as op
+
+    panels = layer.channels / (2 * available.lanes)
     is_fitting = panels % (2 if is_gated else 1) == 0
-    if not is_fitting or len(layer.given.get_output_shape(0)) != (4 if height else 3):
+    if not is_fitting or len(layer.last.get_output_shape(0)) != (4 if height else 3):
         return False
-    given, residual = with_residual(layer.given)
-    inputs = [*(before or [layer.input]), layer.weight, layer.bias, *residual]
+    weight, bias = layer.weight, np.zeros(layer.channels, np.float32) if layer.bias is None else layer.bias
+    if layer.is_swapped:
+        weight = op.constant(np.ascontiguousarray(weight.get_node().data.T)).output(0)
+    last, residual = with_residual(layer.last)
+    inputs = [*(before or [layer.input]), weight, op.constant(bias).output(0), *residual]
     made = available.factory.create("Linear", inputs, {"height": height, "is_gated": is_gated or bool(before)})
-    given.output(0).replace(made.output(0))
+    last.output(0).replace(made.output(0))
     return True
 
 
@@ -142,36 +153,18 @@ def _is_along_last(split: Any) -> bool:
     return axis.get_type_name() == "Constant" and int(axis.data) in (-1, rank - 1)
 
 
-def _linear_layer(given: Any) -> Layer | None:
+def _linear_layer(last: Any) -> Layer | None:
     """The layer of tokens (N, n, in) that a node gives with a bias or without one."""
-    product, numbers = given, None
-    for value, bias in orders(given, "Add"):
-        if value.get_node().get_type_name() == "MatMul" and is_float_constant(bias):
-            product, numbers = value.get_node(), np.asarray(bias.get_node().data)
+    product, bias = last, None
+    for value, numbers in orders(last, "Add"):
+        if value.get_node().get_type_name() == "MatMul" and is_float_constant(numbers):
+            product, bias = value.get_node(), np.asarray(numbers.get_node().data)
     if product.get_type_name() != "MatMul" or len(product.get_input_shape(0)) != 3:
         return None
-    if numbers is not None and only_user(product) is None:
-        return None
-    weight, channels = _weight(product), product.get_output_shape(0)[-1]
-    if weight is None or (numbers is not None and numbers.shape != (channels,)):
-        return None
-    return Layer(given, product.input_value(0), weight, _bias(numbers, channels))
-
-
-def _weight(product: Any) -> Any | None:
-    """A product's constant matrix as (out, in)."""
-    from openvino import opset13 as op
-
-    facts, value = product.get_attributes(), product.input_value(1)
-    is_transposed = facts["transpose_b"]
-    if _is_transpose(value.get_node(), [1, 0]):
-        value, is_transposed = value.get_node().input_value(0), not is_transposed
-    if facts["transpose_a"] or not is_float_constant(value) or len(value.get_shape()) != 2:
-        return None
-    return value if is_transposed else op.constant(np.ascontiguousarray(value.get_node().data.T)).output(0)
-
-
-def _bias(numbers: np.ndarray | None, channels: int) -> Any:
-    from openvino import opset13 as op
-
-    return op.constant(np.zeros(channels, np.float32) if numbers is None else numbers).output(0)
+    facts, weight = product.get_attributes(), product.input_value(1)
+    is_swapped = not facts["transpose_b"]
+    if _is_transpose(weight.get_node(), [1, 0]):
+        weight, is_swapped = weight.get_node().input_value(0), not is_swapped
+    is_matrix = not facts["transpose_a"] and is_float_constant(weight) and len(weight.get_shape()) == 2
+    is_bias = bias is None or (only_user(product) is not None and bias.shape == (product.get_output_shape(0)[-1],))
+    return Layer(last, product.input_value(0), weight, is_swapped, bias) if is_matrix and is_bias else None

@@ -238,23 +238,24 @@ def _convolutions(factory: Any, pixels: Any, constant: Any) -> list[Any]:
 
 
 def _linear_maps(factory: Any, pixels: Any, constant: Any) -> list[Any]:
-    """A map of pixels to pixels, added to something, a gated one of tokens, and another after that."""
+    """A map of pixels to pixels, a gated one of tokens, and another after that; the first and the last added to something."""
     from openvino import opset13 as op
 
     frames, lanes, height, width = pixels.get_output_shape(0)
-    weight, bias, residual = constant(4 * lanes, lanes), constant(4 * lanes), op.concat([pixels] * 4, 1)
+    weight, bias, residual = constant(8 * lanes, lanes), constant(8 * lanes), op.concat([pixels] * 8, 1)
     flat = op.reshape(pixels, np.array([frames, lanes, height * width]), special_zero=False)
     tokens = op.transpose(flat, np.array([0, 2, 1]))
     mapped = op.add(op.matmul(tokens, weight, False, True), bias)
-    shape = np.array([frames, 4 * lanes, height, width])
+    shape = np.array([frames, 8 * lanes, height, width])
     planes = op.reshape(op.transpose(mapped, np.array([0, 2, 1])), shape, special_zero=False)
     value, gate = op.split(mapped, np.array(2), 2).outputs()
     gated = op.multiply(value, op.gelu(gate, "erf"))
-    back, shift = constant(2 * lanes, 2 * lanes), constant(2 * lanes)
+    back, shift, added = constant(6 * lanes, 4 * lanes), constant(6 * lanes), op.concat([tokens] * 6, 2)
+    fed = op.add(op.add(op.matmul(gated, back, False, True), shift), added)
 
     def ours(*inputs: Any, **attributes: Any) -> Any:
         return factory.create("Linear", [node.output(0) for node in inputs], attributes)
 
     return [op.add(planes, residual), ours(pixels, weight, bias, residual, height=height),
             gated, ours(tokens, weight, bias, is_gated=True),
-            op.add(op.matmul(gated, back, False, True), shift), ours(tokens, weight, bias, back, shift, is_gated=True)]  # fmt: skip
+            fed, ours(tokens, weight, bias, back, shift, added, is_gated=True)]  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
-from posecrafter_rt.engines.openvino_operations import TOLERANCE, operations
+from posecrafter_rt.engines.openvino_operations import operations
 from posecrafter_rt.engines.openvino_patterns import (
     added,
     has_filter,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # four ninths, and less than twice as large. So large pictures and small weights have the former.
 LEAST_TILES = 16  # over all frames: fewer do not pay for the transformed weights
 LARGE_TILES = 16  # of 4×4, in one frame
+FOLDING_TOLERANCE = 1e-4  # of the largest weight, between one folded and one that is unfolded and folded again
 MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures
 
 
@@ -48,7 +49,8 @@ def use_winograd(model: openvino.Model) -> int:
 
 def _tile(node: Any, lanes: int) -> int | None:
     """The side of the tiles that a convolution gains most by; None: of none, or it is no such convolution."""
-    if node.get_type_name() not in ("Convolution", "ConvolutionBackpropData"):
+    is_known = node.get_type_name() in ("Convolution", "ConvolutionBackpropData")
+    if not is_known or len(node.get_output_shape(0)) != 4:
         return None
     frames, channels, height, width = node.get_output_shape(0)
     in_channels, tiles = node.get_input_shape(0)[1], {side: -(-height // side) * -(-width // side) for side in (2, 4)}
@@ -76,7 +78,7 @@ def _is_doubling(node: Any) -> bool:
         return False
     weight = np.asarray(node.input_value(1).get_node().data)
     again = fold_doubling(torch.from_numpy(_unfolded(weight))).numpy()
-    return bool(np.abs(again - weight).max() <= TOLERANCE * np.abs(weight).max())
+    return bool(np.abs(again - weight).max() <= FOLDING_TOLERANCE * np.abs(weight).max())
 
 
 def _unfolded(weight: np.ndarray) -> np.ndarray:
@@ -102,7 +104,7 @@ def _rewrite(convolution: Any, tile: int, factory: Any) -> None:
     bias = op.constant(np.zeros(channels, np.float32) if numbers is None else numbers).output(0)
     replaced, bias = _with_computed_bias(replaced, bias)
     replaced, residual = with_residual(replaced)
-    pixels, norms = convolution.input_value(0), []
+    pixels, norms = convolution.input_value(0), list[np.ndarray]()
     before = _silu_of_norm(pixels)
     if before is not None:
         norm, *norms = before

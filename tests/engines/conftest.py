@@ -11,6 +11,7 @@ import pytest
 from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.engines.inductor import InductorBackend
 from posecrafter_rt.engines.openvino import OpenVinoBackend
+from posecrafter_rt.machine import cpu_features
 from posecrafter_rt.models.loading import PoseModel, load_base
 from posecrafter_rt.spec import network_specs
 
@@ -60,7 +61,7 @@ def operation() -> None:
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The operations with vectors of so many floats; skips where they cannot be had."""
     vectors: operations.Vectors = request.param
-    if not vectors.needed <= operations.cpu_features():
+    if not vectors.needed <= cpu_features():
         pytest.skip(f"this processor lacks {' or '.join(sorted(vectors.needed))}")
     monkeypatch.setattr(operations, "cpu_features", lambda: vectors.needed)
     request.getfixturevalue("operation")

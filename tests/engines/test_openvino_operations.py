@@ -101,7 +101,7 @@ def test_without_a_compiler_all_is_openvinos(
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.INFO):
         assert reason in str(operations.missing_reason())
-        assert operations.operations() is operations.extend(openvino.Core()) is None
+        assert operations.operations() is None and operations.extend(openvino.Core()) is None
     assert [record.levelname for record in caplog.records] == ["INFO"]  # once
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
     model, pixels = network(), draw(*PIXELS)
@@ -159,7 +159,9 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("linear.cpp", "load(last_.bias + channel)", "load(last_.bias)"),
     ("linear.cpp", "+ of_gate)", "+ of_value)"),  # the gate's bias
     ("linear.cpp", "0.254829592f", "0.26f"),  # GELU
-    ("linear.cpp", "call_.residual + at;", "call_.residual;"),  # what is added
+    ("linear.cpp", "call_.residual + at;", "call_.residual;"),  # what is added to pixels
+    ("linear.cpp", "call_.residual + at)", "call_.residual)"),  # the same of tokens
+    ("linear.cpp", "to + panel * kPanel, stride", "to, stride"),  # what is between two layers
     ("linear.cpp", "(first + done) % size", "(first + done) % (size - 1)"),  # where a chunk begins
 ])  # fmt: skip
 def test_what_compiles_but_is_wrong_is_not_kept(

@@ -113,7 +113,7 @@ def test_nothing_of_one_call_is_left_in_the_next(tile: int, lanes: int) -> None:
     assert winograd.use_winograd(model) == 1
     alone, again = [run(model, pixels, num_threads=1)[0] for pixels in given], compiled(model, INFERENCE_NUM_THREADS=2)
     for _ in range(300):
-        assert all(torch.equal(infer(again, pixels)[0], expected) for pixels, expected in zip(given, alone, strict=True))
+        assert all(map(torch.equal, [infer(again, pixels)[0] for pixels in given], alone))
 
 
 @pytest.mark.parametrize(("weight", "size", "stride"), [
@@ -164,7 +164,8 @@ def silu_of_norm(pixels: Any, groups: int, norm: tuple[Tensor, Tensor]) -> Any:
 
 
 def silu_of_norm_reference(pixels: Tensor, groups: int, norm: tuple[Tensor, Tensor]) -> Tensor:
-    return functional.silu(functional.group_norm(pixels.double(), groups, *(values.double() for values in norm)))
+    weight, bias = norm
+    return functional.silu(functional.group_norm(pixels.double(), groups, weight.double(), bias.double()))
 
 
 def norm_silu_convolution(pixels: Tensor, groups: int, norm: tuple[Tensor, Tensor], weight: Tensor) -> openvino.Model:
@@ -268,12 +269,12 @@ def test_another_addition_stays(name: str, lanes: int) -> None:
 
 
 def test_of_two_convolutions_that_are_added_one_takes_the_other(lanes: int) -> None:
-    pixels, weights = draw(2, 32, 16, 16), [draw(32, 32, 3, 3, seed=seed) for seed in (1, 2)]
+    pixels, first, second = draw(2, 32, 16, 16), draw(32, 32, 3, 3, seed=1), draw(32, 32, 3, 3, seed=2)
     given = parameter(pixels)
-    model = openvino.Model([op.add(*(convolved(given, weight) for weight in weights))], [given])
+    model = openvino.Model([op.add(convolved(given, first), convolved(given, second))], [given])
     assert winograd.use_winograd(model) == 2
     assert set(kinds(model)) == REPLACED
-    assert relative_error(run(model, pixels)[0], sum(reference(pixels, weight) for weight in weights)) < EXACT
+    assert relative_error(run(model, pixels)[0], reference(pixels, first) + reference(pixels, second)) < EXACT
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 9), (1, 32)])
@@ -283,7 +284,8 @@ def test_a_folded_doubling_is_unfolded(size: tuple[int, int], is_added: bool, ti
     convolution, pixels = nn.Conv2d(48, 32, 3, padding=1), draw(3, 48, *size)
     other = draw(3, 32, *(2 * side for side in size), seed=1)
     with torch.no_grad():
-        model = doubling(pixels, *fold_doubled(convolution).state_dict().values(), other if is_added else None)
+        weight, bias = fold_doubled(convolution).state_dict().values()
+        model = doubling(pixels, weight, bias, other if is_added else None)
     assert winograd.use_winograd(model) == 1
     assert set(kinds(model)) == REPLACED
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""A host build of the kernels' header, fuzzed under the address and undefined-behaviour sanitizers.
+"""C++ fuzzed under the address and undefined-behaviour sanitizers: a host build of the kernels' header, and `openvino`'s operations.
 
-Tests of csrc/affine_warp_paste.h and .cpp through fuzz_affine.cpp.
+Tests of csrc/affine_warp_paste.h and .cpp through fuzz_affine.cpp, of engines/operations/ through fuzz_operations.cpp.
 """
 
 from __future__ import annotations
@@ -11,22 +11,40 @@ from pathlib import Path
 
 import pytest
 
+from posecrafter_rt.engines.openvino_operations import SOURCES, VECTORS, Vectors
+from posecrafter_rt.machine import cpu_features
+
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
 SECONDS = "1.5"
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
-@pytest.mark.parametrize("macro", ["-UPOSECRAFTER_PORTABLE", "-DPOSECRAFTER_PORTABLE"])
-def test_fuzz(tmp_path: Path, macro: str) -> None:
-    program = tmp_path / "fuzz_affine"
-    sources = [ROOT / "tests/native/fuzz_affine.cpp", ROOT / "csrc/affine_warp_paste.cpp"]
-    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-fopenmp", SANITIZERS, "-fno-sanitize-recover=all", macro]
-    command = ["g++", *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", program]
-    built = subprocess.run(command, capture_output=True, text=True)
+def fuzz(program: Path, flags: list[str], include: Path, sources: list[Path]) -> None:
+    """Build a program that takes seconds and a seed, and run it."""
+    options = ["-std=c++17", "-O1", "-g", SANITIZERS, "-fno-sanitize-recover=all", *flags, f"-I{include}"]
+    built = subprocess.run(["g++", *options, *sources, "-o", program], capture_output=True, text=True)
     if "cannot find -lasan" in built.stderr or "cannot find -lubsan" in built.stderr:
         pytest.skip("g++ has no sanitizer libraries")
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([program, SECONDS, "2405"], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.endswith(" rounds\n")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+@pytest.mark.parametrize("macro", ["-UPOSECRAFTER_PORTABLE", "-DPOSECRAFTER_PORTABLE"])
+def test_affine(tmp_path: Path, macro: str) -> None:
+    sources = [ROOT / "tests/native/fuzz_affine.cpp", ROOT / "csrc/affine_warp_paste.cpp"]
+    fuzz(tmp_path / "fuzz_affine", ["-ffp-contract=off", "-fopenmp", macro], ROOT / "csrc", sources)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+@pytest.mark.parametrize("vectors", VECTORS, ids=lambda vectors: f"{vectors.lanes}-lanes")
+def test_operations(tmp_path: Path, vectors: Vectors) -> None:
+    if not vectors.needed <= cpu_features():
+        pytest.skip(f"this processor lacks {' or '.join(sorted(vectors.needed))}")
+    sources = [
+        ROOT / "tests/native/fuzz_operations.cpp",
+        *(SOURCES / f"{name}.cpp" for name in ("linear", "winograd", "memory")),
+    ]
+    fuzz(tmp_path / "fuzz_operations", ["-pthread", *vectors.flags], SOURCES, sources)

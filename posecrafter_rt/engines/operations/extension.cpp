@@ -8,5 +8,5 @@
 #include "winograd_operation.h"
 
 OPENVINO_CREATE_EXTENSIONS(
-    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<posecrafter::Winograd>>(),
+    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<posecrafter::WinogradOperation>>(),
                                      std::make_shared<ov::OpExtension<posecrafter::LinearOperation>>()}));

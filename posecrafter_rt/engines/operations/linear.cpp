@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "memory.h"
 #include "products.h"
 #include "simd.h"
 

@@ -9,8 +9,8 @@ namespace posecrafter {
 // weight (out, in) → packed (out / panel, in, panel); `packed` is 64 bytes aligned.
 void linear_pack(const float* weight, int in_channels, int out_channels, float* packed, const Parallel& parallel);
 
-// A map from in_channels to out_channels, x · weightᵀ + bias. Of a gated one the weight's rows are a value's and then a
-// gate's, it is value · GELU(gate), and out_channels are of either. A multiple of a panel's.
+// A map from in_channels to out_channels, x · weightᵀ + bias. The weight of a gated one has 2 · out_channels rows, a
+// value's and then a gate's; it is value · GELU(gate). out_channels are a multiple of a panel's.
 struct Layer {
     const float* packed;
     const float* bias;

@@ -13,6 +13,7 @@
 
 #include "linear.h"
 #include "operation.h"
+#include "products.h"
 
 namespace posecrafter {
 
@@ -33,6 +34,7 @@ public:
         const size_t channels = rows / (is_gated_ && !is_double ? 2 : 1);
         ov::Shape out{input[0], tokens, channels};
         if (height_ > 0) out = {input[0], channels, static_cast<size_t>(height_), tokens / height_};
+        check(out);
         set_output_type(0, get_input_element_type(0), out);
     }
 
@@ -59,7 +61,7 @@ public:
         call.input = inputs[0].data<float>();
         call.layer = layer(packed_.get(), inputs[1], inputs[2], is_gated_);
         if (is_double) call.next = layer(next_.get(), inputs[3], inputs[4], false);
-        call.residual = inputs.size() % 2 == 0 ? inputs.back().data<float>() : nullptr;
+        call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
         call.out = outputs[0].data<float>();
         call.frames = static_cast<int>(input[0]), call.size = static_cast<int>(num_tokens(input));
         call.from_planes = input.size() == 4, call.to_planes = height_ > 0, call.is_gated = is_gated_;
@@ -68,13 +70,31 @@ public:
     }
 
 private:
+    void check(const ov::Shape& out) const {
+        const size_t inputs = get_input_size(), in = get_input_shape(0)[get_input_shape(0).size() == 4 ? 1 : 2];
+        OPENVINO_ASSERT(inputs >= 3 && inputs <= 6 && (is_gated_ || !has_next(inputs)), "layers that do not fit");
+        check_layer(1, in, is_gated_ ? 2 : 1);
+        if (has_next(inputs)) check_layer(3, get_input_shape(1)[0] / 2, 1);
+        OPENVINO_ASSERT(get_input_shape(0).size() == 3 || in % kLanes == 0, "planes come in whole vectors");
+        OPENVINO_ASSERT(ov::shape_size(out) * in == ov::shape_size(get_input_shape(0)) * out[height_ > 0 ? 1 : 2],
+                        "a height that does not fit");
+        OPENVINO_ASSERT(!has_residual(inputs) || get_input_shape(inputs - 1) == out, "a residual of another shape");
+    }
+
+    void check_layer(size_t index, size_t in, size_t parts) const {
+        const ov::Shape& weight = get_input_shape(index);
+        OPENVINO_ASSERT(ov::shape_size(weight) == weight[0] * in && weight[0] % (parts * kPanel) == 0,
+                        "weights that do not fit");
+        OPENVINO_ASSERT(ov::shape_size(get_input_shape(index + 1)) == weight[0], "a bias that does not fit");
+    }
+
     static size_t num_tokens(const ov::Shape& input) { return input.size() == 4 ? input[2] * input[3] : input[1]; }
 
     static bool has_next(size_t num_inputs) { return num_inputs >= 5; }
 
     static std::shared_ptr<float> pack(const ov::Tensor& weight) {
         const size_t out = weight.get_shape()[0], in = weight.get_size() / out;
-        return packed_weights(weight.data<float>(), in, out, 1, 0, in * out, [&](float* to) {
+        return packed_weights(weight, in, 0, in * out, [&](float* to) {
             linear_pack(weight.data<float>(), static_cast<int>(in), static_cast<int>(out), to, parallel);
         });
     }

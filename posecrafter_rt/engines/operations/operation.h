@@ -8,13 +8,15 @@
 #include <cstddef>
 #include <cstdlib>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <openvino/core/except.hpp>
+#include <openvino/runtime/tensor.hpp>
 #include <string_view>
 #include <tuple>
 
+#include "memory.h"
 #include "parallel.h"
 
 namespace posecrafter {
@@ -30,21 +32,24 @@ inline int num_threads() { return tbb::this_task_arena::max_concurrency(); }
 // What tells packed weights from others: a hash of their bytes, input and output channels, and how they are packed.
 using WeightsKey = std::tuple<size_t, size_t, size_t, int>;
 
-// A layer's weights as pack(to) writes them, `count` floats: one copy for all input shapes, while one of them is used.
-template <class Pack>
-std::shared_ptr<float> packed_weights(const float* weight, size_t in, size_t out, size_t taps, int kind, size_t count,
-                                      const Pack& pack) {
+// A layer's weights (out, in, taps) as pack(to) writes them, `count` floats: one copy for all input shapes, while one
+// of them is used.
+inline std::shared_ptr<float> packed_weights(const ov::Tensor& weight, size_t in, int kind, size_t count,
+                                             const std::function<void(float*)>& pack) {
     static std::mutex mutex;
     static std::map<WeightsKey, std::weak_ptr<float>> known;
-    const std::string_view bytes(reinterpret_cast<const char*>(weight), in * out * taps * sizeof(float));
-    const WeightsKey key{std::hash<std::string_view>()(bytes), in, out, kind};
+    const std::string_view bytes(static_cast<const char*>(weight.data()), weight.get_byte_size());
+    const WeightsKey key{std::hash<std::string_view>()(bytes), in, weight.get_shape()[0], kind};
     const std::lock_guard<std::mutex> lock(mutex);
     if (std::shared_ptr<float> found = known[key].lock()) return found;
+    for (auto it = known.begin(); it != known.end();) it = it->second.expired() ? known.erase(it) : std::next(it);
     const std::shared_ptr<float> packed(allocate_floats(count), std::free);
-    OPENVINO_ASSERT(packed != nullptr, "out of memory: packed weights");
     pack(packed.get());
     known[key] = packed;
     return packed;
 }
+
+// The input that is added to the output: inputs are otherwise one and pairs of a weight and a bias.
+inline bool has_residual(size_t num_inputs) { return num_inputs % 2 == 0; }
 
 }  // namespace posecrafter

@@ -72,7 +72,7 @@ template <bool kIsMore = false>
 void multiply_rows(Rows rows, int count, const float* panel, int depth, float* out, size_t out_stride) {
     const int blocks = ceil_div(count, kRows);
     const float* next = panel + static_cast<size_t>(depth) * kPanel;
-    const size_t step = kPanel / blocks;
+    const size_t step = ceil_div(kPanel, blocks);
     for (int block = 0; block < blocks; ++block) {
         const int from = count * block / blocks, to = count * (block + 1) / blocks;
         kMultiply<kIsMore>[to - from - 1]({rows.first + from * rows.stride, rows.stride}, panel, depth,

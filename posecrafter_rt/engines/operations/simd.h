@@ -1,11 +1,11 @@
 // Vectors as wide as the instructions that this is compiled for, sixteen floats or eight: what their operators do not
-// do, a transposition, SiLU. Layer 4.
+// do, columns of planes, transposed, and the functions SiLU and GELU. Layer 4.
 #pragma once
 
 #include <cstddef>
 
 #if !defined(__AVX512F__) && !(defined(__AVX2__) && defined(__FMA__))
-#error "there is neither AVX-512 nor AVX2 with FMA: openvino_winograd.py compiles this for what the processor has"
+#error "there is neither AVX-512 nor AVX2 with FMA: openvino_operations.py compiles this for what the processor has"
 #endif
 
 #include <immintrin.h>

@@ -5,29 +5,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 
+#include "memory.h"
 #include "products.h"
 #include "simd.h"
 #include "transforms.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace posecrafter {
-
-constexpr size_t kLargePage = 1 << 21;
-
-float* allocate_floats(size_t count) {
-    const size_t page = count * sizeof(float) < kLargePage ? 64 : kLargePage;
-    const size_t bytes = (count * sizeof(float) + page - 1) / page * page;
-    void* memory = std::aligned_alloc(page, bytes);
-#ifdef MADV_HUGEPAGE
-    if (memory != nullptr && page == kLargePage) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
-    return static_cast<float*>(memory);
-}
 
 void winograd_pack(const float* weight, int in_channels, int out_channels, int tile, float* packed,
                    const Parallel& parallel) {
@@ -56,8 +40,8 @@ void winograd_pack(const float* weight, int in_channels, int out_channels, int t
 namespace {
 
 constexpr int kTaskTiles = 96;  // of one product, that one thread multiplies at a time
-// Both matrices of a chunk stay in a cache. Each chunk reads all weights, so it has some tiles: where that cache is a
-// core's own, fewer will do, and threads need not wait for each other.
+// Both matrices of a chunk stay in a cache, unless one row of tiles fills it. Each chunk reads all weights, so it has
+// some tiles: where that cache is a core's own, fewer will do, and threads need not wait for each other.
 constexpr int kChunkFloats = 1 << 19, kLeastTiles = 96, kLeastOwnTiles = 24;
 
 // The lines of a row of patches, and which they are.
@@ -75,7 +59,7 @@ std::atomic<uint64_t> num_calls{0};
 // What all threads of one call share. A row is a row of tiles of one frame; a chunk is some rows.
 template <int kTile>
 struct Plan {
-    static constexpr int kPatch = kTile + 2, kProducts = kPatch * kPatch;
+    static constexpr int kPatch = kTile + 2, kProducts = winograd_products(kTile);
 
     const Convolution& call;
     int tiles_wide, tiles_high, rows, chunk_rows;

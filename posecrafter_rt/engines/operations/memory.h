@@ -1,0 +1,37 @@
+// Memory that the operations take. Layer 4.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <utility>
+
+namespace posecrafter {
+
+// Memory for `count` floats, in large pages where the system has them, for products stream through weights. Released by
+// std::free. Throws std::bad_alloc.
+float* allocate_floats(size_t count);
+
+// Memory of one thread that grows to what its calls need, and stays: pages that are new at every call cost as much as a
+// phase.
+class Scratch {
+public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { std::free(memory_); }
+
+    float* take(size_t count) {
+        if (count > count_) {
+            std::free(std::exchange(memory_, nullptr));
+            count_ = 0;
+            memory_ = allocate_floats(count);
+            count_ = count;
+        }
+        return memory_;
+    }
+
+private:
+    float* memory_ = nullptr;
+    size_t count_ = 0;
+};
+
+}  // namespace posecrafter
