@@ -75,48 +75,44 @@ class FreeOpenVino:
         OpenVinoBackend().build(model, arch, folder, "fp32", lambda stage: None)
 
     def load(self, folder: Path, arch: Architecture) -> dict[str, Network]:
-        """The denoisers, compiled."""
+        """The denoisers, ready to be called."""
         core, specs = openvino.Core(), network_specs(arch)
-        properties = {**STATIC, "CPU_RUNTIME_CACHE_CAPACITY": 0}
 
         def network(name: str) -> Network:
-            compiled = core.compile_model(core.read_model(folder / f"{name}.xml"), "CPU", properties)
+            compiled_for = self._compiler(core, folder / f"{name}.xml")
 
             def call(**inputs: Tensor) -> dict[str, Tensor]:
-                results = compiled({key: tensor.numpy() for key, tensor in inputs.items()})
+                results = compiled_for(inputs)({key: tensor.numpy() for key, tensor in inputs.items()})
                 return {out.name: torch.from_numpy(np.array(results[out.name])) for out in specs[name].outputs}
 
             return call
 
         return {name: network(name) for name in DENOISERS}
 
+    def _compiler(self, core: openvino.Core, path: Path) -> Callable[[Mapping[str, Tensor]], Any]:
+        compiled = core.compile_model(core.read_model(path), "CPU", {**STATIC, "CPU_RUNTIME_CACHE_CAPACITY": 0})
+        return lambda inputs: compiled
 
-class EightBitOpenVino:
-    """OpenVINO in float32 with the weights of products in 8 bits, each row by its own scale; weights alone, no activations."""
 
-    def build(self, model: PoseModel, arch: Architecture, folder: Path) -> None:
-        """As the backend does."""
-        OpenVinoBackend().build(model, arch, folder, "fp32", lambda stage: None)
+class EightBitOpenVino(FreeOpenVino):
+    """OpenVINO in float32 with the weights of products in 8 bits, each row by its own scale; weights alone, no activations.
 
-    def load(self, folder: Path, arch: Architecture) -> dict[str, Network]:
-        """The denoisers, compiled for each shape at its first call."""
-        core, specs = openvino.Core(), network_specs(arch)
-        return {name: self._network(core, folder / f"{name}.xml", specs[name]) for name in DENOISERS}
+    Compiled for each shape at its first call.
+    """
 
-    def _network(self, core: openvino.Core, path: Path, spec: NetworkSpec) -> Network:
+    def _compiler(self, core: openvino.Core, path: Path) -> Callable[[Mapping[str, Tensor]], Any]:
         compiled: dict[tuple[torch.Size, ...], Any] = {}
 
-        def call(**inputs: Tensor) -> dict[str, Tensor]:
+        def compiled_for(inputs: Mapping[str, Tensor]) -> Any:
             key = tuple(tensor.shape for tensor in inputs.values())
             if key not in compiled:
                 model = core.read_model(path)
                 model.reshape({name: list(tensor.shape) for name, tensor in inputs.items()})
                 quantise_products(model)
                 compiled[key] = core.compile_model(model, "CPU", STATIC)
-            results = compiled[key]({name: tensor.numpy() for name, tensor in inputs.items()})
-            return {out.name: torch.from_numpy(np.array(results[out.name])) for out in spec.outputs}
+            return compiled[key]
 
-        return call
+        return compiled_for
 
 
 def quantise_products(model: openvino.Model) -> int:
@@ -131,7 +127,7 @@ def quantise_products(model: openvino.Model) -> int:
     return len(constants)
 
 
-ENGINES: Mapping[str, OnnxRuntime | FreeOpenVino | EightBitOpenVino] = {
+ENGINES: Mapping[str, OnnxRuntime | FreeOpenVino] = {
     "openvino fp32, int8 weights": EightBitOpenVino(),
     "openvino fp32, free shapes": FreeOpenVino(),
     "onnxruntime fp32": OnnxRuntime(is_static=True),

@@ -13,6 +13,7 @@ import numpy as np
 
 from posecrafter_rt.engines.openvino_operations import Operations, operations
 from posecrafter_rt.engines.openvino_patterns import (
+    bias_constant,
     has_filter,
     is_float_constant,
     is_same,
@@ -109,11 +110,11 @@ def _rewrite(
     is_fitting = panels % (2 if is_gated else 1) == 0
     if not is_fitting or len(layer.last.get_output_shape(0)) != (4 if height else 3):
         return False
-    weight, bias = layer.weight, np.zeros(layer.channels, np.float32) if layer.bias is None else layer.bias
+    weight, bias = layer.weight, bias_constant(layer.bias, layer.channels)
     if layer.is_swapped:
         weight = op.constant(np.ascontiguousarray(weight.get_node().data.T)).output(0)
     last, residual = with_residual(layer.last)
-    inputs = [*(before or [layer.input]), weight, op.constant(bias).output(0), *residual]
+    inputs = [*(before or [layer.input]), weight, bias, *residual]
     made = available.factory.create("Linear", inputs, {"height": height, "is_gated": is_gated or bool(before)})
     last.output(0).replace(made.output(0))
     return True

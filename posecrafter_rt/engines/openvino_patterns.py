@@ -48,20 +48,34 @@ def added(node: Any, channels: int) -> np.ndarray | None:
                  if (found := of_channels(value, channels)) is not None), None)  # fmt: skip
 
 
+def addition(node: Any) -> tuple[Any, Any] | None:
+    """The addition that alone reads what a node gives, and what it adds to that, if it is something else."""
+    user = only_user(node)
+    for own, other in [] if user is None else orders(user, "Add"):
+        if is_same(own, node.output(0)) and not is_same(other, own):
+            return user, other
+    return None
+
+
 def with_bias(node: Any, channels: int) -> tuple[Any, np.ndarray | None]:
     """The node that gives what a node gives plus its bias, and that bias; the node itself and None where it has none."""
-    user = only_user(node)
-    bias = None if user is None else added(user, channels)
-    return (node, None) if bias is None else (user, bias)
+    found = addition(node)
+    bias = None if found is None else of_channels(found[1], channels)
+    return (node, None) if found is None or bias is None else (found[0], bias)
 
 
 def with_residual(node: Any) -> tuple[Any, list[Any]]:
     """The node that adds something as large to what a node gives, and what it adds; the node itself and nothing elsewhere."""
-    user, shape = only_user(node), list(node.get_output_shape(0))
-    for own, other in [] if user is None else orders(user, "Add"):
-        if is_same(own, node.output(0)) and not is_same(other, own) and list(other.get_shape()) == shape:
-            return user, [other]
-    return node, []
+    found = addition(node)
+    is_as_large = found is not None and list(found[1].get_shape()) == list(node.get_output_shape(0))
+    return (found[0], [found[1]]) if found is not None and is_as_large else (node, [])
+
+
+def bias_constant(bias: np.ndarray | None, channels: int) -> Any:
+    """A bias as an output, zeros where there is none."""
+    from openvino import opset13 as op
+
+    return op.constant(np.zeros(channels, np.float32) if bias is None else bias).output(0)
 
 
 def is_float_constant(value: Any) -> bool:

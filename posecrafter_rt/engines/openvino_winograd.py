@@ -15,10 +15,11 @@ from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
 from posecrafter_rt.engines.openvino_operations import operations
 from posecrafter_rt.engines.openvino_patterns import (
     added,
+    addition,
+    bias_constant,
     has_filter,
     is_same,
     of_channels,
-    only_user,
     orders,
     with_bias,
     with_residual,
@@ -101,8 +102,7 @@ def _rewrite(convolution: Any, tile: int, factory: Any) -> None:
         weight = op.constant(_unfolded(np.asarray(weight.get_node().data))).output(0)
         attributes["times"] = 2
     replaced, numbers = with_bias(convolution, channels)
-    bias = op.constant(np.zeros(channels, np.float32) if numbers is None else numbers).output(0)
-    replaced, bias = _with_computed_bias(replaced, bias)
+    replaced, bias = _with_computed_bias(replaced, bias_constant(numbers, channels))
     replaced, residual = with_residual(replaced)
     pixels, norms = convolution.input_value(0), list[np.ndarray]()
     before = _silu_of_norm(pixels)
@@ -117,14 +117,15 @@ def _with_computed_bias(node: Any, bias: Any) -> tuple[Any, Any]:
     """The node that adds a number for each channel of all frames, such as a timestep's, and that with the bias."""
     from openvino import opset13 as op
 
-    user, channels = only_user(node), node.get_output_shape(0)[1]
-    if user is None or user.get_output_shape(0) != node.get_output_shape(0):
+    found, shape = addition(node), list(node.get_output_shape(0))
+    if (
+        found is None
+        or list(found[0].get_output_shape(0)) != shape
+        or list(found[1].get_shape()) != [1, shape[1], 1, 1]
+    ):
         return node, bias
-    for own, other in orders(user, "Add"):
-        if is_same(own, node.output(0)) and list(other.get_shape()) == [1, channels, 1, 1]:
-            flat = op.reshape(other, np.array([channels]), special_zero=False)
-            return user, op.add(flat, bias).output(0)
-    return node, bias
+    user, numbers = found
+    return user, op.add(op.reshape(numbers, np.array([shape[1]]), special_zero=False), bias).output(0)
 
 
 def _silu_of_norm(value: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] | None:

@@ -31,6 +31,15 @@ def reshaped(value: Any, *shape: int) -> Any:
     return op.reshape(value, np.array(shape), special_zero=False)
 
 
+def convolved(
+    pixels: Any, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int | None = None
+) -> Any:
+    """A convolution, its bias as ONNX brings it. padding: None keeps the size, at stride 1."""
+    pads = [weight.shape[-1] // 2 if padding is None else padding] * 2
+    result = op.convolution(pixels, constant(weight), [stride] * 2, pads, pads, [1, 1])
+    return result if bias is None else op.add(result, reshaped(constant(bias), 1, len(bias), 1, 1))
+
+
 def whole(channels: int, of: int) -> int:
     """So many channels, or as many more as whole vectors or panels have."""
     return -(-channels // of) * of

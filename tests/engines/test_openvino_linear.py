@@ -22,7 +22,18 @@ from torch.nn import functional
 from posecrafter_rt.engines import openvino_linear
 from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.export.verify import relative_error
-from tests.engines.openvino_models import compiled, constant, draw, infer, kinds, parameter, reshaped, run, whole
+from tests.engines.openvino_models import (
+    compiled,
+    constant,
+    convolved,
+    draw,
+    infer,
+    kinds,
+    parameter,
+    reshaped,
+    run,
+    whole,
+)
 
 ROUNDING = 2.0**-24  # of one float32
 REPLACED = {"Parameter", "Constant", "Linear", "Result"}  # all that is left
@@ -45,12 +56,6 @@ def to_tokens(pixels: Any, order: tuple[int, ...] = (0, 2, 1)) -> Any:
 def to_pixels(tokens: Any, height: int) -> Any:
     frames, size, channels = tokens.get_output_shape(0)
     return reshaped(op.transpose(tokens, np.array([0, 2, 1])), frames, channels, height, size // height)
-
-
-def convolved(pixels: Any, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Any:
-    """A convolution, its bias as ONNX brings it."""
-    result = op.convolution(pixels, constant(weight), [stride] * 2, [padding] * 2, [padding] * 2, [1, 1])
-    return result if bias is None else op.add(result, reshaped(constant(bias), 1, len(bias), 1, 1))
 
 
 def product(tokens: Any, weight: Tensor, bias: Tensor | None = None, is_stored_transposed: bool = False) -> Any:
@@ -250,7 +255,7 @@ def test_what_surrounds_it_otherwise_stays(name: str, lanes: int) -> None:
 
 
 LEFT_ALONE: Graphs = {
-    "3×3": lambda x, t: [convolved(x, draw(32, 32, 3, 3), padding=1)],
+    "3×3": lambda x, t: [convolved(x, draw(32, 32, 3, 3))],
     "stride 2": lambda x, t: [to_tokens(convolved(x, draw(32, 32, 1, 1), stride=2))],
     "padding": lambda x, t: [to_tokens(convolved(x, draw(32, 32, 1, 1), padding=1))],
     "weights that are computed": lambda x, t: [op.convolution(x, computed(32, 32, 1, 1), [1, 1], [0, 0], [0, 0], [1, 1])],

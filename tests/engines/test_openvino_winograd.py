@@ -17,7 +17,18 @@ from torch.nn import functional
 from posecrafter_rt.engines import openvino_winograd as winograd
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.folding import fold_doubled
-from tests.engines.openvino_models import compiled, constant, draw, infer, kinds, parameter, reshaped, run, whole
+from tests.engines.openvino_models import (
+    compiled,
+    constant,
+    convolved,
+    draw,
+    infer,
+    kinds,
+    parameter,
+    reshaped,
+    run,
+    whole,
+)
 
 EXACT = 3e-5  # of the largest output, at most 512 channels: float32, and transforms that multiply by up to 8
 REPLACED = {"Parameter", "Constant", "Winograd", "Result"}  # all that is left
@@ -37,17 +48,10 @@ def tiles(model: openvino.Model) -> list[int]:
     return [node.get_attributes()["tile"] for node in model.get_ordered_ops() if node.get_type_name() == "Winograd"]
 
 
-def convolved(pixels: Any, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Any:
-    """A convolution, its bias as ONNX brings it."""
-    padding = [weight.shape[-1] // 2] * 2
-    result = op.convolution(pixels, constant(weight), [stride] * 2, padding, padding, [1, 1])
-    return result if bias is None else op.add(result, reshaped(constant(bias), 1, len(bias), 1, 1))
-
-
 def convolution(pixels: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> openvino.Model:
-    """A model of one."""
+    """A model of one convolution."""
     given = parameter(pixels)
-    return openvino.Model([convolved(given, weight, bias, stride)], [given])
+    return openvino.Model([convolved(given, weight, bias, stride=stride)], [given])
 
 
 def reference(pixels: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

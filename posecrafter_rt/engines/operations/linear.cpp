@@ -50,7 +50,7 @@ public:
     Job(const Linear& call, int threads)
         : call_(call),
           first_(call.layer),
-          last_(call.next.packed == nullptr ? call.layer : call.next),
+          last_(has_next() ? call.next : call.layer),
           rows_(int64_t{call.frames} * call.size),
           panels_(last_.out_channels / kPanel) {
         const int widest = std::max(first_.in_channels, last_.in_channels);
@@ -73,6 +73,7 @@ public:
 
 private:
     bool has_next() const { return call_.next.packed != nullptr; }
+    bool ends_gated() const { return call_.is_gated && !has_next(); }
 
     void run_chunk(int64_t first, int count, int panel, int last_panel) const {
         const size_t channels = first_.in_channels;
@@ -80,7 +81,7 @@ private:
         float* sums = thread_sums.take(size_t{2} * kPanel * count);
         if (has_next()) rows = between(rows, count, sums);
         for (; panel < last_panel; ++panel) {
-            if (call_.is_gated && !has_next())
+            if (ends_gated())
                 gated(rows, count, panel, sums, sums, kPanel);
             else
                 sum(last_, rows, count, panel, sums);
@@ -149,7 +150,7 @@ private:
     void write(const float* sums, int64_t first, int count, int panel) const {
         for (int lane = 0; lane < kPanel; lane += kLanes) {
             const int channel = panel * kPanel + lane;
-            const Vector bias = call_.is_gated && !has_next() ? Vector{} : load(last_.bias + channel);
+            const Vector bias = ends_gated() ? Vector{} : load(last_.bias + channel);
             if (call_.to_planes)
                 for_runs(call_.size, first, count,
                          [&](Run run, int done) { write_planes(sums + done * kPanel + lane, run, channel, bias); });

@@ -74,9 +74,11 @@ void multiply_rows(Rows rows, int count, const float* panel, int depth, float* o
     const float* next = panel + static_cast<size_t>(depth) * kPanel;
     const size_t step = ceil_div(kPanel, blocks);
     for (int block = 0; block < blocks; ++block) {
-        const int from = count * block / blocks, to = count * (block + 1) / blocks;
-        kMultiply<kIsMore>[to - from - 1]({rows.first + from * rows.stride, rows.stride}, panel, depth,
-                                          out + from* out_stride, out_stride, {next + block * step * depth, step});
+        const int begin = count * block / blocks, end = count * (block + 1) / blocks;
+        const Rows own{rows.first + begin * rows.stride, rows.stride};
+        float* own_out = out + begin * out_stride;
+        const Ahead ahead{next + block * step * depth, step};
+        kMultiply<kIsMore>[end - begin - 1](own, panel, depth, own_out, out_stride, ahead);
     }
 }
 
