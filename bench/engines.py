@@ -26,7 +26,7 @@ from bench.report import add_output_arguments, name_by_device, picture_size, pub
 from bench.runs import wait_for_gpu
 from bench.timing import machine, time_call
 from bench.untrained import write_random_base
-from posecrafter_rt.engines import PRECISIONS, get_backend, names
+from posecrafter_rt.engines import ONLY_OF, PRECISIONS, get_backend, names
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.machine import peak_rss_bytes, watched_peak
 from posecrafter_rt.models.loading import PoseModel, load_base
@@ -49,11 +49,19 @@ class Job:
     folder: Path
 
 
-def candidates() -> dict[str, str | None]:
-    """Every engine's name, and why it cannot run here."""
-    backends = {f"{name} {precision}": get_backend(name).unsupported_reason(precision)
-                for name in reversed(names()) for precision in PRECISIONS}  # fmt: skip
-    return {**backends, **dict.fromkeys(ENGINES)}
+def candidates() -> list[str]:
+    """Every engine's name."""
+    backends = [f"{name} {precision}" for name in reversed(names()) for precision in PRECISIONS
+                if ONLY_OF.get(precision, name) == name]  # fmt: skip
+    return [*backends, *ENGINES]
+
+
+def unsupported_reason(name: str) -> str | None:
+    """Why an engine cannot run here, or None; of int8 only after operations are compiled."""
+    if name in ENGINES:
+        return None
+    backend, precision = name.split()
+    return get_backend(backend).unsupported_reason(precision)  # type: ignore[arg-type]
 
 
 def build(job: Job) -> Row:
@@ -192,13 +200,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=picture_size, default=(128, 160), help="HEIGHTxWIDTH in pixels")
     parser.add_argument("--frames", type=int, nargs="+")
     parser.add_argument(
-        "--engines", nargs="+", choices=list(candidates()), metavar="NAME", help=f"else all; {REFERENCE} always"
+        "--engines", nargs="+", choices=candidates(), metavar="NAME", help=f"else all; {REFERENCE} always"
     )
     parser.add_argument("--rounds", type=int, default=2)
     add_output_arguments(parser, f"half a second for each engine instead of four, one round, {' and '.join(QUICK)}")
     options = parser.parse_args(arguments)
     options.frames = options.frames or ([1, 4] if options.quick else [1, 4, 16])
-    options.engines = options.engines or list(QUICK if options.quick else candidates())
+    options.engines = options.engines or (list(QUICK) if options.quick else candidates())
     return options
 
 
@@ -207,7 +215,7 @@ def main() -> None:
     options = parse()
     budget_s, rounds = (0.5, 1) if options.quick else (4.0, options.rounds)
     wanted = {REFERENCE, *options.engines}
-    reasons = {name: reason for name, reason in candidates().items() if name in wanted}
+    reasons = {name: unsupported_reason(name) for name in candidates() if name in wanted}
     with tempfile.TemporaryDirectory(prefix="engines-") as temporary:
         folder = Path(temporary)
         base = str(write_random_base(folder / "base")) if options.base == "random-sd15" else options.base

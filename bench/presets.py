@@ -26,6 +26,7 @@ from bench.runs import forget_inversions, moving_person
 from bench.throughput import add_engine_arguments, find_engine, setup_of
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.engines.base import TORCH_DTYPES
 from posecrafter_rt.engines.folder import read_manifest
 from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.models.small_decoder import new_small_decoder
@@ -111,7 +112,8 @@ def find_peak(precision: str) -> Row:
     """FLOPs a second that are 100 %: measured, or by the specification where that fails; None for an unknown card."""
     measured = in_own_process(measure_peak, precision)
     if "error" not in measured:
-        return {"peak_flops_per_s": measured["flops_per_s"], "peak_of": "a large matrix product in the engine's type"}
+        kind = "the engine's type" if precision in TORCH_DTYPES else "float32"
+        return {"peak_flops_per_s": measured["flops_per_s"], "peak_of": f"a large matrix product in {kind}"}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = None if precision == "fp32" else tensor_peak(name)
     return {"peak_flops_per_s": peak, "peak_of": f"the card's specification (not measured: {measured['error']})"}

@@ -31,7 +31,7 @@ from bench.timing import machine
 from bench.untrained import untrained_checkpoint, write_random_base
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
-from posecrafter_rt.engines import choose_backend, choose_precision
+from posecrafter_rt.engines import ONLY_OF, choose_backend, choose_precision
 from posecrafter_rt.engines.base import TORCH_DTYPES
 from posecrafter_rt.engines.device import torch_device
 from posecrafter_rt.errors import BackendUnavailable
@@ -81,7 +81,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
     parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
     parser.add_argument("--backend", default="auto", help="auto of a --quick run: torch")
-    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--precision", default="auto", help="as `build-engine` takes it")
     parser.add_argument("--work", type=Path, help="keep what is built here for the next run")
 
 
@@ -91,7 +91,7 @@ def find_engine(options: argparse.Namespace, folder: Path) -> Path:
         engine: Path = options.engine
         return engine
     checkpoint, backend = find_checkpoint(options, folder), options.backend
-    if options.quick and backend == "auto":
+    if options.quick and backend == "auto" and options.precision not in ONLY_OF:
         backend = "torch"  # a second, where building what `auto` takes may be most of a quick run
     engine = folder / f"{checkpoint.stem}-{backend}-{options.precision}.engine"
     built = in_own_process(build, checkpoint, engine, backend, options.precision)
@@ -303,7 +303,8 @@ def markdown(document: Row) -> str:
               f"(steps: {setup['warm_up_steps']}). exact: this runtime, its inversion cache empty. published, plain: see",
               "`bench/plain.py`. PSNR is to the first row's frames. Peak memory is the process's, weights and libraries",
               "included. FLOPs are the ledger's, convolutions as if done directly, which `openvino` does not in fp32; peak is that",
-              "of a large matrix product in the same type. At fp16 `exact` keeps its VAE in float32, the others do not."]  # fmt: skip
+              "of a large matrix product in the same type, of int8 in float32. At fp16 `exact` keeps its VAE in float32, the",
+              "others do not."]  # fmt: skip
     if on_gpu:
         lines += ["Peak GPU memory is the most that torch had allocated at once; by it the contenders are compared, but for those",
                   "that run on the processor, and TensorRT, whose plans and weights it does not count."]  # fmt: skip

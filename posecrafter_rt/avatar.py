@@ -278,8 +278,8 @@ class Avatar:
         """Clean latents (F, 4, h, w) of the next segment, joined to the one before, and its report.
 
         Where memory runs out it is computed in smaller parts, which is exact to rounding; where that is not enough it becomes
-        a shorter one, which is not. Where 16 bits do not hold its numbers it is done once more in float32. All of that holds
-        for what follows, too.
+        a shorter one, which is not. Where 16 or 8 bits do not hold its numbers it is done once more in float32. All of that
+        holds for what follows, too.
         Raises: OutOfMemory when there is no shorter one; PoseCrafterError when there is no wider type.
         """
         adjustments: list[Adjustment] = []
@@ -353,9 +353,9 @@ class Avatar:
         """The clip's frame of this number, (H, W, 3) uint8, of latents (1, 4, h, w).
 
         It takes as much memory in every segment. Where that is not to be had, networks that hold some for the segment's
-        length let go of it, the frame is decoded once more, and the segments that are left become shorter. Where 16 bits do
-        not hold its numbers, it and all that follows is done in float32. What was sampled ahead is dropped before either, and a
-        frame that memory did not hold beside it is tried without it before anything is adjusted.
+        length let go of it, the frame is decoded once more, and the segments that are left become shorter. Where 16 or
+        8 bits do not hold its numbers, it and all that follows is done in float32. What was sampled ahead is dropped before
+        either, and a frame that memory did not hold beside it is tried without it before anything is adjusted.
         """
         networks, has_run_out = self.networks, False
         while True:

@@ -32,7 +32,7 @@ from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import Adjustment
 from posecrafter_rt.spec import FEED_FORWARD_TOKENS, NETWORK_NAMES, SHALLOW_STREAM, STREAM_NETWORKS, Architecture
 
-WIDER: Precision = "fp32"  # what networks run in once 16 bits do not hold their numbers
+WIDER: Precision = "fp32"  # what networks run in once 16 or 8 bits do not hold their numbers
 # Of a block, one frame of 64 × 64: what fewer of them take is little beside what is not done in parts.
 LEAST_TOKENS = 1 << 12
 # What a processor's engines hold of their weights, over the files: OpenVINO orders them anew, and convolutions' transformed

@@ -22,6 +22,7 @@ from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engine_training import write_training
 from posecrafter_rt.engines import (
     LAST_RESORT,
+    ONLY_OF,
     Backend,
     Precision,
     choose_backend,
@@ -62,7 +63,8 @@ BuildProgress = Callable[[str, float | None], None]
 class BuildOptions:
     """Options of a build.
 
-    backend: `auto` or a name of `engines.names()`; precision: `auto`, `fp32`, `bf16` or `fp16`.
+    backend: `auto` or a name of `engines.names()`; precision: `auto`, `fp32`, `bf16`, `fp16`, or `int8`,
+        which `openvino` alone has.
     size: (height, width) in pixels of what is rendered; None: that of tuning. base: where the base lies, if it moved.
     refit: an engine folder of another checkpoint of the same base, whose networks are taken over and whose weights are
         replaced where they differ; `auto` then means its backend and its precision.
@@ -193,7 +195,7 @@ def _build(
 ) -> BuildResult:
     """`build_engine` by one backend."""
     source = open_folder(options.refit) if options.refit is not None else None
-    is_auto = options.backend == "auto" and source is None
+    is_auto = options.backend == "auto" and options.precision not in ONLY_OF and source is None
     backend, precision, why = _choose(options, source, failures.why)
     tuned = Checkpoint.load(checkpoint)
     loras = [read_lora(lora) for lora in options.loras]

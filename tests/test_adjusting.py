@@ -19,9 +19,11 @@ from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.engines import Engine
 from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.torch import TorchEngine
 from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
+from posecrafter_rt.machine import cpu_has_vnni
 from posecrafter_rt.rendering import render_to_files
 from posecrafter_rt.runtime.cache import InversionCache, inversion_key
 from posecrafter_rt.runtime.options import RenderOptions
@@ -277,11 +279,14 @@ def test_a_backend_that_has_code_for_one_type_only_says_how_to_build_for_the_wid
     assert caught.value.hint and caught.value.hint.endswith(rebuild)
 
 
+@pytest.mark.parametrize("narrow", [
+    "bf16", pytest.param("int8", marks=pytest.mark.skipif(not cpu_has_vnni(), reason="this processor has no VNNI")),
+])  # fmt: skip
 def test_openvino_compiles_the_same_networks_for_float32(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, narrow: str
 ) -> None:
-    """On any processor: what is compiled for bfloat16 gives NaN here, as an overflow would. The IR holds float32, so what
-    comes out are the bytes of an engine built for that.
+    """bfloat16 on any processor: what is loaded for it, or for 8 bits, gives NaN here, as an overflow would. The IR holds
+    float32, so what comes out are the bytes of an engine built for that.
     """
     pytest.importorskip("openvino")
     from posecrafter_rt.engines import openvino
@@ -289,23 +294,30 @@ def test_openvino_compiles_the_same_networks_for_float32(
     monkeypatch.setattr(openvino, "cpu_has_bf16", lambda: True)
     overflowing(tiny_base, 1.0).save(tmp_path / "tuned.ckpt")
     folder = build_engine(tmp_path / "tuned.ckpt", tmp_path / "fp32.engine", BuildOptions("openvino", "fp32")).folder
-    shutil.copytree(
-        folder.path, tmp_path / "bf16.engine"
-    )  # the networks of the two differ when they are compiled, not before
-    write_manifest(tmp_path / "bf16.engine", {**folder.manifest, "precision": "bf16"})
-    original = openvino.OpenVinoEngine.__call__
+    # The networks of the two differ when they are compiled, not before.
+    shutil.copytree(folder.path, tmp_path / f"{narrow}.engine")
+    write_manifest(tmp_path / f"{narrow}.engine", {**folder.manifest, "precision": narrow})
+    load, call, overflowing_ones = openvino.OpenVinoBackend.load, openvino.OpenVinoEngine.__call__, list[Engine]()
+
+    def loads(backend: Any, networks: Path, arch: Any, precision: str, *arguments: Any) -> dict[str, Engine]:
+        engines = load(backend, networks, arch, precision, *arguments)
+        overflowing_ones.extend([engines["unet"]] if precision == narrow else [])
+        return engines
 
     def overflows(engine: Any, **inputs: Tensor) -> dict[str, Tensor]:
-        outputs = original(engine, **inputs)
-        is_narrow = engine.spec.name == "unet" and engine._properties["INFERENCE_PRECISION_HINT"] == "bf16"
+        outputs = call(engine, **inputs)
+        is_narrow = any(engine is one for one in overflowing_ones)
         return {name: tensor * float("nan") for name, tensor in outputs.items()} if is_narrow else outputs
 
+    monkeypatch.setattr(openvino.OpenVinoBackend, "load", loads)
     monkeypatch.setattr(openvino.OpenVinoEngine, "__call__", overflows)
     renders = []
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", narrow):
         with Avatar.load(tmp_path / f"{precision}.engine") as avatar:
             renders.append(avatar.render(POSES[:3], **CHANGES))
-            assert len(report_of(avatar)["adjustments"]) == (precision == "bf16")
+            adjustments = report_of(avatar)["adjustments"]
+            assert [adjustment["reason"] for adjustment in adjustments] == (
+                [f"the inversion was not finite in {narrow}"] if precision == narrow else [])  # fmt: skip
     assert np.array_equal(*renders)
 
 

@@ -12,6 +12,7 @@ import torch
 from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar_networks import Networks
 from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.engines import Precision
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import SegmentReport
@@ -42,9 +43,11 @@ def test_one_precision_at_a_time_and_float32_is_that_of_the_stored_weights(netwo
     assert networks.precision is None and not networks.engines
 
 
-def test_a_render_that_has_come_to_float32_stays_there(networks: Networks) -> None:
-    adjustment = networks.widening("the inversion", 3, "fp16")
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_a_render_that_has_come_to_float32_stays_there(networks: Networks, precision: Precision) -> None:
+    adjustment = networks.widening("the inversion", 3, precision)
     assert adjustment["frame"] == 3 and adjustment["precision"] == "fp32"
+    assert adjustment["reason"] == f"the inversion was not finite in {precision}"
     assert networks.needed(SegmentReport(), SegmentReport(adjustments=[adjustment])) == ("fp32", None)
     shortened = {"frame": 4, "segment": 2, "overlap": 0, "reason": "memory ran out"}
     assert networks.needed(SegmentReport(adjustments=[shortened])) == ("fp16", None)

@@ -92,6 +92,21 @@ def test_auto_passes_over_what_fails_and_says_so(
     assert not (tmp_path / "f").exists()
 
 
+def test_what_one_backend_alone_has_fails_with_it(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from posecrafter_rt.engines.openvino import OpenVinoBackend
+
+    def fails(*arguments: object) -> None:
+        raise AttributeError("no such method")
+
+    monkeypatch.setattr(OpenVinoBackend, "unsupported_reason", lambda self, precision: None)
+    monkeypatch.setattr(OpenVinoBackend, "build", fails)
+    with pytest.raises(AttributeError, match="no such method"):
+        build_engine(tiny_checkpoint, tmp_path / "e", BuildOptions(precision="int8"))
+    assert "passed over" not in caplog.text and not (tmp_path / "e").exists()
+
+
 def test_what_auto_passed_over_is_not_tried_again_until_something_changes(
     tiny_checkpoint: Path,
     tmp_path: Path,

@@ -330,11 +330,12 @@ def test_learning_rate_is_constant_or_falls_to_a_tenth() -> None:
     assert learning_rate_at(100, 100, decay=True) == pytest.approx(0.1)
 
 
-def test_resolve_precision() -> None:
+@pytest.mark.parametrize("unknown", ["fp8", "int8"])  # int8: an engine's alone
+def test_resolve_precision(unknown: str) -> None:
     assert resolve_precision("cpu", "fp32") == ("cpu", "fp32")
     assert resolve_precision("cpu", "auto")[1] in ("fp32", "bf16")
-    with pytest.raises(PoseCrafterError, match="fp8"):
-        resolve_precision("cpu", "fp8")
+    with pytest.raises(PoseCrafterError, match=unknown):
+        resolve_precision("cpu", unknown)
 
 
 def test_load_clip_moves_poses_with_frames_and_takes_the_window(clip, tmp_path: Path) -> None:

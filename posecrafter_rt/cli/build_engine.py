@@ -27,7 +27,7 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     backend: Annotated[
         str, typer.Option(help="auto (the fastest that runs here), tensorrt, openvino, torch or inductor.")
     ] = "auto",
-    precision: Annotated[str, typer.Option(help="auto (what is fast here), fp32, bf16 or fp16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto (what is fast here), fp32, bf16, fp16 or int8.")] = "auto",
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture size; else that of tuning.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base lies, if it moved since tuning.")] = None,
     refit: Annotated[

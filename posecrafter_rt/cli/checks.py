@@ -60,7 +60,7 @@ SAME_MODULE = {
     "onnxruntime": ("onnxruntime-gpu",),
 }
 REINSTALL = "in the checkout: pip install -e ."
-ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
+ISA_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 MIN_FREE_BYTES = 2_000_000_000
 
 

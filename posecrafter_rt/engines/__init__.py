@@ -35,13 +35,16 @@ SAMPLED_AHEAD = ("tensorrt",)
 IN_PARTS = ("torch",)
 # Which on a processor divide sums among torch's threads: another number of those rounds otherwise.
 ROUNDED_BY_THREADS = ("torch", "inductor")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+# Precisions that one backend alone has: it is the one that `auto` tries.
+ONLY_OF = {"int8": "openvino"}
 
 __all__ = [
     "IN_PARTS",
     "LAST_RESORT",
     "LOADED_WIDER",
     "MAX_FRAMES",
+    "ONLY_OF",
     "PRECISIONS",
     "ROUNDED_BY_THREADS",
     "SAMPLED_AHEAD",
@@ -84,7 +87,7 @@ def usual_max_frames(backend: str, size: tuple[int, int]) -> int | None:
 
 
 def choose_precision(precision: str, backend: str = "auto") -> Precision:
-    """`auto`: fp16 on a GPU; on a processor bf16 where it gains by that, else fp32. backend: auto or a name."""
+    """`auto`: fp16 on a GPU; on a processor bf16 where it gains by that, else fp32; never int8. backend: auto or a name."""
     if precision == "auto":
         if torch_device().type == "cuda" and backend not in ON_CPU:
             return "fp16"
@@ -94,8 +97,10 @@ def choose_precision(precision: str, backend: str = "auto") -> Precision:
     return precision  # type: ignore[return-value]
 
 
-def _candidates() -> list[str]:
+def _candidates(precision: Precision) -> list[str]:
     """Backends in the order that `auto` tries them: on a GPU those that use it first."""
+    if precision in ONLY_OF:
+        return [ONLY_OF[precision]]
     on_gpu = torch_device().type == "cuda"
     return sorted(names(), key=lambda name: on_gpu and name in ON_CPU)
 
@@ -106,11 +111,11 @@ def choose_backend(name: str, precision: Precision, failed: Mapping[str, str] = 
     Raises: BackendUnavailable when an explicitly named one cannot run here; the message says why.
     """
     refused: list[str] = []
-    for candidate in _candidates() if name == "auto" else [name]:
+    for candidate in _candidates(precision) if name == "auto" else [name]:
         backend = get_backend(candidate)
         reason = failed.get(candidate) or backend.unsupported_reason(precision)
         if reason is None:
-            why = "as asked" if name != "auto" else "; ".join(refused) or "the fastest that runs here"
-            return backend, why
+            first = f"the only one that has {precision}" if precision in ONLY_OF else "the fastest that runs here"
+            return backend, "as asked" if name != "auto" else "; ".join(refused) or first
         refused.append(f"{candidate}: {reason}")
     raise BackendUnavailable(f"backend {refused[0]}", "posecrafter-rt doctor says what can run here")

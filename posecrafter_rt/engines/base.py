@@ -19,7 +19,9 @@ from posecrafter_rt.spec import Architecture, NetworkSpec
 if TYPE_CHECKING:
     from posecrafter_rt.models.loading import PoseModel
 
-Precision = Literal["fp32", "bf16", "fp16"]
+# int8: products in 8 bits; what goes into them, what comes out and all else is float32.
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+# Of those that are a type of tensors, which int8 is not.
 TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # They run once a prompt or schedule, and a timestep near 1000 in 16 bits loses the phase of its sinusoids altogether.
 FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
@@ -34,6 +36,11 @@ def inner_precision(name: str, precision: Precision) -> Precision:
     """What a network runs in inside an engine of a precision, where float16 is to be kept from what leaves its range."""
     in_full = name in FULL_PRECISION or (precision == "fp16" and name in BEYOND_FP16)
     return "fp32" if in_full else precision
+
+
+def untyped_reason(precision: Precision) -> str | None:
+    """Why a backend that gives weights and activations one type cannot run in a precision, or None."""
+    return None if precision in TORCH_DTYPES else f"it has no {precision}; use fp32, bf16 or fp16"
 
 
 class Engine(Protocol):

@@ -30,6 +30,7 @@ from posecrafter_rt.engines.base import (
     fitting_weights,
     inner_precision,
     to_boundary,
+    untyped_reason,
 )
 from posecrafter_rt.engines.device import describe_compiled_device, torch_device
 from posecrafter_rt.engines.folder import rebuild_networks_hint
@@ -112,10 +113,10 @@ class InductorBackend:
     def unsupported_reason(self, precision: Precision) -> str | None:
         """Why AOTInductor cannot run here; a missing compiler is told of by `build`, since loading needs none."""
         if not torch.cuda.is_available():
-            return "it has no fp16 on a CPU; use fp32 or bf16" if precision == "fp16" else None
+            return None if precision in ("fp32", "bf16") else f"it has no {precision} on a CPU; use fp32 or bf16"
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install triton"
-        return None
+        return untyped_reason(precision)
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
         """How many networks are to be compiled."""

@@ -14,7 +14,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ from torch import Tensor
 from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progress, checked_inputs, fitting_weights
 from posecrafter_rt.engines.folder import rebuild_networks_hint
+from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
-from posecrafter_rt.engines.openvino_operations import REWRITING, extend, missing_reason
-from posecrafter_rt.engines.openvino_winograd import use_winograd
+from posecrafter_rt.engines.openvino_operations import REWRITING, extend, missing_bytes_reason, missing_reason
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError, last_line
 from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from posecrafter_rt.models.loading import PoseModel
 
-HINTS = {"fp32": "f32", "bf16": "bf16"}
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # int8: of what is not in 8 bits
 KEPT_SHAPES = 4  # compiled models a network, each with its own activations and its own order of the weights
 LARGE_BYTES = 1 << 28  # of weights: of a network with so many, others are kept only where memory has room for
 NEEDED_FOLD = 3  # the weights, in its file and in the order of the compiled model, and activations
@@ -50,6 +50,13 @@ log = logging.getLogger(__name__)
 Shapes = tuple[tuple[int, ...], ...]
 
 
+class NetworkFile(NamedTuple):
+    """A network as IR, beside its weights, and what tells both from others."""
+
+    path: Path
+    digest: list[str]
+
+
 class OpenVinoEngine:
     """One network; each new input shape is compiled once, statically, and kept.
 
@@ -58,14 +65,14 @@ class OpenVinoEngine:
     """
 
     def __init__(
-        self, spec: NetworkSpec, core: openvino.Core, path: Path, properties: dict[str, Any], cache: BlobCache,
-        digest: str,
+        self, spec: NetworkSpec, core: openvino.Core, file: NetworkFile, properties: dict[str, Any], cache: BlobCache,
+        in_bytes: bool = False,
     ) -> None:  # fmt: skip
         self.spec, self.device = spec, torch.device("cpu")
-        self._core, self._path = core, path
-        self._cache, self._digest = cache, digest
+        self._core, self._path, self._digest = core, file.path, file.digest
+        self._cache, self._in_bytes = cache, in_bytes
         self._requests: OrderedDict[Shapes, Any] = OrderedDict()
-        self._weight_bytes = path.with_suffix(".bin").stat().st_size
+        self._weight_bytes = self._path.with_suffix(".bin").stat().st_size
         self._swapped: dict[str, np.ndarray] = {}
         is_full = properties["INFERENCE_PRECISION_HINT"] == HINTS["fp32"]
         # A fifth of the decoder's time in float32; nothing in the denoisers, whose pictures are small. bf16: not measured.
@@ -108,7 +115,7 @@ class OpenVinoEngine:
         if self._swapped or (self._weight_bytes > LARGE_BYTES and not self._is_apart):
             return self._core.compile_model(self._read(shapes), "CPU", self._properties)
         key = {"network": self._digest, "shapes": shapes, "properties": self._properties,
-               "by_channel": self._is_by_channel, "operations": self._operations, "rewriting": REWRITING,
+               "by_channel": self._is_by_channel, "operations": self._operations, "in_bytes": self._in_bytes, "rewriting": REWRITING,
                **_runtime(self._core)}  # fmt: skip
         blob = self._cache.load(key)
         if blob is not None:
@@ -127,8 +134,8 @@ class OpenVinoEngine:
         if shapes is not None:
             model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
             if self._operations is not None:
-                use_winograd(model)
-                use_linear(model)
+                use_convolutions(model, self._in_bytes)
+                use_linear(model, self._in_bytes)
             if self._is_by_channel:
                 normalise_by_channel(model)  # those that no convolution took
         return model
@@ -194,6 +201,8 @@ class OpenVinoBackend:
             return f"it has no {precision} on a CPU; use fp32 or bf16"
         if precision == "bf16" and not cpu_has_bf16():
             return "this processor has no bf16; use fp32"
+        if precision == "int8":
+            return missing_bytes_reason()  # the first time it compiles them, for seconds
         return None
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
@@ -273,9 +282,9 @@ class OpenVinoBackend:
         core, compiled = openvino.Core(), BlobCache(cache, KEPT_BYTES)
 
         def engine(spec: NetworkSpec) -> OpenVinoEngine:
-            properties = self._properties("fp32" if spec.name in FULL_PRECISION else precision)
-            path = networks_folder / f"{spec.name}.xml"
-            return OpenVinoEngine(spec, core, path, properties, compiled, digests[spec.name])
+            inner: Precision = "fp32" if spec.name in FULL_PRECISION else precision
+            file = NetworkFile(networks_folder / f"{spec.name}.xml", digests[spec.name])
+            return OpenVinoEngine(spec, core, file, self._properties(inner), compiled, inner == "int8")
 
         return {name: engine(spec) for name, spec in network_specs(arch).items()}
 

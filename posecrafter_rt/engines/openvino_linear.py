@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import openvino
 
 MOST_BETWEEN = 2560  # channels between two layers: with more, weights would be read again for few tokens
+FOUR = 4  # numbers of eight bits that a product takes at once
 SWAPPED = [0, 2, 1]  # flat pictures (N, C, h·w) to tokens (N, h·w, C), and back
 
 
@@ -44,14 +45,23 @@ class Layer(NamedTuple):
         """Those of the output."""
         return int(self.weight.get_shape()[self.is_swapped])
 
+    @property
+    def in_channels(self) -> int:
+        """Those of the input."""
+        return int(self.weight.get_shape()[not self.is_swapped])
 
-def use_linear(model: openvino.Model) -> int:
-    """Replace those of a float32 model of fixed shapes that gain by it, in place; returns how many."""
+
+def use_linear(model: openvino.Model, in_bytes: bool = False) -> int:
+    """Replace those of a float32 model of fixed shapes that gain by it, in place; returns how many.
+
+    in_bytes: in eight bits, all that the operation can do; else without loss.
+    """
     available = operations()
     if available is None:
         return 0
-    rewrites = (_convolve, _gate, _follow_or_add)
-    return sum(any(rewrite(node, available) for rewrite in rewrites) for node in model.get_ordered_ops())
+    available = available._replace(in_bytes=in_bytes)
+    rewrites = (_convolve, _gate, _follow_or_add)  # a gate before its layer is taken alone
+    return sum(rewrite(node, available) for rewrite in rewrites for node in model.get_ordered_ops())
 
 
 def _convolve(node: Any, available: Operations) -> bool:
@@ -84,12 +94,13 @@ def _gate(product: Any, available: Operations) -> bool:
 
 
 def _follow_or_add(node: Any, available: Operations) -> bool:
-    """A layer which follows a gated one, a transformer's feed-forward, or whose output is added to something."""
+    """A layer which follows a gated one, a transformer's feed-forward, or whose output is added to something; in bytes any."""
     layer, user = _linear_layer(node), only_user(node)
     if layer is None or (user is not None and user.get_type_name() == "Add" and _linear_layer(user) is not None):
         return False  # that user is the layer with its bias
     before = _gated_before(layer)
-    return bool(before or with_residual(layer.last)[1]) and _rewrite(layer, available, before=before)
+    gains = bool(before or available.in_bytes or with_residual(layer.last)[1])
+    return gains and _rewrite(layer, available, before=before)
 
 
 def _gated_before(layer: Layer) -> list[Any]:
@@ -107,7 +118,7 @@ def _rewrite(
     from openvino import opset13 as op
 
     panels = layer.channels / (2 * available.lanes)
-    is_fitting = panels % (2 if is_gated else 1) == 0
+    is_fitting = panels % (2 if is_gated else 1) == 0 and not (available.in_bytes and layer.in_channels % FOUR)
     if not is_fitting or len(layer.last.get_output_shape(0)) != (4 if height else 3):
         return False
     weight, bias = layer.weight, bias_constant(layer.bias, layer.channels)
@@ -115,7 +126,8 @@ def _rewrite(
         weight = op.constant(np.ascontiguousarray(weight.get_node().data.T)).output(0)
     last, residual = with_residual(layer.last)
     inputs = [*(before or [layer.input]), weight, bias, *residual]
-    made = available.factory.create("Linear", inputs, {"height": height, "is_gated": is_gated or bool(before)})
+    attributes = {"height": height, "is_gated": is_gated or bool(before), "in_bytes": available.in_bytes}
+    made = available.factory.create("Linear", inputs, attributes)
     last.output(0).replace(made.output(0))
     return True
 

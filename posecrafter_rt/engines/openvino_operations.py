@@ -10,7 +10,8 @@ import logging
 import shlex
 import shutil
 import subprocess
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,7 +31,8 @@ FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", 
          "-ffp-contract=fast")  # fmt: skip
 COMPILE_S = 300  # a compiler that takes longer hangs
 TOLERANCE = 1e-4  # of the largest value, where float32 comes to 1e-5
-REWRITING = 4  # counted up when networks are rewritten otherwise: they are kept under it
+BYTE_TOLERANCE = 0.05  # where eight bits come to 0.01
+REWRITING = 5  # counted up when networks are rewritten otherwise: they are kept under it
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +43,23 @@ class Vectors(NamedTuple):
     lanes: int  # floats: input channels come in so many, output channels in twice as many
     needed: frozenset[str]  # of the processor
     flags: tuple[str, ...]
+    has_bytes: bool = False  # whether products in eight bits are among them
 
 
 VECTORS = (
+    Vectors(16, frozenset({"avx512f", "avx512_vnni"}), ("-mavx512f", "-mavx512vnni", "-mprfchw"), has_bytes=True),
     Vectors(16, frozenset({"avx512f"}), ("-mavx512f",)),
+    Vectors(8, frozenset({"avx2", "fma", "avx_vnni"}), ("-mavx2", "-mfma", "-mavxvnni", "-mprfchw"), has_bytes=True),
     Vectors(8, frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
 )  # the widest first
 
 
 class Operations(NamedTuple):
-    """The compiled operations: how wide their vectors are, and what makes nodes of them."""
+    """The compiled operations: how wide their vectors are, what makes nodes of them, and whether those are to be in eight bits."""
 
     lanes: int
     factory: Any
+    in_bytes: bool = False
 
 
 class OperationsError(Exception):
@@ -63,6 +69,15 @@ class OperationsError(Exception):
 def missing_reason() -> str | None:
     """Why the operations cannot be had here, or None. Compiles them, which takes seconds, where that was not done yet."""
     return _library(_vectors())[1]
+
+
+def missing_bytes_reason() -> str | None:
+    """Why products in eight bits cannot be had here, or None."""
+    vectors = _vectors()
+    if vectors is None or not vectors.has_bytes:
+        return "this processor has no VNNI; use fp32"
+    reason = missing_reason()
+    return None if reason is None else f"int8 needs operations that cannot be had here: {reason}"
 
 
 def extend(core: openvino.Core) -> str | None:
@@ -133,7 +148,7 @@ def _compiled(vectors: Vectors | None) -> Path:
         with TemporaryDirectory(dir=folder) as building:
             built = Path(building) / "built.so"
             _compile([path for path in sources if path.suffix == ".cpp"], vectors, home, built)
-            _try(built, vectors.lanes)
+            _try(built, vectors)
             library = folder / f"{name}-{sha256_file(built)}.so"
             with atomic_path(library) as temporary:
                 shutil.copyfile(built, temporary)
@@ -178,53 +193,61 @@ def _compile(sources: list[Path], vectors: Vectors, home: Path, library: Path) -
         )
 
 
-def _try(library: Path, lanes: int) -> None:
+def _try(library: Path, vectors: Vectors) -> None:
     """Raise OperationsError unless what it does with a small picture is what OpenVINO does."""
-    import openvino
-
-    pixels = np.random.default_rng(0).normal(size=(2, lanes, 9, 13)).astype(np.float32)
-    try:
-        core = openvino.Core()
-        core.add_extension(library)
-        compiled = core.compile_model(_trials(_factory(library), lanes), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        outputs = list(compiled([pixels]).values())
-    except RuntimeError as error:
-        raise OperationsError(f"OpenVINO refuses them: {last_line(error)}") from error
-    for own, tried in zip(outputs[::2], outputs[1::2], strict=True):
-        if not np.abs(own - tried).max() <= TOLERANCE * np.abs(own).max():
-            raise OperationsError("compiled here they do not give what OpenVINO's own operations do")
-
-
-def _trials(factory: Any, lanes: int) -> openvino.Model:
-    """What each operation can do with a small picture, OpenVINO's and ours in turn."""
     import openvino
     from openvino import opset13 as op
 
-    rng = np.random.default_rng(1)
-    pixels = op.parameter([2, lanes, 9, 13], np.float32)
+    shape = [2, vectors.lanes, 9, 13]
+    parameter, factory = op.parameter(shape, np.float32), _factory(library)
+    trials = [*_convolutions(factory, parameter), *_linear_maps(factory, parameter)]
+    trials = [trial for trial in trials if vectors.has_bytes or not trial.in_bytes]
+    try:
+        core = openvino.Core()
+        core.add_extension(library)
+        model = openvino.Model([node for trial in trials for node in (trial.own(), trial.ours())], [parameter])
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        outputs = list(compiled([np.random.default_rng(0).normal(size=shape).astype(np.float32)]).values())
+    except RuntimeError as error:
+        raise OperationsError(f"OpenVINO refuses them: {last_line(error)}") from error
+    for trial, own, tried in zip(trials, outputs[::2], outputs[1::2], strict=True):
+        tolerance = BYTE_TOLERANCE if trial.in_bytes else TOLERANCE
+        if not np.abs(own - tried).max() <= tolerance * np.abs(own).max():
+            raise OperationsError("compiled here they do not give what OpenVINO's own operations do")
 
-    def constant(*shape: int) -> Any:
-        return op.constant(rng.normal(size=shape).astype(np.float32))
 
-    outputs = [*_convolutions(factory, pixels, constant), *_linear_maps(factory, pixels, constant)]
-    return openvino.Model(outputs, [pixels])
+class Trial(NamedTuple):
+    """What makes the same output by OpenVINO's operations and by one of ours."""
+
+    own: Callable[[], Any]
+    ours: Callable[[], Any]
+    in_bytes: bool = False
 
 
-def _convolutions(factory: Any, pixels: Any, constant: Any) -> list[Any]:
+def _constant(*shape: int) -> Any:
+    from openvino import opset13 as op
+
+    return op.constant(np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32))
+
+
+def _convolutions(factory: Any, pixels: Any) -> list[Trial]:
     """A convolution in tiles of either size, of a doubled picture, after GroupNorm and SiLU, and added to something."""
     from openvino import opset13 as op
 
     frames, lanes, height, width = pixels.get_output_shape(0)
-    weight, bias, scale, shift = constant(2 * lanes, lanes, 3, 3), constant(2 * lanes), constant(lanes), constant(lanes)
+    weight, bias = _constant(2 * lanes, lanes, 3, 3), _constant(2 * lanes)
+    scale, shift = _constant(lanes), _constant(lanes)
 
     def by_channel(values: Any) -> Any:
         return op.unsqueeze(values, np.array([1, 2]))
 
-    def own(of: Any) -> Any:
-        return op.add(op.convolution(of, weight, [1, 1], [1, 1], [1, 1], [1, 1]), by_channel(bias))
+    def own(of: Any, stride: int = 1) -> Any:
+        return op.add(op.convolution(of, weight, [stride] * 2, [1, 1], [1, 1], [1, 1]), by_channel(bias))
 
     def ours(*more: Any, **attributes: Any) -> Any:
-        return factory.create("Winograd", [node.output(0) for node in (pixels, weight, bias, *more)], attributes)
+        return factory.create(
+            "FusedConvolution", [node.output(0) for node in (pixels, weight, bias, *more)], attributes
+        )
 
     rows, columns = (np.repeat(np.arange(side), 2) for side in (height, width))
     doubled = op.gather(op.gather(pixels, rows, np.int64(2)), columns, np.int64(3))
@@ -233,16 +256,21 @@ def _convolutions(factory: Any, pixels: Any, constant: Any) -> list[Any]:
     normed = op.reshape(normed, np.array([frames, lanes, height, width]), special_zero=False)
     normed = op.add(op.multiply(normed, by_channel(scale)), by_channel(shift))
     active, residual = op.multiply(normed, op.sigmoid(normed)), op.concat([pixels, pixels], 1)
-    return [own(pixels), ours(), own(pixels), ours(tile=2), own(doubled), ours(times=2),
-            own(active), ours(scale, shift, groups=4, eps=1e-5), op.add(own(pixels), residual), ours(residual)]  # fmt: skip
+    norm = partial(ours, scale, shift, groups=4, eps=1e-5)
+    return [Trial(partial(own, pixels), ours), Trial(partial(own, pixels), partial(ours, tile=2)),
+            Trial(partial(own, doubled), partial(ours, times=2)), Trial(partial(own, active), norm),
+            Trial(lambda: op.add(own(pixels), residual), partial(ours, residual)),
+            Trial(partial(own, pixels, 2), partial(ours, stride=2, tile=0), in_bytes=True),
+            Trial(partial(own, doubled), partial(ours, times=2, tile=0), in_bytes=True),
+            Trial(lambda: op.add(own(active), residual), partial(norm, residual, tile=0), in_bytes=True)]  # fmt: skip
 
 
-def _linear_maps(factory: Any, pixels: Any, constant: Any) -> list[Any]:
+def _linear_maps(factory: Any, pixels: Any) -> list[Trial]:
     """A map of pixels to pixels, a gated one of tokens, and another after that; the first and the last added to something."""
     from openvino import opset13 as op
 
     frames, lanes, height, width = pixels.get_output_shape(0)
-    weight, bias, residual = constant(8 * lanes, lanes), constant(8 * lanes), op.concat([pixels] * 8, 1)
+    weight, bias, residual = _constant(8 * lanes, lanes), _constant(8 * lanes), op.concat([pixels] * 8, 1)
     flat = op.reshape(pixels, np.array([frames, lanes, height * width]), special_zero=False)
     tokens = op.transpose(flat, np.array([0, 2, 1]))
     mapped = op.add(op.matmul(tokens, weight, False, True), bias)
@@ -250,12 +278,15 @@ def _linear_maps(factory: Any, pixels: Any, constant: Any) -> list[Any]:
     planes = op.reshape(op.transpose(mapped, np.array([0, 2, 1])), shape, special_zero=False)
     value, gate = op.split(mapped, np.array(2), 2).outputs()
     gated = op.multiply(value, op.gelu(gate, "erf"))
-    back, shift, added = constant(6 * lanes, 4 * lanes), constant(6 * lanes), op.concat([tokens] * 6, 2)
+    back, shift, added = _constant(6 * lanes, 4 * lanes), _constant(6 * lanes), op.concat([tokens] * 6, 2)
     fed = op.add(op.add(op.matmul(gated, back, False, True), shift), added)
 
     def ours(*inputs: Any, **attributes: Any) -> Any:
         return factory.create("Linear", [node.output(0) for node in inputs], attributes)
 
-    return [op.add(planes, residual), ours(pixels, weight, bias, residual, height=height),
-            gated, ours(tokens, weight, bias, is_gated=True),
-            fed, ours(tokens, weight, bias, back, shift, added, is_gated=True)]  # fmt: skip
+    to_planes = partial(ours, pixels, weight, bias, residual, height=height)
+    feed = partial(ours, tokens, weight, bias, back, shift, added, is_gated=True)
+    owns = [lambda: op.add(planes, residual), lambda: gated, lambda: fed]
+    return [Trial(owns[0], to_planes), Trial(owns[1], partial(ours, tokens, weight, bias, is_gated=True)),
+            Trial(owns[2], feed), Trial(owns[0], partial(to_planes, in_bytes=True), in_bytes=True),
+            Trial(owns[2], partial(feed, in_bytes=True), in_bytes=True)]  # fmt: skip

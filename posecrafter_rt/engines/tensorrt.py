@@ -19,7 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from posecrafter_rt.config import cache_dir
-from posecrafter_rt.engines.base import BEYOND_FP16, TORCH_DTYPES, Engine, Precision, Progress, inner_precision
+from posecrafter_rt.engines.base import (
+    BEYOND_FP16,
+    TORCH_DTYPES,
+    Engine,
+    Precision,
+    Progress,
+    inner_precision,
+    untyped_reason,
+)
 from posecrafter_rt.engines.description import DESCRIPTION_FILE, write_description
 from posecrafter_rt.engines.device import describe_compiled_device, gpu_name
 from posecrafter_rt.engines.folder import rebuild_networks_hint
@@ -82,6 +90,9 @@ class TensorRTBackend:
 
     def unsupported_reason(self, precision: Precision) -> str | None:
         """Why TensorRT cannot run here; CUDA is asked only where everything is installed."""
+        reason = untyped_reason(precision)
+        if reason is not None:  # first: nothing that can be installed mends it
+            return reason
         for package, requirement in INSTALL.items():
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed: pip install {requirement}"

@@ -24,6 +24,7 @@ from posecrafter_rt.engines.base import (
     fitting_weights,
     inner_precision,
     to_boundary,
+    untyped_reason,
 )
 from posecrafter_rt.engines.cuda_graphs import Recorder
 from posecrafter_rt.engines.device import describe_device, multiplies, torch_device
@@ -106,8 +107,8 @@ class TorchBackend:
         return describe_device()
 
     def unsupported_reason(self, precision: Precision) -> str | None:
-        """None: what a processor does not multiply fast it keeps and widens."""
-        return None
+        """None but for int8: what a processor does not multiply fast it keeps and widens."""
+        return untyped_reason(precision)
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
         """0: its builds keep nothing."""

@@ -255,9 +255,9 @@ class AvatarStream:
         Raises: PoseError for another shape or numbers that are not finite, which change nothing; PoseCrafterError once
             the stream is closed. After any other error the stream is as after `reset`.
 
-        A frame that is not finite in 16 bits is computed once more in float32, as the first one that follows the reference,
-        and so are all that come: a warning says so. What was on its way in a pipeline is lost. Where that cannot be loaded the
-        stream is closed.
+        A frame that is not finite in 16 or 8 bits is computed once more in float32, as the first one that follows the
+        reference, and so are all that come: a warning says so. What was on its way in a pipeline is lost. Where that cannot be
+        loaded the stream is closed.
         """
         if self._is_closed:
             raise PoseCrafterError("this stream is closed", "open another: avatar.stream()")

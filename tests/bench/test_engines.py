@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench import engines, onnx_engines
-from bench.engines import REFERENCE, Job, judged, parse, run, to_markdown
+from bench.engines import REFERENCE, Job, judged, parse, run, to_markdown, unsupported_reason
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.onnx import export_network
@@ -72,6 +72,13 @@ def test_a_quick_run_builds_nothing_that_takes_minutes() -> None:
     assert len(quick.engines) < 3 and max(quick.frames) < max(parse([]).frames)
     assert parse(["--quick", "--engines", "inductor fp32", "--frames", "9"]).engines == ["inductor fp32"]
     assert "inductor fp32" in parse([]).engines
+
+
+def test_every_precision_is_a_row_of_the_backends_that_have_it() -> None:
+    assert [name for name in engines.candidates() if name.endswith(" int8")] == ["openvino int8", "onnxruntime int8"]
+    assert {"torch bf16", "openvino bf16"} <= {*engines.candidates()}
+    assert unsupported_reason("openvino fp16") == "it has no fp16 on a CPU; use fp32 or bf16"
+    assert unsupported_reason("openvino fp32") is None and unsupported_reason("onnxruntime int8") is None
 
 
 def test_the_fastest_that_is_good_enough_is_judged_where_it_gains_least() -> None:

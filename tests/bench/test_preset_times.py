@@ -111,3 +111,9 @@ def test_where_no_peak_is_measured_the_cards_specification_serves(monkeypatch: p
         assert found["peak_flops_per_s"] == peak and "specification (not measured: no memory)" in found["peak_of"]
     unknown = markdown({**document("NVIDIA H100 PCIe"), **found})
     assert "| 200 |  | 1000 | 2000 |" in unknown and "specification" in unknown
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("bf16", "the engine's type"), ("int8", "float32")])
+def test_a_measured_peak_says_of_what_it_is(monkeypatch: pytest.MonkeyPatch, precision: str, kind: str) -> None:
+    monkeypatch.setattr(presets, "in_own_process", lambda *arguments: {"flops_per_s": 1e9})
+    assert find_peak(precision) == {"peak_flops_per_s": 1e9, "peak_of": f"a large matrix product in {kind}"}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bench import footage, rivals, throughput, untrained
+from bench import footage, kernels, rivals, throughput, untrained
 from bench.contenders import Job, run
 from bench.flops import Counters, Setup
 from bench.processes import in_own_process
@@ -273,16 +273,17 @@ def test_quick_changes_defaults_and_nothing_that_was_asked_for() -> None:
     ]  # openvino's takes most of a minute to build
 
 
-@pytest.mark.parametrize(("backend", "is_quick", "built"), [
-    ("auto", True, "torch"), ("openvino", True, "openvino"), ("auto", False, "auto"),
+@pytest.mark.parametrize(("backend", "precision", "is_quick", "built"), [
+    ("auto", "auto", True, "torch"), ("openvino", "auto", True, "openvino"), ("auto", "auto", False, "auto"),
+    ("auto", "int8", True, "auto"),  # which torch has not
 ])  # fmt: skip
 def test_a_quick_run_builds_what_takes_a_second_unless_another_is_named(
-    backend: str, is_quick: bool, built: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, precision: str, is_quick: bool, built: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(throughput, "in_own_process", lambda function, *arguments: asked.append(arguments[2]) or {})
-    options = Namespace(engine=None, checkpoint=Path("a.ckpt"), backend=backend, precision="auto", quick=is_quick)
-    assert throughput.find_engine(options, tmp_path) == tmp_path / f"a-{built}-auto.engine" and asked == [built]
+    options = Namespace(engine=None, checkpoint=Path("a.ckpt"), backend=backend, precision=precision, quick=is_quick)
+    assert throughput.find_engine(options, tmp_path) == tmp_path / f"a-{built}-{precision}.engine" and asked == [built]
     assert footage.engine_options(is_quick).backend == ("torch" if is_quick else "auto")
 
 
@@ -297,9 +298,22 @@ def test_only_the_named_contenders_run(job: Job, tmp_path: Path) -> None:
 
 
 def test_an_engine_that_cannot_run_here_is_a_row_and_stops_no_other(job: Job, tmp_path: Path) -> None:
-    contenders = make_contenders(job, ["exact", "plain"], ["abacus:fp32"], tmp_path)
-    assert list(contenders) == ["exact, abacus:fp32", "plain, fp32"]
+    contenders = make_contenders(job, ["exact", "plain"], ["abacus:fp32", "torch:int8"], tmp_path)
+    assert list(contenders) == ["exact, abacus:fp32", "exact, torch:int8", "plain, fp32"]
     assert "abacus" in contenders["exact, abacus:fp32"]["error"] and "error" not in contenders["plain, fp32"]
+    assert "it has no int8" in contenders["exact, torch:int8"]["error"]
+
+
+def test_what_is_done_in_8_bits_is_held_against_the_peak_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+
+    def peaks(device: str, dtypes: list[torch.dtype], budget_s: float) -> dict[str, float]:
+        asked.extend(dtypes)
+        return {"float32": 1e9, "bfloat16": 2e9}
+
+    monkeypatch.setattr(kernels, "measure_peaks", peaks)
+    found = [kernels.measure_peak(precision)["flops_per_s"] for precision in ("fp32", "bf16", "int8")]
+    assert found == [1e9, 2e9, 1e9] and asked == [torch.float32, torch.bfloat16, torch.float32]
 
 
 def test_results_are_named_by_the_base_and_the_device() -> None:

@@ -37,6 +37,21 @@ def test_every_operator_backend_is_listed_with_a_reason_or_can_run() -> None:
     assert all(finding.status == "ok" for finding in findings if finding.name.endswith("reference"))
 
 
+def test_every_backend_is_listed_with_the_precisions_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posecrafter_rt.engines.openvino.cpu_has_vnni", lambda: False)
+    findings = {finding.name: finding for finding in checks.check_engines()}
+    assert findings["torch"].status == "ok"
+    assert findings["torch"].detail == "can run in fp32, bf16, fp16; int8: it has no int8; use fp32, bf16 or fp16"
+    assert "int8: this processor has no VNNI; use fp32" in findings["openvino"].detail
+    assert "int8" not in findings["auto"].detail
+
+
+def test_the_processor_is_shown_with_what_decides_on_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posecrafter_rt.machine.cpu_features", lambda: {"fma", "avx2", "avx_vnni", "avx512_vnni"})
+    processor = next(finding for finding in checks.check_machine() if finding.name == "processor")
+    assert "avx2 avx_vnni avx512_vnni, fp32 is the fast precision" in processor.detail
+
+
 def test_the_table_shows_marks_and_mends(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = [
         Finding("present", "ok", "version 1"),

@@ -51,12 +51,13 @@ def test_an_engine_of_torch_is_what_it_loads(half: EngineFolder, monkeypatch: py
     assert set(COMPONENTS) == set(ALL_NETWORKS)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_an_engine_of_openvino_is_what_openvino_reads(
-    openvino_networks: Path, plain_model: PoseModel, half: EngineFolder
+    openvino_networks: Path, plain_model: PoseModel, half: EngineFolder, precision: str
 ) -> None:
     openvino = pytest.importorskip("openvino")
     arch = replace(plain_model.architecture(), size=(32, 32))
-    manifest = {**half.manifest, "backend": "openvino", "precision": "bf16", "architecture": arch.to_json()}
+    manifest = {**half.manifest, "backend": "openvino", "precision": precision, "architecture": arch.to_json()}
     described, core = describe_networks(EngineFolder(openvino_networks.parent, manifest)), openvino.Core()
     assert list(described) == list(NETWORKS)
     for name, network in plain_model.networks().items():
@@ -68,6 +69,7 @@ def test_an_engine_of_openvino_is_what_openvino_reads(
         assert described[name]["bytes"] > 4 * described[name]["weights"] * 0.9
     in_full = {name for name, network in described.items() if network["precision"] == "fp32"}
     assert in_full == {"text_encoder", "prompt_kv", "time_tables"}
+    assert {network["precision"] for network in described.values()} == {"fp32", precision}
 
 
 def test_only_floating_point_weights_count(tmp_path: Path) -> None:

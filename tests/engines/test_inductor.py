@@ -203,7 +203,9 @@ def test_a_compiler_that_brings_a_cxx_library_of_its_own_is_refused(
 
 @on_cpu
 def test_half_precision_is_for_gpus() -> None:
-    assert "fp16" in str(InductorBackend().unsupported_reason("fp16"))
+    for precision in ("fp16", "int8"):
+        reason = f"it has no {precision} on a CPU; use fp32 or bf16"
+        assert InductorBackend().unsupported_reason(precision) == reason
     assert InductorBackend().unsupported_reason("bf16") is None
 
 

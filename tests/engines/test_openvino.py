@@ -145,6 +145,17 @@ def test_a_folder_without_its_networks_is_refused(plain_model: PoseModel, tmp_pa
     assert caught.value.hint == f"build it again: {command}"
 
 
+def test_operations_are_not_compiled_to_say_what_other_precisions_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> None:
+        raise AssertionError("they were compiled")
+
+    monkeypatch.setattr(backend_module, "missing_reason", asked)
+    for precision in ("fp32", "bf16", "fp16"):
+        OpenVinoBackend().unsupported_reason(precision)
+    monkeypatch.setattr(backend_module, "cpu_has_vnni", lambda: False)
+    assert OpenVinoBackend().unsupported_reason("int8") == "this processor has no VNNI; use fp32"
+
+
 @pytest.mark.parametrize(("free", "number"), [(10, errno.ENOSPC), (10**12, None)])
 def test_a_full_disk_is_told_from_other_failures(
     openvino_networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, number: int | None

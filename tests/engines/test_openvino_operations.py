@@ -18,14 +18,14 @@ from torch.nn import functional
 
 from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.engines.openvino import OpenVinoEngine
+from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
-from posecrafter_rt.engines.openvino_winograd import use_winograd
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.spec import NetworkSpec, TensorSpec
 from tests.engines.openvino_models import constant, draw, kinds, parameter, run
 
-EXACT = 3e-5  # of the largest output: see test_openvino_winograd.py
+EXACT = 3e-5  # of the largest output: see test_openvino_convolutions.py
 PLAIN_FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in operations.FLAGS)  # compiled in half the time
 PIXELS, WEIGHTS = (2, 16, 24, 20), (draw(32, 16, 3, 3, seed=1), draw(32, 32, 1, 1, seed=2))
 
@@ -51,7 +51,7 @@ def test_an_engine_finds_them_again(
     openvino.save_model(network(), tmp_path / "network.xml", compress_to_fp16=False)
     dims = [("frames", channels, "height", "width") for channels in (16, 32)]
     spec = NetworkSpec("unet", (TensorSpec("latents", dims[0]),), (TensorSpec("pixels", dims[1]),))
-    kept, pixels, used = tmp_path / "compiled", draw(*PIXELS), {"Winograd": 1, "Linear": 1, "Convolution": 0}
+    kept, pixels, used = tmp_path / "compiled", draw(*PIXELS), {"FusedConvolution": 1, "Linear": 1, "Convolution": 0}
 
     def engine() -> OpenVinoEngine:
         properties = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -105,7 +105,7 @@ def test_without_a_compiler_all_is_openvinos(
     assert [record.levelname for record in caplog.records] == ["INFO"]  # once
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
     model, pixels = network(), draw(*PIXELS)
-    assert use_winograd(model) == use_linear(model) == 0
+    assert use_convolutions(model) == use_linear(model) == 0
     assert relative_error(run(model, pixels)[0], reference(pixels)) < EXACT
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posecrafter_rt.engines import choose_backend, choose_precision, get_backend
+from posecrafter_rt.engines import choose_backend, choose_precision, get_backend, names
 from posecrafter_rt.engines.base import Engine
 from posecrafter_rt.engines.tensorrt_build import profile_sizes
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, ShapeError
@@ -152,3 +152,32 @@ def test_auto_takes_the_first_that_can_run_and_says_why() -> None:
     with pytest.raises(BackendUnavailable, match="fp16"):
         choose_backend("openvino", "fp16")
     assert choose_precision("auto") in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("has_vnni", "missing", "refusal"), [
+    (True, None, None),
+    (False, None, "this processor has no VNNI; use fp32"),
+    (True, "no C++ compiler was found", "int8 needs operations that cannot be had here: no C++ compiler was found"),
+])  # fmt: skip
+def test_int8_is_of_openvino_alone_also_where_a_gpu_is_and_only_by_name(
+    monkeypatch: pytest.MonkeyPatch, device: str, has_vnni: bool, missing: str | None, refusal: str | None
+) -> None:
+    from posecrafter_rt.engines import openvino
+
+    monkeypatch.setattr("posecrafter_rt.engines.torch_device", lambda: torch.device(device))
+    monkeypatch.setattr(openvino, "cpu_has_vnni", lambda: has_vnni)
+    monkeypatch.setattr(openvino, "missing_reason", lambda: missing)
+    assert choose_precision("int8") == "int8" and choose_precision("auto") != "int8"
+    for name in ("auto", "openvino"):
+        if refusal is None:
+            backend, why = choose_backend(name, "int8")
+            assert backend.name == "openvino"
+            assert why == ("the only one that has int8" if name == "auto" else "as asked")
+        else:
+            with pytest.raises(BackendUnavailable) as caught:
+                choose_backend(name, "int8")
+            assert str(caught.value) == f"backend openvino: {refusal}"
+    for name in set(names()) - {"openvino"}:
+        with pytest.raises(BackendUnavailable, match=f"^backend {name}: it has no int8.*; use fp32"):
+            choose_backend(name, "int8")

@@ -90,6 +90,10 @@ def test_cuda_is_not_asked_where_nothing_is_installed(nothing_installed: None, m
     assert TensorRTBackend().unsupported_reason("fp16")
 
 
+def test_what_no_installation_mends_is_said_first(nothing_installed: None) -> None:
+    assert TensorRTBackend().unsupported_reason("int8") == "it has no int8; use fp32, bf16 or fp16"
+
+
 def test_only_what_16_bits_do_not_hold_is_kept_from_them() -> None:
     assert network_precision("unet", "fp16") == ("fp16", False)
     assert network_precision("time_tables", "bf16") == ("fp32", False)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from posecrafter_rt.engines import PRECISIONS
 from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.runtime import cache as cache_module
 from posecrafter_rt.runtime.cache import InversionCache, inversion_key
@@ -25,12 +28,20 @@ def test_what_was_saved_is_found_bit_for_bit(tmp_path: Path) -> None:
     assert InversionCache(tmp_path / "new").load({"frame": 2}) is None
 
 
-def test_what_another_number_of_threads_rounded_otherwise_is_another_inversion() -> None:
+def key_of(precision: str = "fp32", threads: Sequence[int] = ()) -> dict[str, Any]:
     manifest = dict.fromkeys(("checkpoint", "base_hash", "backend", "norm_scope", "scheduler", "size", "libraries"), "")
     schedule = DDIMSchedule.from_config({"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012})
     options = RenderOptions(inversion_substeps=1, strength=1.0)
-    keys = [inversion_key(manifest, schedule, options, frame=0, prompt="", precision="fp32", threads=threads)
-            for threads in ([], [1], [2], [2])]  # fmt: skip
+    return inversion_key(manifest, schedule, options, frame=0, prompt="", precision=precision, threads=threads)
+
+
+def test_what_another_precision_rounded_otherwise_is_another_inversion() -> None:
+    paths = {InversionCache(Path()).path(key_of(precision)) for precision in PRECISIONS}
+    assert len(paths) == len(PRECISIONS) == 4
+
+
+def test_what_another_number_of_threads_rounded_otherwise_is_another_inversion() -> None:
+    keys = [key_of(threads=threads) for threads in ([], [1], [2], [2])]
     assert len({InversionCache(Path()).path(key) for key in keys}) == 3
     assert "threads" not in keys[0]  # nor does what does not round by them
 

@@ -4,9 +4,9 @@
 #include <openvino/core/op_extension.hpp>
 #include <vector>
 
+#include "convolution_operation.h"
 #include "linear_operation.h"
-#include "winograd_operation.h"
 
 OPENVINO_CREATE_EXTENSIONS(
-    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<posecrafter::WinogradOperation>>(),
+    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<posecrafter::ConvolutionOperation>>(),
                                      std::make_shared<ov::OpExtension<posecrafter::LinearOperation>>()}));

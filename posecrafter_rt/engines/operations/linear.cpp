@@ -3,8 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
+#include "bytes.h"
 #include "memory.h"
+#include "pictures.h"
 #include "products.h"
 #include "simd.h"
 
@@ -27,7 +30,7 @@ constexpr int kDepth = 512;            // of the products, so that a panel stays
 // Rows so far apart that all begin in one set of the innermost cache are copied, as are those that come from planes.
 constexpr int kWayFloats = 1024;
 
-thread_local Scratch thread_rows, thread_sums, thread_between;
+thread_local Scratch thread_rows, thread_sums, thread_between, thread_bytes;
 
 // A chunk's tokens that lie in one frame.
 struct Run {
@@ -45,7 +48,47 @@ void for_runs(int size, int64_t first, int count, const Use& use) {
     }
 }
 
+// How products are computed: what they make of rows of floats, and one panel of sums over these. In float32: nothing,
+// and in depths that keep a panel in the innermost cache.
+struct InFloats {
+    using Own = Rows;
+
+    static Rows prepare(Rows rows, int, int) { return rows; }
+
+    static void sum(const Layer& layer, Rows rows, int count, int panel, float* sums, const Fetch&) {
+        const float* weights = layer.packed + static_cast<size_t>(panel) * layer.in_channels * kPanel;
+        for (int k = 0; k < layer.in_channels; k += kDepth) {
+            const int depth = std::min(kDepth, layer.in_channels - k);
+            (k == 0 ? multiply_rows<false> : multiply_rows<true>)({rows.first + k, rows.stride}, count,
+                                                                  weights + size_t(k) * kPanel, depth, sums, kPanel);
+        }
+    }
+};
+
+#ifdef PC_HAS_VNNI
+struct InBytes {
+    struct Own {
+        ByteRows rows;
+        const BytePicture* windows;  // or those, from `first` on
+        int64_t first;
+    };
+
+    static Own prepare(Rows rows, int count, int depth) {
+        return {rows_to_bytes(rows, count, depth, thread_bytes.take(byte_rows_floats(count, depth))), nullptr, 0};
+    }
+
+    static void sum(const Layer& layer, const Own& own, int count, int panel, float* sums, const Fetch& next) {
+        if (own.windows != nullptr) return own.windows->sum(own.first, count, layer, panel, sums, next);
+        const float* weights = layer.packed + panel * byte_panel(layer.in_channels);
+        multiply_byte_rows(own.rows, count, weights, {sums, kPanel}, next);
+    }
+};
+#endif
+
+template <class Products>
 class Job {
+    using Own = typename Products::Own;
+
 public:
     Job(const Linear& call, int threads)
         : call_(call),
@@ -59,43 +102,55 @@ public:
         if (has_next() || row_parts_ >= threads) row_parts_ = ceil_div(row_parts_, threads) * threads;
         row_parts_ = static_cast<int>(std::min<int64_t>(row_parts_, rows_));
         panel_parts_ = std::min(panels_, ceil_div(threads, row_parts_));
-        copies_ = call.from_planes || first_.in_channels % kWayFloats == 0;
+        copies_ = call.from_planes || (std::is_same_v<Own, Rows> && first_.in_channels % kWayFloats == 0);
     }
 
     void run(const Parallel& parallel) const {
         parallel(row_parts_ * panel_parts_, [&](int task) {
             const int part = task / panel_parts_, split = task % panel_parts_;
-            const int64_t first = rows_ * part / row_parts_, last = rows_ * (part + 1) / row_parts_;
+            const int64_t first = whole(rows_ * part / row_parts_), last = whole(rows_ * (part + 1) / row_parts_);
             run_chunk(first, static_cast<int>(last - first), panels_ * split / panel_parts_,
                       panels_ * (split + 1) / panel_parts_);
         });
     }
 
 private:
+    // Rows of windows come in whole rows of the picture.
+    int64_t whole(int64_t row) const {
+        return call_.windows == nullptr ? row : row / call_.windows->columns() * call_.windows->columns();
+    }
+
     bool has_next() const { return call_.next.packed != nullptr; }
     bool ends_gated() const { return call_.is_gated && !has_next(); }
 
     void run_chunk(int64_t first, int count, int panel, int last_panel) const {
-        const size_t channels = first_.in_channels;
-        Rows rows = copies_ ? copy(first, count) : Rows{call_.input + first * channels, channels};
+        Own rows = own_rows(first, count);
         float* sums = thread_sums.take(size_t{2} * kPanel * count);
         if (has_next()) rows = between(rows, count, sums);
         for (; panel < last_panel; ++panel) {
             if (ends_gated())
                 gated(rows, count, panel, sums, sums, kPanel);
             else
-                sum(last_, rows, count, panel, sums);
+                Products::sum(last_, rows, count, panel, sums, written(first, panel));
             write(sums, first, count, panel);
         }
     }
 
+    Own own_rows(int64_t first, int count) const {
+        if constexpr (!std::is_same_v<Own, Rows>)
+            if (call_.windows != nullptr) return {{}, call_.windows, first};
+        const size_t channels = first_.in_channels;
+        const Rows rows = copies_ ? copy(first, count) : Rows{call_.input + first * channels, channels};
+        return Products::prepare(rows, count, first_.in_channels);
+    }
+
     // What the first layer gives, which stays with the thread.
-    Rows between(Rows rows, int count, float* sums) const {
+    Own between(Own rows, int count, float* sums) const {
         const size_t stride = first_.out_channels + kLanes;
         float* to = thread_between.take(stride * count);
         for (int panel = 0; panel * kPanel < first_.out_channels; ++panel)
             gated(rows, count, panel, sums, to + panel * kPanel, stride);
-        return {to, stride};
+        return Products::prepare({to, stride}, count, first_.out_channels);
     }
 
     Rows copy(int64_t first, int count) const {
@@ -123,20 +178,12 @@ private:
         }
     }
 
-    static void sum(const Layer& layer, Rows rows, int count, int panel, float* sums) {
-        const float* weights = layer.packed + static_cast<size_t>(panel) * layer.in_channels * kPanel;
-        for (int k = 0; k < layer.in_channels; k += kDepth) {
-            const int depth = std::min(kDepth, layer.in_channels - k);
-            (k == 0 ? multiply_rows<false> : multiply_rows<true>)({rows.first + k, rows.stride}, count,
-                                                                  weights + size_t(k) * kPanel, depth, sums, kPanel);
-        }
-    }
-
     // A panel of the gated layer's output, its biases among it. sums: of two panels.
-    void gated(Rows rows, int count, int panel, float* sums, float* to, size_t stride) const {
+    void gated(const Own& rows, int count, int panel, float* sums, float* to, size_t stride) const {
         float* gates = sums + static_cast<size_t>(kPanel) * count;
-        sum(first_, rows, count, panel, sums);
-        sum(first_, rows, count, panel + first_.out_channels / kPanel, gates);
+        const Fetch none{sums, sums, 0, 0, 1, false};
+        Products::sum(first_, rows, count, panel, sums, none);
+        Products::sum(first_, rows, count, panel + first_.out_channels / kPanel, gates, none);
         const float *bias = first_.bias + panel * kPanel, *gate_bias = bias + first_.out_channels;
         for (int lane = 0; lane < kPanel; lane += kLanes) {
             const Vector of_value = load(bias + lane), of_gate = load(gate_bias + lane);
@@ -145,6 +192,16 @@ private:
                 store(to + i * stride + lane, value * gelu(load(gates + i * kPanel + lane) + of_gate));
             }
         }
+    }
+
+    // Where a panel's output goes, of a chunk from `first` on. In planes of several frames: in the first one.
+    Fetch written(int64_t first, int panel) const {
+        const size_t channels = last_.out_channels, channel = size_t(panel) * kPanel, plane = call_.size;
+        const size_t planes_at = (first / plane * channels + channel) * plane + first % plane;
+        const size_t at = call_.to_planes ? planes_at : first * channels + channel;
+        const float* other = call_.residual == nullptr ? call_.out : call_.residual;
+        if (call_.to_planes) return {call_.out + at, other + at, plane, 1, kPanel, false};
+        return {call_.out + at, other + at, channels, channels, 16, true};
     }
 
     void write(const float* sums, int64_t first, int count, int panel) const {
@@ -185,7 +242,13 @@ private:
 }  // namespace
 
 void linear(const Linear& call, int threads, const Parallel& parallel) {
-    if (call.frames > 0 && call.size > 0) Job(call, threads).run(parallel);
+    if (call.frames > 0 && call.size > 0) Job<InFloats>(call, threads).run(parallel);
 }
+
+#ifdef PC_HAS_VNNI
+void linear_bytes(const Linear& call, int threads, const Parallel& parallel) {
+    if (call.frames > 0 && call.size > 0) Job<InBytes>(call, threads).run(parallel);
+}
+#endif
 
 }  // namespace posecrafter

@@ -1,5 +1,6 @@
-// Linear maps of tokens in float32 on x86-64, read from pictures whose channels come first or written to them without a
-// copy apart, gated, added to a residual. Layer 4: knows neither Python nor any library's tensors or threads.
+// Linear maps of tokens on x86-64, in float32 or in eight bits, read from pictures whose channels come first, or their
+// windows, or written to them without a copy apart, gated, added to a residual. Layer 4: knows neither Python nor any
+// library's tensors or threads.
 #pragma once
 
 #include "parallel.h"
@@ -8,6 +9,8 @@ namespace posecrafter {
 
 // weight (out, in) → packed (out / panel, in, panel); `packed` is 64 bytes aligned.
 void linear_pack(const float* weight, int in_channels, int out_channels, float* packed, const Parallel& parallel);
+
+class BytePicture;
 
 // A map from in_channels to out_channels, x · weightᵀ + bias. The weight of a gated one has 2 · out_channels rows, a
 // value's and then a gate's; it is value · GELU(gate). out_channels are a multiple of a panel's.
@@ -22,6 +25,7 @@ struct Layer {
 // tokens (frames, size, channels), planes (frames, channels, size), the residual as out.
 struct Linear {
     const float* input;
+    const BytePicture* windows;  // whose windows are the tokens, in place of an input; for linear_bytes
     Layer layer, next;
     const float* residual;
     float* out;
@@ -31,5 +35,9 @@ struct Linear {
 
 // threads: how many work at it at best.
 void linear(const Linear& call, int threads, const Parallel& parallel);
+
+// The same in eight bits: weights are packed by `pack_bytes`, and every token is rounded to the 255th part of what lies
+// between its least number and its most. Input channels are a multiple of four.
+void linear_bytes(const Linear& call, int threads, const Parallel& parallel);
 
 }  // namespace posecrafter

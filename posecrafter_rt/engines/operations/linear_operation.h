@@ -2,7 +2,7 @@
 // input · weightᵀ + bias, as tokens (F, h·w, out) or, with the attribute height, as planes of this height. With the
 // attribute is_gated the weight's rows are a value's and then a gate's, and it is value · GELU(gate), half as wide.
 // With two inputs more, the weight and bias of a layer after a gated one, it is what that one gives. An input after
-// these, as large as the output, is added to it. Layer 4.
+// these, as large as the output, is added to it. With the attribute in_bytes products are in eight bits. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +11,7 @@
 #include <mutex>
 #include <openvino/op/op.hpp>
 
+#include "bytes.h"
 #include "linear.h"
 #include "operation.h"
 #include "products.h"
@@ -22,8 +23,8 @@ public:
     OPENVINO_OP("Linear", "posecrafter");
 
     LinearOperation() = default;
-    LinearOperation(const ov::OutputVector& inputs, int64_t height, bool is_gated)
-        : Op(inputs), height_(height), is_gated_(is_gated) {
+    LinearOperation(const ov::OutputVector& inputs, const LinearOperation& like)
+        : Op(inputs), height_(like.height_), is_gated_(like.is_gated_), in_bytes_(like.in_bytes_) {
         constructor_validate_and_infer_types();
     }
 
@@ -39,12 +40,13 @@ public:
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        return std::make_shared<LinearOperation>(inputs, height_, is_gated_);
+        return std::make_shared<LinearOperation>(inputs, *this);
     }
 
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
         visitor.on_attribute("height", height_);
         visitor.on_attribute("is_gated", is_gated_);
+        visitor.on_attribute("in_bytes", in_bytes_);
         return true;
     }
 
@@ -65,7 +67,11 @@ public:
         call.out = outputs[0].data<float>();
         call.frames = static_cast<int>(input[0]), call.size = static_cast<int>(num_tokens(input));
         call.from_planes = input.size() == 4, call.to_planes = height_ > 0, call.is_gated = is_gated_;
-        linear(call, num_threads(), parallel);
+        if (!in_bytes_) linear(call, num_threads(), parallel);
+#ifdef PC_HAS_VNNI
+        else
+            linear_bytes(call, num_threads(), parallel);
+#endif
         return true;
     }
 
@@ -85,6 +91,7 @@ private:
         const ov::Shape& weight = get_input_shape(index);
         OPENVINO_ASSERT(ov::shape_size(weight) == weight[0] * in && weight[0] % (parts * kPanel) == 0,
                         "weights that do not fit");
+        OPENVINO_ASSERT(!in_bytes_ || (kHasBytes && in % kFour == 0), "what eight bits do not serve");
         OPENVINO_ASSERT(ov::shape_size(get_input_shape(index + 1)) == weight[0], "a bias that does not fit");
     }
 
@@ -92,10 +99,15 @@ private:
 
     static bool has_next(size_t num_inputs) { return num_inputs >= 5; }
 
-    static std::shared_ptr<float> pack(const ov::Tensor& weight) {
+    std::shared_ptr<float> pack(const ov::Tensor& weight) const {
         const size_t out = weight.get_shape()[0], in = weight.get_size() / out;
-        return packed_weights(weight, in, 0, in * out, [&](float* to) {
-            linear_pack(weight.data<float>(), static_cast<int>(in), static_cast<int>(out), to, parallel);
+        const int rows = static_cast<int>(out), columns = static_cast<int>(in);
+        const size_t count = in_bytes_ ? out / kPanel * byte_panel(columns) : in * out;
+        return packed_weights(weight, in, in_bytes_ ? kInBytes : kInFloats, count, [&](float* to) {
+            if (in_bytes_)
+                pack_bytes(weight.data<float>(), columns, 1, rows, to, parallel);
+            else
+                linear_pack(weight.data<float>(), columns, rows, to, parallel);
         });
     }
 
@@ -106,6 +118,7 @@ private:
 
     int64_t height_ = 0;
     bool is_gated_ = false;
+    bool in_bytes_ = false;
     mutable std::once_flag once_;
     mutable std::shared_ptr<float> packed_, next_;
 };

@@ -32,6 +32,8 @@ inline int num_threads() { return tbb::this_task_arena::max_concurrency(); }
 // What tells packed weights from others: a hash of their bytes, input and output channels, and how they are packed.
 using WeightsKey = std::tuple<size_t, size_t, size_t, int>;
 
+constexpr int kInFloats = 0, kInBytes = 1, kDoubledInBytes = 3;  // how, besides Winograd's tiles of 2 and 4
+
 // A layer's weights (out, in, taps) as pack(to) writes them, `count` floats: one copy for all input shapes, while one
 // of them is used.
 inline std::shared_ptr<float> packed_weights(const ov::Tensor& weight, size_t in, int kind, size_t count,

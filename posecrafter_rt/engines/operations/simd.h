@@ -29,27 +29,40 @@ PC_INLINE Vector load(const float* from) { return *reinterpret_cast<const Unalig
 
 PC_INLINE void store(float* to, Vector v) { *reinterpret_cast<Unaligned*>(to) = v; }
 
-// Eight columns of kLanes planes as eight vectors, those of planes c and c + 8 in one of sixteen; and back.
-PC_INLINE void load_columns(const float* from, size_t plane, Vector (&v)[kColumns]) {
+// Which of eight columns there are: the first `count`.
+PC_INLINE __m256i columns_of(int count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// Eight columns of kLanes planes as eight vectors, those of planes c and c + 8 in one of sixteen; and back. Of fewer
+// columns those beyond are zeros, or left alone.
+PC_INLINE void load_columns(const float* from, size_t plane, int count, Vector (&v)[kColumns]) {
+    const __m256i some = columns_of(count);
+    const auto eight = [=](const float* x) {
+        return count == kColumns ? _mm256_loadu_ps(x) : _mm256_maskload_ps(x, some);
+    };
     for (int c = 0; c < kColumns; ++c) {
 #ifdef __AVX512F__
-        const __m512d low = _mm512_castpd256_pd512(_mm256_loadu_pd(reinterpret_cast<const double*>(from + c * plane)));
-        const auto* high = reinterpret_cast<const double*>(from + (c + kColumns) * plane);
-        v[c] = _mm512_castpd_ps(_mm512_insertf64x4(low, _mm256_loadu_pd(high), 1));
+        const __m512d low = _mm512_castpd256_pd512(_mm256_castps_pd(eight(from + c * plane)));
+        v[c] = _mm512_castpd_ps(_mm512_insertf64x4(low, _mm256_castps_pd(eight(from + (c + kColumns) * plane)), 1));
 #else
-        v[c] = load(from + c * plane);
+        v[c] = eight(from + c * plane);
 #endif
     }
 }
 
-PC_INLINE void store_columns(const Vector (&v)[kColumns], float* to, size_t plane) {
+PC_INLINE void store_columns(const Vector (&v)[kColumns], int count, float* to, size_t plane) {
+    const __m256i some = columns_of(count);
+    const auto eight = [=](float* x, __m256 y) {
+        count == kColumns ? _mm256_storeu_ps(x, y) : _mm256_maskstore_ps(x, some, y);
+    };
     for (int c = 0; c < kColumns; ++c) {
 #ifdef __AVX512F__
         const __m512d both = _mm512_castps_pd(v[c]);
-        _mm256_storeu_pd(reinterpret_cast<double*>(to + c * plane), _mm512_castpd512_pd256(both));
-        _mm256_storeu_pd(reinterpret_cast<double*>(to + (c + kColumns) * plane), _mm512_extractf64x4_pd(both, 1));
+        eight(to + c * plane, _mm256_castpd_ps(_mm512_castpd512_pd256(both)));
+        eight(to + (c + kColumns) * plane, _mm256_castpd_ps(_mm512_extractf64x4_pd(both, 1)));
 #else
-        store(to + c * plane, v[c]);
+        eight(to + c * plane, v[c]);
 #endif
     }
 }
@@ -83,31 +96,49 @@ PC_INLINE void transpose(Vector (&v)[kColumns]) {
 
 // Some columns, eight at most, of kLanes planes as vectors over planes.
 PC_INLINE void read_columns(const float* from, size_t plane, int count, Vector (&v)[kColumns]) {
-    if (count == kColumns) {
-        load_columns(from, plane, v);
-        transpose(v);
-        return;
-    }
-    for (int i = 0; i < count; ++i) {
-        alignas(Vector) float values[kLanes];
-        for (int c = 0; c < kLanes; ++c) values[c] = from[c * plane + i];
-        v[i] = load(values);
-    }
+    load_columns(from, plane, count, v);
+    transpose(v);
 }
 
 // The opposite: vectors that are `stride` apart, plus a bias and columns of a residual (nullptr: none), to columns.
 PC_INLINE void write_columns(const float* from, size_t stride, Vector bias, int count, const float* residual, float* to,
                              size_t plane) {
-    Vector v[kColumns], before[kColumns] = {};
-    if (residual != nullptr) read_columns(residual, plane, count, before);
-    for (int i = 0; i < count; ++i) v[i] = load(from + i * stride) + bias + before[i];
-    if (count == kColumns) {
-        transpose(v);
-        store_columns(v, to, plane);
-        return;
+    Vector v[kColumns] = {};
+    for (int i = 0; i < count; ++i) v[i] = load(from + i * stride) + bias;
+    transpose(v);
+    if (residual != nullptr) {
+        Vector before[kColumns];
+        load_columns(residual, plane, count, before);
+        for (int i = 0; i < kColumns; ++i) v[i] += before[i];
     }
-    for (int i = 0; i < count; ++i)
-        for (int c = 0; c < kLanes; ++c) to[c * plane + i] = v[i][c];
+    store_columns(v, count, to, plane);
+}
+
+// What is left of a vector's numbers when each half of them has met the other.
+template <class Join>
+PC_INLINE float folded(Vector v, const Join& join) {
+#ifdef __AVX512F__
+    const __m256 low = _mm512_castps512_ps256(v),
+                 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+    const __m256 eight = join(low, high);
+#else
+    const __m256 eight = v;
+#endif
+    const __m128 four = join(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = join(four, _mm_movehl_ps(four, four));
+    return join(two, _mm_shuffle_ps(two, two, 1))[0];
+}
+
+PC_INLINE float least(Vector v) {
+    return folded(v, [](auto a, auto b) { return a < b ? a : b; });
+}
+
+PC_INLINE float most(Vector v) {
+    return folded(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+PC_INLINE float total(Vector v) {
+    return folded(v, [](auto a, auto b) { return a + b; });
 }
 
 // 2 to the power of x to 2e-7, of x up to 127; of x below -126 it is that of -126.
@@ -156,7 +187,9 @@ PC_INLINE Vector gelu(Vector x) {
     tail = tail * t - 1.453152027f;
     tail = tail * t + 1.421413741f;
     tail = tail * t - 0.284496736f;
-    tail = (tail * t + 0.254829592f) * t * power_of_two(z * z * -kLog2E);  // 1 - erf(z)
+    const Vector power = z * z * -kLog2E,
+                 least = zero - 100;  // beyond, the tail's products have less than normal numbers
+    tail = (tail * t + 0.254829592f) * t * power_of_two(power < least ? least : power);  // 1 - erf(z)
     return x * 0.5f * (x < zero ? tail : 2 - tail);
 }
 

@@ -1,5 +1,5 @@
 """3×3 convolutions as OpenVINO does not have them: by Winograd's minimal filtering, a quarter of the products or four ninths,
-with the GroupNorm and SiLU before them and the addition after.
+or in eight bits, with the GroupNorm and SiLU before them and the addition after.
 
 Layer 4. The operation is in operations/.
 """
@@ -37,12 +37,16 @@ FOLDING_TOLERANCE = 1e-4  # of the largest weight, between one folded and one th
 MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures
 
 
-def use_winograd(model: openvino.Model) -> int:
-    """Replace the convolutions of a float32 model of fixed shapes that gain by it, in place; returns how many."""
+def use_convolutions(model: openvino.Model, in_bytes: bool = False) -> int:
+    """Replace the convolutions of a float32 model of fixed shapes that gain by it, in place; returns how many.
+
+    in_bytes: in eight bits, all that the operation can do; else by Winograd's filtering, without loss.
+    """
     available = operations()
     if available is None:
         return 0
-    gaining = [(node, tile) for node in model.get_ordered_ops() if (tile := _tile(node, available.lanes))]
+    choose = _no_tile if in_bytes else _tile
+    gaining = [(node, tile) for node in model.get_ordered_ops() if (tile := choose(node, available.lanes)) is not None]
     for convolution, tile in gaining:
         _rewrite(convolution, tile, available.factory)
     return len(gaining)
@@ -50,25 +54,38 @@ def use_winograd(model: openvino.Model) -> int:
 
 def _tile(node: Any, lanes: int) -> int | None:
     """The side of the tiles that a convolution gains most by; None: of none, or it is no such convolution."""
-    is_known = node.get_type_name() in ("Convolution", "ConvolutionBackpropData")
-    if not is_known or len(node.get_output_shape(0)) != 4:
+    if not _is_fitting(node, lanes):
         return None
     frames, channels, height, width = node.get_output_shape(0)
     in_channels, tiles = node.get_input_shape(0)[1], {side: -(-height // side) * -(-width // side) for side in (2, 4)}
     side = 4 if tiles[4] >= LARGE_TILES or 4 * 36 * channels * in_channels <= MOST_BYTES else 2
-    gains = (
-        node.input_value(1).get_node().get_type_name() == "Constant"  # it is transformed once
-        and all(value.get_element_type().get_type_name() == "f32" for value in node.input_values())
-        and in_channels % lanes == channels % (2 * lanes) == 0
-        and frames * tiles[side] >= LEAST_TILES
-        and (_is_convolution(node) or _is_doubling(node))
+    is_served = _is_convolution(node, stride=1) or _is_doubling(node)
+    return side if frames * tiles[side] >= LEAST_TILES and is_served else None
+
+
+def _no_tile(node: Any, lanes: int) -> int | None:
+    """0, which stands for eight bits, for a convolution that can be done so, or None."""
+    is_served = _is_fitting(node, lanes) and (
+        _is_convolution(node, stride=1) or _is_convolution(node, stride=2) or _is_doubling(node)
     )
-    return side if gains else None
+    return 0 if is_served else None
 
 
-def _is_convolution(node: Any) -> bool:
-    """Whether it is one of 3×3, stride 1 and padding 1."""
-    return node.get_type_name() == "Convolution" and has_filter(node, kernel=3, stride=1, padding=1)
+def _is_fitting(node: Any, lanes: int) -> bool:
+    """Whether it is a convolution in float32, of pictures by constant weights, whose channels come in whole vectors and panels."""
+    is_known = node.get_type_name() in ("Convolution", "ConvolutionBackpropData")
+    return (
+        is_known
+        and len(node.get_output_shape(0)) == 4
+        and node.input_value(1).get_node().get_type_name() == "Constant"  # it is transformed once
+        and all(value.get_element_type().get_type_name() == "f32" for value in node.input_values())
+        and node.get_input_shape(0)[1] % lanes == node.get_output_shape(0)[1] % (2 * lanes) == 0
+    )
+
+
+def _is_convolution(node: Any, stride: int) -> bool:
+    """Whether it is one of 3×3, this stride and padding 1."""
+    return node.get_type_name() == "Convolution" and has_filter(node, kernel=3, stride=stride, padding=1)
 
 
 def _is_doubling(node: Any) -> bool:
@@ -97,10 +114,10 @@ def _rewrite(convolution: Any, tile: int, factory: Any) -> None:
     from openvino import opset13 as op
 
     weight, channels = convolution.input_value(1), convolution.get_output_shape(0)[1]
-    attributes: dict[str, Any] = {"tile": tile}
+    attributes: dict[str, Any] = {"tile": tile, "stride": convolution.get_attributes()["strides"][0]}
     if convolution.get_type_name() == "ConvolutionBackpropData":
         weight = op.constant(_unfolded(np.asarray(weight.get_node().data))).output(0)
-        attributes["times"] = 2
+        attributes |= {"times": 2, "stride": 1}
     replaced, numbers = with_bias(convolution, channels)
     replaced, bias = _with_computed_bias(replaced, bias_constant(numbers, channels))
     replaced, residual = with_residual(replaced)
@@ -110,7 +127,7 @@ def _rewrite(convolution: Any, tile: int, factory: Any) -> None:
         norm, *norms = before
         pixels, attributes = norm.pixels, {**attributes, "groups": norm.groups, "eps": norm.eps}
     inputs = [pixels, weight, bias, *(op.constant(values).output(0) for values in norms), *residual]
-    replaced.output(0).replace(factory.create("Winograd", inputs, attributes).output(0))
+    replaced.output(0).replace(factory.create("FusedConvolution", inputs, attributes).output(0))
 
 
 def _with_computed_bias(node: Any, bias: Any) -> tuple[Any, Any]:

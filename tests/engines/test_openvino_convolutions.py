@@ -14,7 +14,7 @@ from openvino import opset13 as op
 from torch import Tensor, nn
 from torch.nn import functional
 
-from posecrafter_rt.engines import openvino_winograd as winograd
+from posecrafter_rt.engines import openvino_convolutions as convolutions
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.folding import fold_doubled
 from tests.engines.openvino_models import (
@@ -31,21 +31,23 @@ from tests.engines.openvino_models import (
 )
 
 EXACT = 3e-5  # of the largest output, at most 512 channels: float32, and transforms that multiply by up to 8
-REPLACED = {"Parameter", "Constant", "Winograd", "Result"}  # all that is left
+REPLACED = {"Parameter", "Constant", "FusedConvolution", "Result"}  # all that is left
 
 
 @pytest.fixture(params=[4, 2])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tiles of this side, whatever the picture and its weights."""
     side: int = request.param
-    monkeypatch.setattr(winograd, "LARGE_TILES", 1 if side == 4 else 1 << 40)
-    monkeypatch.setattr(winograd, "MOST_BYTES", 0)
+    monkeypatch.setattr(convolutions, "LARGE_TILES", 1 if side == 4 else 1 << 40)
+    monkeypatch.setattr(convolutions, "MOST_BYTES", 0)
     return side
 
 
 def tiles(model: openvino.Model) -> list[int]:
     """The sides of the tiles of a model's operations."""
-    return [node.get_attributes()["tile"] for node in model.get_ordered_ops() if node.get_type_name() == "Winograd"]
+    return [
+        node.get_attributes()["tile"] for node in model.get_ordered_ops() if node.get_type_name() == "FusedConvolution"
+    ]
 
 
 def convolution(pixels: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> openvino.Model:
@@ -80,7 +82,7 @@ def test_it_is_a_convolution(
     pixels, weight = draw(frames, read, *size), draw(written, read, 3, 3, seed=1)
     bias = draw(written, seed=2) if has_bias else None
     model = convolution(pixels, weight, bias)
-    assert winograd.use_winograd(model) == 1
+    assert convolutions.use_convolutions(model) == 1
     assert tiles(model) == [tile]
     assert set(kinds(model)) == REPLACED
     assert relative_error(run(model, pixels)[0], reference(pixels, weight, bias)) < EXACT
@@ -89,7 +91,7 @@ def test_it_is_a_convolution(
 def test_a_frame_depends_neither_on_its_neighbours_nor_on_threads(tile: int, lanes: int) -> None:
     pixels, weight = draw(9, 16, 21, 18), draw(32, 16, 3, 3, seed=1)
     together, alone = convolution(pixels, weight), convolution(pixels[4:5], weight)
-    assert winograd.use_winograd(together) == winograd.use_winograd(alone) == 1
+    assert convolutions.use_convolutions(together) == convolutions.use_convolutions(alone) == 1
     (frames,) = run(together, pixels)
     assert torch.equal(frames[4:5], run(alone, pixels[4:5])[0])
     assert torch.equal(frames, run(together, pixels, num_threads=1)[0])
@@ -100,12 +102,12 @@ def test_rows_depend_on_nothing_above_them(channels: int, tile: int, lanes: int)
     """The first row of a strip gathers all its lines; in the picture it shares some with the row above, or a chunk begins."""
     pixels, weight = draw(1, channels, 120, 12), draw(32, channels, 3, 3, seed=1)
     picture = convolution(pixels, weight)
-    assert winograd.use_winograd(picture) == 1
+    assert convolutions.use_convolutions(picture) == 1
     (rows,) = run(picture, pixels)
     for top in range(0, 120, 24):
         strip = pixels[:, :, top : top + 24]
         alone = convolution(strip, weight)
-        assert winograd.use_winograd(alone) == 1
+        assert convolutions.use_convolutions(alone) == 1
         assert torch.equal(run(alone, strip)[0][:, :, tile:-tile], rows[:, :, top + tile : top + 24 - tile])
 
 
@@ -114,7 +116,7 @@ def test_nothing_of_one_call_is_left_in_the_next(tile: int, lanes: int) -> None:
     weight = draw(2 * lanes, lanes, 3, 3)
     given = [draw(1, lanes, 40 * tile, tile, seed=seed) for seed in (1, 2)]
     model = convolution(given[0], weight)
-    assert winograd.use_winograd(model) == 1
+    assert convolutions.use_convolutions(model) == 1
     alone, again = [run(model, pixels, num_threads=1)[0] for pixels in given], compiled(model, INFERENCE_NUM_THREADS=2)
     for _ in range(300):
         assert all(map(torch.equal, [infer(again, pixels)[0] for pixels in given], alone))
@@ -131,7 +133,7 @@ def test_what_does_not_fit_or_gain_stays(
     weight: tuple[int, ...], size: tuple[int, int], stride: int, lanes: int
 ) -> None:
     model = convolution(draw(1, weight[1], *size), draw(*weight, seed=1), draw(weight[0]), stride)
-    assert winograd.use_winograd(model) == 0
+    assert convolutions.use_convolutions(model) == 0
     assert "Convolution" in kinds(model)
 
 
@@ -152,9 +154,9 @@ def test_small_pictures_with_large_weights_have_small_tiles(
     lanes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(winograd, "MOST_BYTES", 4 * 36 * lanes * 2 * lanes - has_large_weights)
+    monkeypatch.setattr(convolutions, "MOST_BYTES", 4 * 36 * lanes * 2 * lanes - has_large_weights)
     model = convolution(draw(frames, lanes, *size), draw(2 * lanes, lanes, 3, 3))
-    assert winograd.use_winograd(model) == len(expected)
+    assert convolutions.use_convolutions(model) == len(expected)
     assert tiles(model) == expected
 
 
@@ -187,7 +189,7 @@ def test_norm_and_silu_before_it_are_its_own(
     pixels, weight = draw(3, channels, *size) + offset, draw(32, channels, 3, 3, seed=1)
     norm = draw(channels, seed=2), draw(channels, seed=3)
     model = norm_silu_convolution(pixels, groups, norm, weight)
-    assert winograd.use_winograd(model) == 1
+    assert convolutions.use_convolutions(model) == 1
     assert set(kinds(model)) == REPLACED
     expected = reference(silu_of_norm_reference(pixels, groups, norm), weight)
     assert relative_error(run(model, pixels)[0], expected) < EXACT * (1 + offset / 10)
@@ -212,7 +214,7 @@ def test_what_is_as_large_and_added_is_its_own(
     given, added = parameter(pixels), parameter(other)
     result = convolved(silu_of_norm(given, 8, norm) if has_norm else given, weight, bias)
     model = openvino.Model([op.add(added, result) if has_norm else op.add(result, added)], [given, added])
-    assert winograd.use_winograd(model) == 1
+    assert convolutions.use_convolutions(model) == 1
     assert set(kinds(model)) == REPLACED
     expected = reference(silu_of_norm_reference(pixels, 8, norm) if has_norm else pixels, weight, bias) + other
     assert relative_error(run(model, pixels, other)[0], expected) < EXACT
@@ -229,7 +231,7 @@ def test_a_computed_number_for_each_channel_joins_the_bias(
     given, timestep, bias = parameter(pixels), parameter(numbers), draw(32, seed=3) if has_bias else None
     result = op.add(convolved(given, weight, bias), op.unsqueeze(op.relu(timestep), np.array([2, 3])))
     model = openvino.Model([op.add(result, given) if is_added else result], [given, timestep])
-    assert winograd.use_winograd(model) == 1
+    assert convolutions.use_convolutions(model) == 1
     assert additions_of_pictures(model) == 0
     expected = reference(pixels, weight, bias) + numbers.relu()[:, :, None, None] + (pixels if is_added else 0)
     assert relative_error(run(model, pixels, numbers)[0], expected) < EXACT
@@ -267,7 +269,7 @@ def test_another_addition_stays(name: str, lanes: int) -> None:
         return openvino.Model(STAYING[name](given, lambda of: convolved(of, weight)), [given])
 
     model = build()
-    assert winograd.use_winograd(model) == additions_of_pictures(model) == 1
+    assert convolutions.use_convolutions(model) == additions_of_pictures(model) == 1
     for found, expected in zip(run(model, pixels), run(build(), pixels), strict=True):
         assert relative_error(found, expected) < EXACT
 
@@ -276,7 +278,7 @@ def test_of_two_convolutions_that_are_added_one_takes_the_other(lanes: int) -> N
     pixels, first, second = draw(2, 32, 16, 16), draw(32, 32, 3, 3, seed=1), draw(32, 32, 3, 3, seed=2)
     given = parameter(pixels)
     model = openvino.Model([op.add(convolved(given, first), convolved(given, second))], [given])
-    assert winograd.use_winograd(model) == 2
+    assert convolutions.use_convolutions(model) == 2
     assert set(kinds(model)) == REPLACED
     assert relative_error(run(model, pixels)[0], reference(pixels, first) + reference(pixels, second)) < EXACT
 
@@ -290,7 +292,7 @@ def test_a_folded_doubling_is_unfolded(size: tuple[int, int], is_added: bool, ti
     with torch.no_grad():
         weight, bias = fold_doubled(convolution).state_dict().values()
         model = doubling(pixels, weight, bias, other if is_added else None)
-    assert winograd.use_winograd(model) == 1
+    assert convolutions.use_convolutions(model) == 1
     assert set(kinds(model)) == REPLACED
     with torch.no_grad():
         expected = convolution.double()(functional.interpolate(pixels.double(), scale_factor=2))
@@ -299,7 +301,7 @@ def test_a_folded_doubling_is_unfolded(size: tuple[int, int], is_added: bool, ti
 
 def test_another_transposed_convolution_stays(lanes: int) -> None:
     pixels = draw(3, 48, 8, 8)
-    assert winograd.use_winograd(doubling(pixels, draw(48, 32, 4, 4), draw(32))) == 0
+    assert convolutions.use_convolutions(doubling(pixels, draw(48, 32, 4, 4), draw(32))) == 0
 
 
 def doubling(pixels: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None = None) -> openvino.Model:
@@ -315,7 +317,7 @@ def test_silu_holds_at_its_ends(lanes: int) -> None:
     pixels, weight = draw(1, 16, 16, 16), draw(32, 16, 3, 3, seed=1)
     norm = torch.full((16,), 200.0), torch.zeros(16)
     model = norm_silu_convolution(pixels, 16, norm, weight)
-    assert winograd.use_winograd(model) == 1
+    assert convolutions.use_convolutions(model) == 1
     active = silu_of_norm_reference(pixels, 16, norm)
     assert float(active.max()) > 400
     assert relative_error(run(model, pixels)[0], reference(active, weight)) < EXACT
@@ -327,7 +329,7 @@ def test_another_activation_before_it_stays(lanes: int) -> None:
     for gate in (lambda value: value, op.abs):
         given = parameter(pixels)
         model = openvino.Model([convolved(op.multiply(given, op.sigmoid(gate(given))), weight)], [given])
-        assert winograd.use_winograd(model) == 1
+        assert convolutions.use_convolutions(model) == 1
         assert "Sigmoid" in kinds(model)
         gated = pixels * torch.sigmoid(pixels if gate is not op.abs else pixels.abs())
         assert relative_error(run(model, pixels)[0], reference(gated, weight)) < EXACT
@@ -337,7 +339,7 @@ def test_two_threads_at_once(lanes: int) -> None:
     """Two requests of one compiled network share the operation, and its transformed weights."""
     given = [draw(4, 32, 33, 35, seed=seed) for seed in range(8)]
     model = norm_silu_convolution(given[0], 8, (draw(32, seed=2), draw(32, seed=3)), draw(32, 32, 3, 3, seed=1))
-    assert winograd.use_winograd(model) == 1
+    assert convolutions.use_convolutions(model) == 1
     alone, shared = [run(model, pixels)[0] for pixels in given], compiled(model, NUM_STREAMS=2)
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):

@@ -1,0 +1,91 @@
+// Numbers and weights in eight bits. Layer 4.
+#include "bytes.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace posecrafter {
+
+void pack_bytes(const float* weight, int in_channels, int taps, int out_channels, float* packed,
+                const Parallel& parallel) {
+    const int depth = in_channels * taps;
+    parallel(out_channels / kPanel, [=](int panel) {
+        float* scales = packed + panel * byte_panel(depth);
+        auto* bytes = reinterpret_cast<int8_t*>(scales + 2 * kPanel);
+        for (int o = 0; o < kPanel; ++o) {
+            const float* row = weight + (static_cast<size_t>(panel) * kPanel + o) * depth;
+            float most = 0;
+            for (int i = 0; i < depth; ++i) most = std::max(most, std::abs(row[i]));
+            int64_t sum = 0;
+            for (int tap = 0; tap < taps; ++tap)
+                for (int i = 0; i < in_channels; ++i) {
+                    const float value = row[i * taps + tap];
+                    const int k = tap * in_channels + i;
+                    const int byte = most > 0 ? static_cast<int>(std::lrint(value * (127 / most))) : 0;
+                    bytes[(k / kFour * kPanel + o) * kFour + k % kFour] = static_cast<int8_t>(byte);
+                    sum += byte;
+                }
+            scales[o] = most / 127;
+            scales[kPanel + o] = static_cast<float>(sum) * scales[o];
+        }
+    });
+}
+
+Range range_of(const float* x, int count) {
+    Vector low[2] = {}, high[2] = {}, nothing{};
+    for (auto& v : low) v += x[0];
+    for (auto& v : high) v += x[0];
+    int i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes)
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; ++part) {
+            const Vector v = load(x + i + part * kLanes);
+            low[part] = v < low[part] ? v : low[part];
+            high[part] = v > high[part] ? v : high[part];
+            nothing += v * 0.0f;  // NaN where one is not finite: comparisons pass over it
+        }
+    Range range{std::min(x[0], least(low[1] < low[0] ? low[1] : low[0])),
+                std::max(x[0], most(high[1] > high[0] ? high[1] : high[0]))};
+    float none = total(nothing);
+    for (; i < count; ++i) {
+        range.low = std::min(range.low, x[i]);
+        range.high = std::max(range.high, x[i]);
+        none += x[i] * 0.0f;
+    }
+    return {range.low + none, range.high + none};
+}
+
+namespace {
+
+// Bytes from one row to the next: apart in the sets of the innermost cache.
+size_t byte_stride(int depth) {
+    constexpr int kLine = 64;
+    return ceil_div(depth, kLine) * kLine + kLine;
+}
+
+}  // namespace
+
+size_t byte_rows_floats(int count, int depth) { return count * (2 + byte_stride(depth) / sizeof(float)); }
+
+ByteRows rows_to_bytes(Rows rows, int count, int depth, float* memory) {
+    const size_t stride = byte_stride(depth);
+    float *scales = memory, *lows = scales + count;
+    auto* bytes = reinterpret_cast<uint8_t*>(lows + count);
+    const ByteRows made{bytes, stride, depth, 1, 0, scales, lows, 1};
+    for (int r = 0; r < count; ++r, bytes += stride) {
+        const float* row = rows.first + r * rows.stride;
+        const Range range = range_of(row, depth);
+        const float scale = (range.high - range.low) / 255;
+        lows[r] = range.low, scales[r] = scale;
+        const float inverse = scale > 0 ? 1 / scale : 0, zero = -range.low * inverse;
+        int i = 0;
+        for (; i + kLanes <= depth; i += kLanes) store_bytes(bytes + i, load(row + i), inverse, zero);
+        for (; i < depth; ++i) {
+            const float byte = row[i] * inverse + (zero + 0.5f);
+            bytes[i] = static_cast<uint8_t>(std::min(255.0f, std::max(0.0f, byte)));
+        }
+    }
+    return made;
+}
+
+}  // namespace posecrafter

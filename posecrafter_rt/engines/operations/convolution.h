@@ -1,0 +1,23 @@
+// Convolutions in eight bits. Layer 4: knows neither Python nor any library's tensors or threads.
+#pragma once
+
+#include "parallel.h"
+#include "pictures.h"
+
+namespace posecrafter {
+
+// out (frames, out_channels, out_height, out_width), compact, = the convolution of a picture by weights that
+// `pack_windows` packed, plus bias (out_channels) and where it is given a residual, as out. Out channels are a multiple
+// of a panel's.
+struct ByteConvolution {
+    Picture picture;
+    Window window;
+    const float *packed, *bias, *residual;
+    float* out;
+    int out_channels;
+};
+
+// threads: how many work at it at best.
+void convolve_bytes(const ByteConvolution& call, int threads, const Parallel& parallel);
+
+}  // namespace posecrafter

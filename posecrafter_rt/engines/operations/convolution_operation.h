@@ -1,0 +1,169 @@
+// The OpenVINO operation posecrafter::FusedConvolution: input (F, C, h, w), weight (out, C, 3, 3), bias (out elements)
+// → what the convolution with a padding of 1 gives. With a GroupNorm's weight and bias (C) as two inputs more, and its
+// groups and eps as attributes, it is of SiLU(GroupNorm(input)); with the attribute times 2 it is of the input at twice
+// its size. An input after these, as large as the output, is added to it. The attribute tile says how it is done: 2 or
+// 4 by Winograd's filtering, in tiles of so many outputs, with a stride of 1; 0 in eight bits. Weights are constant:
+// they are packed at the first call. Layer 4.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <openvino/op/op.hpp>
+#include <vector>
+
+#include "bytes.h"
+#include "convolution.h"
+#include "operation.h"
+#include "products.h"
+#include "winograd.h"
+
+namespace posecrafter {
+
+class ConvolutionOperation : public ov::op::Op {
+public:
+    OPENVINO_OP("FusedConvolution", "posecrafter");
+
+    ConvolutionOperation() = default;
+    ConvolutionOperation(const ov::OutputVector& inputs, const ConvolutionOperation& like)
+        : Op(inputs),
+          groups_(like.groups_),
+          eps_(like.eps_),
+          times_(like.times_),
+          stride_(like.stride_),
+          tile_(like.tile_) {
+        constructor_validate_and_infer_types();
+    }
+
+    void validate_and_infer_types() override {
+        const ov::Shape& pixels = get_input_shape(0);
+        OPENVINO_ASSERT((times_ == 1 || times_ == 2) && (stride_ == 1 || (stride_ == 2 && times_ == 1)),
+                        "strides and times are 1 or 2");
+        const ov::Shape out{pixels[0], get_input_shape(1)[0], out_side(pixels[2]), out_side(pixels[3])};
+        check(out);
+        set_output_type(0, get_input_element_type(0), out);
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        return std::make_shared<ConvolutionOperation>(inputs, *this);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("groups", groups_);
+        visitor.on_attribute("eps", eps_);
+        visitor.on_attribute("times", times_);
+        visitor.on_attribute("stride", stride_);
+        visitor.on_attribute("tile", tile_);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        std::call_once(once_, [&] { pack(inputs[1]); });
+        if (tile_ == 0)
+            convolve_in_bytes(outputs[0], inputs);
+        else
+            convolve_in_floats(outputs[0], inputs);
+        return true;
+    }
+
+private:
+    void convolve_in_floats(ov::Tensor& out, const ov::TensorVector& inputs) const {
+        const ov::Shape &pixels = inputs[0].get_shape(), &shape = out.get_shape();
+        const int frames = size(pixels[0]), channels = size(pixels[1]);
+        Convolution call{};
+        call.input = inputs[0].data<float>();
+        call.packed = packed_.get();
+        call.bias = inputs[2].data<float>();
+        call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
+        call.out = out.data<float>();
+        call.frames = frames, call.in_channels = channels, call.out_channels = size(shape[1]);
+        call.height = size(shape[2]), call.width = size(shape[3]), call.times = size(times_);
+        call.tile = size(tile_);
+        static thread_local std::vector<float> scales;  // and shifts
+        if (is_normed(inputs.size())) {
+            scales.resize(2 * pixels[0] * pixels[1]);
+            float *scale = scales.data(), *shift = scale + pixels[0] * pixels[1];
+            group_norm_scales({call.input, inputs[3].data<float>(), inputs[4].data<float>(), scale, shift, frames,
+                               channels, size(groups_), pixels[2] * pixels[3], eps_},
+                              parallel);
+            call.scale = scale, call.shift = shift;
+        }
+        winograd_convolve(call, num_threads(), parallel);
+    }
+
+    void convolve_in_bytes([[maybe_unused]] ov::Tensor& out, [[maybe_unused]] const ov::TensorVector& inputs) const {
+#ifdef PC_HAS_VNNI
+        const ov::Shape &pixels = inputs[0].get_shape(), &shape = out.get_shape();
+        ByteConvolution call{};
+        call.picture.input = inputs[0].data<float>();
+        call.picture.frames = size(pixels[0]), call.picture.channels = size(pixels[1]);
+        call.picture.height = size(pixels[2]), call.picture.width = size(pixels[3]);
+        if (is_normed(inputs.size())) {
+            call.picture.weight = inputs[3].data<float>(), call.picture.bias = inputs[4].data<float>();
+            call.picture.groups = size(groups_), call.picture.eps = eps_;
+        }
+        call.window = window(shape);
+        call.packed = packed_.get();
+        call.bias = inputs[2].data<float>();
+        call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
+        call.out = out.data<float>();
+        call.out_channels = size(shape[1]);
+        convolve_bytes(call, num_threads(), parallel);
+#endif
+    }
+
+    void check(const ov::Shape& out) const {
+        const ov::Shape &pixels = get_input_shape(0), &weight = get_input_shape(1);
+        const size_t inputs = get_input_size(), groups = static_cast<size_t>(groups_);
+        OPENVINO_ASSERT((tile_ == 0 && kHasBytes) || ((tile_ == 2 || tile_ == 4) && stride_ == 1),
+                        "tiles are of 2×2 or 4×4, or there are none, on a processor with VNNI");
+        OPENVINO_ASSERT(weight == (ov::Shape{weight[0], pixels[1], kKernel, kKernel}), "weights that do not fit");
+        OPENVINO_ASSERT(pixels[1] % kLanes == 0 && weight[0] % kPanel == 0,
+                        "channels come in whole vectors and panels");
+        OPENVINO_ASSERT(ov::shape_size(get_input_shape(2)) == weight[0], "a bias that does not fit");
+        OPENVINO_ASSERT(inputs >= 3 && inputs <= 6, "inputs that do not fit");
+        for (size_t norm = 3; is_normed(inputs) && norm < 5; ++norm)
+            OPENVINO_ASSERT(groups > 0 && pixels[1] % groups == 0 && ov::shape_size(get_input_shape(norm)) == pixels[1],
+                            "a norm that does not fit");
+        OPENVINO_ASSERT(!has_residual(inputs) || get_input_shape(inputs - 1) == out, "a residual of another shape");
+    }
+
+    void pack(const ov::Tensor& weight) const {
+        const size_t out = weight.get_shape()[0], in = weight.get_shape()[1];
+        const int tile = size(tile_), rows = size(out), columns = size(in);
+        const float* from = weight.data<float>();
+        if (tile == 0) {
+            const int kind = times_ == 2 ? kDoubledInBytes : kInBytes;
+            packed_ = packed_weights(weight, in, kind, packed_windows(window({}), columns, rows),
+                                     [&](float* to) { pack_windows(from, columns, rows, window({}), to, parallel); });
+        } else {
+            packed_ = packed_weights(weight, in, tile, winograd_products(tile) * in * out,
+                                     [&](float* to) { winograd_pack(from, columns, rows, tile, to, parallel); });
+        }
+    }
+
+    Window window(const ov::Shape& out) const {
+        return {size(stride_), size(times_), out.empty() ? 0 : size(out[2]), out.empty() ? 0 : size(out[3])};
+    }
+
+    size_t out_side(size_t side) const { return (side * times_ + stride_ - 1) / stride_; }
+
+    static bool is_normed(size_t num_inputs) { return num_inputs >= 5; }
+
+    static int size(size_t value) { return static_cast<int>(value); }
+
+    static constexpr int kKernel = 3;
+
+    int64_t groups_ = 0;
+    double eps_ = 0;
+    int64_t times_ = 1;
+    int64_t stride_ = 1;
+    int64_t tile_ = 4;
+    mutable std::once_flag once_;
+    mutable std::shared_ptr<float> packed_;
+};
+
+}  // namespace posecrafter

@@ -1,0 +1,211 @@
+// From pictures to windows in eight bits: one reading for the norm and the range, one to convert. Layer 4.
+#include "pictures.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "memory.h"
+
+namespace posecrafter {
+
+namespace {
+
+constexpr int kBorder = 1;                 // of zeros around a picture
+constexpr float kLeastSilu = -0.2784646f;  // of all numbers, at -1.2784645
+
+thread_local Scratch thread_pixels;  // of the thread that calls an operation
+
+// Sums of x - centre and of its square.
+struct Moments {
+    double sum = 0, squares = 0;
+};
+
+// Adds a channel's numbers, of which it returns the range: in float over a stretch, in double over stretches.
+Range add(const float* x, size_t count, float centre, Moments& all) {
+    constexpr size_t kStretch = 4096;
+    const Vector first = Vector{} + x[0];
+    Vector low = first, high = first;
+    Range range{x[0], x[0]};
+    for (size_t begin = 0; begin < count; begin += kStretch) {
+        const size_t end = std::min(count, begin + kStretch);
+        Vector sums[2] = {}, squares[2] = {};
+        size_t i = begin;
+        for (; i + 2 * kLanes <= end; i += 2 * kLanes)
+#pragma GCC unroll 2
+            for (int part = 0; part < 2; ++part) {
+                const Vector v = load(x + i + part * kLanes), d = v - centre;
+                sums[part] += d;
+                squares[part] += d * d;
+                low = v < low ? v : low;
+                high = v > high ? v : high;
+            }
+        all.sum += total(sums[0] + sums[1]);
+        all.squares += total(squares[0] + squares[1]);
+        for (; i < end; ++i) {
+            const float d = x[i] - centre;
+            all.sum += d, all.squares += d * d;
+            range = {std::min(range.low, x[i]), std::max(range.high, x[i])};
+        }
+    }
+    return {std::min(range.low, least(low)), std::max(range.high, most(high))};
+}
+
+float silu_of(float x) { return x / (1 + std::exp(-x)); }
+
+// What SiLU makes of all numbers between two.
+Range silu_of(Range range) {
+    const float low = silu_of(range.low), high = silu_of(range.high);
+    return {range.low < -1.2784645f && range.high > -1.2784645f ? kLeastSilu : std::min(low, high),
+            std::max(low, high)};
+}
+
+// GroupNorm of one frame's group as a scale and a shift for each of its channels; returns the range of SiLU of it, NaN
+// where a number is not finite.
+Range norm_group(const Picture& p, int index, float* scales, float* shifts) {
+    const int width = p.channels / p.groups, first = index % p.groups * width;
+    const size_t plane = static_cast<size_t>(p.height) * p.width, count = width * plane;
+    const float* x = p.input + index * count;
+    Moments all;
+    std::vector<Range> ranges(width);
+    for (int c = 0; c < width; ++c) ranges[c] = add(x + c * plane, plane, x[0], all);
+    const double mean = all.sum / count, variance = std::max(0.0, all.squares / count - mean * mean);
+    const double deviation = std::sqrt(variance + p.eps);
+    Range range{0, 0};
+    for (int c = 0; c < width; ++c) {
+        const float scale = static_cast<float>(p.weight[first + c] / deviation);
+        const float shift = static_cast<float>(p.bias[first + c] - (mean + x[0]) * scale);
+        scales[index * width + c] = scale, shifts[index * width + c] = shift;
+        const float a = ranges[c].low * scale + shift, b = ranges[c].high * scale + shift;
+        const Range own = silu_of(Range{std::min(a, b), std::max(a, b)});
+        range = {std::min(range.low, own.low), std::max(range.high, own.high)};
+    }
+    const float none = static_cast<float>(0 * (all.sum + all.squares));
+    return {range.low + none, range.high + none};
+}
+
+}  // namespace
+
+BytePicture::BytePicture(const Picture& p, Window window, const Parallel& parallel)
+    : window_(window), channels_(p.channels), height_(p.height), width_(p.width) {
+    const int parts = p.weight == nullptr ? p.channels / kLanes : p.groups;
+    const size_t all = static_cast<size_t>(p.frames) * p.channels, plane = static_cast<size_t>(p.height) * p.width;
+    std::vector<float> norms(p.weight == nullptr ? 0 : 2 * all);
+    std::vector<Range> ranges(static_cast<size_t>(p.frames) * parts);
+    parallel(p.frames * parts, [&](int index) {
+        if (p.weight == nullptr)
+            ranges[index] = range_of(p.input + index * kLanes * plane, static_cast<int>(kLanes * plane));
+        else
+            ranges[index] = norm_group(p, index, norms.data(), norms.data() + all);
+    });
+    set_scales(ranges, p.frames);
+    const size_t rows = static_cast<size_t>(p.frames) * (height_ + 2 * kBorder);
+    const size_t bytes = rows * (width_ + 2 * kBorder) * channels_;
+    pixels_ = reinterpret_cast<uint8_t*>(thread_pixels.take(bytes / sizeof(float) + 1));
+    parallel(static_cast<int>(rows), [&](int row) {
+        fill_row(p, norms.empty() ? nullptr : norms.data(), row / (height_ + 2 * kBorder),
+                 row % (height_ + 2 * kBorder) - kBorder);
+    });
+}
+
+void BytePicture::set_scales(const std::vector<Range>& ranges, int frames) {
+    const size_t parts = ranges.size() / frames;
+    for (int frame = 0; frame < frames; ++frame) {
+        Range range{0, 0};
+        float none = 0;
+        for (size_t part = 0; part < parts; ++part) {
+            const Range own = ranges[frame * parts + part];
+            range = {std::min(range.low, own.low), std::max(range.high, own.high)};
+            none += 0 * (own.low + own.high);
+        }
+        const float scale = (range.high - range.low) / 255 + none;
+        zeros_.push_back(scale > 0 ? std::round(-range.low / scale) : 0);
+        scales_.push_back(scale);
+        lows_.push_back(-zeros_.back() * scale);
+    }
+}
+
+void BytePicture::fill_row(const Picture& p, const float* norms, int frame, int y) {
+    const float inverse = scales_[frame] > 0 ? 1 / scales_[frame] : 0, zero = zeros_[frame];
+    const size_t channels = channels_, line = width_ * channels, byte = static_cast<size_t>(zero);
+    uint8_t* row = pixel(frame, y, -kBorder);
+    if (y < 0 || y >= height_) {
+        std::memset(row, static_cast<int>(byte), line + 2 * kBorder * channels);
+        return;
+    }
+    std::memset(row, static_cast<int>(byte), kBorder * channels);
+    row += kBorder * channels;
+    std::memset(row + line, static_cast<int>(byte), kBorder * channels);
+    const size_t plane = static_cast<size_t>(height_) * width_, all = p.frames * channels;
+    for (size_t channel = 0; channel < channels; channel += kLanes) {
+        const size_t at = frame * channels + channel;
+        const float* from = p.input + at * plane + static_cast<size_t>(y) * width_;
+        Vector scale{}, shift{};
+        if (norms != nullptr) scale = load(norms + at), shift = load(norms + all + at);
+        for (int x = 0; x < width_; x += kColumns) {
+            const int count = std::min(kColumns, width_ - x);
+            Vector v[kColumns];
+            read_columns(from + x, plane, count, v);
+            for (int i = 0; i < count; ++i)
+                store_bytes(row + (x + i) * channels + channel, norms != nullptr ? silu(v[i] * scale + shift) : v[i],
+                            inverse, zero);
+        }
+    }
+}
+
+uint8_t* BytePicture::pixel(int frame, int y, int x) const {
+    const size_t rows = height_ + 2 * kBorder, columns = width_ + 2 * kBorder;
+    return pixels_ + ((frame * rows + y + kBorder) * columns + x + kBorder) * channels_;
+}
+
+ByteRows BytePicture::windows(int frame, int top, int left) const {
+    const size_t channels = channels_, pitch = (width_ + 2 * kBorder) * channels;
+    const int side = window_.side();
+    return {pixel(frame, top, left),
+            window_.stride * channels,
+            side * channels_,
+            side,
+            pitch,
+            &scales_[frame],
+            &lows_[frame],
+            0};
+}
+
+void BytePicture::sum(int64_t first, int count, const Layer& layer, int panel, float* sums, const Fetch& next) const {
+    const int columns = window_.out_width, times = window_.times;
+    const size_t kind = packed_windows(window_, channels_, layer.out_channels) / window_.kinds();
+    const float* weights = layer.packed + panel * byte_panel(layer.in_channels);
+    for (int done = 0; done < count; done += columns) {
+        const int64_t row = (first + done) / columns;
+        const int frame = static_cast<int>(row / window_.out_height), y = static_cast<int>(row % window_.out_height);
+        for (int side = 0; side < times; ++side) {  // of a doubled picture: even and odd columns
+            const int top = times == 2 ? y / 2 - 1 + y % 2 : y * window_.stride - kBorder;
+            const float* own = weights + (times == 2 ? y % 2 * 2 + side : 0) * kind;
+            multiply_byte_rows(windows(frame, top, side - kBorder), columns / times, own,
+                               {sums + (size_t(done) + side) * kPanel, size_t(times) * kPanel}, next.from(done));
+        }
+    }
+}
+
+size_t packed_windows(const Window& window, int in_channels, int out_channels) {
+    return window.kinds() * (out_channels / kPanel) * byte_panel(window.side() * window.side() * in_channels);
+}
+
+void pack_windows(const float* weight, int in_channels, int out_channels, const Window& window, float* packed,
+                  const Parallel& parallel) {
+    if (window.times == 1) return pack_bytes(weight, in_channels, 9, out_channels, packed, parallel);
+    const size_t maps = static_cast<size_t>(in_channels) * out_channels;
+    std::vector<float> folded(maps * 4);
+    for (int kind = 0; kind < window.kinds(); ++kind) {
+        const int odd_row = kind / 2, odd_column = kind % 2;
+        std::fill(folded.begin(), folded.end(), 0.0f);
+        for (size_t map = 0; map < maps; ++map)
+            for (int y = 0; y < 3; ++y)
+                for (int x = 0; x < 3; ++x)  // which of two pixels a tap meets
+                    folded[map * 4 + (y + 1 - odd_row) / 2 * 2 + (x + 1 - odd_column) / 2] +=
+                        weight[map * 9 + y * 3 + x];
+        const size_t one = packed_windows(window, in_channels, out_channels) / window.kinds();
+        pack_bytes(folded.data(), in_channels, 4, out_channels, packed + kind * one, parallel);
+    }
+}
+
+}  // namespace posecrafter
