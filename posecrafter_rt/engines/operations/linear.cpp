@@ -52,6 +52,7 @@ void for_runs(int size, int64_t first, int count, const Use& use) {
 // and in depths that keep a panel in the innermost cache.
 struct InFloats {
     using Own = Rows;
+    static constexpr int kLighter = 1;  // how many times as light as a float a weight is
 
     static Rows prepare(Rows rows, int, int) { return rows; }
 
@@ -67,6 +68,8 @@ struct InFloats {
 
 #ifdef PC_HAS_VNNI
 struct InBytes {
+    static constexpr int kLighter = sizeof(float);
+
     struct Own {
         ByteRows rows;
         const BytePicture* windows;  // or those, from `first` on
@@ -99,7 +102,10 @@ public:
         const int widest = std::max(first_.in_channels, last_.in_channels);
         const int fitting = std::min(kChunkRows, std::max(kLeastRows, kChunkFloats / widest));
         row_parts_ = static_cast<int>((rows_ + fitting - 1) / fitting);
-        if (has_next() || row_parts_ >= threads) row_parts_ = ceil_div(row_parts_, threads) * threads;
+        // What is larger is divided, the rows or the weights; rows that a thread has written are still in its cache.
+        const bool is_many = call.windows == nullptr && rows_ >= last_.out_channels / Products::kLighter;
+        if (has_next() || row_parts_ >= threads || (is_many && rows_ >= int64_t{threads} * kRows))
+            row_parts_ = ceil_div(row_parts_, threads) * threads;
         row_parts_ = static_cast<int>(std::min<int64_t>(row_parts_, rows_));
         panel_parts_ = std::min(panels_, ceil_div(threads, row_parts_));
         copies_ = call.from_planes || (std::is_same_v<Own, Rows> && first_.in_channels % kWayFloats == 0);

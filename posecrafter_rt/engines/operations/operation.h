@@ -3,6 +3,7 @@
 #pragma once
 
 #include <oneapi/tbb/parallel_for.h>
+#include <oneapi/tbb/partitioner.h>
 #include <oneapi/tbb/task_arena.h>
 
 #include <cstddef>
@@ -24,7 +25,7 @@ namespace posecrafter {
 // OpenVINO's own threads: others would have to share the cores with them. A thread that waits here takes up no other
 // work, which might be another operation that wants its scratch.
 inline void parallel(int count, const std::function<void(int)>& task) {
-    tbb::this_task_arena::isolate([&] { tbb::parallel_for(0, count, task); });
+    tbb::this_task_arena::isolate([&] { tbb::parallel_for(0, count, task, tbb::static_partitioner()); });
 }
 
 inline int num_threads() { return tbb::this_task_arena::max_concurrency(); }
