@@ -16,7 +16,6 @@ from posecrafter_rt.machine import (
     counted_peak_bytes,
     cpu_gains_by_bf16,
     cpu_has_bf16,
-    cpu_has_vnni,
     peak_rss_bytes,
     return_freed_memory,
     watched_peak,
@@ -187,16 +186,3 @@ def test_to_multiply_bf16_is_not_to_gain_by_it(
 ) -> None:
     monkeypatch.setattr("posecrafter_rt.machine.cpu_features", lambda: features)
     assert (cpu_has_bf16(), cpu_gains_by_bf16()) == (has_it, gains)
-
-
-@pytest.mark.parametrize(("features", "has_it"), [
-    ({"avx2", "fma", "avx512f", "avx512_vnni"}, True),
-    ({"avx2", "fma", "avx_vnni"}, True),
-    ({"avx2", "fma", "avx512f", "avx512_bf16"}, False),
-    ({"avx2", "avx_vnni"}, False),
-    ({"avx512_vnni"}, False),  # without the registers, as a virtual machine may tell it
-    ({"asimd", "bf16"}, False),
-])  # fmt: skip
-def test_vnni_is_of_avx512_or_beside_avx2(features: set[str], has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posecrafter_rt.machine.cpu_features", lambda: features)
-    assert cpu_has_vnni() == has_it

@@ -57,6 +57,14 @@ def operation() -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture
+def byte_operation() -> None:
+    """Skips where those in eight bits cannot be had."""
+    reason = operations.missing_bytes_reason()
+    if reason is not None:
+        pytest.skip(reason)
+
+
 @pytest.fixture(params=[16, 8], ids=lambda lanes: f"{lanes}-lanes")
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The operations with vectors of so many floats, and with all else that this processor has; skips where they cannot be had."""

@@ -1,9 +1,11 @@
-"""What only the OpenVINO backend has: kept compilations, static shapes, bf16, networks in full precision."""
+"""What only the OpenVINO backend has: kept compilations, static shapes, bf16 and int8, networks in full precision."""
 
 from __future__ import annotations
 
 import errno
 import gc
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.engines import openvino as backend_module
+from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.engines.base import FULL_PRECISION, Precision
 from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.openvino import KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
@@ -63,6 +66,59 @@ def test_bf16_over_changing_frame_counts(
             assert error < 1e-5
         else:
             assert 1e-5 < error < 0.03  # of bf16's 8 bits, and not of float32's 24
+
+
+@pytest.mark.parametrize("name", ["unet", "controlnet_stream", "vae_decoder", "pose_embedding", "prompt_kv"])
+def test_int8_over_changing_frame_counts(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, name: str, byte_operation: None
+) -> None:
+    engine = load(plain_model, openvino_networks, tmp_path, "int8")[name]
+    for frames in (1, 16, 1, 7):
+        inputs = draw(plain_model, name, frames)
+        found, wanted = first(engine(**inputs)), expected(plain_model, name, inputs)
+        error = float((found - wanted).norm() / wanted.norm())
+        if name in FULL_PRECISION:
+            assert error < 1e-5
+        else:
+            assert 1e-3 < error < 10 ** (-30 / 20)  # 30 dB, and of 8 bits
+        anew = load(plain_model, openvino_networks, tmp_path, "int8")[name]
+        assert torch.equal(first(anew(**inputs)), found)
+
+
+def test_what_is_kept_is_of_one_precision(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, byte_operation: None
+) -> None:
+    inputs = draw(plain_model, "pose_embedding", 2)
+    whole, narrow, again = (
+        first(load(plain_model, openvino_networks, tmp_path, precision)["pose_embedding"](**inputs)).clone()
+        for precision in ("fp32", "int8", "fp32")
+    )
+    assert torch.equal(whole, again) and not torch.equal(whole, narrow)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_int8_of_other_weights_is_what_a_build_with_them_gives(
+    make_tiny_model: Callable[..., PoseModel], openvino_networks: Path, tmp_path: Path, byte_operation: None
+) -> None:
+    """Swapped into an engine or refitted: weights are rounded as those that it is built with."""
+    model, generator = make_tiny_model(), torch.Generator().manual_seed(9)
+    for parameter in (*model.unet.parameters(), *model.vae.decoder.parameters()):
+        parameter.data.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+    model.fold()
+    arch, folders = replace(model.architecture(), size=(32, 32)), [tmp_path / name for name in ("built", "refitted")]
+    for folder in folders:
+        folder.mkdir()
+    OpenVinoBackend().build(model, arch, folders[0], "int8", lambda stage: None)
+    OpenVinoBackend().refit(openvino_networks, folders[1], model, arch, "int8", lambda stage: None)
+    kept = [load(model, networks, tmp_path / "compiled", "int8") for networks in (openvino_networks, *folders)]
+    for name in ("unet", "vae_decoder"):
+        source, built, refitted = (engines[name] for engines in kept)
+        inputs = draw(model, name, 3)
+        before, wanted = (first(engine(**inputs)).clone() for engine in (source, built))
+        assert not torch.equal(before, wanted)
+        assert torch.equal(first(refitted(**inputs)), wanted)
+        source.swap_weights(dict(model.networks()[name].named_parameters()))
+        assert torch.equal(first(source(**inputs)), wanted)
 
 
 def test_another_process_compiles_nothing(
@@ -149,10 +205,11 @@ def test_operations_are_not_compiled_to_say_what_other_precisions_can_do(monkeyp
     def asked() -> None:
         raise AssertionError("they were compiled")
 
-    monkeypatch.setattr(backend_module, "missing_reason", asked)
+    for module in (backend_module, operations):
+        monkeypatch.setattr(module, "missing_reason", asked)
     for precision in ("fp32", "bf16", "fp16"):
         OpenVinoBackend().unsupported_reason(precision)
-    monkeypatch.setattr(backend_module, "cpu_has_vnni", lambda: False)
+    monkeypatch.setattr(operations, "cpu_features", lambda: {"avx2", "fma"})
     assert OpenVinoBackend().unsupported_reason("int8") == "this processor has no VNNI; use fp32"
 
 

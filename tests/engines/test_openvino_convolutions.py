@@ -21,12 +21,14 @@ from tests.engines.openvino_models import (
     compiled,
     constant,
     convolved,
+    doubled,
     draw,
     infer,
     kinds,
     parameter,
-    reshaped,
     run,
+    silu_of_norm,
+    silu_of_norm_reference,
     whole,
 )
 
@@ -158,20 +160,6 @@ def test_small_pictures_with_large_weights_have_small_tiles(
     model = convolution(draw(frames, lanes, *size), draw(2 * lanes, lanes, 3, 3))
     assert convolutions.use_convolutions(model) == len(expected)
     assert tiles(model) == expected
-
-
-def silu_of_norm(pixels: Any, groups: int, norm: tuple[Tensor, Tensor]) -> Any:
-    """SiLU ∘ GroupNorm, spelled as ONNX brings it."""
-    shape = pixels.get_output_shape(0)
-    normed = op.mvn(reshaped(pixels, shape[0], groups, -1), np.array([2]), True, 1e-5, "INSIDE_SQRT")
-    factor, added = (op.unsqueeze(constant(values), np.array([1, 2])) for values in norm)
-    normed = op.add(op.multiply(reshaped(normed, *shape), factor), added)
-    return op.multiply(normed, op.sigmoid(normed))
-
-
-def silu_of_norm_reference(pixels: Tensor, groups: int, norm: tuple[Tensor, Tensor]) -> Tensor:
-    weight, bias = norm
-    return functional.silu(functional.group_norm(pixels.double(), groups, weight.double(), bias.double()))
 
 
 def norm_silu_convolution(pixels: Tensor, groups: int, norm: tuple[Tensor, Tensor], weight: Tensor) -> openvino.Model:
@@ -307,8 +295,7 @@ def test_another_transposed_convolution_stays(lanes: int) -> None:
 def doubling(pixels: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None = None) -> openvino.Model:
     """A model of a transposed convolution, its bias as ONNX brings it."""
     given = parameter(pixels)
-    result = op.convolution_backprop_data(given, constant(weight), [2, 2], None, [1, 1], [1, 1])
-    result = op.add(result, reshaped(constant(bias), 1, len(bias), 1, 1))
+    result = doubled(given, weight, bias)
     return openvino.Model([result if added is None else op.add(result, constant(added))], [given])
 
 

@@ -16,103 +16,37 @@ import openvino
 import pytest
 import torch
 from openvino import opset13 as op
-from torch import Tensor
 from torch.nn import functional
 
 from posecrafter_rt.engines import openvino_linear
 from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.export.verify import relative_error
 from tests.engines.openvino_models import (
+    LAYOUTS,
+    Shape,
     compiled,
     constant,
     convolved,
     draw,
+    gated,
     infer,
     kinds,
+    layer,
+    layers,
     parameter,
+    product,
     reshaped,
     run,
-    whole,
+    to_tokens,
 )
 
 ROUNDING = 2.0**-24  # of one float32
 REPLACED = {"Parameter", "Constant", "Linear", "Result"}  # all that is left
-PIXELS = ("pixels to pixels", "pixels to tokens", "tokens to pixels", "tokens to tokens")  # by convolutions
-LAYOUTS = (*PIXELS, "product", "gated", "feed-forward")
-Shape = tuple[int, tuple[int, int], int, int]  # frames, height and width, input channels, panels of output channels
-Linear = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 def exact(channels: int, is_gated: bool = False) -> float:
     """What float32 allows, of the largest output: a sum's roundings add up to the root of their number, and two are gated."""
     return ROUNDING * (4 + math.sqrt(channels)) * (2 if is_gated else 1)
-
-
-def to_tokens(pixels: Any, order: tuple[int, ...] = (0, 2, 1)) -> Any:
-    frames, channels, height, width = pixels.get_output_shape(0)
-    return op.transpose(reshaped(pixels, frames, channels, height * width), np.array(order))
-
-
-def to_pixels(tokens: Any, height: int) -> Any:
-    frames, size, channels = tokens.get_output_shape(0)
-    return reshaped(op.transpose(tokens, np.array([0, 2, 1])), frames, channels, height, size // height)
-
-
-def product(tokens: Any, weight: Tensor, bias: Tensor | None = None, is_stored_transposed: bool = False) -> Any:
-    matrix = op.transpose(constant(weight), np.array([1, 0])) if is_stored_transposed else constant(weight)
-    result = op.matmul(tokens, matrix, False, not is_stored_transposed)
-    return result if bias is None else op.add(result, constant(bias))
-
-
-def gated(whole: Any, axis: int = 2, approximation: str = "erf") -> Any:
-    value, gate = op.split(whole, np.array(axis), 2).outputs()
-    return op.multiply(value, op.gelu(gate, approximation))
-
-
-def layer(layout: str, given: Any, height: int, of: Linear, after: Linear) -> Any:
-    """One as OpenVINO's own operations, of a feed-forward two; with a bias its weights are stored transposed."""
-    if layout in PIXELS:
-        weight, bias = of
-        pixels = to_pixels(given, height) if layout.startswith("tokens") else given
-        result = convolved(pixels, weight[:, :, None, None], bias)
-        return to_tokens(result) if layout.endswith("tokens") else result
-    result = product(given, *of, is_stored_transposed=of[1] is not None)
-    if layout == "product":
-        return result
-    return gated(result) if layout == "gated" else product(gated(result), *after)
-
-
-def reference(layout: str, given: Tensor, height: int, of: Linear, after: Linear) -> Tensor:
-    def mapped(tokens: Tensor, by: Linear) -> Tensor:
-        return functional.linear(tokens, by[0].double(), None if by[1] is None else by[1].double())
-
-    result = mapped((given.flatten(2).mT if layout.startswith("pixels") else given).double(), of)
-    if layout in PIXELS:
-        frames, size, channels = result.shape
-        return result.mT.reshape(frames, channels, height, size // height) if layout.endswith("pixels") else result
-    value, gate = result.chunk(2, -1)
-    active = value * functional.gelu(gate)
-    return {"product": result, "gated": active, "feed-forward": mapped(active, after)}[layout]
-
-
-def layers(layout: str, shape: Shape, lanes: int) -> tuple[openvino.Model, list[Tensor], list[Tensor]]:
-    """A model of four, with and without bias and addition; its inputs, and what it should give."""
-    frames, (height, width), read, panels = shape
-    read = whole(read, lanes) if layout.startswith("pixels") else read
-    written, rows = 2 * lanes * panels, 2 * lanes * panels * (1 if layout in (*PIXELS, "product") else 2)
-    given = draw(frames, read, height, width) if layout.startswith("pixels") else draw(frames, height * width, read)
-    size = (written, height, width) if layout.endswith("pixels") else (height * width, written)
-    other = draw(frames, *size, seed=3) * math.sqrt(read)
-    inputs, outputs, expected = [parameter(given), parameter(other)], [], []
-    for has_bias in (True, False):
-        of = draw(rows, read, seed=1), draw(rows, seed=2) if has_bias else None
-        after = draw(written, rows // 2, seed=4), draw(written, seed=5) if has_bias else None
-        for is_added in (True, False) if layout != "product" else (True,):
-            result = layer(layout, inputs[0], height, of, after)
-            sides = (inputs[1], result) if has_bias else (result, inputs[1])
-            outputs.append(op.add(*sides) if is_added else result)
-            expected.append(reference(layout, given, height, of, after) + (other if is_added else 0))
-    return openvino.Model(outputs, inputs), [given, other], expected
 
 
 @pytest.mark.parametrize("shape", [

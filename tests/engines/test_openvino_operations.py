@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from posecrafter_rt.engines import openvino_operations as operations
-from posecrafter_rt.engines.openvino import OpenVinoEngine
+from posecrafter_rt.engines.openvino import NetworkFile, OpenVinoEngine
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.export.blob_cache import BlobCache
@@ -54,8 +54,8 @@ def test_an_engine_finds_them_again(
     kept, pixels, used = tmp_path / "compiled", draw(*PIXELS), {"FusedConvolution": 1, "Linear": 1, "Convolution": 0}
 
     def engine() -> OpenVinoEngine:
-        properties = {"INFERENCE_PRECISION_HINT": "f32"}
-        return OpenVinoEngine(spec, openvino.Core(), tmp_path / "network.xml", properties, BlobCache(kept), "0")
+        file, properties = NetworkFile(tmp_path / "network.xml", ["0"]), {"INFERENCE_PRECISION_HINT": "f32"}
+        return OpenVinoEngine(spec, openvino.Core(), file, properties, BlobCache(kept))
 
     def run_anew() -> Tensor:
         return engine()(latents=pixels)["pixels"].clone()
@@ -124,15 +124,22 @@ def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "AVX2 and FMA, or AVX-512" in str(operations.missing_reason())
 
 
-@pytest.mark.parametrize(("features", "lanes"), [
-    ({"avx2", "fma"}, 8),
-    ({"avx2", "fma", "avx512f", "avx512bw"}, 16),
+@pytest.mark.parametrize(("features", "lanes", "has_bytes"), [
+    ({"avx2", "fma"}, 8, False),
+    ({"avx2", "fma", "avx_vnni"}, 8, True),
+    ({"avx2", "fma", "avx512_vnni"}, 8, False),  # without the registers, as a virtual machine may tell it
+    ({"avx2", "fma", "avx512f", "avx512bw"}, 16, False),
+    ({"avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni"}, 16, True),
 ])  # fmt: skip
-def test_the_widest_vectors_are_taken(features: set[str], lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_widest_vectors_are_taken_with_what_the_processor_has(
+    features: set[str], lanes: int, has_bytes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(operations, "cpu_features", lambda: features)
     vectors = operations._vectors()
     assert vectors is not None
-    assert vectors.lanes == lanes
+    assert (vectors.lanes, vectors.has_bytes) == (lanes, has_bytes)
+    monkeypatch.setattr(operations, "missing_reason", lambda: None)  # what this processor lacks would end the process
+    assert operations.missing_bytes_reason() == (None if has_bytes else "this processor has no VNNI; use fp32")
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +157,18 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+WRONG_IN_BYTES = [
+    ("bytes.cpp", "row[i * taps + tap]", "row[i + tap * in_channels]"),  # the order of weights
+    ("bytes.cpp", "static_cast<float>(sum) * scales[o]", "static_cast<float>(sum)"),  # what zero counts
+    ("pictures.cpp", "y / 2 - 1 + y % 2", "y / 2 - 1"),  # the rows that one of a doubled picture is of
+    ("pictures.cpp", "(x + 1 - odd_column) / 2", "x / 2"),  # its weights
+    ("pictures.cpp", "static_cast<int>(byte)", "0"),  # the border
+    ("pictures.cpp", "p.weight[first + c]", "p.weight[c]"),  # the norm
+    ("convolution.cpp", "nullptr : call.residual + at", "nullptr : nullptr"),  # what is added
+    ("linear.cpp", "count, first_.out_channels)", "count, first_.in_channels)"),  # what is between two layers
+]
+
+
 @pytest.mark.parametrize(("compiled", "right", "wrong"), [
     ("winograd.cpp", "1. / 24, 1. / 12", "1. / 24, 1. / 11"),  # the convolution
     ("winograd.cpp", "1. / 2, -1. / 2", "1. / 2, -1. / 3"),  # the same in tiles of 2×2
@@ -163,6 +182,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("linear.cpp", "call_.residual + at)", "call_.residual)"),  # the same of tokens
     ("linear.cpp", "to + panel * kPanel, stride", "to, stride"),  # what is between two layers
     ("linear.cpp", "(first + done) % size", "(first + done) % (size - 1)"),  # where a chunk begins
+    *WRONG_IN_BYTES,
 ])  # fmt: skip
 def test_what_compiles_but_is_wrong_is_not_kept(
     compiled: str,
@@ -174,6 +194,9 @@ def test_what_compiles_but_is_wrong_is_not_kept(
     forgotten: None,
 ) -> None:
     """Only that source is compiled anew, with what it includes."""
+    vectors = operations._vectors()
+    if (compiled, right, wrong) in WRONG_IN_BYTES and not (vectors and vectors.has_bytes):
+        pytest.skip("this processor has no VNNI")
     sources, num_found = tmp_path / "sources", 0
     sources.mkdir()
     for file in (*operations.SOURCES.glob("*.h"), operations.SOURCES / compiled):

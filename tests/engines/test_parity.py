@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posecrafter_rt.engines import choose_backend, choose_precision, get_backend, names
+from posecrafter_rt.engines import choose_backend, choose_precision, get_backend, names, openvino_operations
 from posecrafter_rt.engines.base import Engine
 from posecrafter_rt.engines.tensorrt_build import profile_sizes
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, ShapeError
@@ -163,11 +163,10 @@ def test_auto_takes_the_first_that_can_run_and_says_why() -> None:
 def test_int8_is_of_openvino_alone_also_where_a_gpu_is_and_only_by_name(
     monkeypatch: pytest.MonkeyPatch, device: str, has_vnni: bool, missing: str | None, refusal: str | None
 ) -> None:
-    from posecrafter_rt.engines import openvino
-
+    features = {"avx2", "fma", "avx_vnni"} if has_vnni else {"avx2", "fma"}
     monkeypatch.setattr("posecrafter_rt.engines.torch_device", lambda: torch.device(device))
-    monkeypatch.setattr(openvino, "cpu_has_vnni", lambda: has_vnni)
-    monkeypatch.setattr(openvino, "missing_reason", lambda: missing)
+    monkeypatch.setattr(openvino_operations, "cpu_features", lambda: features)
+    monkeypatch.setattr(openvino_operations, "missing_reason", lambda: missing)
     assert choose_precision("int8") == "int8" and choose_precision("auto") != "int8"
     for name in ("auto", "openvino"):
         if refusal is None:

@@ -1,6 +1,7 @@
 // Fuzzes the operations of engines/operations/ under ASan and UBSan, against sums in double: odd sizes, more threads
-// asked for than tasks, tasks in any order, threads that go from one call to the next. Usage: fuzz_operations SECONDS
-// SEED. Buffers are exact heap blocks, so that a stray access is caught, and outputs begin as NaN.
+// asked for than tasks, tasks in any order, threads that go from one call to the next; in eight bits, too, where it is
+// compiled for these. Usage: fuzz_operations SECONDS SEED. Buffers are exact heap blocks, so that a stray access is
+// caught, and outputs begin as NaN.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -12,7 +13,10 @@
 #include <thread>
 #include <vector>
 
+#include "bytes.h"
+#include "convolution.h"
 #include "linear.h"
+#include "pictures.h"
 #include "products.h"
 #include "winograd.h"
 
@@ -75,14 +79,20 @@ private:
     double worst_ = 0, largest_ = 0;
 };
 
+constexpr double kInBytes = 0.1;  // that eight bits may differ from sums in double, of the largest
+
 // One layer's weights and what they give, in double.
 struct Drawn {
     int in, rows;
     std::vector<float> weight = draw(static_cast<size_t>(rows) * in), bias = draw(rows);
-    Packed packed = block(weight.size());
+    Packed packed;
 
-    Drawn(int in_channels, int out_rows) : in(in_channels), rows(out_rows) {
-        linear_pack(weight.data(), in, rows, packed.get(), parallel);
+    Drawn(int in_channels, int out_rows, bool in_bytes)
+        : in(in_channels), rows(out_rows), packed(block(in_bytes ? rows / kPanel * byte_panel(in) : weight.size())) {
+        if (in_bytes)
+            pack_bytes(weight.data(), in, 1, rows, packed.get(), parallel);
+        else
+            linear_pack(weight.data(), in, rows, packed.get(), parallel);
     }
 
     template <class Input>
@@ -95,23 +105,31 @@ struct Drawn {
 
 double gelu_of(double x) { return x * 0.5 * std::erfc(-x / std::sqrt(2.0)); }
 
-bool fuzz_linear() {
+void run_linear(const Linear& call, int threads, [[maybe_unused]] bool in_bytes) {
+#ifdef PC_HAS_VNNI
+    if (in_bytes) return linear_bytes(call, threads, parallel);
+#endif
+    linear(call, threads, parallel);
+}
+
+bool fuzz_linear(bool in_bytes) {
     Linear call{};
     call.frames = pick(1, 6), call.size = pick(0, 3) != 0 ? pick(1, 60) : pick(1, 500);
     call.from_planes = flip(), call.to_planes = flip(), call.is_gated = flip();
     const bool has_next = call.is_gated && flip();
     const int plain = pick(0, 5) != 0 ? pick(1, 100) : (flip() ? 1024 : pick(500, 1100));
-    const int in = call.from_planes ? kLanes * pick(1, pick(0, 4) != 0 ? 6 : 70) : plain;
+    const int fitting = in_bytes ? ceil_div(plain, kFour) * kFour : plain;
+    const int in = call.from_planes ? kLanes * pick(1, pick(0, 4) != 0 ? 6 : 70) : fitting;
     const int middle = kPanel * pick(1, has_next && pick(0, 2) == 0 ? 40 : 5);
     const int out_channels = has_next ? kPanel * pick(1, 4) : middle;
-    const Drawn first(in, middle * (call.is_gated ? 2 : 1)), next(middle, out_channels);
+    const Drawn first(in, middle * (call.is_gated ? 2 : 1), in_bytes), next(middle, out_channels, in_bytes);
     const size_t tokens = static_cast<size_t>(call.frames) * call.size;
     const std::vector<float> input = draw(tokens * in), residual = draw(tokens * out_channels);
     std::vector<float> out(tokens * out_channels, NAN);
     call.input = input.data(), call.out = out.data(), call.residual = flip() ? residual.data() : nullptr;
     call.layer = {first.packed.get(), first.bias.data(), in, middle};
     if (has_next) call.next = {next.packed.get(), next.bias.data(), middle, out_channels};
-    linear(call, pick(1, flip() ? 4 : 40), parallel);
+    run_linear(call, pick(1, flip() ? 4 : 40), in_bytes);
 
     Judge judge(out);
     const auto index = [&](bool is_planes, int frame, int token, int channel, int channels) {
@@ -130,7 +148,70 @@ bool fuzz_linear() {
         judge.expect(
             at, (has_next ? next.at(channel, layer) : layer(channel)) + (call.residual == nullptr ? 0 : residual[at]));
     }
-    return judge.passes(1e-5);
+    return judge.passes(in_bytes ? kInBytes : 1e-5);
+}
+
+// Pictures with each pixel repeated `times` in either direction, zeros around them, in double.
+struct Pictures {
+    int frames, channels, height, width, times;
+    std::vector<float> input = draw(static_cast<size_t>(frames) * channels * height * width);
+    std::vector<double> scale, shift;  // of each channel of each frame: it is SiLU(input · scale + shift); or none
+
+    void norm(const std::vector<float>& weight, const std::vector<float>& bias, int groups, double eps) {
+        const int group_width = channels / groups;
+        const size_t count = static_cast<size_t>(group_width) * height * width;
+        for (int group = 0; group < frames * groups; ++group) {
+            const float* x = input.data() + group * count;
+            const double mean = std::accumulate(x, x + count, 0.0) / count;
+            double squares = 0;
+            for (size_t i = 0; i < count; ++i) squares += (x[i] - mean) * (x[i] - mean);
+            for (int c = group % groups * group_width; c < (group % groups + 1) * group_width; ++c) {
+                scale.push_back(weight[c] / std::sqrt(squares / count + eps));
+                shift.push_back(bias[c] - mean * scale.back());
+            }
+        }
+    }
+
+    double at(int frame, int k, int y, int x) const {
+        if (y < 0 || x < 0 || y >= times * height || x >= times * width) return 0;
+        const size_t plane = static_cast<size_t>(frame) * channels + k;
+        const double value = input[(plane * height + y / times) * width + x / times];
+        if (scale.empty()) return value;
+        const double normed = value * scale[plane] + shift[plane];
+        return normed / (1 + std::exp(-normed));
+    }
+};
+
+// A 3×3 convolution's weights.
+struct Kernel {
+    int in, rows;
+    std::vector<float> weight = draw(static_cast<size_t>(rows) * in * 9), bias = draw(rows);
+
+    // Of the window whose first pixel is at (top, left), in double.
+    double at(int row, const Pictures& pictures, int frame, int top, int left) const {
+        double sum = bias[row];
+        for (int k = 0; k < in; ++k)
+            for (int tap = 0; tap < 9; ++tap)
+                sum += weight[(static_cast<size_t>(row) * in + k) * 9 + tap] *
+                       pictures.at(frame, k, top + tap / 3, left + tap % 3);
+        return sum;
+    }
+};
+
+// Whether out (frames, rows, height, width) is the convolution of pictures, plus a residual where there is one.
+bool is_convolution(const std::vector<float>& out, const float* residual, const Kernel& kernel,
+                    const Pictures& pictures, int stride, double tolerance) {
+    const int height = ceil_div(pictures.times * pictures.height, stride);
+    const int width = ceil_div(pictures.times * pictures.width, stride);
+    Judge judge(out);
+    for (int trial = 0; trial < 150; ++trial) {
+        const int frame = pick(0, pictures.frames - 1), channel = pick(0, kernel.rows - 1);
+        const int y = pick(0, height - 1), x = pick(0, width - 1);
+        const size_t at = ((static_cast<size_t>(frame) * kernel.rows + channel) * height + y) * width + x;
+        const double value = kernel.at(channel, pictures, frame, y * stride - 1, x * stride - 1);
+        judge.expect(at, value + (residual == nullptr ? 0 : residual[at]));
+    }
+    return judge.passes(tolerance);
 }
 
 bool fuzz_winograd() {
@@ -140,41 +221,57 @@ bool fuzz_winograd() {
     call.height = call.times * height, call.width = call.times * width;
     call.in_channels = kLanes * pick(1, 3), call.out_channels = kPanel * pick(1, 2);
     const int in = call.in_channels, out_channels = call.out_channels;
+    Pictures pictures{call.frames, in, height, width, call.times};
+    const Kernel kernel{in, out_channels};
     const size_t planes = static_cast<size_t>(call.frames) * in;
     const size_t count = static_cast<size_t>(call.frames) * out_channels * call.height * call.width;
-    const std::vector<float> input = draw(planes * height * width), scale = draw(planes), shift = draw(planes);
-    const std::vector<float> weight = draw(static_cast<size_t>(out_channels) * in * 9), bias = draw(out_channels);
-    const std::vector<float> residual = draw(count);
+    const std::vector<float> scale = draw(planes), shift = draw(planes), residual = draw(count);
     std::vector<float> out(count, NAN);
     const Packed packed = block(static_cast<size_t>(winograd_products(call.tile)) * in * out_channels);
-    winograd_pack(weight.data(), in, out_channels, call.tile, packed.get(), parallel);
-    call.input = input.data(), call.packed = packed.get(), call.bias = bias.data(), call.out = out.data();
-    if (flip()) call.scale = scale.data(), call.shift = shift.data();
+    winograd_pack(kernel.weight.data(), in, out_channels, call.tile, packed.get(), parallel);
+    call.input = pictures.input.data(), call.packed = packed.get();
+    call.bias = kernel.bias.data(), call.out = out.data();
+    if (flip()) {
+        call.scale = scale.data(), call.shift = shift.data();
+        pictures.scale.assign(scale.begin(), scale.end()), pictures.shift.assign(shift.begin(), shift.end());
+    }
     if (flip()) call.residual = residual.data();
     winograd_convolve(call, pick(1, flip() ? 4 : 40), parallel);
-
-    Judge judge(out);
-    const auto pixel = [&](int frame, int k, int y, int x) {
-        if (y < 0 || x < 0 || y >= call.height || x >= call.width) return 0.0;
-        const size_t plane = static_cast<size_t>(frame) * in + k;
-        const double value = input[(plane * height + y / call.times) * width + x / call.times];
-        if (call.scale == nullptr) return value;
-        const double normed = value * scale[plane] + shift[plane];
-        return normed / (1 + std::exp(-normed));
-    };
-    for (int trial = 0; trial < 150; ++trial) {
-        const int frame = pick(0, call.frames - 1), channel = pick(0, out_channels - 1);
-        const int y = pick(0, call.height - 1), x = pick(0, call.width - 1);
-        double value = bias[channel];
-        for (int k = 0; k < in; ++k)
-            for (int tap = 0; tap < 9; ++tap)
-                value += weight[(static_cast<size_t>(channel) * in + k) * 9 + tap] *
-                         pixel(frame, k, y + tap / 3 - 1, x + tap % 3 - 1);
-        const size_t at = ((static_cast<size_t>(frame) * out_channels + channel) * call.height + y) * call.width + x;
-        judge.expect(at, value + (call.residual == nullptr ? 0 : residual[at]));
-    }
-    return judge.passes(3e-5);
+    return is_convolution(out, call.residual, kernel, pictures, 1, 3e-5);
 }
+
+#ifdef PC_HAS_VNNI
+bool fuzz_convolution() {
+    const int times = pick(1, 2), stride = times == 2 ? 1 : pick(1, 2), groups = kLanes >> pick(0, 3);
+    const int side = pick(0, 3) != 0 ? 10 : 40;
+    const int in = kLanes * pick(1, 3), out_channels = kPanel * pick(1, 2);
+    Pictures pictures{pick(1, 9), in, pick(1, side), pick(1, side), times};
+    const Kernel kernel{in, out_channels};
+    const Window window{stride, times, ceil_div(times * pictures.height, stride),
+                        ceil_div(times * pictures.width, stride)};
+    const size_t count = static_cast<size_t>(pictures.frames) * out_channels * window.out_height * window.out_width;
+    const std::vector<float> weight = draw(in), bias = draw(in), residual = draw(count);
+    std::vector<float> out(count, NAN);
+    const Packed packed = block(packed_windows(window, in, out_channels));
+    pack_windows(kernel.weight.data(), in, out_channels, window, packed.get(), parallel);
+    ByteConvolution call{};
+    call.picture.input = pictures.input.data(), call.picture.frames = pictures.frames, call.picture.channels = in;
+    call.picture.height = pictures.height, call.picture.width = pictures.width;
+    call.picture.groups = groups, call.picture.eps = 1e-5;
+    if (flip()) {
+        call.picture.weight = weight.data(), call.picture.bias = bias.data();
+        pictures.norm(weight, bias, groups, call.picture.eps);
+    }
+    call.window = window, call.packed = packed.get(), call.bias = kernel.bias.data(), call.out = out.data();
+    call.residual = flip() ? residual.data() : nullptr, call.out_channels = out_channels;
+    convolve_bytes(call, pick(1, flip() ? 4 : 40), parallel);
+    return is_convolution(out, call.residual, kernel, pictures, stride, kInBytes);
+}
+
+bool fuzz_bytes() { return fuzz_linear(true) && fuzz_convolution(); }
+#else
+bool fuzz_bytes() { return true; }
+#endif
 
 }  // namespace
 
@@ -185,7 +282,7 @@ int main(int argc, char** argv) {
     int rounds = 0;
     for (; std::chrono::steady_clock::now() < end; ++rounds) {
         num_workers = pick(1, 3);
-        if (!fuzz_linear() || !fuzz_winograd()) {
+        if (!fuzz_linear(false) || !fuzz_winograd() || !fuzz_bytes()) {
             std::printf("round %d is wrong\n", rounds);
             return 1;
         }

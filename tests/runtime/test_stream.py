@@ -155,15 +155,24 @@ def test_streaming_is_one_forward_with_a_causal_window(setting: Setting, steps: 
         assert np.abs(wider.astype(int) - expected.astype(int)).max() > 1  # and the window bears on them
 
 
-def test_in_bf16_it_is_near_to_that_forward(model: PoseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("engine_kind", "precision", "kept"), [
+    ("torch", "bf16", torch.bfloat16), ("openvino", "int8", torch.float32),
+])  # fmt: skip
+def test_in_8_bits_it_is_near_to_that_forward(
+    model: PoseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine_kind: str, precision: Precision,
+    kept: torch.dtype,
+) -> None:  # fmt: skip
     """As near as 8 bits of a number allow."""
+    reason = get_backend(engine_kind).unsupported_reason(precision)
+    if reason is not None:
+        pytest.skip(reason)
     monkeypatch.setattr("posecrafter_rt.engines.torch.multiplies", lambda precision, device: True)  # not widened
     exact = set_up(model, "torch", "fp32", tmp_path / "fp32")
-    narrow = set_up(model, "torch", "bf16", tmp_path / "bf16")
+    narrow = set_up(model, engine_kind, precision, tmp_path / precision)
     sampling, poses = sampling_of(exact, 2), some_poses(NUM_POSES)
     expected, without = (batched(exact, sampling, poses, window).astype(int) for window in (2, 0))
     with open_stream(narrow, sampling_of(narrow, 2), window=2, live=EVERY_POSE) as stream:
-        assert {tensor.dtype for tensor in stream.reference.memory["temporal"].values()} == {torch.bfloat16}
+        assert {tensor.dtype for tensor in stream.reference.memory["temporal"].values()} == {kept}
         frames = np.stack([stream.step(pose) for pose in poses])
     difference = np.abs(frames - expected)
     assert difference.mean() < 0.5 and difference.max() <= 8

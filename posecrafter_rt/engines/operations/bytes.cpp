@@ -14,18 +14,18 @@ void pack_bytes(const float* weight, int in_channels, int taps, int out_channels
         auto* bytes = reinterpret_cast<int8_t*>(scales + 2 * kPanel);
         for (int o = 0; o < kPanel; ++o) {
             const float* row = weight + (static_cast<size_t>(panel) * kPanel + o) * depth;
-            float most = 0;
-            for (int i = 0; i < depth; ++i) most = std::max(most, std::abs(row[i]));
+            float most = 0, none = 0;  // NaN where one is not finite: comparisons pass over it
+            for (int i = 0; i < depth; ++i) most = std::max(most, std::abs(row[i])), none += row[i] * 0;
             int64_t sum = 0;
             for (int tap = 0; tap < taps; ++tap)
                 for (int i = 0; i < in_channels; ++i) {
                     const float value = row[i * taps + tap];
                     const int k = tap * in_channels + i;
-                    const int byte = most > 0 ? static_cast<int>(std::lrint(value * (127 / most))) : 0;
+                    const int byte = is_any ? static_cast<int>(std::lrint(value * (127 / most))) : 0;
                     bytes[(k / kFour * kPanel + o) * kFour + k % kFour] = static_cast<int8_t>(byte);
                     sum += byte;
                 }
-            scales[o] = most / 127;
+            scales[o] = most / 127 + none;
             scales[kPanel + o] = static_cast<float>(sum) * scales[o];
         }
     });
