@@ -16,6 +16,7 @@ void pack_bytes(const float* weight, int in_channels, int taps, int out_channels
             const float* row = weight + (static_cast<size_t>(panel) * kPanel + o) * depth;
             float most = 0, none = 0;  // NaN where one is not finite: comparisons pass over it
             for (int i = 0; i < depth; ++i) most = std::max(most, std::abs(row[i])), none += row[i] * 0;
+            const bool is_any = most > 0 && none == 0;
             int64_t sum = 0;
             for (int tap = 0; tap < taps; ++tap)
                 for (int i = 0; i < in_channels; ++i) {
