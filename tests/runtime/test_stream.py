@@ -175,7 +175,7 @@ def test_in_8_bits_it_is_near_to_that_forward(
         assert {tensor.dtype for tensor in stream.reference.memory["temporal"].values()} == {kept}
         frames = np.stack([stream.step(pose) for pose in poses])
     difference = np.abs(frames - expected)
-    assert difference.mean() < 0.5 and difference.max() <= 8
+    assert difference.mean() < (0.5 if precision == "bf16" else 0.75) and difference.max() <= 8
     assert difference.mean() < np.abs(frames - without).mean()
 
 
