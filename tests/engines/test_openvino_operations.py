@@ -119,6 +119,12 @@ def test_clang_compiles_them_as_well(
     assert operations.missing_reason() is None  # they were tried
 
 
+@pytest.mark.skipif(operations._vectors() is None or shutil.which("g++") is None, reason="they cannot be compiled here")
+def test_they_compile_here() -> None:
+    """Else the tests of them would be skipped, and all would look right."""
+    assert "refuses them" not in str(operations.missing_reason())
+
+
 def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "cpu_features", lambda: {"avx2"})
     assert "AVX2 and FMA, or AVX-512" in str(operations.missing_reason())
