@@ -125,6 +125,16 @@ def test_they_compile_here() -> None:
     assert "refuses them" not in str(operations.missing_reason())
 
 
+@pytest.mark.parametrize("vectors", operations.VECTORS, ids=lambda vectors: " ".join(sorted(vectors.needed)))
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_they_compile_for_every_processor(vectors: operations.Vectors) -> None:
+    """Those that this one is not, and with fewer instructions than it has, too."""
+    headers = Path(openvino.__file__).with_name("include")
+    command: list[Any] = ["g++", *operations.FLAGS, *vectors.flags, "-fsyntax-only", "-I", headers]
+    result = subprocess.run([*command, *operations.SOURCES.glob("*.cpp")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "cpu_features", lambda: {"avx2"})
     assert "AVX2 and FMA, or AVX-512" in str(operations.missing_reason())

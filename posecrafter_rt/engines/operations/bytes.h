@@ -75,20 +75,6 @@ PC_INLINE void store_bytes(uint8_t* to, Vector x, float inverse, float zero) {
     std::memcpy(to, &bytes, sizeof bytes);
 }
 
-#ifdef PC_HAS_VNNI
-
-// Adds to each lane the products of four numbers and its four weights.
-PC_INLINE Integers dot(Integers sums, uint32_t four, const int8_t* weights) {
-#ifdef __AVX512F__
-    const __m512i left = _mm512_set1_epi32(static_cast<int>(four)), right = _mm512_loadu_si512(weights);
-    return reinterpret_cast<Integers>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), left, right));
-#else
-    const __m256i left = _mm256_set1_epi32(static_cast<int>(four));
-    const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
-    return reinterpret_cast<Integers>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sums), left, right));
-#endif
-}
-
 // What is written, or added to that, once a panel is done, to be fetched meanwhile: the lines of memory from `first` on
 // that are `step` apart, `lines` of them, a power of two, and where `is_wide` those after them. Row r's are `row · r`
 // on.
@@ -112,6 +98,26 @@ struct Fetch {
         __builtin_prefetch(other + at);
     }
 };
+
+// Where sums go, a row of a panel each, and how far each is from the next, in floats.
+struct Sums {
+    float* first;
+    size_t stride;
+};
+
+#ifdef PC_HAS_VNNI
+
+// Adds to each lane the products of four numbers and its four weights.
+PC_INLINE Integers dot(Integers sums, uint32_t four, const int8_t* weights) {
+#ifdef __AVX512F__
+    const __m512i left = _mm512_set1_epi32(static_cast<int>(four)), right = _mm512_loadu_si512(weights);
+    return reinterpret_cast<Integers>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), left, right));
+#else
+    const __m256i left = _mm256_set1_epi32(static_cast<int>(four));
+    const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
+    return reinterpret_cast<Integers>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sums), left, right));
+#endif
+}
 
 // kCount rows times a panel → out, rows of kPanel floats.
 template <int kCount>
@@ -152,12 +158,6 @@ constexpr std::array<MultiplyBytes, kRows> byte_multiplies(std::integer_sequence
 }
 
 constexpr auto kMultiplyBytes = byte_multiplies(std::make_integer_sequence<int, kRows>());
-
-// Where sums go, a row of a panel each, and how far each is from the next, in floats.
-struct Sums {
-    float* first;
-    size_t stride;
-};
 
 // Any number of rows times one panel.
 inline void multiply_byte_rows(const ByteRows& rows, int count, const float* panel, Sums sums, const Fetch& next) {

@@ -170,6 +170,7 @@ ByteRows BytePicture::windows(int frame, int top, int left) const {
             0};
 }
 
+#ifdef PC_HAS_VNNI
 void BytePicture::sum(int64_t first, int count, const Layer& layer, int panel, float* sums, const Fetch& next) const {
     const int columns = window_.out_width, times = window_.times;
     const size_t kind = packed_windows(window_, channels_, layer.out_channels) / window_.kinds();
@@ -185,6 +186,7 @@ void BytePicture::sum(int64_t first, int count, const Layer& layer, int panel, f
         }
     }
 }
+#endif
 
 size_t packed_windows(const Window& window, int in_channels, int out_channels) {
     return window.kinds() * (out_channels / kPanel) * byte_panel(window.side() * window.side() * in_channels);
