@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.atomic import sha256_file
-from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision, Progress, checked_inputs, fitting_weights
+from posecrafter_rt.engines.base import (
+    FULL_PRECISION,
+    Engine,
+    Precision,
+    Progress,
+    checked_inputs,
+    fitting_weights,
+    inner_precision,
+)
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
@@ -282,7 +290,7 @@ class OpenVinoBackend:
         core, compiled = openvino.Core(), BlobCache(cache, KEPT_BYTES)
 
         def engine(spec: NetworkSpec) -> OpenVinoEngine:
-            inner: Precision = "fp32" if spec.name in FULL_PRECISION else precision
+            inner = inner_precision(spec.name, precision)
             file = NetworkFile(networks_folder / f"{spec.name}.xml", digests[spec.name])
             return OpenVinoEngine(spec, core, file, self._properties(inner), compiled, inner == "int8")
 

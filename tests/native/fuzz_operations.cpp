@@ -252,8 +252,8 @@ bool fuzz_convolution() {
     const size_t count = static_cast<size_t>(pictures.frames) * out_channels * window.out_height * window.out_width;
     const std::vector<float> weight = draw(in), bias = draw(in), residual = draw(count);
     std::vector<float> out(count, NAN);
-    const Packed packed = block(packed_windows(window, in, out_channels));
-    pack_windows(kernel.weight.data(), in, out_channels, window, packed.get(), parallel);
+    const Packed packed = block(packed_windows(times, in, out_channels));
+    pack_windows(kernel.weight.data(), in, out_channels, times, packed.get(), parallel);
     ByteConvolution call{};
     call.picture.input = pictures.input.data(), call.picture.frames = pictures.frames, call.picture.channels = in;
     call.picture.height = pictures.height, call.picture.width = pictures.width;

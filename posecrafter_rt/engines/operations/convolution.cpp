@@ -1,8 +1,6 @@
 // A few frames after the other, each thread its own, so that what is read twice stays in its cache. Layer 4.
 #include "convolution.h"
 
-#include <algorithm>
-
 #include "linear.h"
 
 #ifdef PC_HAS_VNNI
@@ -24,7 +22,8 @@ void convolve_frames(const ByteConvolution& call, int first, int frames, int thr
     const size_t at = first * call.out_channels * out_plane;
     Linear linear{};
     linear.windows = &bytes;
-    linear.layer = {call.packed, call.bias, call.window.side() * call.window.side() * picture.channels,
+    linear.layer = {call.packed, call.bias,
+                    window_side(call.window.times) * window_side(call.window.times) * picture.channels,
                     call.out_channels};
     linear.residual = call.residual == nullptr ? nullptr : call.residual + at;
     linear.out = call.out + at;
@@ -37,13 +36,10 @@ void convolve_frames(const ByteConvolution& call, int first, int frames, int thr
 void convolve_bytes(const ByteConvolution& call, int threads, const Parallel& parallel) {
     const int frames = call.picture.frames, size = call.window.out_height * call.window.out_width;
     if (frames == 0 || size == 0) return;
-    int parts = frames / std::max(1, ceil_div(kLeastRows, size));
+    const bool is_even = frames % threads == 0 || frames >= 4 * threads;  // or nearly, between threads
+    int parts = frames / ceil_div(kLeastRows, size);
     parts -= parts % threads;
-    if (parts == 0 || frames < 4 * threads) parts = frames % threads == 0 && parts >= threads ? threads : 0;
-    if (parts == 0) return convolve_frames(call, 0, frames, threads, parallel);
-    const Parallel alone = [](int count, const std::function<void(int)>& task) {
-        for (int i = 0; i < count; ++i) task(i);
-    };
+    if (parts == 0 || !is_even) return convolve_frames(call, 0, frames, threads, parallel);
     parallel(parts, [&](int part) {
         const int first = frames * part / parts, last = frames * (part + 1) / parts;
         convolve_frames(call, first, last - first, 1, alone);

@@ -105,7 +105,7 @@ private:
             call.picture.weight = inputs[3].data<float>(), call.picture.bias = inputs[4].data<float>();
             call.picture.groups = size(groups_), call.picture.eps = eps_;
         }
-        call.window = window(shape);
+        call.window = {size(stride_), size(times_), size(shape[2]), size(shape[3])};
         call.packed = packed_.get();
         call.bias = inputs[2].data<float>();
         call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
@@ -137,16 +137,13 @@ private:
         const float* from = weight.data<float>();
         if (tile == 0) {
             const int kind = times_ == 2 ? kDoubledInBytes : kInBytes;
-            packed_ = packed_weights(weight, in, kind, packed_windows(window({}), columns, rows),
-                                     [&](float* to) { pack_windows(from, columns, rows, window({}), to, parallel); });
+            const int times = size(times_);
+            packed_ = packed_weights(weight, in, kind, packed_windows(times, columns, rows),
+                                     [&](float* to) { pack_windows(from, columns, rows, times, to, parallel); });
         } else {
             packed_ = packed_weights(weight, in, tile, winograd_products(tile) * in * out,
                                      [&](float* to) { winograd_pack(from, columns, rows, tile, to, parallel); });
         }
-    }
-
-    Window window(const ov::Shape& out) const {
-        return {size(stride_), size(times_), out.empty() ? 0 : size(out[2]), out.empty() ? 0 : size(out[3])};
     }
 
     size_t out_side(size_t side) const { return (side * times_ + stride_ - 1) / stride_; }

@@ -8,6 +8,11 @@ namespace posecrafter {
 // Calls task(i) for every i in 0 … count-1 on whatever threads there are, and returns when all are done.
 using Parallel = std::function<void(int count, const std::function<void(int)>& task)>;
 
+// The thread that calls it does all, one after the other.
+inline void alone(int count, const std::function<void(int)>& task) {
+    for (int i = 0; i < count; ++i) task(i);
+}
+
 constexpr int ceil_div(int count, int by) { return (count + by - 1) / by; }
 
 }  // namespace posecrafter

@@ -20,6 +20,8 @@ struct Moments {
     double sum = 0, squares = 0;
 };
 
+Range joined(Range a, Range b) { return {std::min(a.low, b.low), std::max(a.high, b.high)}; }
+
 // Adds a channel's numbers, of which it returns the range: in float over a stretch, in double over stretches.
 Range add(const float* x, size_t count, float centre, Moments& all) {
     constexpr size_t kStretch = 4096;
@@ -44,10 +46,10 @@ Range add(const float* x, size_t count, float centre, Moments& all) {
         for (; i < end; ++i) {
             const float d = x[i] - centre;
             all.sum += d, all.squares += d * d;
-            range = {std::min(range.low, x[i]), std::max(range.high, x[i])};
+            range = joined(range, {x[i], x[i]});
         }
     }
-    return {std::min(range.low, least(low)), std::max(range.high, most(high))};
+    return joined(range, {least(low), most(high)});
 }
 
 float silu_of(float x) { return x / (1 + std::exp(-x)); }
@@ -76,11 +78,15 @@ Range norm_group(const Picture& p, int index, float* scales, float* shifts) {
         const float shift = static_cast<float>(p.bias[first + c] - (mean + x[0]) * scale);
         scales[index * width + c] = scale, shifts[index * width + c] = shift;
         const float a = ranges[c].low * scale + shift, b = ranges[c].high * scale + shift;
-        const Range own = silu_of(Range{std::min(a, b), std::max(a, b)});
-        range = {std::min(range.low, own.low), std::max(range.high, own.high)};
+        range = joined(range, silu_of(Range{std::min(a, b), std::max(a, b)}));
     }
     const float none = static_cast<float>(0 * (all.sum + all.squares));
     return {range.low + none, range.high + none};
+}
+
+// Packed weights of one kind of output, of which a doubled picture has four, in floats.
+size_t one_kind(int times, int in_channels, int out_channels) {
+    return out_channels / kPanel * byte_panel(window_side(times) * window_side(times) * in_channels);
 }
 
 }  // namespace
@@ -114,7 +120,7 @@ void BytePicture::set_scales(const std::vector<Range>& ranges, int frames) {
         float none = 0;
         for (size_t part = 0; part < parts; ++part) {
             const Range own = ranges[frame * parts + part];
-            range = {std::min(range.low, own.low), std::max(range.high, own.high)};
+            range = joined(range, own);
             none += 0 * (own.low + own.high);
         }
         const float scale = (range.high - range.low) / 255 + none;
@@ -159,7 +165,7 @@ uint8_t* BytePicture::pixel(int frame, int y, int x) const {
 
 ByteRows BytePicture::windows(int frame, int top, int left) const {
     const size_t channels = channels_, pitch = (width_ + 2 * kBorder) * channels;
-    const int side = window_.side();
+    const int side = window_side(window_.times);
     return {pixel(frame, top, left),
             window_.stride * channels,
             side * channels_,
@@ -173,7 +179,7 @@ ByteRows BytePicture::windows(int frame, int top, int left) const {
 #ifdef PC_HAS_VNNI
 void BytePicture::sum(int64_t first, int count, const Layer& layer, int panel, float* sums, const Fetch& next) const {
     const int columns = window_.out_width, times = window_.times;
-    const size_t kind = packed_windows(window_, channels_, layer.out_channels) / window_.kinds();
+    const size_t kind = one_kind(window_.times, channels_, layer.out_channels);
     const float* weights = layer.packed + panel * byte_panel(layer.in_channels);
     for (int done = 0; done < count; done += columns) {
         const int64_t row = (first + done) / columns;
@@ -188,16 +194,16 @@ void BytePicture::sum(int64_t first, int count, const Layer& layer, int panel, f
 }
 #endif
 
-size_t packed_windows(const Window& window, int in_channels, int out_channels) {
-    return window.kinds() * (out_channels / kPanel) * byte_panel(window.side() * window.side() * in_channels);
+size_t packed_windows(int times, int in_channels, int out_channels) {
+    return times * times * one_kind(times, in_channels, out_channels);
 }
 
-void pack_windows(const float* weight, int in_channels, int out_channels, const Window& window, float* packed,
+void pack_windows(const float* weight, int in_channels, int out_channels, int times, float* packed,
                   const Parallel& parallel) {
-    if (window.times == 1) return pack_bytes(weight, in_channels, 9, out_channels, packed, parallel);
+    if (times == 1) return pack_bytes(weight, in_channels, 9, out_channels, packed, parallel);
     const size_t maps = static_cast<size_t>(in_channels) * out_channels;
     std::vector<float> folded(maps * 4);
-    for (int kind = 0; kind < window.kinds(); ++kind) {
+    for (int kind = 0; kind < times * times; ++kind) {
         const int odd_row = kind / 2, odd_column = kind % 2;
         std::fill(folded.begin(), folded.end(), 0.0f);
         for (size_t map = 0; map < maps; ++map)
@@ -205,8 +211,8 @@ void pack_windows(const float* weight, int in_channels, int out_channels, const 
                 for (int x = 0; x < 3; ++x)  // which of two pixels a tap meets
                     folded[map * 4 + (y + 1 - odd_row) / 2 * 2 + (x + 1 - odd_column) / 2] +=
                         weight[map * 9 + y * 3 + x];
-        const size_t one = packed_windows(window, in_channels, out_channels) / window.kinds();
-        pack_bytes(folded.data(), in_channels, 4, out_channels, packed + kind * one, parallel);
+        pack_bytes(folded.data(), in_channels, 4, out_channels,
+                   packed + kind * one_kind(times, in_channels, out_channels), parallel);
     }
 }
 

@@ -26,16 +26,15 @@ struct Picture {
 // even or odd. out_height and out_width: how many outputs there are.
 struct Window {
     int stride, times, out_height, out_width;
-
-    int side() const { return times == 2 ? 2 : 3; }
-    int kinds() const { return times * times; }  // of outputs
 };
 
+constexpr int window_side(int times) { return times == 2 ? 2 : 3; }  // in pixels
+
 // How many floats `pack_windows` writes.
-size_t packed_windows(const Window& window, int in_channels, int out_channels);
+size_t packed_windows(int times, int in_channels, int out_channels);
 
 // weight (out, in, 3, 3) → packed for each kind of output as by `pack_bytes`.
-void pack_windows(const float* weight, int in_channels, int out_channels, const Window& window, float* packed,
+void pack_windows(const float* weight, int in_channels, int out_channels, int times, float* packed,
                   const Parallel& parallel);
 
 // A picture with one scale for each frame, in which zero is exact.

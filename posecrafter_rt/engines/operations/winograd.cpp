@@ -183,9 +183,6 @@ public:
 
     void run(const Parallel& parallel) const {
         const int chunks = ceil_div(plan_.rows, plan_.chunk_rows);
-        const Parallel alone = [](int count, const std::function<void(int)>& task) {
-            for (int i = 0; i < count; ++i) task(i);
-        };
         if (plan_.is_own)
             parallel(chunks, [&](int chunk) { run_chunk(chunk, alone); });
         else
