@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import threading
+from mmap import PROT_READ, mmap
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from posecrafter_rt.machine import (
     cpu_gains_by_bf16,
     cpu_has_bf16,
     peak_rss_bytes,
+    release_mapped,
     return_freed_memory,
     watched_peak,
 )
@@ -91,6 +93,25 @@ def test_what_was_freed_goes_back_to_the_system() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be counted anew on Linux alone")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not tell what is in memory")
+def test_what_is_mapped_of_a_file_is_let_go_of_and_can_be_read_again(tmp_path: Path) -> None:
+    path, size = tmp_path / "some weights.bin", 1 << 22
+    path.write_bytes(bytes(range(256)) * (size // 256))
+
+    def resident() -> int:
+        entries = Path("/proc/self/smaps").read_text().split(f"{path}\n")[1]
+        return int(next(line for line in entries.splitlines() if line.startswith("Rss:")).split()[1]) * 1024
+
+    with path.open("rb") as file, mmap(file.fileno(), 0, prot=PROT_READ) as mapped:
+        assert sum(mapped[::4096]) == 0
+        assert resident() == size
+        release_mapped(tmp_path / "another.bin")
+        assert resident() == size
+        release_mapped(path)
+        assert resident() == 0
+        assert mapped[255::256] == b"\xff" * (size // 256)
+
+
 def test_a_peak_that_is_counted_anew_forgets_what_was_before_and_the_process_does_not() -> None:
     size = 256 * MIB
     memory = b"\1" * size  # every page of it is touched

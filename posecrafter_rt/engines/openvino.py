@@ -13,6 +13,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,11 +35,11 @@ from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
-from posecrafter_rt.engines.openvino_operations import REWRITING, extend, missing_bytes_reason, missing_reason
+from posecrafter_rt.engines.openvino_operations import REWRITING, extend, hold_weights, missing_bytes_reason, missing_reason
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError, last_line
 from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
-from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16
+from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16, release_mapped
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
 
 if TYPE_CHECKING:
@@ -117,10 +118,16 @@ class OpenVinoEngine:
         available = available_bytes() if self._weight_bytes > LARGE_BYTES else None
         return available is None or available > NEEDED_FOLD * self._weight_bytes
 
+    def _is_kept(self) -> bool:
+        """Whether what is compiled is kept for other processes.
+
+        A blob apart from its weights holds only what was computed from those in the file; one with them may be gigabytes.
+        """
+        return not self._swapped and (self._is_apart or self._weight_bytes <= LARGE_BYTES)
+
     def _compile(self, shapes: Shapes) -> Any:
         """Compile, or take what an earlier process compiled from the same weights for the same shapes."""
-        # A blob apart from its weights holds only what was computed from those in the file; one with them may be gigabytes.
-        if self._swapped or (self._weight_bytes > LARGE_BYTES and not self._is_apart):
+        if not self._is_kept():
             return self._core.compile_model(self._read(shapes), "CPU", self._properties)
         key = {"network": self._digest, "shapes": shapes, "properties": self._properties,
                "by_channel": self._is_by_channel, "operations": self._operations, "in_bytes": self._in_bytes, "rewriting": REWRITING,
@@ -144,6 +151,8 @@ class OpenVinoEngine:
             if self._operations is not None:
                 use_convolutions(model, self._in_bytes)
                 use_linear(model, self._in_bytes)
+                if not self._is_kept():
+                    hold_weights(model, partial(release_mapped, self._path.with_suffix(".bin")))
             if self._is_by_channel:
                 normalise_by_channel(model)  # those that no convolution took
         return model

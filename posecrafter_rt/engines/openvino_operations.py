@@ -31,6 +31,7 @@ FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", 
          "-ffp-contract=fast")  # fmt: skip
 COMPILE_S = 300  # a compiler that takes longer hangs
 TOLERANCE = 1e-4  # of the largest value, where float32 comes to 1e-5
+OURS = ("FusedConvolution", "Linear")
 BYTE_TOLERANCE = 0.05  # where eight bits come to 0.01
 REWRITING = 5  # counted up when networks are rewritten otherwise: they are kept under it
 
@@ -97,6 +98,21 @@ def operations() -> Operations | None:
     vectors = _vectors()
     library, _ = _library(vectors)
     return None if vectors is None or library is None else Operations(vectors.lanes, _factory(library))
+
+
+def hold_weights(model: openvino.Model, release: Callable[[], None]) -> None:
+    """Let every operation of ours in a model hold its weights, packed, in place of the constants that they are made of.
+
+    release: called after each; what holds those constants may then let go of them. The model cannot be saved afterwards.
+    """
+    available = operations()
+    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() in OURS]
+    while available is not None and nodes:
+        node = nodes.pop()  # the last that refers to its constants
+        attributes = {**node.get_attributes(), "holds_weights": True}
+        node.output(0).replace(available.factory.create(node.get_type_name(), node.input_values(), attributes).output(0))
+        del node
+        release()
 
 
 def _vectors() -> Vectors | None:

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino
 import pytest
 import torch
@@ -82,6 +83,25 @@ def test_an_engine_finds_them_again(
     assert not torch.equal(plain, first)
     assert relative_error(plain, reference(pixels)) < EXACT
     assert len(list(kept.iterdir())) == 2  # of its own: not confused with the other
+
+
+def test_operations_that_hold_their_weights_give_the_same_and_keep_nothing_they_were_made_of(lanes: int) -> None:
+    available = operations.operations()
+    assert available is not None
+    given = op.parameter([2, lanes, 9, 13], np.float32)
+    trials = [*operations._convolutions(available.factory, given), *operations._linear_maps(available.factory, given)]
+    trials = [trial for trial in trials if operations.missing_bytes_reason() is None or not trial.in_bytes]
+    model, pixels = openvino.Model([trial.ours() for trial in trials], [given]), draw(2, lanes, 9, 13)
+    first, releases = run(model, pixels), list[int]()
+
+    operations.hold_weights(model, lambda: releases.append(1))
+    held = [node for node in model.get_ordered_ops() if node.get_type_name() in operations.OURS]
+    assert len(held) == len(releases) == len(trials)
+    weights = [node.input_value(index) for node in held
+               for index in (1, 3)[: 2 if node.get_type_name() == "Linear" and node.get_input_size() >= 5 else 1]]  # fmt: skip
+    assert {tuple(weight.get_shape()) for weight in weights} == {(0,)}
+    again = run(model.clone(), pixels)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize(("compiler", "reason"), [

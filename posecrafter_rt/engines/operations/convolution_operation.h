@@ -3,7 +3,7 @@
 // groups and eps as attributes, it is of SiLU(GroupNorm(input)); with the attribute times 2 it is of the input at twice
 // its size. An input after these, as large as the output, is added to it. The attribute tile says how it is done: 2 or
 // 4 by Winograd's filtering, in tiles of so many outputs, with a stride of 1; 0 in eight bits. Weights are constant:
-// they are packed at the first call. Layer 4.
+// they are packed at the first call, or with the attribute holds_weights when the node is made. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,9 @@ public:
           eps_(like.eps_),
           times_(like.times_),
           stride_(like.stride_),
-          tile_(like.tile_) {
+          tile_(like.tile_),
+          holds_weights_(like.holds_weights_) {
+        if (holds_weights_) weights_ = like.weights_;
         constructor_validate_and_infer_types();
     }
 
@@ -40,9 +42,11 @@ public:
         const ov::Shape& pixels = get_input_shape(0);
         OPENVINO_ASSERT((times_ == 1 || times_ == 2) && (stride_ == 1 || (stride_ == 2 && times_ == 1)),
                         "strides and times are 1 or 2");
-        const ov::Shape out{pixels[0], get_input_shape(1)[0], out_side(pixels[2]), out_side(pixels[3])};
+        const ov::Shape out{pixels[0], weight_shape()[0], out_side(pixels[2]), out_side(pixels[3])};
         check(out);
         set_output_type(0, get_input_element_type(0), out);
+        if (holds_weights_ && weights_.packed == nullptr)
+            weights_ = hold_weights(*this, 1, [this](const ov::Tensor& weight) { return pack(weight); });
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -55,13 +59,16 @@ public:
         visitor.on_attribute("times", times_);
         visitor.on_attribute("stride", stride_);
         visitor.on_attribute("tile", tile_);
+        visitor.on_attribute("holds_weights", holds_weights_);
         return true;
     }
 
     bool has_evaluate() const override { return true; }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-        std::call_once(once_, [&] { pack(inputs[1]); });
+        std::call_once(once_, [&] {
+            if (!holds_weights_) weights_ = pack(inputs[1]);
+        });
         if (tile_ == 0)
             convolve_in_bytes(outputs[0], inputs);
         else
@@ -75,7 +82,7 @@ private:
         const int frames = size(pixels[0]), channels = size(pixels[1]);
         Convolution call{};
         call.input = inputs[0].data<float>();
-        call.packed = packed_.get();
+        call.packed = weights_.packed.get();
         call.bias = inputs[2].data<float>();
         call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
         call.out = out.data<float>();
@@ -106,7 +113,7 @@ private:
             call.picture.groups = size(groups_), call.picture.eps = eps_;
         }
         call.window = {size(stride_), size(times_), size(shape[2]), size(shape[3])};
-        call.packed = packed_.get();
+        call.packed = weights_.packed.get();
         call.bias = inputs[2].data<float>();
         call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
         call.out = out.data<float>();
@@ -116,7 +123,7 @@ private:
     }
 
     void check(const ov::Shape& out) const {
-        const ov::Shape &pixels = get_input_shape(0), &weight = get_input_shape(1);
+        const ov::Shape &pixels = get_input_shape(0), &weight = weight_shape();
         const size_t inputs = get_input_size(), groups = static_cast<size_t>(groups_);
         OPENVINO_ASSERT((tile_ == 0 && kHasBytes) || ((tile_ == 2 || tile_ == 4) && stride_ == 1),
                         "tiles are of 2×2 or 4×4, or there are none, on a processor with VNNI");
@@ -131,19 +138,20 @@ private:
         OPENVINO_ASSERT(!has_residual(inputs) || get_input_shape(inputs - 1) == out, "a residual of another shape");
     }
 
-    void pack(const ov::Tensor& weight) const {
+    const ov::Shape& weight_shape() const { return weights_.packed == nullptr ? get_input_shape(1) : weights_.shape; }
+
+    Weights pack(const ov::Tensor& weight) const {
         const size_t out = weight.get_shape()[0], in = weight.get_shape()[1];
-        const int tile = size(tile_), rows = size(out), columns = size(in);
-        const float* from = weight.data<float>();
-        if (tile == 0) {
-            const int kind = times_ == 2 ? kDoubledInBytes : kInBytes;
-            const int times = size(times_);
-            packed_ = packed_weights(weight, in, kind, packed_windows(times, columns, rows),
-                                     [&](float* to) { pack_windows(from, columns, rows, times, to, parallel); });
-        } else {
-            packed_ = packed_weights(weight, in, tile, winograd_products(tile) * in * out,
-                                     [&](float* to) { winograd_pack(from, columns, rows, tile, to, parallel); });
-        }
+        const int tile = size(tile_), times = size(times_), rows = size(out), columns = size(in);
+        const int kind = tile > 0 ? tile : (times == 2 ? kDoubledInBytes : kInBytes);
+        const size_t count = tile > 0 ? winograd_products(tile) * in * out : packed_windows(times, columns, rows);
+        const auto packed = packed_weights(weight, in, kind, count, [&](float* to) {
+            if (tile > 0)
+                winograd_pack(weight.data<float>(), columns, rows, tile, to, parallel);
+            else
+                pack_windows(weight.data<float>(), columns, rows, times, to, parallel);
+        });
+        return {packed, weight.get_shape()};
     }
 
     size_t out_side(size_t side) const { return (side * times_ + stride_ - 1) / stride_; }
@@ -159,8 +167,9 @@ private:
     int64_t times_ = 1;
     int64_t stride_ = 1;
     int64_t tile_ = 4;
+    bool holds_weights_ = false;
     mutable std::once_flag once_;
-    mutable std::shared_ptr<float> packed_;
+    mutable Weights weights_;
 };
 
 }  // namespace posecrafter

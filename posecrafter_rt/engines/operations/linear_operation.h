@@ -2,7 +2,8 @@
 // input · weightᵀ + bias, as tokens (F, h·w, out) or, with the attribute height, as planes of this height. With the
 // attribute is_gated the weight's rows are a value's and then a gate's, and it is value · GELU(gate), half as wide.
 // With two inputs more, the weight and bias of a layer after a gated one, it is what that one gives. An input after
-// these, as large as the output, is added to it. With the attribute in_bytes products are in eight bits. Layer 4.
+// these, as large as the output, is added to it. With the attribute in_bytes products are in eight bits. Weights are
+// constant: they are packed at the first call, or with the attribute holds_weights when the node is made. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -24,19 +25,28 @@ public:
 
     LinearOperation() = default;
     LinearOperation(const ov::OutputVector& inputs, const LinearOperation& like)
-        : Op(inputs), height_(like.height_), is_gated_(like.is_gated_), in_bytes_(like.in_bytes_) {
+        : Op(inputs),
+          height_(like.height_),
+          is_gated_(like.is_gated_),
+          in_bytes_(like.in_bytes_),
+          holds_weights_(like.holds_weights_) {
+        if (holds_weights_) first_ = like.first_, next_ = like.next_;
         constructor_validate_and_infer_types();
     }
 
     void validate_and_infer_types() override {
         const ov::Shape& input = get_input_shape(0);
         const bool is_double = has_next(get_input_size());
-        const size_t rows = get_input_shape(is_double ? 3 : 1)[0], tokens = num_tokens(input);
+        const size_t rows = weight_shape(is_double ? 3 : 1)[0], tokens = num_tokens(input);
         const size_t channels = rows / (is_gated_ && !is_double ? 2 : 1);
         ov::Shape out{input[0], tokens, channels};
         if (height_ > 0) out = {input[0], channels, static_cast<size_t>(height_), tokens / height_};
         check(out);
         set_output_type(0, get_input_element_type(0), out);
+        if (!holds_weights_ || first_.packed != nullptr) return;
+        const PackWeights pack_weights = [this](const ov::Tensor& weight) { return pack(weight); };
+        first_ = hold_weights(*this, 1, pack_weights);
+        if (is_double) next_ = hold_weights(*this, 3, pack_weights);
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -47,6 +57,7 @@ public:
         visitor.on_attribute("height", height_);
         visitor.on_attribute("is_gated", is_gated_);
         visitor.on_attribute("in_bytes", in_bytes_);
+        visitor.on_attribute("holds_weights", holds_weights_);
         return true;
     }
 
@@ -56,13 +67,14 @@ public:
         const ov::Shape& input = inputs[0].get_shape();
         const bool is_double = has_next(inputs.size());
         std::call_once(once_, [&] {
-            packed_ = pack(inputs[1]);
+            if (holds_weights_) return;
+            first_ = pack(inputs[1]);
             if (is_double) next_ = pack(inputs[3]);
         });
         Linear call{};
         call.input = inputs[0].data<float>();
-        call.layer = layer(packed_.get(), inputs[1], inputs[2], is_gated_);
-        if (is_double) call.next = layer(next_.get(), inputs[3], inputs[4], false);
+        call.layer = layer(first_, inputs[2], is_gated_);
+        if (is_double) call.next = layer(next_, inputs[4], false);
         call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
         call.out = outputs[0].data<float>();
         call.frames = static_cast<int>(input[0]), call.size = static_cast<int>(num_tokens(input));
@@ -80,7 +92,7 @@ private:
         const size_t inputs = get_input_size(), in = get_input_shape(0)[get_input_shape(0).size() == 4 ? 1 : 2];
         OPENVINO_ASSERT(inputs >= 3 && inputs <= 6 && (is_gated_ || !has_next(inputs)), "layers that do not fit");
         check_layer(1, in, is_gated_ ? 2 : 1);
-        if (has_next(inputs)) check_layer(3, get_input_shape(1)[0] / 2, 1);
+        if (has_next(inputs)) check_layer(3, weight_shape(1)[0] / 2, 1);
         OPENVINO_ASSERT(get_input_shape(0).size() == 3 || in % kLanes == 0, "planes come in whole vectors");
         OPENVINO_ASSERT(ov::shape_size(out) * in == ov::shape_size(get_input_shape(0)) * out[height_ > 0 ? 1 : 2],
                         "a height that does not fit");
@@ -88,7 +100,7 @@ private:
     }
 
     void check_layer(size_t index, size_t in, size_t parts) const {
-        const ov::Shape& weight = get_input_shape(index);
+        const ov::Shape& weight = weight_shape(index);
         OPENVINO_ASSERT(ov::shape_size(weight) == weight[0] * in && weight[0] % (parts * kPanel) == 0,
                         "weights that do not fit");
         OPENVINO_ASSERT(!in_bytes_ || (kHasBytes && in % kFour == 0), "what eight bits do not serve");
@@ -99,28 +111,36 @@ private:
 
     static bool has_next(size_t num_inputs) { return num_inputs >= 5; }
 
-    std::shared_ptr<float> pack(const ov::Tensor& weight) const {
+    const ov::Shape& weight_shape(size_t index) const {
+        const Weights& weights = index == 1 ? first_ : next_;
+        return weights.packed == nullptr ? get_input_shape(index) : weights.shape;
+    }
+
+    Weights pack(const ov::Tensor& weight) const {
         const size_t out = weight.get_shape()[0], in = weight.get_size() / out;
         const int rows = static_cast<int>(out), columns = static_cast<int>(in);
         const size_t count = in_bytes_ ? out / kPanel * byte_panel(columns) : in * out;
-        return packed_weights(weight, in, in_bytes_ ? kInBytes : kInFloats, count, [&](float* to) {
+        const auto packed = packed_weights(weight, in, in_bytes_ ? kInBytes : kInFloats, count, [&](float* to) {
             if (in_bytes_)
                 pack_bytes(weight.data<float>(), columns, 1, rows, to, parallel);
             else
                 linear_pack(weight.data<float>(), columns, rows, to, parallel);
         });
+        return {packed, weight.get_shape()};
     }
 
-    static Layer layer(const float* packed, const ov::Tensor& weight, const ov::Tensor& bias, bool is_gated) {
-        const size_t out = weight.get_shape()[0], in = weight.get_size() / out;
-        return {packed, bias.data<float>(), static_cast<int>(in), static_cast<int>(is_gated ? out / 2 : out)};
+    static Layer layer(const Weights& weights, const ov::Tensor& bias, bool is_gated) {
+        const size_t out = weights.shape[0], in = ov::shape_size(weights.shape) / out;
+        return {weights.packed.get(), bias.data<float>(), static_cast<int>(in),
+                static_cast<int>(is_gated ? out / 2 : out)};
     }
 
     int64_t height_ = 0;
     bool is_gated_ = false;
     bool in_bytes_ = false;
+    bool holds_weights_ = false;
     mutable std::once_flag once_;
-    mutable std::shared_ptr<float> packed_, next_;
+    mutable Weights first_, next_;
 };
 
 }  // namespace posecrafter

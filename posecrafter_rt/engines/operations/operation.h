@@ -13,9 +13,11 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <openvino/op/constant.hpp>
 #include <openvino/runtime/tensor.hpp>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "memory.h"
 #include "parallel.h"
@@ -50,6 +52,24 @@ inline std::shared_ptr<float> packed_weights(const ov::Tensor& weight, size_t in
     pack(packed.get());
     known[key] = packed;
     return packed;
+}
+
+// A layer's weights as products read them, and their shape (out, in, …) as an input.
+struct Weights {
+    std::shared_ptr<float> packed;
+    ov::Shape shape;
+};
+
+using PackWeights = std::function<Weights(const ov::Tensor&)>;
+
+// Packs input `index` of an operation, a constant, and puts an empty one into its place: what holds its weights does not
+// keep what they were made of, which of a large network is gigabytes. A model with such a node cannot be saved.
+inline Weights hold_weights(ov::Node& node, size_t index, const PackWeights& pack) {
+    const auto constant = ov::as_type_ptr<ov::op::v0::Constant>(node.get_input_node_shared_ptr(index));
+    OPENVINO_ASSERT(constant != nullptr, "only constant weights can be held");
+    const Weights weights = pack(constant->get_tensor_view());
+    node.input(index).replace_source_output(ov::op::v0::Constant::create(ov::element::f32, {0}, std::vector<float>{}));
+    return weights;
 }
 
 // The input that is added to the output: inputs are otherwise one and pairs of a weight and a bias.
