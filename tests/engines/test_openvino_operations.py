@@ -91,17 +91,26 @@ def test_operations_that_hold_their_weights_give_the_same_and_keep_nothing_they_
     given = op.parameter([2, lanes, 9, 13], np.float32)
     trials = [*operations._convolutions(available.factory, given), *operations._linear_maps(available.factory, given)]
     trials = [trial for trial in trials if operations.missing_bytes_reason() is None or not trial.in_bytes]
-    model, pixels = openvino.Model([trial.ours() for trial in trials], [given]), draw(2, lanes, 9, 13)
-    first, releases = run(model, pixels), list[int]()
+    keys_and_values = [available.factory.create("Linear", [given.output(0), *layer], {}) for layer in layers(lanes)]
+    model = openvino.Model([*(trial.ours() for trial in trials), *keys_and_values], [given])
+    pixels, releases = draw(2, lanes, 9, 13), list[int]()
+    first = run(model, pixels)
+    assert not torch.equal(first[-1], first[-2])
 
     operations.hold_weights(model, lambda: releases.append(1))
     held = [node for node in model.get_ordered_ops() if node.get_type_name() in operations.OURS]
-    assert len(held) == len(releases) == len(trials)
+    assert len(held) == len(releases) == len(first)
     weights = [node.input_value(index) for node in held
                for index in (1, 3)[: 2 if node.get_type_name() == "Linear" and node.get_input_size() >= 5 else 1]]  # fmt: skip
-    assert {tuple(weight.get_shape()) for weight in weights} == {(0,)}
+    assert {tuple(weight.get_shape()) for weight in weights} == {(1,)}
     again = run(model.clone(), pixels)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def layers(lanes: int) -> list[list[Any]]:
+    """Weight and bias of two layers alike but for their numbers, as keys' and values' are."""
+    return [[constant(draw(2 * lanes, lanes, seed=seed)).output(0), constant(torch.zeros(2 * lanes)).output(0)]
+            for seed in (3, 4)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("compiler", "reason"), [

@@ -7,6 +7,7 @@
 #include <oneapi/tbb/task_arena.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <functional>
 #include <iterator>
@@ -17,7 +18,6 @@
 #include <openvino/runtime/tensor.hpp>
 #include <string_view>
 #include <tuple>
-#include <vector>
 
 #include "memory.h"
 #include "parallel.h"
@@ -62,13 +62,15 @@ struct Weights {
 
 using PackWeights = std::function<Weights(const ov::Tensor&)>;
 
-// Packs input `index` of an operation, a constant, and puts an empty one into its place: what holds its weights does not
-// keep what they were made of, which of a large network is gigabytes. A model with such a node cannot be saved.
+// Packs input `index` of an operation, a constant, and puts into its place where the packed ones are: what holds its
+// weights does not keep what they were made of, which of a large network is gigabytes. A number there is, for OpenVINO
+// takes nodes of equal inputs for one. A model with such a node cannot be saved.
 inline Weights hold_weights(ov::Node& node, size_t index, const PackWeights& pack) {
     const auto constant = ov::as_type_ptr<ov::op::v0::Constant>(node.get_input_node_shared_ptr(index));
     OPENVINO_ASSERT(constant != nullptr, "only constant weights can be held");
     const Weights weights = pack(constant->get_tensor_view());
-    node.input(index).replace_source_output(ov::op::v0::Constant::create(ov::element::f32, {0}, std::vector<float>{}));
+    const auto place = reinterpret_cast<int64_t>(weights.packed.get());
+    node.input(index).replace_source_output(ov::op::v0::Constant::create(ov::element::i64, {1}, {place}));
     return weights;
 }
 
