@@ -35,12 +35,15 @@ from posecrafter_rt.spec import FEED_FORWARD_TOKENS, NETWORK_NAMES, SHALLOW_STRE
 WIDER: Precision = "fp32"  # what networks run in once 16 or 8 bits do not hold their numbers
 # Of a block, one frame of 64 × 64: what fewer of them take is little beside what is not done in parts.
 LEAST_TOKENS = 1 << 12
-# What a processor's engines hold of their weights, over the files: OpenVINO orders them anew, and convolutions' transformed
-# ones are up to twice as large. Measured at Stable Diffusion 1.5's size, for one length of a clip.
-HELD_FOLD = {"openvino": 1.7}
+# What a processor's engines hold of their weights, over the files: OpenVINO orders them anew, convolutions' transformed ones
+# are larger, those in 8 bits smaller. Measured at Stable Diffusion 1.5's size, for one length of a clip.
+HELD_FOLD: dict[tuple[str, Precision], float] = {
+    ("openvino", "fp32"): 1.7, ("openvino", "bf16"): 1.7, ("openvino", "int8"): 0.7,
+}  # fmt: skip
 # Engines of a GPU whose networks take its memory only once they are first run, and which files then do.
 READ_WHEN_RUN = {"tensorrt": "*.plan"}
-LIGHTEST = ("torch", "fp16")  # of the engines of a processor: weights are read where they lie in the file, in 16 bits
+LIGHTEST = ("torch", "fp16")  # of a processor's engines that approximate nothing: weights stay in the file, in 16 bits
+LIGHT = (LIGHTEST, ("openvino", "int8"))  # another would not help
 
 
 class Networks:
@@ -127,8 +130,9 @@ class Networks:
             if backend in READ_WHEN_RUN and not self.has_run:
                 reserved = self._stored_bytes(READ_WHEN_RUN[backend])
         else:
-            reserved = int(self._stored_bytes("*") * (1 if self.has_run else HELD_FOLD.get(backend, 1)))
-            if (backend, self.built) != LIGHTEST:
+            fold = HELD_FOLD.get((backend, self.built), 1)
+            reserved = int(self._stored_bytes("*") * (min(1, fold) if self.has_run else fold))
+            if (backend, self.built) not in LIGHT:
                 lighter = self._rebuild(backend=LIGHTEST[0], precision=LIGHTEST[1])
         arch, size = self.architecture, tuple(manifest["size"])
         per_frame = frame_bytes(arch, size, options.groups, element_bytes)

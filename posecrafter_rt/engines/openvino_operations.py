@@ -110,7 +110,9 @@ def hold_weights(model: openvino.Model, release: Callable[[], None]) -> None:
     while available is not None and nodes:
         node = nodes.pop()  # the last that refers to its constants
         attributes = {**node.get_attributes(), "holds_weights": True}
-        node.output(0).replace(available.factory.create(node.get_type_name(), node.input_values(), attributes).output(0))
+        node.output(0).replace(
+            available.factory.create(node.get_type_name(), node.input_values(), attributes).output(0)
+        )
         del node
         release()
 
