@@ -82,7 +82,7 @@ def test_parts_become_smaller_until_they_are_few_tokens_and_are_what_is_loaded(
 def test_openvino_holds_more_than_its_files_and_the_lightest_engine_is_named(networks: Networks) -> None:
     as_stored = networks.room(RenderOptions())
     assert as_stored.lighter is None  # it is
-    networks.folder.manifest |= {"backend": "openvino", "precision": "fp32"}
+    networks.folder.manifest.update(backend="openvino", precision="fp32")
     as_ordered = networks.room(RenderOptions())
     assert as_ordered.reserved == int(1.7 * as_stored.reserved)
     assert "--backend torch --precision fp16" in str(as_ordered.lighter)

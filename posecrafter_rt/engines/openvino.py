@@ -89,7 +89,8 @@ class OpenVinoEngine:
         self._core, self._path, self._digest = core, file.path, file.digest
         self._cache, self._in_bytes = cache, in_bytes
         self._requests: OrderedDict[Shapes, Any] = OrderedDict()
-        self._weight_bytes = self._path.with_suffix(".bin").stat().st_size
+        self._weights_path = self._path.with_suffix(".bin")
+        self._weight_bytes = self._weights_path.stat().st_size
         self._swapped: dict[str, np.ndarray] = {}
         is_full = properties["INFERENCE_PRECISION_HINT"] == HINTS["fp32"]
         # A fifth of the decoder's time in float32; nothing in the denoisers, whose pictures are small. bf16: not measured.
@@ -116,6 +117,7 @@ class OpenVinoEngine:
             while self._requests and not self._has_room():
                 self._requests.popitem(last=False)
             self._requests[shapes] = self._compile(shapes).create_infer_request()
+            release_mapped(self._weights_path)  # most weights are in another order by now
         self._requests.move_to_end(shapes)
         return self._requests[shapes]
 
@@ -143,7 +145,7 @@ class OpenVinoEngine:
                **_runtime(self._core)}  # fmt: skip
         blob = self._cache.load(key)
         if blob is not None:
-            weights = {"WEIGHTS_PATH": str(self._path.with_suffix(".bin"))} if self._is_apart else {}
+            weights = {"WEIGHTS_PATH": str(self._weights_path)} if self._is_apart else {}
             try:
                 return self._core.import_model(blob, "CPU", {**self._properties, **weights})
             except RuntimeError as error:
@@ -161,7 +163,7 @@ class OpenVinoEngine:
                 use_convolutions(model, self._in_bytes)
                 use_linear(model, self._in_bytes)
                 if not self._is_kept():
-                    hold_weights(model, partial(release_mapped, self._path.with_suffix(".bin")))
+                    hold_weights(model, partial(release_mapped, self._weights_path))
             if self._is_by_channel:
                 normalise_by_channel(model)  # those that no convolution took
         return model
