@@ -147,6 +147,9 @@ def return_freed_memory() -> None:
         trim(0)
 
 
+_DONTNEED = 4  # MADV_DONTNEED on Linux
+
+
 def release_mapped(path: Path) -> None:
     """Let go of the pages of a file that this process has mapped to read: what is asked of them again is read again.
 
@@ -157,9 +160,6 @@ def release_mapped(path: Path) -> None:
         if name == str(path.resolve()) and "w" not in rights:
             first, last = (int(address, 16) for address in addresses.split("-"))
             ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
-
-
-_DONTNEED = 4  # MADV_DONTNEED on Linux
 
 
 def usable_cores() -> int:
