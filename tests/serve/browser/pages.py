@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import ConsoleMessage, Page, Request, WebSocket
 
 TIMEOUT_S = 30  # a busy machine without a GPU is slow to draw
+_HAS_SIZE = "id => document.getElementById(id).width * document.getElementById(id).height > 0"
 _PIXELS = """id => {
   const canvas = document.getElementById(id);
   const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -48,7 +49,8 @@ class LivePage:
         page.goto(url)
 
     def pixels(self, canvas: str = "avatar") -> np.ndarray:
-        """What a canvas shows: uint8 (H, W, 3)."""
+        """What a canvas shows: uint8 (H, W, 3); waits for one that was hidden to get its size."""
+        self.page.wait_for_function(_HAS_SIZE, arg=canvas)
         shown = self.page.evaluate(_PIXELS, canvas)
         rows = np.frombuffer(base64.b64decode(shown["pixels"]), np.uint8)
         return rows.reshape(shown["height"], shown["width"], 4)[..., :3]
