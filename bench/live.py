@@ -175,6 +175,7 @@ class Watched:
 
     def __init__(self, engine: Engine, stages: Stages, name: str) -> None:
         self.engine, self.spec, self.device, self.stages, self.name = engine, engine.spec, engine.device, stages, name
+        self.has_own_threads = engine.has_own_threads
 
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         with self.stages(self.name):

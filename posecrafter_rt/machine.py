@@ -162,6 +162,34 @@ def release_mapped(path: Path) -> None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
 
 
+@contextmanager
+def one_openmp_thread() -> Iterator[None]:
+    """Keep OpenMP, and so torch on the processor, to the calling thread alone.
+
+    Threads of its wait for more work awake, for up to 20 ms, on cores that another library's then lack. torch's own setting
+    would hold for other threads that come to it meanwhile, and for good.
+    """
+    openmp = _openmp()
+    if openmp is None:
+        yield
+        return
+    before = openmp.omp_get_max_threads()
+    openmp.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        openmp.omp_set_num_threads(before)
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that this process has loaded, if it has."""
+    try:
+        loaded = ctypes.CDLL(None)
+        return loaded if hasattr(loaded, "omp_set_num_threads") else None
+    except (OSError, TypeError):  # a system without such a name for all libraries
+        return None
+
+
 def usable_cores() -> int:
     """The processor's cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,17 +6,21 @@ import platform
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from mmap import PROT_READ, mmap
 from pathlib import Path
 
 import pytest
+import torch
 
+from posecrafter_rt import machine
 from posecrafter_rt.machine import (
     available_bytes,
     count_peak_anew,
     counted_peak_bytes,
     cpu_gains_by_bf16,
     cpu_has_bf16,
+    one_openmp_thread,
     peak_rss_bytes,
     release_mapped,
     return_freed_memory,
@@ -207,3 +211,35 @@ def test_to_multiply_bf16_is_not_to_gain_by_it(
 ) -> None:
     monkeypatch.setattr("posecrafter_rt.machine.cpu_features", lambda: features)
     assert (cpu_has_bf16(), cpu_gains_by_bf16()) == (has_it, gains)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Of torch, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_openmp_keeps_to_the_calling_thread_and_no_other(two_threads: None) -> None:
+    """A thread that comes to torch meanwhile has as many as ever, and so has this one afterwards."""
+    elsewhere: list[int] = []
+
+    def ask() -> None:
+        torch.ones(1).add_(1)
+        elsewhere.append(torch.get_num_threads())
+
+    with pytest.raises(KeyError), one_openmp_thread():
+        assert torch.get_num_threads() == 1
+        other = threading.Thread(target=ask)
+        other.start()
+        other.join()
+        raise KeyError
+    assert torch.get_num_threads() == 2 and elsewhere == [2]
+
+
+def test_where_there_is_no_openmp_nothing_is_changed(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_openmp", lambda: None)
+    with one_openmp_thread():
+        assert torch.get_num_threads() == 2

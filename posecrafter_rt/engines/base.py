@@ -49,10 +49,12 @@ class Engine(Protocol):
     Inputs and outputs are tensors on the engine's device, named, shaped and typed as `spec` says, whatever precision runs
     inside. Outputs may be reused by the next call of the same engine, pictures, pose embeddings and those of a stream's U-Net
     by that of any: keep a copy to keep one.
+    has_own_threads: whether it computes on the processor's cores by threads that are not torch's.
     """
 
     spec: NetworkSpec
     device: torch.device
+    has_own_threads: bool
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run once; inputs may lie elsewhere and are moved. Raises ShapeError when a name or shape is not the spec's."""

@@ -68,6 +68,8 @@ class InductorEngine:
     them before anything else.
     """
 
+    has_own_threads = False
+
     def __init__(self, spec: NetworkSpec, package: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Raises: EngineFolderError when the weights are not those that the code reads."""
         compiled = _open(package)

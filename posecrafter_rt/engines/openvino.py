@@ -81,6 +81,8 @@ class OpenVinoEngine:
     one frame is followed by sixteen or more.
     """
 
+    has_own_threads = True
+
     def __init__(
         self, spec: NetworkSpec, core: openvino.Core, file: NetworkFile, properties: dict[str, Any], cache: BlobCache,
         in_bytes: bool = False,

@@ -198,6 +198,8 @@ class TensorRTEngine:
     renders has no use for a stream's networks.
     """
 
+    has_own_threads = False
+
     def __init__(
         self, spec: NetworkSpec, plan: Callable[[], trt.ICudaEngine], workspace: Workspace, weights: Path
     ) -> None:

@@ -61,6 +61,8 @@ class TorchEngine:
     is_exact: whether a GPU's float32 convolutions must be that, not TF32. pool: see `Recorder`.
     """
 
+    has_own_threads = False
+
     def __init__(self, module: nn.Module, spec: NetworkSpec, is_exact: bool, pool: Any = None) -> None:
         self.module, self.spec, self.is_exact = module, spec, is_exact
         smallest = min(module.parameters(), key=Tensor.numel)  # others may be kept narrow
