@@ -32,6 +32,7 @@ from posecrafter_rt.engines.base import (
     inner_precision,
 )
 from posecrafter_rt.engines.folder import rebuild_networks_hint
+from posecrafter_rt.engines.openvino_attention import use_attention
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
@@ -162,6 +163,7 @@ class OpenVinoEngine:
         if shapes is not None:
             model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
             if self._operations is not None:
+                use_attention(model, self._in_bytes)
                 use_convolutions(model, self._in_bytes)
                 use_linear(model, self._in_bytes)
                 if not self._is_kept():

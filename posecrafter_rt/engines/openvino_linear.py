@@ -13,10 +13,12 @@ import numpy as np
 
 from posecrafter_rt.engines.openvino_operations import Operations, operations
 from posecrafter_rt.engines.openvino_patterns import (
+    FOUR,
     bias_constant,
     has_filter,
     is_float_constant,
     is_same,
+    is_transpose,
     only_user,
     orders,
     with_bias,
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     import openvino
 
 MOST_BETWEEN = 2560  # channels between two layers: with more, weights would be read again for few tokens
-FOUR = 4  # numbers of eight bits that a product takes at once
 SWAPPED = [0, 2, 1]  # flat pictures (N, C, h·w) to tokens (N, h·w, C), and back
 
 
@@ -139,7 +140,7 @@ def _tokens_of(pixels: Any) -> Any | None:
         return None
     transpose, (frames, channels, height, width) = reshape.input_value(0).get_node(), pixels.get_shape()
     flat = [frames, channels, height * width]
-    is_made = _is_transpose(transpose, SWAPPED) and list(transpose.get_output_shape(0)) == flat
+    is_made = is_transpose(transpose, SWAPPED) and list(transpose.get_output_shape(0)) == flat
     return transpose.input_value(0) if is_made else None
 
 
@@ -149,15 +150,8 @@ def _read_as_tokens(node: Any) -> Any | None:
     if reshape is None or reshape.get_type_name() != "Reshape":
         return None
     transpose, flat = only_user(reshape), [frames, channels, height * width]
-    is_read = list(reshape.get_output_shape(0)) == flat and _is_transpose(transpose, SWAPPED)
+    is_read = list(reshape.get_output_shape(0)) == flat and is_transpose(transpose, SWAPPED)
     return transpose if is_read else None
-
-
-def _is_transpose(node: Any | None, order: list[int]) -> bool:
-    if node is None or node.get_type_name() != "Transpose":
-        return False
-    constant = node.input_value(1).get_node()
-    return constant.get_type_name() == "Constant" and constant.data.tolist() == order
 
 
 def _is_along_last(split: Any) -> bool:
@@ -176,7 +170,7 @@ def _linear_layer(last: Any) -> Layer | None:
         return None
     facts, weight = product.get_attributes(), product.input_value(1)
     is_swapped = not facts["transpose_b"]
-    if _is_transpose(weight.get_node(), [1, 0]):
+    if is_transpose(weight.get_node(), [1, 0]):
         weight, is_swapped = weight.get_node().input_value(0), not is_swapped
     is_matrix = not facts["transpose_a"] and is_float_constant(weight) and len(weight.get_shape()) == 2
     is_bias = bias is None or (only_user(product) is not None and bias.shape == (product.get_output_shape(0)[-1],))

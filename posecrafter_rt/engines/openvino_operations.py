@@ -1,4 +1,4 @@
-"""Operations for OpenVINO: 3×3 convolutions by Winograd's minimal filtering, and linear maps beside them.
+"""Operations for OpenVINO: 3×3 convolutions by Winograd's minimal filtering, linear maps and attention beside them.
 
 Layer 4. They are C++ (operations/), compiled once a machine against the OpenVINO that is installed and kept in the
 user's cache. Where that fails OpenVINO's own operations run: nothing but time is lost.
@@ -33,7 +33,7 @@ COMPILE_S = 300  # a compiler that takes longer hangs
 TOLERANCE = 1e-4  # of the largest value, where float32 comes to 1e-5
 OURS = ("FusedConvolution", "Linear")
 BYTE_TOLERANCE = 0.05  # where eight bits come to 0.01
-REWRITING = 5  # counted up when networks are rewritten otherwise: they are kept under it
+REWRITING = 6  # counted up when networks are rewritten otherwise: they are kept under it
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ def _try(library: Path, vectors: Vectors) -> None:
 
     shape = [2, vectors.lanes, 9, 13]
     parameter, factory = op.parameter(shape, np.float32), _factory(library)
-    trials = [*_convolutions(factory, parameter), *_linear_maps(factory, parameter)]
+    trials = [trial for make in (_convolutions, _linear_maps, _attentions) for trial in make(factory, parameter)]
     trials = [trial for trial in trials if vectors.has_bytes or not trial.in_bytes]
     try:
         core = openvino.Core()
@@ -308,3 +308,48 @@ def _linear_maps(factory: Any, pixels: Any) -> list[Trial]:
     return [Trial(owns[0], to_planes), Trial(owns[1], partial(ours, tokens, weight, bias, is_gated=True)),
             Trial(owns[2], feed), Trial(owns[0], partial(to_planes, in_bytes=True), in_bytes=True),
             Trial(owns[2], partial(feed, in_bytes=True), in_bytes=True)]  # fmt: skip
+
+
+def _attentions(factory: Any, pixels: Any) -> list[Trial]:
+    """Of a picture's tokens to one another, and to the same ones of other frames, of all and of one; keys beside values."""
+    from openvino import opset13 as op
+
+    frames, lanes, height, width = pixels.get_output_shape(0)
+    flat = op.reshape(pixels, np.array([frames, lanes, height * width]), special_zero=False)
+    query = op.transpose(flat, np.array([0, 2, 1]))
+    key, value = op.multiply(query, op.constant(np.float32(-0.5))), op.sin(query)
+    both = op.concat([key, value], 2)
+
+    def heads(tokens: Any, order: list[int]) -> Any:
+        batch, rows, channels = tokens.get_output_shape(0)
+        return op.transpose(
+            op.reshape(tokens, np.array([batch, rows, 2, channels // 2]), special_zero=False), np.array(order)
+        )
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        scores = op.matmul(heads(query, [0, 2, 1, 3]), heads(key, [0, 2, 3, 1]), False, False)
+        weights = op.softmax(op.divide(scores, op.constant(np.float32((lanes // 2) ** 0.5))), 3)
+        means = op.transpose(op.matmul(weights, heads(value, [0, 2, 1, 3]), False, False), np.array([0, 2, 1, 3]))
+        return op.reshape(means, np.array(query.get_output_shape(0)), special_zero=False)
+
+    def over_frames() -> Any:
+        turned = (op.transpose(tokens, np.array([1, 0, 2])) for tokens in (query, key, value))
+        return op.unsqueeze(op.transpose(attend(*turned), np.array([1, 0, 2])), np.array(0))
+
+    def first_frame() -> Any:
+        first = op.gather(value, np.zeros(frames, np.int64), np.int64(0))
+        return op.unsqueeze(first, np.array(0))
+
+    def ours(*inputs: Any, is_over_frames: bool = False, **attributes: Any) -> Any:
+        given = [op.unsqueeze(node, np.array(0)) if is_over_frames else node for node in inputs[:3]]
+        attributes |= {"heads": 2, "width": lanes // 2, "value_at": lanes}
+        return factory.create("Attention", [node.output(0) for node in (*given, *inputs[3:])], attributes)
+
+    tokens, own, mask = (
+        (query, both, both),
+        partial(attend, query, key, value),
+        op.constant(np.arange(frames)[None] == 0),
+    )
+    return [Trial(own, partial(ours, *tokens)), Trial(own, partial(ours, *tokens, in_bytes=True), in_bytes=True),
+            Trial(over_frames, partial(ours, *tokens, is_over_frames=True)),
+            Trial(first_frame, partial(ours, *tokens, mask, is_over_frames=True))]  # fmt: skip

@@ -5,9 +5,13 @@ Layer 4: nodes and values are OpenVINO's.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
+
+FOUR = 4  # numbers of eight bits that a product takes at once
+MOST_KNOWN = 8  # numbers, as shapes have
 
 
 def only_user(node: Any) -> Any | None:
@@ -91,3 +95,61 @@ def of_channels(value: Any, channels: int) -> np.ndarray | None:
     if constant.get_type_name() != "Constant" or shape not in ([channels, 1, 1], [1, channels, 1, 1]):
         return None
     return np.array(constant.data, np.float32).reshape(channels)
+
+
+def is_transpose(node: Any | None, order: list[int]) -> bool:
+    """Whether a node puts dimensions into this order."""
+    if node is None or node.get_type_name() != "Transpose":
+        return False
+    constant = node.input_value(1).get_node()
+    return constant.get_type_name() == "Constant" and constant.data.tolist() == order
+
+
+def known(value: Any) -> np.ndarray | None:
+    """A few numbers that follow from constants and fixed shapes alone."""
+    import openvino
+
+    node = value.get_node()
+    kind = node.get_type_name()
+    if kind == "ShapeOf":
+        return np.array(node.get_input_shape(0))
+    if kind in ("Convert", "ConvertLike"):
+        return known(node.input_value(0))
+    if math.prod(value.get_shape()) > MOST_KNOWN:
+        return None
+    if kind == "Constant":
+        return np.asarray(node.data)
+    inputs = [known(given) for given in node.input_values()]
+    if not inputs or any(given is None for given in inputs):
+        return None
+    typed = [np.asarray(array, given.get_element_type().to_dtype())
+             for array, given in zip(inputs, node.input_values(), strict=True)]  # fmt: skip
+    outputs = [openvino.Tensor(output.get_element_type(), output.get_shape()) for output in node.outputs()]
+    is_done = node.evaluate(outputs, [openvino.Tensor(array) for array in typed])
+    return outputs[value.get_index()].data if is_done else None
+
+
+def part_of(value: Any) -> tuple[Any, int]:
+    """The value whose last dimension's stretch, from a number on, another is; itself and 0 where it is no part."""
+    node, first = value.get_node(), 0
+    while (begin := _begin(value)) is not None:
+        first, value = first + begin, node.input_value(0)
+        node = value.get_node()
+    return value, first
+
+
+def _begin(value: Any) -> int | None:
+    """Where a stretch of the last dimension begins that a node takes out of its input, if that is what it does."""
+    node = value.get_node()
+    kind, rank = node.get_type_name(), len(value.get_shape())
+    if kind == "Split":
+        axis = known(node.input_value(1))
+        is_last = axis is not None and int(axis.item()) % rank == rank - 1
+        return value.get_index() * value.get_shape()[-1] if is_last else None
+    if kind != "Slice":
+        return None
+    numbers = [known(given) for given in node.input_values()[1:]]
+    if len(numbers) != 4 or any(array is None or array.size != 1 for array in numbers):
+        return None
+    begin, _, step, axis = (int(array.item()) for array in numbers if array is not None)
+    return begin if step == 1 and begin >= 0 and axis % rank == rank - 1 else None

@@ -216,6 +216,8 @@ WRONG_IN_BYTES = [
     ("pictures.cpp", "p.weight[first + c]", "p.weight[c]"),  # the norm
     ("convolution.cpp", "nullptr : call.residual + at", "nullptr : nullptr"),  # what is added
     ("linear.cpp", "count, first_.out_channels)", "count, first_.in_channels)"),  # what is between two layers
+    ("attention.cpp", "total(__builtin_convertvector(sum, Vector)) * scales[0]", "0"),  # what zero counts
+    ("attention.cpp", "<< 16", "<< 15"),  # values
 ]
 
 
@@ -232,6 +234,11 @@ WRONG_IN_BYTES = [
     ("linear.cpp", "call_.residual + at)", "call_.residual)"),  # the same of tokens
     ("linear.cpp", "to + panel * kPanel, stride", "to, stride"),  # what is between two layers
     ("linear.cpp", "(first + done) % size", "(first + done) % (size - 1)"),  # where a chunk begins
+    ("attention.cpp", "std::sqrt(static_cast<float>(call.width))", "1"),  # the scale
+    ("attention.cpp", "-INFINITY", "0"),  # what is beyond the keys
+    ("attention.cpp", "mask[key] == 0", "mask[key] != 0"),
+    ("attention.cpp", "tokens.stride * call.places", "tokens.stride"),  # the same token in other frames
+    ("attention.cpp", "static_cast<size_t>(head) * call.width", "0"),
     *WRONG_IN_BYTES,
 ])  # fmt: skip
 def test_what_compiles_but_is_wrong_is_not_kept(

@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "attention.h"
 #include "bytes.h"
 #include "convolution.h"
 #include "linear.h"
@@ -240,6 +241,66 @@ bool fuzz_winograd() {
     return is_convolution(out, call.residual, kernel, pictures, 1, 3e-5);
 }
 
+// A row's scores, and its weights, in double.
+std::vector<double> weights_of(std::vector<double> scores) {
+    const double most = *std::max_element(scores.begin(), scores.end());
+    double sum = 0;
+    for (double& score : scores) sum += score = std::exp(score - most);
+    for (double& score : scores) score /= sum;
+    return scores;
+}
+
+bool fuzz_attention(bool in_bytes) {
+    Attention call{};
+    call.batch = pick(1, 3), call.heads = pick(1, 4), call.width = in_bytes ? kFour * pick(1, 24) : pick(1, 90);
+    call.places = flip() ? 1 : pick(1, 20), call.queries = pick(1, pick(0, 3) != 0 ? 40 : 400);
+    call.keys = pick(1, pick(0, 3) != 0 ? 40 : 1100);
+    const size_t channels = static_cast<size_t>(call.heads) * call.width;
+    const size_t tokens[] = {static_cast<size_t>(call.batch) * call.queries * call.places,
+                             static_cast<size_t>(call.batch) * call.keys * call.places};
+    std::vector<float> drawn[3], out(tokens[0] * channels, NAN);
+    Tokens* given[] = {&call.query, &call.key, &call.value};
+    for (int i = 0; i < 3; ++i) {  // the last of some channels, so that an end is an end
+        const size_t wider = flip() ? pick(1, 20) : 0;
+        drawn[i] = draw(tokens[i != 0] * (channels + wider));
+        *given[i] = {drawn[i].data() + wider, channels + wider};
+    }
+    std::vector<char> mask(static_cast<size_t>(call.batch) * call.keys);
+    for (char& there : mask) there = flip();
+    for (int b = 0; b < call.batch; ++b) mask[static_cast<size_t>(b) * call.keys + pick(0, call.keys - 1)] = 1;
+    call.mask = !in_bytes && call.keys < 60 && flip() ? mask.data() : nullptr, call.out = out.data();
+#ifdef PC_HAS_VNNI
+    if (in_bytes)
+        attention_bytes(call, pick(1, flip() ? 4 : 40), parallel);
+    else
+#endif
+        attention(call, pick(1, flip() ? 4 : 40), parallel);
+
+    Judge judge(out);
+    for (int trial = 0; trial < 40; ++trial) {
+        const int batch = pick(0, call.batch - 1), place = pick(0, call.places - 1), head = pick(0, call.heads - 1);
+        const int row = trial == 0 ? call.queries - 1 : pick(0, call.queries - 1), channel = pick(0, call.width - 1);
+        const auto token = [&](int count, int index) {
+            return (static_cast<size_t>(batch) * count + index) * call.places + place;
+        };
+        const auto number = [&](const Tokens& from, int count, int index, int k) {
+            return double{from.first[token(count, index) * from.stride + static_cast<size_t>(head) * call.width + k]};
+        };
+        std::vector<double> scores(call.keys);
+        for (int key = 0; key < call.keys; ++key) {
+            for (int k = 0; k < call.width; ++k)
+                scores[key] += number(call.query, call.queries, row, k) * number(call.key, call.keys, key, k);
+            scores[key] /= std::sqrt(call.width);
+            if (call.mask != nullptr && mask[static_cast<size_t>(batch) * call.keys + key] == 0) scores[key] = -1e30;
+        }
+        const std::vector<double> weights = weights_of(scores);
+        double mean = 0;
+        for (int key = 0; key < call.keys; ++key) mean += weights[key] * number(call.value, call.keys, key, channel);
+        judge.expect(token(call.queries, row) * channels + static_cast<size_t>(head) * call.width + channel, mean);
+    }
+    return judge.passes(in_bytes ? kInBytes : 1e-5);
+}
+
 #ifdef PC_HAS_VNNI
 bool fuzz_convolution() {
     const int times = pick(1, 2), stride = times == 2 ? 1 : pick(1, 2), groups = kLanes >> pick(0, 3);
@@ -268,7 +329,7 @@ bool fuzz_convolution() {
     return is_convolution(out, call.residual, kernel, pictures, stride, kInBytes);
 }
 
-bool fuzz_bytes() { return fuzz_linear(true) && fuzz_convolution(); }
+bool fuzz_bytes() { return fuzz_linear(true) && fuzz_convolution() && fuzz_attention(true); }
 #else
 bool fuzz_bytes() { return true; }
 #endif
@@ -282,7 +343,7 @@ int main(int argc, char** argv) {
     int rounds = 0;
     for (; std::chrono::steady_clock::now() < end; ++rounds) {
         num_workers = pick(1, 3);
-        if (!fuzz_linear(false) || !fuzz_winograd() || !fuzz_bytes()) {
+        if (!fuzz_linear(false) || !fuzz_winograd() || !fuzz_attention(false) || !fuzz_bytes()) {
             std::printf("round %d is wrong\n", rounds);
             return 1;
         }

@@ -47,6 +47,9 @@ def test_operations(tmp_path: Path, lanes: int) -> None:
         pytest.skip(f"this processor has no vectors of {lanes} floats")
     sources = [
         ROOT / "tests/native/fuzz_operations.cpp",
-        *(SOURCES / f"{name}.cpp" for name in ("linear", "winograd", "memory", "bytes", "pictures", "convolution")),
+        *(
+            SOURCES / f"{name}.cpp"
+            for name in ("attention", "linear", "winograd", "memory", "bytes", "pictures", "convolution")
+        ),
     ]
     fuzz(tmp_path / "fuzz_operations", ["-pthread", *found[0].flags], SOURCES, sources)

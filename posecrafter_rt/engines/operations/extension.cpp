@@ -4,9 +4,11 @@
 #include <openvino/core/op_extension.hpp>
 #include <vector>
 
+#include "attention_operation.h"
 #include "convolution_operation.h"
 #include "linear_operation.h"
 
 OPENVINO_CREATE_EXTENSIONS(
-    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<posecrafter::ConvolutionOperation>>(),
+    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<posecrafter::AttentionOperation>>(),
+                                     std::make_shared<ov::OpExtension<posecrafter::ConvolutionOperation>>(),
                                      std::make_shared<ov::OpExtension<posecrafter::LinearOperation>>()}));

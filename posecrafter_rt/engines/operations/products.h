@@ -27,48 +27,48 @@ struct Ahead {
     size_t step;
 };
 
-// kCount rows of `depth` numbers times a panel (depth, kPanel) → out, rows of kPanel; kIsMore: added to what is there.
-template <int kCount, bool kIsMore>
+// kCount rows of `depth` numbers times the first kVectors vectors of a panel (depth, kPanel) → out, rows of as many;
+// kIsMore: added to what is there.
+template <int kCount, bool kIsMore, int kVectors>
 void multiply(Rows rows, const float* panel, int depth, float* out, size_t out_stride, Ahead ahead) {
-    Vector sums[kCount][2] = {};
+    Vector sums[kCount][kVectors] = {};
     if (kIsMore)
 #pragma GCC unroll 14
-        for (int r = 0; r < kCount; ++r) {
-            sums[r][0] = load(out + r * out_stride);
-            sums[r][1] = load(out + r * out_stride + kLanes);
-        }
+        for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) sums[r][v] = load(out + r * out_stride + v * kLanes);
     for (int k = 0; k < depth; ++k) {
         __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
         __builtin_prefetch(rows.first + kCount * rows.stride + k * kCount);  // the rows after these, where they follow
-        const Vector left = load(panel + k * kPanel), right = load(panel + k * kPanel + kLanes);
+        Vector weights[kVectors];
+        for (int v = 0; v < kVectors; ++v) weights[v] = load(panel + k * kPanel + v * kLanes);
 #pragma GCC unroll 14
         for (int r = 0; r < kCount; ++r) {
             const float value = rows.first[r * rows.stride + k];
-            sums[r][0] += value * left;
-            sums[r][1] += value * right;
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) sums[r][v] += value * weights[v];
         }
     }
 #pragma GCC unroll 14
-    for (int r = 0; r < kCount; ++r) {
-        store(out + r * out_stride, sums[r][0]);
-        store(out + r * out_stride + kLanes, sums[r][1]);
-    }
+    for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * kLanes, sums[r][v]);
 }
 
 using Multiply = void (*)(Rows, const float*, int, float*, size_t, Ahead);
 
-template <bool kIsMore, int... kCounts>
+template <bool kIsMore, int kVectors, int... kCounts>
 constexpr std::array<Multiply, kRows> multiplies(std::integer_sequence<int, kCounts...>) {
-    return {multiply<kCounts + 1, kIsMore>...};
+    return {multiply<kCounts + 1, kIsMore, kVectors>...};
 }
 
 // By the number of rows, less one.
-template <bool kIsMore>
-constexpr auto kMultiply = multiplies<kIsMore>(std::make_integer_sequence<int, kRows>());
+template <bool kIsMore, int kVectors>
+constexpr auto kMultiply = multiplies<kIsMore, kVectors>(std::make_integer_sequence<int, kRows>());
 
 // Any number of rows times one panel, which another follows. In blocks of nearly equal sizes: a short one leaves lanes
 // idle.
-template <bool kIsMore = false>
+template <bool kIsMore = false, int kVectors = 2>
 void multiply_rows(Rows rows, int count, const float* panel, int depth, float* out, size_t out_stride) {
     const int blocks = ceil_div(count, kRows);
     const float* next = panel + static_cast<size_t>(depth) * kPanel;
@@ -78,7 +78,7 @@ void multiply_rows(Rows rows, int count, const float* panel, int depth, float* o
         const Rows own{rows.first + begin * rows.stride, rows.stride};
         float* own_out = out + begin * out_stride;
         const Ahead ahead{next + block * step * depth, step};
-        kMultiply<kIsMore>[end - begin - 1](own, panel, depth, own_out, out_stride, ahead);
+        kMultiply<kIsMore, kVectors>[end - begin - 1](own, panel, depth, own_out, out_stride, ahead);
     }
 }
 

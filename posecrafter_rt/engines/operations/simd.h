@@ -141,13 +141,24 @@ PC_INLINE float total(Vector v) {
     return folded(v, [](auto a, auto b) { return a + b; });
 }
 
+// a > b ? a : b, in one instruction.
+PC_INLINE Vector larger(Vector a, Vector b) {
+#ifdef __AVX512F__
+    return _mm512_max_ps(a, b);
+#else
+    return _mm256_max_ps(a, b);
+#endif
+}
+
 // 2 to the power of x to 2e-7, of x up to 127; of x below -126 it is that of -126.
 PC_INLINE Vector power_of_two(Vector x) {
     const Vector zero{};
-    const Vector least = zero - 126;
-    x = x < least ? least : x;
-    constexpr float kRounding = 1.5f * (1 << 23);  // added, it leaves no bit for what is less than one
-    const Vector whole = (x + kRounding) - kRounding;
+    x = larger(zero - 126, x);
+#ifdef __AVX512F__
+    const Vector whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const Vector whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT);
+#endif
     x = x - whole;
     Vector y = zero + 1.535336188e-4f;  // Cephes' polynomial
     y = y * x + 1.339887440e-3f;
@@ -156,9 +167,13 @@ PC_INLINE Vector power_of_two(Vector x) {
     y = y * x + 2.402264791e-1f;
     y = y * x + 6.931472028e-1f;
     y = y * x + 1.0f;
+#ifdef __AVX512F__
+    return _mm512_scalef_ps(y, whole);
+#else
     using Integers = int __attribute__((vector_size(sizeof(Vector))));
     const Integers exponent = (__builtin_convertvector(whole, Integers) + 127) << 23;
     return y * reinterpret_cast<Vector>(exponent);
+#endif
 }
 
 constexpr float kLog2E = 1.44269504f;

@@ -1,0 +1,187 @@
+"""Attention as one operation: scores, weights and means of a few rows after the other, without copies of any head.
+
+Layer 4. As exported it is a product, a softmax and a product of heads that were transposed, which are copied where they are
+channels of something wider, or of the same tokens in several frames; a stream's, of one frame to those before it, is sums of
+products of whole tensors. The operation is in operations/.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from posecrafter_rt.engines.openvino_operations import Operations, operations
+from posecrafter_rt.engines.openvino_patterns import (
+    FOUR,
+    is_same,
+    is_transpose,
+    known,
+    only_user,
+    part_of,
+)
+
+if TYPE_CHECKING:
+    import openvino
+
+ROWS_LAST = [0, 2, 1, 3]  # (N, n, heads, width) to (N, heads, n, width), or (G, F, n, C) to (G, n, F, C); and back
+KEYS_LAST = [0, 2, 3, 1]  # to (N, heads, width, n)
+HIDDEN = -1e29  # scores below weigh nothing
+
+
+class Heads(NamedTuple):
+    """Queries, keys or values: a tensor (…, heads · width), and its other dimensions as the operation takes them."""
+
+    source: Any
+    heads: int
+    width: int
+    dims: list[int]
+
+    def tokens(self) -> tuple[Any, int]:
+        """The tensor, or the wider one whose channels it is, in these dimensions; and its first channel there."""
+        from openvino import opset13 as op
+
+        whole, first = part_of(self.source)
+        shape = [*self.dims, whole.get_shape()[-1]]
+        is_there = list(whole.get_shape()) == shape
+        return whole if is_there else op.reshape(whole, shape, special_zero=False).output(0), first
+
+
+def use_attention(model: openvino.Model, in_bytes: bool = False) -> int:
+    """Replace every attention of a float32 model of fixed shapes, in place; returns how many.
+
+    in_bytes: products in 8 and 16 bits where tokens attend to those of a picture or a text; else without loss.
+    """
+    available = operations()
+    if available is None:
+        return 0
+    available = available._replace(in_bytes=in_bytes)
+    softmaxes = [node for node in model.get_ordered_ops() if node.get_type_name() == "Softmax"]
+    return sum(_attend(node, available) or _attend_masked(node, available) for node in softmaxes)
+
+
+def _attend(softmax: Any, available: Operations) -> bool:
+    """Heads that were transposed: of tokens of a picture, or of the same ones in several frames."""
+    scores, weighted = _scaled(softmax.input_value(0)), only_user(softmax)
+    if scores is None or not _is_product(scores[0]) or weighted is None or not _is_product(weighted):
+        return False
+    joined, is_last = only_user(weighted), softmax.get_attributes()["axis"] in (-1, 3)
+    if not is_last or not is_same(weighted.input_value(0), softmax.output(0)) or not is_transpose(joined, ROWS_LAST):
+        return False
+    query, key = (_transposed(scores[0].input_value(i), order) for i, order in enumerate((ROWS_LAST, KEYS_LAST)))
+    value = _transposed(weighted.input_value(1), ROWS_LAST)
+    if query is None or key is None or value is None:
+        return False
+    found, last = [query, key, value], _over_frames(joined, query.dims)
+    if last is not None and all(is_transpose(each.source.get_node(), ROWS_LAST) for each in found):
+        before = [each.source.get_node().input_value(0) for each in found]
+        found = [each._replace(source=value, dims=list(value.get_shape())[:3])
+                 for each, value in zip(found, before, strict=True)]  # fmt: skip
+        joined = last
+    return _replace(joined, found, scores[1], available)
+
+
+def _over_frames(joined: Any, dims: list[int]) -> Any | None:
+    """The node that turns (G · n, F, heads, width) of these dimensions back to (G, F, n, C), if one alone reads them."""
+    reshape = only_user(joined)
+    last = None if reshape is None or reshape.get_type_name() != "Reshape" else only_user(reshape)
+    if reshape is None or last is None or not is_transpose(last, ROWS_LAST):
+        return None
+    groups, tokens, frames, _ = reshape.get_output_shape(0)
+    return last if dims == [groups * tokens, frames] else None
+
+
+def _attend_masked(softmax: Any, available: Operations) -> bool:
+    """A stream's: products of (N, F, 1, n · heads, width) and (N, 1, K, n · heads, width), summed, and hidden by a mask."""
+    select, weighted = softmax.input_value(0).get_node(), only_user(softmax)
+    if select.get_type_name() != "Select" or softmax.get_attributes()["axis"] != 2 or weighted is None:
+        return False
+    mask, value, otherwise = select.input_values()
+    scores, hidden, means = _scaled(value), known(otherwise), only_user(weighted)
+    products = None if scores is None else _summed(scores[0], 4)
+    if scores is None or products is None or hidden is None or (hidden > HIDDEN).any() or _summed(means, 2) is None:
+        return False
+    query, key, values = _spread(products[0], 2), _spread(products[1], 1), _spread(_summed(means, 2)[1], 1)
+    if not is_same(weighted.input_value(0), softmax.output(0)) or query is None or key is None or values is None:
+        return False
+    pairs = [key.dims[0], 1, key.dims[1], 1, 1]
+    if list(mask.get_shape()) != pairs:
+        return False
+    return _replace(means, [query, key, values], scores[1], available, mask)
+
+
+def _replace(last: Any, found: list[Heads], scale: float, available: Operations, mask: Any | None = None) -> bool:
+    """Whether the operation can be what ends at a node, which it is then."""
+    from openvino import opset13 as op
+
+    query, key, value = found
+    is_one = {(each.heads, each.width) for each in found} == {(query.heads, query.width)}
+    is_fitting = key.dims == value.dims and [*query.dims[:1], *query.dims[2:]] == [*key.dims[:1], *key.dims[2:]]
+    if not is_one or not is_fitting or not math.isclose(scale, math.sqrt(query.width), rel_tol=1e-5):
+        return False
+    (queries, query_at), (keys, key_at), (values, value_at) = (each.tokens() for each in found)
+    inputs = [queries, keys, values]
+    if mask is not None:
+        inputs.append(op.reshape(mask, key.dims[:2], special_zero=False).output(0))
+    attributes = {"heads": query.heads, "width": query.width, "query_at": query_at, "key_at": key_at, "value_at": value_at,
+                  "in_bytes": available.in_bytes and query.width % FOUR == 0}  # fmt: skip
+    made = available.factory.create("Attention", inputs, attributes)
+    last.output(0).replace(op.reshape(made, list(last.get_output_shape(0)), special_zero=False).output(0))
+    return True
+
+
+def _scaled(value: Any) -> tuple[Any, float] | None:
+    """The node whose output a number divides, and that number."""
+    divide = value.get_node()
+    divisor = known(divide.input_value(1)) if divide.get_type_name() == "Divide" else None
+    return None if divisor is None or divisor.size != 1 else (divide.input_value(0).get_node(), float(divisor.item()))
+
+
+def _is_product(node: Any) -> bool:
+    facts = node.get_attributes()
+    return node.get_type_name() == "MatMul" and not facts["transpose_a"] and not facts["transpose_b"]
+
+
+def _transposed(value: Any, order: list[int]) -> Heads | None:
+    """Heads (N, n, heads, width) in this order."""
+    transpose = value.get_node()
+    reshape = transpose.input_value(0).get_node() if is_transpose(transpose, order) else transpose
+    if reshape.get_type_name() != "Reshape":
+        return None
+    source, (batch, rows, heads, width) = reshape.input_value(0), reshape.get_output_shape(0)
+    return Heads(source, heads, width, [batch, rows]) if source.get_shape()[-1] == heads * width else None
+
+
+def _summed(node: Any | None, axis: int) -> list[Any] | None:
+    """The two values whose products a node sums over this axis."""
+    if node is None or node.get_type_name() != "ReduceSum":
+        return None
+    product, axes = node.input_value(0).get_node(), known(node.input_value(1))
+    is_over = axes is not None and (axes % len(product.get_output_shape(0))).tolist() == [axis]
+    return product.input_values() if is_over and product.get_type_name() == "Multiply" else None
+
+
+def _spread(value: Any, axis: int) -> Heads | None:
+    """Tokens (N, F, n, C) whose heads were made rows, (N, F, n · heads, width), with a dimension of one at this axis."""
+    unsqueeze = _unconverted(value).get_node()
+    if unsqueeze.get_type_name() != "Unsqueeze" or known(unsqueeze.input_value(1)) != np.array([axis]):
+        return None
+    reshape = _unconverted(unsqueeze.input_value(0)).get_node()
+    if reshape.get_type_name() != "Reshape" or len(reshape.get_input_shape(0)) != 4:
+        return None
+    batch, frames, tokens, channels = reshape.get_input_shape(0)
+    rows, width = reshape.get_output_shape(0)[2:]
+    is_made = list(reshape.get_output_shape(0)[:2]) == [batch, frames] and rows * width == tokens * channels
+    heads = channels // width
+    return Heads(reshape.input_value(0), heads, width, [batch, frames, tokens]) if is_made and heads else None
+
+
+def _unconverted(value: Any) -> Any:
+    """What a value is before conversions that change nothing."""
+    while value.get_node().get_type_name() in ("Convert", "ConvertLike"):
+        before = value.get_node().input_value(0)
+        if before.get_element_type() != value.get_element_type():
+            break
+        value = before
+    return value

@@ -1,0 +1,105 @@
+// The OpenVINO operation posecrafter::Attention: query, key and value → softmax(query · keyᵀ / √width) · value of each
+// of `heads` heads, `width` channels each. Tokens (N, n, C) attend to those of their picture, (N, m, C); tokens
+// (N, F, n, C) to the same ones in frames, (N, K, n, C): those for which an input after these, (N, K) and boolean, is
+// true where there is one. Inputs may be wider: query_at, key_at and value_at are where their channels begin. With the
+// attribute in_bytes products are in 8 and 16 bits. Layer 4.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <openvino/op/op.hpp>
+
+#include "attention.h"
+#include "bytes.h"
+#include "operation.h"
+
+namespace posecrafter {
+
+class AttentionOperation : public ov::op::Op {
+public:
+    OPENVINO_OP("Attention", "posecrafter");
+
+    AttentionOperation() = default;
+    AttentionOperation(const ov::OutputVector& inputs, const AttentionOperation& like)
+        : Op(inputs),
+          heads_(like.heads_),
+          width_(like.width_),
+          query_at_(like.query_at_),
+          key_at_(like.key_at_),
+          value_at_(like.value_at_),
+          in_bytes_(like.in_bytes_) {
+        constructor_validate_and_infer_types();
+    }
+
+    void validate_and_infer_types() override {
+        const ov::Shape &query = get_input_shape(0), &key = get_input_shape(1), &value = get_input_shape(2);
+        ov::Shape out = query, keys = key, values = value;
+        out.back() = channels(), keys.back() = values.back() = channels();
+        OPENVINO_ASSERT(heads_ > 0 && width_ > 0 && (query.size() == 3 || query.size() == 4), "no tokens of heads");
+        OPENVINO_ASSERT(fits(query, query_at_) && fits(key, key_at_) && fits(value, value_at_),
+                        "channels beyond an end");
+        OPENVINO_ASSERT(keys == values && key.size() == query.size(), "a key without a value");
+        for (size_t axis = 0; axis + 1 < query.size(); ++axis)
+            OPENVINO_ASSERT(axis == 1 || query[axis] == key[axis], "keys of other pictures");
+        OPENVINO_ASSERT(!in_bytes_ || (kHasBytes && width_ % kFour == 0), "what eight bits do not serve");
+        OPENVINO_ASSERT(get_input_size() < 4 || get_input_shape(3) == ov::Shape({key[0], key[1]}),
+                        "a mask of other keys");
+        set_output_type(0, get_input_element_type(0), out);
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        return std::make_shared<AttentionOperation>(inputs, *this);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("heads", heads_);
+        visitor.on_attribute("width", width_);
+        visitor.on_attribute("query_at", query_at_);
+        visitor.on_attribute("key_at", key_at_);
+        visitor.on_attribute("value_at", value_at_);
+        visitor.on_attribute("in_bytes", in_bytes_);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        const ov::Shape &query = inputs[0].get_shape(), &key = inputs[1].get_shape();
+        Attention call{};
+        call.query = tokens(inputs[0], query_at_);
+        call.key = tokens(inputs[1], key_at_);
+        call.value = tokens(inputs[2], value_at_);
+        call.mask = inputs.size() > 3 ? static_cast<const char*>(inputs[3].data()) : nullptr;
+        call.out = outputs[0].data<float>();
+        call.batch = static_cast<int>(query[0]), call.queries = static_cast<int>(query[1]);
+        call.keys = static_cast<int>(key[1]), call.places = query.size() == 4 ? static_cast<int>(query[2]) : 1;
+        call.heads = static_cast<int>(heads_), call.width = static_cast<int>(width_);
+        if (!in_bytes_) attention(call, num_threads(), parallel);
+#ifdef PC_HAS_VNNI
+        else
+            attention_bytes(call, num_threads(), parallel);
+#endif
+        return true;
+    }
+
+private:
+    size_t channels() const { return static_cast<size_t>(heads_ * width_); }
+
+    bool fits(const ov::Shape& shape, int64_t at) const {
+        return at >= 0 && static_cast<size_t>(at) + channels() <= shape.back();
+    }
+
+    static Tokens tokens(const ov::Tensor& tensor, int64_t at) {
+        return {tensor.data<float>() + at, tensor.get_shape().back()};
+    }
+
+    int64_t heads_ = 0;
+    int64_t width_ = 0;
+    int64_t query_at_ = 0;
+    int64_t key_at_ = 0;
+    int64_t value_at_ = 0;
+    bool in_bytes_ = false;
+};
+
+}  // namespace posecrafter
