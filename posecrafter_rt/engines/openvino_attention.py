@@ -99,16 +99,14 @@ def _attend_masked(softmax: Any, available: Operations) -> bool:
         return False
     mask, value, otherwise = select.input_values()
     scores, hidden, means = _scaled(value), known(otherwise), only_user(weighted)
-    products = None if scores is None else _summed(scores[0], 4)
-    if scores is None or products is None or hidden is None or (hidden > HIDDEN).any() or _summed(means, 2) is None:
+    pair, weighed = None if scores is None else _summed(scores[0], 4), _summed(means, 2)
+    if scores is None or pair is None or weighed is None or hidden is None or (hidden > HIDDEN).any():
         return False
-    query, key, values = _spread(products[0], 2), _spread(products[1], 1), _spread(_summed(means, 2)[1], 1)
-    if not is_same(weighted.input_value(0), softmax.output(0)) or query is None or key is None or values is None:
+    query, key, values = _spread(pair[0], 2), _spread(pair[1], 1), _spread(weighed[1], 1)
+    if not is_same(weighed[0], softmax.output(0)) or query is None or key is None or values is None:
         return False
-    pairs = [key.dims[0], 1, key.dims[1], 1, 1]
-    if list(mask.get_shape()) != pairs:
-        return False
-    return _replace(means, [query, key, values], scores[1], available, mask)
+    is_fitting = list(mask.get_shape()) == [key.dims[0], 1, key.dims[1], 1, 1]
+    return is_fitting and _replace(means, [query, key, values], scores[1], available, mask)
 
 
 def _replace(last: Any, found: list[Heads], scale: float, available: Operations, mask: Any | None = None) -> bool:

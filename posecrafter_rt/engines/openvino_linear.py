@@ -51,6 +51,11 @@ class Layer(NamedTuple):
         """Those of the input."""
         return int(self.weight.get_shape()[not self.is_swapped])
 
+    def rows(self) -> np.ndarray:
+        """Its weight as it is used, (out, in), of a product."""
+        weight = np.asarray(self.weight.get_node().data)
+        return np.ascontiguousarray(weight.T) if self.is_swapped else weight
+
 
 def use_linear(model: openvino.Model, in_bytes: bool = False) -> int:
     """Replace those of a float32 model of fixed shapes that gain by it, in place; returns how many.
@@ -61,8 +66,36 @@ def use_linear(model: openvino.Model, in_bytes: bool = False) -> int:
     if available is None:
         return 0
     available = available._replace(in_bytes=in_bytes)
+    for node in model.get_ordered_ops():
+        _join(node)
     rewrites = (_convolve, _gate, _follow_or_add)  # a gate before its layer is taken alone
     return sum(rewrite(node, available) for rewrite in rewrites for node in model.get_ordered_ops())
+
+
+def _join(concat: Any) -> None:
+    """Products of the same tokens that lie beside each other, as a stream's keys and values do, are made one product."""
+    from openvino import opset13 as op
+
+    rank = len(concat.get_output_shape(0))
+    if concat.get_type_name() != "Concat" or concat.get_attributes()["axis"] % rank != rank - 1:
+        return
+    layers = [_joinable(value) for value in concat.input_values()]
+    found = [layer for layer in layers if layer is not None and is_same(layer.input, (layers[0] or layer).input)]
+    if len(found) < len(layers):
+        return
+    weight = op.constant(np.concatenate([layer.rows() for layer in found]))
+    joined = op.matmul(found[0].input, weight, False, True)
+    concat.output(0).replace(op.reshape(joined, list(concat.get_output_shape(0)), special_zero=False).output(0))
+
+
+def _joinable(value: Any) -> Layer | None:
+    """The product without a bias that a value is, perhaps reshaped, if nothing else reads it."""
+    node = value.get_node()
+    product = node.input_value(0).get_node() if node.get_type_name() == "Reshape" else node
+    layer = _linear_layer(product)
+    is_alone = only_user(node) is not None and only_user(product) is not None
+    is_plain = layer is not None and layer.bias is None and value.get_shape()[-1] == layer.channels
+    return layer if is_plain and is_alone else None
 
 
 def _convolve(node: Any, available: Operations) -> bool:
@@ -124,7 +157,7 @@ def _rewrite(
         return False
     weight, bias = layer.weight, bias_constant(layer.bias, layer.channels)
     if layer.is_swapped:
-        weight = op.constant(np.ascontiguousarray(weight.get_node().data.T)).output(0)
+        weight = op.constant(layer.rows()).output(0)
     last, residual = with_residual(layer.last)
     inputs = [*(before or [layer.input]), weight, bias, *residual]
     attributes = {"height": height, "is_gated": is_gated or bool(before), "in_bytes": available.in_bytes}

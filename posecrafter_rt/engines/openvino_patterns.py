@@ -149,7 +149,8 @@ def _begin(value: Any) -> int | None:
     if kind != "Slice":
         return None
     numbers = [known(given) for given in node.input_values()[1:]]
-    if len(numbers) != 4 or any(array is None or array.size != 1 for array in numbers):
+    single = [int(array.item()) for array in numbers if array is not None and array.size == 1]
+    if len(numbers) != 4 or len(single) != 4:
         return None
-    begin, _, step, axis = (int(array.item()) for array in numbers if array is not None)
-    return begin if step == 1 and begin >= 0 and axis % rank == rank - 1 else None
+    begin, _, step, along = single
+    return begin if step == 1 and begin >= 0 and along % rank == rank - 1 else None

@@ -230,6 +230,42 @@ def test_what_looks_different_is_left_alone(name: str, lanes: int) -> None:
     assert use_linear(model) == 0 and kinds(model) == before
 
 
+JOINED: Graphs = {
+    "keys and values": lambda x, t: [beside(product(t, draw(32, 32)), product(t, draw(64, 32, seed=1)))],
+    "stored transposed": lambda x, t: [beside(*(product(t, draw(32, 32, seed=seed), None, True) for seed in (1, 2)))],
+    "three of frames": lambda x, t: [beside(*(reshaped(product(t, draw(32, 32, seed=seed)), 1, 2, 12, 32) for seed in range(3)))],
+}  # fmt: skip
+APART: Graphs = {
+    "of other tokens": lambda x, t: [beside(product(t, draw(32, 32)), product(op.relu(t), draw(32, 32)))],
+    "a bias": lambda x, t: [beside(mapped(t), product(t, draw(32, 32)))],
+    "one that is read, too": lambda x, t: [beside(y := product(t, draw(32, 32)), product(t, draw(32, 32))), op.relu(y)],
+    "one that is reshaped and read": lambda x, t: [beside(reshaped(y := product(t, draw(32, 32)), 1, 2, 12, 32), reshaped(product(t, draw(32, 32)), 1, 2, 12, 32)), y],
+    "tokens of one after those of another": lambda x, t: [op.concat([product(t, draw(32, 32)), product(t, draw(32, 32))], 1)],
+    "channels that are rows": lambda x, t: [beside(*(reshaped(product(t, draw(32, 32)), 2, 24, 16) for _ in range(2)))],
+    "no product": lambda x, t: [beside(t, product(t, draw(32, 32)))],
+}  # fmt: skip
+
+
+def beside(*values: Any) -> Any:
+    return op.concat(list(values), -1)
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_products_that_lie_beside_each_other_are_one(name: str, lanes: int) -> None:
+    model, inputs = make(name, JOINED), [draw(*SIZE, seed=1), draw(*TOKENS, seed=2)]
+    assert use_linear(model) == 0  # without loss a product alone stays OpenVINO's
+    assert (kinds(model)["MatMul"], kinds(model)["Concat"]) == (1, 0)
+    (found,), (expected,) = run(model, *inputs), run(make(name, JOINED), *inputs)
+    assert found.shape == expected.shape and relative_error(found, expected) < exact(32)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_others_stay_apart(name: str, lanes: int) -> None:
+    model = make(name, APART)
+    before = kinds(model)
+    assert use_linear(model) == 0 and kinds(model) == before
+
+
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "feed-forward"])
 def test_channels_that_are_no_whole_panels_are_left_alone(layout: str, lanes: int) -> None:
     """Nor are those of pixels that are no whole vectors, or a half of a gated layer's."""
