@@ -66,15 +66,30 @@ float weigh(float* scores, int keys, int count, float scale) {
     });
 }
 
-// A row of one head's output from `channel` on: a vector of it, or what there is of one.
-void write(const Head& out, int row, int channel, Vector v) {
-    float* to = const_cast<float*>(out.rows.first) + row * out.rows.stride + channel;
-    const int left = out.width - channel;
-    if (left >= kLanes)
-        store(to, v);
-    else if (left > 0)
-        std::memcpy(to, &v, left * sizeof(float));
-}
+// Where one head's rows of output go, at one place.
+class Output {
+public:
+    Output(const Attention& call, int index) : width_(call.width) {
+        const size_t channels = static_cast<size_t>(call.heads) * call.width;
+        const Rows rows = head_of({call.out, channels}, call, call.queries, index).rows;
+        first_ = call.out + (rows.first - call.out), stride_ = rows.stride;
+    }
+
+    // From `channel` on: a vector of it, or what there is of one.
+    void write(int row, int channel, Vector v) const {
+        float* to = first_ + row * stride_ + channel;
+        const int left = width_ - channel;
+        if (left >= kLanes)
+            store(to, v);
+        else if (left > 0)
+            std::memcpy(to, &v, left * sizeof(float));
+    }
+
+private:
+    float* first_;
+    size_t stride_;
+    int width_;
+};
 
 // A vector of a row of `width` numbers from `at` on, zeros where it ends.
 PC_INLINE Vector read(const float* row, int at, int width) {
@@ -121,10 +136,11 @@ struct InFloats {
         }
     }
 
-    static void score(Rows query, int count, int keys, int width, const float* packed, Rows scores) {
-        float* to = const_cast<float*>(scores.first);
-        for (int key = 0; key < keys; key += kPanel)
-            multiply_rows(query, count, packed + static_cast<size_t>(key) * width, width, to + key, scores.stride);
+    static void score(Rows query, int count, int keys, int width, const float* packed, Sums scores) {
+        for (int key = 0; key < keys; key += kPanel) {
+            const float* panel = packed + static_cast<size_t>(key) * width;
+            multiply_rows(query, count, panel, width, scores.first + key, scores.stride);
+        }
     }
 
     class Weights {
@@ -137,9 +153,9 @@ struct InFloats {
 
         // kVectors: of the panel's, that there are channels for.
         template <int kVectors>
-        void sum(Rows scores, int count, int keys, const float* panel, float* sums) const {
+        void sum(Sums weights, int count, int keys, const float* panel, float* sums) const {
             for (int key = 0; key < keys; key += kDepth) {
-                const Rows own{scores.first + key, scores.stride};
+                const Rows own{weights.first + key, weights.stride};
                 const int depth = std::min(kDepth, keys - key);
                 (key == 0 ? multiply_rows<false, kVectors>
                           : multiply_rows<true, kVectors>)(own, count, panel + static_cast<size_t>(key) * kPanel, depth,
@@ -204,21 +220,20 @@ struct InBytes {
         }
     }
 
-    static void score(Rows query, int count, int keys, int width, const float* packed, Rows scores) {
-        float* to = const_cast<float*>(scores.first);
+    static void score(Rows query, int count, int keys, int width, const float* packed, Sums scores) {
         const ByteRows rows = rows_to_bytes(query, count, width, thread_query.take(byte_rows_floats(count, width)));
-        const Fetch none{to, to, 0, 0, 1, false};
-        for (int key = 0; key < keys; key += kPanel)
-            multiply_byte_rows(rows, count, packed + key / kPanel * byte_panel(width), {to + key, scores.stride}, none);
+        const Fetch none{scores.first, scores.first, 0, 0, 1, false};
+        for (int key = 0; key < keys; key += kPanel, packed += byte_panel(width))
+            multiply_byte_rows(rows, count, packed, {scores.first + key, scores.stride}, none);
     }
 
     class Weights {
     public:
         Weights(int count, size_t stride)
-            : rows_{reinterpret_cast<int16_t*>(thread_words.take(ceil_div(count, 2) * stride)), stride} {}
+            : words_(reinterpret_cast<int16_t*>(thread_words.take(ceil_div(count, 2) * stride))), stride_(stride) {}
 
         float weigh_row(float* scores, int row, int keys, int count, float scale) {
-            int16_t* to = const_cast<int16_t*>(rows_.first) + row * rows_.stride;
+            int16_t* to = words_ + row * stride_;
             return weigh(scores, keys, count, scale, [=](int i, Vector weights) {
                 const Integers whole = rounded(weights * kMostWeight);
                 store_words(to + i, whole);
@@ -227,12 +242,13 @@ struct InBytes {
         }
 
         template <int kVectors>
-        void sum(Rows, int count, int keys, const float* panel, float* sums) const {
-            multiply_word_rows<kVectors>(rows_, count, panel, ceil_div(keys, 2), sums);
+        void sum(Sums, int count, int keys, const float* panel, float* sums) const {
+            multiply_word_rows<kVectors>({words_, stride_}, count, panel, ceil_div(keys, 2), sums);
         }
 
     private:
-        WordRows rows_;
+        int16_t* words_;
+        size_t stride_;
     };
 };
 #endif
@@ -269,22 +285,20 @@ private:
         const int most_rows = std::max(kRows, kScores / count_ / kRows * kRows);
         for (; row < last_row; row += most_rows) {
             const int count = std::min(most_rows, last_row - row);
-            const Rows scores{thread_scores.take(count * stride_), stride_};
+            const Sums scores{thread_scores.take(count * stride_), stride_};
             Products::score({query.rows.first + row * query.rows.stride, query.rows.stride}, count, keys, width,
                             packed_keys, scores);
             mean(index, row, count, packed_values, scores);
         }
     }
 
-    void mean(int index, int row, int count, const float* packed_values, Rows scores) const {
+    void mean(int index, int row, int count, const float* packed_values, Sums scores) const {
         float* sums = thread_sums.take(static_cast<size_t>(count) * (kPanel + 1));
         float* inverses = sums + static_cast<size_t>(count) * kPanel;
         typename Products::Weights weights(count, stride_);
-        for (int r = 0; r < count; ++r) {
-            float* own = const_cast<float*>(scores.first) + r * scores.stride;
-            inverses[r] = 1 / weights.weigh_row(own, r, call_.keys, count_, scale_);
-        }
-        const Head out = head_of({call_.out, channels()}, call_, call_.queries, index);
+        for (int r = 0; r < count; ++r)
+            inverses[r] = 1 / weights.weigh_row(scores.first + r * stride_, r, call_.keys, count_, scale_);
+        const Output out(call_, index);
         for (int panel = 0; panel < ceil_div(call_.width, kPanel); ++panel) {
             const float* values = packed_values + panel * Products::panel_floats(call_.keys);
             if (call_.width - panel * kPanel > kLanes)
@@ -293,11 +307,9 @@ private:
                 weights.template sum<1>(scores, count, call_.keys, values, sums);
             for (int r = 0; r < count; ++r)
                 for (int lane = 0; lane < kPanel; lane += kLanes)
-                    write(out, row + r, panel * kPanel + lane, load(sums + r * kPanel + lane) * inverses[r]);
+                    out.write(row + r, panel * kPanel + lane, load(sums + r * kPanel + lane) * inverses[r]);
         }
     }
-
-    size_t channels() const { return static_cast<size_t>(call_.heads) * call_.width; }
 
     const Attention& call_;
     int heads_, parts_, count_;
@@ -327,8 +339,7 @@ private:
         const float* values = copy(head_of(call_.value, call_, call_.keys, index), call_.keys, thread_values);
         const Head query = head_of(call_.query, call_, call_.queries, index);
         const float* rows = copy(query, call_.queries, thread_query);
-        const size_t channels = static_cast<size_t>(call_.heads) * call_.width;
-        const Head out = head_of({call_.out, channels}, call_, call_.queries, index);
+        const Output out(call_, index);
         const int batch = index / call_.heads / call_.places;
         const char* mask = call_.mask == nullptr ? nullptr : call_.mask + static_cast<size_t>(batch) * call_.keys;
         float* scores = thread_scores.take(count_ + kFour);
@@ -340,7 +351,7 @@ private:
             for (size_t channel = 0; channel < stride_; channel += kLanes) {
                 Vector sum{};
                 for (int key = 0; key < call_.keys; ++key) sum += scores[key] * load(values + key * stride_ + channel);
-                write(out, row, static_cast<int>(channel), sum * inverse);
+                out.write(row, static_cast<int>(channel), sum * inverse);
             }
         }
     }
