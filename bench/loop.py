@@ -32,6 +32,7 @@ class Clocked:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.spec, self.device = engine, engine.spec, engine.device
+        self.has_own_threads = engine.has_own_threads
         self.seconds = 0.0
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:

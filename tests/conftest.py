@@ -146,6 +146,17 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Of torch, whatever the machine has."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def write_tiny_base() -> Callable[..., Path]:
     """Writes a diffusers folder of a tiny Stable Diffusion: write_tiny_base(folder, seed=0, settings=None) -> folder.

@@ -22,7 +22,7 @@ from posecrafter_rt.runtime.memory import USED_SHARE
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.segments import split_clip
 from posecrafter_rt.video_io import VideoWriter
-from tests.tiny import SIZE, Watched, break_off, some_poses
+from tests.tiny import SIZE, CountingThreads, Watched, break_off, some_poses
 
 SEGMENTS = {"num_inference_steps": 2, "segment": 6, "overlap": 2}
 
@@ -96,6 +96,18 @@ def test_no_network_ever_sees_more_than_one_segment(avatar: Avatar, monkeypatch:
         assert len(seen["vae_encoder"]) <= 1 and seen["text_encoder"] == [1] and len(seen["time_tables"]) == 1
         segments = split_clip(count, 6, 2)
         assert len(seen["pose_embedding"]) == 1 + sum(segment.stop - segment.start for segment in segments)
+
+
+def test_torch_leaves_the_cores_to_networks_that_have_their_own_threads(
+    avatar: Avatar, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[bool, set[int]] = {has_own: set() for has_own in (True, False)}
+    avatar.render(some_poses(2), num_inference_steps=2)  # inverts
+    unet = avatar.engines["unet"]
+    for has_own, seen in threads.items():
+        monkeypatch.setitem(avatar.engines, "unet", CountingThreads(unet, has_own, seen))
+        avatar.render(some_poses(2), num_inference_steps=2)
+    assert threads == {True: {1}, False: {2}}
 
 
 def test_what_depends_on_the_avatar_alone_is_computed_once_whatever_the_timesteps(

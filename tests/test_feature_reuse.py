@@ -83,6 +83,7 @@ class Watched:
 
     def __init__(self, engine: Engine, called: list[str]) -> None:
         self.engine, self.spec, self.device, self.called = engine, engine.spec, engine.device, called
+        self.has_own_threads = engine.has_own_threads
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         if len(inputs["latents"]) > 1:

@@ -6,14 +6,15 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from mmap import PROT_READ, mmap
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
 from posecrafter_rt import machine
+from posecrafter_rt.engines.base import Engine, beside
 from posecrafter_rt.machine import (
     available_bytes,
     count_peak_anew,
@@ -213,15 +214,6 @@ def test_to_multiply_bf16_is_not_to_gain_by_it(
     assert (cpu_has_bf16(), cpu_gains_by_bf16()) == (has_it, gains)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Of torch, whatever the machine has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_openmp_keeps_to_the_calling_thread_and_no_other(two_threads: None) -> None:
     """A thread that comes to torch meanwhile has as many as ever, and so has this one afterwards."""
     elsewhere: list[int] = []
@@ -237,6 +229,24 @@ def test_openmp_keeps_to_the_calling_thread_and_no_other(two_threads: None) -> N
         other.join()
         raise KeyError
     assert torch.get_num_threads() == 2 and elsewhere == [2]
+
+
+def test_a_thread_that_comes_to_torch_within_it_has_one_thread_and_later_those_of_torch(two_threads: None) -> None:
+    seen: list[int] = []
+
+    class Alone:
+        has_own_threads = True
+
+    def work() -> None:
+        with beside(cast(Engine, Alone())):
+            torch.ones(100_000).add_(1)
+            seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
+
+    other = threading.Thread(target=work)
+    other.start()
+    other.join()
+    assert seen == [1, 2]
 
 
 def test_where_there_is_no_openmp_nothing_is_changed(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from posecrafter_rt.avatar import Avatar
@@ -54,9 +55,25 @@ class Watched:
 
     def __init__(self, engine: Engine, sizes: list[int]) -> None:
         self.engine, self.spec, self.device, self.sizes = engine, engine.spec, engine.device, sizes
+        self.has_own_threads = engine.has_own_threads
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         self.sizes.append(len(inputs[self.spec.inputs[0].name]))
+        return self.engine(**inputs)
+
+    def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        return self.engine.swap_weights(tensors)
+
+
+class CountingThreads:
+    """An engine that notes how many threads torch has when it is called, and says whether it has its own."""
+
+    def __init__(self, engine: Engine, has_own_threads: bool, threads: set[int]) -> None:
+        self.engine, self.spec, self.device, self.threads = engine, engine.spec, engine.device, threads
+        self.has_own_threads = has_own_threads
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.threads.add(torch.get_num_threads())
         return self.engine(**inputs)
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:

@@ -6,6 +6,7 @@ Layer 4.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from posecrafter_rt.errors import CheckpointError, ShapeError
 from posecrafter_rt.export.shapes import split_dim
+from posecrafter_rt.machine import one_openmp_thread
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
 if TYPE_CHECKING:
@@ -107,6 +109,12 @@ class Backend(Protocol):
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
         """Make every network of `build` runnable. `cache`: a folder for compiled code that may be deleted at any time."""
         ...
+
+
+def beside(engine: Engine) -> AbstractContextManager[None]:
+    """Within it torch leaves the cores to an engine that has threads of its own: see `one_openmp_thread`."""
+    torch.get_num_threads()  # where a thread asks first, torch sets its number: not within, when that would undo it
+    return one_openmp_thread() if engine.has_own_threads else nullcontext()
 
 
 def checked_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor], device: torch.device) -> list[Tensor]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from posecrafter_rt.engines.openvino_operations import Operations, operations
 from posecrafter_rt.engines.openvino_patterns import (
     FOUR,
@@ -73,23 +71,21 @@ def _attend(softmax: Any, available: Operations) -> bool:
     value = _transposed(weighted.input_value(1), ROWS_LAST)
     if query is None or key is None or value is None:
         return False
-    found, last = [query, key, value], _over_frames(joined, query.dims)
+    found, last = [query, key, value], _turned_back(joined)
     if last is not None and all(is_transpose(each.source.get_node(), ROWS_LAST) for each in found):
         before = [each.source.get_node().input_value(0) for each in found]
-        found = [each._replace(source=value, dims=list(value.get_shape())[:3])
-                 for each, value in zip(found, before, strict=True)]  # fmt: skip
-        joined = last
+        if list(before[0].get_shape()) == list(last.get_output_shape(0)) and query.dims[1] == before[0].get_shape()[1]:
+            joined = last  # over frames
+            found = [each._replace(source=value, dims=list(value.get_shape())[:3])
+                     for each, value in zip(found, before, strict=True)]  # fmt: skip
     return _replace(joined, found, scores[1], available)
 
 
-def _over_frames(joined: Any, dims: list[int]) -> Any | None:
-    """The node that turns (G · n, F, heads, width) of these dimensions back to (G, F, n, C), if one alone reads them."""
+def _turned_back(joined: Any) -> Any | None:
+    """The node that makes (G, F, n, C) of (G · n, F, heads, width), if one alone reads them."""
     reshape = only_user(joined)
     last = None if reshape is None or reshape.get_type_name() != "Reshape" else only_user(reshape)
-    if reshape is None or last is None or not is_transpose(last, ROWS_LAST):
-        return None
-    groups, tokens, frames, _ = reshape.get_output_shape(0)
-    return last if dims == [groups * tokens, frames] else None
+    return last if is_transpose(last, ROWS_LAST) else None
 
 
 def _attend_masked(softmax: Any, available: Operations) -> bool:
@@ -144,9 +140,9 @@ def _is_product(node: Any) -> bool:
 def _transposed(value: Any, order: list[int]) -> Heads | None:
     """Heads (N, n, heads, width) in this order."""
     transpose = value.get_node()
-    reshape = transpose.input_value(0).get_node() if is_transpose(transpose, order) else transpose
-    if reshape.get_type_name() != "Reshape":
+    if not is_transpose(transpose, order) or transpose.input_value(0).get_node().get_type_name() != "Reshape":
         return None
+    reshape = transpose.input_value(0).get_node()
     source, (batch, rows, heads, width) = reshape.input_value(0), reshape.get_output_shape(0)
     return Heads(source, heads, width, [batch, rows]) if source.get_shape()[-1] == heads * width else None
 
@@ -163,16 +159,17 @@ def _summed(node: Any | None, axis: int) -> list[Any] | None:
 def _spread(value: Any, axis: int) -> Heads | None:
     """Tokens (N, F, n, C) whose heads were made rows, (N, F, n · heads, width), with a dimension of one at this axis."""
     unsqueeze = _unconverted(value).get_node()
-    if unsqueeze.get_type_name() != "Unsqueeze" or known(unsqueeze.input_value(1)) != np.array([axis]):
+    axes = known(unsqueeze.input_value(1)) if unsqueeze.get_type_name() == "Unsqueeze" else None
+    if axes is None or (axes % len(value.get_shape())).tolist() != [axis]:
         return None
     reshape = _unconverted(unsqueeze.input_value(0)).get_node()
     if reshape.get_type_name() != "Reshape" or len(reshape.get_input_shape(0)) != 4:
         return None
     batch, frames, tokens, channels = reshape.get_input_shape(0)
-    rows, width = reshape.get_output_shape(0)[2:]
-    is_made = list(reshape.get_output_shape(0)[:2]) == [batch, frames] and rows * width == tokens * channels
+    width = reshape.get_output_shape(0)[-1]
     heads = channels // width
-    return Heads(reshape.input_value(0), heads, width, [batch, frames, tokens]) if is_made and heads else None
+    is_made = list(reshape.get_output_shape(0)) == [batch, frames, tokens * heads, width] and heads * width == channels
+    return Heads(reshape.input_value(0), heads, width, [batch, frames, tokens]) if is_made else None
 
 
 def _unconverted(value: Any) -> Any:

@@ -66,7 +66,7 @@ def use_linear(model: openvino.Model, in_bytes: bool = False) -> int:
     if available is None:
         return 0
     available = available._replace(in_bytes=in_bytes)
-    for node in model.get_ordered_ops():
+    for node in model.get_ordered_ops() if in_bytes else ():  # OpenVINO's own products would keep weights of their own
         _join(node)
     rewrites = (_convolve, _gate, _follow_or_add)  # a gate before its layer is taken alone
     return sum(rewrite(node, available) for rewrite in rewrites for node in model.get_ordered_ops())
@@ -76,8 +76,10 @@ def _join(concat: Any) -> None:
     """Products of the same tokens that lie beside each other, as a stream's keys and values do, are made one product."""
     from openvino import opset13 as op
 
+    if concat.get_type_name() != "Concat":
+        return
     rank = len(concat.get_output_shape(0))
-    if concat.get_type_name() != "Concat" or concat.get_attributes()["axis"] % rank != rank - 1:
+    if concat.get_attributes()["axis"] % rank != rank - 1:
         return
     layers = [_joinable(value) for value in concat.input_values()]
     found = [layer for layer in layers if layer is not None and is_same(layer.input, (layers[0] or layer).input)]

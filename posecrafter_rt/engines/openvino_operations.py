@@ -31,7 +31,7 @@ FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", 
          "-ffp-contract=fast")  # fmt: skip
 COMPILE_S = 300  # a compiler that takes longer hangs
 TOLERANCE = 1e-4  # of the largest value, where float32 comes to 1e-5
-OURS = ("FusedConvolution", "Linear")
+WITH_WEIGHTS = ("FusedConvolution", "Linear")  # of our operations
 BYTE_TOLERANCE = 0.05  # where eight bits come to 0.01
 REWRITING = 7  # counted up when networks are rewritten otherwise: they are kept under it
 
@@ -101,12 +101,12 @@ def operations() -> Operations | None:
 
 
 def hold_weights(model: openvino.Model, release: Callable[[], None]) -> None:
-    """Let every operation of ours in a model hold its weights, packed, in place of the constants that they are made of.
+    """Let every operation of ours in a model that has weights hold them, packed, in place of the constants that they are made of.
 
     release: called after each; what holds those constants may then let go of them. The model cannot be saved afterwards.
     """
     available = operations()
-    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() in OURS]
+    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() in WITH_WEIGHTS]
     while available is not None and nodes:
         node = nodes.pop()  # the last that refers to its constants
         attributes = {**node.get_attributes(), "holds_weights": True}
@@ -140,7 +140,7 @@ def _library(vectors: Vectors | None) -> tuple[Path | None, str | None]:
         _factory(library)
         return library, None
     except OperationsError as error:
-        log.info("convolutions and linear maps are OpenVINO's own: %s", error)
+        log.info("convolutions, linear maps and attention are OpenVINO's own: %s", error)
         return None, str(error)
 
 

@@ -114,7 +114,8 @@ def known(value: Any) -> np.ndarray | None:
     if kind == "ShapeOf":
         return np.array(node.get_input_shape(0))
     if kind in ("Convert", "ConvertLike"):
-        return known(node.input_value(0))
+        inner = known(node.input_value(0))
+        return None if inner is None else inner.astype(value.get_element_type().to_dtype())
     if math.prod(value.get_shape()) > MOST_KNOWN:
         return None
     if kind == "Constant":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posecrafter_rt.engines.base import Engine
+from posecrafter_rt.engines.base import Engine, beside
 from posecrafter_rt.errors import NotFinite
 from posecrafter_rt.method import DDIMSchedule, DPMSchedule, ddim_sample, dpmpp_sample, unipc_sample
 from posecrafter_rt.ops import affine_warp_paste_
@@ -49,11 +49,12 @@ def render_clip(
             denoise.forget()
         return latents
 
-    if isinstance(schedule, DPMSchedule):
-        sample = unipc_sample if options.sampler == "unipc" else dpmpp_sample
-        return sample(denoise, clip.latents, schedule, steps, start_step=options.start_step,
-                      restart_step=edit_step, on_step=before_step)  # fmt: skip
-    return ddim_sample(denoise, clip.latents, schedule, steps, start_step=options.start_step, on_step=before_step)
+    with beside(engines["unet"]):
+        if isinstance(schedule, DPMSchedule):
+            sample = unipc_sample if options.sampler == "unipc" else dpmpp_sample
+            return sample(denoise, clip.latents, schedule, steps, start_step=options.start_step,
+                          restart_step=edit_step, on_step=before_step)  # fmt: skip
+        return ddim_sample(denoise, clip.latents, schedule, steps, start_step=options.start_step, on_step=before_step)
 
 
 def blend(carried: Tensor | None, latents: Tensor) -> Tensor:
@@ -81,8 +82,9 @@ def decode(engines: Mapping[str, Engine], latents: Tensor, decoder: Decoder = "f
     network = engines[DECODERS[decoder]]
     for part in latents.split(1):
         pixels = network(latents=part)["pixels"][0]
-        is_finite = torch.isfinite(pixels).all()
-        frame = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu()
+        with beside(network):
+            is_finite = torch.isfinite(pixels).all()
+            frame = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu()
         if not is_finite:  # asked only now, when a GPU has been waited for
             raise NotFinite("a decoded frame is not finite", "build the engine with --precision fp32, or bf16")
         yield frame.numpy()

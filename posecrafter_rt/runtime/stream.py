@@ -6,7 +6,6 @@ Layer 5. `AvatarStream.step` is the loop; `StreamReference` is all that every st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -14,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posecrafter_rt.engines.base import Engine
+from posecrafter_rt.engines.base import Engine, beside
 from posecrafter_rt.errors import NotFinite, PoseCrafterError
-from posecrafter_rt.machine import one_openmp_thread
 from posecrafter_rt.method.dpmpp import Terms, dpmpp_step
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.live import PoseFollower
@@ -281,9 +279,8 @@ class AvatarStream:
 
     def _has_rendered(self, pose: np.ndarray, jumped: bool) -> bool:
         """False: what came is not finite, and there may be a wider type."""
-        is_alone = self.engines["unet_stream"].has_own_threads
         try:
-            with one_openmp_thread() if is_alone else nullcontext():
+            with beside(self.engines["unet_stream"]):
                 self._render_once(pose, jumped)
         except NotFinite:
             if self._widen is None:

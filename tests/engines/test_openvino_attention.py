@@ -148,7 +148,8 @@ PICTURES = [
     Shape(1, 13, 33, 1, 3, 4),
     Shape(3, 15, 16, 1, 1, 64),
     Shape(1, 320, 320, 1, 2, 64),
-    Shape(1, 450, 80, 1, 4, 40),  # rows for more threads
+    Shape(1, 450, 80, 1, 3, 40),  # rows are divided among threads
+    Shape(1, 130, 40, 1, 1, 12),
     Shape(2, 30, 1100, 1, 1, 160),  # more keys than are summed at once
 ]  # fmt: skip
 FRAMES = [
@@ -174,19 +175,29 @@ def test_it_is_attention(build: Build, shape: Shape, lanes: int) -> None:
     assert relative_error(found.reshape(drawn(shape)[0].shape), reference(drawn(shape), shape)) < EXACT
 
 
-@pytest.mark.parametrize("shape", [
-    Shape(1, 1, 5, 12, 2, 64), Shape(3, 1, 1, 4, 1, 8), Shape(2, 3, 7, 5, 3, 20), Shape(1, 1, 32, 6, 2, 40),
-])  # fmt: skip
-def test_a_mask_hides_keys(shape: Shape, lanes: int) -> None:
-    """Of which another one is hidden in each batch; all of them in a last one, where each then weighs as much."""
-    given, mask = drawn(shape), torch.arange(shape.keys) % max(shape.keys, 2) != torch.arange(shape.batch)[:, None]
-    mask[-1] = torch.tensor([shape.batch == 1] * shape.keys)
+MASKED = [Shape(1, 1, 5, 12, 2, 64), Shape(3, 1, 1, 4, 1, 8), Shape(2, 3, 7, 5, 3, 20), Shape(1, 1, 32, 6, 2, 40)]
+
+
+def run_masked(shape: Shape, given: list[Tensor], mask: Tensor) -> Tensor:
     chosen = op.parameter(list(mask.shape), np.bool_)
     inputs = [parameter(tensor) for tensor in given]
     model = openvino.Model([masked(inputs, shape, chosen)], [*inputs, chosen])
     assert use_attention(model) == 1
     assert kinds(model)["Attention"] == 1 and not {"ReduceSum", "Softmax", "Select"} & set(kinds(model))
-    assert relative_error(run(model, *given, mask)[0], reference(given, shape, mask)) < EXACT
+    return run(model, *given, mask)[0]
+
+
+@pytest.mark.parametrize("shape", MASKED)
+def test_a_mask_hides_keys(shape: Shape, lanes: int) -> None:
+    """Others in each batch, whatever they are; where all are hidden each weighs as much."""
+    given = drawn(shape)
+    mask = (torch.arange(shape.keys) + torch.arange(shape.batch)[:, None]) % 3 != 1
+    for chosen in (mask, torch.zeros_like(mask), torch.ones_like(mask)):
+        assert relative_error(run_masked(shape, given, chosen), reference(given, shape, chosen)) < EXACT
+    if bool(mask.any(1).all()):
+        given[1][~mask] = math.nan
+        found, finite = run_masked(shape, given, mask), [given[0], given[1].nan_to_num(), given[2]]
+        assert relative_error(found, reference(finite, shape, mask)) < EXACT
 
 
 @pytest.mark.parametrize("in_bytes", [False, True])
@@ -271,6 +282,19 @@ def test_in_bytes_it_is_that_of_what_is_rounded(build: Build, shape: Shape, byte
     assert missed < lost / NEARER or missed < EXACT
 
 
+def test_in_bytes_many_small_weights_beside_a_large_one_count(byte_operation: None, lanes: int) -> None:
+    """4,096 keys, of which one has a score 6 above all others: these have together ten times its weight."""
+    shape = Shape(1, 3, 4096, 1, 1, 8)
+    query, key, value = drawn(shape)
+    query[:], key[:] = 0, 0
+    query[..., 0], key[..., 0] = 1.0, -6 * math.sqrt(8)
+    key[:, 9] = 0
+    model, _ = model_of(of_a_picture, shape)
+    assert use_attention(model, in_bytes=True) == 1
+    found = run(model, *(each[:, :, 0] for each in (query, key, value)))[0][:, :, None]
+    assert relative_error(found, reference([query, key, value], shape)) < COARSE
+
+
 def test_frames_stay_in_float32(byte_operation: None, lanes: int) -> None:
     model, given = model_of(over_frames, FRAMES[3])
     assert use_attention(model, in_bytes=True) == 1
@@ -298,6 +322,9 @@ def parts(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
 
 
 LEFT_ALONE: Graphs = {
+    "heads that are not turned": lambda q, k, v: [turned(op.matmul(parts(q, k, v)[1], reshaped(v, 2, 2, 6, 8), False, False), *ROWS_LAST)],
+    "values that all heads share": lambda q, k, v: [turned(op.matmul(parts(q, k, v)[1], reshaped(op.gather(v, np.array([0]), np.int64(0)), 1, 6, 16), False, False), *ROWS_LAST)],
+    "a root that is truncated": lambda q, k, v: [attend(q, k, v, SHAPE, op.convert(op.convert(root(8), np.int64), np.float32))],
     "another scale": lambda q, k, v: [attend(q, k, v, SHAPE, constant(torch.tensor(8.0)))],
     "a scale that is computed": lambda q, k, v: [attend(q, k, v, SHAPE, op.reduce_max(q, np.array([0, 1, 2])))],
     "a scale for each key": lambda q, k, v: [attend(q, k, v, SHAPE, constant(torch.full((6,), math.sqrt(8))))],
@@ -317,6 +344,21 @@ def test_what_looks_different_is_left_alone(name: str, lanes: int) -> None:
     model = openvino.Model(LEFT_ALONE[name](*inputs), inputs)
     before = kinds(model)
     assert use_attention(model) == 0 and kinds(model) == before
+
+
+def test_frames_that_come_back_as_others_are_attended_to_as_they_are_given(lanes: int) -> None:
+    """Of (2, 3, 6, C), turned to twelve times three rows, that come back as (4, 3, 3, C)."""
+    given = [draw(2, 3, 6, 16, seed=seed) for seed in range(3)]
+    inputs = [parameter(tensor) for tensor in given]
+
+    def build() -> openvino.Model:
+        means = attend(*(turned(each, *ROWS_LAST) for each in inputs), SHAPE)
+        return openvino.Model([turned(reshaped(means, 4, 3, 3, 16), *ROWS_LAST)], inputs)
+
+    model = build()
+    assert use_attention(model) == 1
+    assert [len(node.get_input_shape(0)) for node in model.get_ops() if node.get_type_name() == "Attention"] == [3]
+    assert relative_error(run(model, *given)[0], run(build(), *given)[0].double()) < EXACT
 
 
 def test_a_mask_that_hides_little_is_left_alone(lanes: int) -> None:
@@ -343,6 +385,11 @@ def test_all_of_an_exported_network_are_found(
     assert kinds(model)["Softmax"] == attentions
     assert use_attention(model) == attentions
     assert kinds(model)["Softmax"] == 0
-    assert {len(node.get_input_shape(0)) for node in model.get_ops() if node.get_type_name() == "Attention"} == (
-        {3} if network.startswith("controlnet") else {3, 4}
-    )
+    found = [node for node in model.get_ops() if node.get_type_name() == "Attention"]
+    assert {len(node.get_input_shape(0)) for node in found} == ({3} if network.startswith("controlnet") else {3, 4})
+    # Keys and values that are given, as a text's always are, lie beside each other and are read where they do.
+    beside = [node for node in found if node.get_attributes()["value_at"] > node.get_attributes()["key_at"]]
+    assert len(beside) == (attentions if network.endswith("stream") else (4 if network == "unet" else 2))
+    assert not {"Split", "VariadicSplit"} & {
+        node.input_value(index).get_node().get_type_name() for node in found for index in (1, 2)
+    }

@@ -100,7 +100,7 @@ def test_operations_that_hold_their_weights_give_the_same_and_keep_nothing_they_
     assert not torch.equal(first[-1], first[-2])
 
     operations.hold_weights(model, lambda: releases.append(1))
-    held = [node for node in model.get_ordered_ops() if node.get_type_name() in operations.OURS]
+    held = [node for node in model.get_ordered_ops() if node.get_type_name() in operations.WITH_WEIGHTS]
     assert len(held) == len(releases) == len(first)
     weights = [node.input_value(index) for node in held
                for index in (1, 3)[: 2 if node.get_type_name() == "Linear" and node.get_input_size() >= 5 else 1]]  # fmt: skip

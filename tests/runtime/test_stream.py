@@ -26,6 +26,7 @@ from posecrafter_rt.runtime.live import LiveOptions
 from posecrafter_rt.runtime.prepare import Tables, edit_latents, embed_poses, text_tables, time_tables
 from posecrafter_rt.runtime.stream import AvatarStream, Sampling, sample_reference
 from posecrafter_rt.runtime.stream_options import StreamOptions
+from tests.tiny import CountingThreads
 
 SIZE = (32, 32)
 NUM_POSES = 7
@@ -381,29 +382,13 @@ def test_before_anybody_is_seen_the_reference_stands_there(setting: Setting) -> 
         assert_same_pictures(frame, stream.reference.frame)
 
 
-class Counting:
-    """An engine that notes how many threads torch has when it is called, and says whether it has its own."""
-
-    def __init__(self, engine: Engine, has_own_threads: bool, threads: set[int]) -> None:
-        self.engine, self.spec, self.device, self.threads = engine, engine.spec, engine.device, threads
-        self.has_own_threads = has_own_threads
-
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        self.threads.add(torch.get_num_threads())
-        return self.engine(**inputs)
-
-
 @pytest.mark.parametrize(("has_own", "expected"), [(True, 1), (False, 2)])
 def test_torch_leaves_the_cores_to_engines_that_have_their_own_threads(
-    setting: Setting, has_own: bool, expected: int
+    setting: Setting, has_own: bool, expected: int, two_threads: None
 ) -> None:
-    sampling, threads, before = sampling_of(setting, 1), set[int](), torch.get_num_threads()
+    sampling, threads = sampling_of(setting, 1), set[int]()
     reference = sample_reference(setting.engines, sampling, setting.inverted, setting.pose, SIZE)
-    engines = {name: Counting(engine, has_own, threads) for name, engine in setting.engines.items()}
-    torch.set_num_threads(2)
-    try:
-        with AvatarStream(engines, reference, StreamOptions(steps=1)) as stream:  # type: ignore[arg-type]
-            stream.step(some_poses(1)[0])
-        assert threads == {expected} and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    engines = {name: CountingThreads(engine, has_own, threads) for name, engine in setting.engines.items()}
+    with AvatarStream(engines, reference, StreamOptions(steps=1)) as stream:
+        stream.step(some_poses(1)[0])
+    assert threads == {expected} and torch.get_num_threads() == 2

@@ -1,5 +1,5 @@
-// Attention of one head after the other: its keys and values packed once, then as many rows of scores as stay in a
-// core's cache. Layer 4.
+// Attention of one head after the other, of large ones by parts of its rows: keys and values are packed, then follow as
+// many rows of scores as stay in a core's cache. Layer 4.
 #include "attention.h"
 
 #include <algorithm>
@@ -20,7 +20,6 @@ namespace {
 
 constexpr int kFew = 12;               // keys that are not worth packing
 constexpr int kScores = 1 << 16;       // that are computed at once, in floats
-constexpr int kDepth = 512;            // of values that are summed at once, so that they stay in the innermost cache
 constexpr int kLeastRows = 4 * kRows;  // that are worth packing keys and values for
 constexpr float kHidden = -1e30f;      // a score that weighs nothing, unless all are hidden
 
@@ -154,13 +153,7 @@ struct InFloats {
         // kVectors: of the panel's, that there are channels for.
         template <int kVectors>
         void sum(Sums weights, int count, int keys, const float* panel, float* sums) const {
-            for (int key = 0; key < keys; key += kDepth) {
-                const Rows own{weights.first + key, weights.stride};
-                const int depth = std::min(kDepth, keys - key);
-                (key == 0 ? multiply_rows<false, kVectors>
-                          : multiply_rows<true, kVectors>)(own, count, panel + static_cast<size_t>(key) * kPanel, depth,
-                                                           sums, kPanel);
-            }
+            multiply_deep_rows<kVectors>({weights.first, weights.stride}, count, panel, keys, sums, kPanel);
         }
     };
 };
@@ -401,7 +394,7 @@ void attention(const Attention& call, int threads, const Parallel& parallel) {
 
 #ifdef PC_HAS_VNNI
 void attention_bytes(const Attention& call, int threads, const Parallel& parallel) {
-    if (call.places > 1 || has_few_keys(call)) return attention(call, threads, parallel);
+    if (call.places > 1 || call.mask != nullptr) return attention(call, threads, parallel);
     if (!is_empty(call)) Job<InBytes>(call, threads).run(parallel);
 }
 #endif

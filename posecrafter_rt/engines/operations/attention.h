@@ -27,9 +27,10 @@ struct Attention {
 // threads: how many work at it at best.
 void attention(const Attention& call, int threads, const Parallel& parallel);
 
-// The same with scores from products in eight bits, of queries and keys each rounded to the 255th part of what lies
-// between its least number and its most; and means from 14 bits of what weighs a value and ten of the value. Where rows
-// are few, at several places, all is in float32. The width is a multiple of four.
+// The same with scores from products in eight bits: each query rounded to the 255th part of what lies between its least
+// number and its most, each key to the 127th part of its largest. Means are sums in integers, of weights rounded to the
+// 2¹⁴th part of a row's largest and values to the 511th part of their channel's. At several places, and with a mask,
+// all is in float32. The width is a multiple of four.
 void attention_bytes(const Attention& call, int threads, const Parallel& parallel);
 
 }  // namespace posecrafter

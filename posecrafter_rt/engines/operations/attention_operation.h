@@ -33,18 +33,21 @@ public:
     }
 
     void validate_and_infer_types() override {
+        OPENVINO_ASSERT(get_input_size() == 3 || get_input_size() == 4, "no query, key and value");
         const ov::Shape &query = get_input_shape(0), &key = get_input_shape(1), &value = get_input_shape(2);
-        ov::Shape out = query, keys = key, values = value;
-        out.back() = channels(), keys.back() = values.back() = channels();
         OPENVINO_ASSERT(heads_ > 0 && width_ > 0 && (query.size() == 3 || query.size() == 4), "no tokens of heads");
-        OPENVINO_ASSERT(fits(query, query_at_) && fits(key, key_at_) && fits(value, value_at_),
-                        "channels beyond an end");
-        OPENVINO_ASSERT(keys == values && key.size() == query.size(), "a key without a value");
-        for (size_t axis = 0; axis + 1 < query.size(); ++axis)
+        OPENVINO_ASSERT(key.size() == query.size() && value.size() == query.size() && key[1] > 0, "no keys of these");
+        OPENVINO_ASSERT(fits(0, query_at_) && fits(1, key_at_) && fits(2, value_at_), "channels that are not there");
+        for (size_t axis = 0; axis + 1 < query.size(); ++axis) {
             OPENVINO_ASSERT(axis == 1 || query[axis] == key[axis], "keys of other pictures");
+            OPENVINO_ASSERT(key[axis] == value[axis], "a key without a value");
+        }
         OPENVINO_ASSERT(!in_bytes_ || (kHasBytes && width_ % kFour == 0), "what eight bits do not serve");
-        OPENVINO_ASSERT(get_input_size() < 4 || get_input_shape(3) == ov::Shape({key[0], key[1]}),
-                        "a mask of other keys");
+        if (get_input_size() == 4)  // OpenVINO makes bytes of what is boolean
+            OPENVINO_ASSERT(get_input_element_type(3).size() == 1 && get_input_shape(3) == ov::Shape({key[0], key[1]}),
+                            "a mask of other keys");
+        ov::Shape out = query;
+        out.back() = channels();
         set_output_type(0, get_input_element_type(0), out);
     }
 
@@ -86,8 +89,9 @@ public:
 private:
     size_t channels() const { return static_cast<size_t>(heads_ * width_); }
 
-    bool fits(const ov::Shape& shape, int64_t at) const {
-        return at >= 0 && static_cast<size_t>(at) + channels() <= shape.back();
+    bool fits(size_t index, int64_t at) const {
+        const bool is_there = at >= 0 && static_cast<size_t>(at) + channels() <= get_input_shape(index).back();
+        return is_there && get_input_element_type(index) == ov::element::f32;
     }
 
     static Tokens tokens(const ov::Tensor& tensor, int64_t at) {

@@ -26,7 +26,6 @@ namespace {
 
 constexpr int kChunkRows = 12 * 14, kLeastRows = 4 * kRows;
 constexpr int kChunkFloats = 1 << 18;  // of a chunk's input, or of what is between two layers
-constexpr int kDepth = 512;            // of the products, so that a panel stays in the innermost cache
 // Rows so far apart that all begin in one set of the innermost cache are copied, as are those that come from planes.
 constexpr int kWayFloats = 1024;
 
@@ -48,8 +47,7 @@ void for_runs(int size, int64_t first, int count, const Use& use) {
     }
 }
 
-// How products are computed: what they make of rows of floats, and one panel of sums over these. In float32: nothing,
-// and in depths that keep a panel in the innermost cache.
+// How products are computed: what they make of rows of floats, in float32 nothing, and one panel of sums over these.
 struct InFloats {
     using Own = Rows;
     static constexpr int kLighter = 1;  // how many times as light as a float a weight is
@@ -58,11 +56,7 @@ struct InFloats {
 
     static void sum(const Layer& layer, Rows rows, int count, int panel, float* sums, const Fetch&) {
         const float* weights = layer.packed + static_cast<size_t>(panel) * layer.in_channels * kPanel;
-        for (int k = 0; k < layer.in_channels; k += kDepth) {
-            const int depth = std::min(kDepth, layer.in_channels - k);
-            (k == 0 ? multiply_rows<false> : multiply_rows<true>)({rows.first + k, rows.stride}, count,
-                                                                  weights + size_t(k) * kPanel, depth, sums, kPanel);
-        }
+        multiply_deep_rows(rows, count, weights, layer.in_channels, sums, kPanel);
     }
 };
 

@@ -82,4 +82,17 @@ void multiply_rows(Rows rows, int count, const float* panel, int depth, float* o
     }
 }
 
+constexpr int kDepth = 512;  // that is multiplied at once, so that a panel stays in the innermost cache
+
+// The same of any depth, which nothing follows.
+template <int kVectors = 2>
+void multiply_deep_rows(Rows rows, int count, const float* panel, int depth, float* out, size_t out_stride) {
+    for (int k = 0; k < depth; k += kDepth) {
+        const Rows own{rows.first + k, rows.stride};
+        const int part = depth - k < kDepth ? depth - k : kDepth;
+        const auto multiply = k == 0 ? multiply_rows<false, kVectors> : multiply_rows<true, kVectors>;
+        multiply(own, count, panel + static_cast<size_t>(k) * kPanel, part, out, out_stride);
+    }
+}
+
 }  // namespace posecrafter
