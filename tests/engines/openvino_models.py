@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,3 +168,16 @@ def layers(
             outputs.append(op.add(*sides) if is_added else result)
             expected.append(reference(layout, given, height, (of, after), mapped) + (other if is_added else 0))
     return openvino.Model(outputs, inputs), [given, other], expected
+
+
+def of_three_frames(folder: Path, network: str) -> openvino.Model:
+    """An exported network, with one prompt and where it has a window one of two."""
+    model = openvino.Core().read_model(folder / f"{network}.xml")
+    sizes = {"temporal_kv": [3, 2], "window_mask": [3, 2], "text_kv": [1, 77], "conditioning_scale": [1]}
+
+    def first(value: Any) -> list[int]:
+        return next((size for name, size in sizes.items() if value.any_name.startswith(name)), [3])
+
+    model.reshape({value.any_name: shape if (shape := value.get_partial_shape())[0].is_static
+                   else [*first(value), *shape[len(first(value)):]] for value in model.inputs})  # fmt: skip
+    return model

@@ -20,7 +20,17 @@ from torch import Tensor
 
 from posecrafter_rt.engines.openvino_attention import use_attention
 from posecrafter_rt.export.verify import relative_error
-from tests.engines.openvino_models import compiled, constant, draw, infer, kinds, parameter, reshaped, run
+from tests.engines.openvino_models import (
+    compiled,
+    constant,
+    draw,
+    infer,
+    kinds,
+    of_three_frames,
+    parameter,
+    reshaped,
+    run,
+)
 
 EXACT = 3e-6  # of the largest output, in float32
 COARSE = 0.03  # what eight bits lose, as a root of mean squares
@@ -374,14 +384,7 @@ def test_a_mask_that_hides_little_is_left_alone(lanes: int) -> None:
 def test_all_of_an_exported_network_are_found(
     network: str, attentions: int, openvino_networks: Path, lanes: int
 ) -> None:
-    model = openvino.Core().read_model(openvino_networks / f"{network}.xml")
-    sizes = {"temporal_kv": [3, 2], "window_mask": [3, 2], "text_kv": [1, 77], "conditioning_scale": [1]}
-
-    def first(value: Any) -> list[int]:
-        return next((size for name, size in sizes.items() if value.any_name.startswith(name)), [3])
-
-    model.reshape({value.any_name: shape if (shape := value.get_partial_shape())[0].is_static
-                   else [*first(value), *shape[len(first(value)):]] for value in model.inputs})  # fmt: skip
+    model = of_three_frames(openvino_networks, network)
     assert kinds(model)["Softmax"] == attentions
     assert use_attention(model) == attentions
     assert kinds(model)["Softmax"] == 0

@@ -33,6 +33,7 @@ from tests.engines.openvino_models import (
     kinds,
     layer,
     layers,
+    of_three_frames,
     parameter,
     product,
     reshaped,
@@ -300,22 +301,9 @@ def test_keys_and_values_of_a_stream_are_one_product(
     network: str, found: int, openvino_networks: Path, byte_operation: None, lanes: int
 ) -> None:
     """Of key-frame attention in each block, and of temporal attention in all but the middle."""
-    before, model = stream_of(openvino_networks, network), stream_of(openvino_networks, network)
+    before, model = (of_three_frames(openvino_networks, network) for _ in range(2))
     assert use_linear(before) < use_linear(model, in_bytes=True)
     assert kinds(before)["Concat"] - kinds(model)["Concat"] == found
-
-
-def stream_of(folder: Path, network: str) -> openvino.Model:
-    """Of three frames, with a window of two."""
-    model = openvino.Core().read_model(folder / f"{network}.xml")
-    sizes = {"temporal_kv": [3, 2], "window_mask": [3, 2], "text_kv": [1, 77], "conditioning_scale": [1]}
-
-    def first(value: Any) -> list[int]:
-        return next((size for name, size in sizes.items() if value.any_name.startswith(name)), [3])
-
-    model.reshape({value.any_name: [*first(value), *value.get_partial_shape()[len(first(value)):]]
-                   for value in model.inputs})  # fmt: skip
-    return model
 
 
 def test_all_of_an_exported_network_are_found(openvino_networks: Path, lanes: int) -> None:

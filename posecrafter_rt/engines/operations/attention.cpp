@@ -33,13 +33,16 @@ struct Head {
     int count, width;
 };
 
-Head head_of(const Tokens& tokens, const Attention& call, int count, int index) {
+// Where that of an index begins, among `count` rows of tokens that are `stride` floats apart.
+size_t first_of(const Attention& call, size_t stride, int count, int index) {
     const int head = index % call.heads, at = index / call.heads, place = at % call.places, batch = at / call.places;
     const size_t token = static_cast<size_t>(batch) * count * call.places + place;
-    return {
-        {tokens.first + token * tokens.stride + static_cast<size_t>(head) * call.width, tokens.stride * call.places},
-        count,
-        call.width};
+    return token * stride + static_cast<size_t>(head) * call.width;
+}
+
+Head head_of(const Tokens& tokens, const Attention& call, int count, int index) {
+    const float* first = tokens.first + first_of(call, tokens.stride, count, index);
+    return {{first, tokens.stride * call.places}, count, call.width};
 }
 
 // Scores, (count), of which those beyond `keys` are to weigh nothing, to weights, the largest 1. Returns their sum.
@@ -70,8 +73,7 @@ class Output {
 public:
     Output(const Attention& call, int index) : width_(call.width) {
         const size_t channels = static_cast<size_t>(call.heads) * call.width;
-        const Rows rows = head_of({call.out, channels}, call, call.queries, index).rows;
-        first_ = call.out + (rows.first - call.out), stride_ = rows.stride;
+        first_ = call.out + first_of(call, channels, call.queries, index), stride_ = channels * call.places;
     }
 
     // From `channel` on: a vector of it, or what there is of one.
