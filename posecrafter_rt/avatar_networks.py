@@ -20,6 +20,7 @@ from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.runtime.memory import (
     COPIES_IN_PARTS,
+    USED_SHARE,
     InParts,
     Room,
     explained,
@@ -36,14 +37,18 @@ WIDER: Precision = "fp32"  # what networks run in once 16 or 8 bits do not hold 
 # Of a block, one frame of 64 × 64: what fewer of them take is little beside what is not done in parts.
 LEAST_TOKENS = 1 << 12
 # What a processor's engines hold of their weights, over the files: OpenVINO orders them anew, convolutions' transformed ones
-# are larger, those in 8 bits smaller. Measured at Stable Diffusion 1.5's size, for one length of a clip.
+# are larger, those in 16 and 8 bits smaller. Measured at Stable Diffusion 1.5's size, for one length of a clip.
 HELD_FOLD: dict[tuple[str, Precision], float] = {
-    ("openvino", "fp32"): 1.7, ("openvino", "bf16"): 1.7, ("openvino", "int8"): 0.7,
+    ("openvino", "fp32"): 1.7, ("openvino", "bf16"): 1.7, ("openvino", "fp16"): 1.0,
+    ("openvino", "int8"): 0.7,
 }  # fmt: skip
 # Engines of a GPU whose networks take its memory only once they are first run, and which files then do.
 READ_WHEN_RUN = {"tensorrt": "*.plan"}
-LIGHTEST = ("torch", "fp16")  # of a processor's engines that approximate nothing: weights stay in the file, in 16 bits
-LIGHT = (LIGHTEST, ("openvino", "int8"))  # another would not help
+# Of a processor's engines those that approximate nothing but weights, by 16 bits: the faster one, and that whose weights stay in
+# the file, after which no other would help.
+LIGHTER: tuple[str, Precision] = ("openvino", "fp16")
+LIGHTEST: tuple[str, Precision] = ("torch", "fp16")
+LIGHT = (LIGHTEST, ("openvino", "int8"))
 
 
 class Networks:
@@ -130,10 +135,10 @@ class Networks:
             if backend in READ_WHEN_RUN and not self.has_run:
                 reserved = self._stored_bytes(READ_WHEN_RUN[backend])
         else:
-            fold = HELD_FOLD.get((backend, self.built), 1)
-            reserved = int(self._stored_bytes("*") * (min(1, fold) if self.has_run else fold))
+            fold, stored = HELD_FOLD.get((backend, self.built), 1), self._stored_bytes("*")
+            reserved = int(stored * (min(1, fold) if self.has_run else fold))
             if (backend, self.built) not in LIGHT:
-                lighter = self._rebuild(backend=LIGHTEST[0], precision=LIGHTEST[1])
+                lighter = self._lighter(stored)
         arch, size = self.architecture, tuple(manifest["size"])
         per_frame = frame_bytes(arch, size, options.groups, element_bytes)
         if backend in IN_PARTS and manifest["norm_scope"] == "frame":  # else convolutions are not
@@ -141,6 +146,15 @@ class Networks:
             in_parts = InParts(LEAST_TOKENS, frame_bytes(arch, size, options.groups, element_bytes, COPIES_IN_PARTS),
                                frames_at_once * per_frame)  # fmt: skip
         return Room(free_bytes(manifest["device"]["type"]), reserved, per_frame, arch.max_frames, lighter, in_parts)
+
+    def _lighter(self, stored: int) -> str:
+        """The command that builds an engine which holds less than this one, whose networks' files have so many bytes."""
+        free, (backend, precision) = free_bytes("cpu"), LIGHTER
+        fits = free is not None and HELD_FOLD[LIGHTER] * stored <= free * USED_SHARE
+        is_other = self.folder.manifest["backend"] == backend and HELD_FOLD[backend, self.built] > HELD_FOLD[LIGHTER]
+        if not fits or not is_other or get_backend(backend).unsupported_reason(precision) is not None:
+            backend, precision = LIGHTEST
+        return self._rebuild(backend=backend, precision=precision)
 
     def _frame_tokens(self) -> int:
         """Positions of a frame at the widest level that has transformer blocks."""

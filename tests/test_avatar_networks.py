@@ -12,7 +12,7 @@ import torch
 from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar_networks import Networks
 from posecrafter_rt.building import BuildOptions, build_engine
-from posecrafter_rt.engines import Precision
+from posecrafter_rt.engines import Precision, openvino_operations
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import SegmentReport
@@ -79,13 +79,22 @@ def test_parts_become_smaller_until_they_are_few_tokens_and_are_what_is_loaded(
     assert networks.dividing(1000, None, 4, "memory ran out") is None
 
 
-def test_openvino_holds_more_than_its_files_and_the_lightest_engine_is_named(networks: Networks) -> None:
+def test_openvino_holds_more_than_its_files_and_a_lighter_engine_is_named(
+    networks: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     as_stored = networks.room(RenderOptions())
-    assert as_stored.lighter is None  # it is
+    assert as_stored.lighter is None  # it is the lightest
     networks.folder.manifest.update(backend="openvino", precision="fp32")
     as_ordered = networks.room(RenderOptions())
     assert as_ordered.reserved == int(1.7 * as_stored.reserved)
-    assert "--backend torch --precision fp16" in str(as_ordered.lighter)
+    for share, missing, lighter in ((0.75, None, "openvino"), (0.85, None, "torch"), (0.75, "no compiler", "torch")):
+        free = int(as_stored.reserved / share)
+        monkeypatch.setattr("posecrafter_rt.avatar_networks.free_bytes", lambda device_type, free=free: free)
+        monkeypatch.setattr(openvino_operations, "missing_reason", lambda missing=missing: missing)
+        assert f"--backend {lighter} --precision fp16" in str(networks.room(RenderOptions()).lighter)
+    networks.folder.manifest["precision"] = "fp16"
+    in_halves = networks.room(RenderOptions())
+    assert in_halves.reserved == as_stored.reserved and "--backend torch" in str(in_halves.lighter)
     networks.folder.manifest["precision"] = "int8"
     in_bytes = networks.room(RenderOptions())
     assert in_bytes.reserved == int(0.7 * as_stored.reserved) and in_bytes.lighter is None

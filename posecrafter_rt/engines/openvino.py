@@ -41,6 +41,7 @@ from posecrafter_rt.engines.openvino_operations import (
     extend,
     hold_weights,
     missing_bytes_reason,
+    missing_halves_reason,
     missing_reason,
 )
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
@@ -54,12 +55,12 @@ if TYPE_CHECKING:
 
     from posecrafter_rt.models.loading import PoseModel
 
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # int8: of what is not in 8 bits
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f32", "int8": "f32"}  # of what is not in 16 or 8 bits
 KEPT_SHAPES = 4  # compiled models a network, each with its own activations and its own order of the weights
 LARGE_BYTES = 1 << 28  # of weights: of a network with so many, others are kept only where memory has room for
 # Of the weights, what one more shape of a network needs while it is compiled, and for activations: in its file and in the
 # order of the compiled model; packed by our operations, in bytes once for all shapes. Measured at Stable Diffusion 1.5's size.
-NEEDED_FOLD, NEEDED_FOLD_HELD, NEEDED_FOLD_BYTES = 3, 2, 0.5
+NEEDED_FOLD, NEEDED_FOLD_HELD = 3, {"fp32": 2, "fp16": 0.5, "int8": 0.5}
 KEPT_BYTES = 1 << 30  # of compiled networks in an engine's folder: some hold their weights
 DIGESTS_FILE = "digests.json"
 
@@ -86,16 +87,16 @@ class OpenVinoEngine:
 
     def __init__(
         self, spec: NetworkSpec, core: openvino.Core, file: NetworkFile, properties: dict[str, Any], cache: BlobCache,
-        in_bytes: bool = False,
+        precision: Precision,
     ) -> None:  # fmt: skip
         self.spec, self.device = spec, torch.device("cpu")
         self._core, self._path, self._digest = core, file.path, file.digest
-        self._cache, self._in_bytes = cache, in_bytes
+        self._cache, self._precision = cache, precision
         self._requests: OrderedDict[Shapes, Any] = OrderedDict()
         self._weights_path = self._path.with_suffix(".bin")
         self._weight_bytes = self._weights_path.stat().st_size
         self._swapped: dict[str, np.ndarray] = {}
-        is_full = properties["INFERENCE_PRECISION_HINT"] == HINTS["fp32"]
+        is_full = HINTS[precision] == HINTS["fp32"]
         # A fifth of the decoder's time in float32; nothing in the denoisers, whose pictures are small. bf16: not measured.
         self._is_by_channel = spec.name == "vae_decoder" and is_full
         self._operations = extend(core) if is_full and spec.name not in FULL_PRECISION else None
@@ -129,7 +130,7 @@ class OpenVinoEngine:
         if len(self._requests) >= KEPT_SHAPES:
             return False
         available = available_bytes() if self._weight_bytes > LARGE_BYTES else None
-        needed = NEEDED_FOLD if self._is_apart else NEEDED_FOLD_BYTES if self._in_bytes else NEEDED_FOLD_HELD
+        needed = NEEDED_FOLD if self._is_apart else NEEDED_FOLD_HELD[self._precision]
         return available is None or available > needed * self._weight_bytes
 
     def _is_kept(self) -> bool:
@@ -144,7 +145,7 @@ class OpenVinoEngine:
         if not self._is_kept():
             return self._core.compile_model(self._read(shapes), "CPU", self._properties)
         key = {"network": self._digest, "shapes": shapes, "properties": self._properties,
-               "by_channel": self._is_by_channel, "operations": self._operations, "in_bytes": self._in_bytes, "rewriting": REWRITING,
+               "by_channel": self._is_by_channel, "operations": self._operations, "precision": self._precision, "rewriting": REWRITING,
                **_runtime(self._core)}  # fmt: skip
         blob = self._cache.load(key)
         if blob is not None:
@@ -163,9 +164,9 @@ class OpenVinoEngine:
         if shapes is not None:
             model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
             if self._operations is not None:
-                use_attention(model, self._in_bytes)
-                use_convolutions(model, self._in_bytes)
-                use_linear(model, self._in_bytes)
+                use_attention(model, self._precision)
+                use_convolutions(model, self._precision)
+                use_linear(model, self._precision)
                 if not self._is_kept():
                     hold_weights(model, partial(release_mapped, self._weights_path))
             if self._is_by_channel:
@@ -229,12 +230,12 @@ class OpenVinoBackend:
         for package in ("openvino", "onnx", "onnxscript"):
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed: pip install {package}"
-        if precision not in HINTS:
-            return f"it has no {precision} on a CPU; use fp32 or bf16"
         if precision == "bf16" and not cpu_has_bf16():
             return "this processor has no bf16; use fp32"
+        if precision == "fp16":
+            return missing_halves_reason()
         if precision == "int8":
-            return missing_bytes_reason()  # the first time it compiles them, for seconds
+            return missing_bytes_reason()
         return None
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
@@ -316,7 +317,7 @@ class OpenVinoBackend:
         def engine(spec: NetworkSpec) -> OpenVinoEngine:
             inner = inner_precision(spec.name, precision)
             file = NetworkFile(networks_folder / f"{spec.name}.xml", digests[spec.name])
-            return OpenVinoEngine(spec, core, file, self._properties(inner), compiled, inner == "int8")
+            return OpenVinoEngine(spec, core, file, self._properties(inner), compiled, inner)
 
         return {name: engine(spec) for name, spec in network_specs(arch).items()}
 

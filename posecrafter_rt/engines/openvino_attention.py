@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.engines.openvino_operations import Operations, operations
 from posecrafter_rt.engines.openvino_patterns import (
     FOUR,
@@ -46,15 +47,14 @@ class Heads(NamedTuple):
         return whole if is_there else op.reshape(whole, shape, special_zero=False).output(0), first
 
 
-def use_attention(model: openvino.Model, in_bytes: bool = False) -> int:
+def use_attention(model: openvino.Model, precision: Precision = "fp32") -> int:
     """Replace every attention of a float32 model of fixed shapes, in place; returns how many.
 
-    in_bytes: products in 8 and 16 bits where tokens attend to those of a picture or a text; else without loss.
+    precision: int8 has products in 8 and 16 bits where tokens attend to those of a picture or a text; others lose nothing.
     """
-    available = operations()
+    available = operations(precision)
     if available is None:
         return 0
-    available = available._replace(in_bytes=in_bytes)
     softmaxes = [node for node in model.get_ordered_ops() if node.get_type_name() == "Softmax"]
     return sum(_attend(node, available) or _attend_masked(node, available) for node in softmaxes)
 
@@ -119,7 +119,7 @@ def _replace(last: Any, found: list[Heads], scale: float, available: Operations,
     if mask is not None:
         inputs.append(op.reshape(mask, key.dims[:2], special_zero=False).output(0))
     attributes = {"heads": query.heads, "width": query.width, "query_at": query_at, "key_at": key_at, "value_at": value_at,
-                  "in_bytes": available.in_bytes and query.width % FOUR == 0}  # fmt: skip
+                  "in_bytes": available.precision == "int8" and query.width % FOUR == 0}  # fmt: skip
     made = available.factory.create("Attention", inputs, attributes)
     last.output(0).replace(op.reshape(made, list(last.get_output_shape(0)), special_zero=False).output(0))
     return True

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
-from posecrafter_rt.engines.openvino_operations import operations
+from posecrafter_rt.engines.openvino_operations import Operations, operations
 from posecrafter_rt.engines.openvino_patterns import (
     added,
     addition,
@@ -37,38 +38,37 @@ FOLDING_TOLERANCE = 1e-4  # of the largest weight, between one folded and one th
 MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures
 
 
-def use_convolutions(model: openvino.Model, in_bytes: bool = False) -> int:
+def use_convolutions(model: openvino.Model, precision: Precision = "fp32") -> int:
     """Replace the convolutions of a float32 model of fixed shapes that gain by it, in place; returns how many.
 
-    in_bytes: in eight bits, all that the operation can do; else by Winograd's filtering, without loss.
+    precision: int8 has them in eight bits, all that the operation can do; the others by Winograd's filtering, which loses
+    nothing, fp16 with weights in 16 bits in tiles of 2×2.
     """
-    available = operations()
+    available = operations(precision)
     if available is None:
         return 0
-    choose = _no_tile if in_bytes else _tile
-    gaining = [(node, tile) for node in model.get_ordered_ops() if (tile := choose(node, available.lanes)) is not None]
+    gaining = [(node, tile) for node in model.get_ordered_ops() if (tile := _tile(node, available)) is not None]
     for convolution, tile in gaining:
-        _rewrite(convolution, tile, available.factory)
+        _rewrite(convolution, tile, available)
     return len(gaining)
 
 
-def _tile(node: Any, lanes: int) -> int | None:
-    """The side of the tiles that a convolution gains most by; None: of none, or it is no such convolution."""
-    if not _is_fitting(node, lanes):
+def _tile(node: Any, available: Operations) -> int | None:
+    """The side of the tiles that a convolution gains most by, 0 in eight bits; None: of none, or it cannot be done so."""
+    if not _is_fitting(node, available.lanes):
         return None
+    is_single = _is_convolution(node, stride=1) or _is_doubling(node)
+    if available.precision == "int8":
+        return 0 if is_single or _is_convolution(node, stride=2) else None
     frames, channels, height, width = node.get_output_shape(0)
     in_channels, tiles = node.get_input_shape(0)[1], {side: -(-height // side) * -(-width // side) for side in (2, 4)}
-    side = 4 if tiles[4] >= LARGE_TILES or 4 * 36 * channels * in_channels <= MOST_BYTES else 2
-    is_served = _is_convolution(node, stride=1) or _is_doubling(node)
-    return side if frames * tiles[side] >= LEAST_TILES and is_served else None
-
-
-def _no_tile(node: Any, lanes: int) -> int | None:
-    """0, which stands for eight bits, for a convolution that can be done so, or None."""
-    is_served = _is_fitting(node, lanes) and (
-        _is_convolution(node, stride=1) or _is_convolution(node, stride=2) or _is_doubling(node)
-    )
-    return 0 if is_served else None
+    if 4 * 36 * channels * in_channels <= MOST_BYTES:
+        side = 4
+    elif available.precision == "fp16":
+        return 2 if is_single else None  # else OpenVINO would keep those weights in float32
+    else:
+        side = 4 if tiles[4] >= LARGE_TILES else 2
+    return side if frames * tiles[side] >= LEAST_TILES and is_single else None
 
 
 def _is_fitting(node: Any, lanes: int) -> bool:
@@ -109,12 +109,13 @@ def _unfolded(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(both.transpose(1, 0, 2, 3))
 
 
-def _rewrite(convolution: Any, tile: int, factory: Any) -> None:
+def _rewrite(convolution: Any, tile: int, available: Operations) -> None:
     """Replace a convolution, what is added after it, and the GroupNorm and SiLU before it, as far as they are there."""
     from openvino import opset13 as op
 
     weight, channels = convolution.input_value(1), convolution.get_output_shape(0)[1]
-    attributes: dict[str, Any] = {"tile": tile, "stride": convolution.get_attributes()["strides"][0]}
+    attributes: dict[str, Any] = {"tile": tile, "stride": convolution.get_attributes()["strides"][0],
+                                  "in_halves": available.precision == "fp16" and tile == 2}  # fmt: skip
     if convolution.get_type_name() == "ConvolutionBackpropData":
         weight = op.constant(_unfolded(np.asarray(weight.get_node().data))).output(0)
         attributes |= {"times": 2, "stride": 1}
@@ -127,7 +128,7 @@ def _rewrite(convolution: Any, tile: int, factory: Any) -> None:
         norm, *norms = before
         pixels, attributes = norm.pixels, {**attributes, "groups": norm.groups, "eps": norm.eps}
     inputs = [pixels, weight, bias, *(op.constant(values).output(0) for values in norms), *residual]
-    replaced.output(0).replace(factory.create("FusedConvolution", inputs, attributes).output(0))
+    replaced.output(0).replace(available.factory.create("FusedConvolution", inputs, attributes).output(0))
 
 
 def _with_computed_bias(node: Any, bias: Any) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.engines.openvino_operations import Operations, operations
 from posecrafter_rt.engines.openvino_patterns import (
     FOUR,
@@ -57,16 +58,16 @@ class Layer(NamedTuple):
         return np.ascontiguousarray(weight.T) if self.is_swapped else weight
 
 
-def use_linear(model: openvino.Model, in_bytes: bool = False) -> int:
+def use_linear(model: openvino.Model, precision: Precision = "fp32") -> int:
     """Replace those of a float32 model of fixed shapes that gain by it, in place; returns how many.
 
-    in_bytes: in eight bits, all that the operation can do; else without loss.
+    precision: of products, int8, or of weights alone, fp16, all that the operation can do: OpenVINO's would keep them in
+    float32.
     """
-    available = operations()
+    available = operations(precision)
     if available is None:
         return 0
-    available = available._replace(in_bytes=in_bytes)
-    for node in model.get_ordered_ops() if in_bytes else ():  # OpenVINO's own products would keep weights of their own
+    for node in model.get_ordered_ops() if precision != "fp32" else ():
         _join(node)
     rewrites = (_convolve, _gate, _follow_or_add)  # a gate before its layer is taken alone
     return sum(rewrite(node, available) for rewrite in rewrites for node in model.get_ordered_ops())
@@ -130,12 +131,12 @@ def _gate(product: Any, available: Operations) -> bool:
 
 
 def _follow_or_add(node: Any, available: Operations) -> bool:
-    """A layer which follows a gated one, a transformer's feed-forward, or whose output is added to something; in bytes any."""
+    """A layer which follows a gated one, a transformer's feed-forward, or whose output is added to something; in fewer bits any."""
     layer, user = _linear_layer(node), only_user(node)
     if layer is None or (user is not None and user.get_type_name() == "Add" and _linear_layer(user) is not None):
         return False  # that user is the layer with its bias
     before = _gated_before(layer)
-    gains = bool(before or available.in_bytes or with_residual(layer.last)[1])
+    gains = bool(before or available.precision != "fp32" or with_residual(layer.last)[1])
     return gains and _rewrite(layer, available, before=before)
 
 
@@ -154,7 +155,8 @@ def _rewrite(
     from openvino import opset13 as op
 
     panels = layer.channels / (2 * available.lanes)
-    is_fitting = panels % (2 if is_gated else 1) == 0 and not (available.in_bytes and layer.in_channels % FOUR)
+    in_bytes, in_halves = available.precision == "int8", available.precision == "fp16"
+    is_fitting = panels % (2 if is_gated else 1) == 0 and not (in_bytes and layer.in_channels % FOUR)
     if not is_fitting or len(layer.last.get_output_shape(0)) != (4 if height else 3):
         return False
     weight, bias = layer.weight, bias_constant(layer.bias, layer.channels)
@@ -162,7 +164,7 @@ def _rewrite(
         weight = op.constant(layer.rows()).output(0)
     last, residual = with_residual(layer.last)
     inputs = [*(before or [layer.input]), weight, bias, *residual]
-    attributes = {"height": height, "is_gated": is_gated or bool(before), "in_bytes": available.in_bytes}
+    attributes = {"height": height, "is_gated": is_gated or bool(before), "in_bytes": in_bytes, "in_halves": in_halves}
     made = available.factory.create("Linear", inputs, attributes)
     last.output(0).replace(made.output(0))
     return True

@@ -20,6 +20,7 @@ import numpy as np
 
 from posecrafter_rt import config
 from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
+from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.errors import PoseCrafterError, last_line
 from posecrafter_rt.machine import cpu_features
 
@@ -30,10 +31,10 @@ SOURCES = Path(__file__).with_name("operations")
 FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast")  # fmt: skip
 COMPILE_S = 300  # a compiler that takes longer hangs
-TOLERANCE = 1e-4  # of the largest value, where float32 comes to 1e-5
+# Of the largest value, where float32 comes to 1e-5, weights in 16 bits to 3e-4 and eight bits to 0.01.
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-3, "int8": 0.05}
 WITH_WEIGHTS = ("FusedConvolution", "Linear")  # of our operations
-BYTE_TOLERANCE = 0.05  # where eight bits come to 0.01
-REWRITING = 7  # counted up when networks are rewritten otherwise: they are kept under it
+REWRITING = 8  # counted up when networks are rewritten otherwise: they are kept under it
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +48,21 @@ class Vectors(NamedTuple):
     has_bytes: bool = False  # whether products in eight bits are among them
 
 
+AVX2 = frozenset({"avx2", "fma", "f16c"})
 VECTORS = (
     Vectors(16, frozenset({"avx512f", "avx512_vnni"}), ("-mavx512f", "-mavx512vnni", "-mprfchw"), has_bytes=True),
     Vectors(16, frozenset({"avx512f"}), ("-mavx512f",)),
-    Vectors(8, frozenset({"avx2", "fma", "avx_vnni"}), ("-mavx2", "-mfma", "-mavxvnni", "-mprfchw"), has_bytes=True),
-    Vectors(8, frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
+    Vectors(8, AVX2 | {"avx_vnni"}, ("-mavx2", "-mfma", "-mf16c", "-mavxvnni", "-mprfchw"), has_bytes=True),
+    Vectors(8, AVX2, ("-mavx2", "-mfma", "-mf16c")),
 )  # the widest first
 
 
 class Operations(NamedTuple):
-    """The compiled operations: how wide their vectors are, what makes nodes of them, and whether those are to be in eight bits."""
+    """The compiled operations: how wide their vectors are, what makes nodes of them, and what those are to multiply in."""
 
     lanes: int
     factory: Any
-    in_bytes: bool = False
+    precision: Precision
 
 
 class OperationsError(Exception):
@@ -77,8 +79,17 @@ def missing_bytes_reason() -> str | None:
     vectors = _vectors()
     if vectors is None or not vectors.has_bytes:
         return "this processor has no VNNI; use fp32"
+    return _needed("int8")
+
+
+def missing_halves_reason() -> str | None:
+    """Why weights in 16 bits cannot be had here, or None. As the others it compiles, which takes seconds, the first time."""
+    return _needed("fp16")
+
+
+def _needed(precision: str) -> str | None:
     reason = missing_reason()
-    return None if reason is None else f"int8 needs operations that cannot be had here: {reason}"
+    return None if reason is None else f"{precision} needs operations that cannot be had here: {reason}"
 
 
 def extend(core: openvino.Core) -> str | None:
@@ -93,11 +104,11 @@ def extend(core: openvino.Core) -> str | None:
     return library.stem
 
 
-def operations() -> Operations | None:
+def operations(precision: Precision = "fp32") -> Operations | None:
     """The operations for this processor, or None where they cannot be had."""
     vectors = _vectors()
     library, _ = _library(vectors)
-    return None if vectors is None or library is None else Operations(vectors.lanes, _factory(library))
+    return None if vectors is None or library is None else Operations(vectors.lanes, _factory(library), precision)
 
 
 def hold_weights(model: openvino.Model, release: Callable[[], None]) -> None:
@@ -146,7 +157,7 @@ def _library(vectors: Vectors | None) -> tuple[Path | None, str | None]:
 
 def _compiled(vectors: Vectors | None) -> Path:
     if vectors is None:
-        raise OperationsError("they are written for AVX2 and FMA, or AVX-512, which this processor lacks")
+        raise OperationsError("they are written for AVX2, FMA and F16C, or AVX-512, which this processor lacks")
     try:
         import openvino
     except ImportError as error:
@@ -219,7 +230,7 @@ def _try(library: Path, vectors: Vectors) -> None:
     shape = [2, vectors.lanes, 9, 13]
     parameter, factory = op.parameter(shape, np.float32), _factory(library)
     trials = [trial for make in (_convolutions, _linear_maps, _attentions) for trial in make(factory, parameter)]
-    trials = [trial for trial in trials if vectors.has_bytes or not trial.in_bytes]
+    trials = [trial for trial in trials if vectors.has_bytes or trial.precision != "int8"]
     try:
         core = openvino.Core()
         core.add_extension(library)
@@ -229,9 +240,8 @@ def _try(library: Path, vectors: Vectors) -> None:
     except RuntimeError as error:
         raise OperationsError(f"OpenVINO refuses them: {last_line(error)}") from error
     for trial, own, tried in zip(trials, outputs[::2], outputs[1::2], strict=True):
-        tolerance = BYTE_TOLERANCE if trial.in_bytes else TOLERANCE
         with np.errstate(all="ignore"):  # what is not written may hold any bits
-            is_near = np.abs(own - tried).max() <= tolerance * np.abs(own).max()
+            is_near = np.abs(own - tried).max() <= TOLERANCES[trial.precision] * np.abs(own).max()
         if not is_near:
             raise OperationsError("compiled here they do not give what OpenVINO's own operations do")
 
@@ -241,7 +251,7 @@ class Trial(NamedTuple):
 
     own: Callable[[], Any]
     ours: Callable[[], Any]
-    in_bytes: bool = False
+    precision: Precision = "fp32"
 
 
 def _constant(*shape: int) -> Any:
@@ -280,9 +290,10 @@ def _convolutions(factory: Any, pixels: Any) -> list[Trial]:
     return [Trial(partial(own, pixels), ours), Trial(partial(own, pixels), partial(ours, tile=2)),
             Trial(partial(own, doubled), partial(ours, times=2)), Trial(partial(own, active), norm),
             Trial(lambda: op.add(own(pixels), residual), partial(ours, residual)),
-            Trial(partial(own, pixels, 2), partial(ours, stride=2, tile=0), in_bytes=True),
-            Trial(partial(own, doubled), partial(ours, times=2, tile=0), in_bytes=True),
-            Trial(lambda: op.add(own(active), residual), partial(norm, residual, tile=0), in_bytes=True)]  # fmt: skip
+            Trial(partial(own, active), partial(norm, tile=2, in_halves=True), "fp16"),
+            Trial(partial(own, pixels, 2), partial(ours, stride=2, tile=0), "int8"),
+            Trial(partial(own, doubled), partial(ours, times=2, tile=0), "int8"),
+            Trial(lambda: op.add(own(active), residual), partial(norm, residual, tile=0), "int8")]  # fmt: skip
 
 
 def _linear_maps(factory: Any, pixels: Any) -> list[Trial]:
@@ -308,8 +319,9 @@ def _linear_maps(factory: Any, pixels: Any) -> list[Trial]:
     feed = partial(ours, tokens, weight, bias, back, shift, added, is_gated=True)
     owns = [lambda: op.add(planes, residual), lambda: gated, lambda: fed]
     return [Trial(owns[0], to_planes), Trial(owns[1], partial(ours, tokens, weight, bias, is_gated=True)),
-            Trial(owns[2], feed), Trial(owns[0], partial(to_planes, in_bytes=True), in_bytes=True),
-            Trial(owns[2], partial(feed, in_bytes=True), in_bytes=True)]  # fmt: skip
+            Trial(owns[2], feed), Trial(owns[2], partial(feed, in_halves=True), "fp16"),
+            Trial(owns[0], partial(to_planes, in_bytes=True), "int8"),
+            Trial(owns[2], partial(feed, in_bytes=True), "int8")]  # fmt: skip
 
 
 def _attentions(factory: Any, pixels: Any) -> list[Trial]:
@@ -352,6 +364,6 @@ def _attentions(factory: Any, pixels: Any) -> list[Trial]:
         partial(attend, query, key, value),
         op.constant(np.arange(frames)[None] == 0),
     )
-    return [Trial(own, partial(ours, *tokens)), Trial(own, partial(ours, *tokens, in_bytes=True), in_bytes=True),
+    return [Trial(own, partial(ours, *tokens)), Trial(own, partial(ours, *tokens, in_bytes=True), "int8"),
             Trial(over_frames, partial(ours, *tokens, is_over_frames=True)),
             Trial(first_frame, partial(ours, *tokens, mask, is_over_frames=True))]  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from posecrafter_rt.engines import openvino as backend_module
 from posecrafter_rt.engines import openvino_operations as operations
-from posecrafter_rt.engines.base import FULL_PRECISION, Precision
+from posecrafter_rt.engines.base import BEYOND_FP16, FULL_PRECISION, Precision
 from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.openvino import KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
@@ -66,6 +66,21 @@ def test_bf16_over_changing_frame_counts(
             assert error < 1e-5
         else:
             assert 1e-5 < error < 0.03  # of bf16's 8 bits, and not of float32's 24
+
+
+@pytest.mark.parametrize("name", ["unet", "controlnet_stream", "vae_decoder", "prompt_kv"])
+def test_fp16_over_changing_frame_counts(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, name: str, operation: None
+) -> None:
+    """The decoder stays in float32, as in every engine of fp16."""
+    engine = load(plain_model, openvino_networks, tmp_path, "fp16")[name]
+    for frames in (1, 16, 1, 7):
+        inputs = draw(plain_model, name, frames)
+        found = first(engine(**inputs))
+        error = relative_error(found, expected(plain_model, name, inputs))
+        assert error < 1e-5 if name in (*FULL_PRECISION, *BEYOND_FP16) else 1e-5 < error < 2e-3
+        anew = load(plain_model, openvino_networks, tmp_path, "fp16")[name]
+        assert torch.equal(first(anew(**inputs)), found)
 
 
 @pytest.mark.parametrize("name", ["unet", "controlnet_stream", "vae_decoder", "pose_embedding", "prompt_kv"])
@@ -207,7 +222,7 @@ def test_operations_are_not_compiled_to_say_what_other_precisions_can_do(monkeyp
 
     for module in (backend_module, operations):
         monkeypatch.setattr(module, "missing_reason", asked)
-    for precision in ("fp32", "bf16", "fp16"):
+    for precision in ("fp32", "bf16"):
         OpenVinoBackend().unsupported_reason(precision)
     monkeypatch.setattr(operations, "cpu_features", lambda: {"avx2", "fma"})
     assert OpenVinoBackend().unsupported_reason("int8") == "this processor has no VNNI; use fp32"

@@ -18,6 +18,7 @@ import torch
 from openvino import opset13 as op
 from torch import Tensor
 
+from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.engines.openvino_attention import use_attention
 from posecrafter_rt.export.verify import relative_error
 from tests.engines.openvino_models import (
@@ -210,22 +211,22 @@ def test_a_mask_hides_keys(shape: Shape, lanes: int) -> None:
         assert relative_error(found, reference(finite, shape, mask)) < EXACT
 
 
-@pytest.mark.parametrize("in_bytes", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize(("build", "shape"), CASES)
-def test_it_depends_on_no_threads(build: Build, shape: Shape, in_bytes: bool, lanes: int, request: Any) -> None:
-    if in_bytes:
+def test_it_depends_on_no_threads(build: Build, shape: Shape, precision: Precision, lanes: int, request: Any) -> None:
+    if precision == "int8":
         request.getfixturevalue("byte_operation")
     model, given = model_of(build, shape)
-    assert use_attention(model, in_bytes) == 1
+    assert use_attention(model, precision) == 1
     assert all(map(torch.equal, run(model, *given), run(model, *given, num_threads=1)))
 
 
-@pytest.mark.parametrize("in_bytes", [False, True])
-def test_two_threads_at_once(in_bytes: bool, lanes: int, request: Any) -> None:
-    if in_bytes:
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_two_threads_at_once(precision: Precision, lanes: int, request: Any) -> None:
+    if precision == "int8":
         request.getfixturevalue("byte_operation")
     model, given = model_of(of_a_picture, Shape(2, 99, 77, 1, 3, 40))
-    assert use_attention(model, in_bytes) == 1
+    assert use_attention(model, precision) == 1
     shared, queries = compiled(model, NUM_STREAMS=2), [draw(2, 99, 120, seed=seed) for seed in range(6)]
     alone = [run(model, query, *given[1:]) for query in queries]
     with ThreadPoolExecutor(4) as pool:
@@ -234,15 +235,15 @@ def test_two_threads_at_once(in_bytes: bool, lanes: int, request: Any) -> None:
             assert all(all(map(torch.equal, *pair)) for pair in zip(again, alone, strict=True))
 
 
-@pytest.mark.parametrize("in_bytes", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_so(number: float, in_bytes: bool, lanes: int, request: Any) -> None:
+def test_what_is_not_finite_stays_so(number: float, precision: Precision, lanes: int, request: Any) -> None:
     """In a query: its row; in a key: all rows, unless it hides that key; in a value: its channel, or in bytes its column."""
-    if in_bytes:
+    if precision == "int8":
         request.getfixturevalue("byte_operation")
     shape = Shape(1, 20, 40, 1, 2, 8)
     model, given = model_of(of_a_picture, shape)
-    assert use_attention(model, in_bytes) == 1
+    assert use_attention(model, precision) == 1
     query, key, value = (tensor.clone() for tensor in given)
     query[0, 3, 1] = number
     found = run(model, query, key, value)[0][0]
@@ -277,7 +278,7 @@ def in_steps(values: Tensor, steps: int, dim: int) -> Tensor:
 def test_in_bytes_it_is_that_of_what_is_rounded(build: Build, shape: Shape, byte_operation: None, lanes: int) -> None:
     """Queries to 255 steps from the least to the most, keys to 127, weights to 14 bits, values to ten."""
     model, given = model_of(build, shape)
-    assert use_attention(model, in_bytes=True) == 1
+    assert use_attention(model, "int8") == 1
     found = run(model, *given)[0].double().reshape(drawn(shape)[0].shape)
     query, key, value = (by_head(tensor, shape) for tensor in drawn(shape))
     low, high = query.amin(-1, True), query.amax(-1, True)
@@ -300,14 +301,14 @@ def test_in_bytes_many_small_weights_beside_a_large_one_count(byte_operation: No
     query[..., 0], key[..., 0] = 1.0, -6 * math.sqrt(8)
     key[:, 9] = 0
     model, _ = model_of(of_a_picture, shape)
-    assert use_attention(model, in_bytes=True) == 1
+    assert use_attention(model, "int8") == 1
     found = run(model, *(each[:, :, 0] for each in (query, key, value)))[0][:, :, None]
     assert relative_error(found, reference([query, key, value], shape)) < COARSE
 
 
 def test_frames_stay_in_float32(byte_operation: None, lanes: int) -> None:
     model, given = model_of(over_frames, FRAMES[3])
-    assert use_attention(model, in_bytes=True) == 1
+    assert use_attention(model, "int8") == 1
     other, _ = model_of(over_frames, FRAMES[3])
     use_attention(other)
     assert torch.equal(run(model, *given)[0], run(other, *given)[0])
@@ -315,7 +316,7 @@ def test_frames_stay_in_float32(byte_operation: None, lanes: int) -> None:
 
 def test_heads_that_bytes_do_not_serve_stay_in_float32(lanes: int) -> None:
     model, _ = model_of(of_a_picture, Shape(1, 3, 5, 1, 2, 6))
-    assert use_attention(model, in_bytes=True) == 1
+    assert use_attention(model, "int8") == 1
     (node,) = (node for node in model.get_ops() if node.get_type_name() == "Attention")
     assert not node.get_attributes()["in_bytes"]
 

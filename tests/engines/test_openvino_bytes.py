@@ -1,6 +1,6 @@
 """Convolutions and linear maps in eight bits against PyTorch's of what is rounded alike, in float64, and what is left alone.
 
-Tests of posecrafter_rt/engines/openvino_convolutions.py and openvino_linear.py with `in_bytes`.
+Tests of posecrafter_rt/engines/openvino_convolutions.py and openvino_linear.py in int8.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def convolve(layer: Layer, *pictures: Tensor, num_threads: int = 2) -> list[Tens
     """What the operation gives of each."""
     given = [parameter(pixels) for pixels in pictures]
     model = openvino.Model([layer.of(pixels) for pixels in given], given)
-    assert use_convolutions(model, in_bytes=True) == len(given)
+    assert use_convolutions(model, "int8") == len(given)
     assert set(kinds(model)) == {"Parameter", "Constant", "FusedConvolution", "Result"}
     return run(model, *pictures, num_threads=num_threads)
 
@@ -199,7 +199,7 @@ def test_what_is_added_is_its_own(kind: str, has_timestep: bool, lanes: int) -> 
     if has_timestep:
         result = op.add(result, op.unsqueeze(op.relu(given[1]), np.array([2, 3])))
     model = openvino.Model([op.add(result, given[2])], given)
-    assert use_convolutions(model, in_bytes=True) == 1
+    assert use_convolutions(model, "int8") == 1
     assert not any(node.get_type_name() == "Add" and len(node.get_output_shape(0)) == 4 for node in model.get_ops())
     added = other + (numbers.relu()[:, :, None, None] if has_timestep else 0)
     assert_rounded(run(model, pixels, numbers, other)[0], expected + added, unrounded + added)
@@ -257,14 +257,14 @@ def test_what_is_the_same_everywhere(lanes: int) -> None:
 def test_convolutions_that_do_not_fit_stay(weight: tuple[int, ...], stride: int, lanes: int) -> None:
     given = op.parameter([1, weight[1], 16, 16], np.float32)
     model = openvino.Model([convolved(given, draw(*weight), stride=stride)], [given])
-    assert use_convolutions(model, in_bytes=True) == 0
+    assert use_convolutions(model, "int8") == 0
 
 
 def mapped(of: Callable[..., Any], tokens: Tensor, *numbers: Tensor) -> list[Tensor]:
     """What the operation gives of tokens."""
     given = parameter(tokens)
     model = openvino.Model([of(given, *numbers)], [given])
-    assert use_linear(model, in_bytes=True) == 1
+    assert use_linear(model, "int8") == 1
     assert set(kinds(model)) == {"Parameter", "Constant", "Linear", "Result"}
     return run(model, tokens)
 
@@ -280,7 +280,7 @@ def mapped(of: Callable[..., Any], tokens: Tensor, *numbers: Tensor) -> list[Ten
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_is_a_linear_map(layout: str, shape: Shape, lanes: int) -> None:
     model, inputs, expected = layers(layout, shape, lanes, map_in_steps)
-    use_linear(model, in_bytes=True)
+    use_linear(model, "int8")
     assert set(kinds(model)) == {"Parameter", "Constant", "Linear", "Result"}
     unrounded = layers(layout, shape, lanes)[2]
     for found, *wanted in zip(run(model, *inputs), expected, unrounded, strict=True):
@@ -299,7 +299,7 @@ def test_a_product_alone_is_one(has_bias: bool, lanes: int) -> None:
 def test_a_token_depends_neither_on_others_nor_on_threads(layout: str, lanes: int) -> None:
     (whole, inputs, _), (alone, *_) = (layers(layout, (frames, (13, 13), 64, 2), lanes) for frames in (3, 1))
     for model in (whole, alone):
-        use_linear(model, in_bytes=True)
+        use_linear(model, "int8")
     together = run(whole, *inputs)
     assert all(map(torch.equal, together, run(whole, *inputs, num_threads=1)))
     frame = run(alone, *(values[1:2] for values in inputs))
@@ -321,7 +321,7 @@ def test_a_weight_that_is_not_finite_spoils_its_channel(number: float, lanes: in
 @pytest.mark.parametrize("layout", ["pixels to pixels", "product", "feed-forward"])
 def test_what_is_not_finite_stays_in_its_token(layout: str, number: float, lanes: int) -> None:
     model, (given, other), _ = layers(layout, (2, (3, 5), 32, 1), lanes)
-    use_linear(model, in_bytes=True)
+    use_linear(model, "int8")
     of_pixels, token = layout == "pixels to pixels", torch.arange(15) == 7
     spoilt = given.clone()
     (spoilt.flatten(2).mT if of_pixels else spoilt)[1, 7, 3] = number
@@ -344,7 +344,7 @@ def test_large_gates_are_what_they_are(lanes: int) -> None:
 
 def test_a_feed_forward_is_one_operation(lanes: int) -> None:
     model, *_ = layers("feed-forward", (2, (3, 5), 32, 1), lanes)
-    assert use_linear(model, in_bytes=True) == 8
+    assert use_linear(model, "int8") == 8
     made = [node for node in model.get_ops() if node.get_type_name() == "Linear"]
     assert len(made) == 4 and not {"Split", "Gelu", "MatMul"} & set(kinds(model))
     for node in made:
@@ -370,7 +370,7 @@ STAYING: dict[str, Callable[[Any], Any]] = {
 def test_products_that_do_not_fit_stay(name: str, lanes: int) -> None:
     given = op.parameter([2, 12, 18], np.float32)
     model = openvino.Model([STAYING[name](given)], [given])
-    assert use_linear(model, in_bytes=True) == 0 and kinds(model)["MatMul"] == 1
+    assert use_linear(model, "int8") == 0 and kinds(model)["MatMul"] == 1
 
 
 def test_two_threads_at_once(lanes: int) -> None:
@@ -379,7 +379,7 @@ def test_two_threads_at_once(lanes: int) -> None:
     given = parameter(pictures[0])
     tokens = op.transpose(reshaped(layer.of(given), 4, 64, 195), np.array([0, 2, 1]))
     model = openvino.Model([product(gated(product(tokens, draw(128, 64))), draw(64, 64))], [given])
-    assert use_convolutions(model, in_bytes=True) == 1 and use_linear(model, in_bytes=True) == 2
+    assert use_convolutions(model, "int8") == 1 and use_linear(model, "int8") == 2
     alone, shared = [run(model, pixels)[0] for pixels in pictures], compiled(model, NUM_STREAMS=2)
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
@@ -391,8 +391,8 @@ def test_all_that_fits_of_an_exported_network_is_in_bytes(openvino_networks: Pat
     model = openvino.Core().read_model(openvino_networks / "unet.xml")
     model.reshape({name: [3, *shape[1:]] if shape[0].is_dynamic else shape
                    for name, shape in ((value.any_name, value.get_partial_shape()) for value in model.inputs)})  # fmt: skip
-    use_convolutions(model, in_bytes=True)
-    use_linear(model, in_bytes=True)
+    use_convolutions(model, "int8")
+    use_linear(model, "int8")
     left = {kind: [list(node.get_input_shape(1)) for node in model.get_ops() if node.get_type_name() == kind
                    and node.input_value(1).get_node().get_type_name() == "Constant"] for kind in ("Convolution", "MatMul")}  # fmt: skip
     assert [4 in shape[:2] for shape in left["Convolution"]] == [True, True]  # the first and the last

@@ -255,7 +255,7 @@ def beside(*values: Any) -> Any:
 def test_products_in_bytes_that_lie_beside_each_other_are_one(name: str, byte_operation: None, lanes: int) -> None:
     model, inputs = make(name, JOINED), [draw(*SIZE, seed=1), draw(*TOKENS, seed=2)]
     assert use_linear(model) == 0 and kinds(model) == kinds(make(name, JOINED))  # without loss they stay OpenVINO's
-    assert use_linear(model, in_bytes=True) == 1
+    assert use_linear(model, "int8") == 1
     assert (kinds(model)["Linear"], kinds(model)["Concat"], kinds(model)["MatMul"]) == (1, 0, 0)
     (found,), (expected,) = run(model, *inputs), run(make(name, JOINED), *inputs)
     assert found.shape == expected.shape and relative_error(found, expected) < 0.02
@@ -265,7 +265,7 @@ def test_products_in_bytes_that_lie_beside_each_other_are_one(name: str, byte_op
 def test_others_stay_apart(name: str, byte_operation: None, lanes: int) -> None:
     model = make(name, APART)
     products = kinds(model)["MatMul"]
-    assert use_linear(model, in_bytes=True) == products
+    assert use_linear(model, "int8") == products
     assert kinds(model)["Linear"] == products and kinds(model)["Concat"] == 1
 
 
@@ -302,7 +302,7 @@ def test_keys_and_values_of_a_stream_are_one_product(
 ) -> None:
     """Of key-frame attention in each block, and of temporal attention in all but the middle."""
     before, model = (of_three_frames(openvino_networks, network) for _ in range(2))
-    assert use_linear(before) < use_linear(model, in_bytes=True)
+    assert use_linear(before) < use_linear(model, "int8")
     assert kinds(before)["Concat"] - kinds(model)["Concat"] == found
 
 

@@ -56,7 +56,7 @@ def test_an_engine_finds_them_again(
 
     def engine() -> OpenVinoEngine:
         file, properties = NetworkFile(tmp_path / "network.xml", ["0"]), {"INFERENCE_PRECISION_HINT": "f32"}
-        return OpenVinoEngine(spec, openvino.Core(), file, properties, BlobCache(kept))
+        return OpenVinoEngine(spec, openvino.Core(), file, properties, BlobCache(kept), "fp32")
 
     def run_anew() -> Tensor:
         return engine()(latents=pixels)["pixels"].clone()
@@ -90,7 +90,7 @@ def test_operations_that_hold_their_weights_give_the_same_and_keep_nothing_they_
     assert available is not None
     given = op.parameter([2, lanes, 9, 13], np.float32)
     trials = [*operations._convolutions(available.factory, given), *operations._linear_maps(available.factory, given)]
-    trials = [trial for trial in trials if operations.missing_bytes_reason() is None or not trial.in_bytes]
+    trials = [trial for trial in trials if operations.missing_bytes_reason() is None or trial.precision != "int8"]
     keys_and_values = [
         op.abs(available.factory.create("Linear", [given.output(0), *layer], {})) for layer in layers(lanes)
     ]
@@ -170,16 +170,16 @@ def test_they_compile_for_every_processor(vectors: operations.Vectors) -> None:
 
 
 def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "cpu_features", lambda: {"avx2"})
-    assert "AVX2 and FMA, or AVX-512" in str(operations.missing_reason())
+    monkeypatch.setattr(operations, "cpu_features", lambda: {"avx2", "fma"})
+    assert "AVX2, FMA and F16C, or AVX-512" in str(operations.missing_reason())
 
 
 @pytest.mark.parametrize(("features", "lanes", "has_bytes"), [
-    ({"avx2", "fma"}, 8, False),
-    ({"avx2", "fma", "avx_vnni"}, 8, True),
-    ({"avx2", "fma", "avx512_vnni"}, 8, False),  # without the registers, as a virtual machine may tell it
-    ({"avx2", "fma", "avx512f", "avx512bw"}, 16, False),
-    ({"avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni"}, 16, True),
+    ({"avx2", "fma", "f16c"}, 8, False),
+    ({"avx2", "fma", "f16c", "avx_vnni"}, 8, True),
+    ({"avx2", "fma", "f16c", "avx512_vnni"}, 8, False),  # without the registers, as a virtual machine may tell it
+    ({"avx2", "fma", "f16c", "avx512f", "avx512bw"}, 16, False),
+    ({"avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni"}, 16, True),
 ])  # fmt: skip
 def test_the_widest_vectors_are_taken_with_what_the_processor_has(
     features: set[str], lanes: int, has_bytes: bool, monkeypatch: pytest.MonkeyPatch
@@ -234,6 +234,8 @@ WRONG_IN_BYTES = [
     ("linear.cpp", "call_.residual + at)", "call_.residual)"),  # the same of tokens
     ("linear.cpp", "to + panel * kPanel, stride", "to, stride"),  # what is between two layers
     ("linear.cpp", "(first + done) % size", "(first + done) % (size - 1)"),  # where a chunk begins
+    ("linear.cpp", "cvtps_ph(v,", "cvtps_ph(v * 1.01f,"),  # weights in 16 bits
+    ("winograd.cpp", "cvtps_ph(v,", "cvtps_ph(v * 1.01f,"),
     ("attention.cpp", "std::sqrt(static_cast<float>(call.width))", "1"),  # the scale
     ("attention.cpp", "-INFINITY", "0"),  # what is beyond the keys
     ("attention.cpp", "mask[key] == 0", "mask[key] != 0"),

@@ -146,12 +146,20 @@ def test_wrong_inputs_are_refused(model: PoseModel, built: Path, backend_name: s
 def test_auto_takes_the_first_that_can_run_and_says_why() -> None:
     backend, why = choose_backend("auto", "fp32")
     assert backend.name == "openvino" and "tensorrt: " in why
-    backend, why = choose_backend("auto", "fp16")
-    assert backend.name == "torch" and "openvino" in why
     assert choose_backend("torch", "fp32")[1] == "as asked"
-    with pytest.raises(BackendUnavailable, match="fp16"):
-        choose_backend("openvino", "fp16")
     assert choose_precision("auto") in ("fp32", "bf16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and is taken")
+def test_on_a_processor_fp16_is_of_openvino_where_its_operations_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_operations, "missing_reason", lambda: None)
+    assert choose_backend("auto", "fp16")[0].name == "openvino"
+    monkeypatch.setattr(openvino_operations, "missing_reason", lambda: "no C++ compiler was found")
+    reason = "openvino: fp16 needs operations that cannot be had here: no C++ compiler was found"
+    backend, why = choose_backend("auto", "fp16")
+    assert backend.name == "torch" and reason in why
+    with pytest.raises(BackendUnavailable, match="backend openvino: fp16 needs operations"):
+        choose_backend("openvino", "fp16")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -163,7 +171,7 @@ def test_auto_takes_the_first_that_can_run_and_says_why() -> None:
 def test_int8_is_of_openvino_alone_also_where_a_gpu_is_and_only_by_name(
     monkeypatch: pytest.MonkeyPatch, device: str, has_vnni: bool, missing: str | None, refusal: str | None
 ) -> None:
-    features = {"avx2", "fma", "avx_vnni"} if has_vnni else {"avx2", "fma"}
+    features = {"avx2", "fma", "f16c", *(["avx_vnni"] if has_vnni else [])}
     monkeypatch.setattr("posecrafter_rt.engines.torch_device", lambda: torch.device(device))
     monkeypatch.setattr(openvino_operations, "cpu_features", lambda: features)
     monkeypatch.setattr(openvino_operations, "missing_reason", lambda: missing)

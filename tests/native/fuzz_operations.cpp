@@ -1,7 +1,7 @@
 // Fuzzes the operations of engines/operations/ under ASan and UBSan, against sums in double: odd sizes, more threads
-// asked for than tasks, tasks in any order, threads that go from one call to the next; in eight bits, too, where it is
-// compiled for these. Usage: fuzz_operations SECONDS SEED. Buffers are exact heap blocks, so that a stray access is
-// caught, and outputs begin as NaN.
+// asked for than tasks, tasks in any order, threads that go from one call to the next; with weights in 16 bits, and in
+// eight bits where it is compiled for these. Usage: fuzz_operations SECONDS SEED. Buffers are exact heap blocks, so
+// that a stray access is caught, and outputs begin as NaN.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -80,7 +80,10 @@ private:
     double worst_ = 0, largest_ = 0;
 };
 
-constexpr double kInBytes = 0.1;  // that eight bits may differ from sums in double, of the largest
+// What weights are, of eight bits also what they multiply; and how much that may differ from sums in double, of the
+// largest.
+enum class Kind { floats, halves, bytes };
+constexpr double kInBytes = 0.1, kInHalves = 0.005;
 
 // One layer's weights and what they give, in double.
 struct Drawn {
@@ -88,10 +91,16 @@ struct Drawn {
     std::vector<float> weight = draw(static_cast<size_t>(rows) * in), bias = draw(rows);
     Packed packed;
 
-    Drawn(int in_channels, int out_rows, bool in_bytes)
-        : in(in_channels), rows(out_rows), packed(block(in_bytes ? rows / kPanel * byte_panel(in) : weight.size())) {
-        if (in_bytes)
+    Drawn(int in_channels, int out_rows, Kind kind)
+        : in(in_channels),
+          rows(out_rows),
+          packed(block(kind == Kind::bytes    ? rows / kPanel * byte_panel(in)
+                       : kind == Kind::halves ? weight.size() / 2
+                                              : weight.size())) {
+        if (kind == Kind::bytes)
             pack_bytes(weight.data(), in, 1, rows, packed.get(), parallel);
+        else if (kind == Kind::halves)
+            linear_pack(weight.data(), in, rows, reinterpret_cast<Half*>(packed.get()), parallel);
         else
             linear_pack(weight.data(), in, rows, packed.get(), parallel);
     }
@@ -106,31 +115,31 @@ struct Drawn {
 
 double gelu_of(double x) { return x * 0.5 * std::erfc(-x / std::sqrt(2.0)); }
 
-void run_linear(const Linear& call, int threads, [[maybe_unused]] bool in_bytes) {
+void run_linear(const Linear& call, int threads, Kind kind) {
 #ifdef PC_HAS_VNNI
-    if (in_bytes) return linear_bytes(call, threads, parallel);
+    if (kind == Kind::bytes) return linear_bytes(call, threads, parallel);
 #endif
-    linear(call, threads, parallel);
+    (kind == Kind::halves ? linear<Half> : linear<float>)(call, threads, parallel);
 }
 
-bool fuzz_linear(bool in_bytes) {
+bool fuzz_linear(Kind kind) {
     Linear call{};
     call.frames = pick(1, 6), call.size = pick(0, 3) != 0 ? pick(1, 60) : pick(1, 500);
     call.from_planes = flip(), call.to_planes = flip(), call.is_gated = flip();
     const bool has_next = call.is_gated && flip();
     const int plain = pick(0, 5) != 0 ? pick(1, 100) : (flip() ? 1024 : pick(500, 1100));
-    const int fitting = in_bytes ? ceil_div(plain, kFour) * kFour : plain;
+    const int fitting = kind == Kind::bytes ? ceil_div(plain, kFour) * kFour : plain;
     const int in = call.from_planes ? kLanes * pick(1, pick(0, 4) != 0 ? 6 : 70) : fitting;
     const int middle = kPanel * pick(1, has_next && pick(0, 2) == 0 ? 40 : 5);
     const int out_channels = has_next ? kPanel * pick(1, 4) : middle;
-    const Drawn first(in, middle * (call.is_gated ? 2 : 1), in_bytes), next(middle, out_channels, in_bytes);
+    const Drawn first(in, middle * (call.is_gated ? 2 : 1), kind), next(middle, out_channels, kind);
     const size_t tokens = static_cast<size_t>(call.frames) * call.size;
     const std::vector<float> input = draw(tokens * in), residual = draw(tokens * out_channels);
     std::vector<float> out(tokens * out_channels, NAN);
     call.input = input.data(), call.out = out.data(), call.residual = flip() ? residual.data() : nullptr;
     call.layer = {first.packed.get(), first.bias.data(), in, middle};
     if (has_next) call.next = {next.packed.get(), next.bias.data(), middle, out_channels};
-    run_linear(call, pick(1, flip() ? 4 : 40), in_bytes);
+    run_linear(call, pick(1, flip() ? 4 : 40), kind);
 
     Judge judge(out);
     const auto index = [&](bool is_planes, int frame, int token, int channel, int channels) {
@@ -149,7 +158,7 @@ bool fuzz_linear(bool in_bytes) {
         judge.expect(
             at, (has_next ? next.at(channel, layer) : layer(channel)) + (call.residual == nullptr ? 0 : residual[at]));
     }
-    return judge.passes(in_bytes ? kInBytes : 1e-5);
+    return judge.passes(kind == Kind::bytes ? kInBytes : kind == Kind::halves ? kInHalves : 1e-5);
 }
 
 // Pictures with each pixel repeated `times` in either direction, zeros around them, in double.
@@ -218,6 +227,7 @@ bool is_convolution(const std::vector<float>& out, const float* residual, const 
 bool fuzz_winograd() {
     Convolution call{};
     call.times = pick(1, 2), call.tile = flip() ? 2 : 4, call.frames = pick(1, 4);
+    call.in_halves = call.tile == 2 && flip();
     const int height = pick(1, pick(0, 3) != 0 ? 12 : 60), width = pick(1, pick(0, 3) != 0 ? 20 : 90);
     call.height = call.times * height, call.width = call.times * width;
     call.in_channels = kLanes * pick(1, 3), call.out_channels = kPanel * pick(1, 2);
@@ -228,8 +238,13 @@ bool fuzz_winograd() {
     const size_t count = static_cast<size_t>(call.frames) * out_channels * call.height * call.width;
     const std::vector<float> scale = draw(planes), shift = draw(planes), residual = draw(count);
     std::vector<float> out(count, NAN);
-    const Packed packed = block(static_cast<size_t>(winograd_products(call.tile)) * in * out_channels);
-    winograd_pack(kernel.weight.data(), in, out_channels, call.tile, packed.get(), parallel);
+    const size_t numbers = static_cast<size_t>(winograd_products(call.tile)) * in * out_channels;
+    const Packed packed = block(call.in_halves ? numbers / 2 : numbers);
+    if (call.in_halves)
+        winograd_pack(kernel.weight.data(), in, out_channels, call.tile, reinterpret_cast<Half*>(packed.get()),
+                      parallel);
+    else
+        winograd_pack(kernel.weight.data(), in, out_channels, call.tile, packed.get(), parallel);
     call.input = pictures.input.data(), call.packed = packed.get();
     call.bias = kernel.bias.data(), call.out = out.data();
     if (flip()) {
@@ -238,7 +253,7 @@ bool fuzz_winograd() {
     }
     if (flip()) call.residual = residual.data();
     winograd_convolve(call, pick(1, flip() ? 4 : 40), parallel);
-    return is_convolution(out, call.residual, kernel, pictures, 1, 3e-5);
+    return is_convolution(out, call.residual, kernel, pictures, 1, call.in_halves ? kInHalves : 3e-5);
 }
 
 // A row's scores, and its weights, in double.
@@ -329,7 +344,7 @@ bool fuzz_convolution() {
     return is_convolution(out, call.residual, kernel, pictures, stride, kInBytes);
 }
 
-bool fuzz_bytes() { return fuzz_linear(true) && fuzz_convolution() && fuzz_attention(true); }
+bool fuzz_bytes() { return fuzz_linear(Kind::bytes) && fuzz_convolution() && fuzz_attention(true); }
 #else
 bool fuzz_bytes() { return true; }
 #endif
@@ -343,7 +358,8 @@ int main(int argc, char** argv) {
     int rounds = 0;
     for (; std::chrono::steady_clock::now() < end; ++rounds) {
         num_workers = pick(1, 3);
-        if (!fuzz_linear(false) || !fuzz_winograd() || !fuzz_attention(false) || !fuzz_bytes()) {
+        if (!fuzz_linear(Kind::floats) || !fuzz_linear(Kind::halves) || !fuzz_winograd() || !fuzz_attention(false) ||
+            !fuzz_bytes()) {
             std::printf("round %d is wrong\n", rounds);
             return 1;
         }

@@ -2,8 +2,9 @@
 // → what the convolution with a padding of 1 gives. With a GroupNorm's weight and bias (C) as two inputs more, and its
 // groups and eps as attributes, it is of SiLU(GroupNorm(input)); with the attribute times 2 it is of the input at twice
 // its size. An input after these, as large as the output, is added to it. The attribute tile says how it is done: 2 or
-// 4 by Winograd's filtering, in tiles of so many outputs, with a stride of 1; 0 in eight bits. Weights are constant:
-// they are packed at the first call, or with the attribute holds_weights when the node is made. Layer 4.
+// 4 by Winograd's filtering, in tiles of so many outputs, with a stride of 1, those of 2 with the attribute in_halves
+// by weights in 16 bits; 0 in eight bits. Weights are constant: they are packed at the first call, or with the
+// attribute holds_weights when the node is made. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -33,6 +34,7 @@ public:
           times_(like.times_),
           stride_(like.stride_),
           tile_(like.tile_),
+          in_halves_(like.in_halves_),
           holds_weights_(like.holds_weights_) {
         if (holds_weights_) weights_ = like.weights_;
         constructor_validate_and_infer_types();
@@ -59,6 +61,7 @@ public:
         visitor.on_attribute("times", times_);
         visitor.on_attribute("stride", stride_);
         visitor.on_attribute("tile", tile_);
+        visitor.on_attribute("in_halves", in_halves_);
         visitor.on_attribute("holds_weights", holds_weights_);
         return true;
     }
@@ -88,7 +91,7 @@ private:
         call.out = out.data<float>();
         call.frames = frames, call.in_channels = channels, call.out_channels = size(shape[1]);
         call.height = size(shape[2]), call.width = size(shape[3]), call.times = size(times_);
-        call.tile = size(tile_);
+        call.tile = size(tile_), call.in_halves = in_halves_;
         static thread_local std::vector<float> scales;  // and shifts
         if (is_normed(inputs.size())) {
             scales.resize(2 * pixels[0] * pixels[1]);
@@ -127,6 +130,7 @@ private:
         const size_t inputs = get_input_size(), groups = static_cast<size_t>(groups_);
         OPENVINO_ASSERT((tile_ == 0 && kHasBytes) || ((tile_ == 2 || tile_ == 4) && stride_ == 1),
                         "tiles are of 2×2 or 4×4, or there are none, on a processor with VNNI");
+        OPENVINO_ASSERT(tile_ == 2 || !in_halves_, "halves are for tiles of 2×2");
         OPENVINO_ASSERT(weight == (ov::Shape{weight[0], pixels[1], kKernel, kKernel}), "weights that do not fit");
         OPENVINO_ASSERT(pixels[1] % kLanes == 0 && weight[0] % kPanel == 0,
                         "channels come in whole vectors and panels");
@@ -141,17 +145,20 @@ private:
     const ov::Shape& weight_shape() const { return weights_.packed == nullptr ? get_input_shape(1) : weights_.shape; }
 
     Weights pack(const ov::Tensor& weight) const {
+        if (tile_ > 0) return in_halves_ ? pack_tiles<Half>(weight) : pack_tiles<float>(weight);
+        const int times = size(times_), rows = size(weight.get_shape()[0]), columns = size(weight.get_shape()[1]);
+        return packed_weights<float>(
+            weight, columns, times == 2 ? kDoubledInBytes : kInBytes, packed_windows(times, columns, rows),
+            [&](float* to) { pack_windows(weight.data<float>(), columns, rows, times, to, parallel); });
+    }
+
+    template <class Number>
+    Weights pack_tiles(const ov::Tensor& weight) const {
         const size_t out = weight.get_shape()[0], in = weight.get_shape()[1];
-        const int tile = size(tile_), times = size(times_), rows = size(out), columns = size(in);
-        const int kind = tile > 0 ? tile : (times == 2 ? kDoubledInBytes : kInBytes);
-        const size_t count = tile > 0 ? winograd_products(tile) * in * out : packed_windows(times, columns, rows);
-        const auto packed = packed_weights(weight, in, kind, count, [&](float* to) {
-            if (tile > 0)
-                winograd_pack(weight.data<float>(), columns, rows, tile, to, parallel);
-            else
-                pack_windows(weight.data<float>(), columns, rows, times, to, parallel);
+        const int tile = size(tile_);
+        return packed_weights<Number>(weight, in, tile, winograd_products(tile) * in * out, [&](Number* to) {
+            winograd_pack(weight.data<float>(), size(in), size(out), tile, to, parallel);
         });
-        return {packed, weight.get_shape()};
     }
 
     size_t out_side(size_t side) const { return (side * times_ + stride_ - 1) / stride_; }
@@ -167,6 +174,7 @@ private:
     int64_t times_ = 1;
     int64_t stride_ = 1;
     int64_t tile_ = 4;
+    bool in_halves_ = false;
     bool holds_weights_ = false;
     mutable std::once_flag once_;
     mutable Weights weights_;

@@ -13,14 +13,22 @@
 
 namespace posecrafter {
 
-void linear_pack(const float* weight, int in_channels, int out_channels, float* packed, const Parallel& parallel) {
+template <class Number>
+void linear_pack(const float* weight, int in_channels, int out_channels, Number* packed, const Parallel& parallel) {
     parallel(out_channels / kPanel, [=](int panel) {
-        float* to = packed + static_cast<size_t>(panel) * in_channels * kPanel;
+        Number* to = packed + static_cast<size_t>(panel) * in_channels * kPanel;
         for (int i = 0; i < in_channels; ++i)
-            for (int o = 0; o < kPanel; ++o)
-                to[i * kPanel + o] = weight[static_cast<size_t>(panel * kPanel + o) * in_channels + i];
+            for (int v = 0; v < kPanel; v += kLanes) {
+                Vector numbers;
+                for (int o = 0; o < kLanes; ++o)
+                    numbers[o] = weight[static_cast<size_t>(panel * kPanel + v + o) * in_channels + i];
+                store(to + i * kPanel + v, numbers);
+            }
     });
 }
+
+template void linear_pack(const float*, int, int, float*, const Parallel&);
+template void linear_pack(const float*, int, int, Half*, const Parallel&);
 
 namespace {
 
@@ -48,14 +56,16 @@ void for_runs(int size, int64_t first, int count, const Use& use) {
 }
 
 // How products are computed: what they make of rows of floats, in float32 nothing, and one panel of sums over these.
+template <class Number>
 struct InFloats {
     using Own = Rows;
-    static constexpr int kLighter = 1;  // how many times as light as a float a weight is
+    static constexpr int kLighter = sizeof(float) / sizeof(Number);  // how many times as light as a float a weight is
 
     static Rows prepare(Rows rows, int, int) { return rows; }
 
     static void sum(const Layer& layer, Rows rows, int count, int panel, float* sums, const Fetch&) {
-        const float* weights = layer.packed + static_cast<size_t>(panel) * layer.in_channels * kPanel;
+        const auto packed = static_cast<const Number*>(layer.packed);
+        const Number* weights = packed + static_cast<size_t>(panel) * layer.in_channels * kPanel;
         multiply_deep_rows(rows, count, weights, layer.in_channels, sums, kPanel);
     }
 };
@@ -76,7 +86,7 @@ struct InBytes {
 
     static void sum(const Layer& layer, const Own& own, int count, int panel, float* sums, const Fetch& next) {
         if (own.windows != nullptr) return own.windows->sum(own.first, count, layer, panel, sums, next);
-        const float* weights = layer.packed + panel * byte_panel(layer.in_channels);
+        const float* weights = static_cast<const float*>(layer.packed) + panel * byte_panel(layer.in_channels);
         multiply_byte_rows(own.rows, count, weights, {sums, kPanel}, next);
     }
 };
@@ -241,9 +251,13 @@ private:
 
 }  // namespace
 
+template <class Number>
 void linear(const Linear& call, int threads, const Parallel& parallel) {
-    if (call.frames > 0 && call.size > 0) Job<InFloats>(call, threads).run(parallel);
+    if (call.frames > 0 && call.size > 0) Job<InFloats<Number>>(call, threads).run(parallel);
 }
+
+template void linear<float>(const Linear&, int, const Parallel&);
+template void linear<Half>(const Linear&, int, const Parallel&);
 
 #ifdef PC_HAS_VNNI
 void linear_bytes(const Linear& call, int threads, const Parallel& parallel) {

@@ -1,21 +1,22 @@
-// Linear maps of tokens on x86-64, in float32 or in eight bits, read from pictures whose channels come first, or their
-// windows, or written to them without a copy apart, gated, added to a residual. Layer 4: knows neither Python nor any
-// library's tensors or threads.
+// Linear maps of tokens on x86-64, in float32, perhaps of weights in 16 bits, or in eight bits, read from pictures
+// whose channels come first, or their windows, or written to them without a copy apart, gated, added to a residual.
+// Layer 4: knows neither Python nor any library's tensors or threads.
 #pragma once
 
 #include "parallel.h"
 
 namespace posecrafter {
 
-// weight (out, in) → packed (out / panel, in, panel); `packed` is 64 bytes aligned.
-void linear_pack(const float* weight, int in_channels, int out_channels, float* packed, const Parallel& parallel);
+// weight (out, in) → packed (out / panel, in, panel), as floats or halves; `packed` is 64 bytes aligned.
+template <class Number>
+void linear_pack(const float* weight, int in_channels, int out_channels, Number* packed, const Parallel& parallel);
 
 class BytePicture;
 
 // A map from in_channels to out_channels, x · weightᵀ + bias. The weight of a gated one has 2 · out_channels rows, a
 // value's and then a gate's; it is value · GELU(gate). out_channels are a multiple of a panel's.
 struct Layer {
-    const float* packed;
+    const void* packed;
     const float* bias;
     int in_channels, out_channels;
 };
@@ -33,7 +34,8 @@ struct Linear {
     bool from_planes, to_planes, is_gated;
 };
 
-// threads: how many work at it at best.
+// Weights are floats or halves. threads: how many work at it at best.
+template <class Number>
 void linear(const Linear& call, int threads, const Parallel& parallel);
 
 // The same in eight bits: weights are packed by `pack_bytes`, and every token is rounded to the 255th part of what lies

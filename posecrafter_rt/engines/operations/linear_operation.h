@@ -2,8 +2,9 @@
 // input · weightᵀ + bias, as tokens (F, h·w, out) or, with the attribute height, as planes of this height. With the
 // attribute is_gated the weight's rows are a value's and then a gate's, and it is value · GELU(gate), half as wide.
 // With two inputs more, the weight and bias of a layer after a gated one, it is what that one gives. An input after
-// these, as large as the output, is added to it. With the attribute in_bytes products are in eight bits. Weights are
-// constant: they are packed at the first call, or with the attribute holds_weights when the node is made. Layer 4.
+// these, as large as the output, is added to it. With the attribute in_bytes products are in eight bits, with
+// in_halves weights are in 16. Weights are constant: they are packed at the first call, or with the attribute
+// holds_weights when the node is made. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -29,6 +30,7 @@ public:
           height_(like.height_),
           is_gated_(like.is_gated_),
           in_bytes_(like.in_bytes_),
+          in_halves_(like.in_halves_),
           holds_weights_(like.holds_weights_) {
         if (holds_weights_) first_ = like.first_, next_ = like.next_;
         constructor_validate_and_infer_types();
@@ -57,6 +59,7 @@ public:
         visitor.on_attribute("height", height_);
         visitor.on_attribute("is_gated", is_gated_);
         visitor.on_attribute("in_bytes", in_bytes_);
+        visitor.on_attribute("in_halves", in_halves_);
         visitor.on_attribute("holds_weights", holds_weights_);
         return true;
     }
@@ -79,7 +82,7 @@ public:
         call.out = outputs[0].data<float>();
         call.frames = static_cast<int>(input[0]), call.size = static_cast<int>(num_tokens(input));
         call.from_planes = input.size() == 4, call.to_planes = height_ > 0, call.is_gated = is_gated_;
-        if (!in_bytes_) linear(call, num_threads(), parallel);
+        if (!in_bytes_) (in_halves_ ? linear<Half> : linear<float>)(call, num_threads(), parallel);
 #ifdef PC_HAS_VNNI
         else
             linear_bytes(call, num_threads(), parallel);
@@ -89,6 +92,7 @@ public:
 
 private:
     void check(const ov::Shape& out) const {
+        OPENVINO_ASSERT(!in_bytes_ || !in_halves_, "weights in both 8 and 16 bits");
         const size_t inputs = get_input_size(), in = get_input_shape(0)[get_input_shape(0).size() == 4 ? 1 : 2];
         OPENVINO_ASSERT(inputs >= 3 && inputs <= 6 && (is_gated_ || !has_next(inputs)), "layers that do not fit");
         check_layer(1, in, is_gated_ ? 2 : 1);
@@ -117,16 +121,19 @@ private:
     }
 
     Weights pack(const ov::Tensor& weight) const {
-        const size_t out = weight.get_shape()[0], in = weight.get_size() / out;
-        const int rows = static_cast<int>(out), columns = static_cast<int>(in);
-        const size_t count = in_bytes_ ? out / kPanel * byte_panel(columns) : in * out;
-        const auto packed = packed_weights(weight, in, in_bytes_ ? kInBytes : kInFloats, count, [&](float* to) {
-            if (in_bytes_)
-                pack_bytes(weight.data<float>(), columns, 1, rows, to, parallel);
-            else
-                linear_pack(weight.data<float>(), columns, rows, to, parallel);
+        if (!in_bytes_) return in_halves_ ? pack_numbers<Half>(weight) : pack_numbers<float>(weight);
+        const int rows = static_cast<int>(weight.get_shape()[0]), columns = static_cast<int>(weight.get_size()) / rows;
+        return packed_weights<float>(weight, columns, kInBytes, rows / kPanel * byte_panel(columns), [&](float* to) {
+            pack_bytes(weight.data<float>(), columns, 1, rows, to, parallel);
         });
-        return {packed, weight.get_shape()};
+    }
+
+    template <class Number>
+    static Weights pack_numbers(const ov::Tensor& weight) {
+        const size_t out = weight.get_shape()[0], in = weight.get_size() / out;
+        return packed_weights<Number>(weight, in, kInFloats, in * out, [&](Number* to) {
+            linear_pack(weight.data<float>(), static_cast<int>(in), static_cast<int>(out), to, parallel);
+        });
     }
 
     static Layer layer(const Weights& weights, const ov::Tensor& bias, bool is_gated) {
@@ -138,6 +145,7 @@ private:
     int64_t height_ = 0;
     bool is_gated_ = false;
     bool in_bytes_ = false;
+    bool in_halves_ = false;
     bool holds_weights_ = false;
     mutable std::once_flag once_;
     mutable Weights first_, next_;

@@ -180,7 +180,7 @@ ByteRows BytePicture::windows(int frame, int top, int left) const {
 void BytePicture::sum(int64_t first, int count, const Layer& layer, int panel, float* sums, const Fetch& next) const {
     const int columns = window_.out_width, times = window_.times;
     const size_t kind = one_kind(window_.times, channels_, layer.out_channels);
-    const float* weights = layer.packed + panel * byte_panel(layer.in_channels);
+    const float* weights = static_cast<const float*>(layer.packed) + panel * byte_panel(layer.in_channels);
     for (int done = 0; done < count; done += columns) {
         const int64_t row = (first + done) / columns;
         const int frame = static_cast<int>(row / window_.out_height), y = static_cast<int>(row % window_.out_height);

@@ -1,5 +1,5 @@
-// The innermost loop of every matrix product here: some rows times one panel of weights, sums kept in registers.
-// Layer 4.
+// The innermost loop of every matrix product in float32: some rows times one panel of weights, which are floats or
+// halves, sums kept in registers. Layer 4.
 #pragma once
 
 #include <array>
@@ -20,17 +20,18 @@ struct Rows {
     size_t stride;
 };
 
-// What is read next, to be fetched meanwhile: from where, and how much of it with each number of a row, in floats.
+// What is read next, to be fetched meanwhile: from where, and how much of it with each number of a row.
 // Panels come from memory, or a cache that all cores share, and are done with sooner than the next arrives.
+template <class Number>
 struct Ahead {
-    const float* from;
+    const Number* from;
     size_t step;
 };
 
 // kCount rows of `depth` numbers times the first kVectors vectors of a panel (depth, kPanel) → out, rows of as many;
 // kIsMore: added to what is there.
-template <int kCount, bool kIsMore, int kVectors>
-void multiply(Rows rows, const float* panel, int depth, float* out, size_t out_stride, Ahead ahead) {
+template <int kCount, bool kIsMore, int kVectors, class Number>
+void multiply(Rows rows, const Number* panel, int depth, float* out, size_t out_stride, Ahead<Number> ahead) {
     Vector sums[kCount][kVectors] = {};
     if (kIsMore)
 #pragma GCC unroll 14
@@ -55,42 +56,43 @@ void multiply(Rows rows, const float* panel, int depth, float* out, size_t out_s
         for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * kLanes, sums[r][v]);
 }
 
-using Multiply = void (*)(Rows, const float*, int, float*, size_t, Ahead);
+template <class Number>
+using Multiply = void (*)(Rows, const Number*, int, float*, size_t, Ahead<Number>);
 
-template <bool kIsMore, int kVectors, int... kCounts>
-constexpr std::array<Multiply, kRows> multiplies(std::integer_sequence<int, kCounts...>) {
-    return {multiply<kCounts + 1, kIsMore, kVectors>...};
+template <bool kIsMore, int kVectors, class Number, int... kCounts>
+constexpr std::array<Multiply<Number>, kRows> multiplies(std::integer_sequence<int, kCounts...>) {
+    return {multiply<kCounts + 1, kIsMore, kVectors, Number>...};
 }
 
 // By the number of rows, less one.
-template <bool kIsMore, int kVectors>
-constexpr auto kMultiply = multiplies<kIsMore, kVectors>(std::make_integer_sequence<int, kRows>());
+template <bool kIsMore, int kVectors, class Number>
+constexpr auto kMultiply = multiplies<kIsMore, kVectors, Number>(std::make_integer_sequence<int, kRows>());
 
 // Any number of rows times one panel, which another follows. In blocks of nearly equal sizes: a short one leaves lanes
 // idle.
-template <bool kIsMore = false, int kVectors = 2>
-void multiply_rows(Rows rows, int count, const float* panel, int depth, float* out, size_t out_stride) {
+template <bool kIsMore = false, int kVectors = 2, class Number>
+void multiply_rows(Rows rows, int count, const Number* panel, int depth, float* out, size_t out_stride) {
     const int blocks = ceil_div(count, kRows);
-    const float* next = panel + static_cast<size_t>(depth) * kPanel;
+    const Number* next = panel + static_cast<size_t>(depth) * kPanel;
     const size_t step = ceil_div(kPanel, blocks);
     for (int block = 0; block < blocks; ++block) {
         const int begin = count * block / blocks, end = count * (block + 1) / blocks;
         const Rows own{rows.first + begin * rows.stride, rows.stride};
         float* own_out = out + begin * out_stride;
-        const Ahead ahead{next + block * step * depth, step};
-        kMultiply<kIsMore, kVectors>[end - begin - 1](own, panel, depth, own_out, out_stride, ahead);
+        const Ahead<Number> ahead{next + block * step * depth, step};
+        kMultiply<kIsMore, kVectors, Number>[end - begin - 1](own, panel, depth, own_out, out_stride, ahead);
     }
 }
 
 constexpr int kDepth = 512;  // that is multiplied at once, so that a panel stays in the innermost cache
 
 // The same of any depth, which nothing follows.
-template <int kVectors = 2>
-void multiply_deep_rows(Rows rows, int count, const float* panel, int depth, float* out, size_t out_stride) {
+template <int kVectors = 2, class Number>
+void multiply_deep_rows(Rows rows, int count, const Number* panel, int depth, float* out, size_t out_stride) {
     for (int k = 0; k < depth; k += kDepth) {
         const Rows own{rows.first + k, rows.stride};
         const int part = depth - k < kDepth ? depth - k : kDepth;
-        const auto multiply = k == 0 ? multiply_rows<false, kVectors> : multiply_rows<true, kVectors>;
+        const auto multiply = k == 0 ? multiply_rows<false, kVectors, Number> : multiply_rows<true, kVectors, Number>;
         multiply(own, count, panel + static_cast<size_t>(k) * kPanel, part, out, out_stride);
     }
 }

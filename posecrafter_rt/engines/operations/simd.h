@@ -1,11 +1,13 @@
 // Vectors as wide as the instructions that this is compiled for, sixteen floats or eight: what their operators do not
-// do, columns of planes, transposed, and the functions SiLU and GELU. Layer 4.
+// do, halves, columns of planes, transposed, and the functions SiLU and GELU. Layer 4.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
-#if !defined(__AVX512F__) && !(defined(__AVX2__) && defined(__FMA__))
-#error "there is neither AVX-512 nor AVX2 with FMA: openvino_operations.py compiles this for what the processor has"
+#if !defined(__AVX512F__) && !(defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
+#error \
+    "there is neither AVX-512 nor AVX2, FMA and F16C: openvino_operations.py compiles this for what the processor has"
 #endif
 
 #include <immintrin.h>
@@ -28,6 +30,28 @@ constexpr int kColumns = 8;  // of the squares that `transpose` turns over
 PC_INLINE Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 
 PC_INLINE void store(float* to, Vector v) { *reinterpret_cast<Unaligned*>(to) = v; }
+
+// A number in 16 bits, IEEE 754's binary16.
+struct Half {
+    uint16_t bits;
+};
+
+PC_INLINE Vector load(const Half* from) {
+#ifdef __AVX512F__
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+}
+
+// Rounded to the nearest, of two to the even one; infinite from 65520 on.
+PC_INLINE void store(Half* to, Vector v) {
+#ifdef __AVX512F__
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
 
 // Which of eight columns there are: the first `count`.
 PC_INLINE __m256i columns_of(int count) {

@@ -13,7 +13,8 @@
 
 namespace posecrafter {
 
-void winograd_pack(const float* weight, int in_channels, int out_channels, int tile, float* packed,
+template <class Number>
+void winograd_pack(const float* weight, int in_channels, int out_channels, int tile, Number* packed,
                    const Parallel& parallel) {
     const int panels = out_channels / kPanel, patch = tile + 2;
     const auto g = weight_transform(tile);
@@ -29,13 +30,21 @@ void winograd_pack(const float* weight, int in_channels, int out_channels, int t
             for (int index = 0; index < patch * patch; ++index) {
                 const auto& row = half[index / patch];
                 const double* column = g[index % patch];
-                float* to = packed + ((static_cast<size_t>(index) * panels + panel) * in_channels + i) * kPanel;
-                for (int o = 0; o < kPanel; ++o)
-                    to[o] = static_cast<float>(row[0][o] * column[0] + row[1][o] * column[1] + row[2][o] * column[2]);
+                Number* to = packed + ((static_cast<size_t>(index) * panels + panel) * in_channels + i) * kPanel;
+                for (int v = 0; v < kPanel; v += kLanes) {
+                    Vector numbers;
+                    for (int o = v; o < v + kLanes; ++o)
+                        numbers[o - v] =
+                            static_cast<float>(row[0][o] * column[0] + row[1][o] * column[1] + row[2][o] * column[2]);
+                    store(to + v, numbers);
+                }
             }
         }
     });
 }
+
+template void winograd_pack(const float*, int, int, int, float*, const Parallel&);
+template void winograd_pack(const float*, int, int, int, Half*, const Parallel&);
 
 namespace {
 
@@ -176,7 +185,7 @@ void scatter(const Plan<kTile>& plan, const float* lines, int top, size_t channe
 
 // One call. In a chunk a task of the first and the last phase is a row of tiles of a vector's channels; of the second,
 // a part of a product.
-template <int kTile>
+template <int kTile, class Number>
 class Job {
 public:
     Job(const Convolution& call, int threads) : plan_(call, threads) {}
@@ -232,8 +241,9 @@ private:
         const int panels = c.out_channels / kPanel;
         v += index * plan_.v_stride + static_cast<size_t>(begin) * c.in_channels;
         m += index * plan_.m_stride + static_cast<size_t>(begin) * c.out_channels;
+        const auto packed = static_cast<const Number*>(c.packed);
         for (int panel = 0; panel < panels; ++panel) {
-            const float* weights = c.packed + (static_cast<size_t>(index) * panels + panel) * c.in_channels * kPanel;
+            const Number* weights = packed + (static_cast<size_t>(index) * panels + panel) * c.in_channels * kPanel;
             multiply_rows({v, static_cast<size_t>(c.in_channels)}, count, weights, c.in_channels, m + panel * kPanel,
                           c.out_channels);
         }
@@ -257,10 +267,12 @@ private:
 
 void winograd_convolve(const Convolution& call, int threads, const Parallel& parallel) {
     if (call.frames == 0 || call.height == 0 || call.width == 0) return;
-    if (call.tile == 2)
-        Job<2>(call, threads).run(parallel);
+    if (call.tile == 4)
+        Job<4, float>(call, threads).run(parallel);
+    else if (call.in_halves)
+        Job<2, Half>(call, threads).run(parallel);
     else
-        Job<4>(call, threads).run(parallel);
+        Job<2, float>(call, threads).run(parallel);
 }
 
 }  // namespace posecrafter

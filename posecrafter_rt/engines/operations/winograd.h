@@ -13,23 +13,27 @@ namespace posecrafter {
 // Of a tile of tile × tile outputs, 2 or 4: one for each pixel that it depends on.
 constexpr int winograd_products(int tile) { return (tile + 2) * (tile + 2); }
 
-// weight (out, in, 3, 3) → packed (products, out / panel, in, panel); `packed` is 64 bytes aligned.
-void winograd_pack(const float* weight, int in_channels, int out_channels, int tile, float* packed,
+// weight (out, in, 3, 3) → packed (products, out / panel, in, panel), as floats or halves; `packed` is 64 bytes
+// aligned.
+template <class Number>
+void winograd_pack(const float* weight, int in_channels, int out_channels, int tile, Number* packed,
                    const Parallel& parallel);
 
 // One convolution. Input channels are a multiple of a vector's floats, output channels of a panel's, which are two
 // vectors. All are compact: input (frames, in, h / times, w / times), out (frames, out, h, w), bias (out). It
 // is of the input with each pixel repeated `times`, 1 or 2, in either direction, and where scale and shift (frames, in)
-// are given of SiLU(input · scale + shift). A residual, as out, is added.
+// are given of SiLU(input · scale + shift). A residual, as out, is added. In tiles of 2×2 weights may be halves; those
+// of 4×4 would add up their rounding ten times as large.
 struct Convolution {
     const float* input;
     const float* scale;
     const float* shift;
-    const float* packed;
+    const void* packed;
     const float* bias;
     const float* residual;
     float* out;
     int frames, in_channels, out_channels, height, width, times, tile;
+    bool in_halves;
 };
 
 // threads: how many work at it at best.
