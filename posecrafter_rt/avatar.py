@@ -167,8 +167,8 @@ class Avatar:
             options = replace(options, segment=choice.segment, overlap=choice.overlap)
         segment_length = self.networks.checked_segment(len(target), options)
         split = Split(len(target), segment_length, options.overlap)
-        report = RenderReport(options=options, num_frames=len(target), num_resumed=len(finished),
-                              segment_reason=None if choice is None else choice.reason,
+        report = RenderReport(options=options, precision=self.networks.built, num_frames=len(target),
+                              num_resumed=len(finished), segment_reason=None if choice is None else choice.reason,
                               adjustments=[] if choice is None else choice.adjustments())  # fmt: skip
         for part in finished:
             report.add(part, split.settle(part.adjustments))
@@ -212,7 +212,7 @@ class Avatar:
         recommended = self.folder.manifest["recommended"]["strength"]
         render = self.resolve(options.as_render(recommended, self.has_small_decoder))
         self.networks.check(replace(render, unet_every=options.unet_every))
-        report = RenderReport(options=render, num_frames=1, reference_index=index)
+        report = RenderReport(options=render, precision=self.networks.built, num_frames=1, reference_index=index)
         return AvatarStream(*self._stream_networks(report), options, widen=partial(self._widened_networks, report))
 
     def _stream_networks(self, report: RenderReport) -> tuple[Mapping[str, Engine], StreamReference]:

@@ -175,8 +175,7 @@ def _write_outputs(work: _Work, rendered: Iterable[np.ndarray], outputs: tuple[P
             writer.write(frame)
     assert avatar.last_report is not None  # the loop above ran to its end
     report = {**avatar.last_report.to_json(), "replaced": stretch and [stretch.start, stretch.stop],
-              "engine": {name: avatar.folder.manifest[name] for name in
-                         ("backend", "precision", "size", "checkpoint", "base", "norm_scope")}}  # fmt: skip
+              "engine": _described(avatar.folder.manifest)}  # fmt: skip
     poses = PoseSequence(of_sheet[shown], target.canvas)
     pictures = draw_poses(transform_keypoints(poses, avatar.size), avatar.size)
     rows = [("reference", [avatar.frames[report["reference_index"]]]), ("poses", list(pictures)), ("rendered", kept)]
@@ -185,6 +184,12 @@ def _write_outputs(work: _Work, rendered: Iterable[np.ndarray], outputs: tuple[P
     write_png(sheet_path, contact_sheet(rows), force=True)
     with atomic_path(report_path) as temporary:
         temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
+
+
+def _described(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of the engine; `loras` is empty when none was fused."""
+    named = ("backend", "precision", "size", "checkpoint", "base", "norm_scope")
+    return {**{name: manifest[name] for name in named}, "loras": manifest.get("loras", [])}
 
 
 def _keeping(frames: Iterable[np.ndarray], shown: np.ndarray, kept: list[np.ndarray]) -> Iterator[np.ndarray]:

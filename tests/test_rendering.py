@@ -237,6 +237,22 @@ JOINTLY = RenderOptions(**{**CHANGES, "segment": None})
 IN_SEGMENTS = RenderOptions(**{**CHANGES, "segment": 6})
 
 
+def test_the_report_names_eight_bits_as_an_approximation_and_loras_with_the_engine(
+    avatar: Avatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = render_to_files(avatar, some_poses(2), tmp_path / "plain.mp4", JOINTLY)
+    assert plain["approximations"] == {"num_inference_steps": 1}
+    assert (plain["engine"]["precision"], plain["engine"]["loras"]) == ("fp32", [])
+    loras = [{"file": "style.safetensors", "sha256": "0" * 64, "scale": 0.5}]
+    monkeypatch.setitem(avatar.folder.manifest, "precision", "int8")
+    monkeypatch.setitem(avatar.folder.manifest, "loras", loras)
+    monkeypatch.setattr(avatar.networks, "precision", "int8")  # not loaded anew: torch has none
+    render_to_files(avatar, some_poses(2), tmp_path / "out.mp4", JOINTLY)
+    report = json.loads((tmp_path / "out.report.json").read_text(encoding="utf-8"))
+    assert report["approximations"] == {"num_inference_steps": 1, "precision": "int8"}
+    assert report["engine"] == {**plain["engine"], "precision": "int8", "loras": loras}
+
+
 @pytest.mark.parametrize("options", [JOINTLY, IN_SEGMENTS])
 def test_another_full_disk_is_told_by_its_own_name(
     avatar: Avatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: RenderOptions

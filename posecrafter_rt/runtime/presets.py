@@ -1,4 +1,4 @@
-"""Named bundles of options of renders and of streams, and which options of a render are approximations.
+"""Named bundles of options of renders and of streams, and what of a render is an approximation.
 
 Layer 5: plain data. What each preset costs and gives is measured: those of a render by `python -m bench.quality --presets`,
 see docs/presets.md, those of a stream by `bench.stream_quality` and `bench.latency`, see docs/streaming.md.
@@ -41,11 +41,12 @@ def preset_options(preset: str, **given: Any) -> RenderOptions:
     return RenderOptions(**{**bundle(preset), **given})
 
 
-def approximations(options: RenderOptions, segment: int | str | None) -> dict[str, Any]:
+def approximations(options: RenderOptions, segment: int | str | None, precision: str) -> dict[str, Any]:
     """What a render leaves out of the paper's, as options and their values; empty when nothing.
 
     Args: options: with nothing left to the base. segment: frames rendered jointly at most; None: all of the clip, which is
-        exact, whatever was asked for.
+        exact, whatever was asked for. precision: the engine's. int8 rounds what products are of; the others are types of
+        numbers.
     """
     is_used = {
         "num_inference_steps": options.num_inference_steps < RenderOptions.num_inference_steps,
@@ -56,4 +57,5 @@ def approximations(options: RenderOptions, segment: int | str | None) -> dict[st
         "decoder": options.decoder != "full",
     }
     named = {name: getattr(options, name) for name, used in is_used.items() if used}
-    return named if segment is None else {**named, "segment": segment}
+    beside = {"segment": (segment, segment is not None), "precision": (precision, precision == "int8")}
+    return {**named, **{name: value for name, (value, used) in beside.items() if used}}

@@ -127,12 +127,13 @@ class RenderReport(SegmentReport):
     """Of a whole render: the sums over its segments, the largest memory, and what they have in common.
 
     segments: how many frames each of them rendered jointly; one: the clip was not split. overlaps: how many of those each
-    shared with the next. segment_peaks: each one's largest resident memory. num_resumed: how many of them
+    shared with the next. precision: that the engine was built in. segment_peaks: each one's largest resident memory. num_resumed: how many of them
     an earlier, interrupted run had finished. segment_reason: how `segment="auto"` came to the number in `options`.
     reference_index: which training frame was inverted. inversion_cached: whether it was read from the cache.
     """
 
     options: RenderOptions
+    precision: str
     num_frames: int
     segments: list[int] = field(default_factory=list)
     overlaps: list[int] = field(default_factory=list)
@@ -172,7 +173,7 @@ class RenderReport(SegmentReport):
         longest = [self.options.segment, *shortened][-1] if self.num_segments > 1 else None
         return {**super().to_json(), "options": vars(self.options), "num_segments": self.num_segments,
                 "claims_byte_equality": not by_memory and len(self.threads) < 2,
-                "approximations": approximations(self.options, longest)}  # fmt: skip
+                "approximations": approximations(self.options, longest, self.precision)}  # fmt: skip
 
 
 def describe_adjustment(adjustment: Adjustment) -> str:

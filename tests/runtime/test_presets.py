@@ -59,4 +59,11 @@ def test_presets_of_streams_do_more_from_one_to_the_next_and_the_middle_one_is_t
      {"num_inference_steps": 10, "sampler": "dpmpp"}),
 ])  # fmt: skip
 def test_what_is_approximated_is_named(options: RenderOptions, segment: int | None, named: dict) -> None:
-    assert approximations(options, segment) == named
+    assert approximations(options, segment, "fp32") == named
+
+
+@pytest.mark.parametrize(("precision", "named"), [
+    ("fp32", {}), ("bf16", {}), ("fp16", {}), ("int8", {"precision": "int8"}),
+])  # fmt: skip
+def test_of_an_engines_precisions_eight_bits_are_named(precision: str, named: dict) -> None:
+    assert approximations(RenderOptions(strength=1.0), None, precision) == named

@@ -17,7 +17,9 @@ MB = 1_000_000
 
 
 def whole(**named) -> RenderReport:
-    return RenderReport(options=RenderOptions(strength=1.0, inversion_substeps=1), num_frames=9, **named)
+    return RenderReport(
+        options=RenderOptions(strength=1.0, inversion_substeps=1), precision="fp32", num_frames=9, **named
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be counted anew on Linux alone")
