@@ -42,7 +42,7 @@ test-slow: $(STAMPS)/dev
 
 # The page of `serve` in the system's Chromium; skipped, with the reason, where there is none.
 test-browser: $(STAMPS)/dev
-	$(BIN)/python -m pytest -m "browser and not slow" tests/serve/browser $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -rfEs -m "browser and not slow" tests/serve/browser $(PYTEST_ARGS)
 
 check: lint types page wheel
 

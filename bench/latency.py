@@ -116,17 +116,19 @@ def markdown(document: Row) -> str:
         "Times in ms. Pose to frame: from when the pose is there to when its frame is there as an array; with serve",
         "over a WebSocket on loopback, JPEG decoded. Jitter: how intervals between frames change from one to the next.",
         "Behind: how much older a frame's pose is than the newest. Overdue: frames that came later after the pose that",
-        "follows theirs than a frame takes. Repeats: poses that had not moved, for which nothing was computed.", "",
+        "follows theirs than a frame takes. Repeats: poses that had not moved, for which nothing was computed.",
+        "Frame: the step that gave it alone, without what its pose waited; with serve as the server says.", "",
     ]  # fmt: skip
     header = ("way", "p50", "p95", "p99", "jitter std", "jitter p95", "frames/s", "dropped", "behind p50", "behind p95",
-              "behind max", "overdue", "repeats")  # fmt: skip
+              "behind max", "overdue", "repeats", "frame p50", "frame p95", "frame p99")  # fmt: skip
     cells = []
     for row in rows:
         times = [*row["latency_ms"].values(), *row["jitter_ms"].values()]
         behind = [f"{value:.0f}" for value in row["behind_ms"].values()]
+        frame = [f"{row['frame_ms'][rank]:.1f}" if "frame_ms" in row else "" for rank in ("p50", "p95", "p99")]
         cells.append((name_of(row), *(f"{value:.1f}" for value in times), f"{row['fps']:.1f}",
                       f"{row['num_dropped']} of {row['num_poses']}", *behind,
-                      f"{row['num_overdue']} of {row['num_frames']}", str(row["num_repeats"])))  # fmt: skip
+                      f"{row['num_overdue']} of {row['num_frames']}", str(row["num_repeats"]), *frame))  # fmt: skip
     cells += [(name_of(row), row["error"]) for row in document["rows"] if "error" in row]
     lines += [
         *table(header, cells), "## To the first frame (s)", "",
@@ -166,7 +168,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--window", type=int, default=4)
+    parser.add_argument("--window", type=int, default=StreamOptions().window)
     parser.add_argument("--decoder", choices=["full", "small"], help="else small where the engine has one")
     parser.add_argument("--rate", type=float, default=25.0, help="poses a second")
     parser.add_argument("--seconds", type=float)

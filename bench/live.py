@@ -43,11 +43,16 @@ Row = dict[str, Any]
 
 
 class Shown(NamedTuple):
-    """A frame. number: of its pose. at_s: when it was there as an array. is_repeat: nothing was computed for it."""
+    """A frame.
+
+    number: of its pose. at_s: when it was there as an array. is_repeat: nothing was computed for it. took_s: the step
+    that gave it.
+    """
 
     number: int
     at_s: float
     is_repeat: bool
+    took_s: float
 
 
 class Trace(NamedTuple):
@@ -74,12 +79,13 @@ def summarise(trace: Trace) -> Row:
     latency: from the moment that a pose is there to the moment that its frame is. jitter: how intervals between frames
     change from one to the next. dropped: poses between the first and the last shown that have no frame. behind: by how
     much a frame's pose is older than the newest, when the frame comes. overdue: frames that come later after the pose
-    that follows theirs than a frame takes, which is what has passed since the frame before.
+    that follows theirs than a frame takes, which is what has passed since the frame before. frame: the step that gave
+    it, of a server as it says.
     Raises: RunFailed where next to nothing was shown.
     """
     if len(trace.shown) < MIN_FRAMES:
         raise RunFailed(f"{len(trace.shown)} frames were shown in all")
-    number, at, is_repeat = (np.array(values) for values in zip(*trace.shown, strict=True))
+    number, at, is_repeat, took = (np.array(values) for values in zip(*trace.shown, strict=True))
     offered = np.array(trace.offered)
     newest = np.searchsorted(offered, at, side="right") - 1
     following = offered[np.minimum(number + 1, len(offered) - 1)]
@@ -91,6 +97,7 @@ def summarise(trace: Trace) -> Row:
         "num_dropped": int(number[-1] - number[0] + 1 - len(number)), "num_poses": int(number[-1] - number[0] + 1),
         "fps": round((len(at) - 1) / float(at[-1] - at[0]), 2),
         "latency_ms": percentiles(at - offered[number], 50, 95, 99),
+        "frame_ms": percentiles(took, 50, 95, 99),
         "jitter_ms": {"std": round(float(changes.std() * 1e3), 2), **percentiles(np.abs(changes), 95)},
         "behind_ms": percentiles(offered[newest] - offered[number], 50, 95, 100),
         "num_overdue": int((waited[1:] > intervals + SLACK_S).sum()),
@@ -143,9 +150,11 @@ def follow(stream: AvatarStream, camera: Camera) -> Trace:
     while (taken := mailbox.take()) is not None:
         assert isinstance(taken, tuple)
         flying.append(taken[1])
+        begin = time.perf_counter()
         stream.step(camera.pose(taken[1]))
+        end = time.perf_counter()
         if len(flying) == flying.maxlen:
-            trace.shown.append(Shown(flying[0], time.perf_counter(), stream.last.is_repeat))
+            trace.shown.append(Shown(flying[0], end, stream.last.is_repeat, end - begin))
     return trace
 
 
@@ -276,7 +285,8 @@ class Client:
                 frame = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
                 assert frame is not None
                 cv2.cvtColor(frame, cv2.COLOR_BGR2RGB, frame)
-                return Shown(header.sequence, time.perf_counter(), bool(header.flags & REPEAT))
+                is_repeat = bool(header.flags & REPEAT)
+                return Shown(header.sequence, time.perf_counter(), is_repeat, header.render_ms / 1e3)
             if json.loads(message)["type"] == "error":
                 print(message, file=sys.stderr)
         return None

@@ -2,7 +2,8 @@
 
 Bench: `python -m bench.stream_quality [ENGINE | --checkpoint demo/tuned.ckpt] [--json FILE] [--quick]` streams frames
 46-119 of the demonstration's footage and writes results/stream_quality.json and .md, or FILE and its .md; without one
-it tunes as the demonstration does. With --quick alone it only prints: 16 frames, fewer streams, a render of 20 steps.
+it tunes as the demonstration does. `--precision int8` builds that, and writes results/stream_quality-int8.json and .md.
+With --quick alone it only prints: 16 frames, fewer streams, a render of 20 steps.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import build_engine
 from posecrafter_rt.demo.footage import TARGET
 from posecrafter_rt.demo.run import scores
+from posecrafter_rt.engines import ONLY_OF
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.stream_options import StreamOptions
 
@@ -92,15 +95,16 @@ def compare(
 
 def run(
     engine: Path | None, checkpoint: Path | None, streams: list[StreamOptions], num_frames: int | None,
-    offline_steps: int, is_quick: bool,
+    offline_steps: int, is_quick: bool, precision: str = "auto",
 ) -> Row:  # fmt: skip
-    """Tune and build what is not given, and compare."""
+    """Tune and build what is not given, and compare. precision: of an engine that is built."""
     frames, poses = load_footage()
     target, truth = poses[TARGET][:num_frames], frames[TARGET][:num_frames]
     with tempfile.TemporaryDirectory(prefix="stream-quality-") as folder:
         if engine is None:
             checkpoint = tune_person(Path(folder) / "tuned.ckpt", checkpoint, is_quick=is_quick)
-            engine = build_engine(checkpoint, Path(folder) / "tuned.engine", engine_options(is_quick)).folder.path
+            build = replace(engine_options(is_quick and precision not in ONLY_OF), precision=precision)
+            engine = build_engine(checkpoint, Path(folder) / "tuned.engine", build).folder.path
         with Avatar.load(engine) as avatar:
             manifest = avatar.folder.manifest
             rows = compare(avatar, target, truth, streams, offline_steps)
@@ -121,10 +125,11 @@ def name_of(row: Row) -> str:
 def markdown(document: Row) -> str:
     """The results as one table."""
     facts, engine = document["machine"], document["engine"]
+    commit = f", commit {facts['commit']}" if "commit" in facts else ""
     lines = [
         f"{document['num_frames']} unseen frames of the demonstration's footage; joint render of "
         f"{document['offline_steps']} steps; {engine['backend']} {engine['precision']},",
-        f"{facts.get('gpu', facts['processor'])}, {facts['torch_threads']} threads. Calibrated: the reference is",
+        f"{facts.get('gpu', facts['processor'])}, {facts['torch_threads']} threads{commit}. Calibrated: the reference is",
         "chosen by Eq. 5 over these poses, as the joint render's is; else it is the medoid of the training poses.",
         "Change: mean difference between neighbouring frames, over the truth's. Repeats: poses that had not moved.", "",
     ]  # fmt: skip
@@ -141,20 +146,31 @@ def markdown(document: Row) -> str:
     return "\n".join(lines + table(header, cells))
 
 
-def main() -> None:
-    """Parse the arguments, measure, print, write both files."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", type=Path, nargs="?", help="an engine of what `make demo` tunes")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
+    parser.add_argument("--precision", default="auto", help="of an engine that is built, as `build-engine` takes it")
     add_output_arguments(parser, "few frames and streams")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.engine is not None and options.precision != "auto":
+        parser.error("--precision is of an engine that is built, and one was given")
+    return options
+
+
+def main() -> None:
+    """Measure, print, write both files."""
+    options = parse()
     steps, windows = (QUICK_STEPS, QUICK_WINDOWS) if options.quick else (STEPS, WINDOWS)
     streams = [StreamOptions(steps=s, window=w) for s in steps for w in windows]
     streams += [StreamOptions(steps=s, decoder="full") for s in steps]
     streams += [StreamOptions(steps=s, unet_every=every) for s in steps for every in (2, 4) if every <= s]
     num_frames, offline_steps = (QUICK_FRAMES, QUICK_OFFLINE_STEPS) if options.quick else (None, 50)
-    document = run(options.engine, options.checkpoint, streams, num_frames, offline_steps, options.quick)
-    publish("stream_quality", document, markdown(document), options.json, options.quick)
+    document = run(options.engine, options.checkpoint, streams, num_frames, offline_steps, options.quick,
+                   options.precision)  # fmt: skip
+    name = "stream_quality" + (f"-{options.precision}" if options.precision != "auto" else "")
+    publish(name, document, markdown(document), options.json, options.quick)
 
 
 if __name__ == "__main__":

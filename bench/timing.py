@@ -12,11 +12,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 FLUSH_BYTES = 256 << 20  # beyond any L2
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _time_cuda(call: Callable[[], Any], budget_s: float, min_repeats: int, is_co
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were taken on: processor, threads, load, versions, and the GPU with its driver and clocks."""
+    """What the numbers were taken on: processor, threads, load, versions, commit, and the GPU with its driver and clocks."""
     info: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -109,6 +111,7 @@ def machine() -> dict[str, Any]:
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **_commit(),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -123,6 +126,19 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _commit() -> dict[str, str]:
+    """The code's commit, with `+` where tracked files differ from it; nothing where git or the repository is absent."""
+    if not (ROOT / ".git").exists():  # a source archive may lie in somebody else's repository
+        return {}
+    # No locks: a benchmark must not hold up whoever commits meanwhile.
+    command = ["git", "--no-optional-locks", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": output.strip()}
 
 
 def _driver() -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import throughput
+from bench import gpu, stream_quality, throughput
 from bench.flops import Counters, count_flops
 from bench.latency import Targets, markdown, parse, targets_for
 from bench.live import (
@@ -88,16 +88,19 @@ def avatar(engine: Path) -> Iterator[Avatar]:
 def test_a_run_by_hand() -> None:
     """Poses at 0, 10, … 70 ms; pose 3 has no frame, and pose 4's came when pose 5 had been there for 15 ms."""
     offered = [number / 100 for number in range(8)]
-    shown = [Shown(1, 0.014, False), Shown(2, 0.024, True), Shown(4, 0.065, False), Shown(6, 0.071, False)]
+    shown = [Shown(1, 0.014, False, 0.003), Shown(2, 0.024, True, 0.001), Shown(4, 0.065, False, 0.02),
+             Shown(6, 0.071, False, 0.005)]  # fmt: skip
     result = summarise(Trace(offered, shown))
     assert (result["num_frames"], result["num_repeats"]) == (4, 1)
     assert (result["num_dropped"], result["num_poses"]) == (2, 6)
     assert result["fps"] == round(3 / 0.057, 2)
     assert result["latency_ms"]["p50"] == pytest.approx(7.5)  # of 4, 4, 25 and 11 ms
+    assert result["frame_ms"] == pytest.approx({"p50": 4, "p95": 17.75, "p99": 19.55})  # of 3, 1, 20 and 5 ms
     assert result["jitter_ms"]["std"] == pytest.approx(np.std([31, -35]), abs=0.01)
     assert result["behind_ms"] == pytest.approx({"p50": 5, "p95": 18.5, "max": 20})  # of 0, 0, 20 and 10 ms
     assert result["num_overdue"] == 0
-    later = [*shown[:2], Shown(4, 0.062, False), Shown(5, 0.0695, False)]  # 9.5 ms after pose 6, 7.5 ms after a frame
+    # The last comes 9.5 ms after pose 6, 7.5 ms after a frame.
+    later = [*shown[:2], Shown(4, 0.062, False, 0.02), Shown(5, 0.0695, False, 0.005)]
     assert summarise(Trace(offered, later))["num_overdue"] == 1
     with pytest.raises(RunFailed, match="3 frames"):
         summarise(Trace(offered, shown[:3]))
@@ -151,6 +154,13 @@ def test_a_stream_is_measured_by_stages(avatar: Avatar, monkeypatch: pytest.Monk
     assert all(value > 0 for value in stages.values())
     assert sum(stages.values()) == pytest.approx(2 * stages["all"], abs=0.1)
     assert row["first_frame_s"] > 0 and row["num_frames"] >= 4
+    assert_frames_take_part_of_their_latency(row)
+
+
+def assert_frames_take_part_of_their_latency(row: dict[str, Any]) -> None:
+    """Each frame's step lies within its latency, so every percentile of the one is below the other's."""
+    assert list(row["frame_ms"]) == ["p50", "p95", "p99"]
+    assert all(0 < row["frame_ms"][rank] <= row["latency_ms"][rank] for rank in row["frame_ms"])
 
 
 def test_a_server_is_measured_as_its_clients_see_it(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +169,7 @@ def test_a_server_is_measured_as_its_clients_see_it(engine: Path, monkeypatch: p
     row = measure_serve(engine, StreamOptions(steps=2, window=0, is_pipelined=True), camera)
     assert row["num_frames"] >= 4
     assert row["start_s"] > 0 and row["first_frame_s"] > 0
+    assert_frames_take_part_of_their_latency(row)
     json.dumps(row)
 
 
@@ -176,6 +187,12 @@ def test_an_engine_is_built_where_none_is_given(
     with Avatar.load(engine) as avatar:
         assert avatar.size == SIZE
     assert find_engine(parse([str(engine)]), tmp_path / "elsewhere") == engine
+
+
+def test_the_default_window_is_a_streams() -> None:
+    assert parse([]).window == StreamOptions().window
+    assert parse(gpu.PARTS["streams"][0][1:]).window == StreamOptions().window
+    assert StreamOptions().window in stream_quality.WINDOWS
 
 
 def test_targets_are_judged() -> None:
@@ -197,8 +214,9 @@ def test_markdown_tells_what_was_measured_and_what_was_not() -> None:
         "way": "stream", "steps": 4, "is_pipelined": True, "open_s": 2.5, "first_frame_s": 0.2, "num_frames": 90,
         "num_repeats": 3, "num_dropped": 7, "num_poses": 97, "fps": 21.3, "latency_ms": times, "num_overdue": 0,
         "jitter_ms": {"std": 1.5, "p95": 3.0}, "behind_ms": {"p50": 0.0, "p95": 40.0, "max": 80.0},
-        "stages_ms": {"edit": 1.0, "all": 40.0},
+        "stages_ms": {"edit": 1.0, "all": 40.0}, "frame_ms": {"p50": 24.1, "p95": 28.2, "p99": 30.3},
     }  # fmt: skip
+    older = {name: value for name, value in row.items() if name != "frame_ms"} | {"is_pipelined": False}
     failed = {"way": "serve", "steps": 4, "is_pipelined": False, "error": "left out: websockets is not installed"}
     setup = {
         "size": [128, 160],
@@ -209,11 +227,12 @@ def test_markdown_tells_what_was_measured_and_what_was_not() -> None:
         "rate": 25.0,
         "seconds": 20.0,
     }
-    document = {"machine": {"processor": "one"}, "setup": setup, "load_s": 3.0, "rows": [row, failed]}
+    document = {"machine": {"processor": "one"}, "setup": setup, "load_s": 3.0, "rows": [row, older, failed]}
     text = markdown(document)
     assert "| stream, 4 steps, pipelined | 31.2 | 40.5 | 51.0 | 1.5 | 3.0 | 21.3 | 7 of 97 |" in text
+    assert "| 0 of 90 | 3 | 24.1 | 28.2 | 30.3 |" in text and "| 0 of 90 | 3 |  |  |  |" in text
     assert "| serve, 4 steps | left out: websockets is not installed |" in text
-    assert "| at least 20 frames/s | 21.3: met |" in text
+    assert "| at least 20 frames/s | 21.3: met | 21.3: met |" in text
     assert "| stream, 4 steps, pipelined | 1.0 | 40.0 | 25.0 |" in text
     assert "Targets" not in markdown({**document, "rows": [failed]})
 

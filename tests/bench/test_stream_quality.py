@@ -12,7 +12,7 @@ import pytest
 
 from bench import stream_quality
 from bench.runs import moving_person
-from bench.stream_quality import compare, grade, markdown, stream_clip
+from bench.stream_quality import compare, grade, markdown, parse, stream_clip
 from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
@@ -68,6 +68,10 @@ def test_streams_are_compared_with_the_joint_render(avatar: Avatar) -> None:
     facts = {"machine": {"processor": "one", "torch_threads": 1}, "engine": {"backend": "torch", "precision": "fp32"}}
     text = markdown({**facts, "num_frames": 6, "offline_steps": 2, "rows": rows})
     assert "| joint render |" in text and "| 2 steps, window 2, calibrated |" in text
+    assert "one, 1 threads. Calibrated" in text
+    facts["machine"]["commit"] = "0123abc+"
+    named = markdown({**facts, "num_frames": 6, "offline_steps": 2, "rows": rows})
+    assert "one, 1 threads, commit 0123abc+. Calibrated" in named
 
 
 @pytest.mark.parametrize(("is_quick", "backend"), [(True, "torch"), (False, "auto")])
@@ -84,6 +88,42 @@ def test_a_quick_run_builds_what_takes_a_second(
     with pytest.raises(KeyboardInterrupt):
         stream_quality.run(None, tmp_path / "a.ckpt", [], 1, 2, is_quick)
     assert [options.backend for options in asked] == [backend]
+
+
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_int8_is_built_where_it_is_asked_for(is_quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the backend that has it, in a quick run too; its result has a name of its own."""
+    asked: list[BuildOptions] = []
+    published: list[str] = []
+
+    def build(checkpoint: Path, output: Path, options: BuildOptions) -> Any:
+        asked.append(options)
+        raise InterruptedError
+
+    def run(*arguments: Any) -> Any:
+        with pytest.raises(InterruptedError):
+            run_whole(*arguments)
+        return {"rows": []}
+
+    run_whole = stream_quality.run
+    monkeypatch.setattr(stream_quality, "build_engine", build)
+    monkeypatch.setattr(stream_quality, "run", run)
+    monkeypatch.setattr(stream_quality, "markdown", lambda document: "")
+    monkeypatch.setattr(stream_quality, "publish", lambda name, *_: published.append(name))
+    words = ["--checkpoint", str(tmp_path / "a.ckpt"), "--precision", "int8", *(["--quick"] if is_quick else [])]
+    monkeypatch.setattr("sys.argv", ["stream_quality", *words])
+    stream_quality.main()
+    assert asked == [BuildOptions("auto", "int8")] and published == ["stream_quality-int8"]
+
+
+def test_the_command_line_takes_an_engine_or_what_to_build(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = parse([])
+    assert (plain.engine, plain.checkpoint, plain.precision, plain.quick) == (None, None, "auto", False)
+    assert parse(["me.engine"]).engine == Path("me.engine")
+    assert parse(["--checkpoint", "a.ckpt", "--precision", "int8"]).precision == "int8"
+    with pytest.raises(SystemExit):
+        parse(["me.engine", "--precision", "int8"])
+    assert "of an engine that is built" in capsys.readouterr().err
 
 
 def test_the_documents_example_runs(
