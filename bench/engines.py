@@ -1,9 +1,10 @@
 """Times one denoising step (ControlNet + U-Net) by every engine that can run here, with its distance from PyTorch float32.
 
 Bench: `python -m bench.engines [--base embedded] [--size 128x160] [--frames 1 4 16] [--json FILE] [--quick]` takes every
-backend and precision, and what `bench.onnx_engines` has; each is built, and called, in processes of its own, in turns. Writes
-results/engines-<base>-<size>-<device>.json and .md, or FILE and its .md; with --quick alone (two engines unless others are
-named, up to four frames) it only prints. `--base random-sd15` has the size of Stable Diffusion 1.5.
+backend and precision, and what `bench.onnx_engines` has; each is built, and called, in processes of its own, in turns. One that
+fails at a number of frames keeps what was measured at those before. Writes results/engines-<base>-<size>-<device>.json and .md,
+or FILE and its .md; with --quick alone (two engines unless others are named, up to four frames) it only prints.
+`--base random-sd15` has the size of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from posecrafter_rt.engines import ONLY_OF, PRECISIONS, get_backend, names
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.machine import peak_rss_bytes, watched_peak
 from posecrafter_rt.models.loading import PoseModel, load_base
+from posecrafter_rt.runtime.memory import OUT_OF_MEMORY
 from posecrafter_rt.spec import Architecture, network_specs
 
 REFERENCE = "torch fp32"
 QUICK = (REFERENCE, "openvino fp32")  # what takes minutes to build, as inductor does, only by name
 TARGET_SPEEDUP, TARGET_PSNR_DB = 5.0, 40.0  # of the fastest engine, against REFERENCE
 ARCHITECTURE = "architecture.json"
+SO_FAR = "so-far.json"  # what `measure` has, if it ends before its end
 Row = dict[str, Any]
 
 
@@ -95,13 +98,13 @@ def load_networks(name: str, arch: Architecture, folder: Path) -> dict[str, Netw
 
 @torch.no_grad()
 def measure(job: Job, frame_counts: list[int], budget_s: float) -> Row:
-    """Milliseconds of a step, and of the first one, by frame count; the outputs go to `job.folder`."""
+    """Milliseconds of a step, and of the first one, by frame count; outputs, and what there is so far, go to `job.folder`."""
     arch = Architecture.from_json(json.loads((job.folder / ARCHITECTURE).read_text()))
     (job.folder / "compiled").mkdir(exist_ok=True)
     start = time.perf_counter()
     networks = load_networks(job.name, arch, job.folder)
-    load_s, specs = time.perf_counter() - start, network_specs(arch)
-    steps: dict[str, Row] = {}
+    row: Row = {"load_s": time.perf_counter() - start, "steps": {}}
+    specs = network_specs(arch)
     for frames in frame_counts:
         sizes = {"frames": frames, "groups": 1, "steps": 1, "window": 9, "height": job.size[0], "width": job.size[1]}
         inputs = {name: {key: tensor.to(getattr(networks[name], "device", "cpu"))
@@ -117,8 +120,24 @@ def measure(job: Job, frame_counts: list[int], budget_s: float) -> Row:
         first_s = time.perf_counter() - start
         torch.save(output, job.folder / f"{frames}.pt")
         wait_for_gpu()
-        steps[str(frames)] = {**time_call(step, budget_s=budget_s, min_repeats=2).to_json(), "first_s": first_s}
-    return {"load_s": load_s, "steps": steps, "peak_bytes": peak_rss_bytes()}
+        row["steps"][str(frames)] = {**time_call(step, budget_s=budget_s, min_repeats=2).to_json(), "first_s": first_s}
+        row["peak_bytes"] = peak_rss_bytes()
+        complete = job.folder / f"{SO_FAR}.new"
+        complete.write_text(json.dumps(row))
+        complete.rename(job.folder / SO_FAR)  # a process may be killed at any time
+    return row
+
+
+def measure_apart(job: Job, frame_counts: list[int], budget_s: float) -> Row:
+    """`measure` in a process of its own. Where that ends early: the steps until then, and `failed`, why by the frame count."""
+    so_far = job.folder / SO_FAR
+    so_far.unlink(missing_ok=True)  # of an earlier round
+    row = in_own_process(measure, job, frame_counts, budget_s)
+    if "error" not in row:
+        return row
+    kept: Row = json.loads(so_far.read_text()) if so_far.exists() else {"steps": {}}
+    left = [str(frames) for frames in frame_counts if str(frames) not in kept["steps"]]
+    return {**kept, "failed": {left[0]: row["error"]}} if left else kept
 
 
 def psnr_db(output: Tensor, reference: Tensor) -> float:
@@ -129,10 +148,14 @@ def psnr_db(output: Tensor, reference: Tensor) -> float:
 
 
 def best_of(runs: list[Row]) -> Row:
-    """The run with the least times, taken for each frame count on its own."""
-    fastest = {frames: min((run["steps"][frames] for run in runs), key=lambda step: step["median_ms"])
-               for frames in runs[0]["steps"]}  # fmt: skip
-    return {**runs[0], "steps": fastest}
+    """The run that came farthest with the least times, taken for each frame count on its own; an error if none has any."""
+    farthest = max(runs, key=lambda run: len(run["steps"]))  # the first of several
+    failed = {frames: reason for run in runs for frames, reason in run.get("failed", {}).items()}
+    if not farthest["steps"]:
+        return {"error": next(iter(failed.values()))}
+    fastest = {frames: min((run["steps"][frames] for run in runs if frames in run["steps"]), key=lambda step: step["median_ms"])
+               for frames in farthest["steps"]}  # fmt: skip
+    return {**farthest, "steps": fastest, **({"failed": failed} if failed else {})}
 
 
 def run(jobs: list[Job], frame_counts: list[int], budget_s: float, rounds: int) -> list[Row]:
@@ -142,55 +165,80 @@ def run(jobs: list[Job], frame_counts: list[int], budget_s: float, rounds: int) 
     for _ in range(rounds):
         for job in jobs:
             if job.name in runs:
-                runs[job.name].append(in_own_process(measure, job, frame_counts, budget_s))
+                runs[job.name].append(measure_apart(job, frame_counts, budget_s))
                 print(job.name, runs[job.name][-1], file=sys.stderr, flush=True)
     outputs = {job.name: job.folder for job in jobs}
     for name, measured in runs.items():
-        failed = next((one for one in measured if "error" in one), None)
-        rows[name] |= failed or best_of(measured)
-        for frames, step in rows[name].get("steps", {}).items():
+        rows[name] |= best_of(measured)
+    known = rows[REFERENCE].get("steps", {})
+    for name, row in rows.items():
+        for frames in row.get("steps", {}).keys() & known:
             output, reference = (torch.load(outputs[which] / f"{frames}.pt") for which in (name, REFERENCE))
-            step["psnr_db"] = psnr_db(output, reference)
+            row["steps"][frames]["psnr_db"] = psnr_db(output, reference)
     return [{"engine": name, **row} for name, row in rows.items()]
+
+
+def cell_of(reason: str) -> str:
+    """A failure in a cell: lack of memory, or the exception's name. The whole line stands below the table."""
+    kind, is_exception, _ = reason.partition(":")
+    if OUT_OF_MEMORY.search(reason) or "Memory" in kind:
+        return "out of memory"
+    return kind if is_exception else "process died"
+
+
+def time_cell(row: Row, base: Row, frames: str) -> str:
+    """A frame count's milliseconds, and how many times faster than `base` where that has some; else why there are none."""
+    if frames not in row["steps"]:
+        reason = row.get("failed", {}).get(frames)
+        return "–" if reason is None else cell_of(reason)
+    median_ms = row["steps"][frames]["median_ms"]
+    return f"{median_ms:.1f}" + (f" ({base[frames]['median_ms'] / median_ms:.2f}×)" if frames in base else "")
 
 
 def to_markdown(document: Row) -> str:
     """A row for each engine, a column for each frame count; times relative to float32 PyTorch."""
-    setup, facts, counts = document["setup"], document["machine"], document["setup"]["frame_counts"]
-    height, width = setup["size"]
+    setup, facts = document["setup"], document["machine"]
+    (height, width), counts = setup["size"], [str(frames) for frames in setup["frame_counts"]]
     rows = [row for row in document["rows"] if "error" not in row]
-    base = next(row["steps"] for row in rows if row["engine"] == REFERENCE)
+    base: Row = next((row["steps"] for row in rows if row["engine"] == REFERENCE), {})
     lines = [f"# One denoising step by each engine: {setup['base']}, {height}x{width}", "",
              f"{facts.get('gpu', facts['processor'])}, {facts['torch_threads']} threads, {facts['torch']}. Milliseconds of ControlNet "
              f"and U-Net (times faster than `{REFERENCE}`), the least median of {setup['rounds']} rounds in turns. PSNR: of the step's",
              f"output to `{REFERENCE}`'s, the lowest. First: the first step of {counts[0]} frames, where some compile. Build: of all",
-             "networks; ONNX Runtime's of these two. Memory: the peak of the process that runs it.", ""]  # fmt: skip
+             "networks; ONNX Runtime's of these two. Memory: the peak of the process that runs it, over what did run.", ""]  # fmt: skip
     cells = []
     for row in rows:
-        own = [row["steps"][str(count)] for count in counts]
-        times = [f"{step['median_ms']:.1f} ({base[str(count)]['median_ms'] / step['median_ms']:.2f}×)"
-                 for step, count in zip(own, counts, strict=True)]  # fmt: skip
-        quality = "" if row["engine"] == REFERENCE else f"{min(99.0, *(step['psnr_db'] for step in own)):.1f}"
-        cells.append((row["engine"], *times, quality, f"{row['build_s']:.0f}", f"{own[0]['first_s']:.1f}",
-                      f"{row['peak_bytes'] / 1e6:.0f}"))  # fmt: skip
-    header = ("engine", *(f"{count} frames" for count in counts), "PSNR dB", "build s", "first s", "peak MB")
+        near = [] if row["engine"] == REFERENCE else row["steps"].values()
+        quality = [step["psnr_db"] for step in near if "psnr_db" in step]
+        first = row["steps"].get(counts[0])
+        cells.append((row["engine"], *(time_cell(row, base, frames) for frames in counts),
+                      f"{min(99.0, *quality):.1f}" if quality else "", f"{row['build_s']:.0f}",
+                      f"{first['first_s']:.1f}" if first else "", f"{row['peak_bytes'] / 1e6:.0f}"))  # fmt: skip
+    header = ("engine", *(f"{frames} frames" for frames in counts), "PSNR dB", "build s", "first s", "peak MB")
     lines += table(header, cells)
+    lines += [f"- {row['engine']}, {frames} frames: {reason}" for row in rows
+              for frames, reason in row.get("failed", {}).items()]  # fmt: skip
     lines += [f"- {row['engine']}: {row['error']}" for row in document["rows"] if "error" in row]
     lines += [f"- {name}: {reason}" for name, reason in document["not_here"].items()]
-    return "\n".join([*lines, "", *judged(rows, base, [str(count) for count in counts]), ""])
+    return "\n".join([*lines, "", *judged(rows, base, counts), ""])
 
 
 def judged(rows: list[Row], base: Row, counts: list[str]) -> list[str]:
-    """The fastest engine of sufficient quality, and the target."""
-    good = [row for row in rows if all(row["steps"][count]["psnr_db"] >= TARGET_PSNR_DB for count in counts)]
+    """The fastest engine of sufficient quality, and the target, at those frame counts that `base` has."""
+    shared = [frames for frames in counts if frames in base]
+    if not shared:
+        return [f"None is judged: `{REFERENCE}` did not run."]
+    good = [row for row in rows
+            if all(row["steps"].get(frames, {}).get("psnr_db", 0.0) >= TARGET_PSNR_DB for frames in shared)]  # fmt: skip
 
     def speedup(row: Row) -> float:
-        return float(min(base[count]["median_ms"] / row["steps"][count]["median_ms"] for count in counts))
+        return float(min(base[frames]["median_ms"] / row["steps"][frames]["median_ms"] for frames in shared))
 
     best = max(good, key=speedup)
     verdict = "met" if speedup(best) >= TARGET_SPEEDUP else "missed"
+    where = "where it gains least" + ("" if shared == counts else f" of {', '.join(shared)} frames")
     return [f"Fastest of those with {TARGET_PSNR_DB:g} dB at least: {best['engine']}, {speedup(best):.2f} times as fast as "
-            f"`{REFERENCE}` where it gains least. Target {TARGET_SPEEDUP:g}: {verdict}."]  # fmt: skip
+            f"`{REFERENCE}` {where}. Target {TARGET_SPEEDUP:g}: {verdict}."]  # fmt: skip
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

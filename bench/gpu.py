@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one go: tests, every operator's timing, whole renders' and a stream's at Stable Diffusion 1.5's size.
 
-Bench: `make bench-gpu`; about a quarter of an hour on an H100, and up to an hour more where TensorRT can run. What matters most
-comes first; loop, engines and refit publish at their end, so that one that its limit cuts off leaves nothing. Writes
-results/kernels-<device>, presets-…, throughput-…, latency-…, loop-…, engines-… and refit-…, .json and .md each; exits 1 if a part
-fails, after the others have run.
+Bench: `make bench-gpu`; about a quarter of an hour on an H100, what `inductor` compiles besides, and up to two and a half hours more
+where TensorRT can run. What matters most comes first; loop, engines and refit publish at their end, so that one that its limit cuts
+off leaves nothing. Writes results/kernels-<device>, presets-…, throughput-…, latency-…, loop-…, engines-… and refit-…, .json and
+.md each; exits 1 if a part fails, after the others have run.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ OF_BACKENDS = ("tests/engines/test_parity.py", "tests/test_refit.py")
 STREAMS = "tests/runtime/test_stream.py"
 SD15 = ("--base", "random-sd15", "--work", "{work}")  # written once, and one engine for all that take the same
 SD15_TORCH = (*SD15, "--backend", "torch", "--precision", "bf16")
+ENGINES = ("bench.engines", "--rounds", "1", "--engines", "torch fp32", "torch fp16", "torch bf16")
+REFIT = ("bench.refit", "--backend", "torch")
 PARTS = {  # each with its limit in seconds on an H100
     "tests": (("pytest", "-q", "-n", "4", "-k", "not tensorrt", *TESTS), 150),
     "refits": (("pytest", "-q", "-n", "2", "-k", "torch", *OF_BACKENDS), 40),
@@ -41,11 +43,18 @@ PARTS = {  # each with its limit in seconds on an H100
     "streams": (("bench.latency", *SD15_TORCH, "--steps", "2", "--rate", "60", "--seconds", "5"), 200),
     # What may be left out where time is short.
     "loop": (("bench.loop", *SD15_TORCH), 110),
-    "engines": (("bench.engines", "--rounds", "1", "--engines", "torch fp32", "torch fp16", "torch bf16"), 110),
-    "second identities": (("bench.refit", "--backend", "torch"), 110),
+    "engines": (ENGINES, 110),
+    "second identities": (REFIT, 110),
+    # A dozen networks that are compiled once; on two cores of a processor that takes minutes.
+    "inductor's networks": (("pytest", "-q", "-m", "slow", "-k", "inductor", "tests/engines/test_parity.py"), 600),
 }  # fmt: skip
-# Its plans take minutes to build, a hundred of them: no part of the others, and what fails first tells what to mend.
-TENSORRT = (("pytest", "-x", "-q", "-k", "tensorrt", "tests/engines/test_tensorrt.py", *OF_BACKENDS, STREAMS), 3600)
+# Its plans take minutes to build, a hundred of them: no part of the others, and what fails first tells what to mend. What is timed
+# is timed beside `torch` once more, so that the results, of the same names as those above, lack nothing that those had.
+TENSORRT = {
+    "tensorrt": (("pytest", "-x", "-q", "-k", "tensorrt", "tests/engines/test_tensorrt.py", *OF_BACKENDS, STREAMS), 3600),
+    "engines with tensorrt": ((*ENGINES, "tensorrt fp16"), 1800),
+    "second identities of tensorrt": ((*REFIT, "tensorrt"), 3600),
+}  # fmt: skip
 # A render on an RTX 3090 is to take ten times an H100's time; starting, building and writing, half of a part, do not grow.
 OTHER_CARDS = 4
 
@@ -78,7 +87,7 @@ def main() -> int:
     failed, gpu = [], torch.cuda.get_device_name()
     parts = {name: (module, limit_on(gpu, limit_s)) for name, (module, limit_s) in PARTS.items()}
     if get_backend("tensorrt").unsupported_reason("fp16") is None:
-        parts["tensorrt"] = TENSORRT  # its hour is for any card
+        parts |= TENSORRT  # its hours are for any card
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as work:
         for name, (module, limit_s) in parts.items():
             if not run_part(tuple(word.format(work=work) for word in module), limit_s):

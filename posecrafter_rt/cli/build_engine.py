@@ -25,7 +25,7 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         Path | None, typer.Option("-o", "--output", help="The folder; else the checkpoint's name with .engine.")
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="auto (the fastest that runs here), tensorrt, openvino, torch or inductor.")
+        str, typer.Option(help="auto (the first choice here), tensorrt, openvino, torch or inductor.")
     ] = "auto",
     precision: Annotated[str, typer.Option(help="auto (what is fast here), fp32, bf16, fp16 or int8.")] = "auto",
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture size; else that of tuning.")] = None,

@@ -6,16 +6,27 @@ Layer 8.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 _FILE_WIDTH = 400
+NOT_KNOWN = "how long this takes is not known yet"
 
 
 def print_json(value: Any) -> None:
@@ -69,30 +80,41 @@ def step_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda step, steps, note: progress.update(task, completed=step, total=steps, note=note)
 
 
+class _TimeLeft(ProgressColumn):
+    """The time until `ends`, a moment of the monotonic clock; nothing where that is None, or past."""
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields["ends"]
+        seconds = 0.0 if ends is None else ends - time.monotonic()
+        return Text(f"about {duration_of(seconds)} left" if seconds > 0 else "")
+
+
 @contextmanager
 def stages(title: str) -> Iterator[Callable[[str, float | None], None]]:
-    """The stage at work on standard error, with a bar and the time left where it is known.
+    """The stage at work on standard error, with a bar and the time left where it is known; one line where it is not at first.
 
     Yields a function of the next stage's name and of the seconds left then, or None.
     """
     console = Console(stderr=True)
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), console=console, transient=True
-    ) as progress:
-        task, total = progress.add_task(title, total=None), 0.0
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _TimeLeft())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task, total, is_first = progress.add_task(title, total=None, ends=None), 0.0, True
 
         def on_stage(stage: str, seconds_left: float | None) -> None:
-            nonlocal total
-            line = f"{title}: {stage}"
+            nonlocal total, is_first
+            line, ends, known = f"{title}: {stage}", None, ""
             if seconds_left is not None:
-                total = max(total, seconds_left)
+                total, ends = max(total, seconds_left), time.monotonic() + seconds_left
                 progress.update(task, total=total, completed=total - seconds_left)
-                line += f", about {duration_of(seconds_left)} left"
+                known = f", about {duration_of(seconds_left)} left"
             else:
                 progress.tasks[0].total, total = None, 0.0  # `update` takes None for no change
-            progress.update(task, description=line)
+                if is_first:
+                    console.print(f"{title}: {NOT_KNOWN}", soft_wrap=True)
+            is_first = False
+            progress.update(task, description=line, ends=ends)
             if not console.is_terminal:
-                console.print(line)
+                console.print(line + known)
 
         yield on_stage
 

@@ -115,7 +115,7 @@ def choose_backend(name: str, precision: Precision, failed: Mapping[str, str] = 
         backend = get_backend(candidate)
         reason = failed.get(candidate) or backend.unsupported_reason(precision)
         if reason is None:
-            first = f"the only one that has {precision}" if precision in ONLY_OF else "the fastest that runs here"
+            first = f"the only one that has {precision}" if precision in ONLY_OF else "the first choice here"
             return backend, "as asked" if name != "auto" else "; ".join(refused) or first
         refused.append(f"{candidate}: {reason}")
     raise BackendUnavailable(f"backend {refused[0]}", "posecrafter-rt doctor says what can run here")

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from bench import gpu
+from bench import gpu, refit
+from bench.engines import REFERENCE
+from bench.engines import parse as parse_engines
 
 TESTS = Path(__file__).resolve().parents[1]
 # A process that starts another, which says when it has the pipe open; and then ends by itself, or does not.
@@ -28,7 +30,7 @@ sys.exit(3 if {ends} else holder.wait())
 
 def parts_with(path: Path) -> set[str]:
     """The parts that run a file of tests."""
-    parts = {**gpu.PARTS, "tensorrt": gpu.TENSORRT}
+    parts = gpu.PARTS | gpu.TENSORRT
     files = {name: [gpu.ROOT / word for word in module if word.startswith("tests/")]
              for name, (module, _) in parts.items()}  # fmt: skip
     return {name for name, named in files.items() if any(path == one or one in path.parents for one in named)}
@@ -47,9 +49,24 @@ def test_every_test_that_needs_a_gpu_is_in_a_part() -> None:
 
 
 def test_what_is_run_is_there() -> None:
-    for module, _ in (*gpu.PARTS.values(), gpu.TENSORRT):
+    for module, _ in (gpu.PARTS | gpu.TENSORRT).values():
         assert module[0] == "pytest" or (gpu.ROOT / module[0].replace(".", "/")).with_suffix(".py").is_file()
         assert all((gpu.ROOT / word).exists() for word in module if word.startswith("tests/"))
+
+
+def test_inductors_slow_tests_are_run_last_of_what_may_be_left_out() -> None:
+    words, _ = gpu.PARTS[list(gpu.PARTS)[-1]]
+    assert words[-5:] == ("-m", "slow", "-k", "inductor", "tests/engines/test_parity.py")
+
+
+def test_tensorrt_is_timed_beside_the_reference_and_takes_no_result_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are named by what runs: those of the same name are written over."""
+    before, after = (parse_engines(list(parts[name][0][1:])) for parts, name in
+                     ((gpu.PARTS, "engines"), (gpu.TENSORRT, "engines with tensorrt")))  # fmt: skip
+    assert set(after.engines) - set(before.engines) == {"tensorrt fp16"} and REFERENCE in after.engines
+    assert set(before.engines) < set(after.engines) and after.rounds == 1 and not after.quick
+    monkeypatch.setattr("sys.argv", list(gpu.TENSORRT["second identities of tensorrt"][0]))
+    assert refit.parse().backend == ["torch", "tensorrt"] and refit.parse().json is None
 
 
 def test_slower_cards_have_longer() -> None:
@@ -77,12 +94,12 @@ def ending(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
         signal.signal(one, handler)
 
 
-def test_an_hour_for_tensorrt_is_one_on_any_card(
+def test_hours_for_tensorrt_are_the_same_on_any_card(
     on_rtx_3090: None, ending: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits: list[float] = []
     monkeypatch.setattr(gpu, "run_part", lambda module, limit_s: limits.append(limit_s) or True)
-    assert gpu.main() == 0 and limits == [400, 3600]
+    assert gpu.main() == 0 and limits == [400, 3600, 1800, 3600]
 
 
 def test_what_ends_it_ends_the_part(on_rtx_3090: None, ending: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:

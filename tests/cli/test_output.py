@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from rich.progress import Progress
 
 from posecrafter_rt.cli import output
@@ -19,22 +22,60 @@ def test_stages_tell_the_time_left_where_it_is_known(capsys: pytest.CaptureFixtu
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.strip().splitlines() == [
+        f"building: {output.NOT_KNOWN}",
         "building: loading",
         "building: compiling, about 3 min left",
         "building: writing, about 5 s left",
     ]
 
 
-def test_where_the_time_left_is_not_known_any_more_the_bar_knows_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a build finds that the user's cache lacks what the last one found there."""
+def test_only_a_build_that_begins_without_a_time_says_so_and_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with stages("building") as on_stage:
+        on_stage("loading", None)
+        on_stage("writing", None)
+    assert capsys.readouterr().err.count(output.NOT_KNOWN) == 1
+    with stages("building") as on_stage:
+        on_stage("loading", 9.0)
+        on_stage("another", None)
+    assert "not known" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
+    """What `stages` makes."""
     made: list[Progress] = []
 
     class Kept(Progress):
         def __init__(self, *columns: Any, **options: Any) -> None:
-            super().__init__(*columns, **options)
+            super().__init__(*columns, **options, auto_refresh=False)  # no thread that draws besides
             made.append(self)
 
     monkeypatch.setattr(output, "Progress", Kept)
+    return made
+
+
+def test_between_stages_the_time_left_counts_down(made: list[Progress], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, screen = SimpleNamespace(now=50.0), io.StringIO()
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(output, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=120))
+
+    def shown_at(now: float) -> str:
+        clock.now = now
+        screen.seek(0)
+        screen.truncate()
+        made[0].refresh()
+        return screen.getvalue()
+
+    with stages("building") as on_stage:
+        on_stage("compiling", 200.0)
+        assert "about 3 min left" in shown_at(51) and "about 80 s left" in shown_at(170)
+        assert "building: compiling" in shown_at(251) and "left" not in shown_at(251)
+        on_stage("writing", None)
+        assert "building: writing" in shown_at(252) and "left" not in shown_at(252)
+
+
+def test_where_the_time_left_is_not_known_any_more_the_bar_knows_no_end(made: list[Progress]) -> None:
+    """As where a build finds that the user's cache lacks what the last one found there."""
     with stages("building") as on_stage:
         (task,) = made[0].tasks
         on_stage("loading", 300.0)

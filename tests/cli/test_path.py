@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import pkgutil
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.main import app
+from posecrafter_rt.cli.output import NOT_KNOWN
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.video_io import read_video, write_video
 
@@ -117,6 +119,7 @@ def test_a_later_build_of_the_kind_tells_the_time_left(workshop: Path, tmp_path:
     result = ok("build-engine", workshop / "tuned.ckpt", "-o", tmp_path / "again.engine", "--backend", "torch",
                 "--precision", "fp32")  # fmt: skip
     assert "loading the base, about" in result.stderr and "of memory" in result.stdout
+    assert NOT_KNOWN not in result.stderr
 
 
 def test_inspect_shows_engine_and_checkpoint(workshop: Path) -> None:
@@ -129,6 +132,7 @@ def test_eval_of_a_video_with_itself(workshop: Path) -> None:
     assert result["ssim"] == pytest.approx(1.0)
 
 
+HAS_TENSORRT = importlib.util.find_spec("tensorrt") is not None
 BAD = [
     (["tune", "missing.mp4", "--poses", "poses.json", "-o", "new.ckpt"], 1, "missing.mp4"),
     (["tune", "video.mp4", "--poses", "missing.json", "-o", "new.ckpt"], 1, "missing.json"),
@@ -144,7 +148,8 @@ BAD = [
     (["tune", "video.mp4", "--poses", "poses.json", "-o", "tuned.ckpt"], 1, "exists already"),
     (["build-engine", "pickle.ckpt"], 1, "pickle"),
     (["build-engine", "torn.ckpt"], 1, "torn.ckpt"),
-    (["build-engine", "tuned.ckpt", "--backend", "tensorrt"], 1, "tensorrt"),
+    (["build-engine", "tuned.ckpt", "--backend", "tensorrt"], 1,
+     "tensorrt" if HAS_TENSORRT else "tensorrt is not installed: pip install 'tensorrt-cu13>="),
     (["build-engine", "tuned.ckpt", "--size", "33x32"], 1, "33x32"),
     (["render", "video.mp4", "--poses", "poses.json", "-o", "new.mp4"], 1, "not an engine folder"),
     (["render", "tuned.engine", "--poses", "empty.json", "-o", "new.mp4"], 1, "empty.json"),

@@ -82,6 +82,13 @@ def test_without_it_one_line_says_what_to_install(nothing_installed: None) -> No
     assert choose_precision("auto", "auto") == choose_precision("auto")
 
 
+def test_where_it_can_run_it_is_the_first_choice_and_no_more_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has timed it."""
+    monkeypatch.setattr(TensorRTBackend, "unsupported_reason", lambda self, precision: None)
+    backend, why = choose_backend("auto", "fp16")
+    assert backend.name == "tensorrt" and why == "the first choice here"
+
+
 def test_cuda_is_not_asked_where_nothing_is_installed(nothing_installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def asked() -> bool:
         raise AssertionError("CUDA was asked")
