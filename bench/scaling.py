@@ -1,8 +1,9 @@
 """What a render costs against the number of frames, the size and the steps: seconds, memory, and the log-log slopes.
 
-Bench: `python -m bench.scaling [--json FILE] [--quick]` renders by the embedded base and the torch engine, jointly and in
-segments, and writes results/scaling.json and .md, or FILE and its .md; with --quick alone it only prints. Each point is
-the fastest of its repetitions, a long one the only one, in a process of its own, after a warm-up of one frame.
+Bench: `python -m bench.scaling [--backend torch] [--json FILE] [--quick]` renders by the embedded base in float32, jointly and
+in segments, and writes results/scaling.json and .md, of another engine scaling-<backend>, or FILE and its .md; with --quick
+alone it only prints. Each point is the fastest of its repetitions, a long one the only one, in a process of its own, after a
+warm-up of one frame.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from bench.timing import machine
 from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.engines import names
 from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.runtime.options import RenderOptions
 
 TARGET_SLOPE = 1.0
+TARGET_GROWTH = 0.03
 BUDGET_S = 15.0  # no render is repeated after so many seconds of them
 Row = dict[str, Any]
 
@@ -52,7 +55,10 @@ QUICK = Plan((1, 4), (8, 16), (0.5, 1.0), (1, 4), 4, 2, 8, 1)
 
 
 def measure(engine: Path, num_frames: int, options: RenderOptions, repeats: int) -> Row:
-    """Render a moving person, the inversion computed each time: seconds by stage of the fastest, and the peak memory."""
+    """Render a moving person, the inversion computed each time: seconds by stage of the fastest, and the peak memory.
+
+    growth: of a render in more than two segments, how much larger memory was in any later one than in the second.
+    """
     runs: list[dict[str, float]] = []
     with Avatar.load(engine) as avatar:
         for frames in (1, *[num_frames] * repeats):
@@ -63,28 +69,30 @@ def measure(engine: Path, num_frames: int, options: RenderOptions, repeats: int)
                 pass
             assert avatar.last_report is not None
             runs.append(avatar.last_report.seconds)
+            peaks = avatar.last_report.segment_peaks
     seconds = min(runs[1:], key=lambda run: sum(run.values()))
-    return {"seconds": seconds, "total_s": sum(seconds.values()), "peak_bytes": peak_rss_bytes()}
+    growth = {"growth": max(peaks[2:]) / peaks[1] - 1} if len(peaks) > 2 else {}
+    return {"seconds": seconds, "total_s": sum(seconds.values()), "peak_bytes": peak_rss_bytes(), **growth}
 
 
-def build(folder: Path, side: float) -> Row:
-    """An engine of the embedded base, its sides times `side`, in `folder`."""
+def build(folder: Path, side: float, backend: str) -> Row:
+    """An engine of the embedded base in float32, its sides times `side`, in `folder`."""
     checkpoint = folder / "tuned.ckpt"
     if not checkpoint.exists():
         untrained_checkpoint("embedded").save(checkpoint)
     height, width = (round(length * side) for length in (128, 160))
     path = folder / f"{height}x{width}.engine"
-    build_engine(checkpoint, path, BuildOptions("torch", "fp32", size=(height, width)))
+    build_engine(checkpoint, path, BuildOptions(backend, "fp32", size=(height, width)))
     return {"engine": str(path), "pixels": height * width, "size": [height, width]}
 
 
-def measure_axes(plan: Plan, folder: Path) -> dict[str, list[Row]]:
+def measure_axes(plan: Plan, folder: Path, backend: str) -> dict[str, list[Row]]:
     """Every point of every axis; `at` is where it lies."""
     engines: dict[float, Row] = {}  # by side
 
     def point(axis: str, at: float, side: float, num_frames: int, steps: int, segment: int | None = None) -> Row:
         if side not in engines:
-            engines[side] = in_own_process(build, folder, side)
+            engines[side] = in_own_process(build, folder, side, backend)
         built = engines[side]
         options = RenderOptions(num_inference_steps=steps, strength=1.0, inversion_substeps=1, segment=segment,
                                 overlap=min(4, plan.segment // 3))  # fmt: skip
@@ -133,9 +141,11 @@ def markdown(document: Row) -> str:
         return "" if value is None else f"{value:.2f}"
 
     info = document["machine"]
-    lines = [f"# Cost of a render, embedded base, torch fp32, {info['processor']}, {info['torch_threads']} threads", "",
+    engine = f"{document.get('backend', 'torch')} fp32"
+    lines = [f"# Cost of a render, embedded base, {engine}, {info['processor']}, {info['torch_threads']} threads", "",
              "Log-log slopes: 1 is proportional. The last is that between the two largest points; memory is the process's "
-             f"peak, weights and libraries included. Target in frames: {TARGET_SLOPE:g} at most.", ""]  # fmt: skip
+             f"peak, weights and libraries included. Target in frames: {TARGET_SLOPE:g} at most. Growth: how much more memory "
+             f"any segment after the second took. Target: {TARGET_GROWTH:.0%} at most.", ""]  # fmt: skip
     slopes = document["slopes"]
     lines += table(("axis", "slope in time", "last", "last in memory"),
                    [(axis, *map(number, values.values())) for axis, values in slopes.items()])  # fmt: skip
@@ -144,23 +154,27 @@ def markdown(document: Row) -> str:
         cells = []
         for row in rows:
             if "error" in row:
-                cells.append((f"{row['at']:g}", f"failed: {row['error']}", *[""] * 5))
+                cells.append((f"{row['at']:g}", f"failed: {row['error']}", *[""] * 6))
                 continue
             stages = (f"{row['seconds'].get(name, 0.0):.2f}" for name in ("prepare", "invert", "denoise", "decode"))
-            cells.append((f"{row['at']:g}", f"{row['total_s']:.2f}", *stages, f"{row['peak_bytes'] / 1e6:.0f}"))
-        lines += table((axis.split(",")[0], "s", "prepare", "invert", "denoise", "decode", "peak MB"), cells)
+            growth = f"{row['growth']:+.1%}" if "growth" in row else ""
+            cells.append((f"{row['at']:g}", f"{row['total_s']:.2f}", *stages, f"{row['peak_bytes'] / 1e6:.0f}", growth))
+        lines += table((axis.split(",")[0], "s", "prepare", "invert", "denoise", "decode", "peak MB", "growth"), cells)
     return "\n".join(lines)
 
 
 def main() -> None:
     """Parse the arguments, measure, print, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=names(), default="torch")
     add_output_arguments(parser, "few frames and steps, each point once")
     arguments = parser.parse_args()
+    backend = arguments.backend
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
-        axes = measure_axes(QUICK if arguments.quick else Plan(), Path(folder))
-    document = {"machine": machine(), "slopes": summarise(axes), "axes": axes}
-    publish("scaling", document, markdown(document), arguments.json, arguments.quick)
+        axes = measure_axes(QUICK if arguments.quick else Plan(), Path(folder), backend)
+    document = {"machine": machine(), "backend": backend, "slopes": summarise(axes), "axes": axes}
+    name = "scaling" if backend == "torch" else f"scaling-{backend}"
+    publish(name, document, markdown(document), arguments.json, arguments.quick)
 
 
 if __name__ == "__main__":

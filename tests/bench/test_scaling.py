@@ -32,17 +32,17 @@ def test_every_point_is_rendered(tiny_base: Path, tmp_path: Path, monkeypatch: p
 
     built = []
 
-    def build(folder: Path, side: float) -> dict[str, Any]:
+    def build(folder: Path, side: float, backend: str) -> dict[str, Any]:
         built.append(side)
         length = round(32 * side)
         path = folder / f"{length}.engine"
-        build_engine(folder / "tuned.ckpt", path, BuildOptions("torch", "fp32", size=(length, length)))
+        build_engine(folder / "tuned.ckpt", path, BuildOptions(backend, "fp32", size=(length, length)))
         return {"engine": str(path), "pixels": length**2, "size": [length, length]}
 
     monkeypatch.setattr(scaling, "build", build)
     monkeypatch.setattr(scaling, "in_own_process", lambda function, *arguments: function(*arguments))
     plan = Plan((1, 2), (5, 8), (0.5, 1.0), (1, 2), num_frames=2, steps=1, segment=4, repeats=1)
-    axes = measure_axes(plan, tmp_path)
+    axes = measure_axes(plan, tmp_path, "torch")
     assert {axis: [row["at"] for row in rows] for axis, rows in axes.items()} == {
         "frames": [1, 2], "frames, in segments": [5, 8], "pixels": [256, 1024], "steps": [1, 2]}  # fmt: skip
     assert sorted(built) == [0.5, 1.0]  # each engine once
@@ -50,10 +50,13 @@ def test_every_point_is_rendered(tiny_base: Path, tmp_path: Path, monkeypatch: p
         for row in rows:
             assert set(row["seconds"]) == {"prepare", "invert", "denoise", "decode"} and row["peak_bytes"] > 0
             assert row["total_s"] == sum(row["seconds"].values()) > 0
+    assert ["growth" in row for row in axes["frames, in segments"]] == [False, True]  # of two segments, and of three
+    axes["frames, in segments"][1]["growth"] = 0.012
     axes["steps"].append({"at": 4, "error": "the process died"})
     document = {"machine": {"processor": "one", "torch_threads": 1}, "slopes": summarise(axes), "axes": axes}
     text = markdown(document)
     assert "| 1024 |" in text and "| 4 | failed: the process died |" in text and text.count("\n## ") == 4
+    assert "torch fp32" in text and " +1.2% |" in text
 
 
 def test_quick_is_smaller_on_every_axis() -> None:

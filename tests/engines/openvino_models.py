@@ -79,6 +79,12 @@ def kinds(model: openvino.Model) -> Counter[str]:
     return Counter(node.get_type_name() for node in model.get_ordered_ops())
 
 
+def weights_of(model: openvino.Model, kind: str) -> list[list[int]]:
+    """The shapes of the constants that nodes of this kind multiply by."""
+    return [list(node.get_input_shape(1)) for node in model.get_ops()
+            if node.get_type_name() == kind and node.input_value(1).get_node().get_type_name() == "Constant"]  # fmt: skip
+
+
 def compiled(model: openvino.Model, **properties: Any) -> Any:
     core = openvino.Core()
     operations.extend(core)

@@ -36,11 +36,13 @@ from tests.engines.openvino_models import (
     kinds,
     layers,
     linear_map,
+    of_three_frames,
     parameter,
     product,
     reshaped,
     run,
     silu_of_norm,
+    weights_of,
     whole,
 )
 
@@ -388,12 +390,8 @@ def test_two_threads_at_once(lanes: int) -> None:
 
 
 def test_all_that_fits_of_an_exported_network_is_in_bytes(openvino_networks: Path, lanes: int) -> None:
-    model = openvino.Core().read_model(openvino_networks / "unet.xml")
-    model.reshape({name: [3, *shape[1:]] if shape[0].is_dynamic else shape
-                   for name, shape in ((value.any_name, value.get_partial_shape()) for value in model.inputs)})  # fmt: skip
+    model = of_three_frames(openvino_networks, "unet")
     use_convolutions(model, "int8")
     use_linear(model, "int8")
-    left = {kind: [list(node.get_input_shape(1)) for node in model.get_ops() if node.get_type_name() == kind
-                   and node.input_value(1).get_node().get_type_name() == "Constant"] for kind in ("Convolution", "MatMul")}  # fmt: skip
-    assert [4 in shape[:2] for shape in left["Convolution"]] == [True, True]  # the first and the last
-    assert left["MatMul"] == []
+    assert [4 in shape[:2] for shape in weights_of(model, "Convolution")] == [True, True]  # the first and the last
+    assert weights_of(model, "MatMul") == []

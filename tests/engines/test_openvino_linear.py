@@ -307,11 +307,9 @@ def test_keys_and_values_of_a_stream_are_one_product(
 
 
 def test_all_of_an_exported_network_are_found(openvino_networks: Path, lanes: int) -> None:
-    model = openvino.Core().read_model(openvino_networks / "unet.xml")
+    model = of_three_frames(openvino_networks, "unet")
     blocks = kinds(model)["Gelu"]
     assert blocks == 4  # one transformer block each: of three levels' attentions and the middle
-    model.reshape({name: [3, *shape[1:]] if shape[0].is_dynamic else shape
-                   for name, shape in ((value.any_name, value.get_partial_shape()) for value in model.inputs)})  # fmt: skip
     # In, out, both attentions' outputs, which are added, and the feed-forward's two; temporal attention's in all but the
     # middle; shortcuts where a residual block's channels change.
     found = 6 * blocks + 3 + 5
