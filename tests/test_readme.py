@@ -1,0 +1,66 @@
+"""README's figures are those of the committed results, which `bench/` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def readme() -> str:
+    """Its words, whatever lines they stand in."""
+    return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_ledger_is_the_committed_one() -> None:
+    ledger, text = result("ledger"), readme()
+    seconds = ledger["projection"]["seconds"]
+    rows = {"plain": "plain: every frame inverted, everything computed anew in every step",
+            "published": "published: one inversion, else as plain", "exact": "here"}  # fmt: skip
+    for name, shown in rows.items():
+        times = (seconds[gpu][name] for gpu in ("RTX 3090", "RTX 4090", "H100 SXM"))
+        cells = [f"{ledger['algorithms'][name]['total'] / 1e15:.2f}",
+                 *(f"{value:.0f} s" if value >= 20 else f"{value:.1f} s" for value in times)]  # fmt: skip
+        assert f"| {shown} | {' | '.join(cells)} |" in text
+    published, saved = ledger["algorithms"]["published"]["total"], ledger["identities"]["published to exact"]
+    small = ("the inserted frame is not decoded", "timestep projections as tables", "one encoding of one prompt")
+    for flops in (*(value for what, value in saved.items() if what not in small), sum(saved[what] for what in small)):
+        assert f" | {flops / 1e12:.1f} | {100 * flops / published:.1f} % |" in text
+
+
+def times_faster(name: str, contender: str) -> tuple[str, str]:
+    """Than the published algorithm, and than the plain one, both in float32."""
+    seconds = {row["contender"]: row["total_s"] for row in result(name)["rows"] if "error" not in row}
+    published, plain = (seconds[rival] / seconds[contender] for rival in ("published, fp32", "plain, fp32"))
+    return f"{published:.1f}", f"{plain:.1f}"
+
+
+def test_how_much_faster_it_is_than_both_algorithms_is_what_was_measured() -> None:
+    embedded, real_size = "throughput-embedded-avx512-cpu", "throughput-random-sd15-avx512-cpu"
+    in_floats, in_bytes = (times_faster(embedded, f"exact, openvino {precision}") for precision in ("fp32", "int8"))
+    of_real_size, in_halves = (times_faster(real_size, f"exact, openvino {precision}") for precision in ("fp32", "fp16"))
+    expected = (
+        f"in float32 {in_floats[0]} times as fast as published and {in_floats[1]} as plain on the embedded base, "
+        f"{of_real_size[0]} and {of_real_size[1]} times at Stable Diffusion 1.5's size; with weights in 16 bits there "
+        f"{in_halves[0]} and {in_halves[1]} times; in eight bits on the embedded base {in_bytes[0]} and {in_bytes[1]} times."
+    )
+    assert expected in readme()
+
+
+def test_frames_a_second_are_what_was_measured() -> None:
+    def fps(name: str, unet_every: int) -> str:
+        (row,) = (row for row in result(name)["rows"] if (row["way"], row["steps"], row["unet_every"]) ==
+                  ("stream", 4, unet_every) and not row["is_pipelined"])  # fmt: skip
+        return f"{row['fps']:.0f}"
+
+    names = ("latency-avx512-cpu", "latency-int8-avx512-cpu")
+    whole, kept = ([fps(name, every) for name in names] for every in (1, 4))
+    expected = f"(a Xeon with AVX-512: {whole[0]}, in int8 {whole[1]}; with features kept over them {kept[0]} and {kept[1]})"
+    assert expected in readme()
