@@ -60,7 +60,7 @@ def candidates() -> list[str]:
 
 
 def unsupported_reason(name: str) -> str | None:
-    """Why an engine cannot run here, or None; of int8 only after operations are compiled."""
+    """Why an engine cannot run here, or None; of fp16 and int8 only after operations are compiled."""
     if name in ENGINES:
         return None
     backend, precision = name.split()
@@ -150,7 +150,8 @@ def psnr_db(output: Tensor, reference: Tensor) -> float:
 def best_of(runs: list[Row]) -> Row:
     """The run that came farthest with the least times, taken for each frame count on its own; an error if none has any."""
     farthest = max(runs, key=lambda run: len(run["steps"]))  # the first of several
-    failed = {frames: reason for run in runs for frames, reason in run.get("failed", {}).items()}
+    failed = {frames: reason for run in runs for frames, reason in run.get("failed", {}).items()
+              if frames not in farthest["steps"]}  # fmt: skip
     if not farthest["steps"]:
         return {"error": next(iter(failed.values()))}
     fastest = {frames: min((run["steps"][frames] for run in runs if frames in run["steps"]), key=lambda step: step["median_ms"])

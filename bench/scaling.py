@@ -134,6 +134,11 @@ def summarise(axes: dict[str, list[Row]]) -> dict[str, Row]:
             for axis, rows in axes.items()}  # fmt: skip
 
 
+def judged(growth: float) -> str:
+    """How much memory grew, and whether that is little enough."""
+    return f"{growth:+.1%}: {'met' if abs(growth) <= TARGET_GROWTH else 'missed'}"
+
+
 def markdown(document: Row) -> str:
     """The results as tables."""
 
@@ -157,7 +162,7 @@ def markdown(document: Row) -> str:
                 cells.append((f"{row['at']:g}", f"failed: {row['error']}", *[""] * 6))
                 continue
             stages = (f"{row['seconds'].get(name, 0.0):.2f}" for name in ("prepare", "invert", "denoise", "decode"))
-            growth = f"{row['growth']:+.1%}" if "growth" in row else ""
+            growth = judged(row["growth"]) if "growth" in row else ""
             cells.append((f"{row['at']:g}", f"{row['total_s']:.2f}", *stages, f"{row['peak_bytes'] / 1e6:.0f}", growth))
         lines += table((axis.split(",")[0], "s", "prepare", "invert", "denoise", "decode", "peak MB", "growth"), cells)
     return "\n".join(lines)

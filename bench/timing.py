@@ -103,7 +103,7 @@ def _time_cuda(call: Callable[[], Any], budget_s: float, min_repeats: int, is_co
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were taken on: processor, threads, load, versions, commit, and the GPU with its driver and clocks."""
+    """What the numbers were taken on: processor, threads, load, versions, commit, and the GPU with its driver and clocks; all as it is now."""
     info: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,11 +45,10 @@ HELD_FOLD: dict[tuple[str, Precision], float] = {
 }  # fmt: skip
 # Engines of a GPU whose networks take its memory only once they are first run, and which files then do.
 READ_WHEN_RUN = {"tensorrt": "*.plan"}
-# Of a processor's engines those that approximate nothing but weights, by 16 bits: the faster one, and that whose weights stay in
-# the file, after which no other would help.
+# A processor's engines that only round weights, to 16 bits: the faster one, and the one that leaves them in the file.
 LIGHTER: tuple[str, Precision] = ("openvino", "fp16")
 LIGHTEST: tuple[str, Precision] = ("torch", "fp16")
-LIGHT = (LIGHTEST, ("openvino", "int8"))
+LIGHT = (LIGHTEST, ("openvino", "int8"))  # another would not help
 
 
 class Networks:
@@ -138,7 +138,7 @@ class Networks:
             fold, stored = HELD_FOLD.get((backend, self.built), 1), self._stored_bytes("*")
             reserved = int(stored * (min(1, fold) if self.has_run else fold))
             if (backend, self.built) not in LIGHT:
-                lighter = self._lighter(stored)
+                lighter = partial(self._lighter, stored, options)
         arch, size = self.architecture, tuple(manifest["size"])
         per_frame = frame_bytes(arch, size, options.groups, element_bytes)
         if backend in IN_PARTS and manifest["norm_scope"] == "frame":  # else convolutions are not
@@ -147,10 +147,11 @@ class Networks:
                                frames_at_once * per_frame)  # fmt: skip
         return Room(free_bytes(manifest["device"]["type"]), reserved, per_frame, arch.max_frames, lighter, in_parts)
 
-    def _lighter(self, stored: int) -> str:
+    def _lighter(self, stored: int, options: RenderOptions) -> str:
         """The command that builds an engine which holds less than this one, whose networks' files have so many bytes."""
         free, (backend, precision) = free_bytes("cpu"), LIGHTER
-        fits = free is not None and HELD_FOLD[LIGHTER] * stored <= free * USED_SHARE
+        two_frames = 2 * frame_bytes(self.architecture, tuple(self.folder.manifest["size"]), options.groups, 4)
+        fits = free is not None and HELD_FOLD[LIGHTER] * stored + two_frames <= free * USED_SHARE
         is_other = self.folder.manifest["backend"] == backend and HELD_FOLD[backend, self.built] > HELD_FOLD[LIGHTER]
         if not fits or not is_other or get_backend(backend).unsupported_reason(precision) is not None:
             backend, precision = LIGHTEST

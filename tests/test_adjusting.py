@@ -279,7 +279,7 @@ def test_a_backend_that_has_code_for_one_type_only_says_how_to_build_for_the_wid
     assert caught.value.hint and caught.value.hint.endswith(rebuild)
 
 
-@pytest.mark.parametrize("narrow", ["bf16", "int8"])
+@pytest.mark.parametrize("narrow", ["bf16", "fp16", "int8"])
 def test_openvino_compiles_the_same_networks_for_float32(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, narrow: str
 ) -> None:

@@ -45,7 +45,9 @@ def times_faster(name: str, contender: str) -> tuple[str, str]:
 def test_how_much_faster_it_is_than_both_algorithms_is_what_was_measured() -> None:
     embedded, real_size = "throughput-embedded-avx512-cpu", "throughput-random-sd15-avx512-cpu"
     in_floats, in_bytes = (times_faster(embedded, f"exact, openvino {precision}") for precision in ("fp32", "int8"))
-    of_real_size, in_halves = (times_faster(real_size, f"exact, openvino {precision}") for precision in ("fp32", "fp16"))
+    of_real_size, in_halves = (
+        times_faster(real_size, f"exact, openvino {precision}") for precision in ("fp32", "fp16")
+    )
     expected = (
         f"in float32 {in_floats[0]} times as fast as published and {in_floats[1]} as plain on the embedded base, "
         f"{of_real_size[0]} and {of_real_size[1]} times at Stable Diffusion 1.5's size; with weights in 16 bits there "
@@ -62,5 +64,7 @@ def test_frames_a_second_are_what_was_measured() -> None:
 
     names = ("latency-avx512-cpu", "latency-int8-avx512-cpu")
     whole, kept = ([fps(name, every) for name in names] for every in (1, 4))
-    expected = f"(a Xeon with AVX-512: {whole[0]}, in int8 {whole[1]}; with features kept over them {kept[0]} and {kept[1]})"
+    expected = (
+        f"(a Xeon with AVX-512: {whole[0]}, in int8 {whole[1]}; with features kept over them {kept[0]} and {kept[1]})"
+    )
     assert expected in readme()

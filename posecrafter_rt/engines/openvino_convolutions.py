@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 # In tiles of 4×4 outputs products are a quarter of a direct convolution's, and weights four times as large; in those of 2×2
 # four ninths, and less than twice as large. So large pictures and small weights have the former.
-LEAST_TILES = 16  # over all frames: fewer do not pay for the transformed weights
+LEAST_TILES = 16  # over all frames: fewer do not pay for the transformed weights, unless these are halves
 LARGE_TILES = 16  # of 4×4, in one frame
 FOLDING_TOLERANCE = 1e-4  # of the largest weight, between one folded and one that is unfolded and folded again
-MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures
+MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures and where others are halves
 
 
 def use_convolutions(model: openvino.Model, precision: Precision = "fp32") -> int:

@@ -2,7 +2,7 @@
 
 Layer 4. Between pictures and tokens diffusers has 1×1 convolutions, for which OpenVINO reorders the picture that it then
 transposes; it copies both halves of a gated unit's product apart; and what is added after a product it reads and writes once
-more. The operation is in operations/; products without any of these stay OpenVINO's own.
+more. The operation is in operations/; in float32 products without any of these stay OpenVINO's own.
 """
 
 from __future__ import annotations

@@ -79,15 +79,15 @@ def missing_bytes_reason() -> str | None:
     vectors = _vectors()
     if vectors is None or not vectors.has_bytes:
         return "this processor has no VNNI; use fp32"
-    return _needed("int8")
+    return _missing_for("int8")
 
 
 def missing_halves_reason() -> str | None:
     """Why weights in 16 bits cannot be had here, or None. As the others it compiles, which takes seconds, the first time."""
-    return _needed("fp16")
+    return _missing_for("fp16")
 
 
-def _needed(precision: str) -> str | None:
+def _missing_for(precision: Precision) -> str | None:
     reason = missing_reason()
     return None if reason is None else f"{precision} needs operations that cannot be had here: {reason}"
 

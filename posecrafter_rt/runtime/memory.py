@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ class Room(NamedTuple):
 
     free: None where the system does not say. reserved: for networks that are not in memory yet, or in what counts as free.
     per_frame: of a jointly rendered frame. most: frames that the engine takes at once, the inserted reference among them;
-        None: any number. lighter: what to do where the networks alone hardly fit; None: nothing is known to help.
+        None: any number. lighter: says what to do where the networks alone hardly fit; None: nothing is known to help.
     in_parts: what a clip takes then; None: the engine cannot.
     """
 
@@ -66,7 +66,7 @@ class Room(NamedTuple):
     reserved: int
     per_frame: int
     most: int | None = None
-    lighter: str | None = None
+    lighter: Callable[[], str] | None = None
     in_parts: InParts | None = None
 
     def fitting(self, kept_lengths: int = 1) -> int:
@@ -145,7 +145,7 @@ def warn_unless_fits(room: Room, num_frames: int, options: RenderOptions) -> Non
     if room.free is not None and num_frames > room.fitting():
         advice = "render it in segments: --segment auto" if options.inserts else IN_SEGMENTS
         if room.lighter is not None and room.reserved > room.free * USED_SHARE:
-            advice = f"the networks alone take most of that: {room.lighter}"
+            advice = f"the networks alone take most of that: {room.lighter()}"
         log.warning("%d frames jointly take about %s, and %s are free: %s", num_frames,
                     _mb(room.per_frame * (num_frames + 1) + room.reserved), _mb(room.free), advice)  # fmt: skip
 

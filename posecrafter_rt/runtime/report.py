@@ -127,9 +127,10 @@ class RenderReport(SegmentReport):
     """Of a whole render: the sums over its segments, the largest memory, and what they have in common.
 
     segments: how many frames each of them rendered jointly; one: the clip was not split. overlaps: how many of those each
-    shared with the next. precision: that the engine was built in. segment_peaks: each one's largest resident memory. num_resumed: how many of them
-    an earlier, interrupted run had finished. segment_reason: how `segment="auto"` came to the number in `options`.
-    reference_index: which training frame was inverted. inversion_cached: whether it was read from the cache.
+    shared with the next. precision: that the engine was built in. segment_peaks: each one's largest resident memory.
+    num_resumed: how many of them an earlier, interrupted run had finished. segment_reason: how `segment="auto"` came to
+    the number in `options`. reference_index: which training frame was inverted. inversion_cached: whether it was read from
+    the cache.
     """
 
     options: RenderOptions
@@ -171,9 +172,11 @@ class RenderReport(SegmentReport):
         by_memory = any("segment" in adjustment or "tokens_at_once" in adjustment for adjustment in self.adjustments)
         shortened = [adjustment["segment"] for adjustment in self.adjustments if "segment" in adjustment]
         longest = [self.options.segment, *shortened][-1] if self.num_segments > 1 else None
+        from_start = [adjustment["precision"] for adjustment in self.adjustments
+                      if "precision" in adjustment and adjustment["frame"] == 0]  # fmt: skip
         return {**super().to_json(), "options": vars(self.options), "num_segments": self.num_segments,
                 "claims_byte_equality": not by_memory and len(self.threads) < 2,
-                "approximations": approximations(self.options, longest, self.precision)}  # fmt: skip
+                "approximations": approximations(self.options, longest, [self.precision, *from_start][-1])}  # fmt: skip
 
 
 def describe_adjustment(adjustment: Adjustment) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import scaling
-from bench.scaling import Plan, markdown, measure_axes, slope, summarise
+from bench.scaling import Plan, judged, markdown, measure_axes, slope, summarise
 from bench.untrained import untrained_checkpoint
 from posecrafter_rt.building import BuildOptions, build_engine
 
@@ -56,7 +56,7 @@ def test_every_point_is_rendered(tiny_base: Path, tmp_path: Path, monkeypatch: p
     document = {"machine": {"processor": "one", "torch_threads": 1}, "slopes": summarise(axes), "axes": axes}
     text = markdown(document)
     assert "| 1024 |" in text and "| 4 | failed: the process died |" in text and text.count("\n## ") == 4
-    assert "torch fp32" in text and " +1.2% |" in text
+    assert "torch fp32" in text and " +1.2%: met |" in text and judged(-0.04).endswith("missed")
 
 
 def test_quick_is_smaller_on_every_axis() -> None:

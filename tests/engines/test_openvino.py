@@ -104,17 +104,20 @@ def test_what_is_kept_is_of_one_precision(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, byte_operation: None
 ) -> None:
     inputs = draw(plain_model, "pose_embedding", 2)
-    whole, narrow, again = (
+    whole, narrow, in_halves, again = (
         first(load(plain_model, openvino_networks, tmp_path, precision)["pose_embedding"](**inputs)).clone()
-        for precision in ("fp32", "int8", "fp32")
+        for precision in ("fp32", "int8", "fp16", "fp32")
     )
     assert torch.equal(whole, again) and not torch.equal(whole, narrow)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert torch.equal(whole, in_halves)  # its convolutions are too small for tiles of 2×2, but it is another's
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_int8_of_other_weights_is_what_a_build_with_them_gives(
-    make_tiny_model: Callable[..., PoseModel], openvino_networks: Path, tmp_path: Path, byte_operation: None
-) -> None:
+@pytest.mark.parametrize(("precision", "networks"), [("int8", ("unet", "vae_decoder")), ("fp16", ("unet",))])
+def test_other_weights_give_what_a_build_with_them_gives(
+    make_tiny_model: Callable[..., PoseModel], openvino_networks: Path, tmp_path: Path, byte_operation: None,
+    precision: Precision, networks: tuple[str, ...],
+) -> None:  # fmt: skip
     """Swapped into an engine or refitted: weights are rounded as those that it is built with."""
     model, generator = make_tiny_model(), torch.Generator().manual_seed(9)
     for parameter in (*model.unet.parameters(), *model.vae.decoder.parameters()):
@@ -123,10 +126,10 @@ def test_int8_of_other_weights_is_what_a_build_with_them_gives(
     arch, folders = replace(model.architecture(), size=(32, 32)), [tmp_path / name for name in ("built", "refitted")]
     for folder in folders:
         folder.mkdir()
-    OpenVinoBackend().build(model, arch, folders[0], "int8", lambda stage: None)
-    OpenVinoBackend().refit(openvino_networks, folders[1], model, arch, "int8", lambda stage: None)
-    kept = [load(model, networks, tmp_path / "compiled", "int8") for networks in (openvino_networks, *folders)]
-    for name in ("unet", "vae_decoder"):
+    OpenVinoBackend().build(model, arch, folders[0], precision, lambda stage: None)
+    OpenVinoBackend().refit(openvino_networks, folders[1], model, arch, precision, lambda stage: None)
+    kept = [load(model, folder, tmp_path / "compiled", precision) for folder in (openvino_networks, *folders)]
+    for name in networks:
         source, built, refitted = (engines[name] for engines in kept)
         inputs = draw(model, name, 3)
         before, wanted = (first(engine(**inputs)).clone() for engine in (source, built))

@@ -211,7 +211,8 @@ def test_a_joint_render_that_will_hardly_fit_is_announced_in_one_line(caplog: py
 
 def test_where_networks_alone_hardly_fit_a_lighter_engine_is_what_helps(caplog: pytest.LogCaptureFixture) -> None:
     heavy = room(100 * MB, reserved=90 * MB)
-    for case in (heavy, heavy._replace(lighter="build another"), heavy._replace(reserved=MB, lighter="build another")):
+    for case in (heavy, heavy._replace(lighter=lambda: "build another"),
+                 heavy._replace(reserved=MB, lighter=lambda: "build another")):  # fmt: skip
         warn_unless_fits(case, 700, RenderOptions())
     advice = [record.getMessage().split(" are free: ")[1] for record in caplog.records]
     segments = "render it in segments: --segment auto"
