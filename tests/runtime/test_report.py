@@ -16,10 +16,9 @@ from posecrafter_rt.runtime.segments import Segment
 MB = 1_000_000
 
 
-def whole(**named) -> RenderReport:
-    return RenderReport(
-        options=RenderOptions(strength=1.0, inversion_substeps=1), precision="fp32", num_frames=9, **named
-    )
+def whole(precision: str = "fp32", **named) -> RenderReport:
+    options = RenderOptions(strength=1.0, inversion_substeps=1)
+    return RenderReport(options=options, precision=precision, num_frames=9, **named)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be counted anew on Linux alone")
@@ -75,6 +74,12 @@ def test_a_render_has_the_sums_and_the_largest_of_its_segments() -> None:
     assert report.seconds == {"denoise": 3.0, "decode": 1.0} and report.segments == [3, 3, 3]
     assert report.rss_bytes == {"denoise": 5, "decode": 7} and report.gpu_bytes == {"denoise": 4}
     assert (report.peak_rss_bytes, report.peak_gpu_bytes) == (9, 4)
+
+
+@pytest.mark.parametrize(("frame", "named"), [(0, {}), (3, {"precision": "int8"})])
+def test_what_was_float32_from_the_first_frame_on_is_no_approximation(frame: int, named: dict) -> None:
+    widened = {"frame": frame, "precision": "fp32", "reason": "the inversion was not finite in int8"}
+    assert whole("int8", adjustments=[widened]).to_json()["approximations"] == named
 
 
 @pytest.mark.parametrize(("change", "is_equal", "said"), [
