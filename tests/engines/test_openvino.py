@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,36 +68,39 @@ def test_bf16_over_changing_frame_counts(
             assert 1e-5 < error < 0.03  # of bf16's 8 bits, and not of float32's 24
 
 
+def over_frame_counts(
+    model: PoseModel, networks: Path, cache: Path, precision: Precision, name: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What one engine gives over changing frame counts, and one that is loaded anew gives alike, and what PyTorch does."""
+    engine = load(model, networks, cache, precision)[name]
+    for frames in (1, 16, 1, 7):
+        inputs = draw(model, name, frames)
+        found = first(engine(**inputs))
+        anew = load(model, networks, cache, precision)[name]
+        assert torch.equal(first(anew(**inputs)), found)
+        yield found, expected(model, name, inputs)
+
+
 @pytest.mark.parametrize("name", ["unet", "controlnet_stream", "vae_decoder", "prompt_kv"])
 def test_fp16_over_changing_frame_counts(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, name: str, operation: None
 ) -> None:
     """The decoder stays in float32, as in every engine of fp16."""
-    engine = load(plain_model, openvino_networks, tmp_path, "fp16")[name]
-    for frames in (1, 16, 1, 7):
-        inputs = draw(plain_model, name, frames)
-        found = first(engine(**inputs))
-        error = relative_error(found, expected(plain_model, name, inputs))
+    for found, wanted in over_frame_counts(plain_model, openvino_networks, tmp_path, "fp16", name):
+        error = relative_error(found, wanted)
         assert error < 1e-5 if name in (*FULL_PRECISION, *BEYOND_FP16) else 1e-5 < error < 2e-3
-        anew = load(plain_model, openvino_networks, tmp_path, "fp16")[name]
-        assert torch.equal(first(anew(**inputs)), found)
 
 
 @pytest.mark.parametrize("name", ["unet", "controlnet_stream", "vae_decoder", "pose_embedding", "prompt_kv"])
 def test_int8_over_changing_frame_counts(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, name: str, byte_operation: None
 ) -> None:
-    engine = load(plain_model, openvino_networks, tmp_path, "int8")[name]
-    for frames in (1, 16, 1, 7):
-        inputs = draw(plain_model, name, frames)
-        found, wanted = first(engine(**inputs)), expected(plain_model, name, inputs)
+    for found, wanted in over_frame_counts(plain_model, openvino_networks, tmp_path, "int8", name):
         error = float((found - wanted).norm() / wanted.norm())
         if name in FULL_PRECISION:
             assert error < 1e-5
         else:
             assert 1e-3 < error < 10 ** (-30 / 20)  # 30 dB, and of 8 bits
-        anew = load(plain_model, openvino_networks, tmp_path, "int8")[name]
-        assert torch.equal(first(anew(**inputs)), found)
 
 
 def test_what_is_kept_is_of_one_precision(
