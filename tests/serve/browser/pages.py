@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -67,11 +68,11 @@ class LivePage:
 
     def wait_until(self, condition: Any, seconds: float = TIMEOUT_S) -> Any:
         """Ask until the answer is true, while the page goes on; returns the answer."""
-        for _ in range(int(seconds * 20)):
-            if answer := condition():
-                return answer
+        deadline = time.monotonic() + seconds
+        while not (answer := condition()):
+            assert time.monotonic() < deadline, "it did not come true"
             self.page.wait_for_timeout(50)
-        raise AssertionError("it did not come true")
+        return answer
 
     def wait_for_change(self, before: np.ndarray) -> np.ndarray:
         """Wait until the avatar looks otherwise than before; returns how."""

@@ -37,11 +37,13 @@ def test_the_demo_a_file_and_dragged_joints_move_the_avatar(
     page.wait_for_link("Live")
     page.wait_until(lambda: page.pixels().shape == (*avatar.size, 3) and page.count_looks() > 2)
 
-    shifts = np.float32([[3, 0, 0], [-3, 0, 0]])[:, np.newaxis]
+    # Of two poses a stream that keeps their pace shows two frames for ever; of eight it shows more at any pace.
+    shifts = np.zeros((8, 1, 3), np.float32)
+    shifts[:, 0, 0] = np.linspace(-4, 4, 8)
     PoseSequence(avatar.poses.keypoints[0] + shifts, avatar.size, 10.0).save(tmp_path / "sway.json")
     page.choose("File")
     page.page.set_input_files("#file", tmp_path / "sway.json")
-    page.wait_for_text("#file-status", "sway.json: 2 poses")
+    page.wait_for_text("#file-status", "sway.json: 8 poses")
     page.wait_until(lambda: page.count_looks() > 2)
 
     page.choose("Joints")
