@@ -28,10 +28,10 @@ from bench.runs import wait_for_gpu
 from bench.timing import machine, time_call
 from bench.untrained import write_random_base
 from posecrafter_rt.engines import ONLY_OF, PRECISIONS, get_backend, names
+from posecrafter_rt.errors import OUT_OF_MEMORY
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.machine import peak_rss_bytes, watched_peak
 from posecrafter_rt.models.loading import PoseModel, load_base
-from posecrafter_rt.runtime.memory import OUT_OF_MEMORY
 from posecrafter_rt.spec import Architecture, network_specs
 
 REFERENCE = "torch fp32"

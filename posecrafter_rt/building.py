@@ -32,13 +32,19 @@ from posecrafter_rt.engines import (
 from posecrafter_rt.engines.folder import PASSED_OVER, EngineFolder, building, in_use, open_folder
 from posecrafter_rt.engines.refit import check_source
 from posecrafter_rt.engines.stage_log import StageLog
-from posecrafter_rt.errors import DiskFull, EngineFolderError, OutOfMemory, PoseCrafterError, last_line
+from posecrafter_rt.errors import (
+    OUT_OF_MEMORY,
+    DiskFull,
+    EngineFolderError,
+    OutOfMemory,
+    PoseCrafterError,
+    last_line,
+)
 from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
 from posecrafter_rt.models.sources import Base, locate_base
 from posecrafter_rt.models.weights import read_scheduler_config
-from posecrafter_rt.runtime.memory import OUT_OF_MEMORY
 from posecrafter_rt.spec import NETWORK_NAMES
 
 if TYPE_CHECKING:

@@ -5,6 +5,19 @@ Layer 0: imports nothing of the package.
 
 from __future__ import annotations
 
+import re
+
+# How libraries say that memory ran out where they raise no error of its own kind: torch, OpenVINO, OpenCV, the CUDA driver,
+# cuBLAS, cuDNN; and those that do not give their reason: oneDNN, which says the same when it has no memory for its code or its
+# scratchpad, torch, for which cuDNN found no way to convolve: each that it knows may need more memory than there is; and
+# Python, which found no room for a thread's stack.
+OUT_OF_MEMORY = re.compile(
+    r"can'?t allocate memory|cannot allocate memory|(not enough|insufficient|out of) memory|bad.alloc"
+    r"|could not (create|execute) a primitive$|CU\w+_STATUS_\w*ALLOC\w*_FAILED"
+    r"|unable to find (an engine to execute|a valid cudnn algorithm)|^can't start new thread$",
+    re.I | re.M,
+)
+
 
 class PoseCrafterError(Exception):
     """Base of every error that a user can cause or mend.
@@ -66,3 +79,11 @@ class DiskFull(PoseCrafterError):
 def last_line(error: BaseException) -> str:
     """What an error says at last, or its kind where it says nothing: libraries name their source files before."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def out_of_memory(error: Exception, hint: str) -> OutOfMemory | None:
+    """What Python, torch or another library raised because memory ran out, in one line; None for any other error."""
+    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        return None
+    reason = (str(error).splitlines() or [""])[0]
+    return OutOfMemory(f"memory ran out{reason and ': '}{reason}", hint)

@@ -22,6 +22,8 @@ NETWORK_NAMES = (
 ALL_NETWORKS = (*NETWORK_NAMES, SMALL_DECODER, SHALLOW_UNET, SHALLOW_STREAM)
 # They are given one frame a call.
 ONE_FRAME_NETWORKS = ("pose_embedding", "vae_encoder", "vae_decoder", SMALL_DECODER, SHALLOW_STREAM)
+# They run once for a person, a prompt or a number of steps.
+RUN_ONCE = ("text_encoder", "prompt_kv", "time_tables", "vae_encoder")
 FEED_FORWARD_TOKENS = 1 << 16  # of a block, unless it is told otherwise: 16 frames of 64 × 64
 
 

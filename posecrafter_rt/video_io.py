@@ -19,7 +19,7 @@ from typing import Any
 import av
 import cv2
 import numpy as np
-from av.error import FFmpegError
+from av.error import ExternalError, FFmpegError
 
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite
 from posecrafter_rt.errors import ShapeError, VideoError
@@ -253,7 +253,10 @@ class VideoWriter:
         try:
             action()
         except FFmpegError as failure:
-            raise VideoError(f"encoding {self.path} failed: {_reason(failure)}") from failure
+            # x264 gives no reason; too little memory is the likely one.
+            is_memory = isinstance(failure, (MemoryError, ExternalError))
+            hint = "free some memory and run the same command again" if is_memory else None
+            raise VideoError(f"encoding {self.path} failed: {_reason(failure)}", hint) from failure
 
 
 def write_video(path: str | PathLike[str], frames: Iterable[np.ndarray], fps: float, *, force: bool = False) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +66,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"LONGEST_FILES in {__file__} names what is not there: {', '.join(absent)}")
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    # No example is timed: a machine may stand still in any.
+    settings.register_profile("untimed", settings.default, deadline=None)
+    settings.load_profile("untimed")
 
 
 @pytest.hookimpl(trylast=True)

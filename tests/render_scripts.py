@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# glibc otherwise keeps the addresses of what was freed, and where none are left reserves 64 MB at once for another heap:
+# both count against a limit on addresses, though neither is memory.
+FAITHFUL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+ALONE = ("unshare", "--map-root-user", "--mount")  # with file systems of its own, and leave to mount them
 # What the scripts below begin with: they render a pose file in a process of their own, because what a test run holds
 # otherwise would hide what grows, and could not be taken away from it.
 RENDER = """
@@ -47,26 +52,38 @@ for target, series in seen.items():
 report = render(*sys.argv[1:])
 print(json.dumps([report, *seen.values()]))
 """
-# From the n-th call of a function on something else takes what memory the process has left: all but a megabyte, in which
-# an error can be told; beyond that it gets so many bytes. Prints the report, or the error.
-STARVED = f"""{RENDER}
+# What a script may call from which memory is to be taken: all that the process has left but a megabyte, in which an error
+# can be told; beyond that it gets so many bytes.
+TAKE_MEMORY = """
+import os, resource
+taken = []
+
+def take_memory(num_bytes):
+    def held():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (held(), hard))
+    for size in (1 << 20, 1 << 14):
+        try:
+            while True:
+                taken.append(bytearray(size))
+        except MemoryError:
+            pass
+    del taken[-64:]
+    resource.setrlimit(resource.RLIMIT_AS, (held() + num_bytes, hard))
+"""
+# From the n-th call of a function on something else takes the memory of the process. Prints the report, or the error.
+STARVED = f"""{RENDER}{TAKE_MEMORY}
 os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})  # every thread of an encoder takes memory of its own
 target, moment, num_bytes, *arguments = sys.argv[1:]
-calls, taken = [], []
+calls = []
 
 def starve():
     calls.append(1)
     if len(calls) == int(moment):
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (held_bytes(0), hard))
-        for size in (1 << 20, 1 << 14):
-            try:
-                while True:
-                    taken.append(bytearray(size))
-            except MemoryError:
-                pass
-        del taken[-64:]
-        resource.setrlimit(resource.RLIMIT_AS, (held_bytes(0) + int(num_bytes), hard))
+        take_memory(int(num_bytes))
 
 around(target, before=starve)
 try:
@@ -106,3 +123,11 @@ def run_lines(command: Sequence[str], *arguments: object, environment: Mapping[s
                           cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def refused_mount(folder: Path) -> str | None:
+    """Why this process may mount nothing; None where it may."""
+    if not shutil.which("unshare"):
+        return "there is no unshare, with which Linux gives a process file systems of its own"
+    done = subprocess.run([*ALONE, "mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, text=True)
+    return None if done.returncode == 0 else f"no file system can be mounted: {done.stderr.strip()}"

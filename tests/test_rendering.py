@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,16 +23,13 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.rendering import render_to_files
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.partial import PartialRender
-from tests.render_scripts import FULL, NOTED, STARVED, run_lines, run_script
+from tests.render_scripts import ALONE, FAITHFUL, FULL, NOTED, STARVED, refused_mount, run_lines, run_script
 from tests.tiny import some_poses
 
 SIZE = (32, 32)
 CHANGES = {"num_inference_steps": 1, "strength": 1.0, "inversion_substeps": 1, "segment": 50, "overlap": 2}
 OPTIONS = json.dumps(CHANGES)
 TOLERANCE = 0.03
-# glibc otherwise keeps the addresses of what was freed, and where none are left reserves 64 MB at once for another heap:
-# both count against a limit on addresses, though neither is memory.
-FAITHFUL = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -167,17 +162,6 @@ def test_nothing_is_lost_when_the_disk_is_full(
     assert str(caught.value) == f"no space left to write {video}"
     assert caught.value.hint == f"free some space in {tmp_path}; the same command then goes on from what is finished"
     finish(engine, unbroken, video, num_finished)
-
-
-ALONE = ("unshare", "--map-root-user", "--mount")  # with file systems of its own, and leave to mount them
-
-
-def refused_mount(folder: Path) -> str | None:
-    """Why this process may mount nothing; None where it may."""
-    if not shutil.which("unshare"):
-        return "there is no unshare, with which Linux gives a process file systems of its own"
-    done = subprocess.run([*ALONE, "mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, text=True)
-    return None if done.returncode == 0 else f"no file system can be mounted: {done.stderr.strip()}"
 
 
 @pytest.mark.parametrize(("num_kb", "num_finished"), [(40, 0), (200, 1), (450, 2)])

@@ -344,6 +344,17 @@ def test_what_the_encoder_says_is_passed_on(tmp_path, monkeypatch, code, expecte
     assert "a.mp4" in str(caught.value) and not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [av.error.MemoryError, av.error.ExternalError])
+def test_an_encoder_without_memory_has_a_hint(tmp_path, monkeypatch, kind):
+    def fail(self, *frame):
+        raise kind(errno.ENOMEM, "x264 says no more")
+
+    monkeypatch.setattr(VideoWriter, "_encode", fail)
+    with pytest.raises(VideoError, match=r"encoding .*a\.mp4 failed") as caught:
+        write_video(tmp_path / "a.mp4", smooth(2), 25)
+    assert "free some memory" in caught.value.hint
+
+
 def test_refuses_frames_that_do_not_fit(tmp_path):
     for wrong in (smooth(2).astype(np.float32), smooth(2)[..., :1], smooth(2)[0, 0]):
         with pytest.raises(ShapeError), VideoWriter(tmp_path / "a.mp4", 25) as writer:

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from posecrafter_rt import __version__
-from posecrafter_rt.errors import DiskFull, PoseCrafterError
+from posecrafter_rt.errors import DiskFull, PoseCrafterError, out_of_memory
 
 # Each is a module of this folder (`-` becomes `_`) with a Typer called `app`: of one command, or of several.
 COMMANDS = {
@@ -64,8 +64,8 @@ class Commands(TyperGroup):
             fail(f"interrupted; run the same command again to {purpose}", label=None, code=INTERRUPTED)
         except BrokenPipeError:
             raise
-        except OSError as error:
-            known = explain_os_error(error)
+        except Exception as error:  # OpenCV has a kind of its own
+            known = explain(error)
             if known is None:
                 raise
             fail(str(known), known.hint)
@@ -77,8 +77,12 @@ def load_command(name: str) -> Any:
     return next(iter(group.commands.values())) if len(group.commands) == 1 else group
 
 
-def explain_os_error(error: OSError) -> PoseCrafterError | None:
-    """The line for a file-system error that names a file or a full disk; None for any other, which is a bug of ours."""
+def explain(error: Exception) -> PoseCrafterError | None:
+    """The line for memory that ran out, or for a file-system error that names a file or a full disk; None for any other,
+    which is a bug of ours.
+    """
+    if not isinstance(error, OSError):
+        return out_of_memory(error, "free some memory and run the same command again")
     place = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"no space left on the disk{place}", hint="free some space and run the same command again")

@@ -48,7 +48,7 @@ from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read
 from posecrafter_rt.errors import EngineFolderError, last_line
 from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
 from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16, release_mapped
-from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
+from posecrafter_rt.spec import RUN_ONCE, Architecture, NetworkSpec, network_specs
 
 if TYPE_CHECKING:
     import openvino
@@ -57,10 +57,11 @@ if TYPE_CHECKING:
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f32", "int8": "f32"}  # of what is not in 16 or 8 bits
 KEPT_SHAPES = 4  # compiled models a network, each with its own activations and its own order of the weights
-LARGE_BYTES = 1 << 28  # of weights: of a network with so many, others are kept only where memory has room for
+LARGE_BYTES = 1 << 27  # of weights: of a network with so many, others are kept only where memory has room for
 # Of the weights, what one more shape of a network needs while it is compiled, and for activations: in its file and in the
 # order of the compiled model; packed by our operations, in 16 and 8 bits once for all shapes. Measured at Stable Diffusion 1.5's size.
 NEEDED_FOLD, NEEDED_FOLD_HELD = 3, {"fp32": 2, "fp16": 0.5, "int8": 0.5}
+ONCE_BYTES = 1 << 26  # of weights: a network of RUN_ONCE with more is let go of once it has run
 KEPT_BYTES = 1 << 30  # of compiled networks in an engine's folder: some hold their weights
 DIGESTS_FILE = "digests.json"
 
@@ -114,7 +115,11 @@ class OpenVinoEngine:
         for expected, tensor in zip(self.spec.inputs, tensors, strict=True):
             request.set_tensor(expected.name, openvino.Tensor(tensor.detach().numpy(), shared_memory=True))
         request.infer()
-        return {out.name: torch.from_numpy(request.get_tensor(out.name).data) for out in self.spec.outputs}
+        outputs = {out.name: torch.from_numpy(request.get_tensor(out.name).data) for out in self.spec.outputs}
+        if self.spec.name not in RUN_ONCE or self._weight_bytes <= ONCE_BYTES:
+            return outputs
+        self._requests.clear()  # for another prompt or person it is there again in a second
+        return {name: tensor.clone() for name, tensor in outputs.items()}
 
     def _request(self, shapes: Shapes) -> Any:
         if shapes not in self._requests:

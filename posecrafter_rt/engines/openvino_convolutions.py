@@ -1,5 +1,5 @@
 """3×3 convolutions as OpenVINO does not have them: by Winograd's minimal filtering, a quarter of the products or four ninths,
-or in eight bits, with the GroupNorm and SiLU before them and the addition after.
+or in 16 or eight bits, with the GroupNorm and SiLU before them and the addition after.
 
 Layer 4. The operation is in operations/.
 """
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # four ninths, and less than twice as large. So large pictures and small weights have the former.
 LEAST_TILES = 16  # over all frames: fewer do not pay for the transformed weights, unless these are halves
 LARGE_TILES = 16  # of 4×4, in one frame
+MANY_TILES = 64  # of 4×4, in one frame, where products could be in 16 bits
 FOLDING_TOLERANCE = 1e-4  # of the largest weight, between one folded and one that is unfolded and folded again
 MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures and where others are halves
 
@@ -42,7 +43,8 @@ def use_convolutions(model: openvino.Model, precision: Precision = "fp32") -> in
     """Replace the convolutions of a float32 model of fixed shapes that gain by it, in place; returns how many.
 
     precision: int8 has them in eight bits, all that the operation can do; the others by Winograd's filtering, which loses
-    nothing, fp16 with weights in 16 bits in tiles of 2×2.
+    nothing, fp16 with weights in 16 bits in tiles of 2×2, or where the processor has products in 16 bits in these, but
+    for large pictures.
     """
     available = operations(precision)
     if available is None:
@@ -54,21 +56,41 @@ def use_convolutions(model: openvino.Model, precision: Precision = "fp32") -> in
 
 
 def _tile(node: Any, available: Operations) -> int | None:
-    """The side of the tiles that a convolution gains most by, 0 in eight bits; None: of none, or it cannot be done so."""
+    """The side of the tiles that a convolution gains most by, 0 where all is in 16 or eight bits; None: of none, or it cannot be done so."""
     if not _is_fitting(node, available.lanes):
         return None
-    is_single = _is_convolution(node, stride=1) or _is_doubling(node)
-    if available.precision == "int8":
-        return 0 if is_single or _is_convolution(node, stride=2) else None
-    frames, channels, height, width = node.get_output_shape(0)
-    in_channels, tiles = node.get_input_shape(0)[1], {side: -(-height // side) * -(-width // side) for side in (2, 4)}
-    if 4 * 36 * channels * in_channels <= MOST_BYTES:
+    is_single = _is_convolution(node, stride=1)
+    has_products = {"int8": True, "fp16": available.vectors.has_halves}.get(available.precision, False)
+    if has_products and not (available.precision == "fp16" and is_single and _is_large(node)):
+        return 0 if is_single or _is_doubling(node) or _is_convolution(node, stride=2) else None
+    return _winograd_tile(node, available.precision) if is_single or _is_doubling(node) else None
+
+
+def _winograd_tile(node: Any, precision: Precision) -> int | None:
+    """The side of the tiles that one gains most by whose products are in float32."""
+    if _weights_by_fours(node) <= MOST_BYTES:
         side = 4
-    elif available.precision == "fp16":
-        return 2 if is_single else None  # else OpenVINO would keep those weights in float32
+    elif precision == "fp16":
+        return 2  # else OpenVINO would keep those weights in float32
     else:
-        side = 4 if tiles[4] >= LARGE_TILES else 2
-    return side if frames * tiles[side] >= LEAST_TILES and is_single else None
+        side = 4 if _tiles(node, 4) >= LARGE_TILES else 2
+    return side if node.get_output_shape(0)[0] * _tiles(node, side) >= LEAST_TILES else None
+
+
+def _is_large(node: Any) -> bool:
+    """Whether tiles of 4×4 in float32 are faster than products in 16 bits, and worth the memory."""
+    return _weights_by_fours(node) <= MOST_BYTES and _tiles(node, 4) >= MANY_TILES
+
+
+def _weights_by_fours(node: Any) -> int:
+    """Bytes of a convolution's weights, transformed for tiles of 4×4."""
+    return int(4 * 36 * node.get_output_shape(0)[1] * node.get_input_shape(0)[1])
+
+
+def _tiles(node: Any, side: int) -> int:
+    """Of a frame."""
+    height, width = node.get_output_shape(0)[2:]
+    return int(-(-height // side) * -(-width // side))
 
 
 def _is_fitting(node: Any, lanes: int) -> bool:
@@ -115,7 +137,7 @@ def _rewrite(convolution: Any, tile: int, available: Operations) -> None:
 
     weight, channels = convolution.input_value(1), convolution.get_output_shape(0)[1]
     attributes: dict[str, Any] = {"tile": tile, "stride": convolution.get_attributes()["strides"][0],
-                                  "in_halves": available.precision == "fp16" and tile == 2}  # fmt: skip
+                                  "in_halves": available.precision == "fp16" and tile < 4}  # fmt: skip
     if convolution.get_type_name() == "ConvolutionBackpropData":
         weight = op.constant(_unfolded(np.asarray(weight.get_node().data))).output(0)
         attributes |= {"times": 2, "stride": 1}

@@ -21,7 +21,7 @@ Denoise = Callable[[Tensor, int, int], Tensor]
 """(latents, index into `timesteps(num_inference_steps)`, timestep) -> noise prediction, the shape of latents."""
 
 OnStep = Callable[[int, Tensor], Tensor]
-"""(index, latents before that step) -> what is denoised in their place."""
+"""(index, latents before that step, which later ones overwrite) -> what is denoised in their place."""
 
 Coefficients = tuple[float, float]
 """One step is `c_latents * latents + c_prediction * noise_pred`."""
@@ -199,11 +199,12 @@ class DDIMSchedule:
         return math.sqrt(level), math.sqrt(1.0 - level)
 
 
-def ddim_step(latents: Tensor, noise_pred: Tensor, coefficients: Coefficients) -> Tensor:
+def ddim_step(latents: Tensor, noise_pred: Tensor, coefficients: Coefficients, *, out: Tensor | None = None) -> Tensor:
     """One DDIM step, sampling or inversion: c_latents * latents + c_prediction * noise_pred.
 
-    Args: latents: any shape, fp32 or wider; noise_pred: the same shape, any float dtype; coefficients: Python floats.
-    Returns: dtype of latents, new tensor.
+    Args: latents: any shape, fp32 or wider; noise_pred: the same shape, any float dtype; coefficients: Python floats;
+        out: **overwritten**, shape and dtype of latents, memory of neither of them.
+    Returns: out, or a new tensor of that kind.
     Raises: ShapeError if the shapes differ.
     """
     if noise_pred.shape != latents.shape:
@@ -212,7 +213,7 @@ def ddim_step(latents: Tensor, noise_pred: Tensor, coefficients: Coefficients) -
             hint="the denoiser must return one prediction per latent",
         )
     scale, weight = coefficients
-    return (latents * scale).add_(noise_pred.to(latents.dtype), alpha=weight)
+    return torch.mul(latents, scale, out=out).add_(noise_pred, alpha=weight)
 
 
 @torch.no_grad()
@@ -241,10 +242,11 @@ def ddim_invert(
     """
     coefficients = schedule.inversion_coefficients(num_inference_steps, substeps, start_step)
     timesteps = schedule.inversion_timesteps(num_inference_steps, substeps, start_step).tolist()
-    state = latents.to(_arithmetic_dtype(latents))
+    (denoise, state), (stepped,) = _in_full_precision(denoise, latents), buffers(latents, 1)
     for done, step in enumerate(coefficients):
         index = len(timesteps) - 1 - done
-        state = ddim_step(state, denoise(state.to(latents.dtype), index, timesteps[index]), step)
+        noise_pred = denoise(state, index, timesteps[index])
+        state, stepped = ddim_step(state, noise_pred, step, out=stepped), state
         if progress is not None:
             progress(done + 1, len(timesteps))
     return state.to(latents.dtype)
@@ -270,15 +272,18 @@ def ddim_sample(
         num_inference_steps: steps of the whole schedule.
         start_step: the first step to do, 0..num_inference_steps; steps before it count as done.
         on_step: called before step i (counted from 0) with (i, latents in the arithmetic's dtype); what it returns is
-            denoised in their place, and it may edit them in place. The latent edit at step tau is the hook's doing at
-            i = start_step + tau - 1.
+            denoised in their place, and it may edit them in place; later steps overwrite them. The latent edit at step tau
+            is the hook's doing at i = start_step + tau - 1.
     Returns: clean latents, dtype and shape of latents, new tensor.
     Raises: PoseCrafterError for an impossible step count or start; ShapeError if the prediction has another shape.
     """
     coefficients = schedule.sampling_coefficients(num_inference_steps)
+    (stepped,) = buffers(latents, 1)
 
     def step(index: int, state: Tensor, noise_pred: Tensor) -> Tensor:
-        return ddim_step(state, noise_pred, coefficients[index])
+        nonlocal stepped
+        state, stepped = ddim_step(state, noise_pred, coefficients[index], out=stepped), state
+        return state
 
     timesteps = schedule.timesteps(num_inference_steps).tolist()
     return walk(denoise, latents, timesteps, step, start_step=start_step, on_step=on_step)
@@ -293,20 +298,36 @@ def walk(
     start_step: int = 0,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """The loop of every sampler; see `ddim_sample`.
+    """The loop of every sampler; see `ddim_sample`. Between two calls of `denoise` nothing is allocated, nor waited for.
 
-    Args: step: (index, latents before it in the arithmetic's dtype, noise prediction) -> latents after it.
+    Args: step: (index, latents before it in the arithmetic's dtype, noise prediction) -> latents after it; the memory of
+        those before is then the step's.
     """
     if not 0 <= start_step <= len(timesteps):
         raise PoseCrafterError(
             f"sampling was to start at step {start_step} of {len(timesteps)}", hint=f"give 0 to {len(timesteps)}"
         )
-    state = latents.to(_arithmetic_dtype(latents), copy=True)  # the hook may edit in place
+    denoise, state = _in_full_precision(denoise, latents)
     for index in range(start_step, len(timesteps)):
-        if on_step is not None:
-            state = on_step(index, state).to(state.dtype)
-        state = step(index, state, denoise(state.to(latents.dtype), index, timesteps[index]))
+        edited = state if on_step is None else on_step(index, state)
+        if edited is not state:  # but the caller's, which no step may overwrite
+            state.copy_(edited)
+        state = step(index, state, denoise(state, index, timesteps[index]))
     return state.to(latents.dtype)
+
+
+def buffers(latents: Tensor, count: int) -> list[Tensor]:
+    """Memory for latents in the arithmetic's dtype; what it holds is not defined."""
+    return [torch.empty_like(latents, dtype=_arithmetic_dtype(latents)) for _ in range(count)]
+
+
+def _in_full_precision(denoise: Denoise, latents: Tensor) -> tuple[Denoise, Tensor]:
+    """A copy of latents in the arithmetic's dtype, and `denoise` of such, which still gets them in their own."""
+    state = latents.to(_arithmetic_dtype(latents), copy=True)
+    if state.dtype == latents.dtype:
+        return denoise, state
+    given = torch.empty_like(latents)
+    return lambda state, index, timestep: denoise(given.copy_(state), index, timestep), state
 
 
 def _arithmetic_dtype(latents: Tensor) -> torch.dtype:

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.errors import PoseCrafterError
-from posecrafter_rt.method.ddim import Coefficients, DDIMSchedule, Denoise, OnStep, ddim_step, walk
+from posecrafter_rt.method.ddim import Coefficients, DDIMSchedule, Denoise, OnStep, buffers, ddim_step, walk
 
 Terms = tuple[Coefficients, tuple[float, float, float]]
-"""Of one step: x_0 as `DDIMSchedule.clean_coefficients` has it; the weights of latents, x_0 and the x_0 before it."""
+"""Of one step: x_0 as `DDIMSchedule.clean_coefficients` has it; the weights of latents, x_0 and the x_0 before it.
+
+The last is 0 where there is no x_0 before it.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,17 @@ def _extrapolation(schedule: DPMSchedule, *timesteps: int) -> float:
     return (after - here) / (2 * (here - before))
 
 
-def dpmpp_step(latents: Tensor, noise_pred: Tensor, before: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor]:
-    """One step: new latents, and the x_0 that the next one takes as `before` (None for the first that is done)."""
+def dpmpp_step_(latents: Tensor, noise_pred: Tensor, before: Tensor, clean: Tensor, terms: Terms) -> Tensor:
+    """One step.
+
+    Args: latents: **modified in place**; before: the `clean` of the step before, not read where that has no weight; clean:
+        **overwritten** by the x_0 of this step; all in one shape and dtype, and each in memory of its own.
+    Returns: latents.
+    """
     to_clean, (of_latents, of_clean, of_before) = terms
-    clean = ddim_step(latents, noise_pred, to_clean)
-    stepped = torch.add(latents * of_latents, clean, alpha=of_clean)
-    return (stepped if before is None else stepped.add_(before, alpha=of_before)), clean
+    ddim_step(latents, noise_pred, to_clean, out=clean)
+    latents.mul_(of_latents).add_(clean, alpha=of_clean)
+    return latents.add_(before, alpha=of_before) if of_before else latents
 
 
 @torch.no_grad()
@@ -104,12 +112,12 @@ def dpmpp_sample(
     Returns, raises: as `ddim_sample`.
     """
     terms = dpmpp_terms(schedule, num_inference_steps, start_step=start_step, restart_step=restart_step)
-    before: Tensor | None = None
+    before, clean = buffers(latents, 2)
 
     def step(index: int, state: Tensor, noise_pred: Tensor) -> Tensor:
-        nonlocal before
-        state, before = dpmpp_step(state, noise_pred, before, terms[index])
-        return state
+        nonlocal before, clean
+        before, clean = clean, before
+        return dpmpp_step_(state, noise_pred, before, clean, terms[index])
 
     timesteps = schedule.timesteps(num_inference_steps).tolist()
     return walk(denoise, latents, timesteps, step, start_step=start_step, on_step=on_step)

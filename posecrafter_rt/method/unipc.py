@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posecrafter_rt.method.ddim import Coefficients, Denoise, OnStep, ddim_step, walk
+from posecrafter_rt.method.ddim import Coefficients, Denoise, OnStep, buffers, ddim_step, walk
 from posecrafter_rt.method.dpmpp import DPMSchedule
 
 Weights = tuple[float, float, float, float]
@@ -100,23 +100,26 @@ def unipc_sample(
     Returns, raises: as `ddim_sample`.
     """
     terms = unipc_terms(schedule, num_inference_steps, start_step=start_step, restart_step=restart_step)
-    origin = before = clean = latents  # what the step before began with, and x_0 at its beginning and one earlier
+    # What the step before began with; x_0 at its beginning, one earlier, and where it ended.
+    origin, clean, before, predicted = buffers(latents, 4)
 
     def step(index: int, state: Tensor, noise_pred: Tensor) -> Tensor:
-        nonlocal origin, before, clean
+        nonlocal origin, clean, before, predicted
         to_clean, corrector, predictor = terms[index]
-        predicted = ddim_step(state, noise_pred, to_clean)
+        ddim_step(state, noise_pred, to_clean, out=predicted)
         if corrector is not None:
-            state = _combine(corrector, origin, clean, before, predicted)
-        origin, before, clean = state, clean, predicted
-        return _combine(predictor, state, predicted, before)
+            state, origin = _combine(corrector, origin, (clean, before, predicted), out=origin), state
+        clean, before, predicted = predicted, clean, before
+        state, origin = _combine(predictor, state, (clean, before), out=origin), state
+        return state
 
     timesteps = schedule.timesteps(num_inference_steps).tolist()
     return walk(denoise, latents, timesteps, step, start_step=start_step, on_step=on_step)
 
 
-def _combine(weights: Weights, latents: Tensor, *cleans: Tensor) -> Tensor:
-    combined = latents * weights[0]
+def _combine(weights: Weights, latents: Tensor, cleans: tuple[Tensor, ...], *, out: Tensor) -> Tensor:
+    """out: may be `latents`; what has no weight is not read."""
+    combined = torch.mul(latents, weights[0], out=out)
     for weight, clean in zip(weights[1:], cleans, strict=False):
         if weight:
             combined.add_(clean, alpha=weight)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
+from posecrafter_rt.errors import PoseCrafterError, out_of_memory
 from posecrafter_rt.machine import available_bytes, return_freed_memory
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.segments import SegmentChoice, least_segment
@@ -30,15 +29,6 @@ LEVEL_COPIES = 24
 # And so many where blocks go through their frames in parts: what they take in and give, and what the skips keep. Counted as
 # those: 6 in the embedded base, 9 in Stable Diffusion 1.5, where GroupNorm's statistics are per frame.
 COPIES_IN_PARTS = 10
-# How libraries say that memory ran out where they raise no error of its own kind: torch, OpenVINO, the CUDA driver, cuBLAS,
-# cuDNN; and those that do not give their reason: oneDNN, which says the same when it has no memory for its code or its
-# scratchpad, and torch, for which cuDNN found no way to convolve: each that it knows may need more memory than there is.
-OUT_OF_MEMORY = re.compile(
-    r"can'?t allocate memory|cannot allocate memory|not enough memory|out of memory|bad.alloc"
-    r"|could not (create|execute) a primitive$|CU\w+_STATUS_\w*ALLOC\w*_FAILED"
-    r"|unable to find (an engine to execute|a valid cudnn algorithm)",
-    re.I | re.M,
-)
 
 IN_SEGMENTS = "free some memory, or use +insertion or +editing, which can be rendered in segments"
 
@@ -156,10 +146,10 @@ def explained(options: RenderOptions) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        reason = (str(error).splitlines() or [""])[0]
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+        known = out_of_memory(error, _advice(options))
+        if known is None:
             raise
-        raise OutOfMemory(f"memory ran out{reason and ': '}{reason}", _advice(options)) from error
+        raise known from error
 
 
 def let_go() -> None:

@@ -86,9 +86,9 @@ def embed_poses(
     """
     pictures = torch.from_numpy(draw_poses(poses, size)).permute(0, 3, 1, 2)
     embed = engines["pose_embedding"]
-    parts = [embed(controlnet_cond=part.to(embed.device).float().div(255))["pose_embeddings"].clone()
+    parts = [embed(controlnet_cond=part.to(embed.device).float().div_(255))["pose_embeddings"].clone()
              for part in pictures.split(1)]  # fmt: skip
-    return torch.cat([*before, *parts])
+    return parts[0] if len(parts) == 1 and not before else torch.cat([*before, *parts])
 
 
 def invert_reference(
@@ -173,7 +173,10 @@ class Every:
 
 
 class Denoiser:
-    """ControlNet then U-Net on one clip: `denoise(latents, index, timestep) → noise_pred`."""
+    """ControlNet then U-Net on one clip: `denoise(latents, index, timestep) → noise_pred`.
+
+    Beside the networks nothing is allocated after the first call, whose shape later ones keep.
+    """
 
     def __init__(
         self, engines: Mapping[str, Engine], tables: Tables, pose_embeddings: Tensor, conditioning_scale: float,
@@ -184,6 +187,8 @@ class Denoiser:
         self.tables, self.guidance_scale = tables, guidance_scale
         self.pose_embeddings = _for_groups(pose_embeddings, tables.groups)
         self.conditioning_scale = torch.full((1,), conditioning_scale, device=engines["controlnet"].device)
+        # Of guidance; its first step gives them their sizes.
+        self._batch, self._guided = (torch.empty(0, device=engines["unet"].device) for _ in range(2))
         self.forget()
 
     def forget(self) -> None:
@@ -197,15 +202,15 @@ class Denoiser:
                 "text_kv": self.tables.text_kv[network]}  # fmt: skip
 
     def __call__(self, latents: Tensor, index: int, timestep: int) -> Tensor:
-        """latents: (F, 4, h, w) → noise_pred of the same shape; index: into the timestep table."""
-        batch = _for_groups(latents, self.tables.groups)
+        """latents: (F, 4, h, w) → noise_pred of the same shape, which the next call overwrites; index: into the timestep table."""
+        batch = _for_groups(latents, self.tables.groups, self._batch)
         is_whole = self._num_calls % self.every.unet == 0
         noise_pred = self._predict(batch, index) if is_whole else self._predict_shallow(batch, index)
         self._num_calls += 1
         if self.tables.groups == 1:
             return noise_pred
         unconditional, conditional = noise_pred.chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        return torch.sub(conditional, unconditional, out=self._guided).mul_(self.guidance_scale).add_(unconditional)
 
     def _predict(self, batch: Tensor, index: int) -> Tensor:
         self._deep = {}  # before new ones are made, and so with the residuals
@@ -225,6 +230,6 @@ class Denoiser:
         return self.engines[SHALLOW_UNET](latents=batch, **self._step("unet", index), **self._deep)["noise_pred"]
 
 
-def _for_groups(frames: Tensor, groups: int) -> Tensor:
-    """(F, …) → (G·F, …), group-major; the tensor itself for one group."""
-    return frames if groups == 1 else frames.repeat(groups, *(1 for _ in frames.shape[1:]))
+def _for_groups(frames: Tensor, groups: int, out: Tensor | None = None) -> Tensor:
+    """(F, …) → (G·F, …), group-major, in `out` where it is given; the tensor itself for one group."""
+    return frames if groups == 1 else torch.cat([frames] * groups, out=out)

@@ -40,12 +40,17 @@ def render_clip(
                        Every(options.controlnet_every, options.unet_every))  # fmt: skip
     plan, steps = clip.plan, options.num_inference_steps
     edit_step = None if plan is None or options.tau == 1 else options.start_step + options.tau - 1
+    edits: tuple[Tensor, Tensor] | None = None
+    if plan is not None:  # as the operator reads them, so that the step which edits moves nothing
+        affines, rects = torch.from_numpy(plan.affines), torch.from_numpy(plan.rects.astype(np.int64))
+        device = clip.latents.device
+        edits = affines.to(device, non_blocking=True), rects.to(device, non_blocking=True)
 
     def before_step(index: int, latents: Tensor) -> Tensor:
         if on_step is not None:
             on_step(index)
-        if plan is not None and index == edit_step:
-            affine_warp_paste_(latents, torch.from_numpy(plan.affines), torch.from_numpy(plan.rects), options.resample)
+        if edits is not None and index == edit_step:
+            affine_warp_paste_(latents, *edits, options.resample)
             denoise.forget()
         return latents
 
@@ -84,7 +89,8 @@ def decode(engines: Mapping[str, Engine], latents: Tensor, decoder: Decoder = "f
         pixels = network(latents=part)["pixels"][0]
         with beside(network):
             is_finite = torch.isfinite(pixels).all()
-            frame = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu()
+            levels = pixels.add(1).mul_(127.5).round_().clamp_(0, 255)  # in memory of its own, not the network's
+            frame = levels.to(torch.uint8).permute(1, 2, 0).cpu()
         if not is_finite:  # asked only now, when a GPU has been waited for
             raise NotFinite("a decoded frame is not finite", "build the engine with --precision fp32, or bf16")
         yield frame.numpy()

@@ -6,7 +6,7 @@ Layer 5. `AvatarStream.step` is the loop; `StreamReference` is all that every st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from posecrafter_rt.engines.base import Engine, beside
 from posecrafter_rt.errors import NotFinite, PoseCrafterError
-from posecrafter_rt.method.dpmpp import Terms, dpmpp_step
+from posecrafter_rt.method.dpmpp import Terms, dpmpp_step_
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.live import PoseFollower
 from posecrafter_rt.runtime.options import Decoder
@@ -175,13 +175,22 @@ class StreamDenoiser:
             slot = 1 + self.num_frames[step] % self.window
             for name, tensor in temporal.items():
                 self.temporal[name][step, slot] = tensor[row]
-            self.window_mask[step, slot] = True
+            self.window_mask[step, slot].fill_(True)  # an assignment would make a tensor of the value
             self.num_frames[step] += 1
 
 
-def _batch(frames: list[Tensor]) -> Tensor:
-    """Of one frame each, (1, …); one alone is no copy."""
-    return frames[0] if len(frames) == 1 else torch.cat(frames)
+def _batch(frames: list[Tensor], out: Tensor) -> Tensor:
+    """Of one frame each, (1, …), in `out`; one alone is no copy."""
+    return frames[0] if len(frames) == 1 else torch.cat(frames, out=out)
+
+
+def _keep(tensors: Mapping[str, Tensor], kept: dict[str, Tensor]) -> None:
+    """Copy them into those of the same names, which are made where there are none."""
+    for name, tensor in tensors.items():
+        if name in kept:
+            kept[name].copy_(tensor)
+        else:
+            kept[name] = tensor.clone()
 
 
 def _kept(network: Engine, kind: str) -> list[TensorSpec]:
@@ -204,16 +213,28 @@ def sample_reference(
     """
     denoise = StreamDenoiser(engines, sampling, 0)
     embedding = embed_poses(engines, PoseSequence(pose[None], size), size)
-    latents, before, parts = inverted_latents[None], None, []
-    for index, terms in enumerate(sampling.terms):
+    latents, cleans, parts = inverted_latents[None].clone(), _cleans(inverted_latents, sampling), []
+    for index in range(len(sampling.terms)):
         predicted = denoise(latents, embedding, slice(index, index + 1))
         parts.append({name: {key: kept.clone() for key, kept in tensors.items()}
                       for name, tensors in predicted.memory.items()})  # fmt: skip
-        latents, before = dpmpp_step(latents, predicted.noise_pred, before, terms)
+        _step_(latents, predicted.noise_pred, cleans, index, sampling)
     memory = {name: {key: torch.cat([part[name][key] for part in parts]) for key in tensors}
               for name, tensors in parts[0].items()}  # fmt: skip
     frame = next(decode(engines, latents, decoder))
     return StreamReference(pose, inverted_latents, frame, sampling, memory, decoder)
+
+
+def _cleans(inverted_latents: Tensor, sampling: Sampling) -> Tensor:
+    """(S, 4, h, w): room for x_0 of the last frame that was at each step."""
+    return inverted_latents.new_zeros(len(sampling.terms), *inverted_latents.shape)
+
+
+@torch.inference_mode()
+def _step_(latents: Tensor, noise_pred: Tensor, cleans: Tensor, step: int, sampling: Sampling) -> None:
+    """Take a frame (1, 4, h, w) over a step, in place; at the first one there is no x_0 before it, and none is read."""
+    before, clean = cleans[step - 1 : step], cleans[step : step + 1]
+    dpmpp_step_(latents, noise_pred, before, clean, sampling.terms[step])
 
 
 class AvatarStream:
@@ -244,6 +265,10 @@ class AvatarStream:
         self._denoiser = StreamDenoiser(engines, reference.sampling, self.options.window, reference.memory)
         self.engines, self.reference, self._frame = engines, reference, reference.frame
         self._flights: list[_Flight] = []
+        # All that steps write, made once; the first frame gives the last three their sizes.
+        self._cleans = _cleans(reference.inverted_latents, reference.sampling)
+        self._latents, self._embeddings = (self._cleans.new_empty(0) for _ in range(2))
+        self._features: dict[str, Tensor] = {}  # of the last step that was whole, where the next one is not
         self._is_closed = False
 
     def step(self, pose: np.ndarray | None) -> np.ndarray:
@@ -311,7 +336,8 @@ class AvatarStream:
     def _fly_along(self, flight: _Flight) -> _Flight | None:
         """One step of every frame that is on its way, the newest at step 0; the one that is done, if one is."""
         if not self._flights:  # a batch of one size from the start; nobody sees or attends to what fills it
-            self._flights = [replace(flight, is_filler=True) for _ in range(self.options.steps - 1)]
+            self._flights = [replace(flight, latents=flight.latents.clone(), is_filler=True)
+                             for _ in range(self.options.steps - 1)]  # fmt: skip
         self._flights.insert(0, flight)
         for step, other in enumerate(self._flights):
             if other.starts_anew:
@@ -322,26 +348,27 @@ class AvatarStream:
 
     def _advance(self, flights: list[_Flight], steps: slice, is_whole: bool = True) -> None:
         """Take frames, one at each of `steps`, over that step; one frame alone where the networks are not whole."""
-        latents = _batch([flight.latents for flight in flights])
+        latents = _batch([flight.latents for flight in flights], self._latents)
         if is_whole:
-            embeddings = _batch([flight.embedding for flight in flights])
+            embeddings = _batch([flight.embedding for flight in flights], self._embeddings)
             predicted = self._denoiser(latents, embeddings, steps)
             if self.options.unet_every > 1:
-                flights[0].features = {name: tensor.clone() for name, tensor in predicted.features.items()}
+                _keep(predicted.features, self._features)
         else:
-            predicted = self._denoiser.shallow(latents, flights[0].features, steps)
-        are_real = enumerate(range(*steps.indices(self.options.steps)))
-        self._denoiser.remember(predicted.memory["temporal"], [at for at in are_real if not flights[at[0]].is_filler])
-        terms = self.reference.sampling.terms[steps]
-        for row, flight in enumerate(flights):
-            flight.latents, flight.before = dpmpp_step(
-                flight.latents, predicted.noise_pred[row : row + 1], flight.before, terms[row])  # fmt: skip
+            predicted = self._denoiser.shallow(latents, self._features, steps)
+        at = list(enumerate(range(*steps.indices(self.options.steps))))
+        self._denoiser.remember(
+            predicted.memory["temporal"], [(row, step) for row, step in at if not flights[row].is_filler])  # fmt: skip
+        sampling = self.reference.sampling
+        for row, step in reversed(at):  # each reads the x_0 that the one after it overwrites
+            _step_(flights[row].latents, predicted.noise_pred[row : row + 1], self._cleans, step, sampling)
 
     def reset(self) -> None:
         """Forget all poses and frames; the next frame is a first one."""
         if self._is_closed:
             return
         self._denoiser.wipe()
+        self._cleans.zero_()
         self._poses.reset()
         self._frame, self._flights, self.last = self.reference.frame, [], StepInfo()
 
@@ -349,7 +376,7 @@ class AvatarStream:
         """Let go of the memory."""
         if not self._is_closed:
             self._is_closed = True
-            del self._denoiser
+            del self._denoiser, self._cleans, self._latents, self._embeddings, self._features
         self.engines, self._flights = {}, []
 
     def __enter__(self) -> AvatarStream:
@@ -361,15 +388,12 @@ class AvatarStream:
 
 @dataclass
 class _Flight:
-    """A frame on its way: latents (1, 4, h, w), its pose's embedding, x_0 of the step before.
+    """A frame on its way: latents (1, 4, h, w), which steps overwrite, and its pose's embedding.
 
     starts_anew: it attends to no frame before it, nor does a later one to those. is_filler: it only makes up the number.
-    features: of its last step that was whole, where the next one is not.
     """
 
     latents: Tensor
     embedding: Tensor
     starts_anew: bool
-    before: Tensor | None = None
     is_filler: bool = False
-    features: dict[str, Tensor] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from __future__ import annotations
 # to import.
 FORKS = """
 import hashlib, json, os, pathlib, pkgutil, random, signal, sys, time
-import posecrafter_rt.rendering
+import posecrafter_rt.cli.render, posecrafter_rt.engines.torch, posecrafter_rt.models.networks, posecrafter_rt.rendering
 from posecrafter_rt.cli.main import main
 
 def start(*command, prepare=lambda: None):

@@ -114,6 +114,16 @@ def test_a_file_that_cannot_be_opened_is_one_line(run: Callable[..., Result]) ->
     assert (result.exit_code, result.stderr) == (1, "error: no such file or directory: /no/such/file\n")
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("can't start new thread"), Exception("OpenCV: (-4:Insufficient memory) Failed to allocate")])  # fmt: skip
+def test_memory_that_runs_out_is_one_line(run: Callable[..., Result], error: Exception) -> None:
+    """Where no render explains it: while an engine is loaded, say, or a contact sheet is drawn."""
+    result = run("inspect", action=raising(error))
+    said = f": {error}" if str(error) else ""
+    assert result.stderr == f"error: memory ran out{said}\nhint: free some memory and run the same command again\n"
+    assert result.exit_code == 1
+
+
 @pytest.mark.parametrize("error", [OSError("odd"), RuntimeError("a bug"), ValueError("a bug")])
 def test_a_bug_keeps_its_traceback(run: Callable[..., Result], error: Exception) -> None:
     assert run("inspect", action=raising(error)).exception is error

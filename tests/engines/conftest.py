@@ -68,18 +68,24 @@ def byte_operation() -> None:
 @pytest.fixture(params=[16, 8], ids=lambda lanes: f"{lanes}-lanes")
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The operations with vectors of so many floats, and with all else that this processor has; skips where they cannot be had."""
-    width, features = request.param, cpu_features()
-    found = [vectors for vectors in operations.VECTORS if vectors.lanes == width and vectors.needed <= features]
+    return take_vectors(request, monkeypatch, request.param)
+
+
+def take_vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lanes: int, **others: bool) -> int:
+    """The widest that this processor has of so many floats, and with these fields, are used; skips where it has none."""
+    wanted = {"lanes": lanes, **others}
+    found = [vectors for vectors in operations.VECTORS
+             if vectors.needed <= cpu_features() and wanted.items() <= vectors._asdict().items()]  # fmt: skip
     if not found:
-        pytest.skip(f"this processor has no vectors of {width} floats")
+        pytest.skip(f"this processor has no such vectors: {wanted}")
     monkeypatch.setattr(operations, "cpu_features", lambda: found[0].needed)
     request.getfixturevalue("operation")
-    return int(width)
+    return lanes
 
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """What was found out about the operations is forgotten, before and after."""
-    operations._library.cache_clear()
+    operations._built.cache_clear()
     yield
-    operations._library.cache_clear()
+    operations._built.cache_clear()

@@ -85,10 +85,12 @@ def over_frame_counts(
 def test_fp16_over_changing_frame_counts(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, name: str, operation: None
 ) -> None:
-    """The decoder stays in float32, as in every engine of fp16."""
+    """The decoder stays in float32, as in every engine of fp16; products are in 16 bits where the processor has such."""
+    available = operations.operations("fp16")
+    most = 4e-3 if available is not None and available.vectors.has_halves else 2e-3
     for found, wanted in over_frame_counts(plain_model, openvino_networks, tmp_path, "fp16", name):
         error = relative_error(found, wanted)
-        assert error < 1e-5 if name in (*FULL_PRECISION, *BEYOND_FP16) else 1e-5 < error < 2e-3
+        assert error < 1e-5 if name in (*FULL_PRECISION, *BEYOND_FP16) else 1e-5 < error < most
 
 
 @pytest.mark.parametrize("name", ["unet", "controlnet_stream", "vae_decoder", "pose_embedding", "prompt_kv"])
@@ -112,7 +114,9 @@ def test_what_is_kept_is_of_one_precision(
         for precision in ("fp32", "int8", "fp16", "fp32")
     )
     assert torch.equal(whole, again) and not torch.equal(whole, narrow)
-    assert torch.equal(whole, in_halves)  # its convolutions are too small for tiles of 2×2, but it is another's
+    # Its convolutions are too small for tiles of 2×2, which is otherwise all that fp16 changes, but it is another's.
+    available = operations.operations("fp16")
+    assert torch.equal(whole, in_halves) != (available is not None and available.vectors.has_halves)
     assert len(list(tmp_path.iterdir())) == 3
 
 

@@ -1,6 +1,7 @@
 """Weights in 16 bits against PyTorch's float64 of what is rounded alike, and which layers have them.
 
-Tests of posecrafter_rt/engines/openvino_convolutions.py and openvino_linear.py in fp16.
+Tests of posecrafter_rt/engines/openvino_convolutions.py and openvino_linear.py in fp16, on processors that multiply in
+float32; test_openvino_in_halves.py has those that multiply in 16 bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.doubling import fold_doubling
+from tests.engines.conftest import take_vectors
 from tests.engines.openvino_models import (
     LAYOUTS,
     Linear,
@@ -38,6 +40,12 @@ from tests.engines.openvino_models import (
 EXACT = 1e-5  # of the largest output, where nothing is rounded but float32
 ROUNDED = 1e-3  # where weights are
 SCALE = 0.05  # of weights: none is below the least normal number in 16 bits, nor is it one of few
+
+
+@pytest.fixture(params=[16, 8], ids=lambda lanes: f"{lanes}-lanes")
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Those of vectors that have no products in 16 bits."""
+    return take_vectors(request, monkeypatch, request.param, has_halves=False)
 
 
 def rounded(weight: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def test_operations_that_hold_their_weights_give_the_same_and_keep_nothing_they_
     assert available is not None
     given = op.parameter([2, lanes, 9, 13], np.float32)
     trials = [*operations._convolutions(available.factory, given), *operations._linear_maps(available.factory, given)]
-    trials = [trial for trial in trials if operations.missing_bytes_reason() is None or trial.precision != "int8"]
+    trials = [trial for trial in trials if trial.suits(available.vectors)]
     keys_and_values = [
         op.abs(available.factory.create("Linear", [given.output(0), *layer], {})) for layer in layers(lanes)
     ]
@@ -122,7 +122,7 @@ def layers(lanes: int) -> list[list[Any]]:
     ("false", "false refuses them: exit status 1"),
     ("no-such-compiler", "no-such-compiler cannot be run"),
 ])  # fmt: skip
-@pytest.mark.skipif(operations._vectors() is None, reason="this processor is not asked for a compiler")
+@pytest.mark.skipif(not operations._fitting(), reason="this processor is not asked for a compiler")
 def test_without_a_compiler_all_is_openvinos(
     compiler: str,
     reason: str,
@@ -153,7 +153,7 @@ def test_clang_compiles_them_as_well(
     assert operations.missing_reason() is None  # they were tried
 
 
-@pytest.mark.skipif(operations._vectors() is None or shutil.which("g++") is None, reason="they cannot be compiled here")
+@pytest.mark.skipif(not operations._fitting() or shutil.which("g++") is None, reason="they cannot be compiled here")
 def test_they_compile_here() -> None:
     """Else the tests of them would be skipped, and all would look right."""
     assert "refuses them" not in str(operations.missing_reason())
@@ -174,30 +174,55 @@ def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "AVX2, FMA and F16C, or AVX-512" in str(operations.missing_reason())
 
 
-@pytest.mark.parametrize(("features", "lanes", "has_bytes"), [
-    ({"avx2", "fma", "f16c"}, 8, False),
-    ({"avx2", "fma", "f16c", "avx_vnni"}, 8, True),
-    ({"avx2", "fma", "f16c", "avx512_vnni"}, 8, False),  # without the registers, as a virtual machine may tell it
-    ({"avx2", "fma", "f16c", "avx512f", "avx512bw"}, 16, False),
-    ({"avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni"}, 16, True),
+AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+
+@pytest.mark.parametrize(("features", "lanes", "has_bytes", "has_halves"), [
+    ({"avx2", "fma", "f16c"}, 8, False, False),
+    ({"avx2", "fma", "f16c", "avx_vnni"}, 8, True, False),
+    ({"avx2", "fma", "f16c", "avx512_vnni"}, 8, False, False),  # without the registers, as a virtual machine may tell it
+    (AVX512, 16, False, False),
+    (AVX512 | {"avx512_vnni", "avx_vnni"}, 16, True, False),
+    (AVX512 | {"avx512_vnni", "avx512_fp16"}, 16, True, True),
 ])  # fmt: skip
 def test_the_widest_vectors_are_taken_with_what_the_processor_has(
-    features: set[str], lanes: int, has_bytes: bool, monkeypatch: pytest.MonkeyPatch
+    features: set[str], lanes: int, has_bytes: bool, has_halves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operations, "cpu_features", lambda: features)
-    vectors = operations._vectors()
-    assert vectors is not None
-    assert (vectors.lanes, vectors.has_bytes) == (lanes, has_bytes)
-    monkeypatch.setattr(operations, "missing_reason", lambda: None)  # what this processor lacks would end the process
+    vectors = operations._fitting()[0]
+    assert (vectors.lanes, vectors.has_bytes, vectors.has_halves) == (lanes, has_bytes, has_halves)
+    # What this processor lacks would end the process.
+    monkeypatch.setattr(operations, "_built", lambda fitting: operations.Built(fitting[0], Path()))
     assert operations.missing_bytes_reason() == (None if has_bytes else "this processor has no VNNI; use fp32")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_a_compiler_that_does_not_know_the_widest_is_asked_for_others(
+    operation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As g++ 11 does not know AVX512-FP16, which processors have had since 2023; g++ 10 does not know AVX-VNNI."""
+    narrow, unknown = operations._fitting()[-1], ("-mno-such-instructions",)
+    widest = [operations._fitting()[0]._replace(flags=unknown, has_bytes=has_bytes) for has_bytes in (False, True)]
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(operations, "FLAGS", PLAIN_FLAGS)
+    for vectors, reason in zip(widest, ("this processor has no VNNI", "needs a compiler that knows VNNI"), strict=True):
+        monkeypatch.setattr(operations, "VECTORS", (vectors, narrow._replace(has_bytes=False)))
+        with caplog.at_level(logging.INFO):
+            available = operations.operations()
+        assert available is not None and available.vectors.flags == narrow.flags
+        assert reason in str(operations.missing_bytes_reason()) and operations.missing_halves_reason() is None
+    assert caplog.records == []
+    monkeypatch.setattr(operations, "VECTORS", (widest[0], widest[1]))
+    assert "refuses them" in str(operations.missing_reason()) and "no-such-instructions" in caplog.text
 
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every source as it is, compiled once, by its name."""
-    vectors = operations._vectors()
-    if vectors is None or operations.missing_reason() is not None or shutil.which("g++") is None:
+    available = operations.operations()
+    if available is None or shutil.which("g++") is None:
         pytest.skip("the operations cannot be compiled by g++ here")
+    vectors = available.vectors
     folder, headers = tmp_path_factory.mktemp("objects"), Path(openvino.__file__).with_name("include")
     made = {source.name: folder / f"{source.stem}.o" for source in operations.SOURCES.glob("*.cpp")}
     flags = [flag for flag in (*PLAIN_FLAGS, *vectors.flags) if flag != "-shared"]
@@ -212,12 +237,21 @@ WRONG_IN_BYTES = [
     ("bytes.cpp", "static_cast<float>(sum) * scales[o]", "static_cast<float>(sum)"),  # what zero counts
     ("pictures.cpp", "y / 2 - 1 + y % 2", "y / 2 - 1"),  # the rows that one of a doubled picture is of
     ("pictures.cpp", "(x + 1 - odd_column) / 2", "x / 2"),  # its weights
-    ("pictures.cpp", "static_cast<int>(byte)", "0"),  # the border
+    ("pictures.cpp", "static_cast<uint8_t>(zeros_[frame])", "0"),  # the border
     ("pictures.cpp", "p.weight[first + c]", "p.weight[c]"),  # the norm
     ("convolution.cpp", "nullptr : call.residual + at", "nullptr : nullptr"),  # what is added
     ("linear.cpp", "count, first_.out_channels)", "count, first_.in_channels)"),  # what is between two layers
     ("attention.cpp", "total(__builtin_convertvector(sum, Vector)) * scales[0]", "0"),  # what zero counts
     ("attention.cpp", "<< 16", "<< 15"),  # values
+]
+
+
+WRONG_IN_HALVES = [
+    ("linear.cpp", "weight + k % in_channels * taps + k / in_channels", "weight + k"),  # the order of weights
+    ("pictures.cpp", "plane, p.eps},", "plane, 0.5},"),  # the norm
+    ("pictures.cpp", "% window_.out_width) * window_.stride", "% window_.out_width)"),  # columns that are copied
+    ("pictures.cpp", "segment * rows.pitch + begin", "segment * rows.depth + begin"),  # the windows' rows
+    ("linear.cpp", "own : own + load(to)", "own : own"),  # what is summed in 16 bits is added to what was
 ]
 
 
@@ -242,6 +276,7 @@ WRONG_IN_BYTES = [
     ("attention.cpp", "tokens.stride * call.places", "tokens.stride"),  # the same token in other frames
     ("attention.cpp", "static_cast<size_t>(head) * call.width", "0"),
     *WRONG_IN_BYTES,
+    *WRONG_IN_HALVES,
 ])  # fmt: skip
 def test_what_compiles_but_is_wrong_is_not_kept(
     compiled: str,
@@ -253,9 +288,11 @@ def test_what_compiles_but_is_wrong_is_not_kept(
     forgotten: None,
 ) -> None:
     """Only that source is compiled anew, with what it includes."""
-    vectors = operations._vectors()
-    if (compiled, right, wrong) in WRONG_IN_BYTES and not (vectors and vectors.has_bytes):
+    vectors = operations._fitting()[0]
+    if (compiled, right, wrong) in WRONG_IN_BYTES and not vectors.has_bytes:
         pytest.skip("this processor has no VNNI")
+    if (compiled, right, wrong) in WRONG_IN_HALVES and not vectors.has_halves:
+        pytest.skip("this processor has no AVX512-FP16")
     sources, num_found = tmp_path / "sources", 0
     sources.mkdir()
     for file in (*operations.SOURCES.glob("*.h"), operations.SOURCES / compiled):
@@ -288,7 +325,7 @@ def test_what_cannot_be_loaded_is_compiled_again(
             file.unlink()  # it is mapped: what was written over it would change under us
         library.with_name(name).write_bytes(damaged)
         caplog.clear()
-        operations._library.cache_clear()
+        operations._built.cache_clear()
         assert operations.missing_reason() is None
         assert "is compiled again" in caplog.text
         assert any(file.read_bytes() == whole for file in library.parent.iterdir())

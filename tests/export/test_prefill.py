@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,11 +169,9 @@ def test_an_interruption_ends_the_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[subprocess.Popen[bytes]]
 ) -> None:
     use_worker(monkeypatch, tmp_path / "worker", "exec sleep 60")
-    before = time.monotonic()
     with pytest.raises(KeyboardInterrupt), start_workers(2, "{}", LONGEST_FIRST):
         raise KeyboardInterrupt
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
-    assert time.monotonic() - before < 30
 
 
 def test_a_worker_ends_when_the_process_that_started_it_was_killed() -> None:

@@ -176,7 +176,7 @@ def test_the_hook_runs_before_each_step_and_replaces_the_latents():
     edited = ddim_sample(denoise, latents_of(0), schedule, 5, on_step=edit)
     assert seen == [0, 1, 2, 3, 4]
     states = []
-    ddim_sample(denoise, latents_of(0), schedule, 5, on_step=lambda i, x: states.append(x) or x)
+    ddim_sample(denoise, latents_of(0), schedule, 5, on_step=lambda i, x: states.append(x.clone()) or x)
     resumed = ddim_sample(denoise, states[2] + 0.25, schedule, 5, start_step=2)
     torch.testing.assert_close(edited, resumed, rtol=0, atol=0)
 

@@ -1,7 +1,7 @@
 // Fuzzes the operations of engines/operations/ under ASan and UBSan, against sums in double: odd sizes, more threads
 // asked for than tasks, tasks in any order, threads that go from one call to the next; with weights in 16 bits, and in
-// eight bits where it is compiled for these. Usage: fuzz_operations SECONDS SEED. Buffers are exact heap blocks, so
-// that a stray access is caught, and outputs begin as NaN.
+// 16 or eight bits where it is compiled for these. Usage: fuzz_operations SECONDS SEED. Buffers are exact heap blocks,
+// so that a stray access is caught, and outputs begin as NaN.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -16,6 +16,7 @@
 #include "attention.h"
 #include "bytes.h"
 #include "convolution.h"
+#include "halves.h"
 #include "linear.h"
 #include "pictures.h"
 #include "products.h"
@@ -117,7 +118,10 @@ double gelu_of(double x) { return x * 0.5 * std::erfc(-x / std::sqrt(2.0)); }
 
 void run_linear(const Linear& call, int threads, Kind kind) {
 #ifdef PC_HAS_VNNI
-    if (kind == Kind::bytes) return linear_bytes(call, threads, parallel);
+    if (kind == Kind::bytes) return linear<Bytes>(call, threads, parallel);
+#endif
+#ifdef PC_HAS_HALVES
+    if (kind == Kind::halves && flip()) return linear<Halves>(call, threads, parallel);
 #endif
     (kind == Kind::halves ? linear<Half> : linear<float>)(call, threads, parallel);
 }
@@ -316,8 +320,8 @@ bool fuzz_attention(bool in_bytes) {
     return judge.passes(in_bytes ? kInBytes : 1e-5);
 }
 
-#ifdef PC_HAS_VNNI
-bool fuzz_convolution() {
+template <class Format>
+bool fuzz_convolution(double tolerance) {
     const int times = pick(1, 2), stride = times == 2 ? 1 : pick(1, 2), groups = kLanes >> pick(0, 3);
     const int side = pick(0, 3) != 0 ? 10 : 40;
     const int in = kLanes * pick(1, 3), out_channels = kPanel * pick(1, 2);
@@ -328,9 +332,9 @@ bool fuzz_convolution() {
     const size_t count = static_cast<size_t>(pictures.frames) * out_channels * window.out_height * window.out_width;
     const std::vector<float> weight = draw(in), bias = draw(in), residual = draw(count);
     std::vector<float> out(count, NAN);
-    const Packed packed = block(packed_windows(times, in, out_channels));
-    pack_windows(kernel.weight.data(), in, out_channels, times, packed.get(), parallel);
-    ByteConvolution call{};
+    const Packed packed = block(packed_windows<Format>(times, in, out_channels));
+    pack_windows<Format>(kernel.weight.data(), in, out_channels, times, packed.get(), parallel);
+    WindowConvolution call{};
     call.picture.input = pictures.input.data(), call.picture.frames = pictures.frames, call.picture.channels = in;
     call.picture.height = pictures.height, call.picture.width = pictures.width;
     call.picture.groups = groups, call.picture.eps = 1e-5;
@@ -340,14 +344,20 @@ bool fuzz_convolution() {
     }
     call.window = window, call.packed = packed.get(), call.bias = kernel.bias.data(), call.out = out.data();
     call.residual = flip() ? residual.data() : nullptr, call.out_channels = out_channels;
-    convolve_bytes(call, pick(1, flip() ? 4 : 40), parallel);
-    return is_convolution(out, call.residual, kernel, pictures, stride, kInBytes);
+    convolve_windows<Format>(call, pick(1, flip() ? 4 : 40), parallel);
+    return is_convolution(out, call.residual, kernel, pictures, stride, tolerance);
 }
 
-bool fuzz_bytes() { return fuzz_linear(Kind::bytes) && fuzz_convolution() && fuzz_attention(true); }
-#else
-bool fuzz_bytes() { return true; }
+bool fuzz_fewer_bits() {
+#ifdef PC_HAS_HALVES
+    if (!fuzz_convolution<Halves>(kInHalves)) return false;
 #endif
+#ifdef PC_HAS_VNNI
+    return fuzz_linear(Kind::bytes) && fuzz_convolution<Bytes>(kInBytes) && fuzz_attention(true);
+#else
+    return true;
+#endif
+}
 
 }  // namespace
 
@@ -359,7 +369,7 @@ int main(int argc, char** argv) {
     for (; std::chrono::steady_clock::now() < end; ++rounds) {
         num_workers = pick(1, 3);
         if (!fuzz_linear(Kind::floats) || !fuzz_linear(Kind::halves) || !fuzz_winograd() || !fuzz_attention(false) ||
-            !fuzz_bytes()) {
+            !fuzz_fewer_bits()) {
             std::printf("round %d is wrong\n", rounds);
             return 1;
         }

@@ -41,7 +41,7 @@ def test_affine(tmp_path: Path, macro: str) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
 @pytest.mark.parametrize("lanes", [16, 8])
 def test_operations(tmp_path: Path, lanes: int) -> None:
-    """In vectors of so many floats, in eight bits as well where this processor has them."""
+    """In vectors of so many floats, in 16 and eight bits as well where this processor has them."""
     found = [vectors for vectors in VECTORS if vectors.lanes == lanes and vectors.needed <= cpu_features()]
     if not found:
         pytest.skip(f"this processor has no vectors of {lanes} floats")
@@ -49,7 +49,17 @@ def test_operations(tmp_path: Path, lanes: int) -> None:
         ROOT / "tests/native/fuzz_operations.cpp",
         *(
             SOURCES / f"{name}.cpp"
-            for name in ("attention", "linear", "winograd", "memory", "bytes", "pictures", "convolution")
+            for name in (
+                "attention",
+                "bytes",
+                "convolution",
+                "group_norm",
+                "halves",
+                "linear",
+                "memory",
+                "pictures",
+                "winograd",
+            )
         ),
     ]
     fuzz(tmp_path / "fuzz_operations", ["-pthread", *found[0].flags], SOURCES, sources)

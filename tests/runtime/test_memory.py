@@ -242,6 +242,7 @@ def test_a_gpu_without_memory_is_an_error_with_advice() -> None:
     "FIND was unable to find an engine to execute this computation",
     "Unable to find a valid cuDNN algorithm to run convolution",
     "could not create a primitive",
+    "can't start new thread",
 ])  # fmt: skip
 def test_what_libraries_say_instead_is_memory_too(message: str) -> None:
     with pytest.raises(OutOfMemory) as caught, explained(RenderOptions()):

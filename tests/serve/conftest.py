@@ -1,4 +1,4 @@
-"""Servers to speak to: of an avatar that draws its poses, and of a real one on the tiny base.
+"""Servers to speak to, of an avatar that draws its poses.
 
 Tests; fixtures.
 """
@@ -8,15 +8,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve import session, websocket
 from posecrafter_rt.serve.options import ServeOptions
 from tests.serve.drawn import DrawnAvatar, Running, running
+
+
+@pytest.fixture(autouse=True)
+def shows_old_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may stand still for a second, and what a test waits for would be too old to be shown.
+
+    What is of that age overrides this.
+    """
+    for module in (session, websocket):
+        monkeypatch.setattr(module, "MAX_AGE_S", 60.0)
 
 
 @pytest.fixture
@@ -33,21 +41,3 @@ def serve(avatar: DrawnAvatar) -> Iterator[Callable[..., Running]]:
             return stack.enter_context(running(avatar, replace(ServeOptions(), **options)))
 
         yield start
-
-
-@pytest.fixture(scope="session")
-def tiny_engine(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine folder of the tiny base, backend `torch`, 32 × 32 pixels, tuned on four frames of noise."""
-    from posecrafter_rt.building import BuildOptions, build_engine
-    from posecrafter_rt.tuning import TuneOptions, tune
-
-    folder = tmp_path_factory.mktemp("engine")
-    rng = np.random.default_rng(3)
-    keypoints = np.concatenate(
-        [rng.uniform(4, 28, (1, 134, 2)) + rng.normal(0, 0.3, (4, 134, 2)), np.ones((4, 134, 1))], -1
-    )
-    frames = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
-    options = TuneOptions(base=str(tiny_base), frames=4, steps=3, precision="fp32")
-    tune(frames, PoseSequence(keypoints, (32, 32), 25.0), folder / "tuned.ckpt", options)
-    built = build_engine(folder / "tuned.ckpt", folder / "tiny.engine", BuildOptions(backend="torch", precision="fp32"))
-    return built.folder.path

@@ -120,11 +120,11 @@ def running(avatar: Any, options: ServeOptions, port: int = 0) -> Iterator[Runni
             yield Running(listener.getsockname()[1], app)
         finally:
             server.should_exit = True
-            thread.join(timeout=20)
+            thread.join(timeout=60)
     assert not thread.is_alive()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait for something that must come true."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -9,7 +9,6 @@ import os
 import resource
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def decoded(track: dict) -> np.ndarray:
 
 
 def post(server: Running, content: bytes, kind: str = "application/json", **options: object) -> httpx.Response:
-    return httpx.post(server.url("/api/poses"), content=content, headers={"content-type": kind}, timeout=60, **options)
+    return httpx.post(server.url("/api/poses"), content=content, headers={"content-type": kind}, timeout=300, **options)
 
 
 def test_health_and_info(serve: Serve) -> None:
@@ -66,7 +65,7 @@ def test_metrics_are_counted(serve: Serve) -> None:
     with connect(server.url("/ws", "ws")) as client:
         for number in range(10):
             client.send(pose_bytes(number))
-            while isinstance(client.recv(timeout=10), str):
+            while isinstance(client.recv(timeout=30), str):
                 pass
         lines = httpx.get(server.url("/metrics")).text.splitlines()
     assert "posecrafter_sessions 1.0" in lines and "posecrafter_poses_received_total 10.0" in lines
@@ -232,27 +231,31 @@ def test_a_canvas_that_no_pose_message_may_have_is_refused(tmp_path: Path) -> No
         pose_worker.read_track(tmp_path / f"{MAX_CANVAS_PX + 1}.json")
 
 
-def test_reading_goes_on_beside_rendering(serve: Serve, tmp_path: Path) -> None:
+def test_reading_goes_on_beside_rendering(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A file that takes a while does not hold up frames; a second file is told to wait."""
-    server = serve()
+    server, begun, may_end = serve(), tmp_path / "begun", tmp_path / "may end"
+    slow = tmp_path / "python"
+    slow.write_text(
+        f'#!/bin/sh\n: >"{begun}"\nuntil [ -e "{may_end}" ]; do sleep 0.05; done\nexec {sys.executable} "$@"\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))  # what reads the file
     PoseSequence(np.stack([make_pose()] * 400), SIZE).save(tmp_path / "poses.json")
     answers: list[httpx.Response] = []
     reading = threading.Thread(target=lambda: answers.append(post(server, (tmp_path / "poses.json").read_bytes())))
-    with connect(server.url("/ws", "ws")) as client:
-        reading.start()
-        times: list[float] = []
-        second = None
-        while reading.is_alive():
-            begin_s = time.perf_counter()
-            client.send(pose_bytes(0, shift=begin_s % 1))
-            while isinstance(client.recv(timeout=10), str):
-                pass
-            times.append(time.perf_counter() - begin_s)
-            if len(times) == 5:
-                second = post(server, b"{")
-            time.sleep(0.01)
-    assert answers[0].status_code == 200 and second is not None and second.status_code == 429
-    assert np.median(times) < 0.25
+    reading.start()
+    try:
+        wait_until(begun.exists)
+        with connect(server.url("/ws", "ws")) as client:
+            for number in range(5):
+                client.send(pose_bytes(number, shift=number))
+                while isinstance(client.recv(timeout=30), str):
+                    pass
+        assert post(server, b"{").status_code == 429 and not answers
+    finally:
+        may_end.touch()
+        reading.join()
+    assert answers[0].status_code == 200
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"type": "answer", "sdp": ""}', b'{"type": "offer", "sdp": 3}',

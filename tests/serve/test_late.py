@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-import numpy as np
 import pytest
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
@@ -17,10 +18,15 @@ from websockets.sync.client import connect
 from websockets.uri import parse_uri
 
 from posecrafter_rt.serve.protocol import RGB, FrameHeader, decode_frame
-from tests.serve.drawn import SIZE, DrawnAvatar, Running, pose_bytes
+from tests.serve.drawn import SIZE, DrawnAvatar, Running, pose_bytes, wait_until
 
 Serve = Callable[..., Running]
 FRAME_BYTES = 32 + SIZE[0] * SIZE[1] * 3
+
+
+@pytest.fixture(autouse=True)
+def shows_old_frames() -> None:
+    """Here their age counts."""
 
 
 class SlowLine:
@@ -83,21 +89,24 @@ def slow_line(server: Running, bytes_per_s: float) -> Iterator[SlowLine]:
 
 
 def test_on_a_slow_line_frames_are_left_out_and_none_grows_old(serve: Serve) -> None:
-    """A line for six frames a second, and a client that sends 25 poses in it by the clock."""
-    server, ages_s, headers = serve(), [], []
+    """A line for six frames a second, and a client that sends 25 poses in it.
+
+    They are its clock, so that a machine that stands still makes nothing old: of a second are frames 25 poses back.
+    """
+    server, ages, headers = serve(), [], []
     with slow_line(server, 6 * FRAME_BYTES) as line:
         line.send('{"type": "configure", "format": "rgb", "fit": "canvas"}')
-        begin_s, number = time.monotonic(), 0
-        while time.monotonic() < begin_s + 6:
-            if time.monotonic() > begin_s + number / 25:
+        begin_s, next_s, number = time.monotonic(), 0.0, 0
+        while (now_s := time.monotonic()) < begin_s + 6:
+            if now_s >= next_s:
                 line.send(pose_bytes(number, shift=number % 40 / 4))
-                number += 1
+                next_s, number = now_s + 1 / 25, number + 1
             for message in line.receive():
                 headers.append(decode_frame(message)[0])
-                ages_s.append(time.time() - headers[-1].sent_ms / 1000)
+                ages.append(number - headers[-1].sequence)
             time.sleep(0.002)
     assert 15 < len(headers) < 50 and headers[-1].format == RGB  # the line is used, and is slow
-    assert np.max(ages_s) < 1.0, ages_s
+    assert max(ages) < 25, ages
     # Every pose is shown or counted as dropped, but for those that were overtaken while the last header was written.
     assert 0 <= headers[-1].sequence + 1 - len(headers) - headers[-1].dropped <= 2
 
@@ -107,12 +116,16 @@ def test_a_server_that_is_too_slow_to_show_anything_says_so(serve: Serve, caplog
     serve()
     assert not caplog.text
     server = serve(DrawnAvatar(seconds=0.36), stream={"steps": 3, "is_pipelined": True})
-    assert "in turns of 0." in caplog.text and "serve without --pipelined" in caplog.text
+    assert re.search(r"in turns of \d\.\d s, .*serve without --pipelined", caplog.text)
+    message = {"type": "none yet", "message": ""}
     with connect(server.url("/ws", "ws"), compression=None) as client:
-        client.send(pose_bytes(0))
-        while (message := json.loads(client.recv(timeout=10)))["type"] != "error":
-            pass
-    assert "a frame took 3 turns of 0." in message["message"] and "without --pipelined" in message["hint"]
+        while "a frame took" not in message["message"]:  # or a pose has waited too long for its turn
+            client.send(pose_bytes(0))
+            while (message := json.loads(client.recv(timeout=30)))["type"] != "error":
+                pass
+    assert (
+        re.search(r"a frame took 3 turns of \d\.\d s", message["message"]) and "without --pipelined" in message["hint"]
+    )
 
 
 def test_poses_that_came_while_the_server_stood_still_are_not_shown_late(serve: Serve) -> None:
@@ -127,12 +140,21 @@ def test_poses_that_came_while_the_server_stood_still_are_not_shown_late(serve: 
         texts: list[dict] = []
         client.send(pose_bytes(0))
         assert next_frame().sequence == 0
-        (session,) = server.app.state.service._sessions.values()
-        session.frames._loop.call_soon_threadsafe(time.sleep, 1.4)
-        time.sleep(0.05)
+        service, begun = server.app.state.service, threading.Event()
+        (session,) = service._sessions.values()
+
+        def stand_still() -> None:
+            begun.set()
+            time.sleep(1.4)
+
+        session.frames._loop.call_soon_threadsafe(stand_still)
+        assert begun.wait(60)
         client.send(pose_bytes(1, shift=1))
-        time.sleep(1.6)
+        wait_until(lambda: session.num_dropped)
+        wait_until(lambda: service.watch.earliest_s(now_s := time.perf_counter()) == now_s)  # it hears at once again
         client.send(pose_bytes(2, shift=2))
         header = next_frame()
     assert (header.sequence, header.dropped) == (2, 1)
-    assert any("waited 1." in text["message"] for text in texts if text["type"] == "error")
+    (told,) = (text["message"] for text in texts if text["type"] == "error")
+    waited = re.match(r"a pose waited (\d+\.\d) s for its turn", told)
+    assert waited is not None and float(waited[1]) >= 1.4

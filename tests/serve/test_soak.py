@@ -30,6 +30,11 @@ MAX_GROWTH_BYTES = 30e6
 WAY_MS = 100  # there and back; the server's own measure ends with the sending
 
 
+@pytest.fixture(autouse=True)
+def shows_old_frames() -> None:
+    """Here their age counts."""
+
+
 def serve_clients(server: Running, seconds: float) -> Seen:
     """What clients of another process see in so many seconds; nothing is left of them."""
     call = [sys.executable, "-m", "tests.serve.soak_clients", server.url("/ws", "ws"), str(seconds), str(NUM_CLIENTS)]
@@ -49,19 +54,21 @@ def memory_bytes() -> int:
     return resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def openvino_engine(torch_engine: Path, folder: Path) -> Path:
-    """The same avatar's on OpenVINO where that is installed; else the one that is there."""
-    if importlib.util.find_spec("openvino") is None:
-        return torch_engine
+def openvino_engine(checkpoint: Path, folder: Path) -> Path:
     options = BuildOptions(backend="openvino", precision="fp32")
-    return build_engine(torch_engine.parent / "tuned.ckpt", folder / "openvino.engine", options).folder.path
+    return build_engine(checkpoint, folder / "openvino.engine", options).folder.path
 
 
 @pytest.mark.parametrize("seconds", [10, pytest.param(1800, marks=pytest.mark.slow)])
 def test_clients_come_and_go(
-    tiny_engine: Path, tmp_path: Path, seconds: int, record_testsuite_property: Callable[[str, object], None]
+    tiny_engine: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    seconds: int,
+    record_testsuite_property: Callable[[str, object], None],
 ) -> None:
-    engine = openvino_engine(tiny_engine, tmp_path) if seconds > 60 else tiny_engine
+    is_long = seconds > 60 and importlib.util.find_spec("openvino") is not None
+    engine = openvino_engine(tiny_checkpoint, tmp_path) if is_long else tiny_engine
     options = ServeOptions(stream={"steps": 1, "window": 2}, max_sessions=NUM_CLIENTS)
     with Avatar.load(engine) as avatar, running(avatar, options) as server:
         serve_clients(server, max(4.0, seconds / 10))  # what is allocated once

@@ -9,7 +9,6 @@ import logging
 import sys
 import threading
 import time
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,15 +102,12 @@ def cameras(monkeypatch: pytest.MonkeyPatch) -> list[RecordingCamera]:
 
 
 def show(client: ClientConnection, shift: float) -> np.ndarray:
-    """Send a pose as it is, and give its frame once it has come: on a busy machine one may be too old to be shown."""
+    """Send a pose as it is, and give its frame once it has come."""
     client.send('{"type": "configure", "fit": "canvas"}')
-    for sequence in range(1, 11):
-        client.send(pose_bytes(sequence, shift))
-        with suppress(TimeoutError):
-            while isinstance(client.recv(timeout=2), str):
-                pass
-            return draw_pose(make_pose(shift), SIZE)
-    raise AssertionError("no frame came")
+    client.send(pose_bytes(1, shift))
+    while isinstance(client.recv(timeout=30), str):
+        pass
+    return draw_pose(make_pose(shift), SIZE)
 
 
 def test_it_shows_the_first_clients_newest_frame(cameras: list[RecordingCamera]) -> None:
@@ -125,7 +121,7 @@ def test_it_shows_the_first_clients_newest_frame(cameras: list[RecordingCamera])
             wait_until(lambda: camera.shows(frame))
             other = show(second, 6)
             camera.was_sent.clear()
-            assert camera.was_sent.wait(20) and camera.shows(frame) and not camera.shows(other)
+            assert camera.was_sent.wait(60) and camera.shows(frame) and not camera.shows(other)
             newer = show(first, 4)
             wait_until(lambda: camera.shows(newer))
             first.close()
@@ -137,7 +133,7 @@ def test_it_shows_the_first_clients_newest_frame(cameras: list[RecordingCamera])
 def test_a_frame_that_is_a_view_is_sent_as_the_device_needs_it(cameras: list[RecordingCamera]) -> None:
     picture = np.random.default_rng(1).integers(0, 256, (*SIZE, 3), np.uint8)
     camera = VirtualCamera(SIZE, lambda: picture[:, ::-1])
-    assert cameras[0].was_sent.wait(20) and camera.device == "/dev/video9"
+    assert cameras[0].was_sent.wait(60) and camera.device == "/dev/video9"
     camera.close()
     assert cameras[0].shows(picture[:, ::-1]) and cameras[0].was_closed.is_set()
 
@@ -146,9 +142,9 @@ def test_the_server_goes_on_when_the_device_is_lost(
     cameras: list[RecordingCamera], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR), running(DrawnAvatar(), ServeOptions(has_virtual_camera=True)) as server:
-        assert cameras[0].was_sent.wait(20)
+        assert cameras[0].was_sent.wait(60)
         cameras[0].is_lost.set()
-        assert cameras[0].was_closed.wait(20)
+        assert cameras[0].was_closed.wait(60)
         with connect(server.url("/ws", "ws")) as client:
             show(client, 1)
     assert "the virtual camera has ended: the device is gone" in caplog.text

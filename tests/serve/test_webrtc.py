@@ -62,7 +62,7 @@ def test_a_peer_that_goes_before_its_channel_came_is_not_waited_for(
         try:
             answer = await offered(server, peer)
             await peer.setRemoteDescription(RTCSessionDescription(answer["sdp"], answer["type"]))
-            await asyncio.wait_for(connected.wait(), 20)
+            await asyncio.wait_for(connected.wait(), 60)
             assert server.app.state.service.num_sessions == 1
         finally:
             await peer.close()

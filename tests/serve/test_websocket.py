@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import cv2
@@ -21,7 +23,7 @@ from posecrafter_rt.serve import conversation
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import RGB, FrameHeader, decode_frame
 from posecrafter_rt.serve.websocket import Gone, _send
-from tests.serve.drawn import SIZE, DrawnAvatar, Running, make_pose, pose_bytes, running, wait_until
+from tests.serve.drawn import SIZE, DrawnAvatar, DrawnStream, Running, make_pose, pose_bytes, running, wait_until
 
 Serve = Callable[..., Running]
 
@@ -31,14 +33,14 @@ def speak(server: Running, path: str = "/ws", **options: Any) -> ClientConnectio
 
 
 def next_frame(client: ClientConnection) -> tuple[FrameHeader, bytes]:
-    while isinstance(message := client.recv(timeout=10), str):
+    while isinstance(message := client.recv(timeout=30), str):
         pass
     return decode_frame(message)
 
 
 def next_text(client: ClientConnection, kind: str) -> dict[str, Any]:
     while True:
-        message = client.recv(timeout=10)
+        message = client.recv(timeout=30)
         if isinstance(message, str) and json.loads(message)["type"] == kind:
             return json.loads(message)
 
@@ -48,14 +50,14 @@ def closing(client: ClientConnection) -> tuple[int | None, list[dict[str, Any]]]
     texts = []
     with pytest.raises(ConnectionClosed) as closed:
         while True:
-            message = client.recv(timeout=10)
+            message = client.recv(timeout=30)
             texts += [json.loads(message)] if isinstance(message, str) else []
     return (closed.value.rcvd.code if closed.value.rcvd else None), texts
 
 
 def test_a_client_is_greeted_and_its_poses_are_shown(serve: Serve) -> None:
     with speak(serve(max_sessions=3)) as client:
-        ready = json.loads(client.recv(timeout=10))
+        ready = json.loads(client.recv(timeout=30))
         assert ready["size"] == list(SIZE) and len(ready["session"]) >= 8
         expected = {"type": "ready", "backend": "torch", "precision": "fp32", "sessions": 1, "max_sessions": 3}
         assert expected.items() <= ready.items()
@@ -93,25 +95,44 @@ def test_late_poses_are_dropped_never_queued(serve: Serve) -> None:
         assert [header.sequence for header in headers] == sorted({header.sequence for header in headers})
 
 
-def test_sessions_take_turns(serve: Serve) -> None:
+def test_sessions_take_turns(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """One client sends three times as many poses, and both more than can be rendered: they get the same."""
-    avatar = DrawnAvatar(seconds=0.15)
+    avatar, may_step, step = DrawnAvatar(), threading.Semaphore(0), DrawnStream.step
+
+    def step_once_let(stream: DrawnStream, pose: np.ndarray | None) -> np.ndarray:
+        assert may_step.acquire(timeout=60)
+        return step(stream, pose)
+
     server = serve(avatar)
+    value_of = server.app.state.service.metrics.registry.get_sample_value
+    monkeypatch.setattr(DrawnStream, "step", step_once_let)
+    before = len(avatar.steps)
+
+    def has_come(number: int) -> bool:
+        """Whether both clients' poses of so many rounds wait."""
+        return value_of("posecrafter_poses_received_total") == 8 * number
+
+    def is_done(number: int) -> bool:
+        return len(avatar.steps) == before + 2 * number
+
     with speak(server, max_queue=None) as greedy, speak(server, max_queue=None) as modest:
-        before, until_s, number = len(avatar.steps), time.monotonic() + 3, 0
-        while time.monotonic() < until_s:
-            greedy.send(pose_bytes(number, shift=number / 50))
-            if number % 3 == 0:
-                modest.send(pose_bytes(number, shift=number / 50))
-            number += 1
-            time.sleep(0.01)
-        steps = avatar.steps[before:]
-        counts = [sum(stream == one for stream, _ in steps) for one in {stream for stream, _ in steps}]
-        assert len(counts) == 2 and min(counts) >= max(counts) - 2
-        assert len({thread for _, thread in steps}) == 1
+        for number in range(1, 16):
+            for sender in (modest, greedy, greedy, greedy) * 2:
+                sender.send(pose_bytes(number))
+            wait_until(partial(has_come, number))
+            may_step.release(2)
+            wait_until(partial(is_done, number))
+        may_step.release(100)
+    steps = avatar.steps[before : before + 30]
+    counts = [sum(stream == one for stream, _ in steps) for one in {stream for stream, _ in steps}]
+    assert len(counts) == 2 and min(counts) >= max(counts) - 2
+    assert len({thread for _, thread in steps}) == 1
 
 
-def test_a_client_that_stalls_fills_no_memory_and_holds_up_nobody(serve: Serve) -> None:
+def test_a_client_that_stalls_fills_no_memory_and_holds_up_nobody(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation, "POSE_RATE", (120.0, 200.0))  # the machine may be fast
     server = serve()
     with speak(server, max_queue=1) as stalled, speak(server) as other:
         stalled.send('{"type": "configure", "format": "rgb"}')
@@ -134,7 +155,7 @@ def test_over_the_cap_is_refused_clearly_and_a_place_becomes_free(serve: Serve, 
         assert avatar.num_open == 1
     wait_until(lambda: avatar.num_open == 0)
     with speak(server) as third:
-        assert json.loads(third.recv(timeout=10))["type"] == "ready"
+        assert json.loads(third.recv(timeout=30))["type"] == "ready"
 
 
 @pytest.mark.parametrize(("message", "code", "why"), [
@@ -157,7 +178,7 @@ def test_other_pages_and_strangers_are_turned_away(serve: Serve) -> None:
         assert closing(client)[0] == 1008
     headers = {"Authorization": "Bearer a secret of some length"}
     with speak(server, additional_headers=headers) as client:
-        assert json.loads(client.recv(timeout=10))["type"] == "ready"
+        assert json.loads(client.recv(timeout=30))["type"] == "ready"
 
 
 def test_poses_above_the_rate_are_dropped_and_a_flood_ends_it(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +191,7 @@ def test_poses_above_the_rate_are_dropped_and_a_flood_ends_it(serve: Serve, monk
         for number in range(60):
             client.send(pose_bytes(number))
         wait_until(lambda: value_of("posecrafter_poses_dropped_total", {"reason": "limited"}) >= 30)
-        assert json.loads(client.recv(timeout=10))["type"] == "ready"  # it is still there
+        assert json.loads(client.recv(timeout=30))["type"] == "ready"  # it is still there
         with contextlib.suppress(ConnectionClosed):
             for number in range(1000):
                 client.send(pose_bytes(number))
@@ -178,10 +199,12 @@ def test_poses_above_the_rate_are_dropped_and_a_flood_ends_it(serve: Serve, monk
     wait_until(lambda: server.app.state.service.num_sessions == 0)
 
 
-def test_too_many_commands_end_it(serve: Serve) -> None:
+def test_too_many_commands_end_it(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "COMMAND_RATE", (0.1, 40.0))  # the machine may be slow
     with speak(serve()) as client:
-        for _ in range(60):
-            client.send('{"type": "configure"}')
+        with contextlib.suppress(ConnectionClosed):  # it may have been sent away already
+            for _ in range(60):
+                client.send('{"type": "configure"}')
         assert closing(client)[0] == 1008
 
 

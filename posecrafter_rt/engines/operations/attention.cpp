@@ -219,7 +219,7 @@ struct InBytes {
         const ByteRows rows = rows_to_bytes(query, count, width, thread_query.take(byte_rows_floats(count, width)));
         const Fetch none{scores.first, scores.first, 0, 0, 1, false};
         for (int key = 0; key < keys; key += kPanel, packed += byte_panel(width))
-            multiply_byte_rows(rows, count, packed, {scores.first + key, scores.stride}, none);
+            Bytes::multiply(rows, 0, count, packed, {scores.first + key, scores.stride}, none);
     }
 
     class Weights {

@@ -75,36 +75,6 @@ PC_INLINE void store_bytes(uint8_t* to, Vector x, float inverse, float zero) {
     std::memcpy(to, &bytes, sizeof bytes);
 }
 
-// What is written, or added to that, once a panel is done, to be fetched meanwhile: the lines of memory from `first` on
-// that are `step` apart, `lines` of them, a power of two, and where `is_wide` those after them. Row r's are `row · r`
-// on.
-struct Fetch {
-    const float *first, *other;
-    size_t step, row;
-    int lines;
-    bool is_wide;
-
-    Fetch from(int index) const {
-        Fetch next = *this;
-        next.first += index * row, next.other += index * row;
-        return next;
-    }
-
-    // Each once, k being 0, 1 … of every call: later ones would take lines from what a product streams through.
-    PC_INLINE void fetch(int k) const {
-        if (k >= kPanel) return;
-        const size_t at = (k & (lines - 1)) * step + (is_wide && (k & lines) != 0 ? 64 / sizeof(float) : 0);
-        __builtin_prefetch(first + at, 1);
-        __builtin_prefetch(other + at);
-    }
-};
-
-// Where sums go, a row of a panel each, and how far each is from the next, in floats.
-struct Sums {
-    float* first;
-    size_t stride;
-};
-
 #ifdef PC_HAS_VNNI
 
 // Adds to each lane the products of four numbers and its four weights.
@@ -121,7 +91,7 @@ PC_INLINE Integers dot(Integers sums, uint32_t four, const int8_t* weights) {
 
 // kCount rows times a panel → out, rows of kPanel floats.
 template <int kCount>
-void multiply_bytes(const ByteRows& rows, const float* panel, float* out, size_t out_stride, const Fetch& next) {
+void multiply_bytes(const ByteRows& rows, const float* panel, Sums out, const Fetch& next) {
     constexpr int kStep = kFour * kLanes;
     const auto* weights = reinterpret_cast<const int8_t*>(panel + 2 * kPanel);
     Integers sums[kCount][2] = {};
@@ -144,13 +114,13 @@ void multiply_bytes(const ByteRows& rows, const float* panel, float* out, size_t
 #pragma GCC unroll 14
         for (int r = 0; r < kCount; ++r) {
             const Vector product = __builtin_convertvector(sums[r][half], Vector) * scale;
-            store(out + r * out_stride + half * kLanes,
+            store(out.first + r * out.stride + half * kLanes,
                   product * rows.scale[r * rows.step] + sum * rows.low[r * rows.step]);
         }
     }
 }
 
-using MultiplyBytes = void (*)(const ByteRows&, const float*, float*, size_t, const Fetch&);
+using MultiplyBytes = void (*)(const ByteRows&, const float*, Sums, const Fetch&);
 
 template <int... kCounts>
 constexpr std::array<MultiplyBytes, kRows> byte_multiplies(std::integer_sequence<int, kCounts...>) {
@@ -159,16 +129,38 @@ constexpr std::array<MultiplyBytes, kRows> byte_multiplies(std::integer_sequence
 
 constexpr auto kMultiplyBytes = byte_multiplies(std::make_integer_sequence<int, kRows>());
 
-// Any number of rows times one panel.
-inline void multiply_byte_rows(const ByteRows& rows, int count, const float* panel, Sums sums, const Fetch& next) {
-    const int blocks = ceil_div(count, kRows);
-    for (int block = 0; block < blocks; ++block) {
-        const int begin = count * block / blocks, end = count * (block + 1) / blocks;
-        kMultiplyBytes[end - begin - 1](rows.from(begin), panel, sums.first + begin * sums.stride, sums.stride,
-                                        next.from(begin));
-    }
-}
-
 #endif
+
+// What products in eight bits are made of, for `Job` and `PictureOf`.
+struct Bytes {
+    using Number = uint8_t;
+    using Numbers = ByteRows;
+    static constexpr int kLighter = sizeof(float);  // how many times as light as a float a weight is
+
+    static Numbers convert(Rows rows, int count, int depth, float* memory) {
+        return rows_to_bytes(rows, count, depth, memory);
+    }
+    static size_t floats(int count, int depth) { return byte_rows_floats(count, depth); }
+
+    // Of a panel of weights, in floats.
+    static constexpr size_t panel(int depth) { return byte_panel(depth); }
+
+    static void pack(const float* weight, int in_channels, int taps, int out_channels, float* packed,
+                     const Parallel& parallel) {
+        pack_bytes(weight, in_channels, taps, out_channels, packed, parallel);
+    }
+
+    // In how many pieces a panel is multiplied: whole sums are exact.
+    static int pieces(const Numbers&) { return 1; }
+
+#ifdef PC_HAS_VNNI
+    // Any number of rows times one panel.
+    static void multiply(const Numbers& rows, int, int count, const float* panel, Sums sums, const Fetch& next) {
+        for_blocks(count, [&](int begin, int some) {
+            kMultiplyBytes[some - 1](rows.from(begin), panel, sums.from(begin), next.from(begin));
+        });
+    }
+#endif
+};
 
 }  // namespace posecrafter

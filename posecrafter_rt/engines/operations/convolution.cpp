@@ -3,8 +3,6 @@
 
 #include "linear.h"
 
-#ifdef PC_HAS_VNNI
-
 namespace posecrafter {
 
 namespace {
@@ -12,40 +10,47 @@ namespace {
 constexpr int kLeastRows = 168;  // that every weight is read for
 
 // Some frames from `first` on.
-void convolve_frames(const ByteConvolution& call, int first, int frames, int threads, const Parallel& parallel) {
+template <class Format>
+void convolve_frames(const WindowConvolution& call, int first, int frames, int threads, const Parallel& parallel) {
     const size_t plane = static_cast<size_t>(call.picture.height) * call.picture.width;
     const size_t out_plane = static_cast<size_t>(call.window.out_height) * call.window.out_width;
     Picture picture = call.picture;
     picture.input += first * picture.channels * plane;
     picture.frames = frames;
-    BytePicture bytes(picture, call.window, parallel);
+    const PictureOf<Format> windows(picture, call.window, parallel);
     const size_t at = first * call.out_channels * out_plane;
     Linear linear{};
-    linear.windows = &bytes;
+    linear.windows = &windows;
     linear.layer = {call.packed, call.bias,
                     window_side(call.window.times) * window_side(call.window.times) * picture.channels,
                     call.out_channels};
     linear.residual = call.residual == nullptr ? nullptr : call.residual + at;
     linear.out = call.out + at;
     linear.frames = frames, linear.size = static_cast<int>(out_plane), linear.to_planes = true;
-    linear_bytes(linear, threads, parallel);
+    posecrafter::linear<Format>(linear, threads, parallel);
 }
 
 }  // namespace
 
-void convolve_bytes(const ByteConvolution& call, int threads, const Parallel& parallel) {
+template <class Format>
+void convolve_windows(const WindowConvolution& call, int threads, const Parallel& parallel) {
     const int frames = call.picture.frames, size = call.window.out_height * call.window.out_width;
     if (frames == 0 || size == 0) return;
     const bool is_even = frames % threads == 0 || frames >= 4 * threads;  // or nearly, between threads
     int parts = frames / ceil_div(kLeastRows, size);
     parts -= parts % threads;
-    if (parts == 0 || !is_even) return convolve_frames(call, 0, frames, threads, parallel);
+    if (parts == 0 || !is_even) return convolve_frames<Format>(call, 0, frames, threads, parallel);
     parallel(parts, [&](int part) {
         const int first = frames * part / parts, last = frames * (part + 1) / parts;
-        convolve_frames(call, first, last - first, 1, alone);
+        convolve_frames<Format>(call, first, last - first, 1, alone);
     });
 }
 
-}  // namespace posecrafter
-
+#ifdef PC_HAS_VNNI
+template void convolve_windows<Bytes>(const WindowConvolution&, int, const Parallel&);
 #endif
+#ifdef PC_HAS_HALVES
+template void convolve_windows<Halves>(const WindowConvolution&, int, const Parallel&);
+#endif
+
+}  // namespace posecrafter

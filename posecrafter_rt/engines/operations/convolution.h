@@ -1,4 +1,4 @@
-// Convolutions in eight bits. Layer 4: knows neither Python nor any library's tensors or threads.
+// 3×3 convolutions in 16 or eight bits. Layer 4: knows neither Python nor any library's tensors or threads.
 #pragma once
 
 #include "parallel.h"
@@ -9,7 +9,7 @@ namespace posecrafter {
 // out (frames, out_channels, out_height, out_width), compact, = the convolution of a picture by weights that
 // `pack_windows` packed, plus bias (out_channels) and where it is given a residual, as out. Out channels are a multiple
 // of a panel's.
-struct ByteConvolution {
+struct WindowConvolution {
     Picture picture;
     Window window;
     const float *packed, *bias, *residual;
@@ -17,7 +17,8 @@ struct ByteConvolution {
     int out_channels;
 };
 
-// threads: how many work at it at best.
-void convolve_bytes(const ByteConvolution& call, int threads, const Parallel& parallel);
+// Format: Halves or Bytes. threads: how many work at it at best.
+template <class Format>
+void convolve_windows(const WindowConvolution& call, int threads, const Parallel& parallel);
 
 }  // namespace posecrafter

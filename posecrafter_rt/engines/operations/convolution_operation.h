@@ -3,8 +3,8 @@
 // groups and eps as attributes, it is of SiLU(GroupNorm(input)); with the attribute times 2 it is of the input at twice
 // its size. An input after these, as large as the output, is added to it. The attribute tile says how it is done: 2 or
 // 4 by Winograd's filtering, in tiles of so many outputs, with a stride of 1, those of 2 with the attribute in_halves
-// by weights in 16 bits; 0 in eight bits. Weights are constant: they are packed at the first call, or with the
-// attribute holds_weights when the node is made. Layer 4.
+// by weights in 16 bits; 0 in eight bits, or with in_halves in 16. Weights are constant: they are packed at the first
+// call, or with the attribute holds_weights when the node is made. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -73,14 +73,14 @@ public:
             if (!holds_weights_) weights_ = pack(inputs[1]);
         });
         if (tile_ == 0)
-            convolve_in_bytes(outputs[0], inputs);
+            convolve_windows(outputs[0], inputs);
         else
-            convolve_in_floats(outputs[0], inputs);
+            convolve_in_tiles(outputs[0], inputs);
         return true;
     }
 
 private:
-    void convolve_in_floats(ov::Tensor& out, const ov::TensorVector& inputs) const {
+    void convolve_in_tiles(ov::Tensor& out, const ov::TensorVector& inputs) const {
         const ov::Shape &pixels = inputs[0].get_shape(), &shape = out.get_shape();
         const int frames = size(pixels[0]), channels = size(pixels[1]);
         Convolution call{};
@@ -104,10 +104,9 @@ private:
         winograd_convolve(call, num_threads(), parallel);
     }
 
-    void convolve_in_bytes([[maybe_unused]] ov::Tensor& out, [[maybe_unused]] const ov::TensorVector& inputs) const {
-#ifdef PC_HAS_VNNI
+    void convolve_windows(ov::Tensor& out, const ov::TensorVector& inputs) const {
         const ov::Shape &pixels = inputs[0].get_shape(), &shape = out.get_shape();
-        ByteConvolution call{};
+        WindowConvolution call{};
         call.picture.input = inputs[0].data<float>();
         call.picture.frames = size(pixels[0]), call.picture.channels = size(pixels[1]);
         call.picture.height = size(pixels[2]), call.picture.width = size(pixels[3]);
@@ -121,16 +120,21 @@ private:
         call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
         call.out = out.data<float>();
         call.out_channels = size(shape[1]);
-        convolve_bytes(call, num_threads(), parallel);
+#ifdef PC_HAS_HALVES
+        if (in_halves_) return posecrafter::convolve_windows<Halves>(call, num_threads(), parallel);
+#endif
+#ifdef PC_HAS_VNNI
+        posecrafter::convolve_windows<Bytes>(call, num_threads(), parallel);
 #endif
     }
 
     void check(const ov::Shape& out) const {
         const ov::Shape &pixels = get_input_shape(0), &weight = weight_shape();
         const size_t inputs = get_input_size(), groups = static_cast<size_t>(groups_);
-        OPENVINO_ASSERT((tile_ == 0 && kHasBytes) || ((tile_ == 2 || tile_ == 4) && stride_ == 1),
-                        "tiles are of 2×2 or 4×4, or there are none, on a processor with VNNI");
-        OPENVINO_ASSERT(tile_ == 2 || !in_halves_, "halves are for tiles of 2×2");
+        OPENVINO_ASSERT(
+            (tile_ == 0 && (in_halves_ ? kHasHalves : kHasBytes)) || ((tile_ == 2 || tile_ == 4) && stride_ == 1),
+            "tiles are of 2×2 or 4×4, or there are none, on a processor with AVX512-FP16 or VNNI");
+        OPENVINO_ASSERT(tile_ <= 2 || !in_halves_, "halves are for tiles of 2×2, or none");
         OPENVINO_ASSERT(weight == (ov::Shape{weight[0], pixels[1], kKernel, kKernel}), "weights that do not fit");
         OPENVINO_ASSERT(pixels[1] % kLanes == 0 && weight[0] % kPanel == 0,
                         "channels come in whole vectors and panels");
@@ -146,18 +150,30 @@ private:
 
     Weights pack(const ov::Tensor& weight) const {
         if (tile_ > 0) return in_halves_ ? pack_tiles<Half>(weight) : pack_tiles<float>(weight);
+#ifdef PC_HAS_HALVES
+        if (in_halves_) return pack_format<Halves>(weight);
+#endif
+#ifdef PC_HAS_VNNI
+        return pack_format<Bytes>(weight);
+#endif
+        return {};
+    }
+
+    template <class Format>
+    Weights pack_format(const ov::Tensor& weight) const {
         const int times = size(times_), rows = size(weight.get_shape()[0]), columns = size(weight.get_shape()[1]);
-        return packed_weights<float>(
-            weight, columns, times == 2 ? kDoubledInBytes : kInBytes, packed_windows(times, columns, rows),
-            [&](float* to) { pack_windows(weight.data<float>(), columns, rows, times, to, parallel); });
+        return packed_weights<Format>(
+            weight, columns, times == 2 ? kDoubledInFormat : kInFormat, packed_windows<Format>(times, columns, rows),
+            [&](float* to) { pack_windows<Format>(weight.data<float>(), columns, rows, times, to, parallel); });
     }
 
     template <class Number>
     Weights pack_tiles(const ov::Tensor& weight) const {
         const size_t out = weight.get_shape()[0], in = weight.get_shape()[1];
         const int tile = size(tile_);
-        return packed_weights<Number>(weight, in, tile, winograd_products(tile) * in * out, [&](Number* to) {
-            winograd_pack(weight.data<float>(), size(in), size(out), tile, to, parallel);
+        const size_t floats = winograd_products(tile) * in * out * sizeof(Number) / sizeof(float);
+        return packed_weights<Number>(weight, in, tile, floats, [&](float* to) {
+            winograd_pack(weight.data<float>(), size(in), size(out), tile, reinterpret_cast<Number*>(to), parallel);
         });
     }
 

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "bytes.h"
+#include "halves.h"
 #include "memory.h"
 #include "pictures.h"
 #include "products.h"
@@ -14,21 +15,23 @@
 namespace posecrafter {
 
 template <class Number>
-void linear_pack(const float* weight, int in_channels, int out_channels, Number* packed, const Parallel& parallel) {
+void linear_pack(const float* weight, int in_channels, int out_channels, Number* packed, const Parallel& parallel,
+                 int taps) {
+    const size_t depth = static_cast<size_t>(in_channels) * taps;
     parallel(out_channels / kPanel, [=](int panel) {
-        Number* to = packed + static_cast<size_t>(panel) * in_channels * kPanel;
-        for (int i = 0; i < in_channels; ++i)
+        Number* to = packed + panel * depth * kPanel;
+        for (size_t k = 0; k < depth; ++k)
             for (int v = 0; v < kPanel; v += kLanes) {
+                const float* from = weight + k % in_channels * taps + k / in_channels;
                 Vector numbers;
-                for (int o = 0; o < kLanes; ++o)
-                    numbers[o] = weight[static_cast<size_t>(panel * kPanel + v + o) * in_channels + i];
-                store(to + i * kPanel + v, numbers);
+                for (int o = 0; o < kLanes; ++o) numbers[o] = from[(size_t(panel) * kPanel + v + o) * depth];
+                store(to + k * kPanel + v, numbers);
             }
     });
 }
 
-template void linear_pack(const float*, int, int, float*, const Parallel&);
-template void linear_pack(const float*, int, int, Half*, const Parallel&);
+template void linear_pack(const float*, int, int, float*, const Parallel&, int);
+template void linear_pack(const float*, int, int, Half*, const Parallel&, int);
 
 namespace {
 
@@ -37,7 +40,7 @@ constexpr int kChunkFloats = 1 << 18;  // of a chunk's input, or of what is betw
 // Rows so far apart that all begin in one set of the innermost cache are copied, as are those that come from planes.
 constexpr int kWayFloats = 1024;
 
-thread_local Scratch thread_rows, thread_sums, thread_between, thread_bytes;
+thread_local Scratch thread_rows, thread_sums, thread_between, thread_numbers;
 
 // A chunk's tokens that lie in one frame.
 struct Run {
@@ -57,7 +60,7 @@ void for_runs(int size, int64_t first, int count, const Use& use) {
 
 // How products are computed: what they make of rows of floats, in float32 nothing, and one panel of sums over these.
 template <class Number>
-struct InFloats {
+struct Products {
     using Own = Rows;
     static constexpr int kLighter = sizeof(float) / sizeof(Number);  // how many times as light as a float a weight is
 
@@ -70,31 +73,38 @@ struct InFloats {
     }
 };
 
-#ifdef PC_HAS_VNNI
-struct InBytes {
-    static constexpr int kLighter = sizeof(float);
+template <class Format>
+struct ProductsIn {
+    static constexpr int kLighter = Format::kLighter;
 
     struct Own {
-        ByteRows rows;
-        const BytePicture* windows;  // or those, from `first` on
+        typename Format::Numbers rows;
+        const PictureOf<Format>* windows;  // or those, from `first` on
         int64_t first;
     };
 
     static Own prepare(Rows rows, int count, int depth) {
-        return {rows_to_bytes(rows, count, depth, thread_bytes.take(byte_rows_floats(count, depth))), nullptr, 0};
+        return {Format::convert(rows, count, depth, thread_numbers.take(Format::floats(count, depth))), nullptr, 0};
     }
 
     static void sum(const Layer& layer, const Own& own, int count, int panel, float* sums, const Fetch& next) {
         if (own.windows != nullptr) return own.windows->sum(own.first, count, layer, panel, sums, next);
-        const float* weights = static_cast<const float*>(layer.packed) + panel * byte_panel(layer.in_channels);
-        multiply_byte_rows(own.rows, count, weights, {sums, kPanel}, next);
+        const float* weights = static_cast<const float*>(layer.packed) + panel * Format::panel(layer.in_channels);
+        for (int piece = 0; piece < Format::pieces(own.rows); ++piece)
+            Format::multiply(own.rows, piece, count, weights, {sums, kPanel}, next);
     }
 };
-#endif
 
-template <class Products>
+template <>
+struct Products<Bytes> : ProductsIn<Bytes> {};
+
+template <>
+struct Products<Halves> : ProductsIn<Halves> {};
+
+template <class Format>
 class Job {
-    using Own = typename Products::Own;
+    using In = Products<Format>;
+    using Own = typename In::Own;
 
 public:
     Job(const Linear& call, int threads)
@@ -107,7 +117,7 @@ public:
         const int fitting = std::min(kChunkRows, std::max(kLeastRows, kChunkFloats / widest));
         row_parts_ = static_cast<int>((rows_ + fitting - 1) / fitting);
         // What is larger is divided, the rows or the weights; rows that a thread has written are still in its cache.
-        const bool is_many = call.windows == nullptr && rows_ >= last_.out_channels / Products::kLighter;
+        const bool is_many = call.windows == nullptr && rows_ >= last_.out_channels / In::kLighter;
         if (has_next() || row_parts_ >= threads || (is_many && rows_ >= int64_t{threads} * kRows))
             row_parts_ = ceil_div(row_parts_, threads) * threads;
         row_parts_ = static_cast<int>(std::min<int64_t>(row_parts_, rows_));
@@ -141,17 +151,17 @@ private:
             if (ends_gated())
                 gated(rows, count, panel, sums, sums, kPanel);
             else
-                Products::sum(last_, rows, count, panel, sums, written(first, panel));
+                In::sum(last_, rows, count, panel, sums, written(first, panel));
             write(sums, first, count, panel);
         }
     }
 
     Own own_rows(int64_t first, int count) const {
         if constexpr (!std::is_same_v<Own, Rows>)
-            if (call_.windows != nullptr) return {{}, call_.windows, first};
+            if (call_.windows != nullptr) return {{}, static_cast<const PictureOf<Format>*>(call_.windows), first};
         const size_t channels = first_.in_channels;
         const Rows rows = copies_ ? copy(first, count) : Rows{call_.input + first * channels, channels};
-        return Products::prepare(rows, count, first_.in_channels);
+        return In::prepare(rows, count, first_.in_channels);
     }
 
     // What the first layer gives, which stays with the thread.
@@ -160,7 +170,7 @@ private:
         float* to = thread_between.take(stride * count);
         for (int panel = 0; panel * kPanel < first_.out_channels; ++panel)
             gated(rows, count, panel, sums, to + panel * kPanel, stride);
-        return Products::prepare({to, stride}, count, first_.out_channels);
+        return In::prepare({to, stride}, count, first_.out_channels);
     }
 
     Rows copy(int64_t first, int count) const {
@@ -192,8 +202,8 @@ private:
     void gated(const Own& rows, int count, int panel, float* sums, float* to, size_t stride) const {
         float* gates = sums + static_cast<size_t>(kPanel) * count;
         const Fetch none{sums, sums, 0, 0, 1, false};
-        Products::sum(first_, rows, count, panel, sums, none);
-        Products::sum(first_, rows, count, panel + first_.out_channels / kPanel, gates, none);
+        In::sum(first_, rows, count, panel, sums, none);
+        In::sum(first_, rows, count, panel + first_.out_channels / kPanel, gates, none);
         const float *bias = first_.bias + panel * kPanel, *gate_bias = bias + first_.out_channels;
         for (int lane = 0; lane < kPanel; lane += kLanes) {
             const Vector of_value = load(bias + lane), of_gate = load(gate_bias + lane);
@@ -251,18 +261,18 @@ private:
 
 }  // namespace
 
-template <class Number>
+template <class Format>
 void linear(const Linear& call, int threads, const Parallel& parallel) {
-    if (call.frames > 0 && call.size > 0) Job<InFloats<Number>>(call, threads).run(parallel);
+    if (call.frames > 0 && call.size > 0) Job<Format>(call, threads).run(parallel);
 }
 
 template void linear<float>(const Linear&, int, const Parallel&);
 template void linear<Half>(const Linear&, int, const Parallel&);
-
 #ifdef PC_HAS_VNNI
-void linear_bytes(const Linear& call, int threads, const Parallel& parallel) {
-    if (call.frames > 0 && call.size > 0) Job<InBytes>(call, threads).run(parallel);
-}
+template void linear<Bytes>(const Linear&, int, const Parallel&);
+#endif
+#ifdef PC_HAS_HALVES
+template void linear<Halves>(const Linear&, int, const Parallel&);
 #endif
 
 }  // namespace posecrafter

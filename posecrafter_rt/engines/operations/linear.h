@@ -1,17 +1,18 @@
-// Linear maps of tokens on x86-64, in float32, perhaps of weights in 16 bits, or in eight bits, read from pictures
-// whose channels come first, or their windows, or written to them without a copy apart, gated, added to a residual.
-// Layer 4: knows neither Python nor any library's tensors or threads.
+// Linear maps of tokens on x86-64, in float32, perhaps of weights in 16 bits, in 16 bits or in eight, read from
+// pictures whose channels come first, or their windows, or written to them without a copy apart, gated, added to a
+// residual. Layer 4: knows neither Python nor any library's tensors or threads.
 #pragma once
 
 #include "parallel.h"
 
 namespace posecrafter {
 
-// weight (out, in) → packed (out / panel, in, panel), as floats or halves; `packed` is 64 bytes aligned.
+// weight (out, in, taps) → packed (out / panel, taps, in, panel), as floats or halves; `packed` is 64 bytes aligned.
 template <class Number>
-void linear_pack(const float* weight, int in_channels, int out_channels, Number* packed, const Parallel& parallel);
+void linear_pack(const float* weight, int in_channels, int out_channels, Number* packed, const Parallel& parallel,
+                 int taps = 1);
 
-class BytePicture;
+class Windows;
 
 // A map from in_channels to out_channels, x · weightᵀ + bias. The weight of a gated one has 2 · out_channels rows, a
 // value's and then a gate's; it is value · GELU(gate). out_channels are a multiple of a panel's.
@@ -26,7 +27,7 @@ struct Layer {
 // tokens (frames, size, channels), planes (frames, channels, size), the residual as out.
 struct Linear {
     const float* input;
-    const BytePicture* windows;  // whose windows are the tokens, in place of an input; for linear_bytes
+    const Windows* windows;  // that are the tokens, in place of an input: a PictureOf<Format>, for that format
     Layer layer, next;
     const float* residual;
     float* out;
@@ -34,12 +35,11 @@ struct Linear {
     bool from_planes, to_planes, is_gated;
 };
 
-// Weights are floats or halves. threads: how many work at it at best.
-template <class Number>
+// Format: float or Half, of weights that `linear_pack` packed, which floats are multiplied by in float32; or Halves or
+// Bytes, in which both are multiplied, packed by its `pack`. In 16 bits sums are of kStretch products. In eight every
+// token is rounded to the 255th part of what lies between its least number and its most, and input channels are a
+// multiple of four. threads: how many work at it at best.
+template <class Format>
 void linear(const Linear& call, int threads, const Parallel& parallel);
-
-// The same in eight bits: weights are packed by `pack_bytes`, and every token is rounded to the 255th part of what lies
-// between its least number and its most. Input channels are a multiple of four.
-void linear_bytes(const Linear& call, int threads, const Parallel& parallel);
 
 }  // namespace posecrafter

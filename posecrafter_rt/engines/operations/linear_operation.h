@@ -2,9 +2,9 @@
 // input · weightᵀ + bias, as tokens (F, h·w, out) or, with the attribute height, as planes of this height. With the
 // attribute is_gated the weight's rows are a value's and then a gate's, and it is value · GELU(gate), half as wide.
 // With two inputs more, the weight and bias of a layer after a gated one, it is what that one gives. An input after
-// these, as large as the output, is added to it. With the attribute in_bytes products are in eight bits, with
-// in_halves weights are in 16. Weights are constant: they are packed at the first call, or with the attribute
-// holds_weights when the node is made. Layer 4.
+// these, as large as the output, is added to it. With the attribute in_bytes products are in eight bits; with
+// in_halves weights are in 16, products too where the processor has such. Weights are constant: they are packed at the
+// first call, or with the attribute holds_weights when the node is made. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +14,7 @@
 #include <openvino/op/op.hpp>
 
 #include "bytes.h"
+#include "halves.h"
 #include "linear.h"
 #include "operation.h"
 #include "products.h"
@@ -82,15 +83,21 @@ public:
         call.out = outputs[0].data<float>();
         call.frames = static_cast<int>(input[0]), call.size = static_cast<int>(num_tokens(input));
         call.from_planes = input.size() == 4, call.to_planes = height_ > 0, call.is_gated = is_gated_;
-        if (!in_bytes_) (in_halves_ ? linear<Half> : linear<float>)(call, num_threads(), parallel);
-#ifdef PC_HAS_VNNI
-        else
-            linear_bytes(call, num_threads(), parallel);
-#endif
+        map()(call, num_threads(), parallel);
         return true;
     }
 
 private:
+    decltype(&linear<float>) map() const {
+#ifdef PC_HAS_VNNI
+        if (in_bytes_) return linear<Bytes>;
+#endif
+#ifdef PC_HAS_HALVES
+        if (in_halves_) return linear<Halves>;
+#endif
+        return in_halves_ ? linear<Half> : linear<float>;
+    }
+
     void check(const ov::Shape& out) const {
         OPENVINO_ASSERT(!in_bytes_ || !in_halves_, "weights in both 8 and 16 bits");
         const size_t inputs = get_input_size(), in = get_input_shape(0)[get_input_shape(0).size() == 4 ? 1 : 2];
@@ -123,7 +130,7 @@ private:
     Weights pack(const ov::Tensor& weight) const {
         if (!in_bytes_) return in_halves_ ? pack_numbers<Half>(weight) : pack_numbers<float>(weight);
         const int rows = static_cast<int>(weight.get_shape()[0]), columns = static_cast<int>(weight.get_size()) / rows;
-        return packed_weights<float>(weight, columns, kInBytes, rows / kPanel * byte_panel(columns), [&](float* to) {
+        return packed_weights<Bytes>(weight, columns, kInFormat, rows / kPanel * byte_panel(columns), [&](float* to) {
             pack_bytes(weight.data<float>(), columns, 1, rows, to, parallel);
         });
     }
@@ -131,8 +138,10 @@ private:
     template <class Number>
     static Weights pack_numbers(const ov::Tensor& weight) {
         const size_t out = weight.get_shape()[0], in = weight.get_size() / out;
-        return packed_weights<Number>(weight, in, kInFloats, in * out, [&](Number* to) {
-            linear_pack(weight.data<float>(), static_cast<int>(in), static_cast<int>(out), to, parallel);
+        const size_t floats = in * out * sizeof(Number) / sizeof(float);
+        return packed_weights<Number>(weight, in, kInFloats, floats, [&](float* to) {
+            linear_pack(weight.data<float>(), static_cast<int>(in), static_cast<int>(out),
+                        reinterpret_cast<Number*>(to), parallel);
         });
     }
 

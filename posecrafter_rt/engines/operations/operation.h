@@ -35,7 +35,7 @@ inline int num_threads() { return tbb::this_task_arena::max_concurrency(); }
 // What tells packed weights from others: a hash of their bytes, input and output channels, and how they are packed.
 using WeightsKey = std::tuple<size_t, size_t, size_t, int>;
 
-constexpr int kInFloats = 0, kInBytes = 1, kDoubledInBytes = 3;  // how, besides Winograd's tiles of 2 and 4
+constexpr int kInFloats = 0, kInFormat = 1, kDoubledInFormat = 3;  // how, besides Winograd's tiles of 2 and 4
 
 // A layer's weights as products read them, and their shape (out, in, …) as an input.
 struct Weights {
@@ -43,11 +43,11 @@ struct Weights {
     ov::Shape shape;
 };
 
-// A layer's weights (out, in, taps) as pack(to) writes them, `count` numbers: one copy for all input shapes, while one
-// of them is used.
-template <class Number>
-Weights packed_weights(const ov::Tensor& weight, size_t in, int kind, size_t count,
-                       const std::function<void(Number*)>& pack) {
+// A layer's weights (out, in, taps) as pack(to) writes them, in this many floats: one copy of a format for all input
+// shapes, while one of them is used.
+template <class Format>
+Weights packed_weights(const ov::Tensor& weight, size_t in, int kind, size_t floats,
+                       const std::function<void(float*)>& pack) {
     static std::mutex mutex;
     static std::map<WeightsKey, std::weak_ptr<float>> known;
     const std::string_view bytes(static_cast<const char*>(weight.data()), weight.get_byte_size());
@@ -55,9 +55,8 @@ Weights packed_weights(const ov::Tensor& weight, size_t in, int kind, size_t cou
     const std::lock_guard<std::mutex> lock(mutex);
     if (std::shared_ptr<float> found = known[key].lock()) return {found, weight.get_shape()};
     for (auto it = known.begin(); it != known.end();) it = it->second.expired() ? known.erase(it) : std::next(it);
-    const size_t num_floats = (count * sizeof(Number) + sizeof(float) - 1) / sizeof(float);
-    const std::shared_ptr<float> packed(allocate_floats(num_floats), std::free);
-    pack(reinterpret_cast<Number*>(packed.get()));
+    const std::shared_ptr<float> packed(allocate_floats(floats), std::free);
+    pack(packed.get());
     known[key] = packed;
     return {packed, weight.get_shape()};
 }

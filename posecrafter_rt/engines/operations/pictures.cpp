@@ -1,16 +1,20 @@
-// From pictures to windows in eight bits: one reading for the norm and the range, one to convert. Layer 4.
+// From pictures to windows in fewer bits: one reading for the norm and the range, one to convert. Layer 4.
 #include "pictures.h"
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "memory.h"
+#include "winograd.h"
 
 namespace posecrafter {
 
 namespace {
 
-constexpr int kBorder = 1;                 // of zeros around a picture
+constexpr int kBorder = 1;  // of zeros around a picture
+// Outputs in a row: of fewer, rows of windows are copied to be multiplied together.
+constexpr int kFewColumns = 2 * kRows;
 constexpr float kLeastSilu = -0.2784646f;  // of all numbers, at -1.2784645
 
 thread_local Scratch thread_pixels;  // of the thread that calls an operation
@@ -85,35 +89,39 @@ Range norm_group(const Picture& p, int index, float* scales, float* shifts) {
 }
 
 // Packed weights of one kind of output, of which a doubled picture has four, in floats.
+template <class Format>
 size_t one_kind(int times, int in_channels, int out_channels) {
-    return out_channels / kPanel * byte_panel(window_side(times) * window_side(times) * in_channels);
+    return out_channels / kPanel * Format::panel(window_side(times) * window_side(times) * in_channels);
 }
 
 }  // namespace
 
-BytePicture::BytePicture(const Picture& p, Window window, const Parallel& parallel)
-    : window_(window), channels_(p.channels), height_(p.height), width_(p.width) {
-    const int parts = p.weight == nullptr ? p.channels / kLanes : p.groups;
-    const size_t all = static_cast<size_t>(p.frames) * p.channels, plane = static_cast<size_t>(p.height) * p.width;
-    std::vector<float> norms(p.weight == nullptr ? 0 : 2 * all);
+std::vector<float> HalfFrames::prepare(const Picture& p, const Parallel& parallel) {
+    std::vector<float> norms = p.room_for_norms();
+    if (norms.empty()) return norms;
+    const size_t all = norms.size() / 2, plane = static_cast<size_t>(p.height) * p.width;
+    group_norm_scales(
+        {p.input, p.weight, p.bias, norms.data(), norms.data() + all, p.frames, p.channels, p.groups, plane, p.eps},
+        parallel);
+    return norms;
+}
+
+std::vector<float> ByteFrames::prepare(const Picture& p, const Parallel& parallel) {
+    std::vector<float> norms = p.room_for_norms();
+    const int parts = norms.empty() ? p.channels / kLanes : p.groups;
+    const size_t all = norms.size() / 2, plane = static_cast<size_t>(p.height) * p.width;
     std::vector<Range> ranges(static_cast<size_t>(p.frames) * parts);
     parallel(p.frames * parts, [&](int index) {
-        if (p.weight == nullptr)
+        if (norms.empty())
             ranges[index] = range_of(p.input + index * kLanes * plane, static_cast<int>(kLanes * plane));
         else
             ranges[index] = norm_group(p, index, norms.data(), norms.data() + all);
     });
     set_scales(ranges, p.frames);
-    const size_t rows = static_cast<size_t>(p.frames) * (height_ + 2 * kBorder);
-    const size_t bytes = rows * (width_ + 2 * kBorder) * channels_;
-    pixels_ = reinterpret_cast<uint8_t*>(thread_pixels.take(bytes / sizeof(float) + 1));
-    parallel(static_cast<int>(rows), [&](int row) {
-        fill_row(p, norms.empty() ? nullptr : norms.data(), row / (height_ + 2 * kBorder),
-                 row % (height_ + 2 * kBorder) - kBorder);
-    });
+    return norms;
 }
 
-void BytePicture::set_scales(const std::vector<Range>& ranges, int frames) {
+void ByteFrames::set_scales(const std::vector<Range>& ranges, int frames) {
     const size_t parts = ranges.size() / frames;
     for (int frame = 0; frame < frames; ++frame) {
         Range range{0, 0};
@@ -130,17 +138,31 @@ void BytePicture::set_scales(const std::vector<Range>& ranges, int frames) {
     }
 }
 
-void BytePicture::fill_row(const Picture& p, const float* norms, int frame, int y) {
-    const float inverse = scales_[frame] > 0 ? 1 / scales_[frame] : 0, zero = zeros_[frame];
-    const size_t channels = channels_, line = width_ * channels, byte = static_cast<size_t>(zero);
-    uint8_t* row = pixel(frame, y, -kBorder);
+template <class Format>
+PictureOf<Format>::PictureOf(const Picture& p, Window window, const Parallel& parallel) : Windows(p, window) {
+    const std::vector<float> norms = frames_.prepare(p, parallel);
+    const size_t rows = static_cast<size_t>(p.frames) * (height_ + 2 * kBorder);
+    const size_t bytes = rows * (width_ + 2 * kBorder) * channels_ * sizeof(Number);
+    pixels_ = reinterpret_cast<Number*>(thread_pixels.take(bytes / sizeof(float) + 1));
+    parallel(static_cast<int>(rows), [&](int row) {
+        fill_row(p, norms.empty() ? nullptr : norms.data(), row / (height_ + 2 * kBorder),
+                 row % (height_ + 2 * kBorder) - kBorder);
+    });
+}
+
+template <class Format>
+void PictureOf<Format>::fill_row(const Picture& p, const float* norms, int frame, int y) {
+    const size_t channels = channels_, line = width_ * channels;
+    const Number zero = frames_.zero(frame);
+    const auto write = frames_.writer(frame);
+    Number* row = pixel(frame, y, -kBorder);
     if (y < 0 || y >= height_) {
-        std::memset(row, static_cast<int>(byte), line + 2 * kBorder * channels);
+        std::fill_n(row, line + 2 * kBorder * channels, zero);
         return;
     }
-    std::memset(row, static_cast<int>(byte), kBorder * channels);
+    std::fill_n(row, kBorder * channels, zero);
     row += kBorder * channels;
-    std::memset(row + line, static_cast<int>(byte), kBorder * channels);
+    std::fill_n(row + line, kBorder * channels, zero);
     const size_t plane = static_cast<size_t>(height_) * width_, all = p.frames * channels;
     for (size_t channel = 0; channel < channels; channel += kLanes) {
         const size_t at = frame * channels + channel;
@@ -152,55 +174,79 @@ void BytePicture::fill_row(const Picture& p, const float* norms, int frame, int 
             Vector v[kColumns];
             read_columns(from + x, plane, count, v);
             for (int i = 0; i < count; ++i)
-                store_bytes(row + (x + i) * channels + channel, norms != nullptr ? silu(v[i] * scale + shift) : v[i],
-                            inverse, zero);
+                write(row + (x + i) * channels + channel, norms != nullptr ? silu(v[i] * scale + shift) : v[i]);
         }
     }
 }
 
-uint8_t* BytePicture::pixel(int frame, int y, int x) const {
+template <class Format>
+typename Format::Number* PictureOf<Format>::pixel(int frame, int y, int x) const {
     const size_t rows = height_ + 2 * kBorder, columns = width_ + 2 * kBorder;
     return pixels_ + ((frame * rows + y + kBorder) * columns + x + kBorder) * channels_;
 }
 
-ByteRows BytePicture::windows(int frame, int top, int left) const {
+template <class Format>
+typename Format::Numbers PictureOf<Format>::windows(int frame, int top, int left) const {
     const size_t channels = channels_, pitch = (width_ + 2 * kBorder) * channels;
     const int side = window_side(window_.times);
-    return {pixel(frame, top, left),
-            window_.stride * channels,
-            side * channels_,
-            side,
-            pitch,
-            &scales_[frame],
-            &lows_[frame],
-            0};
+    return frames_.rows(frame, pixel(frame, top, left), window_.stride * channels, side * channels_, side, pitch);
 }
 
-#ifdef PC_HAS_VNNI
-void BytePicture::sum(int64_t first, int count, const Layer& layer, int panel, float* sums, const Fetch& next) const {
-    const int columns = window_.out_width, times = window_.times;
-    const size_t kind = one_kind(window_.times, channels_, layer.out_channels);
-    const float* weights = static_cast<const float*>(layer.packed) + panel * byte_panel(layer.in_channels);
-    for (int done = 0; done < count; done += columns) {
-        const int64_t row = (first + done) / columns;
-        const int frame = static_cast<int>(row / window_.out_height), y = static_cast<int>(row % window_.out_height);
-        for (int side = 0; side < times; ++side) {  // of a doubled picture: even and odd columns
-            const int top = times == 2 ? y / 2 - 1 + y % 2 : y * window_.stride - kBorder;
-            const float* own = weights + (times == 2 ? y % 2 * 2 + side : 0) * kind;
-            multiply_byte_rows(windows(frame, top, side - kBorder), columns / times, own,
-                               {sums + (size_t(done) + side) * kPanel, size_t(times) * kPanel}, next.from(done));
-        }
+#ifdef PC_HAS_HALVES
+template <>
+void PictureOf<Halves>::sum_copies(int64_t first, int count, const float* weights, Sums sums) const {
+    constexpr size_t kStride = kPiece + 64 / sizeof(Half);
+    alignas(64) Half copies[kRows * kStride];
+    const HalfRows any = windows(0, -kBorder, -kBorder);
+    for (int index = 0; index < Halves::pieces(any); ++index) {
+        const Halves::Piece piece = Halves::piece(any, index);
+        for_blocks(count, [&](int begin, int some) {
+            for (int i = 0; i < some; ++i) {
+                const int64_t at = first + begin + i, row = at / window_.out_width;
+                const int frame = static_cast<int>(row / window_.out_height);
+                const int y = static_cast<int>(row % window_.out_height) * window_.stride - kBorder;
+                const int x = static_cast<int>(at % window_.out_width) * window_.stride - kBorder;
+                std::copy_n(pixel(frame, y, x) + piece.in_row, piece.depth, copies + i * kStride);
+            }
+            Halves::multiply_block(copies, kStride, piece, some, weights, sums.from(begin), index == 0);
+        });
     }
 }
 #endif
 
-size_t packed_windows(int times, int in_channels, int out_channels) {
-    return times * times * one_kind(times, in_channels, out_channels);
+template <class Format>
+void PictureOf<Format>::sum(int64_t first, int count, const Layer& layer, int panel, float* sums,
+                            const Fetch& next) const {
+    const int columns = window_.out_width, times = window_.times;
+    const size_t kind = one_kind<Format>(window_.times, channels_, layer.out_channels);
+    const float* weights = static_cast<const float*>(layer.packed) + panel * Format::panel(layer.in_channels);
+    if constexpr (std::is_same_v<Format, Halves>)
+        if (times == 1 && columns < kFewColumns) return sum_copies(first, count, weights, {sums, kPanel});
+    const int pieces = Format::pieces(windows(0, -kBorder, -kBorder));
+    for (int piece = 0; piece < pieces; ++piece)
+        for (int done = 0; done < count; done += columns) {
+            const int64_t row = (first + done) / columns;
+            const int frame = static_cast<int>(row / window_.out_height);
+            const int y = static_cast<int>(row % window_.out_height);
+            const int top = times == 2 ? y / 2 - 1 + y % 2 : y * window_.stride - kBorder;
+            for (int side = 0; side < times; ++side) {  // of a doubled picture: even and odd columns
+                const float* own = weights + (times == 2 ? y % 2 * 2 + side : 0) * kind;
+                const Sums to{sums + (size_t(done) + side) * kPanel, size_t(times) * kPanel};
+                const auto rows = windows(frame, top, side - kBorder);
+                Format::multiply(rows, piece, columns / times, own, to, next.from(done));
+            }
+        }
 }
 
+template <class Format>
+size_t packed_windows(int times, int in_channels, int out_channels) {
+    return times * times * one_kind<Format>(times, in_channels, out_channels);
+}
+
+template <class Format>
 void pack_windows(const float* weight, int in_channels, int out_channels, int times, float* packed,
                   const Parallel& parallel) {
-    if (times == 1) return pack_bytes(weight, in_channels, 9, out_channels, packed, parallel);
+    if (times == 1) return Format::pack(weight, in_channels, 9, out_channels, packed, parallel);
     const size_t maps = static_cast<size_t>(in_channels) * out_channels;
     std::vector<float> folded(maps * 4);
     for (int kind = 0; kind < times * times; ++kind) {
@@ -211,9 +257,20 @@ void pack_windows(const float* weight, int in_channels, int out_channels, int ti
                 for (int x = 0; x < 3; ++x)  // which of two pixels a tap meets
                     folded[map * 4 + (y + 1 - odd_row) / 2 * 2 + (x + 1 - odd_column) / 2] +=
                         weight[map * 9 + y * 3 + x];
-        pack_bytes(folded.data(), in_channels, 4, out_channels,
-                   packed + kind * one_kind(times, in_channels, out_channels), parallel);
+        Format::pack(folded.data(), in_channels, 4, out_channels,
+                     packed + kind * one_kind<Format>(times, in_channels, out_channels), parallel);
     }
 }
+
+#ifdef PC_HAS_VNNI
+template class PictureOf<Bytes>;
+template size_t packed_windows<Bytes>(int, int, int);
+template void pack_windows<Bytes>(const float*, int, int, int, float*, const Parallel&);
+#endif
+#ifdef PC_HAS_HALVES
+template class PictureOf<Halves>;
+template size_t packed_windows<Halves>(int, int, int);
+template void pack_windows<Halves>(const float*, int, int, int, float*, const Parallel&);
+#endif
 
 }  // namespace posecrafter

@@ -1,5 +1,5 @@
-// Pictures in eight bits, for convolutions: channels last, a border of zeros around. Layer 4: knows neither Python nor
-// any library's tensors or threads.
+// Pictures in 16 or eight bits, for convolutions: channels last, a border of zeros around. Layer 4: knows neither
+// Python nor any library's tensors or threads.
 #pragma once
 
 #include <cstddef>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bytes.h"
+#include "halves.h"
 #include "linear.h"
 #include "parallel.h"
 
@@ -19,6 +20,11 @@ struct Picture {
     const float *weight, *bias;
     int frames, channels, height, width, groups;
     double eps;
+
+    // GroupNorm as a scale of each channel of each frame, and then their shifts; none where there is no norm.
+    std::vector<float> room_for_norms() const {
+        return std::vector<float>(weight == nullptr ? 0 : size_t{2} * frames * channels);
+    }
 };
 
 // Which windows of a picture a 3×3 convolution with a padding of 1 is of. times 2: of the picture with each pixel
@@ -31,33 +37,88 @@ struct Window {
 constexpr int window_side(int times) { return times == 2 ? 2 : 3; }  // in pixels
 
 // How many floats `pack_windows` writes.
+template <class Format>
 size_t packed_windows(int times, int in_channels, int out_channels);
 
-// weight (out, in, 3, 3) → packed for each kind of output as by `pack_bytes`.
+// weight (out, in, 3, 3) → packed for each kind of output as by the format's `pack`.
+template <class Format>
 void pack_windows(const float* weight, int in_channels, int out_channels, int times, float* packed,
                   const Parallel& parallel);
 
-// A picture with one scale for each frame, in which zero is exact.
-class BytePicture {
+// What is known of a picture's windows whatever its format.
+class Windows {
 public:
-    BytePicture(const Picture& picture, Window window, const Parallel& parallel);
-
     // Outputs in one row of a frame.
     int columns() const { return window_.out_width; }
+
+protected:
+    Windows(const Picture& picture, Window window)
+        : window_(window), channels_(picture.channels), height_(picture.height), width_(picture.width) {}
+
+    Window window_;
+    int channels_, height_, width_;
+};
+
+// How the numbers of each frame are written: as they are.
+class HalfFrames {
+public:
+    // Returns the norms, see `Picture`.
+    std::vector<float> prepare(const Picture& picture, const Parallel& parallel);
+
+    auto writer(int) const {
+        return [](Half* to, Vector v) { store(to, v); };
+    }
+    Half zero(int) const { return {}; }
+    HalfRows rows(int, const Half* first, size_t stride, int depth, int segments, size_t pitch) const {
+        return {first, stride, depth, segments, pitch};
+    }
+};
+
+// By one scale for each frame, in which zero is exact: a number is scale · (byte - zero).
+class ByteFrames {
+public:
+    std::vector<float> prepare(const Picture& picture, const Parallel& parallel);
+
+    auto writer(int frame) const {
+        const float inverse = scales_[frame] > 0 ? 1 / scales_[frame] : 0, zero = zeros_[frame];
+        return [=](uint8_t* to, Vector v) { store_bytes(to, v, inverse, zero); };
+    }
+    uint8_t zero(int frame) const { return static_cast<uint8_t>(zeros_[frame]); }
+    ByteRows rows(int frame, const uint8_t* first, size_t stride, int depth, int segments, size_t pitch) const {
+        return {first, stride, depth, segments, pitch, &scales_[frame], &lows_[frame], 0};
+    }
+
+private:
+    void set_scales(const std::vector<Range>& ranges, int frames);
+
+    std::vector<float> scales_, zeros_, lows_;
+};
+
+template <class Format>
+struct FramesOf;
+template <>
+struct FramesOf<Halves> : HalfFrames {};
+template <>
+struct FramesOf<Bytes> : ByteFrames {};
+
+template <class Format>
+class PictureOf : public Windows {
+    using Number = typename Format::Number;
+
+public:
+    PictureOf(const Picture& picture, Window window, const Parallel& parallel);
 
     // Sums over windows of a panel of the weights, of outputs in whole rows from `first` on, counted over all frames.
     void sum(int64_t first, int count, const Layer& layer, int panel, float* sums, const Fetch& next) const;
 
 private:
-    void set_scales(const std::vector<Range>& ranges, int frames);
     void fill_row(const Picture& picture, const float* norms, int frame, int y);
-    ByteRows windows(int frame, int top, int left) const;
-    uint8_t* pixel(int frame, int y, int x) const;
+    void sum_copies(int64_t first, int count, const float* weights, Sums sums) const;  // of Halves
+    typename Format::Numbers windows(int frame, int top, int left) const;
+    Number* pixel(int frame, int y, int x) const;
 
-    Window window_;
-    int channels_, height_, width_;
-    uint8_t* pixels_;
-    std::vector<float> scales_, zeros_, lows_;  // of each frame: a number is scale · (byte - zero), low + scale · byte
+    FramesOf<Format> frames_;
+    Number* pixels_;
 };
 
 }  // namespace posecrafter

@@ -20,6 +20,48 @@ struct Rows {
     size_t stride;
 };
 
+// Where sums go, a row of a panel each, and how far each is from the next, in floats.
+struct Sums {
+    float* first;
+    size_t stride;
+
+    Sums from(int row) const { return {first + row * stride, stride}; }
+};
+
+// What is written, or added to that, once a panel is done, to be fetched meanwhile: the lines of memory from `first` on
+// that are `step` apart, `lines` of them, a power of two, and where `is_wide` those after them. Row r's are `row · r`
+// on.
+struct Fetch {
+    const float *first, *other;
+    size_t step, row;
+    int lines;
+    bool is_wide;
+
+    Fetch from(int index) const {
+        Fetch next = *this;
+        next.first += index * row, next.other += index * row;
+        return next;
+    }
+
+    // Each once, k being 0, 1 … of every call: later ones would take lines from what a product streams through.
+    PC_INLINE void fetch(int k) const {
+        if (k >= kPanel) return;
+        const size_t at = (k & (lines - 1)) * step + (is_wide && (k & lines) != 0 ? 64 / sizeof(float) : 0);
+        __builtin_prefetch(first + at, 1);
+        __builtin_prefetch(other + at);
+    }
+};
+
+// Calls use(begin, rows) for blocks of at most kRows rows, of nearly equal sizes: a short one leaves lanes idle.
+template <class Use>
+PC_INLINE void for_blocks(int count, const Use& use) {
+    const int blocks = ceil_div(count, kRows);
+    for (int block = 0; block < blocks; ++block) {
+        const int begin = count * block / blocks;
+        use(begin, count * (block + 1) / blocks - begin);
+    }
+}
+
 // What is read next, to be fetched meanwhile: from where, and how much of it with each number of a row.
 // Panels come from memory, or a cache that all cores share, and are done with sooner than the next arrives.
 template <class Number>
@@ -68,20 +110,16 @@ constexpr std::array<Multiply<Number>, kRows> multiplies(std::integer_sequence<i
 template <bool kIsMore, int kVectors, class Number>
 constexpr auto kMultiply = multiplies<kIsMore, kVectors, Number>(std::make_integer_sequence<int, kRows>());
 
-// Any number of rows times one panel, which another follows. In blocks of nearly equal sizes: a short one leaves lanes
-// idle.
+// Any number of rows times one panel, which another follows.
 template <bool kIsMore = false, int kVectors = 2, class Number>
 void multiply_rows(Rows rows, int count, const Number* panel, int depth, float* out, size_t out_stride) {
-    const int blocks = ceil_div(count, kRows);
-    const Number* next = panel + static_cast<size_t>(depth) * kPanel;
-    const size_t step = ceil_div(kPanel, blocks);
-    for (int block = 0; block < blocks; ++block) {
-        const int begin = count * block / blocks, end = count * (block + 1) / blocks;
+    const size_t step = ceil_div(kPanel, ceil_div(count, kRows));
+    Ahead<Number> ahead{panel + static_cast<size_t>(depth) * kPanel, step};
+    for_blocks(count, [&](int begin, int some) {
         const Rows own{rows.first + begin * rows.stride, rows.stride};
-        float* own_out = out + begin * out_stride;
-        const Ahead<Number> ahead{next + block * step * depth, step};
-        kMultiply<kIsMore, kVectors, Number>[end - begin - 1](own, panel, depth, own_out, out_stride, ahead);
-    }
+        kMultiply<kIsMore, kVectors, Number>[some - 1](own, panel, depth, out + begin* out_stride, out_stride, ahead);
+        ahead.from += step * depth;
+    });
 }
 
 constexpr int kDepth = 512;  // that is multiplied at once, so that a panel stays in the innermost cache

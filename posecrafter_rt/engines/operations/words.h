@@ -101,12 +101,10 @@ constexpr auto kMultiplyWords = word_multiplies<kVectors>(std::make_integer_sequ
 // Any number of rows times one panel.
 template <int kVectors>
 void multiply_word_rows(WordRows rows, int count, const float* panel, int pairs, float* out) {
-    const int blocks = ceil_div(count, kRows);
-    for (int block = 0; block < blocks; ++block) {
-        const int begin = count * block / blocks, end = count * (block + 1) / blocks;
+    for_blocks(count, [&](int begin, int some) {
         const WordRows own{rows.first + begin * rows.stride, rows.stride};
-        kMultiplyWords<kVectors>[end - begin - 1](own, panel, pairs, out + begin* kPanel);
-    }
+        kMultiplyWords<kVectors>[some - 1](own, panel, pairs, out + begin* kPanel);
+    });
 }
 
 }  // namespace posecrafter

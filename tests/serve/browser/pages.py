@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from playwright.sync_api import ConsoleMessage, Page, Request, WebSocket
 
-TIMEOUT_S = 30  # a busy machine without a GPU is slow to draw
+TIMEOUT_S = 90  # a busy machine without a GPU is slow to draw
 _HAS_SIZE = "id => document.getElementById(id).width * document.getElementById(id).height > 0"
 _PIXELS = """id => {
   const canvas = document.getElementById(id);
@@ -80,11 +80,11 @@ class LivePage:
         return self.pixels()
 
     def count_looks(self, samples: int = 12) -> int:
-        """How many different frames the avatar shows in a while."""
+        """How many different frames the avatar shows in a while; looked at in no pace that poses might keep, too."""
         seen = set()
-        for _ in range(samples):
+        for number in range(samples):
             seen.add(hashlib.sha256(self.pixels().tobytes()).digest())
-            self.page.wait_for_timeout(80)
+            self.page.wait_for_timeout(30 + 9 * number)
         return len(seen)
 
     def choose(self, source: str) -> None:

@@ -17,6 +17,7 @@ from websockets.sync.client import connect
 
 from posecrafter_rt.poses.draw import draw_pose
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve import options, session
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.pictures import encode_picture
 from posecrafter_rt.serve.protocol import JPEG, decode_pose
@@ -24,7 +25,7 @@ from tests.serve.browser.pages import LivePage
 from tests.serve.drawn import SIZE, DrawnAvatar, Running, running
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Route
 
 pytestmark = pytest.mark.browser
 Serve = Callable[..., Running]
@@ -296,8 +297,12 @@ def test_webrtc_shows_the_avatar(
     browser = launch("--allow-loopback-in-peer-connection", "--disable-features=WebRtcHideLocalIpsWithMdns")
     page = open_page(serve().url(), browser=browser)
     page.wait_for_link("Live")
+    held: list[Route] = []
+    page.page.route("**/api/offer", lambda route: held.append(route))
     page.page.get_by_label("Connection").select_option("WebRTC")
     page.wait_for_link("Connecting")
+    page.wait_until(lambda: held)
+    held[0].continue_()
     page.wait_for_link("Live")
     page.wait_until(lambda: page.count_looks() > 2)
     page.wait_until(lambda: page.page.text_content("#latency") != "–")
@@ -326,11 +331,12 @@ def test_who_wants_less_motion_is_not_moved_at(serve: Serve, open_page: OpenPage
 
 
 def test_a_pose_whose_frame_was_too_late_is_shown_in_the_end(
-    serve: Serve, open_page: OpenPage, avatar: DrawnAvatar
+    serve: Serve, open_page: OpenPage, avatar: DrawnAvatar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = open_page(serve().url(), **STILL)
     page.wait_for_link("Live")
     assert_shows(page, avatar.poses.keypoints[0])
+    monkeypatch.setattr(session, "MAX_AGE_S", options.MAX_AGE_S)
     avatar.seconds = 1.3
     page.page.get_by_label("Position").fill("3")
     page.wait_for_text("#note", "older than 1 s are not shown")
@@ -356,7 +362,9 @@ def test_a_pipelined_avatar_gets_a_new_pose_for_about_every_step(
     serve: Serve, open_page: OpenPage, avatar: DrawnAvatar
 ) -> None:
     """With two poses on their way at most, half of four steps at a time would be spent on poses that were there before."""
-    avatar.seconds = 0.1
+    avatar.seconds = 0.2  # half a dozen poses a second are what any page has that is drawn without a GPU
+    # In 0.2 s the five poses have come round: then each step would be of the same one.
+    avatar.poses = PoseSequence(np.stack([person(x) for x in np.linspace(-4, 4, 32)]), SIZE, 25.0)
     server = serve(stream={"steps": 4, "is_pipelined": True})
     page = open_page(server.url())
     page.wait_for_link("Live")
