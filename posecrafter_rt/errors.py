@@ -12,7 +12,7 @@ import re
 # scratchpad, torch, for which cuDNN found no way to convolve: each that it knows may need more memory than there is; and
 # Python, which found no room for a thread's stack.
 OUT_OF_MEMORY = re.compile(
-    r"can'?t allocate memory|cannot allocate memory|(not enough|insufficient|out of) memory|bad.alloc"
+    r"can'?t allocate memory|cannot allocate memory(?! in static TLS)|(not enough|insufficient|out of) memory|bad.alloc"
     r"|could not (create|execute) a primitive$|CU\w+_STATUS_\w*ALLOC\w*_FAILED"
     r"|unable to find (an engine to execute|a valid cudnn algorithm)|^can't start new thread$",
     re.I | re.M,

@@ -255,7 +255,7 @@ class VideoWriter:
         except FFmpegError as failure:
             # x264 gives no reason; too little memory is the likely one.
             is_memory = isinstance(failure, (MemoryError, ExternalError))
-            hint = "free some memory and run the same command again" if is_memory else None
+            hint = "if memory is short, free some and run the same command again" if is_memory else None
             raise VideoError(f"encoding {self.path} failed: {_reason(failure)}", hint) from failure
 
 

@@ -60,7 +60,18 @@ SAME_MODULE = {
     "onnxruntime": ("onnxruntime-gpu",),
 }
 REINSTALL = "in the checkout: pip install -e ."
-ISA_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
+ISA_FLAGS = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+)
 MIN_FREE_BYTES = 2_000_000_000
 
 
@@ -163,7 +174,9 @@ def check_operators() -> list[Finding]:
             reason = unsupported_reason(operator, backend)
             findings.append(Finding(f"{operator}: {backend}", "absent" if reason else "ok", reason or "can run"))
     reason = openvino_operations.missing_reason()
-    findings.append(Finding("operations: openvino", "absent" if reason else "ok", reason or "can run"))
+    left_out = openvino_operations.left_out()
+    can = "can run" if left_out is None else f"can run, with less than this processor has: {left_out}"
+    findings.append(Finding("operations: openvino", "absent" if reason else "ok", reason or can))
     info = native.build_info()
     if info:
         detail = ", ".join(f"{key} {value}" for key, value in info.items())

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from posecrafter_rt import __version__
-from posecrafter_rt.errors import DiskFull, PoseCrafterError, out_of_memory
+from posecrafter_rt.errors import DiskFull, OutOfMemory, PoseCrafterError, out_of_memory
 
 # Each is a module of this folder (`-` becomes `_`) with a Typer called `app`: of one command, or of several.
 COMMANDS = {
@@ -81,9 +81,12 @@ def explain(error: Exception) -> PoseCrafterError | None:
     """The line for memory that ran out, or for a file-system error that names a file or a full disk; None for any other,
     which is a bug of ours.
     """
+    free_some = "free some memory and run the same command again"
     if not isinstance(error, OSError):
-        return out_of_memory(error, "free some memory and run the same command again")
+        return out_of_memory(error, free_some)
     place = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
+    if error.errno == errno.ENOMEM:
+        return OutOfMemory(f"memory ran out{place}", free_some)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"no space left on the disk{place}", hint="free some space and run the same command again")
     if error.filename is None or error.strerror is None:

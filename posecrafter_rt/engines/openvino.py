@@ -78,7 +78,7 @@ class NetworkFile(NamedTuple):
 
 
 class OpenVinoEngine:
-    """One network; each new input shape is compiled once, statically, and kept.
+    """One network; each new input shape is compiled once, statically, and kept, but for large networks of RUN_ONCE.
 
     Never one model for changing shapes: with dynamic shapes OpenVINO 2026.4 returns garbage for temporal attention when
     one frame is followed by sixteen or more.
@@ -107,7 +107,9 @@ class OpenVinoEngine:
         self._properties = {**properties, "CACHE_MODE": "OPTIMIZE_SIZE" if self._is_apart else "OPTIMIZE_SPEED"}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """See `Engine`. Inputs are read where they lie; outputs are views of the compiled model's own memory."""
+        """See `Engine`. Inputs are read where they lie; outputs are views of the compiled model's own memory, which
+        lives as long as they do.
+        """
         import openvino
 
         tensors = [tensor.contiguous() for tensor in checked_inputs(self.spec, inputs, self.device)]
@@ -116,10 +118,9 @@ class OpenVinoEngine:
             request.set_tensor(expected.name, openvino.Tensor(tensor.detach().numpy(), shared_memory=True))
         request.infer()
         outputs = {out.name: torch.from_numpy(request.get_tensor(out.name).data) for out in self.spec.outputs}
-        if self.spec.name not in RUN_ONCE or self._weight_bytes <= ONCE_BYTES:
-            return outputs
-        self._requests.clear()  # for another prompt or person it is there again in a second
-        return {name: tensor.clone() for name, tensor in outputs.items()}
+        if self.spec.name in RUN_ONCE and self._weight_bytes > ONCE_BYTES:
+            self._requests.clear()  # for another prompt or person it is there again in a second
+        return outputs
 
     def _request(self, shapes: Shapes) -> Any:
         if shapes not in self._requests:

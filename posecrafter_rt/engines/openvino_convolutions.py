@@ -43,8 +43,8 @@ def use_convolutions(model: openvino.Model, precision: Precision = "fp32") -> in
     """Replace the convolutions of a float32 model of fixed shapes that gain by it, in place; returns how many.
 
     precision: int8 has them in eight bits, all that the operation can do; the others by Winograd's filtering, which loses
-    nothing, fp16 with weights in 16 bits in tiles of 2×2, or where the processor has products in 16 bits in these, but
-    for large pictures.
+    nothing. fp16 has weights in 16 bits in tiles of 2×2; where the processor has products in 16 bits it has these in their
+    place, and Winograd's filtering for those `_is_large` alone.
     """
     available = operations(precision)
     if available is None:

@@ -61,8 +61,7 @@ class Layer(NamedTuple):
 def use_linear(model: openvino.Model, precision: Precision = "fp32") -> int:
     """Replace those of a float32 model of fixed shapes that gain by it, in place; returns how many.
 
-    precision: of products, int8, or of weights alone, fp16, all that the operation can do: OpenVINO's would keep them in
-    float32.
+    precision: in int8 and fp16 all that the operation can do: OpenVINO's would keep weights in float32, and multiply in it.
     """
     available = operations(precision)
     if available is None:

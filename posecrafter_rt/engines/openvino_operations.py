@@ -1,4 +1,4 @@
-"""Operations for OpenVINO: 3×3 convolutions by Winograd's minimal filtering, linear maps and attention beside them.
+"""Operations for OpenVINO: 3×3 convolutions by Winograd's minimal filtering or in fewer bits, linear maps, attention.
 
 Layer 4. They are C++ (operations/), compiled once a machine against the OpenVINO that is installed and kept in the
 user's cache. Where that fails OpenVINO's own operations run: nothing but time is lost.
@@ -7,11 +7,12 @@ user's cache. Where that fails OpenVINO's own operations run: nothing but time i
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 from posecrafter_rt import config
 from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
 from posecrafter_rt.engines.base import Precision
+from posecrafter_rt.engines.openvino_trials import all_trials
 from posecrafter_rt.errors import PoseCrafterError, last_line
 from posecrafter_rt.machine import cpu_features
 
@@ -31,6 +33,14 @@ SOURCES = Path(__file__).with_name("operations")
 FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast")  # fmt: skip
 COMPILE_S = 300  # a compiler that takes longer hangs
+# What a compiler is asked for first: an instruction of the widest vectors, which its assembler must know, too.
+TRIED = """#include <immintrin.h>
+#ifdef __AVX512FP16__
+__m512h tried(__m512h a, __m512h b) { return _mm512_fmadd_ph(a, b, a); }
+#elif defined(__AVXVNNI__)
+__m256i tried(__m256i a, __m256i b) { return _mm256_dpbusd_avx_epi32(a, b, a); }
+#endif
+"""
 # Of the largest value, where float32 comes to 1e-5, 16 bits to 1e-3 and eight to 0.01.
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int8": 0.05}
 WITH_WEIGHTS = ("FusedConvolution", "Linear")  # of our operations
@@ -82,16 +92,17 @@ class OperationsError(Exception):
     """Why the operations cannot be had here, in one line."""
 
 
-class RefusedError(OperationsError):
-    """Why a compiler does not make them for some vectors; it may for others."""
+class UnknownVectorsError(OperationsError):
+    """The compiler does not know some vectors; it may know others."""
 
 
 class Built(NamedTuple):
-    """The compiled operations, or the reason why there are none."""
+    """The compiled operations, or the reason why there are none. left_out: why wider vectors are not used, where these fit."""
 
     vectors: Vectors | None = None
     library: Path | None = None
     reason: str | None = None
+    left_out: str | None = None
 
 
 def missing_reason() -> str | None:
@@ -103,14 +114,19 @@ def missing_bytes_reason() -> str | None:
     """Why products in eight bits cannot be had here, or None."""
     if not any(vectors.has_bytes for vectors in _fitting()[:1]):
         return "this processor has no VNNI; use fp32"
-    reason, vectors = _missing_for("int8"), _built(_fitting()).vectors
-    is_left_out = reason is None and vectors is not None and not vectors.has_bytes
-    return "int8 needs a compiler that knows VNNI: g++ 11 or newer" if is_left_out else reason
+    reason, built = _missing_for("int8"), _built(_fitting())
+    is_left_out = reason is None and built.vectors is not None and not built.vectors.has_bytes
+    return f"int8 needs a compiler that knows VNNI: {built.left_out}" if is_left_out else reason
 
 
 def missing_halves_reason() -> str | None:
     """Why weights in 16 bits cannot be had here, or None. As the others it compiles, which takes seconds, the first time."""
     return _missing_for("fp16")
+
+
+def left_out() -> str | None:
+    """Why they do not use all that this processor has, or None."""
+    return _built(_fitting()).left_out
 
 
 def _missing_for(precision: Precision) -> str | None:
@@ -132,7 +148,7 @@ def extend(core: openvino.Core) -> str | None:
 
 def operations(precision: Precision = "fp32") -> Operations | None:
     """The operations for this processor, or None where they cannot be had."""
-    vectors, library, _ = _built(_fitting())
+    vectors, library, *_ = _built(_fitting())
     return None if vectors is None or library is None else Operations(vectors, _factory(library), precision)
 
 
@@ -171,16 +187,16 @@ def _factory(library: Path) -> Any:
 @cache
 def _built(fitting: tuple[Vectors, ...]) -> Built:
     """For the first of these vectors that the compiler here knows; why there are none is logged once."""
-    reason = "they are written for AVX2, FMA and F16C, or AVX-512, which this processor lacks"
+    reason, unknown = "they are written for AVX2, FMA and F16C, or AVX-512, which this processor lacks", None
     for vectors in fitting:
         try:
             library = _compiled(vectors)
-            _factory(library)
-            return Built(vectors, library)
+            return Built(vectors, library, left_out=unknown)
+        except UnknownVectorsError as error:
+            reason = unknown = str(error)
         except OperationsError as error:
             reason = str(error)
-            if not isinstance(error, RefusedError):
-                break
+            break
     log.info("convolutions, linear maps and attention are OpenVINO's own: %s", reason)
     return Built(reason=reason)
 
@@ -200,6 +216,7 @@ def _compiled(vectors: Vectors) -> Path:
     kept = next(filter(_is_sound, folder.glob(f"{name}-*.so")), None)
     if kept is not None:
         return kept
+    _ask(vectors)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder) as building:
@@ -231,21 +248,38 @@ def _is_sound(library: Path) -> bool:
 
 
 def _compile(sources: list[Path], vectors: Vectors, home: Path, library: Path) -> None:
-    compiler = config.compiler() or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "")
-    if not compiler:
-        raise OperationsError("no C++ compiler was found: install g++, or name one in CXX")
     linked = [next(home.glob(f"libs/{name}.so*"), None) for name in ("libopenvino", "libtbb")]
     if None in linked:
         raise OperationsError("this OpenVINO came without its libraries, or without TBB")
-    command = [*shlex.split(compiler), *FLAGS, *vectors.flags, "-I", str(home / "include"), *map(str, sources), "-o", str(library),
-               *map(str, linked), f"-Wl,-rpath,{home / 'libs'}"]  # fmt: skip
+    refusal = _refusal(*FLAGS, *vectors.flags, "-I", home / "include", *sources, "-o", library, *linked,
+                       f"-Wl,-rpath,{home / 'libs'}")  # fmt: skip
+    if refusal is not None:
+        raise OperationsError(refusal)
+
+
+def _ask(vectors: Vectors) -> None:
+    """Raise UnknownVectorsError where the compiler, or its assembler, has too little for them; in a fraction of a second."""
+    refusal = _refusal(*vectors.flags, "-x", "c++", "-c", "-o", os.devnull, "-", given=TRIED)
+    if refusal is not None:
+        raise UnknownVectorsError(refusal)
+
+
+def _refusal(*arguments: Any, given: str = "") -> str | None:
+    """What the compiler says against a command, in one line, or None. given: what it reads from standard input."""
+    compiler = config.compiler() or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "")
+    if not compiler:
+        raise OperationsError("no C++ compiler was found: install g++, or name one in CXX")
+    command = [*shlex.split(compiler), *map(str, arguments)]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_S)
+        result = subprocess.run(
+            command, input=given, capture_output=True, text=True, errors="replace", timeout=COMPILE_S
+        )
     except (OSError, subprocess.SubprocessError) as error:
         raise OperationsError(f"{compiler} cannot be run: {error}") from error
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-        raise RefusedError(f"{compiler} refuses them: {next((line for line in lines if 'error' in line), lines[-1])}")
+    if result.returncode == 0:
+        return None
+    lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+    return f"{compiler} refuses them: {next((line for line in lines if 'error' in line), lines[-1])}"
 
 
 def _try(library: Path, vectors: Vectors) -> None:
@@ -254,9 +288,11 @@ def _try(library: Path, vectors: Vectors) -> None:
     from openvino import opset13 as op
 
     shape = [2, vectors.lanes, 9, 13]
-    parameter, factory = op.parameter(shape, np.float32), _factory(library)
-    trials = [trial for make in (_convolutions, _linear_maps, _attentions) for trial in make(factory, parameter)]
-    trials = [trial for trial in trials if trial.suits(vectors)]
+    try:
+        parameter, factory = op.parameter(shape, np.float32), _factory(library)
+    except RuntimeError as error:
+        raise OperationsError(f"OpenVINO does not load them: {last_line(error)}") from error
+    trials = [trial for trial in all_trials(factory, parameter) if trial.suits(vectors)]
     try:
         core = openvino.Core()
         core.add_extension(library)
@@ -270,134 +306,3 @@ def _try(library: Path, vectors: Vectors) -> None:
             is_near = np.abs(own - tried).max() <= TOLERANCES[trial.precision] * np.abs(own).max()
         if not is_near:
             raise OperationsError("compiled here they do not give what OpenVINO's own operations do")
-
-
-class Trial(NamedTuple):
-    """What makes the same output by OpenVINO's operations and by one of ours."""
-
-    own: Callable[[], Any]
-    ours: Callable[[], Any]
-    precision: Precision = "fp32"
-    is_narrow: bool = False  # products are in that precision, too
-
-    def suits(self, vectors: Vectors) -> bool:
-        """Whether the operations have it that are compiled for these vectors."""
-        has = {"int8": vectors.has_bytes, "fp16": vectors.has_halves}
-        return not self.is_narrow or has[self.precision]
-
-
-def _constant(*shape: int) -> Any:
-    from openvino import opset13 as op
-
-    return op.constant(np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32))
-
-
-def _convolutions(factory: Any, pixels: Any) -> list[Trial]:
-    """A convolution in tiles of either size, of a doubled picture, after GroupNorm and SiLU, and added to something."""
-    from openvino import opset13 as op
-
-    frames, lanes, height, width = pixels.get_output_shape(0)
-    weight, bias = _constant(2 * lanes, lanes, 3, 3), _constant(2 * lanes)
-    scale, shift = _constant(lanes), _constant(lanes)
-
-    def by_channel(values: Any) -> Any:
-        return op.unsqueeze(values, np.array([1, 2]))
-
-    def own(of: Any, stride: int = 1) -> Any:
-        return op.add(op.convolution(of, weight, [stride] * 2, [1, 1], [1, 1], [1, 1]), by_channel(bias))
-
-    def ours(*more: Any, **attributes: Any) -> Any:
-        return factory.create(
-            "FusedConvolution", [node.output(0) for node in (pixels, weight, bias, *more)], attributes
-        )
-
-    rows, columns = (np.repeat(np.arange(side), 2) for side in (height, width))
-    doubled = op.gather(op.gather(pixels, rows, np.int64(2)), columns, np.int64(3))
-    grouped = op.reshape(pixels, np.array([frames, 4, -1]), special_zero=False)
-    normed = op.mvn(grouped, np.array([2]), True, 1e-5, "INSIDE_SQRT")
-    normed = op.reshape(normed, np.array([frames, lanes, height, width]), special_zero=False)
-    normed = op.add(op.multiply(normed, by_channel(scale)), by_channel(shift))
-    active, residual = op.multiply(normed, op.sigmoid(normed)), op.concat([pixels, pixels], 1)
-    norm = partial(ours, scale, shift, groups=4, eps=1e-5)
-    return [Trial(partial(own, pixels), ours), Trial(partial(own, pixels), partial(ours, tile=2)),
-            Trial(partial(own, doubled), partial(ours, times=2)), Trial(partial(own, active), norm),
-            Trial(lambda: op.add(own(pixels), residual), partial(ours, residual)),
-            Trial(partial(own, active), partial(norm, tile=2, in_halves=True), "fp16"),
-            *(Trial(wanted, partial(found, tile=0, in_halves=precision == "fp16"), precision, is_narrow=True)
-              for precision in ("fp16", "int8")
-              for wanted, found in ((partial(own, pixels, 2), partial(ours, stride=2)),
-                                    (partial(own, doubled), partial(ours, times=2)),
-                                    (lambda: op.add(own(active), residual), partial(norm, residual))))]  # fmt: skip
-
-
-def _linear_maps(factory: Any, pixels: Any) -> list[Trial]:
-    """A map of pixels to pixels, a gated one of tokens, and another after that; the first and the last added to something."""
-    from openvino import opset13 as op
-
-    frames, lanes, height, width = pixels.get_output_shape(0)
-    weight, bias, residual = _constant(8 * lanes, lanes), _constant(8 * lanes), op.concat([pixels] * 8, 1)
-    flat = op.reshape(pixels, np.array([frames, lanes, height * width]), special_zero=False)
-    tokens = op.transpose(flat, np.array([0, 2, 1]))
-    mapped = op.add(op.matmul(tokens, weight, False, True), bias)
-    shape = np.array([frames, 8 * lanes, height, width])
-    planes = op.reshape(op.transpose(mapped, np.array([0, 2, 1])), shape, special_zero=False)
-    value, gate = op.split(mapped, np.array(2), 2).outputs()
-    gated = op.multiply(value, op.gelu(gate, "erf"))
-    back, shift, added = _constant(6 * lanes, 4 * lanes), _constant(6 * lanes), op.concat([tokens] * 6, 2)
-    fed = op.add(op.add(op.matmul(gated, back, False, True), shift), added)
-
-    def ours(*inputs: Any, **attributes: Any) -> Any:
-        return factory.create("Linear", [node.output(0) for node in inputs], attributes)
-
-    to_planes = partial(ours, pixels, weight, bias, residual, height=height)
-    feed = partial(ours, tokens, weight, bias, back, shift, added, is_gated=True)
-    owns = [lambda: op.add(planes, residual), lambda: gated, lambda: fed]
-    return [Trial(owns[0], to_planes), Trial(owns[1], partial(ours, tokens, weight, bias, is_gated=True)),
-            Trial(owns[2], feed), Trial(owns[2], partial(feed, in_halves=True), "fp16"),
-            Trial(owns[0], partial(to_planes, in_bytes=True), "int8", is_narrow=True),
-            Trial(owns[2], partial(feed, in_bytes=True), "int8", is_narrow=True)]  # fmt: skip
-
-
-def _attentions(factory: Any, pixels: Any) -> list[Trial]:
-    """Of a picture's tokens to one another, and to the same ones of other frames, of all and of one; keys beside values."""
-    from openvino import opset13 as op
-
-    frames, lanes, height, width = pixels.get_output_shape(0)
-    flat = op.reshape(pixels, np.array([frames, lanes, height * width]), special_zero=False)
-    query = op.transpose(flat, np.array([0, 2, 1]))
-    key, value = op.multiply(query, op.constant(np.float32(-0.5))), op.sin(query)
-    both = op.concat([key, value], 2)
-
-    def heads(tokens: Any, order: list[int]) -> Any:
-        batch, rows, channels = tokens.get_output_shape(0)
-        return op.transpose(
-            op.reshape(tokens, np.array([batch, rows, 2, channels // 2]), special_zero=False), np.array(order)
-        )
-
-    def attend(query: Any, key: Any, value: Any) -> Any:
-        scores = op.matmul(heads(query, [0, 2, 1, 3]), heads(key, [0, 2, 3, 1]), False, False)
-        weights = op.softmax(op.divide(scores, op.constant(np.float32((lanes // 2) ** 0.5))), 3)
-        means = op.transpose(op.matmul(weights, heads(value, [0, 2, 1, 3]), False, False), np.array([0, 2, 1, 3]))
-        return op.reshape(means, np.array(query.get_output_shape(0)), special_zero=False)
-
-    def over_frames() -> Any:
-        turned = (op.transpose(tokens, np.array([1, 0, 2])) for tokens in (query, key, value))
-        return op.unsqueeze(op.transpose(attend(*turned), np.array([1, 0, 2])), np.array(0))
-
-    def first_frame() -> Any:
-        first = op.gather(value, np.zeros(frames, np.int64), np.int64(0))
-        return op.unsqueeze(first, np.array(0))
-
-    def ours(*inputs: Any, is_over_frames: bool = False, **attributes: Any) -> Any:
-        given = [op.unsqueeze(node, np.array(0)) if is_over_frames else node for node in inputs[:3]]
-        attributes |= {"heads": 2, "width": lanes // 2, "value_at": lanes}
-        return factory.create("Attention", [node.output(0) for node in (*given, *inputs[3:])], attributes)
-
-    tokens, own, mask = (
-        (query, both, both),
-        partial(attend, query, key, value),
-        op.constant(np.arange(frames)[None] == 0),
-    )
-    return [Trial(own, partial(ours, *tokens)), Trial(own, partial(ours, *tokens, in_bytes=True), "int8", is_narrow=True),
-            Trial(over_frames, partial(ours, *tokens, is_over_frames=True)),
-            Trial(first_frame, partial(ours, *tokens, mask, is_over_frames=True))]  # fmt: skip

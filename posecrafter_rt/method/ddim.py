@@ -21,7 +21,8 @@ Denoise = Callable[[Tensor, int, int], Tensor]
 """(latents, index into `timesteps(num_inference_steps)`, timestep) -> noise prediction, the shape of latents."""
 
 OnStep = Callable[[int, Tensor], Tensor]
-"""(index, latents before that step, which later ones overwrite) -> what is denoised in their place."""
+"""(index, latents before that step, which later ones overwrite) -> what is denoised in their place: these, or others of their shape
+in memory of their own."""
 
 Coefficients = tuple[float, float]
 """One step is `c_latents * latents + c_prediction * noise_pred`."""

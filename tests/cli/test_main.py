@@ -115,13 +115,20 @@ def test_a_file_that_cannot_be_opened_is_one_line(run: Callable[..., Result]) ->
 
 
 @pytest.mark.parametrize("error", [
-    MemoryError(), RuntimeError("can't start new thread"), Exception("OpenCV: (-4:Insufficient memory) Failed to allocate")])  # fmt: skip
+    MemoryError(), RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "Cannot allocate memory"),
+    Exception("OpenCV: (-4:Insufficient memory) Failed to allocate")])  # fmt: skip
 def test_memory_that_runs_out_is_one_line(run: Callable[..., Result], error: Exception) -> None:
     """Where no render explains it: while an engine is loaded, say, or a contact sheet is drawn."""
     result = run("inspect", action=raising(error))
-    said = f": {error}" if str(error) else ""
+    said = "" if isinstance(error, (MemoryError, OSError)) else f": {error}"
     assert result.stderr == f"error: memory ran out{said}\nhint: free some memory and run the same command again\n"
     assert result.exit_code == 1
+
+
+def test_what_only_sounds_like_it_is_not_taken_for_it(run: Callable[..., Result]) -> None:
+    """A library that is loaded too late says so whatever memory there is."""
+    error = ImportError("libgomp.so.1: cannot allocate memory in static TLS block")
+    assert run("inspect", action=raising(error)).exception is error
 
 
 @pytest.mark.parametrize("error", [OSError("odd"), RuntimeError("a bug"), ValueError("a bug")])

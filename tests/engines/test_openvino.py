@@ -27,7 +27,7 @@ from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.spec import network_specs
+from posecrafter_rt.spec import RUN_ONCE, network_specs
 from tests.tiny import NETWORKS
 
 needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this processor has no bf16")
@@ -216,6 +216,24 @@ def test_few_compiled_shapes_are_kept_and_outputs_outlive_them(
     newest = draw(plain_model, "pose_embedding", 3)
     engine(**newest)
     assert list(engine._requests)[-1] == (tuple(newest["controlnet_cond"].shape),)
+
+
+@pytest.mark.parametrize(("name", "kept"), [*((name, 0) for name in RUN_ONCE), ("vae_decoder", 1)])
+def test_a_large_network_that_runs_once_is_let_go_of(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+    kept: int,
+) -> None:  # fmt: skip
+    """What it gave stays as it is, and the next call gives the same."""
+    engine, inputs = load(plain_model, openvino_networks, tmp_path)[name], draw(plain_model, name, 1)
+    expected = first(engine(**inputs)).clone()
+    assert len(engine._requests) == 1  # it is small
+    monkeypatch.setattr(backend_module, "ONCE_BYTES", 0)
+    found = first(engine(**inputs))
+    assert len(engine._requests) == kept
+    engine(**{key: tensor if tensor.dtype == torch.int64 else tensor + 1 for key, tensor in inputs.items()})
+    again = first(engine(**inputs))
+    gc.collect()
+    assert torch.equal(found, expected) and torch.equal(again, expected)
 
 
 def test_a_folder_without_its_networks_is_refused(plain_model: PoseModel, tmp_path: Path) -> None:

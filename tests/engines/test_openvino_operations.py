@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from posecrafter_rt.engines import openvino_operations as operations
+from posecrafter_rt.engines import openvino_trials
 from posecrafter_rt.engines.openvino import NetworkFile, OpenVinoEngine
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
@@ -89,7 +90,10 @@ def test_operations_that_hold_their_weights_give_the_same_and_keep_nothing_they_
     available = operations.operations()
     assert available is not None
     given = op.parameter([2, lanes, 9, 13], np.float32)
-    trials = [*operations._convolutions(available.factory, given), *operations._linear_maps(available.factory, given)]
+    trials = [
+        *openvino_trials.convolutions(available.factory, given),
+        *openvino_trials.linear_maps(available.factory, given),
+    ]
     trials = [trial for trial in trials if trial.suits(available.vectors)]
     keys_and_values = [
         op.abs(available.factory.create("Linear", [given.output(0), *layer], {})) for layer in layers(lanes)
@@ -211,9 +215,12 @@ def test_a_compiler_that_does_not_know_the_widest_is_asked_for_others(
             available = operations.operations()
         assert available is not None and available.vectors.flags == narrow.flags
         assert reason in str(operations.missing_bytes_reason()) and operations.missing_halves_reason() is None
+        assert "no-such-instructions" in str(operations.left_out())
     assert caplog.records == []
-    monkeypatch.setattr(operations, "VECTORS", (widest[0], widest[1]))
-    assert "refuses them" in str(operations.missing_reason()) and "no-such-instructions" in caplog.text
+    monkeypatch.setattr(operations, "VECTORS", tuple(widest))
+    with caplog.at_level(logging.INFO):
+        assert "refuses them" in str(operations.missing_reason())
+    assert "no-such-instructions" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +295,9 @@ def test_what_compiles_but_is_wrong_is_not_kept(
     forgotten: None,
 ) -> None:
     """Only that source is compiled anew, with what it includes."""
-    vectors = operations._fitting()[0]
+    available = operations.operations()
+    assert available is not None
+    vectors = available.vectors
     if (compiled, right, wrong) in WRONG_IN_BYTES and not vectors.has_bytes:
         pytest.skip("this processor has no VNNI")
     if (compiled, right, wrong) in WRONG_IN_HALVES and not vectors.has_halves:
