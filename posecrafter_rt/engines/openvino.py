@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f32", "int8": "f32"}  # of what is not in 16 or 8 bits
 KEPT_SHAPES = 4  # compiled models a network, each with its own activations and its own order of the weights
-LARGE_BYTES = 1 << 27  # of weights: of a network with so many, others are kept only where memory has room for
+LARGE_BYTES = 3 << 26  # of weights: of a network with so many, others are kept only where memory has room for
 # Of the weights, what one more shape of a network needs while it is compiled, and for activations: in its file and in the
 # order of the compiled model; packed by our operations, in 16 and 8 bits once for all shapes. Measured at Stable Diffusion 1.5's size.
 NEEDED_FOLD, NEEDED_FOLD_HELD = 3, {"fp32": 2, "fp16": 0.5, "int8": 0.5}
