@@ -18,6 +18,7 @@ from openvino import opset13 as op
 from torch import Tensor
 from torch.nn import functional
 
+from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.export.verify import relative_error
@@ -152,11 +153,11 @@ def drawn(kind: str, read: int, written: int) -> Layer:
     )
 
 
-def convolve(layer: Layer, *pictures: Tensor, num_threads: int = 2) -> list[Tensor]:
+def convolve(layer: Layer, *pictures: Tensor, num_threads: int = 2, precision: Precision = "int8") -> list[Tensor]:
     """What the operation gives of each."""
     given = [parameter(pixels) for pixels in pictures]
     model = openvino.Model([layer.of(pixels) for pixels in given], given)
-    assert use_convolutions(model, "int8") == len(given)
+    assert use_convolutions(model, precision) == len(given)
     assert set(kinds(model)) == {"Parameter", "Constant", "FusedConvolution", "Result"}
     return run(model, *pictures, num_threads=num_threads)
 

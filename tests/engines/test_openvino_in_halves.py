@@ -5,6 +5,7 @@ Tests of posecrafter_rt/engines/openvino_convolutions.py and openvino_linear.py 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,10 @@ from tests.engines.openvino_models import (
     whole,
 )
 from tests.engines.test_openvino_bytes import KINDS, Layer, drawn
+from tests.engines.test_openvino_bytes import convolve as convolve_in
 
 LEAST, MOST = 1e-5, 3e-3  # what 16 bits lose, as a root of mean squares: more than float32, and no more than this
+convolve = partial(convolve_in, precision="fp16")
 SCALE = 0.05  # of weights: none is below the least normal number in 16 bits, nor is it one of few
 
 
@@ -49,15 +52,6 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 def of_small_weights(layer: Layer) -> Layer:
     return layer._replace(weight=layer.weight * SCALE)
-
-
-def convolve(layer: Layer, *pictures: Tensor, num_threads: int = 2) -> list[Tensor]:
-    """What the operation gives of each."""
-    given = [parameter(pixels) for pixels in pictures]
-    model = openvino.Model([layer.of(pixels) for pixels in given], given)
-    assert use_convolutions(model, "fp16") == len(given)
-    assert set(kinds(model)) == {"Parameter", "Constant", "FusedConvolution", "Result"}
-    return run(model, *pictures, num_threads=num_threads)
 
 
 @pytest.mark.parametrize(("frames", "channels", "size"), [
