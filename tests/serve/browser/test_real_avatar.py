@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,18 +17,31 @@ from tests.serve.drawn import Running, running
 
 pytestmark = pytest.mark.browser
 OpenPage = Callable[..., LivePage]
+STREAM = {"steps": 2, "window": 2}
 
 
 @pytest.fixture(scope="module")
 def avatar(tiny_engine: Path) -> Iterator[Avatar]:
     with Avatar.load(tiny_engine) as avatar:
+        frame_s = seconds_a_frame(avatar)
+        if frame_s > 0.3:
+            pytest.skip(f"a frame takes {frame_s:.1f} s on this machine now, and a page shows none older than 1 s")
         yield avatar
 
 
 @pytest.fixture(scope="module")
 def server(avatar: Avatar) -> Iterator[Running]:
-    with running(avatar, ServeOptions(stream={"steps": 2, "window": 2})) as server:
+    with running(avatar, ServeOptions(stream=STREAM)) as server:
         yield server
+
+
+def seconds_a_frame(avatar: Avatar) -> float:
+    with avatar.stream(**STREAM) as stream:
+        stream.step(avatar.poses.keypoints[0])  # makes ready what the others only use
+        started_s = time.perf_counter()
+        for _ in range(3):
+            stream.step(None)
+        return (time.perf_counter() - started_s) / 3
 
 
 def test_the_demo_a_file_and_dragged_joints_move_the_avatar(
