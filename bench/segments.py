@@ -1,4 +1,5 @@
-"""What segments cost in quality: a tuned person's clip in segments, against the same rendered jointly and the truth.
+"""What segments cost in quality: a tuned person's clip in segments, against the same rendered jointly and the truth, and
+against segments that are merged at every step, as in ControlVideo's mode for long videos (`fused.py`).
 
 Bench: `python -m bench.segments [--json FILE] [--quick] [--checkpoint demo/tuned.ckpt]` renders frames 46-119 of the
 demonstration's footage and writes results/segments.json and .md, or FILE and its .md; without a checkpoint it tunes as the
@@ -10,12 +11,14 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.footage import engine_options, load_footage, tune_person
+from bench.fused import render_fused
 from bench.report import add_output_arguments, publish, table
 from bench.runs import psnr
 from bench.timing import machine
@@ -28,6 +31,7 @@ from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.segments import split_clip
 
 SPLITS = ((12, 4), (16, 4), (24, 4), (24, 0), (48, 4))  # frames of a segment, and shared with each neighbour
+ONCE, EVERY_STEP, WITH_KEY_FRAMES = "once", "at every step", "at every step, with key frames"
 QUICK_FRAMES, QUICK_STEPS, QUICK_SPLITS = 24, 4, ((8, 2), (16, 4))
 Row = dict[str, Any]
 
@@ -48,21 +52,35 @@ def jumps(frames: np.ndarray, truth: np.ndarray, at: list[int]) -> float:
     return change(frames) / change(truth)
 
 
-def compare(avatar: Avatar, target: PoseSequence, truth: np.ndarray, steps: int, splits: Any) -> list[Row]:
-    """A row for the joint render, and one for each split; all after a render that warms up and fills the cache."""
-    avatar.render(target[:1], num_inference_steps=steps)
-    rows, exact = [], None
-    for segment, overlap in ((None, 4), *splits):
-        options = RenderOptions(num_inference_steps=steps, segment=segment, overlap=overlap)
+def render(avatar: Avatar, target: PoseSequence, options: RenderOptions, merged: str) -> tuple[np.ndarray, float]:
+    """Frames, and the seconds that they took once all shapes of the networks were ready."""
+
+    def timed(options: RenderOptions) -> tuple[np.ndarray, float]:
+        if merged != ONCE:
+            return render_fused(avatar, target, options, with_key_frames=merged == WITH_KEY_FRAMES)
         frames = avatar.render(target, options)
-        report = avatar.last_report
-        assert report is not None
-        row: Row = {"segment": segment, "overlap": overlap, "num_segments": report.num_segments,
-                    "seconds": sum(report.seconds.values()), **scores(frames, truth)}  # fmt: skip
+        assert avatar.last_report is not None
+        return frames, sum(avatar.last_report.seconds.values())
+
+    timed(replace(options, num_inference_steps=1))
+    return timed(options)
+
+
+def compare(avatar: Avatar, target: PoseSequence, truth: np.ndarray, steps: int, splits: Any) -> list[Row]:
+    """A row for the joint render, and one for each split and each way to merge it, where there is something to merge."""
+    rows, exact = [], None
+    avatar.render(target[:1], num_inference_steps=steps)  # fills the cache of inversions
+    ways = [(segment, overlap, merged) for segment, overlap in splits for merged in (ONCE, EVERY_STEP, WITH_KEY_FRAMES)
+            if merged == ONCE or (overlap and segment < len(target))]  # fmt: skip
+    for segment, overlap, merged in ((None, 4, ONCE), *ways):
+        frames, seconds = render(
+            avatar, target, RenderOptions(num_inference_steps=steps, segment=segment, overlap=overlap), merged
+        )
+        row: Row = {"segment": segment, "overlap": overlap, "merged": merged, "seconds": seconds,
+                    "num_segments": len(split_clip(len(target), segment, overlap)), **scores(frames, truth)}  # fmt: skip
         if exact is None:
             exact = frames
         else:
-            assert segment is not None
             at = seam_frames(len(target), segment, overlap)
             quality = psnr(exact, frames)
             row |= {"psnr_to_exact": quality if math.isfinite(quality) else None,
@@ -79,18 +97,20 @@ def markdown(document: Row) -> str:
     lines = [f"{document['num_frames']} unseen frames of the demonstration's footage, {document['steps']} steps, "
              f"{document['engine']}; {document['machine']['processor']}.",
              "Change at seams: mean difference between neighbouring frames there, over the truth's; in brackets that of "
-             "the joint render at the same frames.", ""]  # fmt: skip
+             "the joint render at the same frames. Merged once: clean latents are blended, as this runtime does. Merged at every",
+             "step: all segments' noise predictions; with key frames: and those of a video of each segment's middle frame, after",
+             "ControlVideo's mode for long videos.", ""]  # fmt: skip
     cells = []
     for row in document["rows"]:
         truth = (f"{row['psnr']:.2f}", f"{row['ssim']:.4f}")
         if row["segment"] is None:
-            cells.append(("the whole clip", "", "", *truth, "", "1"))
+            cells.append(("the whole clip", "", "", "", *truth, "", "1"))
             continue
         exact = "same" if row["psnr_to_exact"] is None else f"{row['psnr_to_exact']:.2f}"
         seams = f"{row['seam_change']:.2f} ({row['seam_change_exact']:.2f})" if "seam_change" in row else ""
-        cells.append((f"{row['segment']}, {row['overlap']} shared", str(row["num_segments"]), exact, *truth, seams,
+        cells.append((f"{row['segment']}, {row['overlap']} shared", row["merged"] if row["overlap"] else "", str(row["num_segments"]), exact, *truth, seams,
                       f"{row['time_ratio']:.2f}"))  # fmt: skip
-    header = ("frames of a segment", "segments", "PSNR to the joint render", "PSNR to the truth", "SSIM to the truth",
+    header = ("frames of a segment", "merged", "segments", "PSNR to the joint render", "PSNR to the truth", "SSIM to the truth",
               "change at seams", "time")  # fmt: skip
     return "\n".join(lines + table(header, cells))
 

@@ -300,9 +300,9 @@ def markdown(document: Row) -> str:
     lines = [f"# {headline(setup)}", "", f"Machine: {facts}.", ""]
     on_gpu = any(row["peak_gpu_bytes"] for row in rows)
     lines += [f"Medians of {setup['rounds']} rounds in turns; each run in a process of its own, after a warm-up by the same clip",
-              f"(steps: {setup['warm_up_steps']}). exact: this runtime, its inversion cache empty. published, plain: see",
-              "`bench/plain.py`. PSNR is to the first row's frames. Peak memory is the process's, weights and libraries",
-              "included. FLOPs are the ledger's, convolutions as if done directly, which `openvino` does not in fp32; peak is that",
+              f"(steps: {setup['warm_up_steps']}). exact: this runtime, its inversion cache empty; what an avatar keeps, the prompt's",
+              "tables, the reference's latents and pose embedding, is there from the warm-up. published, plain: see `bench/plain.py`.",
+              "PSNR is to the first row's frames. Peak memory is the process's, weights and libraries included. FLOPs are the ledger's, convolutions as if done directly, which `openvino` does not in fp32; peak is that",
               "of a large matrix product in the same type, of int8 in float32. At fp16 `exact` keeps its VAE in float32, the",
               "others do not."]  # fmt: skip
     if on_gpu:

@@ -1,4 +1,4 @@
-"""What an avatar computes once, for all its renders and streams: tables, the reference's pose, the inversion.
+"""What an avatar computes once, for all its renders and streams: tables, the reference's latents and pose, the inversion.
 
 Layer 6: beside `avatar`. What depends on target poses is not here: see `runtime.prepare.Clip`.
 """
@@ -17,7 +17,15 @@ from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.models.tokenizer import PromptTokenizer
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.cache import InversionCache, inversion_key
-from posecrafter_rt.runtime.prepare import Prepared, Tables, embed_poses, invert_reference, text_tables, time_tables
+from posecrafter_rt.runtime.prepare import (
+    Prepared,
+    Tables,
+    embed_poses,
+    encode_frame,
+    invert_reference,
+    text_tables,
+    time_tables,
+)
 from posecrafter_rt.runtime.recent import Recent
 from posecrafter_rt.runtime.report import RenderReport
 
@@ -36,6 +44,7 @@ class ComputedOnce:
         self._time_tables = Recent[dict[str, Tensor]](KEPT)
         self._text_tables = Recent[dict[str, Tensor]](KEPT)
         self._embeddings = Recent[Tensor](KEPT)
+        self._latents = Recent[Tensor](KEPT)
 
     def tables(self, timesteps: np.ndarray, prompts: list[str]) -> Tables:
         """Of int64 timesteps, noisiest first, and of one prompt a group."""
@@ -60,6 +69,11 @@ class ComputedOnce:
         networks, poses = self.networks, PoseSequence(self.poses.keypoints[[reference]], self.poses.canvas)
         return self._embeddings.get((self._computed_by(), reference),
                                     lambda: embed_poses(networks.engines, poses, poses.canvas).contiguous())  # fmt: skip
+
+    def _reference_latents(self, reference: int) -> Tensor:
+        """Of a training frame, (1, 4, h, w)."""
+        return self._latents.get((self._computed_by(), reference),
+                                 lambda: encode_frame(self.networks.engines, self.frames[reference]))  # fmt: skip
 
     def inverted_latents(
         self, schedule: DDIMSchedule, prompt: str, report: RenderReport, progress: Callable[[int, int], None]
@@ -100,10 +114,11 @@ class ComputedOnce:
         assert options.inversion_substeps is not None
         timesteps = schedule.inversion_timesteps(
             options.num_inference_steps, options.inversion_substeps, options.start_step)  # fmt: skip
-        return invert_reference(self.networks.engines, schedule, self.tables(timesteps, [prompt]), self.frames[reference],
-                                self._reference_embedding(reference), options, progress)  # fmt: skip
+        tables, latents = self.tables(timesteps, [prompt]), self._reference_latents(reference)
+        return invert_reference(
+            self.networks.engines, schedule, tables, latents, self._reference_embedding(reference), options, progress)  # fmt: skip
 
     def forget(self) -> None:
         """Keep nothing in memory."""
-        for kept in (self._time_tables, self._text_tables, self._embeddings):
+        for kept in (self._time_tables, self._text_tables, self._embeddings, self._latents):
             kept.clear()

@@ -115,26 +115,28 @@ def test_what_depends_on_the_avatar_alone_is_computed_once_whatever_the_timestep
 ) -> None:
     """The inversion walks finer timesteps than the sampler, with the same prompt and the same reference."""
     forget_inversions(avatar)
-    seen: dict[str, list[int]] = {name: [] for name in ("text_encoder", "prompt_kv", "time_tables", "pose_embedding")}
+    seen: dict[str, list[int]] = {name: [] for name in (
+        "text_encoder", "prompt_kv", "time_tables", "pose_embedding", "vae_encoder")}  # fmt: skip
     for name, calls in seen.items():
         monkeypatch.setitem(avatar.engines, name, Watched(avatar.engines[name], calls))
     avatar.render(some_poses(3), num_inference_steps=2, inversion_substeps=3)
     assert avatar.last_report is not None and not avatar.last_report.inversion_cached
     assert {name: len(calls) for name, calls in seen.items()} == {
-        "text_encoder": 1, "prompt_kv": 1, "time_tables": 2, "pose_embedding": 1 + 3}  # fmt: skip
+        "text_encoder": 1, "prompt_kv": 1, "time_tables": 2, "pose_embedding": 1 + 3, "vae_encoder": 1}  # fmt: skip
     reference = avatar.last_report.reference_index
     avatar.render(some_poses(3), num_inference_steps=3, prompt="a woman")
     assert avatar.last_report.reference_index == reference
     # The source prompt is still there for this inversion.
     assert {name: len(calls) for name, calls in seen.items()} == {
-        "text_encoder": 2, "prompt_kv": 2, "time_tables": 3, "pose_embedding": 1 + 3 + 3}  # fmt: skip
+        "text_encoder": 2, "prompt_kv": 2, "time_tables": 3, "pose_embedding": 1 + 3 + 3, "vae_encoder": 1}  # fmt: skip
 
 
 def test_little_is_kept_over_renders_of_many_prompts_and_step_counts(avatar: Avatar) -> None:
     for number in range(2, 4 + KEPT):
         avatar.render(some_poses(1), num_inference_steps=number, prompt=f"person {number}", inversion_substeps=1)
     once = avatar._once
-    assert len(once._text_tables) == len(once._time_tables) == KEPT and len(once._embeddings) <= KEPT
+    assert len(once._text_tables) == len(once._time_tables) == KEPT
+    assert len(once._embeddings) == len(once._latents) <= KEPT
 
 
 def test_going_on_from_a_finished_segment_gives_the_same_bytes(avatar: Avatar) -> None:
@@ -267,12 +269,13 @@ def test_another_number_of_threads_computes_all_of_its_own(avatar: Avatar) -> No
             avatar.render(some_poses(3), num_inference_steps=1, inversion_substeps=1)
             assert avatar.last_report is not None
             once = avatar._once
-            kept = len(once._text_tables), len(once._time_tables), len(once._embeddings)
+            kept = len(once._text_tables), len(once._time_tables), len(once._embeddings), len(once._latents)
             seen.append((avatar.last_report.inversion_cached, kept))
     finally:
         torch.set_num_threads(before)
-    (first, (texts, times, poses)), *others = seen
-    assert not first and others == [(False, kept := (2 * texts, 2 * times, 2 * poses)), (True, kept), (True, kept)]
+    (first, kept), *others = seen
+    both = tuple(2 * number for number in kept)
+    assert not first and others == [(False, both), (True, both), (True, both)]
 
 
 def test_no_part_of_the_package_reads_the_clock_on_the_wall() -> None:

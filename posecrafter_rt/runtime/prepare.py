@@ -91,23 +91,27 @@ def embed_poses(
     return parts[0] if len(parts) == 1 and not before else torch.cat([*before, *parts])
 
 
+def encode_frame(engines: Mapping[str, Engine], frame: np.ndarray) -> Tensor:
+    """A frame (H, W, 3) uint8 → its latents (1, 4, h, w)."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+    return engines["vae_encoder"](pixels=pixels)["latents"].clone()
+
+
 def invert_reference(
     engines: Mapping[str, Engine],
     schedule: DDIMSchedule,
     tables: Tables,
-    frame: np.ndarray,
+    latents: Tensor,
     pose_embedding: Tensor,
     options: RenderOptions,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Encode the reference frame and carry it to noise (Eq. 4): one frame, whatever the clip's length.
+    """Carry the reference frame to noise (Eq. 4): one frame, whatever the clip's length.
 
-    Args: frame: (H, W, 3) uint8; pose_embedding: (1, C, h, w); tables: of the *source* prompt and the inversion's
+    Args: latents: (1, 4, h, w), the frame's; pose_embedding: (1, C, h, w); tables: of the *source* prompt and the inversion's
         timesteps; options: with nothing left to the base; progress: told (steps done, steps).
     Returns: inverted_latents (4, h, w).
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
-    latents = engines["vae_encoder"](pixels=pixels)["latents"].clone()
     denoise = Denoiser(engines, tables, pose_embedding, options.conditioning_scale, 1.0)
     assert options.inversion_substeps is not None
     return ddim_invert(denoise, latents, schedule, options.num_inference_steps, substeps=options.inversion_substeps,

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.fused import render_fused, windows
 from bench.runs import moving_person
 from bench.segments import compare, jumps, markdown, seam_frames
 from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.segments import split_clip
 
 
@@ -39,10 +41,35 @@ def test_splits_are_compared_with_the_joint_render(tiny_base: Path, tmp_path: Pa
     truth = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
     with Avatar.load(tmp_path / "tuned.engine") as avatar:
         rows = compare(avatar, moving_person(10, (32, 32), phase=1.0), truth, 2, ((6, 2), (12, 4)))
-    joint, split, whole = rows
-    assert (joint["num_segments"], split["num_segments"], whole["num_segments"]) == (1, 2, 1)
-    assert 10 < split["psnr_to_exact"] < 60 and split["time_ratio"] > 0
+    joint, *merged, whole = rows
+    assert [row["num_segments"] for row in rows] == [1, 2, 2, 2, 1]
+    assert all(10 < row["psnr_to_exact"] < 60 and row["time_ratio"] > 0 for row in merged)
+    assert len({row["psnr_to_exact"] for row in merged}) == 3
     assert whole["psnr_to_exact"] is None  # a clip that fits is the joint render
     document = {"machine": {"processor": "one"}, "engine": "torch fp32", "steps": 2, "num_frames": 10, "rows": rows}
     text = markdown(document)
-    assert "| 6, 2 shared | 2 |" in text and "| 12, 4 shared | 1 | same |" in text
+    assert "| 6, 2 shared | once | 2 |" in text and "| 12, 4 shared | once | 1 | same |" in text
+    assert (
+        "| 6, 2 shared | at every step | 2 |" in text and "| 6, 2 shared | at every step, with key frames | 2 |" in text
+    )
+
+
+@pytest.mark.parametrize("with_key_frames", [False, True])
+@pytest.mark.parametrize(("num_frames", "segment", "overlap"), [(10, 6, 2), (74, 16, 4), (23, 9, 3), (10, 12, 4)])
+def test_the_weights_of_a_frame_in_all_windows_sum_to_one(
+    num_frames: int, segment: int, overlap: int, with_key_frames: bool
+) -> None:
+    total = np.zeros(num_frames)
+    for frames, weights in windows(num_frames, segment, overlap, with_key_frames=with_key_frames):
+        assert (weights > 0).all()
+        total[frames] += weights
+    np.testing.assert_allclose(total, 1)
+
+
+def test_one_window_is_the_joint_render(tiny_engine: Path) -> None:
+    target = moving_person(3, (32, 32), phase=1.0)
+    with Avatar.load(tiny_engine) as avatar:
+        joint = avatar.render(target, num_inference_steps=2)
+        options = RenderOptions(num_inference_steps=2, segment=6, overlap=2)
+        fused, _ = render_fused(avatar, target, options, with_key_frames=False)
+    assert np.array_equal(joint, fused)

@@ -1,0 +1,98 @@
+"""Segments whose noise predictions are merged at every step, as ControlVideo's mode for long videos merges them.
+
+Bench: what `segments.py` compares this runtime's segments with, which are rendered one after the other and blended once
+clean. Here all of them take every step together, so nothing of a clip is done before all of it is, and no frame streams.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.framing import transform_keypoints
+from posecrafter_rt.method import DDIMSchedule, ddim_sample, select_reference
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.options import RenderOptions
+from posecrafter_rt.runtime.prepare import Denoiser, prepare_clip
+from posecrafter_rt.runtime.progress import ignore
+from posecrafter_rt.runtime.render import decode
+from posecrafter_rt.runtime.report import RenderReport
+from posecrafter_rt.runtime.segments import ramp, split_clip
+
+Window = tuple[np.ndarray, np.ndarray]
+"""Frames that are predicted jointly, int64 (F,), and what each one's prediction weighs, float64 (F,)."""
+
+
+def windows(num_frames: int, segment: int, overlap: int, *, with_key_frames: bool) -> list[Window]:
+    """The segments of `split_clip`, with the weights of `blend`; with_key_frames: and a video of each one's middle frame.
+
+    A frame's weights sum to 1: of those of the key frames' video it has half, its own segments the rest.
+    """
+    made: list[Window] = []
+    before = 0
+    for part in split_clip(num_frames, segment, overlap):
+        weights = np.ones(part.stop - part.start)
+        weights[:before] = ramp(before)
+        after = part.stop - part.settled
+        weights[len(weights) - after :] = ramp(after)[::-1]
+        made.append((np.arange(part.start, part.stop), weights))
+        before = after
+    if with_key_frames:
+        middles = np.array([frames[len(frames) // 2] for frames, _ in made])
+        for frames, weights in made:
+            weights[np.isin(frames, middles)] /= 2
+        made.append((middles, np.full(len(middles), 0.5)))
+    return made
+
+
+class Fused:
+    """One noise prediction (1 + N, 4, h, w), the reference's first, of those of windows that all begin with the reference."""
+
+    def __init__(self, parts: Sequence[Window], denoiser: Callable[[Tensor], Denoiser]) -> None:
+        """denoiser: of a window's frames, counted with the reference as frame 0."""
+        self.frames = [torch.from_numpy(np.concatenate([[0], 1 + frames])) for frames, _ in parts]
+        self.denoisers = [denoiser(frames) for frames in self.frames]
+        # The reference lies in all windows, in each with the same weight.
+        self.weights = [torch.from_numpy(np.concatenate([[1 / len(parts)], weights])).float() for _, weights in parts]
+
+    def __call__(self, latents: Tensor, index: int, timestep: int) -> Tensor:
+        total = torch.zeros_like(latents)
+        for frames, weights, denoise in zip(self.frames, self.weights, self.denoisers, strict=True):
+            frames = frames.to(latents.device)
+            noise = denoise(latents[frames], index, timestep)
+            total.index_add_(0, frames, noise * weights.to(noise).reshape(-1, 1, 1, 1))
+        return total
+
+
+@torch.no_grad()
+def render_fused(avatar: Avatar, poses: PoseSequence, options: RenderOptions, *, with_key_frames: bool
+                 ) -> tuple[np.ndarray, float]:  # fmt: skip
+    """Frames (N, H, W, 3) uint8 of a clip in `options.segment` and `overlap`, and the seconds that they took."""
+    start = time.perf_counter()
+    options, target = avatar.resolve(options), transform_keypoints(poses, avatar.size)
+    schedule, reference = avatar.schedules[options.sampler], select_reference(avatar.poses, target)
+    if not isinstance(schedule, DDIMSchedule) or not isinstance(options.segment, int) or not options.inserts:
+        raise ValueError("only DDIM, and only with the reference in every segment")
+    report = RenderReport(
+        options=options, precision=avatar.networks.built, num_frames=len(target), reference_index=reference
+    )
+    inverted = avatar._inverted_latents(report, ignore)
+    timesteps = schedule.timesteps(options.num_inference_steps)
+    prepared = avatar._once.prepared(reference, inverted, timesteps, avatar._prompts(options))
+    clip = prepare_clip(avatar.engines, prepared, target, options)
+    parts = windows(len(target), options.segment, options.overlap, with_key_frames=with_key_frames)
+
+    def denoiser(frames: Tensor) -> Denoiser:
+        return Denoiser(avatar.engines, prepared.tables, clip.pose_embeddings[frames.to(inverted.device)],
+                        options.conditioning_scale, options.guidance_scale)  # fmt: skip
+
+    latents = ddim_sample(
+        Fused(parts, denoiser), clip.latents, schedule, options.num_inference_steps, start_step=options.start_step
+    )
+    frames = np.stack(list(decode(avatar.engines, latents[1:], options.decoder)))
+    return frames, time.perf_counter() - start
