@@ -253,9 +253,11 @@ class VideoWriter:
         try:
             action()
         except FFmpegError as failure:
-            # x264 gives no reason; too little memory is the likely one.
-            is_memory = isinstance(failure, (MemoryError, ExternalError))
-            hint = "if memory is short, free some and run the same command again" if is_memory else None
+            hint = None
+            if isinstance(failure, MemoryError):
+                hint = "free some memory and run the same command again"
+            elif isinstance(failure, ExternalError):  # x264 gives no reason; this is the likely one
+                hint = "if memory is short, free some and run the same command again"
             raise VideoError(f"encoding {self.path} failed: {_reason(failure)}", hint) from failure
 
 
