@@ -1,6 +1,6 @@
 """The demonstration's footage for benchmarks: its clip, and a checkpoint and an engine of the person in it.
 
-Bench: imported by quality.py, segments.py, stream_quality.py and stretch.py.
+Bench: imported by islands.py, quality.py, segments.py, stream_quality.py and stretch.py.
 """
 
 from __future__ import annotations

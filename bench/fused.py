@@ -1,12 +1,12 @@
-"""Segments whose noise predictions are merged at every step, as ControlVideo's mode for long videos merges them.
+"""Segments whose noise predictions are merged at every step, after ControlVideo's mode for long videos.
 
 Bench: what `segments.py` compares this runtime's segments with, which are rendered one after the other and blended once
 clean. Here all of them take every step together, so nothing of a clip is done before all of it is, and no frame streams.
+That paper (Zhao et al. 2023) merges short videos and a video of key frames; which frames those are, and the weights, are ours.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.engines.base import beside
 from posecrafter_rt.framing import transform_keypoints
-from posecrafter_rt.method import DDIMSchedule, ddim_sample, select_reference
+from posecrafter_rt.method import DDIMSchedule, ddim_sample
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.prepare import Denoiser, prepare_clip
@@ -31,7 +32,7 @@ Window = tuple[np.ndarray, np.ndarray]
 def windows(num_frames: int, segment: int, overlap: int, *, with_key_frames: bool) -> list[Window]:
     """The segments of `split_clip`, with the weights of `blend`; with_key_frames: and a video of each one's middle frame.
 
-    A frame's weights sum to 1: of those of the key frames' video it has half, its own segments the rest.
+    A frame's weights sum to 1. A key frame takes half from the key frames' video and half from its own segments.
     """
     made: list[Window] = []
     before = 0
@@ -53,46 +54,46 @@ def windows(num_frames: int, segment: int, overlap: int, *, with_key_frames: boo
 class Fused:
     """One noise prediction (1 + N, 4, h, w), the reference's first, of those of windows that all begin with the reference."""
 
-    def __init__(self, parts: Sequence[Window], denoiser: Callable[[Tensor], Denoiser]) -> None:
+    def __init__(
+        self, parts: Sequence[Window], denoiser: Callable[[Tensor], Denoiser], device: torch.device | str = "cpu"
+    ) -> None:
         """denoiser: of a window's frames, counted with the reference as frame 0."""
-        self.frames = [torch.from_numpy(np.concatenate([[0], 1 + frames])) for frames, _ in parts]
-        self.denoisers = [denoiser(frames) for frames in self.frames]
+        self.frames = [torch.from_numpy(np.concatenate([[0], 1 + frames])).to(device) for frames, _ in parts]
         # The reference lies in all windows, in each with the same weight.
-        self.weights = [torch.from_numpy(np.concatenate([[1 / len(parts)], weights])).float() for _, weights in parts]
+        self.weights = [torch.from_numpy(np.concatenate([[1 / len(parts)], weights])).float().reshape(-1, 1, 1, 1).to(device)
+                        for _, weights in parts]  # fmt: skip
+        self.denoisers = [denoiser(frames) for frames in self.frames]
 
     def __call__(self, latents: Tensor, index: int, timestep: int) -> Tensor:
         total = torch.zeros_like(latents)
         for frames, weights, denoise in zip(self.frames, self.weights, self.denoisers, strict=True):
-            frames = frames.to(latents.device)
-            noise = denoise(latents[frames], index, timestep)
-            total.index_add_(0, frames, noise * weights.to(noise).reshape(-1, 1, 1, 1))
+            total.index_add_(0, frames, denoise(latents[frames], index, timestep) * weights)
+            denoise.forget()  # else the residuals of all windows would be held at once
         return total
 
 
 @torch.no_grad()
-def render_fused(avatar: Avatar, poses: PoseSequence, options: RenderOptions, *, with_key_frames: bool
-                 ) -> tuple[np.ndarray, float]:  # fmt: skip
-    """Frames (N, H, W, 3) uint8 of a clip in `options.segment` and `overlap`, and the seconds that they took."""
-    start = time.perf_counter()
+def render_fused(avatar: Avatar, poses: PoseSequence, options: RenderOptions, *, with_key_frames: bool) -> np.ndarray:
+    """Frames (N, H, W, 3) uint8 of a clip in windows of `options.segment` and `overlap`."""
     options, target = avatar.resolve(options), transform_keypoints(poses, avatar.size)
-    schedule, reference = avatar.schedules[options.sampler], select_reference(avatar.poses, target)
-    if not isinstance(schedule, DDIMSchedule) or not isinstance(options.segment, int) or not options.inserts:
-        raise ValueError("only DDIM, and only with the reference in every segment")
-    report = RenderReport(
-        options=options, precision=avatar.networks.built, num_frames=len(target), reference_index=reference
+    is_plain = options.tau == options.unet_every == options.controlnet_every == 1
+    if options.sampler != "ddim" or not isinstance(options.segment, int) or not is_plain:
+        raise ValueError("only DDIM in segments, edited at once, every step whole")
+    report = RenderReport(options=options, precision=avatar.networks.built, num_frames=len(target))
+    inverted = avatar._prepare(target, options, report, ignore)
+    schedule, steps = avatar.schedules[options.sampler], options.num_inference_steps
+    assert isinstance(schedule, DDIMSchedule)
+    prepared = avatar._once.prepared(
+        report.reference_index, inverted, schedule.timesteps(steps), avatar._prompts(options)
     )
-    inverted = avatar._inverted_latents(report, ignore)
-    timesteps = schedule.timesteps(options.num_inference_steps)
-    prepared = avatar._once.prepared(reference, inverted, timesteps, avatar._prompts(options))
     clip = prepare_clip(avatar.engines, prepared, target, options)
-    parts = windows(len(target), options.segment, options.overlap, with_key_frames=with_key_frames)
 
     def denoiser(frames: Tensor) -> Denoiser:
-        return Denoiser(avatar.engines, prepared.tables, clip.pose_embeddings[frames.to(inverted.device)],
+        return Denoiser(avatar.engines, prepared.tables, clip.pose_embeddings[frames],
                         options.conditioning_scale, options.guidance_scale)  # fmt: skip
 
-    latents = ddim_sample(
-        Fused(parts, denoiser), clip.latents, schedule, options.num_inference_steps, start_step=options.start_step
-    )
-    frames = np.stack(list(decode(avatar.engines, latents[1:], options.decoder)))
-    return frames, time.perf_counter() - start
+    parts = windows(len(target), options.segment, options.overlap, with_key_frames=with_key_frames)
+    with beside(avatar.engines["unet"]):
+        latents = ddim_sample(
+            Fused(parts, denoiser, inverted.device), clip.latents, schedule, steps, start_step=options.start_step)  # fmt: skip
+    return np.stack(list(decode(avatar.engines, latents[1:], options.decoder)))

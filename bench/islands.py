@@ -3,17 +3,18 @@
 Bench: `python -m bench.islands [--json FILE] [--quick] [--checkpoint demo/tuned.ckpt]` renders some of the demonstration's
 unseen frames and writes results/islands.json and .md, or FILE and its .md. Every operation is computed in float32 and its
 result rounded, as by units that multiply in 16 bits and sum in float32, which needs no such units; weights are rounded once.
-With --quick alone it only prints: two frames in two steps after 10 of tuning.
+It differs from graphs of `export/strong_types.py` in little: scale and bias of a norm belong to it here, LayerNorm's are rounded,
+attention's scores and weights are not unless they are named. With --quick
+alone it only prints: two frames in two steps after 10 of tuning.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +22,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from bench.footage import load_footage, tune_person
-from bench.report import add_output_arguments, publish, table
-from bench.runs import forget_inversions, psnr
+from bench.footage import filmed_person, tune_person
+from bench.report import add_output_arguments, publish, quality_cell, table
+from bench.runs import forget_inversions, psnr_unless_equal
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
-from posecrafter_rt.demo.footage import TARGET
 from posecrafter_rt.demo.run import scores
+from posecrafter_rt.engines import Engine
 from posecrafter_rt.engines.torch import TorchEngine
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -40,6 +41,7 @@ aten = torch.ops.aten
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 DENOISERS = ("controlnet", "unet", "pose_embedding")
 ONCE = ("text_encoder", "prompt_kv", "time_tables")
+NOT_FINITE = "not finite"
 AUTOENCODER = ("vae_encoder", "vae_decoder")
 
 
@@ -86,17 +88,13 @@ class Rounded(TorchDispatchMode):
     """Rounds what every operation on float32 gives to `dtype`; the insides of those named in `low`, too; in inference mode,
     where torch does not take them apart itself.
 
-    largest: the greatest magnitude that was finite. num_low: how many operations were of those named.
+    largest: the greatest magnitude that was finite, before it was rounded. num_low: how many operations were of those named.
     """
 
     def __init__(self, dtype: torch.dtype, low: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.dtype, self.low = dtype, dict(NORMS_AND_SOFTMAX[name] for name in low)
         self.largest, self.num_low = 0.0, 0
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """x, of the values that the type has."""
-        return x.to(self.dtype).to(x.dtype) if x.dtype == torch.float32 else x
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,17 +103,24 @@ class Rounded(TorchDispatchMode):
             result = self.low[func](self.rounded, *args, **kwargs)
         else:
             result = func(*args, **kwargs)
-        if func.is_view:
+        if func.is_view and func.overloadpacket is not aten.to:  # by its schema that is one
             return result
-        return tree_map_only(Tensor, self._in_place if func._schema.is_mutable else self._kept, result)
+        return tree_map_only(Tensor, self._in_place if func._schema.is_mutable else self.rounded, result)
 
-    def _kept(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 and x.numel():
-            self.largest = max(self.largest, float(x.abs().nan_to_num(0, 0, 0).max()))
-        return self.rounded(x)
+    def rounded(self, x: Tensor) -> Tensor:
+        """x, of the values that the type has."""
+        if x.dtype != torch.float32 or not x.numel():
+            return x
+        self.largest = max(self.largest, float(x.abs().nan_to_num(0, 0, 0).max()))
+        return rounded_to(self.dtype, x)
 
     def _in_place(self, x: Tensor) -> Tensor:
-        return x.copy_(self._kept(x))
+        return x.copy_(self.rounded(x))
+
+
+def rounded_to(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """x of any floating-point type, of the values that `dtype` has."""
+    return x.to(dtype).to(x.dtype)
 
 
 class InSixteenBits:
@@ -123,12 +128,13 @@ class InSixteenBits:
 
     has_own_threads = False
 
-    def __init__(self, engine: TorchEngine, mode: Rounded, *, weights_alone: bool) -> None:
+    def __init__(self, engine: Engine, mode: Rounded, *, weights_alone: bool) -> None:
+        assert isinstance(engine, TorchEngine)
         self.engine, self.spec, self.device = engine, engine.spec, engine.device
         self._mode, self._weights_alone = mode, weights_alone
         with torch.no_grad():
             for parameter in engine.module.parameters():
-                parameter.copy_(mode.rounded(parameter))
+                parameter.copy_(rounded_to(mode.dtype, parameter))
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         if self._weights_alone:
@@ -138,34 +144,44 @@ class InSixteenBits:
             return self.engine(**given)
 
 
-def variants(precision: str) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """What is compared: the networks in 16 bits, and of norms and softmax those whose insides are, too.
+class Variant(NamedTuple):
+    """What is put into 16 bits: networks, and of norms and softmax those whose insides are, too; or no more than weights."""
 
-    The first is rounded in its weights alone; the second is what `export/strong_types.py` writes into graphs.
-    """
+    networks: tuple[str, ...]
+    low: tuple[str, ...] = ()
+    weights_alone: bool = False
+
+
+IN_FLOAT32 = Variant(())
+
+
+def variants(precision: str) -> dict[str, Variant]:
+    """What is compared. "as built" is near to what engines in that type compute."""
     built = DENOISERS if precision == "fp16" else (*DENOISERS, *AUTOENCODER)
     return {
-        "weights alone": (built, ()),
-        "as built": (built, ()),
-        **{f"and {name}": (built, (name,)) for name in NORMS_AND_SOFTMAX},
-        "and all three": (built, tuple(NORMS_AND_SOFTMAX)),
-        "and text, prompt and time tables": ((*built, *ONCE), ()),
-        **({"and the autoencoder": ((*built, *AUTOENCODER), ())} if precision == "fp16" else {}),
+        "weights alone": Variant(built, weights_alone=True),
+        "as built": Variant(built),
+        **{f"and {name}": Variant(built, (name,)) for name in NORMS_AND_SOFTMAX},
+        "and all three": Variant(built, tuple(NORMS_AND_SOFTMAX)),
+        "and text, prompt and time tables": Variant((*built, *ONCE)),
+        **({"and the autoencoder": Variant((*built, *AUTOENCODER))} if precision == "fp16" else {}),
     }
 
 
-def render(path: Path, target: PoseSequence, steps: int, mode: Rounded | None = None, networks: tuple[str, ...] = (),
-           *, weights_alone: bool = False) -> np.ndarray:  # fmt: skip
-    """Frames (N, H, W, 3) uint8 of an engine in float32 whose named networks compute by `mode`; all inverted anew."""
+def render(
+    path: Path, target: PoseSequence, steps: int, mode: Rounded | None = None, variant: Variant = IN_FLOAT32
+) -> np.ndarray:
+    """Frames (N, H, W, 3) uint8 of an engine in float32 in which a variant computes by `mode`; all inverted anew.
+
+    Raises: PoseCrafterError where they are not finite.
+    """
     with Avatar.load(path) as avatar:
         forget_inversions(avatar)
-        avatar.networks.use("fp32")
-        for name in networks:
-            engine = avatar.engines[name]
-            assert isinstance(engine, TorchEngine) and mode is not None
-            avatar.networks.engines[name] = InSixteenBits(engine, mode, weights_alone=weights_alone)
+        for name in variant.networks:
+            assert mode is not None
+            avatar.engines[name] = InSixteenBits(avatar.engines[name], mode, weights_alone=variant.weights_alone)
         frames = avatar.render(target, num_inference_steps=steps)
-        forget_inversions(avatar)
+        assert avatar.last_report is not None and not avatar.last_report.adjustments  # else others were loaded
     return frames
 
 
@@ -174,16 +190,17 @@ def compare(path: Path, target: PoseSequence, truth: np.ndarray, steps: int) -> 
     exact = render(path, target, steps)
     rows: list[Row] = [{"precision": "fp32", "variant": "", **scores(exact, truth)}]
     for precision, dtype in DTYPES.items():
-        for name, (networks, low) in variants(precision).items():
-            mode = Rounded(dtype, low)
+        for name, variant in variants(precision).items():
+            mode = Rounded(dtype, variant.low)
             row: Row = {"precision": precision, "variant": name}
             try:
-                frames = render(path, target, steps, mode, networks, weights_alone=name == "weights alone")
+                frames = render(path, target, steps, mode, variant)
             except PoseCrafterError as error:
-                row["error"] = error.message
+                if NOT_FINITE not in str(error):
+                    raise
+                row["error"] = NOT_FINITE
             else:
-                quality = psnr(exact, frames)
-                row |= {"psnr_to_exact": quality if math.isfinite(quality) else None, **scores(frames, truth)}
+                row |= {"psnr_to_exact": psnr_unless_equal(exact, frames), **scores(frames, truth)}
             rows.append({**row, "largest": mode.largest, "num_low": mode.num_low})
             print(rows[-1], flush=True)
     return rows
@@ -192,32 +209,23 @@ def compare(path: Path, target: PoseSequence, truth: np.ndarray, steps: int) -> 
 def markdown(document: Row) -> str:
     """The results as a table."""
     lines = [f"{document['num_frames']} unseen frames of the demonstration's footage, {document['steps']} steps; every operation "
-             "computed in float32 and rounded. As built: what engines in that type have in float32 is not rounded. The rows below "
-             "put one part more into 16 bits each, its sums excepted. Largest: the greatest number met; float16 ends at "
-             "65,504.", ""]  # fmt: skip
+             "computed in float32 and rounded. As built: norms and softmax are rounded only in what they give, as are the networks "
+             "that engines in that type have in 16 bits (weights by component, those that make prompt and time tables among them). "
+             "The rows below put one part more into 16 bits each, its sums excepted. Largest: the greatest number met; float16 "
+             "ends at 65,504.", ""]  # fmt: skip
     cells = []
     for row in document["rows"]:
-        if "error" in row:
-            cells.append((row["precision"], row["variant"], row["error"], "", "", f"{row['largest']:,.0f}"))
-            continue
-        exact = (
-            ""
-            if "psnr_to_exact" not in row
-            else "same"
-            if row["psnr_to_exact"] is None
-            else f"{row['psnr_to_exact']:.1f}"
-        )
+        quality = (row["error"], "", "") if "error" in row else (
+            quality_cell(row, "psnr_to_exact"), f"{row['psnr']:.2f}", f"{row['ssim']:.4f}")  # fmt: skip
         largest = f"{row['largest']:,.0f}" if row.get("largest") else ""
-        cells.append((row["precision"], row["variant"], exact, f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", largest))
+        cells.append((row["precision"], row["variant"], *quality, largest))
     header = ("type", "in 16 bits", "PSNR to float32", "PSNR to the truth", "SSIM to the truth", "largest")
     return "\n".join(lines + table(header, cells))
 
 
 def run(steps: int, stride: int, given: Path | None, is_quick: bool) -> Row:
     """Tune unless a checkpoint is given, build, compare."""
-    frames, poses = load_footage()
-    window = slice(TARGET.start, TARGET.stop, stride)
-    target, truth = poses[window], frames[window]
+    truth, target = filmed_person(stride).unseen
     with tempfile.TemporaryDirectory(prefix="islands-") as folder:
         checkpoint = tune_person(Path(folder) / "tuned.ckpt", given, is_quick=is_quick)
         built = build_engine(checkpoint, Path(folder) / "tuned.engine", BuildOptions("torch", "fp32")).folder

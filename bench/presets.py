@@ -94,7 +94,6 @@ def count_flops_of(counters: Counters, setup: Setup, row: Row) -> int:
     """What a render computed, as the ledger counts; text and timestep tables are left out, which are next to nothing."""
     frame, picture = counters.latents(setup, 1), counters.pixels(setup, 1)
     poses = (setup.frames + 1) * counters.network("pose_embedding", picture).flops
-    encoded = counters.network("vae_encoder", picture).flops if row["inverted"] else 0
     inverted = row["inverted"] * counters.exact_step(setup, 1).flops
     sampled = row["sampled"] * counters.exact_step(setup, setup.frames + 1).flops
     sampled += row["shallow"] * counters.shallow_step(setup, setup.frames + 1).flops
@@ -105,7 +104,7 @@ def count_flops_of(counters: Counters, setup: Setup, row: Row) -> int:
         decoded = count_flops(lambda: small(frame))
     else:
         decoded = counters.network("vae_decoder", frame).flops
-    return poses + encoded + inverted + sampled + setup.frames * decoded
+    return poses + inverted + sampled + setup.frames * decoded
 
 
 def find_peak(precision: str) -> Row:

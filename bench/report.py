@@ -21,6 +21,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
+def quality_cell(row: dict[str, Any], key: str) -> str:
+    """What a table says of a `psnr_unless_equal`; nothing where there is none."""
+    return "" if key not in row else "same" if row[key] is None else f"{row[key]:.1f}"
+
+
 def add_output_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
     """--json and --quick, which every benchmark has. quick: what it then does less of, a minute and a half at most."""
     parser.add_argument(

@@ -67,3 +67,9 @@ def psnr(first: np.ndarray, second: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two uint8 clips in dB; infinity where they are equal."""
     error = float(np.mean((first.astype(np.float64) - second) ** 2))
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def psnr_unless_equal(first: np.ndarray, second: np.ndarray) -> float | None:
+    """`psnr`, or None where they are equal: JSON has no infinity."""
+    quality = psnr(first, second)
+    return quality if np.isfinite(quality) else None

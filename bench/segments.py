@@ -9,8 +9,8 @@ demonstration does. With --quick alone it only prints: 24 frames in 4 steps afte
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import numpy as np
 
 from bench.footage import engine_options, load_footage, tune_person
 from bench.fused import render_fused
-from bench.report import add_output_arguments, publish, table
-from bench.runs import psnr
+from bench.report import add_output_arguments, publish, quality_cell, table
+from bench.runs import psnr_unless_equal
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import build_engine
@@ -53,38 +53,34 @@ def jumps(frames: np.ndarray, truth: np.ndarray, at: list[int]) -> float:
 
 
 def render(avatar: Avatar, target: PoseSequence, options: RenderOptions, merged: str) -> tuple[np.ndarray, float]:
-    """Frames, and the seconds that they took once all shapes of the networks were ready."""
-
-    def timed(options: RenderOptions) -> tuple[np.ndarray, float]:
-        if merged != ONCE:
-            return render_fused(avatar, target, options, with_key_frames=merged == WITH_KEY_FRAMES)
-        frames = avatar.render(target, options)
-        assert avatar.last_report is not None
-        return frames, sum(avatar.last_report.seconds.values())
-
-    timed(replace(options, num_inference_steps=1))
-    return timed(options)
+    """Frames, and the seconds that they take where all shapes of the networks are ready and the reference is inverted."""
+    few_steps = replace(options, num_inference_steps=1)
+    for now in (few_steps, options) if avatar.last_report else (few_steps, options, options):  # the first one inverts
+        start = time.perf_counter()
+        if merged == ONCE:
+            frames = avatar.render(target, now)
+        else:
+            frames = render_fused(avatar, target, now, with_key_frames=merged == WITH_KEY_FRAMES)
+        seconds = time.perf_counter() - start
+    assert avatar.last_report is not None and avatar.last_report.inversion_cached
+    return frames, seconds
 
 
 def compare(avatar: Avatar, target: PoseSequence, truth: np.ndarray, steps: int, splits: Any) -> list[Row]:
     """A row for the joint render, and one for each split and each way to merge it, where there is something to merge."""
     rows, exact = [], None
-    avatar.render(target[:1], num_inference_steps=steps)  # fills the cache of inversions
     ways = [(segment, overlap, merged) for segment, overlap in splits for merged in (ONCE, EVERY_STEP, WITH_KEY_FRAMES)
             if merged == ONCE or (overlap and segment < len(target))]  # fmt: skip
     for segment, overlap, merged in ((None, 4, ONCE), *ways):
-        frames, seconds = render(
-            avatar, target, RenderOptions(num_inference_steps=steps, segment=segment, overlap=overlap), merged
-        )
+        options = RenderOptions(num_inference_steps=steps, segment=segment, overlap=overlap)
+        frames, seconds = render(avatar, target, options, merged)
         row: Row = {"segment": segment, "overlap": overlap, "merged": merged, "seconds": seconds,
                     "num_segments": len(split_clip(len(target), segment, overlap)), **scores(frames, truth)}  # fmt: skip
         if exact is None:
             exact = frames
         else:
             at = seam_frames(len(target), segment, overlap)
-            quality = psnr(exact, frames)
-            row |= {"psnr_to_exact": quality if math.isfinite(quality) else None,
-                    "time_ratio": row["seconds"] / rows[0]["seconds"]}  # fmt: skip
+            row |= {"psnr_to_exact": psnr_unless_equal(exact, frames), "time_ratio": seconds / rows[0]["seconds"]}
             if at:
                 row |= {"seam_change": jumps(frames, truth, at), "seam_change_exact": jumps(exact, truth, at)}
         rows.append(row)
@@ -95,20 +91,20 @@ def compare(avatar: Avatar, target: PoseSequence, truth: np.ndarray, steps: int,
 def markdown(document: Row) -> str:
     """The results as a table."""
     lines = [f"{document['num_frames']} unseen frames of the demonstration's footage, {document['steps']} steps, "
-             f"{document['engine']}; {document['machine']['processor']}.",
+             f"{document['engine']}; {document['machine']['processor']}. Merged once: clean latents are blended, as this runtime "
+             "does. Merged at every step: all segments' noise predictions are; with key frames: half and half with those of a "
+             "video of each segment's middle frame, after ControlVideo's mode for long videos (`bench/fused.py`).",
              "Change at seams: mean difference between neighbouring frames there, over the truth's; in brackets that of "
-             "the joint render at the same frames. Merged once: clean latents are blended, as this runtime does. Merged at every",
-             "step: all segments' noise predictions; with key frames: and those of a video of each segment's middle frame, after",
-             "ControlVideo's mode for long videos.", ""]  # fmt: skip
+             "the joint render at the same frames.", ""]  # fmt: skip
     cells = []
     for row in document["rows"]:
         truth = (f"{row['psnr']:.2f}", f"{row['ssim']:.4f}")
         if row["segment"] is None:
             cells.append(("the whole clip", "", "", "", *truth, "", "1"))
             continue
-        exact = "same" if row["psnr_to_exact"] is None else f"{row['psnr_to_exact']:.2f}"
         seams = f"{row['seam_change']:.2f} ({row['seam_change_exact']:.2f})" if "seam_change" in row else ""
-        cells.append((f"{row['segment']}, {row['overlap']} shared", row["merged"] if row["overlap"] else "", str(row["num_segments"]), exact, *truth, seams,
+        cells.append((f"{row['segment']}, {row['overlap']} shared", row["merged"] if row["overlap"] else "",
+                      str(row["num_segments"]), quality_cell(row, "psnr_to_exact"), *truth, seams,
                       f"{row['time_ratio']:.2f}"))  # fmt: skip
     header = ("frames of a segment", "merged", "segments", "PSNR to the joint render", "PSNR to the truth", "SSIM to the truth",
               "change at seams", "time")  # fmt: skip

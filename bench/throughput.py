@@ -25,8 +25,17 @@ from bench.flops import Counters, Setup
 from bench.kernels import measure_peak
 from bench.plot import Bar, stacked_bars
 from bench.processes import in_own_process
-from bench.report import add_output_arguments, name_by_device, picture_size, publish, result_path, table, write_json
-from bench.runs import moving_person, psnr
+from bench.report import (
+    add_output_arguments,
+    name_by_device,
+    picture_size,
+    publish,
+    quality_cell,
+    result_path,
+    table,
+    write_json,
+)
+from bench.runs import moving_person, psnr_unless_equal
 from bench.timing import machine
 from bench.untrained import untrained_checkpoint, write_random_base
 from posecrafter_rt.building import BuildOptions, build_engine
@@ -203,16 +212,9 @@ def summarise(contenders: dict[str, Row], runs: dict[str, list[Row]], counters: 
                 "percent_of_peak": 100 * flops / total / peaks[job.precision],
                 "extrapolated_s": extrapolate(job.method, row, setup.frames, setup.num_inference_steps)}  # fmt: skip
         if reference is not None and job.method in ("exact", "published"):
-            quality = psnr(reference, frames)
-            row["psnr_db"] = quality if math.isfinite(quality) else None  # JSON has no infinity
+            row["psnr_db"] = psnr_unless_equal(reference, frames)
         rows.append({**row, "runs": runs[name]})
     return rows
-
-
-def _quality(row: Row) -> str:
-    if "psnr_db" not in row:
-        return ""
-    return "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
 
 
 def _peaks(rows: list[Row]) -> dict[str, float]:
@@ -300,11 +302,11 @@ def markdown(document: Row) -> str:
     lines = [f"# {headline(setup)}", "", f"Machine: {facts}.", ""]
     on_gpu = any(row["peak_gpu_bytes"] for row in rows)
     lines += [f"Medians of {setup['rounds']} rounds in turns; each run in a process of its own, after a warm-up by the same clip",
-              f"(steps: {setup['warm_up_steps']}). exact: this runtime, its inversion cache empty; what an avatar keeps, the prompt's",
-              "tables, the reference's latents and pose embedding, is there from the warm-up. published, plain: see `bench/plain.py`.",
-              "PSNR is to the first row's frames. Peak memory is the process's, weights and libraries included. FLOPs are the ledger's, convolutions as if done directly, which `openvino` does not in fp32; peak is that",
-              "of a large matrix product in the same type, of int8 in float32. At fp16 `exact` keeps its VAE in float32, the",
-              "others do not."]  # fmt: skip
+              f"(steps: {setup['warm_up_steps']}). exact: this runtime, its inversion cache empty; what an avatar keeps is there: prompt",
+              "tables, the reference's latents and pose embedding. published, plain: see `bench/plain.py`. PSNR is to the first row's",
+              "frames. Peak memory is the process's. FLOPs are the ledger's, of a first render, convolutions as if done directly, which",
+              "`openvino` does not in fp32; peak is that of a large matrix product in the same type, of int8 in float32. At fp16",
+              "`exact` keeps its VAE in float32, the others do not."]  # fmt: skip
     if on_gpu:
         lines += ["Peak GPU memory is the most that torch had allocated at once; by it the contenders are compared, but for those",
                   "that run on the processor, and TensorRT, whose plans and weights it does not count."]  # fmt: skip
@@ -315,7 +317,7 @@ def markdown(document: Row) -> str:
         gpu = [f"{row['peak_gpu_bytes'] / 1e6:.0f}"] if on_gpu else []
         cells.append((row["contender"], f"{row['total_s']:.2f}", f"{row['frames_per_s']:.3g}",
                       f"{row['s_per_100_frames']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}", *gpu, f"{row['startup_s']:.1f}",
-                      f"{row['flops_per_s'] / 1e9:.1f}", f"{row['percent_of_peak']:.0f}", _quality(row)))  # fmt: skip
+                      f"{row['flops_per_s'] / 1e9:.1f}", f"{row['percent_of_peak']:.0f}", quality_cell(row, "psnr_db")))  # fmt: skip
     cells += [(row["contender"], f"failed: {row['error']}") for row in document["rows"] if "error" in row]
     cells += [(method, "not run") for method in absent(document["rows"])]
     lines += ["", *table(header, cells), "## Stages (s)", ""]
@@ -349,9 +351,8 @@ def benchmark(options: argparse.Namespace, folder: Path) -> Row:
     runs = measure(contenders, options.rounds)
     base = options.base if options.checkpoint is None else tuned.metadata["base"]
     used = {name: getattr(options, name) for name in ("steps", "precision", "rounds")}
-    warm_up_steps = WARM_UP_STEPS[torch_device().type]
-    facts = {"setup": {"base": base, "size": list(size), "frames": len(target), **used, "warm_up_steps": warm_up_steps},
-             "machine": machine()}  # fmt: skip
+    facts = {"setup": {"base": base, "size": list(size), "frames": len(target), **used,
+                       "warm_up_steps": WARM_UP_STEPS[torch_device().type]}, "machine": machine()}  # fmt: skip
     path = result_path(result_name(facts), options.json, options.quick)
     if path is not None:
         write_json(path, {**facts, "runs": runs})
@@ -367,9 +368,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
     parser.add_argument("--checkpoint", type=Path, help="a tuned one, instead of an untrained one over --base")
     parser.add_argument("--poses", type=Path, help="target poses, instead of made-up ones")
-    parser.add_argument("--frames", type=int)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--rounds", type=int)
+    for count in ("--frames", "--steps", "--rounds"):
+        parser.add_argument(count, type=int)
     parser.add_argument("--engines", nargs="+", help="backend:precision of `exact`; the first is the PSNR's reference")
     parser.add_argument("--precision", default="fp16" if torch_device().type == "cuda" else "fp32",
                         choices=list(TORCH_DTYPES), help="of the other contenders")  # fmt: skip

@@ -21,7 +21,7 @@ from posecrafter_rt.runtime.prepare import (
     Prepared,
     Tables,
     embed_poses,
-    encode_frame,
+    frame_latents,
     invert_reference,
     text_tables,
     time_tables,
@@ -73,7 +73,7 @@ class ComputedOnce:
     def _reference_latents(self, reference: int) -> Tensor:
         """Of a training frame, (1, 4, h, w)."""
         return self._latents.get((self._computed_by(), reference),
-                                 lambda: encode_frame(self.networks.engines, self.frames[reference]))  # fmt: skip
+                                 lambda: frame_latents(self.networks.engines, self.frames[reference]))  # fmt: skip
 
     def inverted_latents(
         self, schedule: DDIMSchedule, prompt: str, report: RenderReport, progress: Callable[[int, int], None]

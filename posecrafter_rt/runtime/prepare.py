@@ -91,8 +91,8 @@ def embed_poses(
     return parts[0] if len(parts) == 1 and not before else torch.cat([*before, *parts])
 
 
-def encode_frame(engines: Mapping[str, Engine], frame: np.ndarray) -> Tensor:
-    """A frame (H, W, 3) uint8 → its latents (1, 4, h, w)."""
+def frame_latents(engines: Mapping[str, Engine], frame: np.ndarray) -> Tensor:
+    """Encode a frame (H, W, 3) uint8: (1, 4, h, w)."""
     pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
     return engines["vae_encoder"](pixels=pixels)["latents"].clone()
 

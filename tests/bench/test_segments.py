@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from bench.fused import render_fused, windows
+from bench.fused import Fused, render_fused, windows
 from bench.runs import moving_person
 from bench.segments import compare, jumps, markdown, seam_frames
 from bench.untrained import untrained_checkpoint
@@ -66,10 +68,39 @@ def test_the_weights_of_a_frame_in_all_windows_sum_to_one(
     np.testing.assert_allclose(total, 1)
 
 
+@pytest.mark.parametrize("with_key_frames", [False, True])
+def test_predictions_go_back_to_the_frames_that_they_are_of(with_key_frames: bool) -> None:
+    """Of denoisers that give back what they are given, in one memory that the next overwrites, as engines may."""
+    memory = torch.empty(0)
+
+    class Echo:
+        def __init__(self, frames: torch.Tensor) -> None:
+            assert frames[0] == 0
+            self.num_frames = len(frames)
+
+        def __call__(self, latents: torch.Tensor, index: int, timestep: int) -> torch.Tensor:
+            assert len(latents) == self.num_frames
+            memory.resize_(latents.shape).copy_(latents)
+            return memory
+
+        def forget(self) -> None: ...
+
+    latents = torch.randn(11, 4, 2, 3, generator=torch.Generator().manual_seed(0))
+    fused = Fused(windows(10, 6, 2, with_key_frames=with_key_frames), Echo)  # type: ignore[arg-type]
+    torch.testing.assert_close(fused(latents, 0, 0), latents)
+
+
+@pytest.mark.parametrize("change", [{"tau": 2}, {"sampler": "dpmpp"}, {"controlnet_every": 2}, {"segment": None}])
+def test_what_is_not_merged_is_refused(tiny_engine: Path, change: dict[str, Any]) -> None:
+    options = RenderOptions(**{"num_inference_steps": 4, "segment": 6, "overlap": 2, **change})
+    with Avatar.load(tiny_engine) as avatar, pytest.raises(ValueError, match="only DDIM"):
+        render_fused(avatar, moving_person(3, (32, 32)), options, with_key_frames=False)
+
+
 def test_one_window_is_the_joint_render(tiny_engine: Path) -> None:
     target = moving_person(3, (32, 32), phase=1.0)
     with Avatar.load(tiny_engine) as avatar:
         joint = avatar.render(target, num_inference_steps=2)
         options = RenderOptions(num_inference_steps=2, segment=6, overlap=2)
-        fused, _ = render_fused(avatar, target, options, with_key_frames=False)
+        fused = render_fused(avatar, target, options, with_key_frames=False)
     assert np.array_equal(joint, fused)

@@ -32,7 +32,6 @@ Serve = Callable[..., Running]
 OpenPage = Callable[..., LivePage]
 STILL = {"reduced_motion": "reduce"}  # where nothing has to move: without a GPU, moving takes a core
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, **STILL}
-NOSE, NECK = 0, 1
 
 
 def person(x: float = 0.0, y: float = 0.0) -> np.ndarray:
@@ -43,18 +42,6 @@ def person(x: float = 0.0, y: float = 0.0) -> np.ndarray:
     pose[:18] = [(px + x, py + y, 1) for px, py in body]
     pose[92:113] = [(35 + x + finger % 4, 37 + y + finger // 4, 1) for finger in range(21)]
     return pose
-
-
-def nod(pose: np.ndarray, x: float, y: float) -> np.ndarray:
-    """The nose moved by some pixels, and eyes and ears with it, turned as the line from the neck to the nose turns."""
-    points = pose[:18, 0] + 1j * pose[:18, 1]
-    nose = points[NOSE] + x + 1j * y
-    turn = (nose - points[NECK]) / (points[NOSE] - points[NECK])
-    head = [NOSE, 14, 15, 16, 17]
-    points[head] = nose + turn / abs(turn) * (points[head] - points[NOSE])
-    nodded = pose.copy()
-    nodded[:18, 0], nodded[:18, 1] = points.real, points.imag
-    return nodded
 
 
 @pytest.fixture
@@ -144,40 +131,6 @@ def test_a_file_may_be_dropped_anywhere_and_a_bad_one_is_refused_with_the_reason
         page.wait_for_text("#file-status", "still.json: 1 pose" if "people" in text else "people")
     assert page.page.get_by_role("radio", name="File").is_checked()
     assert "is-error" in (page.page.get_attribute("#file-status", "class") or "")
-
-
-def test_joints_follow_the_mouse_and_the_arrow_keys(serve: Serve, open_page: OpenPage, avatar: DrawnAvatar) -> None:
-    page = open_page(serve().url())
-    page.wait_for_link("Live")
-    page.choose("Joints")
-    assert_shows(page, avatar.poses.keypoints[0])
-    box = page.page.locator("#pose").bounding_box()
-    assert box is not None
-    scale = box["height"] / SIZE[0]
-    left = box["x"] + (box["width"] - SIZE[1] * scale) / 2
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + (x + 0.5) * scale, box["y"] + (y + 0.5) * scale
-
-    x, y = map(float, avatar.poses.keypoints[0, NECK, :2])
-    page.page.mouse.move(*at(x, y))
-    page.page.mouse.down()
-    page.page.mouse.move(*at(x + 3, y + 2), steps=4)
-    page.page.mouse.move(*at(x + 6, y + 4), steps=4)
-    page.page.mouse.up()
-    moved = person(2, 4)
-    assert_shows(page, moved)
-
-    page.page.get_by_label("Joint", exact=True).select_option("nose")
-    page.page.locator("#pose").focus()
-    for key in ("Shift+ArrowUp", "ArrowRight"):
-        page.page.keyboard.press(key)
-    step = SIZE[1] / 100
-    nodded = nod(moved, step, -5 * step)
-    page.wait_for_text("#joint-place", "nose at {:.0f}, {:.0f}".format(*nodded[NOSE]))
-    assert_shows(page, nodded)
-    page.page.get_by_role("button", name="Start over").click()
-    assert_shows(page, avatar.poses.keypoints[0])
 
 
 def test_nobody_is_told_and_the_pose_is_shown_over_the_avatar_if_wanted(

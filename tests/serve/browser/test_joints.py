@@ -1,0 +1,96 @@
+"""Joints that are moved by hand: with a mouse, with a finger, with keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from posecrafter_rt.poses.keypoints import PoseSequence
+from tests.serve.browser.pages import LivePage
+from tests.serve.browser.test_page import PHONE, assert_shows, person
+from tests.serve.drawn import SIZE, DrawnAvatar, Running
+
+pytestmark = pytest.mark.browser
+Serve = Callable[..., Running]
+OpenPage = Callable[..., LivePage]
+NOSE, NECK = 0, 1
+START = person(-4)
+
+
+@pytest.fixture
+def avatar() -> DrawnAvatar:
+    avatar = DrawnAvatar()
+    avatar.poses = PoseSequence(START[np.newaxis], SIZE)
+    return avatar
+
+
+def nod(pose: np.ndarray, x: float, y: float) -> np.ndarray:
+    """The nose moved by some pixels, and eyes and ears with it, turned as the line from the neck to the nose turns."""
+    points = pose[:18, 0] + 1j * pose[:18, 1]
+    nose = points[NOSE] + x + 1j * y
+    turn = (nose - points[NECK]) / (points[NOSE] - points[NECK])
+    head = [NOSE, 14, 15, 16, 17]
+    points[head] = nose + turn / abs(turn) * (points[head] - points[NOSE])
+    nodded = pose.copy()
+    nodded[:18, 0], nodded[:18, 1] = points.real, points.imag
+    return nodded
+
+
+def on_canvas(page: LivePage) -> Callable[[float, float], tuple[float, float]]:
+    """(x, y) of the pose's canvas → where that is on the page, in its pixels."""
+    box = page.page.locator("#pose").bounding_box()
+    assert box is not None
+    scale = box["height"] / SIZE[0]
+    left = box["x"] + (box["width"] - SIZE[1] * scale) / 2
+    return lambda x, y: (left + (x + 0.5) * scale, box["y"] + (y + 0.5) * scale)
+
+
+def test_joints_follow_a_finger_which_does_not_scroll_the_page(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url(), **PHONE)
+    page.wait_for_link("Live")
+    page.choose("Joints")
+    assert_shows(page, START)
+    page.page.locator("#pose").scroll_into_view_if_needed()
+    finger, at = page.page.context.new_cdp_session(page.page), on_canvas(page)
+    scrolled = page.page.evaluate("scrollY")
+
+    def touch(kind: str, *places: tuple[float, float]) -> None:
+        points = [{"x": x, "y": y} for x, y in places]
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    x, y = map(float, START[NECK, :2])
+    touch("touchStart", at(x + 1, y + 1))  # fingers are broad: a pixel of the canvas beside it
+    for share in np.linspace(0, 1, 8):
+        touch("touchMove", at(x + 6 * share, y + 4 * share))
+    touch("touchEnd")
+    assert_shows(page, person(2, 4))
+    assert page.page.evaluate("scrollY") == scrolled
+
+
+def test_joints_follow_the_mouse_and_the_arrow_keys(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    page.choose("Joints")
+    assert_shows(page, START)
+    at = on_canvas(page)
+    x, y = map(float, START[NECK, :2])
+    page.page.mouse.move(*at(x, y))
+    page.page.mouse.down()
+    page.page.mouse.move(*at(x + 3, y + 2), steps=4)
+    page.page.mouse.move(*at(x + 6, y + 4), steps=4)
+    page.page.mouse.up()
+    moved = person(2, 4)
+    assert_shows(page, moved)
+
+    page.page.get_by_label("Joint", exact=True).select_option("nose")
+    page.page.locator("#pose").focus()
+    for key in ("Shift+ArrowUp", "ArrowRight"):
+        page.page.keyboard.press(key)
+    step = SIZE[1] / 100
+    nodded = nod(moved, step, -5 * step)
+    page.wait_for_text("#joint-place", "nose at {:.0f}, {:.0f}".format(*nodded[NOSE]))
+    assert_shows(page, nodded)
+    page.page.get_by_role("button", name="Start over").click()
+    assert_shows(page, START)
