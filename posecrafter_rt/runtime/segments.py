@@ -64,12 +64,13 @@ def least_segment(overlap: int) -> int:
 
 
 def split_clip(num_frames: int, segment: int | None, overlap: int) -> list[Segment]:
-    """Cut a clip into the fewest segments of at most `segment` frames, their lengths as even as can be.
+    """Cut a clip into the fewest segments of at most `segment` frames, all of one length if they share any.
 
-    Even lengths cost no more than full ones with a short rest (the shared frames are as many), leave no segment that
-    has little to attend to, and give the networks two batch sizes at most.
-    Args: num_frames: 1 or more; segment: None: the whole clip is one. overlap: frames that neighbours share.
-    Returns: the segments in order: each but the last ends `overlap` frames after the next begins.
+    So no segment has little to attend to, and networks that keep memory or code for each length they meet need it for
+    one. To that end the first seams may share a frame more; where that would put one into three segments, or where none
+    are shared, the first segments are longer by one instead.
+    Args: num_frames: 1 or more; segment: None: the whole clip is one. overlap: frames that neighbours share, at least.
+    Returns: the segments in order: each but the last ends `overlap` frames, or one more, after the next begins.
     Raises: PoseCrafterError for what `check_split` refuses.
     """
     return list(_cut(num_frames, segment, overlap))
@@ -78,10 +79,13 @@ def split_clip(num_frames: int, segment: int | None, overlap: int) -> list[Segme
 def _cut(num_frames: int, segment: int | None, overlap: int) -> Iterator[Segment]:
     count = _count_segments(num_frames, segment, overlap)
     shortest, longer = divmod(num_frames + (count - 1) * overlap, count)
+    wider = 0  # seams that share a frame more
+    if overlap and longer and 2 * (overlap + 1) <= shortest + 1:
+        wider, shortest, longer = count - longer, shortest + 1, 0
     start = 0
     for index in range(count):
         stop = start + shortest + (index < longer)
-        settled = stop - overlap if index < count - 1 else stop
+        settled = stop - overlap - (index < wider) if index < count - 1 else stop
         yield Segment(start, stop, settled)
         start = settled
 

@@ -137,7 +137,7 @@ def test_the_next_segment_is_sampled_before_the_first_frame_is_there_and_no_othe
     calls = watch(before)
     with closing(avatar.iter_segments(POSES, look_ahead=True, **CHANGES)) as segments:
         first = next(segments)
-        assert len(list(first.frames)) == 4
+        assert len(list(first.frames)) == 3
         assert count(calls, "unet", ahead=False) == STEPS
     assert count(calls, "unet", ahead=True) == STEPS
 
@@ -194,7 +194,7 @@ def test_an_error_in_sampling_surfaces_after_the_frames_of_the_segment_before(
             for segment in segments:
                 frames += len(list(segment.frames))
         seen.append((str(caught.value), frames))
-    assert seen[0] == seen[1] and seen[0][1] == 4
+    assert seen[0] == seen[1] and seen[0][1] == 3
 
 
 def run_out(times: int, name: str, is_due: Callable[[Calls], bool]) -> Callable[[str, Calls], None]:
@@ -235,7 +235,7 @@ def test_memory_that_runs_out_in_decoding_all_the_same_shortens_what_is_left_as_
 
     watch(run_out(1, "vae_decoder", is_third_frame))
     without = render(avatar, look_ahead=False)
-    assert [adjustment["frame"] for adjustment in without[1]["adjustments"]] == [4]
+    assert [adjustment["frame"] for adjustment in without[1]["adjustments"]] == [3]
     watch(run_out(2, "vae_decoder", is_third_frame))  # beside the next segment, and alone
     assert_same(render(avatar, look_ahead=True), without)
 
