@@ -15,7 +15,7 @@ HEAVY = ("torch", "cv2", "av", "diffusers", "transformers", "onnx", "onnxruntime
 
 
 def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

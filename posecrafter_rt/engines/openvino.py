@@ -47,7 +47,7 @@ from posecrafter_rt.engines.openvino_operations import (
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError, last_line
 from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
-from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16, release_mapped
+from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16, release_mapped, return_freed_memory
 from posecrafter_rt.spec import RUN_ONCE, Architecture, NetworkSpec, network_specs
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ class OpenVinoEngine:
                 self._requests.popitem(last=False)
             self._requests[shapes] = self._compile(shapes).create_infer_request()
             release_mapped(self._weights_path)  # most weights are in another order by now
+            return_freed_memory()  # compiling frees as much again as a small network holds
         self._requests.move_to_end(shapes)
         return self._requests[shapes]
 

@@ -68,7 +68,7 @@ def run_out_from(first, last, most, kind):
 def take_memory_at(seconds, num_bytes):
     def taken(*none):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(30)  # Python waits for ever for a thread that had no memory to begin with
+        signal.alarm(120)  # Python waits for ever for a thread that had no memory to begin with
         take_memory(num_bytes)
 
     signal.signal(signal.SIGALRM, taken)

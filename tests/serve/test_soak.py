@@ -27,7 +27,7 @@ from tests.serve.soak_clients import Seen
 
 NUM_CLIENTS = 4
 MAX_GROWTH_BYTES = 30e6
-WAY_MS = 100  # there and back; the server's own measure ends with the sending
+WAY_MS = 300  # there and back; the server's own measure ends with the sending
 
 
 @pytest.fixture(autouse=True)

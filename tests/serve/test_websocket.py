@@ -91,7 +91,8 @@ def test_late_poses_are_dropped_never_queued(serve: Serve) -> None:
         headers = []
         while not headers or headers[-1].sequence < 19:
             headers.append(next_frame(client)[0])
-        assert len(headers) < 20 and headers[-1].dropped == 20 - len(headers)
+        # One more may be overtaken after the last one's header was made, and one while the others are counted.
+        assert len(headers) < 20 and 20 - len(headers) - headers[-1].dropped in (0, 1, 2)
         assert [header.sequence for header in headers] == sorted({header.sequence for header in headers})
 
 

@@ -17,6 +17,7 @@ from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from websockets.sync.client import connect
 
 from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.serve import webrtc
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import (
     HELD,
@@ -109,7 +110,8 @@ def test_frames_of_a_pipelined_stream_name_their_own_poses(avatar: Avatar) -> No
             for number in range(first, first + 4):
                 client.send(message(avatar, number))
                 wait_until(lambda: value_of("posecrafter_render_seconds_count") == number + 1)  # noqa: B023
-                time.sleep(0.2)  # so that no two frames come before the first is sent
+                # So that no two frames come before the first is sent.
+                wait_until(lambda: value_of("posecrafter_frame_age_seconds_count") >= number - 1)  # noqa: B023
             while first + 3 not in frames:
                 received = client.recv(timeout=30)
                 if not isinstance(received, str):
@@ -141,6 +143,7 @@ def test_the_reference_is_shown_before_the_first_pose(avatar: Avatar, server: Ru
 def test_a_peer_sees_the_avatar_move(avatar: Avatar, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """aiortc at both ends. It leaves out loopback when it looks for addresses; here both ends are to use nothing else."""
     monkeypatch.setattr(aioice.ice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
+    monkeypatch.setattr(webrtc, "_CONNECT_TIMEOUT_S", 300.0)
     pictures, headers, texts = asyncio.run(_watch(avatar, server))
     assert texts[0]["type"] == "ready"
     assert all(header.format == NO_PICTURE and header.size == avatar.size for header in headers)
@@ -201,6 +204,7 @@ def test_peers_count_as_sessions_and_bad_ones_are_sent_away(
     avatar: Avatar, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(aioice.ice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
+    monkeypatch.setattr(webrtc, "_CONNECT_TIMEOUT_S", 300.0)
     with connect(server.url("/ws", "ws")), connect(server.url("/ws", "ws")):
         wait_until(lambda: server.app.state.service.num_sessions == 2)
         status, _ = asyncio.run(_misbehave(server))

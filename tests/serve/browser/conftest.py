@@ -35,7 +35,7 @@ def launch() -> Iterator[Callable[..., Browser]]:
         driver = stack.enter_context(playwright.sync_playwright())
 
         def start(*arguments: str) -> Browser:
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS, *arguments])
+            browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS, *arguments], timeout=180_000)
             stack.callback(browser.close)
             return browser
 

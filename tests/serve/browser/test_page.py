@@ -17,7 +17,7 @@ from websockets.sync.client import connect
 
 from posecrafter_rt.poses.draw import draw_pose
 from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.serve import options, session
+from posecrafter_rt.serve import options, session, webrtc
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.pictures import encode_picture
 from posecrafter_rt.serve.protocol import JPEG, decode_pose
@@ -31,6 +31,9 @@ pytestmark = pytest.mark.browser
 Serve = Callable[..., Running]
 OpenPage = Callable[..., LivePage]
 STILL = {"reduced_motion": "reduce"}  # where nothing has to move: without a GPU, moving takes a core
+OPENING_MS = 6000  # after which a page gives up WebRTC
+PATIENT = f"""const set = window.setTimeout;
+window.setTimeout = (use, ms, ...given) => set(use, ms === {OPENING_MS} ? 90000 : ms, ...given);"""
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, **STILL}
 
 
@@ -83,7 +86,7 @@ def test_the_page_opens_and_says_what_it_shows(serve: Serve, open_page: OpenPage
     page.wait_for_text("#backend", "torch fp32")
     page.wait_for_text("#sessions", "1 of 4")
     page.wait_until(lambda: page.page.text_content("#fps") not in ("–", "0"))
-    assert page.page.text_content("#latency", timeout=1000).endswith(" ms")
+    page.wait_for_text("#latency", re.compile(r"\d+ ms"))
     assert page.bodies == []
 
 
@@ -220,12 +223,14 @@ def test_another_avatar_behind_the_same_address_is_taken_up(open_page: OpenPage,
 def test_over_the_cap_the_page_says_so_and_gets_in_once_there_is_room(serve: Serve, open_page: OpenPage) -> None:
     server = serve(max_sessions=1)
     with connect(server.url("/ws", "ws")) as other:
-        assert json.loads(other.recv(timeout=10))["type"] == "ready"
+        assert json.loads(other.recv(timeout=60))["type"] == "ready"
         page = open_page(server.url(), **STILL)
         page.wait_for_link("Full")
         page.wait_for_text("#notice-title", "The avatar is busy")
         page.wait_for_text("#notice-text", "No place is free, of 1.")
-    page.page.get_by_role("button", name="Try now").click()
+    page.page.evaluate(
+        "document.getElementById('retry').click()"
+    )  # which a page that has tried by itself no longer shows
     page.wait_for_link("Live")
 
 
@@ -245,10 +250,16 @@ def test_a_token_is_asked_for_when_it_is_wrong(open_page: OpenPage, avatar: Draw
 def test_webrtc_shows_the_avatar(
     serve: Serve, open_page: OpenPage, launch: Callable[..., Browser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both ends leave out loopback when they look for addresses, unless told; here they are to use nothing else."""
+    """Both ends leave out loopback when they look for addresses, unless told; here they are to use nothing else.
+
+    And both wait for each other as long as a busy machine takes.
+    """
     monkeypatch.setattr(aioice.ice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
+    monkeypatch.setattr(webrtc, "_CONNECT_TIMEOUT_S", 90.0)
     browser = launch("--allow-loopback-in-peer-connection", "--disable-features=WebRtcHideLocalIpsWithMdns")
     page = open_page(serve().url(), browser=browser)
+    page.page.add_init_script(PATIENT)
+    page.page.reload()
     page.wait_for_link("Live")
     held: list[Route] = []
     page.page.route("**/api/offer", lambda route: held.append(route))
@@ -266,12 +277,24 @@ def test_webrtc_shows_the_avatar(
 def test_where_webrtc_does_not_come_about_the_websocket_takes_over(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve().url(), is_lost=True)
     page.wait_for_link("Live")
-    page.page.route("**/api/offer", lambda route: route.fulfill(status=501, json={"message": "no aiortc", "hint": ""}))
+    refused: list[Route] = []
+
+    def refuse(route: Route) -> None:
+        refused.append(route)
+        route.fulfill(status=501, json={"message": "no aiortc", "hint": ""})
+
+    page.page.route("**/api/offer", refuse)
+    page.page.evaluate("""() => {  // a later note would hide it
+      window.notes = [];
+      const note = document.getElementById("note");
+      new MutationObserver(() => notes.push(note.textContent)).observe(note, { childList: true, characterData: true, subtree: true });
+    }""")
     page.page.get_by_label("Connection").select_option("WebRTC")
-    page.wait_for_text("#note", "WebRTC did not connect")
+    page.wait_until(lambda: refused)
+    page.wait_until(lambda: page.page.get_by_label("Connection").input_value() == "websocket")
     page.wait_for_link("Live")
     page.wait_until(lambda: page.count_looks() > 2)
-    assert page.page.get_by_label("Connection").input_value() == "websocket"
+    assert any("WebRTC did not connect" in note for note in page.page.evaluate("notes"))
 
 
 def test_who_wants_less_motion_is_not_moved_at(serve: Serve, open_page: OpenPage, avatar: DrawnAvatar) -> None:
@@ -300,7 +323,7 @@ def test_a_pose_whose_frame_was_too_late_is_shown_in_the_end(
 def test_poses_that_a_slow_server_cannot_take_are_counted(
     serve: Serve, open_page: OpenPage, avatar: DrawnAvatar
 ) -> None:
-    avatar.seconds = 0.15
+    avatar.seconds = 0.5  # any page has more than two poses a second
     page = open_page(serve().url())
     page.wait_for_link("Live")
 
@@ -315,7 +338,7 @@ def test_a_pipelined_avatar_gets_a_new_pose_for_about_every_step(
     serve: Serve, open_page: OpenPage, avatar: DrawnAvatar
 ) -> None:
     """With two poses on their way at most, half of four steps at a time would be spent on poses that were there before."""
-    avatar.seconds = 0.2  # half a dozen poses a second are what any page has that is drawn without a GPU
+    avatar.seconds = 0.3  # three poses a second are what any page has that is drawn without a GPU
     # In 0.2 s the five poses have come round: then each step would be of the same one.
     avatar.poses = PoseSequence(np.stack([person(x) for x in np.linspace(-4, 4, 32)]), SIZE, 25.0)
     server = serve(stream={"steps": 4, "is_pipelined": True})
@@ -334,7 +357,7 @@ def test_a_pipelined_avatar_gets_a_new_pose_for_about_every_step(
         return bool(frames / steps > 0.75)
 
     assert any(is_fed() for _ in range(6))  # a machine that is busy with other things may keep the page from its work
-    avatar.seconds = 0.02  # four steps of 0.2 s and a page's own time come near the second after which nothing is shown
+    avatar.seconds = 0.02  # four steps of 0.3 s take longer than the second after which nothing is shown
     page.wait_until(lambda: page.count_looks() > 2)
 
 
