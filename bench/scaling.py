@@ -2,15 +2,15 @@
 
 Bench: `python -m bench.scaling [--backend torch] [--json FILE] [--quick]` renders by the embedded base in float32, jointly and
 in segments, and writes results/scaling.json and .md, of another engine scaling-<backend>, or FILE and its .md; with --quick
-alone it only prints. Each point is the fastest of its repetitions, a long one the only one, in a process of its own, after a
-warm-up of one frame.
+alone it only prints. --axes measures some alone. Each point is the fastest of its repetitions, a long one the only one, in
+a process of its own, after a warm-up of one frame.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from posecrafter_rt.engines import names
 from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.runtime.options import RenderOptions
 
+AXES = {"frames": "frames", "segments": "frames, in segments", "pixels": "pixels", "steps": "steps"}  # by argument
 TARGET_SLOPE = 1.0
 TARGET_GROWTH = 0.03
 BUDGET_S = 15.0  # no render is repeated after so many seconds of them
@@ -86,8 +87,8 @@ def build(folder: Path, side: float, backend: str) -> Row:
     return {"engine": str(path), "pixels": height * width, "size": [height, width]}
 
 
-def measure_axes(plan: Plan, folder: Path, backend: str) -> dict[str, list[Row]]:
-    """Every point of every axis; `at` is where it lies."""
+def measure_axes(plan: Plan, folder: Path, backend: str, axes: Collection[str] = AXES) -> dict[str, list[Row]]:
+    """Every point of these of AXES; `at` is where it lies."""
     engines: dict[float, Row] = {}  # by side
 
     def point(axis: str, at: float, side: float, num_frames: int, steps: int, segment: int | None = None) -> Row:
@@ -110,13 +111,13 @@ def measure_axes(plan: Plan, folder: Path, backend: str) -> dict[str, list[Row]]
         return {**row, "at": built["pixels"] if axis == "pixels" and "pixels" in built else at}
 
     frames, steps = plan.num_frames, plan.steps
-    return {
-        "frames": [point("frames", count, 1.0, count, steps) for count in plan.frames],
-        "frames, in segments": [point("frames, in segments", count, 1.0, count, steps, plan.segment)
-                                for count in plan.long],
-        "pixels": [point("pixels", side, side, frames, steps) for side in plan.sides],
-        "steps": [point("steps", count, 1.0, frames, count) for count in plan.steps_axis],
-    }  # fmt: skip
+    points: dict[str, list[tuple[Any, ...]]] = {
+        "frames": [(count, 1.0, count, steps) for count in plan.frames],
+        "frames, in segments": [(count, 1.0, count, steps, plan.segment) for count in plan.long],
+        "pixels": [(side, side, frames, steps) for side in plan.sides],
+        "steps": [(count, 1.0, frames, count) for count in plan.steps_axis],
+    }
+    return {axis: [point(axis, *where) for where in points[axis]] for name, axis in AXES.items() if name in axes}
 
 
 def slope(rows: Sequence[Row], quantity: str = "total_s") -> float | None:
@@ -172,11 +173,12 @@ def main() -> None:
     """Parse the arguments, measure, print, write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=names(), default="torch")
+    parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
     add_output_arguments(parser, "few frames and steps, each point once")
     arguments = parser.parse_args()
     backend = arguments.backend
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
-        axes = measure_axes(QUICK if arguments.quick else Plan(), Path(folder), backend)
+        axes = measure_axes(QUICK if arguments.quick else Plan(), Path(folder), backend, arguments.axes)
     document = {"machine": machine(), "backend": backend, "slopes": summarise(axes), "axes": axes}
     name = "scaling" if backend == "torch" else f"scaling-{backend}"
     publish(name, document, markdown(document), arguments.json, arguments.quick)

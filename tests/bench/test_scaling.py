@@ -46,6 +46,7 @@ def test_every_point_is_rendered(tiny_base: Path, tmp_path: Path, monkeypatch: p
     assert {axis: [row["at"] for row in rows] for axis, rows in axes.items()} == {
         "frames": [1, 2], "frames, in segments": [5, 8], "pixels": [256, 1024], "steps": [1, 2]}  # fmt: skip
     assert sorted(built) == [0.5, 1.0]  # each engine once
+    assert list(measure_axes(plan, tmp_path, "torch", ["steps", "segments"])) == ["frames, in segments", "steps"]
     for rows in axes.values():
         for row in rows:
             assert set(row["seconds"]) == {"prepare", "invert", "denoise", "decode"} and row["peak_bytes"] > 0
