@@ -46,7 +46,8 @@ class RenderOptions:
     segment: render at most so many frames jointly, each segment with the inserted reference as its key frame: memory then
         does not grow with the clip, but frames attend to their own segment only, which is an approximation. None: the
         whole clip jointly, exact. A clip that fits into one segment is exact, too. `auto`: as many as free memory takes.
-    overlap: frames that neighbouring segments share, at most a third of a segment; their clean latents are blended.
+    overlap: frames that neighbouring segments share, at most a third of a segment; their clean latents are blended. Some
+        share one more, so that all segments have one length.
     """
 
     mode: str = "+editing"
