@@ -4,8 +4,8 @@ Bench: `python -m bench.islands [--json FILE] [--quick] [--checkpoint demo/tuned
 unseen frames and writes results/islands.json and .md, or FILE and its .md. Every operation is computed in float32 and its
 result rounded, as by units that multiply in 16 bits and sum in float32, which needs no such units; weights are rounded once.
 It differs from graphs of `export/strong_types.py` in little: scale and bias of a norm belong to it here, LayerNorm's are rounded,
-attention's scores and weights are not unless they are named. With --quick
-alone it only prints: two frames in two steps after 10 of tuning.
+attention's scores and weights are not unless they are named. With --quick alone it only prints: two frames in two steps after
+10 of tuning.
 """
 
 from __future__ import annotations
