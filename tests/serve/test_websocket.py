@@ -117,6 +117,11 @@ def test_sessions_take_turns(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> N
         return len(avatar.steps) == before + 2 * number
 
     with speak(server, max_queue=None) as greedy, speak(server, max_queue=None) as modest:
+        for client in (
+            greedy,
+            modest,
+        ):  # a step that waits for its permit would keep the other's session from beginning
+            next_text(client, "ready")
         for number in range(1, 16):
             for sender in (modest, greedy, greedy, greedy) * 2:
                 sender.send(pose_bytes(number))
