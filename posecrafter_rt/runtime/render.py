@@ -41,9 +41,7 @@ def render_clip(
     plan, steps = clip.plan, options.num_inference_steps
     edit_step = None if plan is None or options.tau == 1 else options.start_step + options.tau - 1
     edits: tuple[Tensor, Tensor] | None = None
-    if (
-        plan is not None and edit_step is not None
-    ):  # as the operator reads them, so that the step which edits moves nothing
+    if plan is not None and edit_step is not None:  # as the operator reads them, so that the step moves nothing
         affines, rects = torch.from_numpy(plan.affines), torch.from_numpy(plan.rects.astype(np.int64))
         device = clip.latents.device
         edits = affines.to(device, non_blocking=True), rects.to(device, non_blocking=True)

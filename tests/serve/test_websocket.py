@@ -97,10 +97,7 @@ def test_late_poses_are_dropped_never_queued(serve: Serve) -> None:
 
 
 def test_sessions_take_turns(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One client sends three times as many poses, and both more than can be rendered: neither waits for more than two turns of the other.
-
-    By their arrival the modest one would get 7 of 30. Two of one in a row there are where the other's pose came after both.
-    """
+    """One client sends three times as many poses, and both more than can be rendered: they get the same."""
     avatar, may_step, step = DrawnAvatar(), threading.Semaphore(0), DrawnStream.step
 
     def step_once_let(stream: DrawnStream, pose: np.ndarray | None) -> np.ndarray:
@@ -112,29 +109,27 @@ def test_sessions_take_turns(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(DrawnStream, "step", step_once_let)
     before = len(avatar.steps)
 
-    def has_come(number: int) -> bool:
-        """Whether both clients' poses of so many rounds wait."""
-        return value_of("posecrafter_poses_received_total") == 8 * number
+    def have_come(number: int) -> bool:
+        return value_of("posecrafter_poses_received_total") == number
 
     def is_done(number: int) -> bool:
         return len(avatar.steps) == before + 2 * number
 
     with speak(server, max_queue=None) as greedy, speak(server, max_queue=None) as modest:
-        for client in (
-            greedy,
-            modest,
-        ):  # a step that waits for its permit would keep the other's session from beginning
-            next_text(client, "ready")
+        for client in (greedy, modest):
+            next_text(client, "ready")  # a step that waits for its permit would keep the other's session from beginning
+        num_sent = 0
         for number in range(1, 16):
             for sender in (modest, greedy, greedy, greedy) * 2:
                 sender.send(pose_bytes(number))
-            wait_until(partial(has_come, number))
+                num_sent += 1
+                wait_until(partial(have_come, num_sent))  # on two connections they could come in another order
             may_step.release(2)
             wait_until(partial(is_done, number))
         may_step.release(100)
     steps = avatar.steps[before : before + 30]
     counts = [sum(stream == one for stream, _ in steps) for one in {stream for stream, _ in steps}]
-    assert len(counts) == 2 and min(counts) >= 10
+    assert len(counts) == 2 and min(counts) >= max(counts) - 2
     assert len({thread for _, thread in steps}) == 1
 
 
