@@ -35,6 +35,9 @@ FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", 
 COMPILE_S = 300  # a compiler that takes longer hangs
 # What a compiler is asked for first: an instruction of the widest vectors, which its assembler must know, too.
 TRIED = """#include <immintrin.h>
+#ifdef __AMX_INT8__
+void tried_tiles() { _tile_dpbusd(0, 1, 2); }
+#endif
 #ifdef __AVX512FP16__
 __m512h tried(__m512h a, __m512h b) { return _mm512_fmadd_ph(a, b, a); }
 #elif defined(__AVXVNNI__)
@@ -60,14 +63,13 @@ class Vectors(NamedTuple):
 
 
 AVX2, AVX512 = frozenset({"avx2", "fma", "f16c"}), frozenset({"avx512f", "avx512_vnni"})
+HALVES = AVX512 | {"avx512_fp16", "avx512bw", "avx512dq", "avx512vl"}
+HALVES_FLAGS = ("-mavx512fp16", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprfchw")
 VECTORS = (
     Vectors(
-        16,
-        AVX512 | {"avx512_fp16", "avx512bw", "avx512dq", "avx512vl"},
-        ("-mavx512fp16", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprfchw"),
-        has_bytes=True,
-        has_halves=True,
+        16, HALVES | {"amx_tile", "amx_int8"}, (*HALVES_FLAGS, "-mamx-tile", "-mamx-int8"), has_bytes=True, has_halves=True
     ),
+    Vectors(16, HALVES, HALVES_FLAGS, has_bytes=True, has_halves=True),
     Vectors(16, AVX512, ("-mavx512f", "-mavx512vnni", "-mprfchw"), has_bytes=True),
     Vectors(16, frozenset({"avx512f"}), ("-mavx512f",)),
     Vectors(8, AVX2 | {"avx_vnni"}, ("-mavx2", "-mfma", "-mf16c", "-mavxvnni", "-mprfchw"), has_bytes=True),

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <numeric>
 
-#include "bytes.h"
+#include "byte_format.h"
 #include "memory.h"
 #include "products.h"
 #include "simd.h"
@@ -186,6 +186,7 @@ struct InBytes {
                 sum += whole;
             }
             for (int k = 0; k < keys.width; k += kFour) std::memcpy(to + k * kPanel, bytes + k, kFour);
+            for (int k = keys.width; k < byte_depth(keys.width); k += kFour) std::memset(to + k * kPanel, 0, kFour);
             scales[0] = (range.low == range.low ? largest : range.low) / 127;
             scales[kPanel] = total(__builtin_convertvector(sum, Vector)) * scales[0];
         }

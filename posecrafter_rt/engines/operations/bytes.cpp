@@ -8,20 +8,21 @@ namespace posecrafter {
 
 void pack_bytes(const float* weight, int in_channels, int taps, int out_channels, float* packed,
                 const Parallel& parallel) {
-    const int depth = in_channels * taps;
+    const int numbers = in_channels * taps, stretch = byte_depth(in_channels), depth = stretch * taps;
     parallel(out_channels / kPanel, [=](int panel) {
         float* scales = packed + panel * byte_panel(depth);
         auto* bytes = reinterpret_cast<int8_t*>(scales + 2 * kPanel);
+        if (depth > numbers) std::fill_n(bytes, static_cast<size_t>(depth) * kPanel, int8_t{0});
         for (int o = 0; o < kPanel; ++o) {
-            const float* row = weight + (static_cast<size_t>(panel) * kPanel + o) * depth;
+            const float* row = weight + (static_cast<size_t>(panel) * kPanel + o) * numbers;
             float most = 0, none = 0;  // NaN where one is not finite: comparisons pass over it
-            for (int i = 0; i < depth; ++i) most = std::max(most, std::abs(row[i])), none += row[i] * 0;
+            for (int i = 0; i < numbers; ++i) most = std::max(most, std::abs(row[i])), none += row[i] * 0;
             const bool is_any = most > 0 && none == 0;
             int64_t sum = 0;
             for (int tap = 0; tap < taps; ++tap)
                 for (int i = 0; i < in_channels; ++i) {
                     const float value = row[i * taps + tap];
-                    const int k = tap * in_channels + i;
+                    const int k = tap * stretch + i;
                     const int byte = is_any ? static_cast<int>(std::lrint(value * (127 / most))) : 0;
                     bytes[(k / kFour * kPanel + o) * kFour + k % kFour] = static_cast<int8_t>(byte);
                     sum += byte;
@@ -59,32 +60,34 @@ Range range_of(const float* x, int count) {
 namespace {
 
 // Bytes from one row to the next: apart in the sets of the innermost cache.
-size_t byte_stride(int depth) {
+size_t byte_stride(int numbers) {
     constexpr int kLine = 64;
-    return ceil_div(depth, kLine) * kLine + kLine;
+    return ceil_div(numbers, kLine) * kLine + kLine;
 }
 
 }  // namespace
 
-size_t byte_rows_floats(int count, int depth) { return count * (2 + byte_stride(depth) / sizeof(float)); }
+size_t byte_rows_floats(int count, int numbers) { return count * (2 + byte_stride(numbers) / sizeof(float)); }
 
-ByteRows rows_to_bytes(Rows rows, int count, int depth, float* memory) {
-    const size_t stride = byte_stride(depth);
+ByteRows rows_to_bytes(Rows rows, int count, int numbers, float* memory) {
+    const int depth = byte_depth(numbers);
+    const size_t stride = byte_stride(numbers);
     float *scales = memory, *lows = scales + count;
     auto* bytes = reinterpret_cast<uint8_t*>(lows + count);
     const ByteRows made{bytes, stride, depth, 1, 0, scales, lows, 1};
     for (int r = 0; r < count; ++r, bytes += stride) {
         const float* row = rows.first + r * rows.stride;
-        const Range range = range_of(row, depth);
+        const Range range = range_of(row, numbers);
         const float scale = (range.high - range.low) / 255;
         lows[r] = range.low, scales[r] = scale;
         const float inverse = scale > 0 ? 1 / scale : 0, zero = -range.low * inverse;
         int i = 0;
-        for (; i + kLanes <= depth; i += kLanes) store_bytes(bytes + i, load(row + i), inverse, zero);
-        for (; i < depth; ++i) {
+        for (; i + kLanes <= numbers; i += kLanes) store_bytes(bytes + i, load(row + i), inverse, zero);
+        for (; i < numbers; ++i) {
             const float byte = row[i] * inverse + (zero + 0.5f);
             bytes[i] = static_cast<uint8_t>(std::min(255.0f, std::max(0.0f, byte)));
         }
+        std::fill(bytes + i, bytes + depth, uint8_t{0});
     }
     return made;
 }

@@ -22,7 +22,7 @@ void convolve_frames(const WindowConvolution& call, int first, int frames, int t
     Linear linear{};
     linear.windows = &windows;
     linear.layer = {call.packed, call.bias,
-                    window_side(call.window.times) * window_side(call.window.times) * picture.channels,
+                    window_side(call.window.times) * window_side(call.window.times) * Format::depth(picture.channels),
                     call.out_channels};
     linear.residual = call.residual == nullptr ? nullptr : call.residual + at;
     linear.out = call.out + at;

@@ -14,7 +14,7 @@
 #include <openvino/op/op.hpp>
 #include <vector>
 
-#include "bytes.h"
+#include "byte_format.h"
 #include "convolution.h"
 #include "operation.h"
 #include "products.h"

@@ -93,6 +93,9 @@ struct Halves {
     }
     static size_t floats(int count, int depth) { return half_rows_floats(count, depth); }
 
+    // How many numbers a pixel of so many channels takes.
+    static constexpr int depth(int channels) { return channels; }
+
     // Of a panel of weights, in floats.
     static constexpr size_t panel(int depth) { return static_cast<size_t>(depth) * kPanel / kLighter; }
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "bytes.h"
+#include "byte_format.h"
 #include "halves.h"
 #include "memory.h"
 #include "pictures.h"

@@ -13,7 +13,7 @@
 #include <mutex>
 #include <openvino/op/op.hpp>
 
-#include "bytes.h"
+#include "byte_format.h"
 #include "halves.h"
 #include "linear.h"
 #include "operation.h"

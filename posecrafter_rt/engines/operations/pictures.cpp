@@ -90,8 +90,8 @@ Range norm_group(const Picture& p, int index, float* scales, float* shifts) {
 
 // Packed weights of one kind of output, of which a doubled picture has four, in floats.
 template <class Format>
-size_t one_kind(int times, int in_channels, int out_channels) {
-    return out_channels / kPanel * Format::panel(window_side(times) * window_side(times) * in_channels);
+size_t one_kind(int times, int depth, int out_channels) {
+    return out_channels / kPanel * Format::panel(window_side(times) * window_side(times) * depth);
 }
 
 }  // namespace
@@ -139,10 +139,11 @@ void ByteFrames::set_scales(const std::vector<Range>& ranges, int frames) {
 }
 
 template <class Format>
-PictureOf<Format>::PictureOf(const Picture& p, Window window, const Parallel& parallel) : Windows(p, window) {
+PictureOf<Format>::PictureOf(const Picture& p, Window window, const Parallel& parallel)
+    : Windows(p, window, Format::depth(p.channels)) {
     const std::vector<float> norms = frames_.prepare(p, parallel);
     const size_t rows = static_cast<size_t>(p.frames) * (height_ + 2 * kBorder);
-    const size_t bytes = rows * (width_ + 2 * kBorder) * channels_ * sizeof(Number);
+    const size_t bytes = rows * (width_ + 2 * kBorder) * depth_ * sizeof(Number);
     pixels_ = reinterpret_cast<Number*>(thread_pixels.take(bytes / sizeof(float) + 1));
     parallel(static_cast<int>(rows), [&](int row) {
         fill_row(p, norms.empty() ? nullptr : norms.data(), row / (height_ + 2 * kBorder),
@@ -152,17 +153,17 @@ PictureOf<Format>::PictureOf(const Picture& p, Window window, const Parallel& pa
 
 template <class Format>
 void PictureOf<Format>::fill_row(const Picture& p, const float* norms, int frame, int y) {
-    const size_t channels = channels_, line = width_ * channels;
+    const size_t channels = p.channels, depth = depth_, line = width_ * depth;
     const Number zero = frames_.zero(frame);
     const auto write = frames_.writer(frame);
     Number* row = pixel(frame, y, -kBorder);
     if (y < 0 || y >= height_) {
-        std::fill_n(row, line + 2 * kBorder * channels, zero);
+        std::fill_n(row, line + 2 * kBorder * depth, zero);
         return;
     }
-    std::fill_n(row, kBorder * channels, zero);
-    row += kBorder * channels;
-    std::fill_n(row + line, kBorder * channels, zero);
+    std::fill_n(row, kBorder * depth, zero);
+    row += kBorder * depth;
+    std::fill_n(row + line, kBorder * depth, zero);
     const size_t plane = static_cast<size_t>(height_) * width_, all = p.frames * channels;
     for (size_t channel = 0; channel < channels; channel += kLanes) {
         const size_t at = frame * channels + channel;
@@ -174,7 +175,7 @@ void PictureOf<Format>::fill_row(const Picture& p, const float* norms, int frame
             Vector v[kColumns];
             read_columns(from + x, plane, count, v);
             for (int i = 0; i < count; ++i)
-                write(row + (x + i) * channels + channel, norms != nullptr ? silu(v[i] * scale + shift) : v[i]);
+                write(row + (x + i) * depth + channel, norms != nullptr ? silu(v[i] * scale + shift) : v[i]);
         }
     }
 }
@@ -182,14 +183,14 @@ void PictureOf<Format>::fill_row(const Picture& p, const float* norms, int frame
 template <class Format>
 typename Format::Number* PictureOf<Format>::pixel(int frame, int y, int x) const {
     const size_t rows = height_ + 2 * kBorder, columns = width_ + 2 * kBorder;
-    return pixels_ + ((frame * rows + y + kBorder) * columns + x + kBorder) * channels_;
+    return pixels_ + ((frame * rows + y + kBorder) * columns + x + kBorder) * depth_;
 }
 
 template <class Format>
 typename Format::Numbers PictureOf<Format>::windows(int frame, int top, int left) const {
-    const size_t channels = channels_, pitch = (width_ + 2 * kBorder) * channels;
+    const size_t depth = depth_, pitch = (width_ + 2 * kBorder) * depth;
     const int side = window_side(window_.times);
-    return frames_.rows(frame, pixel(frame, top, left), window_.stride * channels, side * channels_, side, pitch);
+    return frames_.rows(frame, pixel(frame, top, left), window_.stride * depth, side * depth_, side, pitch);
 }
 
 #ifdef PC_HAS_HALVES
@@ -214,14 +215,43 @@ void PictureOf<Halves>::sum_copies(int64_t first, int count, const float* weight
 }
 #endif
 
+#ifdef PC_HAS_TILES
+// Windows follow each other at one distance through all rows of a frame, but that between rows there are as many more as
+// the border is wide, which are computed, too: a tile has sixteen, and a row may be short.
+template <>
+void PictureOf<Bytes>::sum_runs(int64_t first, int count, const float* weights, size_t kind, float* sums,
+                                const Fetch& next) const {
+    const int columns = window_.out_width, times = window_.times, pitch = width_ + 2 * kBorder;
+    for (int done = 0; done < count;) {
+        const int64_t row = (first + done) / columns;
+        const int frame = static_cast<int>(row / window_.out_height), y = static_cast<int>(row % window_.out_height);
+        const int rows = std::min((count - done) / columns, window_.out_height - y);
+        for (int below = 0; below < std::min(times, rows); ++below)
+            for (int side = 0; side < times; ++side) {  // of a doubled picture: even and odd rows and columns
+                const int at = y + below, top = times == 2 ? at / 2 - 1 + at % 2 : at - kBorder;
+                const int own_rows = ceil_div(rows - below, times);
+                const TileRun run{(own_rows - 1) * pitch + width_, width_, pitch, size_t(times) * columns * kPanel};
+                const float* own = weights + (times == 2 ? at % 2 * 2 + side : 0) * kind;
+                const Sums to{sums + (size_t(done) + below * columns + side) * kPanel, size_t(times) * kPanel};
+                multiply_tiles(windows(frame, top, side - kBorder), run, own, to, next.from(done));
+            }
+        done += rows * columns;
+    }
+}
+#endif
+
 template <class Format>
 void PictureOf<Format>::sum(int64_t first, int count, const Layer& layer, int panel, float* sums,
                             const Fetch& next) const {
     const int columns = window_.out_width, times = window_.times;
-    const size_t kind = one_kind<Format>(window_.times, channels_, layer.out_channels);
+    const size_t kind = one_kind<Format>(window_.times, depth_, layer.out_channels);
     const float* weights = static_cast<const float*>(layer.packed) + panel * Format::panel(layer.in_channels);
     if constexpr (std::is_same_v<Format, Halves>)
         if (times == 1 && columns < kFewColumns) return sum_copies(first, count, weights, {sums, kPanel});
+#ifdef PC_HAS_TILES
+    if constexpr (std::is_same_v<Format, Bytes>)
+        if (window_.stride == 1 && may_use_tiles()) return sum_runs(first, count, weights, kind, sums, next);
+#endif
     const int pieces = Format::pieces(windows(0, -kBorder, -kBorder));
     for (int piece = 0; piece < pieces; ++piece)
         for (int done = 0; done < count; done += columns) {
@@ -240,7 +270,7 @@ void PictureOf<Format>::sum(int64_t first, int count, const Layer& layer, int pa
 
 template <class Format>
 size_t packed_windows(int times, int in_channels, int out_channels) {
-    return times * times * one_kind<Format>(times, in_channels, out_channels);
+    return times * times * one_kind<Format>(times, Format::depth(in_channels), out_channels);
 }
 
 template <class Format>
@@ -258,7 +288,7 @@ void pack_windows(const float* weight, int in_channels, int out_channels, int ti
                     folded[map * 4 + (y + 1 - odd_row) / 2 * 2 + (x + 1 - odd_column) / 2] +=
                         weight[map * 9 + y * 3 + x];
         Format::pack(folded.data(), in_channels, 4, out_channels,
-                     packed + kind * one_kind<Format>(times, in_channels, out_channels), parallel);
+                     packed + kind * one_kind<Format>(times, Format::depth(in_channels), out_channels), parallel);
     }
 }
 

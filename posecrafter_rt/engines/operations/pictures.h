@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "bytes.h"
+#include "byte_format.h"
 #include "halves.h"
 #include "linear.h"
 #include "parallel.h"
@@ -52,11 +52,11 @@ public:
     int columns() const { return window_.out_width; }
 
 protected:
-    Windows(const Picture& picture, Window window)
-        : window_(window), channels_(picture.channels), height_(picture.height), width_(picture.width) {}
+    Windows(const Picture& picture, Window window, int depth)
+        : window_(window), depth_(depth), height_(picture.height), width_(picture.width) {}
 
     Window window_;
-    int channels_, height_, width_;
+    int depth_, height_, width_;  // depth: numbers from one pixel to the next
 };
 
 // How the numbers of each frame are written: as they are.
@@ -114,6 +114,8 @@ public:
 private:
     void fill_row(const Picture& picture, const float* norms, int frame, int y);
     void sum_copies(int64_t first, int count, const float* weights, Sums sums) const;  // of Halves
+    void sum_runs(int64_t first, int count, const float* weights, size_t kind, float* sums,
+                  const Fetch& next) const;  // of Bytes
     typename Format::Numbers windows(int frame, int top, int left) const;
     Number* pixel(int frame, int y, int x) const;
 

@@ -1,0 +1,51 @@
+// Products in eight bits as linear maps and convolutions ask for them. Layer 4.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "bytes.h"
+#include "tiles.h"
+#include "vnni.h"
+
+namespace posecrafter {
+
+// What products in eight bits are made of, for `Job` and `PictureOf`.
+struct Bytes {
+    using Number = uint8_t;
+    using Numbers = ByteRows;
+    static constexpr int kLighter = sizeof(float);  // how many times as light as a float a weight is
+
+    static Numbers convert(Rows rows, int count, int depth, float* memory) {
+        return rows_to_bytes(rows, count, depth, memory);
+    }
+    static size_t floats(int count, int depth) { return byte_rows_floats(count, depth); }
+
+    // How many numbers a pixel of so many channels takes.
+    static constexpr int depth(int channels) { return byte_depth(channels); }
+
+    // Of a panel of weights, in floats.
+    static constexpr size_t panel(int depth) { return byte_panel(depth); }
+
+    static void pack(const float* weight, int in_channels, int taps, int out_channels, float* packed,
+                     const Parallel& parallel) {
+        pack_bytes(weight, in_channels, taps, out_channels, packed, parallel);
+    }
+
+    // In how many pieces a panel is multiplied: whole sums are exact.
+    static int pieces(const Numbers&) { return 1; }
+
+#ifdef PC_HAS_VNNI
+    // Any number of rows times one panel.
+    static void multiply(const Numbers& rows, int, int count, const float* panel, Sums sums, const Fetch& next) {
+#ifdef PC_HAS_TILES
+        if (may_use_tiles()) return multiply_tiles(rows, {count, count, count, 0}, panel, sums, next);
+#endif
+        for_blocks(count, [&](int begin, int some) {
+            kMultiplyBytes[some - 1](rows.from(begin), panel, sums.from(begin), next.from(begin));
+        });
+    }
+#endif
+};
+
+}  // namespace posecrafter
