@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 from safetensors import safe_open
 
 from posecrafter_rt.engines.base import inner_precision
+from posecrafter_rt.engines.openvino_operations import network_precision
 from posecrafter_rt.engines.folder import EngineFolder
 from posecrafter_rt.spec import SHALLOW_STREAM, SHALLOW_UNET, SMALL_DECODER, Architecture, TensorSpec, network_specs
 
@@ -53,13 +54,14 @@ def describe_networks(folder: EngineFolder) -> dict[str, dict[str, Any]]:
     files, bytes and weights (several networks of `torch` read one file); and what `write_description` kept of it.
     """
     manifest, noted = folder.manifest, folder.networks / DESCRIPTION_FILE
+    precision_of = network_precision if manifest["backend"] == "openvino" else inner_precision
     kept = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
     described = {}
     for name, spec in network_specs(Architecture.from_json(manifest["architecture"])).items():
         stems = COMPONENTS[name] if manifest["backend"] == "torch" else (name,)
         files = [file for stem in stems for file in sorted(folder.networks.glob(f"{stem}.*"))]
         described[name] = {
-            "precision": inner_precision(stems[0], manifest["precision"]),
+            "precision": precision_of(stems[0], manifest["precision"]),
             "inputs": _describe_tensors(spec.inputs),
             "outputs": _describe_tensors(spec.outputs),
             "files": [file.name for file in files],

@@ -29,7 +29,6 @@ from posecrafter_rt.engines.base import (
     Progress,
     checked_inputs,
     fitting_weights,
-    inner_precision,
 )
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.openvino_attention import use_attention
@@ -43,6 +42,7 @@ from posecrafter_rt.engines.openvino_operations import (
     missing_bytes_reason,
     missing_halves_reason,
     missing_reason,
+    network_precision,
 )
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError, last_line
@@ -322,7 +322,7 @@ class OpenVinoBackend:
         core, compiled = openvino.Core(), BlobCache(cache, KEPT_BYTES)
 
         def engine(spec: NetworkSpec) -> OpenVinoEngine:
-            inner = inner_precision(spec.name, precision)
+            inner = network_precision(spec.name, precision)
             file = NetworkFile(networks_folder / f"{spec.name}.xml", digests[spec.name])
             return OpenVinoEngine(spec, core, file, self._properties(inner), compiled, inner)
 

@@ -61,7 +61,8 @@ def _tile(node: Any, available: Operations) -> int | None:
         return None
     is_single = _is_convolution(node, stride=1)
     has_products = {"int8": True, "fp16": available.vectors.has_halves}.get(available.precision, False)
-    if has_products and not (available.precision == "fp16" and is_single and _is_large(node)):
+    by_fours = available.precision == "fp16" and not available.vectors.has_tiles and is_single and _is_large(node)
+    if has_products and not by_fours:
         return 0 if is_single or _is_doubling(node) or _is_convolution(node, stride=2) else None
     return _winograd_tile(node, available.precision) if is_single or _is_doubling(node) else None
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from posecrafter_rt import config
 from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
-from posecrafter_rt.engines.base import Precision
+from posecrafter_rt.engines.base import BEYOND_FP16, Precision, inner_precision
 from posecrafter_rt.engines.openvino_trials import all_trials
 from posecrafter_rt.errors import PoseCrafterError, last_line
 from posecrafter_rt.machine import cpu_features
@@ -60,21 +60,21 @@ class Vectors(NamedTuple):
     flags: tuple[str, ...]
     has_bytes: bool = False  # whether products in eight bits are among them
     has_halves: bool = False  # whether those in 16 bits are; otherwise weights in 16 bits are multiplied in float32
+    has_tiles: bool = False  # whether both are done in tiles (AMX), those in 16 bits in two digits of eight
 
 
 AVX2, AVX512 = frozenset({"avx2", "fma", "f16c"}), frozenset({"avx512f", "avx512_vnni"})
 HALVES = AVX512 | {"avx512_fp16", "avx512bw", "avx512dq", "avx512vl"}
 HALVES_FLAGS = ("-mavx512fp16", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprfchw")
 VECTORS = (
-    Vectors(
-        16, HALVES | {"amx_tile", "amx_int8"}, (*HALVES_FLAGS, "-mamx-tile", "-mamx-int8"), has_bytes=True, has_halves=True
-    ),
+    Vectors(16, HALVES | {"amx_tile", "amx_int8"}, (*HALVES_FLAGS, "-mamx-tile", "-mamx-int8"), has_bytes=True,
+            has_halves=True, has_tiles=True),
     Vectors(16, HALVES, HALVES_FLAGS, has_bytes=True, has_halves=True),
     Vectors(16, AVX512, ("-mavx512f", "-mavx512vnni", "-mprfchw"), has_bytes=True),
     Vectors(16, frozenset({"avx512f"}), ("-mavx512f",)),
     Vectors(8, AVX2 | {"avx_vnni"}, ("-mavx2", "-mfma", "-mf16c", "-mavxvnni", "-mprfchw"), has_bytes=True),
     Vectors(8, AVX2, ("-mavx2", "-mfma", "-mf16c")),
-)  # the widest first
+)  # fmt: skip  # the widest first
 
 
 class Operations(NamedTuple):
@@ -152,6 +152,13 @@ def operations(precision: Precision = "fp32") -> Operations | None:
     """The operations for this processor, or None where they cannot be had."""
     vectors, library, *_ = _built(_fitting())
     return None if vectors is None or library is None else Operations(vectors, _factory(library), precision)
+
+
+def network_precision(name: str, precision: Precision) -> Precision:
+    """As `inner_precision`, but that two digits of eight bits, each row's by a scale of its own, have no range to leave."""
+    available = operations(precision) if precision == "fp16" and name in BEYOND_FP16 else None
+    has_tiles = available is not None and available.vectors.has_tiles
+    return precision if has_tiles else inner_precision(name, precision)
 
 
 def hold_weights(model: openvino.Model, release: Callable[[], None]) -> None:

@@ -92,14 +92,6 @@ private:
     int width_;
 };
 
-// A vector of a row of `width` numbers from `at` on, zeros where it ends.
-PC_INLINE Vector read(const float* row, int at, int width) {
-    if (at + kLanes <= width) return load(row + at);
-    Vector v{};
-    if (at < width) std::memcpy(&v, row + at, (width - at) * sizeof(float));
-    return v;
-}
-
 struct InFloats {
     static size_t panel_floats(int keys) { return static_cast<size_t>(keys) * kPanel; }
     static size_t key_floats(int keys, int width) { return static_cast<size_t>(round_up(keys, kPanel)) * width; }

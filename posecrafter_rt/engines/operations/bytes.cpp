@@ -6,6 +6,13 @@
 
 namespace posecrafter {
 
+WeightScale weight_scale(const float* weights, int count, int most) {
+    float largest = 0, none = 0;  // NaN where one is not finite: comparisons pass over it
+    for (int i = 0; i < count; ++i) largest = std::max(largest, std::abs(weights[i])), none += weights[i] * 0;
+    const auto whole = static_cast<float>(most);
+    return {largest / whole + none, largest > 0 && none == 0 ? whole / largest : 0};
+}
+
 void pack_bytes(const float* weight, int in_channels, int taps, int out_channels, float* packed,
                 const Parallel& parallel) {
     const int numbers = in_channels * taps, stretch = byte_depth(in_channels), depth = stretch * taps;
@@ -15,20 +22,16 @@ void pack_bytes(const float* weight, int in_channels, int taps, int out_channels
         if (depth > numbers) std::fill_n(bytes, static_cast<size_t>(depth) * kPanel, int8_t{0});
         for (int o = 0; o < kPanel; ++o) {
             const float* row = weight + (static_cast<size_t>(panel) * kPanel + o) * numbers;
-            float most = 0, none = 0;  // NaN where one is not finite: comparisons pass over it
-            for (int i = 0; i < numbers; ++i) most = std::max(most, std::abs(row[i])), none += row[i] * 0;
-            const bool is_any = most > 0 && none == 0;
+            const WeightScale scale = weight_scale(row, numbers, 127);
             int64_t sum = 0;
             for (int tap = 0; tap < taps; ++tap)
                 for (int i = 0; i < in_channels; ++i) {
-                    const float value = row[i * taps + tap];
-                    const int k = tap * stretch + i;
-                    const int byte = is_any ? static_cast<int>(std::lrint(value * (127 / most))) : 0;
+                    const int k = tap * stretch + i, byte = scale.whole(row[i * taps + tap]);
                     bytes[(k / kFour * kPanel + o) * kFour + k % kFour] = static_cast<int8_t>(byte);
                     sum += byte;
                 }
-            scales[o] = most / 127 + none;
-            scales[kPanel + o] = static_cast<float>(sum) * scales[o];
+            scales[o] = scale.step;
+            scales[kPanel + o] = static_cast<float>(sum) * scale.step;
         }
     });
 }
@@ -56,16 +59,6 @@ Range range_of(const float* x, int count) {
     }
     return {range.low + none, range.high + none};
 }
-
-namespace {
-
-// Bytes from one row to the next: apart in the sets of the innermost cache.
-size_t byte_stride(int numbers) {
-    constexpr int kLine = 64;
-    return ceil_div(numbers, kLine) * kLine + kLine;
-}
-
-}  // namespace
 
 size_t byte_rows_floats(int count, int numbers) { return count * (2 + byte_stride(numbers) / sizeof(float)); }
 

@@ -2,6 +2,7 @@
 // are summed exactly in 32 bits. Layer 4.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -54,6 +55,16 @@ constexpr size_t byte_panel(int numbers) {
     return 2 * kPanel + static_cast<size_t>(byte_depth(numbers)) * kPanel / sizeof(float);
 }
 
+// How a channel's weights are rounded: a weight is `step` times a whole number. NaN where one is not finite.
+struct WeightScale {
+    float step, inverse;
+
+    int whole(float weight) const { return inverse > 0 ? static_cast<int>(std::lrint(weight * inverse)) : 0; }
+};
+
+// So that the largest is this whole number.
+WeightScale weight_scale(const float* weights, int count, int most);
+
 // weight (out, in, taps) → packed (out / panel, byte_panel), in the order (taps, byte_depth(in)) of the rows' numbers.
 void pack_bytes(const float* weight, int in_channels, int taps, int out_channels, float* packed,
                 const Parallel& parallel);
@@ -70,6 +81,12 @@ ByteRows rows_to_bytes(Rows rows, int count, int numbers, float* memory);
 
 size_t byte_rows_floats(int count, int numbers);
 
+// Bytes from one row to the next: apart in the sets of the innermost cache.
+constexpr size_t byte_stride(int numbers) {
+    constexpr int kLine = 64;
+    return ceil_div(numbers, kLine) * kLine + kLine;
+}
+
 using Integers = int __attribute__((vector_size(kLanes * sizeof(int))));
 
 // A vector's numbers as bytes: round(x · inverse + zero), from 0 to 255.
@@ -84,8 +101,8 @@ PC_INLINE void store_bytes(uint8_t* to, Vector x, float inverse, float zero) {
 }
 
 // What sums of a row's products with half a panel stand for: the panel's scales and sums there, the row's scale and low.
-PC_INLINE Vector scaled(Integers sums, Vector scale, Vector sum, float row_scale, float row_low) {
-    return __builtin_convertvector(sums, Vector) * scale * row_scale + sum * row_low;
+PC_INLINE Vector scaled(Vector sums, Vector scale, Vector sum, float row_scale, float row_low) {
+    return sums * scale * row_scale + sum * row_low;
 }
 
 }  // namespace posecrafter

@@ -120,6 +120,10 @@ private:
         call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
         call.out = out.data<float>();
         call.out_channels = size(shape[1]);
+#ifdef PC_HAS_TILES
+        if (in_halves_ && may_use_tiles())
+            return posecrafter::convolve_windows<Digits>(call, num_threads(), parallel);
+#endif
 #ifdef PC_HAS_HALVES
         if (in_halves_) return posecrafter::convolve_windows<Halves>(call, num_threads(), parallel);
 #endif
@@ -150,6 +154,9 @@ private:
 
     Weights pack(const ov::Tensor& weight) const {
         if (tile_ > 0) return in_halves_ ? pack_tiles<Half>(weight) : pack_tiles<float>(weight);
+#ifdef PC_HAS_TILES
+        if (in_halves_ && may_use_tiles()) return pack_format<Digits>(weight);
+#endif
 #ifdef PC_HAS_HALVES
         if (in_halves_) return pack_format<Halves>(weight);
 #endif

@@ -23,7 +23,7 @@ void pack_digits(const float* weight, int in_channels, int taps, int out_channel
             for (int tap = 0; tap < taps; ++tap)
                 for (int i = 0; i < in_channels; ++i) {
                     const int k = tap * stretch + i;
-                    const int whole = static_cast<int>(std::lrint(row[i * taps + tap] * scale.inverse));
+                    const int whole = scale.whole(row[i * taps + tap]);
                     int8_t* to = column + k / kWhole * kWhole * kPanel + k % kWhole / kFour * kLanes * kFour + k % kFour;
                     to[0] = static_cast<int8_t>((whole + kDigit / 2) >> 8);
                     to[kWhole * kLanes] = static_cast<int8_t>(whole & (kDigit - 1));

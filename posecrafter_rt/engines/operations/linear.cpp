@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "byte_format.h"
+#include "digit_format.h"
 #include "halves.h"
 #include "memory.h"
 #include "pictures.h"
@@ -100,6 +101,11 @@ struct Products<Bytes> : ProductsIn<Bytes> {};
 
 template <>
 struct Products<Halves> : ProductsIn<Halves> {};
+
+#ifdef PC_HAS_TILES
+template <>
+struct Products<Digits> : ProductsIn<Digits> {};
+#endif
 
 template <class Format>
 class Job {
@@ -270,6 +276,9 @@ template void linear<float>(const Linear&, int, const Parallel&);
 template void linear<Half>(const Linear&, int, const Parallel&);
 #ifdef PC_HAS_VNNI
 template void linear<Bytes>(const Linear&, int, const Parallel&);
+#endif
+#ifdef PC_HAS_TILES
+template void linear<Digits>(const Linear&, int, const Parallel&);
 #endif
 #ifdef PC_HAS_HALVES
 template void linear<Halves>(const Linear&, int, const Parallel&);

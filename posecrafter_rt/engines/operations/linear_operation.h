@@ -14,6 +14,7 @@
 #include <openvino/op/op.hpp>
 
 #include "byte_format.h"
+#include "digit_format.h"
 #include "halves.h"
 #include "linear.h"
 #include "operation.h"
@@ -92,6 +93,9 @@ private:
 #ifdef PC_HAS_VNNI
         if (in_bytes_) return linear<Bytes>;
 #endif
+#ifdef PC_HAS_TILES
+        if (in_halves_ && may_use_tiles()) return linear<Digits>;
+#endif
 #ifdef PC_HAS_HALVES
         if (in_halves_) return linear<Halves>;
 #endif
@@ -128,11 +132,19 @@ private:
     }
 
     Weights pack(const ov::Tensor& weight) const {
-        if (!in_bytes_) return in_halves_ ? pack_numbers<Half>(weight) : pack_numbers<float>(weight);
+        if (in_bytes_) return pack_format<Bytes>(weight);
+#ifdef PC_HAS_TILES
+        if (in_halves_ && may_use_tiles()) return pack_format<Digits>(weight);
+#endif
+        return in_halves_ ? pack_numbers<Half>(weight) : pack_numbers<float>(weight);
+    }
+
+    template <class Format>
+    static Weights pack_format(const ov::Tensor& weight) {
         const int rows = static_cast<int>(weight.get_shape()[0]), columns = static_cast<int>(weight.get_size()) / rows;
-        return packed_weights<Bytes>(weight, columns, kInFormat, rows / kPanel * byte_panel(columns), [&](float* to) {
-            pack_bytes(weight.data<float>(), columns, 1, rows, to, parallel);
-        });
+        return packed_weights<Format>(
+            weight, columns, kInFormat, rows / kPanel * Format::panel(columns),
+            [&](float* to) { Format::pack(weight.data<float>(), columns, 1, rows, to, parallel); });
     }
 
     template <class Number>

@@ -96,7 +96,7 @@ size_t one_kind(int times, int depth, int out_channels) {
 
 }  // namespace
 
-std::vector<float> HalfFrames::prepare(const Picture& p, const Parallel& parallel) {
+std::vector<float> HalfFrames::prepare(const Picture& p, size_t, const Parallel& parallel) {
     std::vector<float> norms = p.room_for_norms();
     if (norms.empty()) return norms;
     const size_t all = norms.size() / 2, plane = static_cast<size_t>(p.height) * p.width;
@@ -106,7 +106,7 @@ std::vector<float> HalfFrames::prepare(const Picture& p, const Parallel& paralle
     return norms;
 }
 
-std::vector<float> ByteFrames::prepare(const Picture& p, const Parallel& parallel) {
+std::vector<float> ScaledFrames::prepare(const Picture& p, int most, const Parallel& parallel) {
     std::vector<float> norms = p.room_for_norms();
     const int parts = norms.empty() ? p.channels / kLanes : p.groups;
     const size_t all = norms.size() / 2, plane = static_cast<size_t>(p.height) * p.width;
@@ -117,11 +117,11 @@ std::vector<float> ByteFrames::prepare(const Picture& p, const Parallel& paralle
         else
             ranges[index] = norm_group(p, index, norms.data(), norms.data() + all);
     });
-    set_scales(ranges, p.frames);
+    set_scales(ranges, p.frames, most);
     return norms;
 }
 
-void ByteFrames::set_scales(const std::vector<Range>& ranges, int frames) {
+void ScaledFrames::set_scales(const std::vector<Range>& ranges, int frames, int most) {
     const size_t parts = ranges.size() / frames;
     for (int frame = 0; frame < frames; ++frame) {
         Range range{0, 0};
@@ -131,7 +131,7 @@ void ByteFrames::set_scales(const std::vector<Range>& ranges, int frames) {
             range = joined(range, own);
             none += 0 * (own.low + own.high);
         }
-        const float scale = (range.high - range.low) / 255 + none;
+        const float scale = (range.high - range.low) / static_cast<float>(most) + none;
         zeros_.push_back(scale > 0 ? std::round(-range.low / scale) : 0);
         scales_.push_back(scale);
         lows_.push_back(-zeros_.back() * scale);
@@ -141,9 +141,10 @@ void ByteFrames::set_scales(const std::vector<Range>& ranges, int frames) {
 template <class Format>
 PictureOf<Format>::PictureOf(const Picture& p, Window window, const Parallel& parallel)
     : Windows(p, window, Format::depth(p.channels)) {
-    const std::vector<float> norms = frames_.prepare(p, parallel);
     const size_t rows = static_cast<size_t>(p.frames) * (height_ + 2 * kBorder);
-    const size_t bytes = rows * (width_ + 2 * kBorder) * depth_ * sizeof(Number);
+    const size_t plane = rows * (width_ + 2 * kBorder) * depth_;
+    const std::vector<float> norms = frames_.prepare(p, plane, parallel);
+    const size_t bytes = FramesOf<Format>::kPlanes * plane * sizeof(Number);
     pixels_ = reinterpret_cast<Number*>(thread_pixels.take(bytes / sizeof(float) + 1));
     parallel(static_cast<int>(rows), [&](int row) {
         fill_row(p, norms.empty() ? nullptr : norms.data(), row / (height_ + 2 * kBorder),
@@ -154,16 +155,15 @@ PictureOf<Format>::PictureOf(const Picture& p, Window window, const Parallel& pa
 template <class Format>
 void PictureOf<Format>::fill_row(const Picture& p, const float* norms, int frame, int y) {
     const size_t channels = p.channels, depth = depth_, line = width_ * depth;
-    const Number zero = frames_.zero(frame);
     const auto write = frames_.writer(frame);
     Number* row = pixel(frame, y, -kBorder);
     if (y < 0 || y >= height_) {
-        std::fill_n(row, line + 2 * kBorder * depth, zero);
+        frames_.fill(frame, row, line + 2 * kBorder * depth);
         return;
     }
-    std::fill_n(row, kBorder * depth, zero);
+    frames_.fill(frame, row, kBorder * depth);
     row += kBorder * depth;
-    std::fill_n(row + line, kBorder * depth, zero);
+    frames_.fill(frame, row + line, kBorder * depth);
     const size_t plane = static_cast<size_t>(height_) * width_, all = p.frames * channels;
     for (size_t channel = 0; channel < channels; channel += kLanes) {
         const size_t at = frame * channels + channel;
@@ -218,9 +218,9 @@ void PictureOf<Halves>::sum_copies(int64_t first, int count, const float* weight
 #ifdef PC_HAS_TILES
 // Windows follow each other at one distance through all rows of a frame, but that between rows there are as many more as
 // the border is wide, which are computed, too: a tile has sixteen, and a row may be short.
-template <>
-void PictureOf<Bytes>::sum_runs(int64_t first, int count, const float* weights, size_t kind, float* sums,
-                                const Fetch& next) const {
+template <class Format>
+void PictureOf<Format>::sum_runs(int64_t first, int count, const float* weights, size_t kind, float* sums,
+                                 const Fetch& next) const {
     const int columns = window_.out_width, times = window_.times, pitch = width_ + 2 * kBorder;
     for (int done = 0; done < count;) {
         const int64_t row = (first + done) / columns;
@@ -238,6 +238,9 @@ void PictureOf<Bytes>::sum_runs(int64_t first, int count, const float* weights, 
         done += rows * columns;
     }
 }
+
+template <>
+void PictureOf<Halves>::sum_runs(int64_t, int, const float*, size_t, float*, const Fetch&) const {}
 #endif
 
 template <class Format>
@@ -249,7 +252,7 @@ void PictureOf<Format>::sum(int64_t first, int count, const Layer& layer, int pa
     if constexpr (std::is_same_v<Format, Halves>)
         if (times == 1 && columns < kFewColumns) return sum_copies(first, count, weights, {sums, kPanel});
 #ifdef PC_HAS_TILES
-    if constexpr (std::is_same_v<Format, Bytes>)
+    if constexpr (!std::is_same_v<Format, Halves>)
         if (window_.stride == 1 && may_use_tiles()) return sum_runs(first, count, weights, kind, sums, next);
 #endif
     const int pieces = Format::pieces(windows(0, -kBorder, -kBorder));
@@ -296,6 +299,11 @@ void pack_windows(const float* weight, int in_channels, int out_channels, int ti
 template class PictureOf<Bytes>;
 template size_t packed_windows<Bytes>(int, int, int);
 template void pack_windows<Bytes>(const float*, int, int, int, float*, const Parallel&);
+#endif
+#ifdef PC_HAS_TILES
+template class PictureOf<Digits>;
+template size_t packed_windows<Digits>(int, int, int);
+template void pack_windows<Digits>(const float*, int, int, int, float*, const Parallel&);
 #endif
 #ifdef PC_HAS_HALVES
 template class PictureOf<Halves>;

@@ -2,11 +2,13 @@
 // Python nor any library's tensors or threads.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "byte_format.h"
+#include "digit_format.h"
 #include "halves.h"
 #include "linear.h"
 #include "parallel.h"
@@ -62,44 +64,94 @@ protected:
 // How the numbers of each frame are written: as they are.
 class HalfFrames {
 public:
-    // Returns the norms, see `Picture`.
-    std::vector<float> prepare(const Picture& picture, const Parallel& parallel);
+    // Returns the norms, see `Picture`. plane: pixels of all frames, their borders among them, times numbers of each.
+    std::vector<float> prepare(const Picture& picture, size_t plane, const Parallel& parallel);
 
     auto writer(int) const {
         return [](Half* to, Vector v) { store(to, v); };
     }
-    Half zero(int) const { return {}; }
+    void fill(int, Half* to, size_t count) const { std::fill_n(to, count, Half{}); }
     HalfRows rows(int, const Half* first, size_t stride, int depth, int segments, size_t pitch) const {
         return {first, stride, depth, segments, pitch};
     }
 };
 
-// By one scale for each frame, in which zero is exact: a number is scale · (byte - zero).
-class ByteFrames {
-public:
-    std::vector<float> prepare(const Picture& picture, const Parallel& parallel);
+// By one scale for each frame, in which zero is exact: a number is scale · (whole number - zero).
+class ScaledFrames {
+protected:
+    // most: the largest whole number.
+    std::vector<float> prepare(const Picture& picture, int most, const Parallel& parallel);
 
-    auto writer(int frame) const {
-        const float inverse = scales_[frame] > 0 ? 1 / scales_[frame] : 0, zero = zeros_[frame];
-        return [=](uint8_t* to, Vector v) { store_bytes(to, v, inverse, zero); };
-    }
-    uint8_t zero(int frame) const { return static_cast<uint8_t>(zeros_[frame]); }
+    float inverse(int frame) const { return scales_[frame] > 0 ? 1 / scales_[frame] : 0; }
     ByteRows rows(int frame, const uint8_t* first, size_t stride, int depth, int segments, size_t pitch) const {
         return {first, stride, depth, segments, pitch, &scales_[frame], &lows_[frame], 0};
     }
 
-private:
-    void set_scales(const std::vector<Range>& ranges, int frames);
-
     std::vector<float> scales_, zeros_, lows_;
+
+private:
+    void set_scales(const std::vector<Range>& ranges, int frames, int most);
 };
+
+class ByteFrames : ScaledFrames {
+public:
+    std::vector<float> prepare(const Picture& picture, size_t, const Parallel& parallel) {
+        return ScaledFrames::prepare(picture, 255, parallel);
+    }
+    auto writer(int frame) const {
+        return [inverse = inverse(frame), zero = zeros_[frame]](uint8_t* to, Vector v) {
+            store_bytes(to, v, inverse, zero);
+        };
+    }
+    void fill(int frame, uint8_t* to, size_t count) const {
+        std::fill_n(to, count, static_cast<uint8_t>(zeros_[frame]));
+    }
+    using ScaledFrames::rows;
+};
+
+#ifdef PC_HAS_TILES
+// In digits: a plane of high ones, then one of low ones.
+class DigitFrames : ScaledFrames {
+public:
+    std::vector<float> prepare(const Picture& picture, size_t plane, const Parallel& parallel) {
+        plane_ = plane;
+        return ScaledFrames::prepare(picture, kMostDigits, parallel);
+    }
+    auto writer(int frame) const {
+        return [inverse = inverse(frame), zero = zeros_[frame], plane = plane_](uint8_t* to, Vector v) {
+            store_digits(to, plane, v, inverse, zero);
+        };
+    }
+    void fill(int frame, uint8_t* to, size_t count) const {
+        const int zero = static_cast<int>(zeros_[frame]);
+        std::fill_n(to, count, static_cast<uint8_t>((zero + kDigit / 2) / kDigit));
+        std::fill_n(to + plane_, count, static_cast<uint8_t>(zero % kDigit));
+    }
+    DigitRows rows(int frame, const uint8_t* first, size_t stride, int depth, int segments, size_t pitch) const {
+        return {ScaledFrames::rows(frame, first, stride, depth, segments, pitch), plane_};
+    }
+
+private:
+    size_t plane_ = 0;
+};
+#endif
 
 template <class Format>
 struct FramesOf;
 template <>
-struct FramesOf<Halves> : HalfFrames {};
+struct FramesOf<Halves> : HalfFrames {
+    static constexpr int kPlanes = 1;
+};
 template <>
-struct FramesOf<Bytes> : ByteFrames {};
+struct FramesOf<Bytes> : ByteFrames {
+    static constexpr int kPlanes = 1;
+};
+#ifdef PC_HAS_TILES
+template <>
+struct FramesOf<Digits> : DigitFrames {
+    static constexpr int kPlanes = 2;
+};
+#endif
 
 template <class Format>
 class PictureOf : public Windows {
@@ -115,7 +167,7 @@ private:
     void fill_row(const Picture& picture, const float* norms, int frame, int y);
     void sum_copies(int64_t first, int count, const float* weights, Sums sums) const;  // of Halves
     void sum_runs(int64_t first, int count, const float* weights, size_t kind, float* sums,
-                  const Fetch& next) const;  // of Bytes
+                  const Fetch& next) const;  // of Bytes and Digits
     typename Format::Numbers windows(int frame, int top, int left) const;
     Number* pixel(int frame, int y, int x) const;
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 #include <cstdint>
 
 #if !defined(__AVX512F__) && !(defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
@@ -201,6 +202,14 @@ PC_INLINE Vector power_of_two(Vector x) {
 }
 
 constexpr float kLog2E = 1.44269504f;
+
+// A vector of a row of `width` numbers from `at` on, zeros where it ends.
+PC_INLINE Vector read(const float* row, int at, int width) {
+    if (at + kLanes <= width) return load(row + at);
+    Vector v{};
+    if (at < width) std::memcpy(&v, row + at, (width - at) * sizeof(float));
+    return v;
+}
 
 // 1 / x to 2e-7, in a fraction of a division's time.
 PC_INLINE Vector reciprocal(Vector x) {

@@ -1,5 +1,5 @@
-// Products in eight bits by the processor's tiles (Intel AMX): up to 32 rows times a panel at once, the same sums as by
-// VNNI, bit for bit. Layer 4.
+// Products in eight bits, and in two digits of eight, by the processor's tiles (Intel AMX): up to 32 rows times a panel at
+// once. Those in eight bits are the same sums as by VNNI, bit for bit. Layer 4.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "bytes.h"
+#include "digits.h"
 
 #ifdef PC_HAS_TILES
 
@@ -52,22 +53,58 @@ struct TileRun {
     size_t row_stride;
 };
 
-// Two groups of rows, from `first` and from `second` on, times a panel → their sums as integers, the second's after
-// those of the rows that are in the first alone.
-inline void multiply_groups(const ByteRows& rows, int first, int second, const float* panel, int* sums,
-                            const Fetch& next) {
+// Two groups of at most kTileRows rows that are multiplied together, from `first` and from `second` on.
+struct Groups {
+    int first, second;
+};
+
+constexpr int kGroupSums = 2 * kTileRows * kPanel;  // of both groups' rows
+
+// What is fetched while products are computed, at each of their steps a part of it: what is written next, and to the
+// cache beyond the innermost the panel that follows.
+class Meanwhile {
+public:
+    Meanwhile(const ByteRows& rows, int pairs, const float* panel, const Fetch& next)
+        : Meanwhile(steps(rows), pairs, panel, byte_panel(rows.segments * rows.depth), next) {}
+    Meanwhile(const DigitRows& rows, int pairs, const float* panel, const Fetch& next)
+        : Meanwhile(2 * steps(rows.high), pairs, panel, digit_panel(rows.high.segments * rows.high.depth), next) {}
+
+    PC_INLINE void fetch(Groups groups, int step) {
+        if (step * fetches_ < kPanel) {
+            const Fetch upper = next_.from(groups.first), lower = next_.from(groups.second);
+            for (int i = step * fetches_; i < (step + 1) * fetches_; ++i) upper.fetch(i), lower.fetch(i);
+        }
+        for (int line = 0; line < lines_; ++line, ahead_ += kLine) __builtin_prefetch(ahead_, 0, 2);
+    }
+
+private:
+    static constexpr size_t kLine = 64 / sizeof(float);
+
+    Meanwhile(int steps, int pairs, const float* panel, size_t floats, const Fetch& next)
+        : next_(next),
+          ahead_(panel + floats),
+          fetches_(ceil_div(kPanel, steps)),
+          lines_(ceil_div(static_cast<int>(floats / kLine), steps * pairs)) {}
+
+    static int steps(const ByteRows& rows) { return rows.segments * (rows.depth / kWhole); }
+
+    Fetch next_;
+    const float* ahead_;
+    int fetches_, lines_;
+};
+
+// Both times a panel of bytes → their sums, as integers, the second's after those of rows that are in the first alone.
+inline void multiply_groups(const ByteRows& rows, Groups groups, const float* panel, int* sums, Meanwhile& next) {
     constexpr size_t kLine = kPanel * kFour;  // bytes of a panel that meet four numbers of a row
     const auto* weights = reinterpret_cast<const int8_t*>(panel + 2 * kPanel);
-    const uint8_t *upper = rows.first + first * rows.stride, *lower = rows.first + second * rows.stride;
-    const Fetch next_upper = next.from(first), next_lower = next.from(second);
-    const int fetches = ceil_div(kPanel, rows.segments * (rows.depth / kTileBytes));
-    int fetched = 0;
+    const uint8_t *upper = rows.first + groups.first * rows.stride, *lower = rows.first + groups.second * rows.stride;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    int step = 0;
     for (int segment = 0; segment < rows.segments; ++segment)
-        for (size_t k = segment * rows.pitch; k < segment * rows.pitch + rows.depth; k += kTileBytes) {
+        for (size_t k = segment * rows.pitch; k < segment * rows.pitch + rows.depth; k += kWhole, ++step) {
             _tile_loadd(6, weights, kLine);
             _tile_loadd(4, upper + k, rows.stride);
             _tile_dpbusd(0, 4, 6);
@@ -76,48 +113,114 @@ inline void multiply_groups(const ByteRows& rows, int first, int second, const f
             _tile_loadd(5, lower + k, rows.stride);
             _tile_dpbusd(2, 5, 6);
             _tile_dpbusd(3, 5, 7);
-            weights += kTileBytes * kPanel;
-            for (int i = 0; i < fetches; ++i, ++fetched) next_upper.fetch(fetched), next_lower.fetch(fetched);
+            weights += kWhole * kPanel;
+            next.fetch(groups, step);
         }
-    int* lower_sums = sums + (second - first) * kPanel;
-    _tile_stored(0, sums, kPanel * sizeof(int));
-    _tile_stored(1, sums + kLanes, kPanel * sizeof(int));
-    _tile_stored(2, lower_sums, kPanel * sizeof(int));
-    _tile_stored(3, lower_sums + kLanes, kPanel * sizeof(int));
+    int* lower_sums = sums + (groups.second - groups.first) * kPanel;
+    constexpr size_t kStride = kPanel * sizeof(int);
+    _tile_stored(0, sums, kStride);
+    _tile_stored(1, sums + kLanes, kStride);
+    _tile_stored(2, lower_sums, kStride);
+    _tile_stored(3, lower_sums + kLanes, kStride);
 }
 
-// Sums of rows from `first` on, as integers, to where they go, as what they stand for.
-inline void write_sums(const ByteRows& rows, int first, int count, const float* panel, const int* sums,
-                       const TileRun& run, Sums out) {
-    const Vector scales[] = {load(panel), load(panel + kLanes)};
-    const Vector totals[] = {load(panel + kPanel), load(panel + kPanel + kLanes)};
-    float* line = out.first + first / run.pitch * run.row_stride;
-    int column = first % run.pitch;
-    for (int r = 0; r < count; ++r, sums += kPanel) {
-        const float scale = rows.scale[(first + r) * rows.step], low = rows.low[(first + r) * rows.step];
-        if (column < run.used)
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-                Integers own;
-                std::memcpy(&own, sums + half * kLanes, sizeof own);
-                store(line + column * out.stride + half * kLanes, scaled(own, scales[half], totals[half], scale, low));
+// The same of digits: the products of high ones, then, kGroupSums after, those of a high and a low one.
+inline void multiply_groups(const DigitRows& rows, Groups groups, const float* panel, int* sums,
+                            Meanwhile& next) {
+    const auto* weights = reinterpret_cast<const int8_t*>(panel + 2 * kPanel);
+    const size_t stride = rows.high.stride;
+    const uint8_t *upper = rows.high.first + groups.first * stride, *lower = rows.high.first + groups.second * stride;
+    int* lower_sums = sums + (groups.second - groups.first) * kPanel;
+    int step = 0;
+    for (int half = 0; half < 2; ++half) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int segment = 0; segment < rows.high.segments; ++segment) {
+            const size_t begin = segment * rows.high.pitch;
+            for (size_t k = begin; k < begin + rows.high.depth; k += kWhole, ++step) {
+                _tile_loadd(6, weights, kTileBytes);
+                _tile_loadd(4, upper + k, stride);
+                _tile_dpbusd(0, 4, 6);
+                _tile_loadd(7, weights + kTileRows * kTileBytes, kTileBytes);
+                _tile_dpbusd(1, 4, 7);
+                _tile_loadd(5, lower + k, stride);
+                _tile_dpbusd(2, 5, 6);
+                _tile_dpbusd(3, 5, 7);
+                _tile_loadd(4, upper + rows.lower + k, stride);
+                _tile_dpbssd(1, 4, 6);
+                _tile_loadd(5, lower + rows.lower + k, stride);
+                _tile_dpbssd(3, 5, 6);
+                weights += 2 * kTileRows * kTileBytes;
+                next.fetch(groups, step);
             }
-        if (++column == run.pitch) column = 0, line += run.row_stride;
+        }
+        constexpr size_t kStride = kPanel * sizeof(int);
+        _tile_stored(0, sums + half * kLanes, kStride);
+        _tile_stored(1, sums + kGroupSums + half * kLanes, kStride);
+        _tile_stored(2, lower_sums + half * kLanes, kStride);
+        _tile_stored(3, lower_sums + kGroupSums + half * kLanes, kStride);
     }
 }
 
-// Rows times one panel, in pairs of groups of one size: the last ones may have rows of those before.
-inline void multiply_tiles(const ByteRows& rows, TileRun run, const float* panel, Sums out, const Fetch& next) {
+PC_INLINE Vector floats_of(const int* sums) {
+    Integers own;
+    std::memcpy(&own, sums, sizeof own);
+    return __builtin_convertvector(own, Vector);
+}
+
+// A vector of the sums of rows as `multiply_groups` leaves them.
+PC_INLINE Vector sums_of(const ByteRows&, const int* sums) { return floats_of(sums); }
+PC_INLINE Vector sums_of(const DigitRows&, const int* sums) {
+    return (floats_of(sums) * kDigit + floats_of(sums + kGroupSums)) * kDigit;
+}
+
+inline const ByteRows& scales_of(const ByteRows& rows) { return rows; }
+inline const ByteRows& scales_of(const DigitRows& rows) { return rows.high; }
+
+// Sums of `count` rows from `first` on to where they go, as what they stand for.
+template <class Numbers>
+void write_sums(const Numbers& numbers, int first, int count, const float* panel, const int* sums, Sums out) {
+    const ByteRows rows = scales_of(numbers).from(first);
+    const Vector scales[] = {load(panel), load(panel + kLanes)};
+    const Vector totals[] = {load(panel + kPanel), load(panel + kPanel + kLanes)};
+    const float *scale = rows.scale, *low = rows.low;
+    float* to = out.first;
+    for (int r = 0; r < count; ++r, sums += kPanel, to += out.stride, scale += rows.step, low += rows.step)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half)
+            store(to + half * kLanes,
+                  scaled(sums_of(numbers, sums + half * kLanes), scales[half], totals[half], *scale, *low));
+}
+
+// Those of a run that are wanted.
+template <class Numbers>
+void write_run(const Numbers& numbers, int first, int end, const float* panel, const int* sums, const TileRun& run,
+               Sums out) {
+    for (int at = first, next; at < end; at = next) {
+        const int column = at % run.pitch;
+        next = std::min(end, at - column + run.pitch);
+        const int count = std::min(next - at, run.used - column);
+        const Sums to = Sums{out.first + at / run.pitch * run.row_stride, out.stride}.from(column);
+        if (count > 0) write_sums(numbers, at, count, panel, sums + (at - first) * kPanel, to);
+    }
+}
+
+// Rows times one panel, which another follows, in pairs of groups of one size: the last may have rows of those before.
+template <class Numbers>
+void multiply_tiles(const Numbers& rows, TileRun run, const float* panel, Sums out, const Fetch& next) {
     const int pairs = ceil_div(run.count, 2 * kTileRows), height = ceil_div(run.count, 2 * pairs);
     const int last = run.count - height;
-    alignas(64) int sums[2 * kTileRows * kPanel];
+    alignas(64) int sums[2 * kGroupSums];
+    Meanwhile meanwhile(rows, pairs, panel, next);
     shape_tiles(height);
     for (int pair = 0; pair < pairs; ++pair) {
         const int first = std::min(2 * pair * height, last), second = std::min(first + height, last);
         std::atomic_signal_fence(std::memory_order_seq_cst);  // a compiler need not know that tiles read memory
-        multiply_groups(rows, first, second, panel, sums, next);
+        multiply_groups(rows, {first, second}, panel, sums, meanwhile);
         std::atomic_signal_fence(std::memory_order_seq_cst);
-        write_sums(rows, first, second + height - first, panel, sums, run, out);
+        write_run(rows, first, second + height, panel, sums, run, out);
     }
 }
 

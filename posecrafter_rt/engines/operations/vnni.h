@@ -47,9 +47,11 @@ void multiply_bytes(const ByteRows& rows, const float* panel, Sums out, const Fe
     for (int half = 0; half < 2; ++half) {
         const Vector scale = load(panel + half * kLanes), sum = load(panel + kPanel + half * kLanes);
 #pragma GCC unroll 14
-        for (int r = 0; r < kCount; ++r)
+        for (int r = 0; r < kCount; ++r) {
+            const Vector own = __builtin_convertvector(sums[r][half], Vector);
             store(out.first + r * out.stride + half * kLanes,
-                  scaled(sums[r][half], scale, sum, rows.scale[r * rows.step], rows.low[r * rows.step]));
+                  scaled(own, scale, sum, rows.scale[r * rows.step], rows.low[r * rows.step]));
+        }
     }
 }
 
