@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 from safetensors import safe_open
 
 from posecrafter_rt.engines.base import inner_precision
-from posecrafter_rt.engines.openvino_operations import network_precision
 from posecrafter_rt.engines.folder import EngineFolder
+from posecrafter_rt.engines.openvino_operations import network_precision
 from posecrafter_rt.spec import SHALLOW_STREAM, SHALLOW_UNET, SMALL_DECODER, Architecture, TensorSpec, network_specs
 
 DESCRIPTION_FILE = "description.json"  # in a networks folder; not every backend writes it

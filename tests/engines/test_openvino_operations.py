@@ -181,20 +181,23 @@ def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
-@pytest.mark.parametrize(("features", "lanes", "has_bytes", "has_halves"), [
-    ({"avx2", "fma", "f16c"}, 8, False, False),
-    ({"avx2", "fma", "f16c", "avx_vnni"}, 8, True, False),
-    ({"avx2", "fma", "f16c", "avx512_vnni"}, 8, False, False),  # without the registers, as a virtual machine may tell it
-    (AVX512, 16, False, False),
-    (AVX512 | {"avx512_vnni", "avx_vnni"}, 16, True, False),
-    (AVX512 | {"avx512_vnni", "avx512_fp16"}, 16, True, True),
+@pytest.mark.parametrize(("features", "lanes", "has_bytes", "has_halves", "has_tiles"), [
+    ({"avx2", "fma", "f16c"}, 8, False, False, False),
+    ({"avx2", "fma", "f16c", "avx_vnni"}, 8, True, False, False),
+    ({"avx2", "fma", "f16c", "avx512_vnni"}, 8, False, False, False),  # without the registers, as a virtual machine may tell it
+    (AVX512, 16, False, False, False),
+    (AVX512 | {"avx512_vnni", "avx_vnni"}, 16, True, False, False),
+    (AVX512 | {"avx512_vnni", "avx512_fp16"}, 16, True, True, False),
+    (AVX512 | {"avx512_vnni", "avx512_fp16", "amx_tile", "amx_bf16"}, 16, True, True, False),
+    (AVX512 | {"avx512_vnni", "avx512_fp16", "amx_tile", "amx_int8"}, 16, True, True, True),
 ])  # fmt: skip
 def test_the_widest_vectors_are_taken_with_what_the_processor_has(
-    features: set[str], lanes: int, has_bytes: bool, has_halves: bool, monkeypatch: pytest.MonkeyPatch
+    features: set[str], lanes: int, has_bytes: bool, has_halves: bool, has_tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operations, "cpu_features", lambda: features)
     vectors = operations._fitting()[0]
     assert (vectors.lanes, vectors.has_bytes, vectors.has_halves) == (lanes, has_bytes, has_halves)
+    assert vectors.has_tiles == has_tiles
     # What this processor lacks would end the process.
     monkeypatch.setattr(operations, "_built", lambda fitting: operations.Built(fitting[0], Path()))
     assert operations.missing_bytes_reason() == (None if has_bytes else "this processor has no VNNI; use fp32")
@@ -241,10 +244,9 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 WRONG_IN_BYTES = [
     ("bytes.cpp", "row[i * taps + tap]", "row[i + tap * in_channels]"),  # the order of weights
-    ("bytes.cpp", "static_cast<float>(sum) * scales[o]", "static_cast<float>(sum)"),  # what zero counts
-    ("pictures.cpp", "y / 2 - 1 + y % 2", "y / 2 - 1"),  # the rows that one of a doubled picture is of
+    ("bytes.cpp", "static_cast<float>(sum) * scale.step", "static_cast<float>(sum)"),  # what zero counts
     ("pictures.cpp", "(x + 1 - odd_column) / 2", "x / 2"),  # its weights
-    ("pictures.cpp", "static_cast<uint8_t>(zeros_[frame])", "0"),  # the border
+    ("pictures.cpp", "count, static_cast<uint8_t>(zeros_[frame])", "count, 0"),  # the border
     ("pictures.cpp", "p.weight[first + c]", "p.weight[c]"),  # the norm
     ("convolution.cpp", "nullptr : call.residual + at", "nullptr : nullptr"),  # what is added
     ("linear.cpp", "count, first_.out_channels)", "count, first_.in_channels)"),  # what is between two layers
@@ -253,6 +255,18 @@ WRONG_IN_BYTES = [
 ]
 
 
+WRONG_IN_VECTORS = [
+    ("pictures.cpp", "y / 2 - 1 + y % 2", "y / 2 - 1"),  # the rows that one of a doubled picture is of
+]
+WRONG_IN_LINEAR_HALVES = ("linear.cpp", "cvtps_ph(v,", "cvtps_ph(v * 1.01f,")  # weights in 16 bits
+WRONG_IN_TILES = [
+    ("pictures.cpp", "at / 2 - 1 + at % 2", "at / 2 - 1"),  # the same
+    ("pictures.cpp", "(own_rows - 1) * pitch + width_", "(own_rows - 1) * pitch"),  # how many windows there are
+    ("digits.cpp", "(whole + kDigit / 2) >> 8", "whole >> 8"),  # the high digits of weights
+    ("digits.cpp", "to[kWhole * kLanes]", "to[1]"),  # where low ones are
+    ("digits.cpp", "static_cast<float>(sum) * scale.step", "static_cast<float>(sum)"),  # what zero counts
+    ("linear.cpp", "own.first + row", "own.first"),  # where a block's windows begin
+]
 WRONG_IN_HALVES = [
     ("linear.cpp", "weight + k % in_channels * taps + k / in_channels", "weight + k"),  # the order of weights
     ("pictures.cpp", "plane, p.eps},", "plane, 0.5},"),  # the norm
@@ -275,7 +289,7 @@ WRONG_IN_HALVES = [
     ("linear.cpp", "call_.residual + at)", "call_.residual)"),  # the same of tokens
     ("linear.cpp", "to + panel * kPanel, stride", "to, stride"),  # what is between two layers
     ("linear.cpp", "(first + done) % size", "(first + done) % (size - 1)"),  # where a chunk begins
-    ("linear.cpp", "cvtps_ph(v,", "cvtps_ph(v * 1.01f,"),  # weights in 16 bits
+    WRONG_IN_LINEAR_HALVES,
     ("winograd.cpp", "cvtps_ph(v,", "cvtps_ph(v * 1.01f,"),
     ("attention.cpp", "std::sqrt(static_cast<float>(call.width))", "1"),  # the scale
     ("attention.cpp", "-INFINITY", "0"),  # what is beyond the keys
@@ -283,6 +297,8 @@ WRONG_IN_HALVES = [
     ("attention.cpp", "tokens.stride * call.places", "tokens.stride"),  # the same token in other frames
     ("attention.cpp", "static_cast<size_t>(head) * call.width", "0"),
     *WRONG_IN_BYTES,
+    *WRONG_IN_VECTORS,
+    *WRONG_IN_TILES,
     *WRONG_IN_HALVES,
 ])  # fmt: skip
 def test_what_compiles_but_is_wrong_is_not_kept(
@@ -299,10 +315,15 @@ def test_what_compiles_but_is_wrong_is_not_kept(
     assert available is not None
     operations._built.cache_clear()
     vectors = available.vectors
-    if (compiled, right, wrong) in WRONG_IN_BYTES and not vectors.has_bytes:
+    mistake = compiled, right, wrong
+    if mistake in (*WRONG_IN_BYTES, *WRONG_IN_VECTORS) and not vectors.has_bytes:
         pytest.skip("this processor has no VNNI")
-    if (compiled, right, wrong) in WRONG_IN_HALVES and not vectors.has_halves:
+    if mistake in WRONG_IN_HALVES and not vectors.has_halves:
         pytest.skip("this processor has no AVX512-FP16")
+    if mistake in WRONG_IN_TILES and not vectors.has_tiles:
+        pytest.skip("this processor has no AMX")
+    if mistake in (*WRONG_IN_VECTORS, *WRONG_IN_HALVES, WRONG_IN_LINEAR_HALVES) and vectors.has_tiles:
+        pytest.skip("tiles do it here")
     sources, num_found = tmp_path / "sources", 0
     sources.mkdir()
     for file in (*operations.SOURCES.glob("*.h"), operations.SOURCES / compiled):

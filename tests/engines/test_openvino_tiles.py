@@ -77,5 +77,7 @@ def test_convolutions(channels: int, size: tuple[int, int], both: Callable[..., 
 
 def test_a_network(openvino_networks: Path, both: Callable[..., None]) -> None:
     """With attention of every kind."""
-    given = [draw(*tensor.shape, seed=seed) for seed, tensor in enumerate(of_three_frames(openvino_networks, "unet").inputs)]
+    given = [
+        draw(*tensor.shape, seed=seed) for seed, tensor in enumerate(of_three_frames(openvino_networks, "unet").inputs)
+    ]
     both(lambda: of_three_frames(openvino_networks, "unet"), *given)

@@ -83,8 +83,13 @@ private:
 
 // What weights are, of eight bits also what they multiply; and how much that may differ from sums in double, of the
 // largest.
-enum class Kind { floats, halves, bytes };
-constexpr double kInBytes = 0.1, kInHalves = 0.005;
+enum class Kind { floats, halves, bytes, digits };
+constexpr double kInBytes = 0.1, kInHalves = 0.005, kInDigits = 0.002;
+
+double tolerance_of(Kind kind) {
+    const double tolerances[] = {1e-5, kInHalves, kInBytes, kInDigits};
+    return tolerances[static_cast<int>(kind)];
+}
 
 // One layer's weights and what they give, in double.
 struct Drawn {
@@ -92,18 +97,25 @@ struct Drawn {
     std::vector<float> weight = draw(static_cast<size_t>(rows) * in), bias = draw(rows);
     Packed packed;
 
-    Drawn(int in_channels, int out_rows, Kind kind)
-        : in(in_channels),
-          rows(out_rows),
-          packed(block(kind == Kind::bytes    ? rows / kPanel * byte_panel(in)
-                       : kind == Kind::halves ? weight.size() / 2
-                                              : weight.size())) {
+    Drawn(int in_channels, int out_rows, Kind kind) : in(in_channels), rows(out_rows), packed(block(num_floats(kind))) {
+#ifdef PC_HAS_TILES
+        if (kind == Kind::digits) pack_digits(weight.data(), in, 1, rows, packed.get(), parallel);
+#endif
+        if (kind == Kind::digits) return;
         if (kind == Kind::bytes)
             pack_bytes(weight.data(), in, 1, rows, packed.get(), parallel);
         else if (kind == Kind::halves)
             linear_pack(weight.data(), in, rows, reinterpret_cast<Half*>(packed.get()), parallel);
         else
             linear_pack(weight.data(), in, rows, packed.get(), parallel);
+    }
+
+    size_t num_floats(Kind kind) const {
+#ifdef PC_HAS_TILES
+        if (kind == Kind::digits) return rows / kPanel * digit_panel(in);
+#endif
+        if (kind == Kind::bytes) return rows / kPanel * byte_panel(in);
+        return kind == Kind::halves ? weight.size() / 2 : weight.size();
     }
 
     template <class Input>
@@ -117,6 +129,9 @@ struct Drawn {
 double gelu_of(double x) { return x * 0.5 * std::erfc(-x / std::sqrt(2.0)); }
 
 void run_linear(const Linear& call, int threads, Kind kind) {
+#ifdef PC_HAS_TILES
+    if (kind == Kind::digits) return linear<Digits>(call, threads, parallel);
+#endif
 #ifdef PC_HAS_VNNI
     if (kind == Kind::bytes) return linear<Bytes>(call, threads, parallel);
 #endif
@@ -162,7 +177,7 @@ bool fuzz_linear(Kind kind) {
         judge.expect(
             at, (has_next ? next.at(channel, layer) : layer(channel)) + (call.residual == nullptr ? 0 : residual[at]));
     }
-    return judge.passes(kind == Kind::bytes ? kInBytes : kind == Kind::halves ? kInHalves : 1e-5);
+    return judge.passes(tolerance_of(kind));
 }
 
 // Pictures with each pixel repeated `times` in either direction, zeros around them, in double.
@@ -349,6 +364,9 @@ bool fuzz_convolution(double tolerance) {
 }
 
 bool fuzz_fewer_bits() {
+#ifdef PC_HAS_TILES
+    if (may_use_tiles() && !(fuzz_linear(Kind::digits) && fuzz_convolution<Digits>(kInDigits))) return false;
+#endif
 #ifdef PC_HAS_HALVES
     if (!fuzz_convolution<Halves>(kInHalves)) return false;
 #endif

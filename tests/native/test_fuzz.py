@@ -53,6 +53,7 @@ def test_operations(tmp_path: Path, lanes: int) -> None:
                 "attention",
                 "bytes",
                 "convolution",
+                "digits",
                 "group_norm",
                 "halves",
                 "linear",

@@ -32,6 +32,14 @@ struct Bytes {
         pack_bytes(weight, in_channels, taps, out_channels, packed, parallel);
     }
 
+    static bool is_tiled() {
+#ifdef PC_HAS_TILES
+        return may_use_tiles();
+#else
+        return false;
+#endif
+    }
+
     // In how many pieces a panel is multiplied: whole sums are exact.
     static int pieces(const Numbers&) { return 1; }
 
@@ -39,7 +47,7 @@ struct Bytes {
     // Any number of rows times one panel.
     static void multiply(const Numbers& rows, int, int count, const float* panel, Sums sums, const Fetch& next) {
 #ifdef PC_HAS_TILES
-        if (may_use_tiles()) return multiply_tiles(rows, {count, count, count, 0}, panel, sums, next);
+        if (is_tiled()) return multiply_tiles(rows, {count, count, count, 0}, panel, sums, next);
 #endif
         for_blocks(count, [&](int begin, int some) {
             kMultiplyBytes[some - 1](rows.from(begin), panel, sums.from(begin), next.from(begin));

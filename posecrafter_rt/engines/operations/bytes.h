@@ -1,5 +1,5 @@
-// Numbers and weights in eight bits: rows of numbers from 0 to 255 and panels of weights from -127 to 127, whose products
-// are summed exactly in 32 bits. Layer 4.
+// Numbers and weights in eight bits: rows of numbers from 0 to 255 and panels of weights from -127 to 127, whose
+// products are summed exactly in 32 bits. Layer 4.
 #pragma once
 
 #include <cmath>
@@ -76,7 +76,8 @@ struct Range {
 
 Range range_of(const float* x, int count);
 
-// `count` rows of so many floats as bytes, each of one segment and with a scale of its own, in memory of this many floats.
+// `count` rows of so many floats as bytes, each of one segment and with a scale of its own, in memory of this many
+// floats.
 ByteRows rows_to_bytes(Rows rows, int count, int numbers, float* memory);
 
 size_t byte_rows_floats(int count, int numbers);
@@ -100,7 +101,8 @@ PC_INLINE void store_bytes(uint8_t* to, Vector x, float inverse, float zero) {
     std::memcpy(to, &bytes, sizeof bytes);
 }
 
-// What sums of a row's products with half a panel stand for: the panel's scales and sums there, the row's scale and low.
+// What sums of a row's products with half a panel stand for: the panel's scales and sums there, the row's scale and
+// low.
 PC_INLINE Vector scaled(Vector sums, Vector scale, Vector sum, float row_scale, float row_low) {
     return sums * scale * row_scale + sum * row_low;
 }

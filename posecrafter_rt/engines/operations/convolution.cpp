@@ -7,7 +7,7 @@ namespace posecrafter {
 
 namespace {
 
-constexpr int kLeastRows = 168;  // that every weight is read for
+constexpr int kLeastRows = 168, kLeastTileRows = 1024;  // that every weight is read for
 
 // Some frames from `first` on.
 template <class Format>
@@ -37,7 +37,7 @@ void convolve_windows(const WindowConvolution& call, int threads, const Parallel
     const int frames = call.picture.frames, size = call.window.out_height * call.window.out_width;
     if (frames == 0 || size == 0) return;
     const bool is_even = frames % threads == 0 || frames >= 4 * threads;  // or nearly, between threads
-    int parts = frames / ceil_div(kLeastRows, size);
+    int parts = frames / ceil_div(Format::is_tiled() ? kLeastTileRows : kLeastRows, size);
     parts -= parts % threads;
     if (parts == 0 || !is_even) return convolve_frames<Format>(call, 0, frames, threads, parallel);
     parallel(parts, [&](int part) {

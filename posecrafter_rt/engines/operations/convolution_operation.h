@@ -121,8 +121,7 @@ private:
         call.out = out.data<float>();
         call.out_channels = size(shape[1]);
 #ifdef PC_HAS_TILES
-        if (in_halves_ && may_use_tiles())
-            return posecrafter::convolve_windows<Digits>(call, num_threads(), parallel);
+        if (in_halves_ && may_use_tiles()) return posecrafter::convolve_windows<Digits>(call, num_threads(), parallel);
 #endif
 #ifdef PC_HAS_HALVES
         if (in_halves_) return posecrafter::convolve_windows<Halves>(call, num_threads(), parallel);

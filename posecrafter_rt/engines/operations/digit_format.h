@@ -29,6 +29,7 @@ struct Digits {
         pack_digits(weight, in_channels, taps, out_channels, packed, parallel);
     }
 
+    static bool is_tiled() { return true; }
     static int pieces(const Numbers&) { return 1; }
 
     static void multiply(const Numbers& rows, int, int count, const float* panel, Sums sums, const Fetch& next) {

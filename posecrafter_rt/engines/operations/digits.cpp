@@ -24,7 +24,8 @@ void pack_digits(const float* weight, int in_channels, int taps, int out_channel
                 for (int i = 0; i < in_channels; ++i) {
                     const int k = tap * stretch + i;
                     const int whole = scale.whole(row[i * taps + tap]);
-                    int8_t* to = column + k / kWhole * kWhole * kPanel + k % kWhole / kFour * kLanes * kFour + k % kFour;
+                    int8_t* to =
+                        column + k / kWhole * kWhole * kPanel + k % kWhole / kFour * kLanes * kFour + k % kFour;
                     to[0] = static_cast<int8_t>((whole + kDigit / 2) >> 8);
                     to[kWhole * kLanes] = static_cast<int8_t>(whole & (kDigit - 1));
                     sum += whole;
@@ -35,9 +36,7 @@ void pack_digits(const float* weight, int in_channels, int taps, int out_channel
     });
 }
 
-size_t digit_rows_floats(int count, int numbers) {
-    return count * (2 + 2 * byte_stride(numbers) / sizeof(float));
-}
+size_t digit_rows_floats(int count, int numbers) { return count * (2 + 2 * byte_stride(numbers) / sizeof(float)); }
 
 DigitRows rows_to_digits(Rows rows, int count, int numbers, float* memory) {
     const int depth = byte_depth(numbers);

@@ -30,6 +30,8 @@ struct HalfRows {
     size_t stride;
     int depth, segments;
     size_t pitch;
+
+    HalfRows from(int row) const { return {first + row * stride, stride, depth, segments, pitch}; }
 };
 
 // `count` rows of `depth` floats in 16 bits, each of one segment, in memory of this many floats.
@@ -103,6 +105,8 @@ struct Halves {
                      const Parallel& parallel) {
         linear_pack(weight, in_channels, out_channels, reinterpret_cast<Half*>(packed), parallel, taps);
     }
+
+    static bool is_tiled() { return false; }
 
     // In how many pieces a panel is multiplied, so that each stays in the innermost cache while all rows pass by.
     static int pieces(const Numbers& rows) { return rows.segments * ceil_div(rows.depth, kPiece); }

@@ -38,6 +38,9 @@ namespace {
 
 constexpr int kChunkRows = 12 * 14, kLeastRows = 4 * kRows;
 constexpr int kChunkFloats = 1 << 18;  // of a chunk's input, or of what is between two layers
+// By tiles products are so fast that to read weights is the work: chunks are as large as a core's second cache holds.
+constexpr int kTileChunkBytes = 1 << 20;
+constexpr int kTileChunkRows = 2 * kChunkRows;  // whose sums are written at once
 // Rows so far apart that all begin in one set of the innermost cache are copied, as are those that come from planes.
 constexpr int kWayFloats = 1024;
 
@@ -65,7 +68,9 @@ struct Products {
     using Own = Rows;
     static constexpr int kLighter = sizeof(float) / sizeof(Number);  // how many times as light as a float a weight is
 
+    static bool is_tiled() { return false; }
     static Rows prepare(Rows rows, int, int) { return rows; }
+    static Rows from(Rows rows, int row) { return {rows.first + row * rows.stride, rows.stride}; }
 
     static void sum(const Layer& layer, Rows rows, int count, int panel, float* sums, const Fetch&) {
         const auto packed = static_cast<const Number*>(layer.packed);
@@ -83,6 +88,11 @@ struct ProductsIn {
         const PictureOf<Format>* windows;  // or those, from `first` on
         int64_t first;
     };
+
+    static bool is_tiled() { return Format::is_tiled(); }
+    static Own from(const Own& own, int row) {
+        return {own.windows == nullptr ? own.rows.from(row) : own.rows, own.windows, own.first + row};
+    }
 
     static Own prepare(Rows rows, int count, int depth) {
         return {Format::convert(rows, count, depth, thread_numbers.take(Format::floats(count, depth))), nullptr, 0};
@@ -119,6 +129,11 @@ public:
           last_(has_next() ? call.next : call.layer),
           rows_(int64_t{call.frames} * call.size),
           panels_(last_.out_channels / kPanel) {
+        copies_ = call.from_planes || (std::is_same_v<Own, Rows> && first_.in_channels % kWayFloats == 0);
+        if (In::is_tiled()) {
+            divide_for_tiles(threads);
+            return;
+        }
         const int widest = std::max(first_.in_channels, last_.in_channels);
         const int fitting = std::min(kChunkRows, std::max(kLeastRows, kChunkFloats / widest));
         row_parts_ = static_cast<int>((rows_ + fitting - 1) / fitting);
@@ -128,7 +143,7 @@ public:
             row_parts_ = ceil_div(row_parts_, threads) * threads;
         row_parts_ = static_cast<int>(std::min<int64_t>(row_parts_, rows_));
         panel_parts_ = std::min(panels_, ceil_div(threads, row_parts_));
-        copies_ = call.from_planes || (std::is_same_v<Own, Rows> && first_.in_channels % kWayFloats == 0);
+        block_rows_ = static_cast<int>(rows_);
     }
 
     void run(const Parallel& parallel) const {
@@ -141,6 +156,20 @@ public:
     }
 
 private:
+    // Every thread reads all weights for its rows, or all rows for its weights, which are more where a picture is
+    // small.
+    void divide_for_tiles(int threads) {
+        constexpr int kBytes = sizeof(float) / In::kLighter;  // of a number
+        int64_t row_bytes = int64_t{call_.windows != nullptr ? first_.in_channels / 9 : first_.in_channels} * kBytes;
+        if (has_next()) row_bytes += first_.out_channels * (sizeof(float) + kBytes);
+        const int64_t weight_bytes = int64_t{first_.in_channels} * first_.out_channels * kBytes;
+        const int64_t parts = (rows_ * row_bytes + kTileChunkBytes - 1) / kTileChunkBytes;
+        const bool by_weights = parts == 1 && !has_next() && weight_bytes > rows_ * row_bytes;
+        row_parts_ = by_weights ? 1 : static_cast<int>(std::min(rows_, (parts + threads - 1) / threads * threads));
+        panel_parts_ = std::min(panels_, ceil_div(threads, row_parts_));
+        block_rows_ = kTileChunkRows;
+    }
+
     // Rows of windows come in whole rows of the picture.
     int64_t whole(int64_t row) const {
         return call_.windows == nullptr ? row : row / call_.windows->columns() * call_.windows->columns();
@@ -153,13 +182,28 @@ private:
         Own rows = own_rows(first, count);
         float* sums = thread_sums.take(size_t{2} * kPanel * count);
         if (has_next()) rows = between(rows, count, sums);
-        for (; panel < last_panel; ++panel) {
-            if (ends_gated())
-                gated(rows, count, panel, sums, sums, kPanel);
-            else
-                In::sum(last_, rows, count, panel, sums, written(first, panel));
-            write(sums, first, count, panel);
-        }
+        for (; panel < last_panel; ++panel)
+            for (int begin = 0, end; begin < count; begin = end) {
+                end = block_end(begin, count);
+                run_block(In::from(rows, begin), first + begin, end - begin, panel, sums);
+            }
+    }
+
+    // Blocks are of nearly equal sizes.
+    int block_end(int begin, int count) const {
+        const int blocks = ceil_div(count - begin, block_rows_);
+        const int64_t end = begin + (count - begin) / blocks;
+        return blocks == 1 ? count : std::max(static_cast<int>(whole(end)), begin + least_block());
+    }
+
+    int least_block() const { return call_.windows == nullptr ? 1 : call_.windows->columns(); }
+
+    void run_block(const Own& rows, int64_t first, int count, int panel, float* sums) const {
+        if (ends_gated())
+            gated(rows, count, panel, sums, sums, kPanel);
+        else
+            In::sum(last_, rows, count, panel, sums, written(first, panel));
+        write(sums, first, count, panel);
     }
 
     Own own_rows(int64_t first, int count) const {
@@ -261,7 +305,7 @@ private:
     const Linear& call_;
     const Layer &first_, &last_;
     int64_t rows_;
-    int panels_, row_parts_, panel_parts_;
+    int panels_, row_parts_, panel_parts_, block_rows_;  // block: whose sums are computed and written at once
     bool copies_;
 };
 

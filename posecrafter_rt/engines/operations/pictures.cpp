@@ -216,8 +216,8 @@ void PictureOf<Halves>::sum_copies(int64_t first, int count, const float* weight
 #endif
 
 #ifdef PC_HAS_TILES
-// Windows follow each other at one distance through all rows of a frame, but that between rows there are as many more as
-// the border is wide, which are computed, too: a tile has sixteen, and a row may be short.
+// Windows follow each other at one distance through all rows of a frame, but that between rows there are as many more
+// as the border is wide, which are computed, too: a tile has sixteen, and a row may be short.
 template <class Format>
 void PictureOf<Format>::sum_runs(int64_t first, int count, const float* weights, size_t kind, float* sums,
                                  const Fetch& next) const {

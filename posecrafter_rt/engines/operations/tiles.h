@@ -1,5 +1,5 @@
-// Products in eight bits, and in two digits of eight, by the processor's tiles (Intel AMX): up to 32 rows times a panel at
-// once. Those in eight bits are the same sums as by VNNI, bit for bit. Layer 4.
+// Products in eight bits, and in two digits of eight, by the processor's tiles (Intel AMX): up to 32 rows times a panel
+// at once. Those in eight bits are the same sums as by VNNI, bit for bit. Layer 4.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,8 @@ struct alignas(64) TileShapes {
     uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3 for sums, 4 and 5 for rows, 6 and 7 for weights. Another library may have shaped this thread's otherwise.
+// Tiles 0 to 3 for sums, 4 and 5 for rows, 6 and 7 for weights. Another library may have shaped this thread's
+// otherwise.
 inline void shape_tiles(int rows) {
     TileShapes wanted, current;
     for (int tile = 0; tile < 8; ++tile) {
@@ -60,14 +61,21 @@ struct Groups {
 
 constexpr int kGroupSums = 2 * kTileRows * kPanel;  // of both groups' rows
 
+// In how many parts of its columns a panel is multiplied: four tiles of sums are the whole of it, or of digits a half.
+// A deep panel of digits and the one after it would not fit a core's second cache either.
+template <class Numbers>
+constexpr int kParts = 1;
+template <>
+constexpr int kParts<DigitRows> = 2;
+
 // What is fetched while products are computed, at each of their steps a part of it: what is written next, and to the
-// cache beyond the innermost the panel that follows.
+// cache beyond the innermost the part of a panel that follows.
 class Meanwhile {
 public:
     Meanwhile(const ByteRows& rows, int pairs, const float* panel, const Fetch& next)
-        : Meanwhile(steps(rows), pairs, panel, byte_panel(rows.segments * rows.depth), next) {}
+        : Meanwhile(rows, pairs, panel, byte_panel(rows.segments * rows.depth), next) {}
     Meanwhile(const DigitRows& rows, int pairs, const float* panel, const Fetch& next)
-        : Meanwhile(2 * steps(rows.high), pairs, panel, digit_panel(rows.high.segments * rows.high.depth), next) {}
+        : Meanwhile(rows.high, pairs, panel, digit_panel(rows.high.segments * rows.high.depth) / 2, next) {}
 
     PC_INLINE void fetch(Groups groups, int step) {
         if (step * fetches_ < kPanel) {
@@ -80,13 +88,12 @@ public:
 private:
     static constexpr size_t kLine = 64 / sizeof(float);
 
-    Meanwhile(int steps, int pairs, const float* panel, size_t floats, const Fetch& next)
-        : next_(next),
-          ahead_(panel + floats),
-          fetches_(ceil_div(kPanel, steps)),
-          lines_(ceil_div(static_cast<int>(floats / kLine), steps * pairs)) {}
-
-    static int steps(const ByteRows& rows) { return rows.segments * (rows.depth / kWhole); }
+    // floats: of a part.
+    Meanwhile(const ByteRows& rows, int pairs, const float* panel, size_t floats, const Fetch& next)
+        : next_(next), ahead_(panel + floats) {
+        const int steps = rows.segments * (rows.depth / kWhole);
+        fetches_ = ceil_div(kPanel, steps), lines_ = ceil_div(static_cast<int>(floats / kLine), steps * pairs);
+    }
 
     Fetch next_;
     const float* ahead_;
@@ -94,7 +101,7 @@ private:
 };
 
 // Both times a panel of bytes → their sums, as integers, the second's after those of rows that are in the first alone.
-inline void multiply_groups(const ByteRows& rows, Groups groups, const float* panel, int* sums, Meanwhile& next) {
+inline void multiply_groups(const ByteRows& rows, Groups groups, const float* panel, int, int* sums, Meanwhile& next) {
     constexpr size_t kLine = kPanel * kFour;  // bytes of a panel that meet four numbers of a row
     const auto* weights = reinterpret_cast<const int8_t*>(panel + 2 * kPanel);
     const uint8_t *upper = rows.first + groups.first * rows.stride, *lower = rows.first + groups.second * rows.stride;
@@ -124,44 +131,42 @@ inline void multiply_groups(const ByteRows& rows, Groups groups, const float* pa
     _tile_stored(3, lower_sums + kLanes, kStride);
 }
 
-// The same of digits: the products of high ones, then, kGroupSums after, those of a high and a low one.
-inline void multiply_groups(const DigitRows& rows, Groups groups, const float* panel, int* sums,
+// The same of a half of a panel of digits: the products of high ones, then, kGroupSums after, of a high and a low one.
+inline void multiply_groups(const DigitRows& rows, Groups groups, const float* panel, int half, int* sums,
                             Meanwhile& next) {
-    const auto* weights = reinterpret_cast<const int8_t*>(panel + 2 * kPanel);
-    const size_t stride = rows.high.stride;
+    const size_t stride = rows.high.stride, depth = static_cast<size_t>(rows.high.segments) * rows.high.depth;
+    const auto* weights = reinterpret_cast<const int8_t*>(panel + 2 * kPanel) + half * depth * kPanel;
     const uint8_t *upper = rows.high.first + groups.first * stride, *lower = rows.high.first + groups.second * stride;
-    int* lower_sums = sums + (groups.second - groups.first) * kPanel;
-    int step = 0;
-    for (int half = 0; half < 2; ++half) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int segment = 0; segment < rows.high.segments; ++segment) {
-            const size_t begin = segment * rows.high.pitch;
-            for (size_t k = begin; k < begin + rows.high.depth; k += kWhole, ++step) {
-                _tile_loadd(6, weights, kTileBytes);
-                _tile_loadd(4, upper + k, stride);
-                _tile_dpbusd(0, 4, 6);
-                _tile_loadd(7, weights + kTileRows * kTileBytes, kTileBytes);
-                _tile_dpbusd(1, 4, 7);
-                _tile_loadd(5, lower + k, stride);
-                _tile_dpbusd(2, 5, 6);
-                _tile_dpbusd(3, 5, 7);
-                _tile_loadd(4, upper + rows.lower + k, stride);
-                _tile_dpbssd(1, 4, 6);
-                _tile_loadd(5, lower + rows.lower + k, stride);
-                _tile_dpbssd(3, 5, 6);
-                weights += 2 * kTileRows * kTileBytes;
-                next.fetch(groups, step);
-            }
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    int step = half * kPanel;
+    for (int segment = 0; segment < rows.high.segments; ++segment) {
+        const size_t begin = segment * rows.high.pitch;
+        for (size_t k = begin; k < begin + rows.high.depth; k += kWhole, ++step) {
+            _tile_loadd(6, weights, kTileBytes);
+            _tile_loadd(4, upper + k, stride);
+            _tile_dpbusd(0, 4, 6);
+            _tile_loadd(7, weights + kTileRows * kTileBytes, kTileBytes);
+            _tile_dpbusd(1, 4, 7);
+            _tile_loadd(5, lower + k, stride);
+            _tile_dpbusd(2, 5, 6);
+            _tile_dpbusd(3, 5, 7);
+            _tile_loadd(4, upper + rows.lower + k, stride);
+            _tile_dpbssd(1, 4, 6);
+            _tile_loadd(5, lower + rows.lower + k, stride);
+            _tile_dpbssd(3, 5, 6);
+            weights += 2 * kTileRows * kTileBytes;
+            next.fetch(groups, step);
         }
-        constexpr size_t kStride = kPanel * sizeof(int);
-        _tile_stored(0, sums + half * kLanes, kStride);
-        _tile_stored(1, sums + kGroupSums + half * kLanes, kStride);
-        _tile_stored(2, lower_sums + half * kLanes, kStride);
-        _tile_stored(3, lower_sums + kGroupSums + half * kLanes, kStride);
     }
+    int* lower_sums = sums + (groups.second - groups.first) * kPanel;
+    constexpr size_t kStride = kPanel * sizeof(int);
+    _tile_stored(0, sums, kStride);
+    _tile_stored(1, sums + kGroupSums, kStride);
+    _tile_stored(2, lower_sums, kStride);
+    _tile_stored(3, lower_sums + kGroupSums, kStride);
 }
 
 PC_INLINE Vector floats_of(const int* sums) {
@@ -179,19 +184,20 @@ PC_INLINE Vector sums_of(const DigitRows&, const int* sums) {
 inline const ByteRows& scales_of(const ByteRows& rows) { return rows; }
 inline const ByteRows& scales_of(const DigitRows& rows) { return rows.high; }
 
-// Sums of `count` rows from `first` on to where they go, as what they stand for.
+// Sums of `count` rows from `first` on to where they go, as what they stand for. panel: from the part's columns on.
 template <class Numbers>
 void write_sums(const Numbers& numbers, int first, int count, const float* panel, const int* sums, Sums out) {
+    constexpr int kVectors = 2 / kParts<Numbers>;
     const ByteRows rows = scales_of(numbers).from(first);
-    const Vector scales[] = {load(panel), load(panel + kLanes)};
-    const Vector totals[] = {load(panel + kPanel), load(panel + kPanel + kLanes)};
+    Vector scales[kVectors], totals[kVectors];
+    for (int v = 0; v < kVectors; ++v)
+        scales[v] = load(panel + v * kLanes), totals[v] = load(panel + kPanel + v * kLanes);
     const float *scale = rows.scale, *low = rows.low;
     float* to = out.first;
     for (int r = 0; r < count; ++r, sums += kPanel, to += out.stride, scale += rows.step, low += rows.step)
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half)
-            store(to + half * kLanes,
-                  scaled(sums_of(numbers, sums + half * kLanes), scales[half], totals[half], *scale, *low));
+        for (int v = 0; v < kVectors; ++v)
+            store(to + v * kLanes, scaled(sums_of(numbers, sums + v * kLanes), scales[v], totals[v], *scale, *low));
 }
 
 // Those of a run that are wanted.
@@ -215,12 +221,13 @@ void multiply_tiles(const Numbers& rows, TileRun run, const float* panel, Sums o
     alignas(64) int sums[2 * kGroupSums];
     Meanwhile meanwhile(rows, pairs, panel, next);
     shape_tiles(height);
-    for (int pair = 0; pair < pairs; ++pair) {
+    for (int task = 0; task < pairs * kParts<Numbers>; ++task) {
+        const int pair = task % pairs, part = task / pairs, column = part * kPanel / kParts<Numbers>;
         const int first = std::min(2 * pair * height, last), second = std::min(first + height, last);
         std::atomic_signal_fence(std::memory_order_seq_cst);  // a compiler need not know that tiles read memory
-        multiply_groups(rows, {first, second}, panel, sums, meanwhile);
+        multiply_groups(rows, {first, second}, panel, part, sums, meanwhile);
         std::atomic_signal_fence(std::memory_order_seq_cst);
-        write_run(rows, first, second + height, panel, sums, run, out);
+        write_run(rows, first, second + height, panel + column, sums, run, {out.first + column, out.stride});
     }
 }
 
