@@ -56,6 +56,17 @@ def test_how_much_faster_it_is_than_both_algorithms_is_what_was_measured() -> No
     assert expected in readme()
 
 
+def test_what_amx_gives_is_what_was_measured() -> None:
+    name, contender = "throughput-random-sd15-amx-cpu", "exact, openvino fp16"
+    memory = {row["contender"]: row["peak_bytes"] for row in result(name)["rows"] if "error" not in row}
+    published, plain = times_faster(name, contender)
+    expected = (
+        f"with weights in 16 bits at Stable Diffusion 1.5's size {published} and {plain} times, "
+        f"in {memory[contender] / memory['published, fp32']:.2f} of published's memory."
+    )
+    assert expected in readme()
+
+
 def test_frames_a_second_are_what_was_measured() -> None:
     def fps(name: str, unet_every: int) -> str:
         (row,) = (row for row in result(name)["rows"] if (row["way"], row["steps"], row["unet_every"]) ==

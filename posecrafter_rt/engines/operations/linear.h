@@ -35,10 +35,10 @@ struct Linear {
     bool from_planes, to_planes, is_gated;
 };
 
-// Format: float or Half, of weights that `linear_pack` packed, which floats are multiplied by in float32; or Halves, Digits
-// or Bytes, in which both are multiplied, packed by its `pack`. In halves sums are of kStretch products. In eight every
-// token is rounded to the 255th part of what lies between its least number and its most, and input channels are a
-// multiple of four. threads: how many work at it at best.
+// Format: float or Half, of weights that `linear_pack` packed, which floats are multiplied by in float32; or Halves,
+// Digits or Bytes, in which both are multiplied, packed by its `pack`. In halves sums are of kStretch products. In
+// eight every token is rounded to the 255th part of what lies between its least number and its most, and input channels
+// are a multiple of four. threads: how many work at it at best.
 template <class Format>
 void linear(const Linear& call, int threads, const Parallel& parallel);
 
