@@ -187,3 +187,23 @@ def of_three_frames(folder: Path, network: str) -> openvino.Model:
     model.reshape({value.any_name: shape if (shape := value.get_partial_shape())[0].is_static
                    else [*first(value), *shape[len(first(value)):]] for value in model.inputs})  # fmt: skip
     return model
+
+
+def assert_frames_are_apart(convolve: Callable[..., list[Tensor]], layer: Any, pixels: Tensor) -> None:
+    """What `convolve(layer, *pictures)` gives of a frame depends neither on its neighbours nor on threads."""
+    (together,) = convolve(layer, pixels)
+    assert torch.equal(together, convolve(layer, pixels, num_threads=1)[0])
+    some = (0, len(pixels) // 2, len(pixels) - 1)
+    alone = convolve(layer, *(pixels[frame : frame + 1] for frame in some))
+    assert all(torch.equal(together[frame : frame + 1], one) for frame, one in zip(some, alone, strict=True))
+
+
+def assert_tokens_are_apart(rewrite: Callable[[openvino.Model], Any], layout: str, read: int, lanes: int) -> None:
+    """What the rewritten `layers` give of a frame's tokens depends neither on others nor on threads."""
+    (together, inputs, _), (alone, *_) = (layers(layout, (frames, (13, 13), read, 2), lanes) for frames in (3, 1))
+    for model in (together, alone):
+        rewrite(model)
+    found = run(together, *inputs)
+    assert all(map(torch.equal, found, run(together, *inputs, num_threads=1)))
+    frame = run(alone, *(values[1:2] for values in inputs))
+    assert all(torch.equal(values[1:2], one) for values, one in zip(found, frame, strict=True))

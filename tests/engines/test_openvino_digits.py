@@ -19,7 +19,19 @@ from posecrafter_rt.engines.base import BEYOND_FP16
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
 from tests.engines.conftest import take_vectors
-from tests.engines.openvino_models import LAYOUTS, Shape, convolved, draw, kinds, layers, of_three_frames, run, whole
+from tests.engines.openvino_models import (
+    LAYOUTS,
+    Shape,
+    assert_frames_are_apart,
+    assert_tokens_are_apart,
+    convolved,
+    draw,
+    kinds,
+    layers,
+    of_three_frames,
+    run,
+    whole,
+)
 from tests.engines.test_openvino_bytes import KINDS, drawn
 from tests.engines.test_openvino_bytes import convolve as convolve_in
 from tests.engines.test_openvino_in_halves import error
@@ -73,11 +85,7 @@ def test_a_frame_depends_neither_on_its_neighbours_nor_on_threads(
 ) -> None:
     layer, pixels = drawn(kind, 32, 64), draw(frames, 32, *size)
     pixels[::2] *= 3
-    (together,) = convolve(layer, pixels)
-    assert torch.equal(together, convolve(layer, pixels, num_threads=1)[0])
-    some = (0, frames // 2, frames - 1)
-    alone = convolve(layer, *(pixels[frame : frame + 1] for frame in some))
-    assert all(torch.equal(together[frame : frame + 1], one) for frame, one in zip(some, alone, strict=True))
+    assert_frames_are_apart(convolve, layer, pixels)
 
 
 @pytest.mark.parametrize("shape", [
@@ -100,13 +108,7 @@ def test_it_is_a_linear_map(layout: str, shape: Shape, lanes: int) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_token_depends_neither_on_others_nor_on_threads(layout: str, lanes: int) -> None:
-    (whole, inputs, _), (alone, *_) = (layers(layout, (frames, (13, 13), 300, 2), lanes) for frames in (3, 1))
-    for model in (whole, alone):
-        use_linear(model, "fp16")
-    together = run(whole, *inputs)
-    assert all(map(torch.equal, together, run(whole, *inputs, num_threads=1)))
-    frame = run(alone, *(values[1:2] for values in inputs))
-    assert all(torch.equal(found[1:2], one) for found, one in zip(together, frame, strict=True))
+    assert_tokens_are_apart(lambda model: use_linear(model, "fp16"), layout, 300, lanes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
