@@ -252,8 +252,7 @@ void PictureOf<Format>::sum(int64_t first, int count, const Layer& layer, int pa
     if constexpr (std::is_same_v<Format, Halves>)
         if (times == 1 && columns < kFewColumns) return sum_copies(first, count, weights, {sums, kPanel});
 #ifdef PC_HAS_TILES
-    if constexpr (!std::is_same_v<Format, Halves>)
-        if (window_.stride == 1 && may_use_tiles()) return sum_runs(first, count, weights, kind, sums, next);
+    if (window_.stride == 1 && Format::is_tiled()) return sum_runs(first, count, weights, kind, sums, next);
 #endif
     const int pieces = Format::pieces(windows(0, -kBorder, -kBorder));
     for (int piece = 0; piece < pieces; ++piece)

@@ -64,6 +64,8 @@ protected:
 // How the numbers of each frame are written: as they are.
 class HalfFrames {
 public:
+    static constexpr int kPlanes = 1;
+
     // Returns the norms, see `Picture`. plane: pixels of all frames, their borders among them, times numbers of each.
     std::vector<float> prepare(const Picture& picture, size_t plane, const Parallel& parallel);
 
@@ -95,6 +97,8 @@ private:
 
 class ByteFrames : ScaledFrames {
 public:
+    static constexpr int kPlanes = 1;
+
     std::vector<float> prepare(const Picture& picture, size_t, const Parallel& parallel) {
         return ScaledFrames::prepare(picture, 255, parallel);
     }
@@ -113,6 +117,8 @@ public:
 // In digits: a plane of high ones, then one of low ones.
 class DigitFrames : ScaledFrames {
 public:
+    static constexpr int kPlanes = 2;
+
     std::vector<float> prepare(const Picture& picture, size_t plane, const Parallel& parallel) {
         plane_ = plane;
         return ScaledFrames::prepare(picture, kMostDigits, parallel);
@@ -139,18 +145,12 @@ private:
 template <class Format>
 struct FramesOf;
 template <>
-struct FramesOf<Halves> : HalfFrames {
-    static constexpr int kPlanes = 1;
-};
+struct FramesOf<Halves> : HalfFrames {};
 template <>
-struct FramesOf<Bytes> : ByteFrames {
-    static constexpr int kPlanes = 1;
-};
+struct FramesOf<Bytes> : ByteFrames {};
 #ifdef PC_HAS_TILES
 template <>
-struct FramesOf<Digits> : DigitFrames {
-    static constexpr int kPlanes = 2;
-};
+struct FramesOf<Digits> : DigitFrames {};
 #endif
 
 template <class Format>

@@ -100,15 +100,30 @@ private:
     int fetches_, lines_;
 };
 
-// Both times a panel of bytes → their sums, as integers, the second's after those of rows that are in the first alone.
-inline void multiply_groups(const ByteRows& rows, Groups groups, const float* panel, int, int* sums, Meanwhile& next) {
-    constexpr size_t kLine = kPanel * kFour;  // bytes of a panel that meet four numbers of a row
-    const auto* weights = reinterpret_cast<const int8_t*>(panel + 2 * kPanel);
-    const uint8_t *upper = rows.first + groups.first * rows.stride, *lower = rows.first + groups.second * rows.stride;
+PC_INLINE void zero_sums() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+}
+
+// Each group's two tiles of sums, `apart` from each other; the second's after those of rows that are in the first
+// alone.
+PC_INLINE void store_sums(Groups groups, int* sums, int apart) {
+    constexpr size_t kStride = kPanel * sizeof(int);
+    int* lower_sums = sums + (groups.second - groups.first) * kPanel;
+    _tile_stored(0, sums, kStride);
+    _tile_stored(1, sums + apart, kStride);
+    _tile_stored(2, lower_sums, kStride);
+    _tile_stored(3, lower_sums + apart, kStride);
+}
+
+// Both times a panel of bytes → their sums, as integers.
+inline void multiply_groups(const ByteRows& rows, Groups groups, const float* panel, int, int* sums, Meanwhile& next) {
+    constexpr size_t kLine = kPanel * kFour;  // bytes of a panel that meet four numbers of a row
+    const auto* weights = reinterpret_cast<const int8_t*>(panel + 2 * kPanel);
+    const uint8_t *upper = rows.first + groups.first * rows.stride, *lower = rows.first + groups.second * rows.stride;
+    zero_sums();
     int step = 0;
     for (int segment = 0; segment < rows.segments; ++segment)
         for (size_t k = segment * rows.pitch; k < segment * rows.pitch + rows.depth; k += kWhole, ++step) {
@@ -123,12 +138,7 @@ inline void multiply_groups(const ByteRows& rows, Groups groups, const float* pa
             weights += kWhole * kPanel;
             next.fetch(groups, step);
         }
-    int* lower_sums = sums + (groups.second - groups.first) * kPanel;
-    constexpr size_t kStride = kPanel * sizeof(int);
-    _tile_stored(0, sums, kStride);
-    _tile_stored(1, sums + kLanes, kStride);
-    _tile_stored(2, lower_sums, kStride);
-    _tile_stored(3, lower_sums + kLanes, kStride);
+    store_sums(groups, sums, kLanes);
 }
 
 // The same of a half of a panel of digits: the products of high ones, then, kGroupSums after, of a high and a low one.
@@ -137,10 +147,7 @@ inline void multiply_groups(const DigitRows& rows, Groups groups, const float* p
     const size_t stride = rows.high.stride, depth = static_cast<size_t>(rows.high.segments) * rows.high.depth;
     const auto* weights = reinterpret_cast<const int8_t*>(panel + 2 * kPanel) + half * depth * kPanel;
     const uint8_t *upper = rows.high.first + groups.first * stride, *lower = rows.high.first + groups.second * stride;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     int step = half * kPanel;
     for (int segment = 0; segment < rows.high.segments; ++segment) {
         const size_t begin = segment * rows.high.pitch;
@@ -161,12 +168,7 @@ inline void multiply_groups(const DigitRows& rows, Groups groups, const float* p
             next.fetch(groups, step);
         }
     }
-    int* lower_sums = sums + (groups.second - groups.first) * kPanel;
-    constexpr size_t kStride = kPanel * sizeof(int);
-    _tile_stored(0, sums, kStride);
-    _tile_stored(1, sums + kGroupSums, kStride);
-    _tile_stored(2, lower_sums, kStride);
-    _tile_stored(3, lower_sums + kGroupSums, kStride);
+    store_sums(groups, sums, kGroupSums);
 }
 
 PC_INLINE Vector floats_of(const int* sums) {
