@@ -58,7 +58,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PoseCrafterError as error:
-            fail(str(error), error.hint)
+            message, hint = str(error), error.hint
         except KeyboardInterrupt:
             purpose = "go on" if ctx.meta.get(GOES_ON) else "start over"
             fail(f"interrupted; run the same command again to {purpose}", label=None, code=INTERRUPTED)
@@ -68,7 +68,8 @@ class Commands(TyperGroup):
             known = explain(error)
             if known is None:
                 raise
-            fail(str(known), known.hint)
+            message, hint = str(known), known.hint
+        fail(message, hint)  # only here, for memory may have run out, and an error holds all that it passed through
 
 
 def load_command(name: str) -> Any:
@@ -96,14 +97,20 @@ def explain(error: Exception) -> PoseCrafterError | None:
 
 def fail(message: str, hint: str | None = None, *, label: str | None = "error", code: int = 1) -> NoReturn:
     """Print `error: …` and `hint: …` on standard error and end the command with `code`."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     for title, style, text in ((label, "bold red", message), ("hint", "bold cyan", hint)):
         if text is not None:
-            console.print(Text(f"{title}: ", style) if title else Text(), Text(text), sep="")
+            _print(f"{title}: " if title else "", style, text)
     raise typer.Exit(code)
+
+
+def _print(title: str, style: str, text: str) -> None:
+    try:
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True, highlight=False, soft_wrap=True).print(Text(title, style), Text(text), sep="")
+    except MemoryError:  # there is less left than that takes
+        print(title, text, sep="", file=sys.stderr)
 
 
 def print_version(wanted: bool) -> None:

@@ -50,7 +50,8 @@ class Heads(NamedTuple):
 def use_attention(model: openvino.Model, precision: Precision = "fp32") -> int:
     """Replace every attention of a float32 model of fixed shapes, in place; returns how many.
 
-    precision: int8 has products in 8 and 16 bits where tokens attend to those of a picture or a text; others lose nothing.
+    precision: where tokens attend to those of a picture or a text int8 has products in 8 and 16 bits, and fp16 with AMX those of
+        pairs of 16-bit floats; others are in float32.
     """
     available = operations(precision)
     if available is None:
@@ -119,7 +120,8 @@ def _replace(last: Any, found: list[Heads], scale: float, available: Operations,
     if mask is not None:
         inputs.append(op.reshape(mask, key.dims[:2], special_zero=False).output(0))
     attributes = {"heads": query.heads, "width": query.width, "query_at": query_at, "key_at": key_at, "value_at": value_at,
-                  "in_bytes": available.precision == "int8" and query.width % FOUR == 0}  # fmt: skip
+                  "in_bytes": available.precision == "int8" and query.width % FOUR == 0,
+                  "in_halves": available.precision == "fp16"}  # fmt: skip
     made = available.factory.create("Attention", inputs, attributes)
     last.output(0).replace(op.reshape(made, list(last.get_output_shape(0)), special_zero=False).output(0))
     return True

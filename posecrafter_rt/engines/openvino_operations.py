@@ -48,7 +48,7 @@ __m256i tried(__m256i a, __m256i b) { return _mm256_dpbusd_avx_epi32(a, b, a); }
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int8": 0.05}
 DIGITS_TOLERANCE = 5e-4  # of 16 bits in two digits, which come to 1e-4
 WITH_WEIGHTS = ("FusedConvolution", "Linear")  # of our operations
-REWRITING = 9  # counted up when networks are rewritten otherwise: they are kept under it
+REWRITING = 10  # counted up when networks are rewritten otherwise: they are kept under it
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,10 @@ class Vectors(NamedTuple):
 AVX2, AVX512 = frozenset({"avx2", "fma", "f16c"}), frozenset({"avx512f", "avx512_vnni"})
 HALVES = AVX512 | {"avx512_fp16", "avx512bw", "avx512dq", "avx512vl"}
 HALVES_FLAGS = ("-mavx512fp16", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprfchw")
+TILES_FLAGS = ("-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 VECTORS = (
-    Vectors(16, HALVES | {"amx_tile", "amx_int8"}, (*HALVES_FLAGS, "-mamx-tile", "-mamx-int8"), has_bytes=True,
-            has_halves=True, has_tiles=True),
+    Vectors(16, HALVES | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}, (*HALVES_FLAGS, *TILES_FLAGS),
+            has_bytes=True, has_halves=True, has_tiles=True),
     Vectors(16, HALVES, HALVES_FLAGS, has_bytes=True, has_halves=True),
     Vectors(16, AVX512, ("-mavx512f", "-mavx512vnni", "-mprfchw"), has_bytes=True),
     Vectors(16, frozenset({"avx512f"}), ("-mavx512f",)),

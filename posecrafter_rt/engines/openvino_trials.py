@@ -149,5 +149,6 @@ def attentions(factory: Any, pixels: Any) -> list[Trial]:
         op.constant(np.arange(frames)[None] == 0),
     )
     return [Trial(own, partial(ours, *tokens)), Trial(own, partial(ours, *tokens, in_bytes=True), "int8", is_narrow=True),
+            Trial(own, partial(ours, *tokens, in_halves=True), "fp16", is_narrow=True),
             Trial(over_frames, partial(ours, *tokens, is_over_frames=True)),
             Trial(first_frame, partial(ours, *tokens, mask, is_over_frames=True))]  # fmt: skip

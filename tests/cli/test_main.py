@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -123,6 +124,37 @@ def test_memory_that_runs_out_is_one_line(run: Callable[..., Result], error: Exc
     said = "" if isinstance(error, (MemoryError, OSError)) else f": {error}"
     assert result.stderr == f"error: memory ran out{said}\nhint: free some memory and run the same command again\n"
     assert result.exit_code == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), PoseCrafterError("tau 99")])
+def test_what_a_command_held_is_free_when_its_error_is_said(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    class Frames:
+        """What takes memory."""
+
+    kept: list[weakref.ref[Frames]] = []
+    held_then: list[bool] = []
+
+    def action() -> None:
+        frames = Frames()
+        kept.append(weakref.ref(frames))
+        raise type(error)(*error.args)
+
+    monkeypatch.setattr("posecrafter_rt.cli.main._print", lambda *line: held_then.append(kept[0]() is not None))
+    run("inspect", action=action)
+    assert held_then and not any(held_then)
+
+
+def test_an_error_is_said_even_where_rich_has_no_memory(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(*given: object, **named: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("rich.console.Console.__init__", starved)
+    result = run("inspect", action=raising(PoseCrafterError("tau 99", "say 1 to 50")))
+    assert (result.exit_code, result.stderr) == (1, "error: tau 99\nhint: say 1 to 50\n")
 
 
 def test_what_only_sounds_like_it_is_not_taken_for_it(run: Callable[..., Result]) -> None:

@@ -211,7 +211,7 @@ def test_a_mask_hides_keys(shape: Shape, lanes: int) -> None:
         assert relative_error(found, reference(finite, shape, mask)) < EXACT
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize(("build", "shape"), CASES)
 def test_it_depends_on_no_threads(build: Build, shape: Shape, precision: Precision, lanes: int, request: Any) -> None:
     if precision == "int8":
@@ -221,7 +221,7 @@ def test_it_depends_on_no_threads(build: Build, shape: Shape, precision: Precisi
     assert all(map(torch.equal, run(model, *given), run(model, *given, num_threads=1)))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_two_threads_at_once(precision: Precision, lanes: int, request: Any) -> None:
     if precision == "int8":
         request.getfixturevalue("byte_operation")
@@ -235,7 +235,7 @@ def test_two_threads_at_once(precision: Precision, lanes: int, request: Any) -> 
             assert all(all(map(torch.equal, *pair)) for pair in zip(again, alone, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_so(number: float, precision: Precision, lanes: int, request: Any) -> None:
     """In a query: its row; in a key: all rows, unless it hides that key; in a value: its channel, or in bytes its column."""

@@ -188,8 +188,8 @@ AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
     (AVX512, 16, False, False, False),
     (AVX512 | {"avx512_vnni", "avx_vnni"}, 16, True, False, False),
     (AVX512 | {"avx512_vnni", "avx512_fp16"}, 16, True, True, False),
-    (AVX512 | {"avx512_vnni", "avx512_fp16", "amx_tile", "amx_bf16"}, 16, True, True, False),
-    (AVX512 | {"avx512_vnni", "avx512_fp16", "amx_tile", "amx_int8"}, 16, True, True, True),
+    (AVX512 | {"avx512_vnni", "avx512_fp16", "avx512_bf16", "amx_tile", "amx_bf16"}, 16, True, True, False),
+    (AVX512 | {"avx512_vnni", "avx512_fp16", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"}, 16, True, True, True),
 ])  # fmt: skip
 def test_the_widest_vectors_are_taken_with_what_the_processor_has(
     features: set[str], lanes: int, has_bytes: bool, has_halves: bool, has_tiles: bool, monkeypatch: pytest.MonkeyPatch
@@ -266,6 +266,9 @@ WRONG_IN_TILES = [
     ("digits.cpp", "to[kWhole * kLanes]", "to[1]"),  # where low ones are
     ("digits.cpp", "static_cast<float>(sum) * scale.step", "static_cast<float>(sum)"),  # what zero counts
     ("linear.cpp", "own.first + row", "own.first"),  # where a block's windows begin
+    ("attention.cpp", "x - float_of(high)", "x"),  # the second ones of pairs
+    ("attention.cpp", "row % kPanel / kLanes * kTileFloats", "0"),  # where half of the keys are
+    ("attention.cpp", "packed + row / kPairStep * kPairTiles", "packed"),  # where values are
 ]
 WRONG_IN_HALVES = [
     ("linear.cpp", "weight + k % in_channels * taps + k / in_channels", "weight + k"),  # the order of weights

@@ -20,7 +20,7 @@ from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.machine import cpu_features
 from tests.engines.openvino_models import LAYOUTS, convolved, doubled, draw, layers, of_three_frames, parameter, run
 
-TILES = {"amx_tile", "amx_int8"}  # what a processor that has them says
+TILES = {"amx_tile", "amx_int8", "amx_bf16"}  # what a processor that has them says
 DEPTHS = (32, 36, 40, 44, 48, 64, 72, 96, 160, 192, 320)  # of rows; 72 is two tiles of 36, of 44 there is one
 
 

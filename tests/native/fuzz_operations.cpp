@@ -84,7 +84,7 @@ private:
 // What weights are, of eight bits also what they multiply; and how much that may differ from sums in double, of the
 // largest.
 enum class Kind { floats, halves, bytes, digits };
-constexpr double kInBytes = 0.1, kInHalves = 0.005, kInDigits = 0.002;
+constexpr double kInBytes = 0.1, kInHalves = 0.005, kInDigits = 0.002, kInPairs = 1e-4;
 
 double tolerance_of(Kind kind) {
     const double tolerances[] = {1e-5, kInHalves, kInBytes, kInDigits};
@@ -284,8 +284,9 @@ std::vector<double> weights_of(std::vector<double> scores) {
     return scores;
 }
 
-bool fuzz_attention(bool in_bytes) {
+bool fuzz_attention(void (*attend)(const Attention&, int, const Parallel&), double tolerance) {
     Attention call{};
+    const bool in_bytes = tolerance == kInBytes;
     call.batch = pick(1, 3), call.heads = pick(1, 4), call.width = in_bytes ? kFour * pick(1, 24) : pick(1, 90);
     call.places = flip() ? 1 : pick(1, 20), call.queries = pick(1, pick(0, 3) != 0 ? 40 : 400);
     call.keys = pick(1, pick(0, 3) != 0 ? 40 : 1100);
@@ -303,12 +304,7 @@ bool fuzz_attention(bool in_bytes) {
     for (char& there : mask) there = flip();
     for (int b = 0; b < call.batch; ++b) mask[static_cast<size_t>(b) * call.keys + pick(0, call.keys - 1)] = 1;
     call.mask = !in_bytes && call.keys < 60 && flip() ? mask.data() : nullptr, call.out = out.data();
-#ifdef PC_HAS_VNNI
-    if (in_bytes)
-        attention_bytes(call, pick(1, flip() ? 4 : 40), parallel);
-    else
-#endif
-        attention(call, pick(1, flip() ? 4 : 40), parallel);
+    attend(call, pick(1, flip() ? 4 : 40), parallel);
 
     Judge judge(out);
     for (int trial = 0; trial < 40; ++trial) {
@@ -332,7 +328,7 @@ bool fuzz_attention(bool in_bytes) {
         for (int key = 0; key < call.keys; ++key) mean += weights[key] * number(call.value, call.keys, key, channel);
         judge.expect(token(call.queries, row) * channels + static_cast<size_t>(head) * call.width + channel, mean);
     }
-    return judge.passes(in_bytes ? kInBytes : 1e-5);
+    return judge.passes(tolerance);
 }
 
 template <class Format>
@@ -366,12 +362,13 @@ bool fuzz_convolution(double tolerance) {
 bool fuzz_fewer_bits() {
 #ifdef PC_HAS_TILES
     if (may_use_tiles() && !(fuzz_linear(Kind::digits) && fuzz_convolution<Digits>(kInDigits))) return false;
+    if (!fuzz_attention(attention_pairs, kInPairs)) return false;
 #endif
 #ifdef PC_HAS_HALVES
     if (!fuzz_convolution<Halves>(kInHalves)) return false;
 #endif
 #ifdef PC_HAS_VNNI
-    return fuzz_linear(Kind::bytes) && fuzz_convolution<Bytes>(kInBytes) && fuzz_attention(true);
+    return fuzz_linear(Kind::bytes) && fuzz_convolution<Bytes>(kInBytes) && fuzz_attention(attention_bytes, kInBytes);
 #else
     return true;
 #endif
@@ -386,8 +383,8 @@ int main(int argc, char** argv) {
     int rounds = 0;
     for (; std::chrono::steady_clock::now() < end; ++rounds) {
         num_workers = pick(1, 3);
-        if (!fuzz_linear(Kind::floats) || !fuzz_linear(Kind::halves) || !fuzz_winograd() || !fuzz_attention(false) ||
-            !fuzz_fewer_bits()) {
+        if (!fuzz_linear(Kind::floats) || !fuzz_linear(Kind::halves) || !fuzz_winograd() ||
+            !fuzz_attention(attention, 1e-5) || !fuzz_fewer_bits()) {
             std::printf("round %d is wrong\n", rounds);
             return 1;
         }

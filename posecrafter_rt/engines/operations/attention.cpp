@@ -4,15 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <numeric>
 
-#include "byte_format.h"
-#include "memory.h"
-#include "products.h"
-#include "simd.h"
-#include "words.h"
+#include "attention_formats.h"
 
 namespace posecrafter {
 
@@ -22,16 +17,6 @@ constexpr int kFew = 12;               // keys that are not worth packing
 constexpr int kScores = 1 << 16;       // that are computed at once, in floats
 constexpr int kLeastRows = 4 * kRows;  // that are worth packing keys and values for
 constexpr float kHidden = -1e30f;      // a score that weighs nothing, unless all are hidden
-
-thread_local Scratch thread_query, thread_keys, thread_values, thread_scores, thread_sums, thread_words;
-
-constexpr int round_up(int count, int to) { return ceil_div(count, to) * to; }
-
-// One head's numbers at one place: rows of `width`.
-struct Head {
-    Rows rows;
-    int count, width;
-};
 
 // Where that of an index begins, among `count` rows of tokens that are `stride` floats apart.
 size_t first_of(const Attention& call, size_t stride, int count, int index) {
@@ -43,29 +28,6 @@ size_t first_of(const Attention& call, size_t stride, int count, int index) {
 Head head_of(const Tokens& tokens, const Attention& call, int count, int index) {
     const float* first = tokens.first + first_of(call, tokens.stride, count, index);
     return {{first, tokens.stride * call.places}, count, call.width};
-}
-
-// Scores, (count), of which those beyond `keys` are to weigh nothing, to weights, the largest 1. Returns their sum.
-template <class Store>
-float weigh(float* scores, int keys, int count, float scale, const Store& store_weights) {
-    std::fill(scores + keys, scores + count, -INFINITY);
-    Vector high = load(scores), other = high, sum{};
-    int at = 0;
-    for (; at + 2 * kLanes <= count; at += 2 * kLanes) {
-        high = larger(load(scores + at), high);
-        other = larger(load(scores + at + kLanes), other);
-    }
-    if (at < count) high = larger(load(scores + at), high);
-    const float largest = most(larger(high, other));
-    for (int i = 0; i < count; i += kLanes) sum += store_weights(i, power_of_two((load(scores + i) - largest) * scale));
-    return total(sum);
-}
-
-float weigh(float* scores, int keys, int count, float scale) {
-    return weigh(scores, keys, count, scale, [=](int i, Vector weights) {
-        store(scores + i, weights);
-        return weights;
-    });
 }
 
 // Where one head's rows of output go, at one place.
@@ -92,155 +54,6 @@ private:
     int width_;
 };
 
-struct InFloats {
-    static size_t panel_floats(int keys) { return static_cast<size_t>(keys) * kPanel; }
-    static size_t key_floats(int keys, int width) { return static_cast<size_t>(round_up(keys, kPanel)) * width; }
-    static size_t value_floats(int keys, int width) { return ceil_div(width, kPanel) * panel_floats(keys); }
-
-    // (panels, width, kPanel)
-    static void pack_keys(const Head& keys, float* packed) {
-        for (int key = 0; key < round_up(keys.count, kPanel); key += kLanes) {
-            float* to = packed + static_cast<size_t>(key / kPanel * kPanel) * keys.width + key % kPanel;
-            const float* from = keys.rows.first + key * keys.rows.stride;
-            const int there = std::min(std::max(keys.count - key, 0), kLanes);
-            if (there == kLanes) {
-                for (int k = 0; k < keys.width; k += kColumns) {
-                    const int columns = std::min(kColumns, keys.width - k);
-                    Vector v[kColumns];
-                    read_columns(from + k, keys.rows.stride, columns, v);
-                    for (int i = 0; i < columns; ++i) store(to + (k + i) * kPanel, v[i]);
-                }
-            } else {
-                for (int k = 0; k < keys.width; ++k)
-                    for (int lane = 0; lane < kLanes; ++lane)
-                        to[k * kPanel + lane] = lane < there ? from[lane * keys.rows.stride + k] : 0;
-            }
-        }
-    }
-
-    // (panels, keys, kPanel)
-    static void pack_values(const Head& values, float* packed) {
-        for (int channel = 0; channel < values.width; channel += kPanel) {
-            const int there = std::min(kPanel, values.width - channel);
-            for (int key = 0; key < values.count; ++key, packed += kPanel) {
-                std::copy_n(values.rows.first + key * values.rows.stride + channel, there, packed);
-                std::fill(packed + there, packed + kPanel, 0.0f);
-            }
-        }
-    }
-
-    static void score(Rows query, int count, int keys, int width, const float* packed, Sums scores) {
-        for (int key = 0; key < keys; key += kPanel) {
-            const float* panel = packed + static_cast<size_t>(key) * width;
-            multiply_rows(query, count, panel, width, scores.first + key, scores.stride);
-        }
-    }
-
-    class Weights {
-    public:
-        Weights(int, size_t) {}
-
-        float weigh_row(float* scores, int, int keys, int count, float scale) {
-            return weigh(scores, keys, count, scale);
-        }
-
-        // kVectors: of the panel's, that there are channels for.
-        template <int kVectors>
-        void sum(Sums weights, int count, int keys, const float* panel, float* sums) const {
-            multiply_deep_rows<kVectors>({weights.first, weights.stride}, count, panel, keys, sums, kPanel);
-        }
-    };
-};
-
-#ifdef PC_HAS_VNNI
-struct InBytes {
-    static constexpr size_t panel_floats(int keys) { return word_panel(ceil_div(keys, 2)); }
-
-    static size_t key_floats(int keys, int width) { return ceil_div(keys, kPanel) * byte_panel(width); }
-    static size_t value_floats(int keys, int width) { return ceil_div(width, kPanel) * panel_floats(keys); }
-
-    // As `pack_bytes`, each key rounded to the 127th part of its largest number.
-    static void pack_keys(const Head& keys, float* packed) {
-        const int vectors = ceil_div(keys.width, kLanes);
-        for (int key = 0; key < round_up(keys.count, kPanel); ++key) {
-            float* scales = packed + key / kPanel * byte_panel(keys.width) + key % kPanel;
-            auto* to = reinterpret_cast<int8_t*>(scales - key % kPanel + 2 * kPanel) + key % kPanel * kFour;
-            const float* row = keys.rows.first + (key < keys.count ? key : 0) * keys.rows.stride;
-            const Range range = key < keys.count ? range_of(row, keys.width) : Range{0, 0};
-            const float largest = std::max(-range.low, range.high), inverse = largest > 0 ? 127 / largest : 0;
-            auto* bytes = reinterpret_cast<int8_t*>(thread_query.take(vectors * kLanes));
-            Integers sum{};
-            for (int k = 0; k < keys.width; k += kLanes) {
-                using Bytes = int8_t __attribute__((vector_size(kLanes)));
-                const Integers whole = rounded(read(row, k, keys.width) * inverse);
-                const Bytes narrow = __builtin_convertvector(whole, Bytes);
-                std::memcpy(bytes + k, &narrow, sizeof narrow);
-                sum += whole;
-            }
-            for (int k = 0; k < keys.width; k += kFour) std::memcpy(to + k * kPanel, bytes + k, kFour);
-            for (int k = keys.width; k < byte_depth(keys.width); k += kFour) std::memset(to + k * kPanel, 0, kFour);
-            scales[0] = (range.low == range.low ? largest : range.low) / 127;
-            scales[kPanel] = total(__builtin_convertvector(sum, Vector)) * scales[0];
-        }
-    }
-
-    // (panels, word_panel), each column rounded to the 511th part of its largest number.
-    static void pack_values(const Head& values, float* packed) {
-        for (int channel = 0; channel < values.width; channel += kPanel, packed += panel_floats(values.count))
-            for (int half = 0; half < kPanel; half += kLanes) pack_columns(values, channel + half, packed, half);
-    }
-
-    static void pack_columns(const Head& values, int channel, float* panel, int half) {
-        const auto row = [&](int key) { return values.rows.first + key * values.rows.stride; };
-        Vector most{}, none{};
-        for (int key = 0; key < values.count; ++key) {
-            const Vector v = read(row(key), channel, values.width);
-            most = larger(larger(v, -v), most);
-            none += v * 0.0f;  // NaN where one is not finite: comparisons pass over it
-        }
-        const Vector inverse = most > Vector{} ? kMostValue / most : Vector{};
-        store(panel + half, most * (1.0f / kMostValue) + none);
-        auto* to = reinterpret_cast<int16_t*>(panel + kPanel) + half * 2;
-        for (int key = 0; key < values.count; key += 2, to += 2 * kPanel) {
-            Integers both = rounded(read(row(key), channel, values.width) * inverse) & 0xffff;
-            if (key + 1 < values.count) both |= rounded(read(row(key + 1), channel, values.width) * inverse) << 16;
-            std::memcpy(to, &both, sizeof both);
-        }
-    }
-
-    static void score(Rows query, int count, int keys, int width, const float* packed, Sums scores) {
-        const ByteRows rows = rows_to_bytes(query, count, width, thread_query.take(byte_rows_floats(count, width)));
-        const Fetch none{scores.first, scores.first, 0, 0, 1, false};
-        for (int key = 0; key < keys; key += kPanel, packed += byte_panel(width))
-            Bytes::multiply(rows, 0, count, packed, {scores.first + key, scores.stride}, none);
-    }
-
-    class Weights {
-    public:
-        Weights(int count, size_t stride)
-            : words_(reinterpret_cast<int16_t*>(thread_words.take(ceil_div(count, 2) * stride))), stride_(stride) {}
-
-        float weigh_row(float* scores, int row, int keys, int count, float scale) {
-            int16_t* to = words_ + row * stride_;
-            return weigh(scores, keys, count, scale, [=](int i, Vector weights) {
-                const Integers whole = rounded(weights * kMostWeight);
-                store_words(to + i, whole);
-                return __builtin_convertvector(whole, Vector) + weights * 0.0f;  // NaN of what is not a number
-            });
-        }
-
-        template <int kVectors>
-        void sum(Sums, int count, int keys, const float* panel, float* sums) const {
-            multiply_word_rows<kVectors>({words_, stride_}, count, panel, ceil_div(keys, 2), sums);
-        }
-
-    private:
-        int16_t* words_;
-        size_t stride_;
-    };
-};
-#endif
-
 template <class Products>
 class Job {
 public:
@@ -248,7 +61,8 @@ public:
         : call_(call),
           heads_(call.batch * call.places * call.heads),
           count_(round_up(call.keys, kPanel)),
-          stride_(count_ + kLanes),  // else rows may all begin in one set of a cache
+          at_once_(std::min(count_, Products::kKeys)),
+          stride_(at_once_ + kLanes),  // else rows may all begin in one set of a cache
           scale_(kLog2E / std::sqrt(static_cast<float>(call.width))) {
         const int even = threads / std::gcd(threads, heads_);  // as many for each thread
         parts_ = std::max(1, std::min(even, call.queries / kLeastRows));
@@ -270,37 +84,77 @@ private:
         float* packed_values = thread_values.take(Products::value_floats(keys, width));
         Products::pack_values(head_of(call_.value, call_, keys, index), packed_values);
         const Head query = head_of(call_.query, call_, call_.queries, index);
-        const int most_rows = std::max(kRows, kScores / count_ / kRows * kRows);
+        const int most_rows = std::max(1, kScores / at_once_ / Products::kBlock) * Products::kBlock;
         for (; row < last_row; row += most_rows) {
             const int count = std::min(most_rows, last_row - row);
-            const Sums scores{thread_scores.take(count * stride_), stride_};
-            Products::score({query.rows.first + row * query.rows.stride, query.rows.stride}, count, keys, width,
-                            packed_keys, scores);
-            mean(index, row, count, packed_values, scores);
+            const Rows rows{query.rows.first + row * query.rows.stride, query.rows.stride};
+            Means means(count, width);
+            for (int key = 0; key < keys; key += at_once_)
+                add(means, rows, std::min(at_once_, keys - key), packed_keys + Products::keys_at(key, width),
+                    packed_values + Products::values_at(key));
+            write(means, index, row);
         }
     }
 
-    void mean(int index, int row, int count, const float* packed_values, Sums scores) const {
-        float* sums = thread_sums.take(static_cast<size_t>(count) * (kPanel + 1));
-        float* inverses = sums + static_cast<size_t>(count) * kPanel;
+    // What some rows' values are summed to so far, panel by panel, by weights of which the largest is 1.
+    struct Means {
+        Means(int rows, int width) : count(rows) {
+            const size_t all = static_cast<size_t>(count) * round_up(width, kPanel);
+            sums = thread_sums.take(all + static_cast<size_t>(count) * (kPanel + 3));
+            added = sums + all, largest = added + static_cast<size_t>(count) * kPanel;
+            weights = largest + count, factors = weights + count;
+            std::fill_n(largest, count, -INFINITY);
+            std::fill_n(weights, count, 0.0f);
+        }
+
+        // Sums of a panel by larger weights.
+        void join(float* panel) const {
+            for (int r = 0; r < count; ++r)
+                for (int at = r * kPanel; at < (r + 1) * kPanel; at += kLanes)
+                    store(panel + at, load(panel + at) * factors[r] + load(added + at));
+        }
+
+        int count;
+        float *sums, *added, *largest, *weights, *factors;  // added: to one panel; factors: of what was there before
+    };
+
+    void add(Means& means, Rows query, int keys, const float* packed_keys, const float* packed_values) const {
+        const int count = means.count;
+        const Sums scores{thread_scores.take(count * stride_), stride_};
+        Products::score(query, count, keys, call_.width, packed_keys, scores);
         typename Products::Weights weights(count, stride_);
-        for (int r = 0; r < count; ++r)
-            inverses[r] = 1 / weights.weigh_row(scores.first + r * stride_, r, call_.keys, count_, scale_);
-        const Output out(call_, index);
+        const bool is_first = means.weights[0] == 0;
+        for (int r = 0; r < count; ++r) {
+            const float before = means.largest[r];
+            const float sum = weights.weigh_row(scores.first + r * stride_, r, keys, round_up(keys, kPanel), scale_,
+                                                means.largest[r]);
+            means.factors[r] = is_first ? 0 : std::exp2((before - means.largest[r]) * scale_);
+            means.weights[r] = means.weights[r] * means.factors[r] + sum;
+        }
         for (int panel = 0; panel < ceil_div(call_.width, kPanel); ++panel) {
             const float* values = packed_values + panel * Products::panel_floats(call_.keys);
+            float* sums = means.sums + static_cast<size_t>(panel) * count * kPanel;
+            float* to = is_first ? sums : means.added;
             if (call_.width - panel * kPanel > kLanes)
-                weights.template sum<2>(scores, count, call_.keys, values, sums);
+                weights.template sum<2>(scores, count, keys, values, to);
             else
-                weights.template sum<1>(scores, count, call_.keys, values, sums);
-            for (int r = 0; r < count; ++r)
-                for (int lane = 0; lane < kPanel; lane += kLanes)
-                    out.write(row + r, panel * kPanel + lane, load(sums + r * kPanel + lane) * inverses[r]);
+                weights.template sum<1>(scores, count, keys, values, to);
+            if (!is_first) means.join(sums);
         }
+    }
+
+    void write(const Means& means, int index, int row) const {
+        const Output out(call_, index);
+        const float* sums = means.sums;
+        for (int r = 0; r < means.count; ++r) means.factors[r] = 1 / means.weights[r];
+        for (int panel = 0; panel < ceil_div(call_.width, kPanel); ++panel)
+            for (int r = 0; r < means.count; ++r, sums += kPanel)
+                for (int lane = 0; lane < kPanel; lane += kLanes)
+                    out.write(row + r, panel * kPanel + lane, load(sums + lane) * means.factors[r]);
     }
 
     const Attention& call_;
-    int heads_, parts_, count_;
+    int heads_, parts_, count_, at_once_;
     size_t stride_;
     float scale_;
 };
@@ -335,7 +189,8 @@ private:
             score(rows + row * stride_, keys, scores);
             for (int key = 0; mask != nullptr && key < call_.keys; ++key)
                 if (mask[key] == 0) scores[key] = kHidden;
-            const float inverse = 1 / weigh(scores, call_.keys, count_, scale_);
+            float largest = -INFINITY;
+            const float inverse = 1 / weigh(scores, call_.keys, count_, scale_, largest);
             for (size_t channel = 0; channel < stride_; channel += kLanes) {
                 Vector sum{};
                 for (int key = 0; key < call_.keys; ++key) sum += scores[key] * load(values + key * stride_ + channel);
@@ -391,6 +246,14 @@ void attention(const Attention& call, int threads, const Parallel& parallel) {
 void attention_bytes(const Attention& call, int threads, const Parallel& parallel) {
     if (call.places > 1 || call.mask != nullptr) return attention(call, threads, parallel);
     if (!is_empty(call)) Job<InBytes>(call, threads).run(parallel);
+}
+#endif
+
+#ifdef PC_HAS_TILES
+void attention_pairs(const Attention& call, int threads, const Parallel& parallel) {
+    const bool is_served = call.places == 1 && call.mask == nullptr && may_use_tiles();
+    if (!is_served) return attention(call, threads, parallel);
+    if (!is_empty(call)) Job<InPairs>(call, threads).run(parallel);
 }
 #endif
 

@@ -1,5 +1,5 @@
-// Attention of tokens on x86-64, in float32, or with its products in 8 and 16 bits. Layer 4: knows neither Python nor
-// any library's tensors or threads.
+// Attention of tokens on x86-64, in float32, or with its products in 8 and 16 bits, or of pairs of 16-bit floats. Layer
+// 4: knows neither Python nor any library's tensors or threads.
 #pragma once
 
 #include <cstddef>
@@ -32,5 +32,8 @@ void attention(const Attention& call, int threads, const Parallel& parallel);
 // 2¹⁴th part of a row's largest and values to the 511th part of their channel's. At several places, and with a mask,
 // all is in float32. The width is a multiple of four.
 void attention_bytes(const Attention& call, int threads, const Parallel& parallel);
+
+// The same with products of pairs of 16-bit floats, see pairs.h, where this process may use tiles.
+void attention_pairs(const Attention& call, int threads, const Parallel& parallel);
 
 }  // namespace posecrafter

@@ -2,7 +2,8 @@
 // of `heads` heads, `width` channels each. Tokens (N, n, C) attend to those of their picture, (N, m, C); tokens
 // (N, F, n, C) to the same ones in frames, (N, K, n, C): those for which an input after these, (N, K) and boolean, is
 // true where there is one. Inputs may be wider: query_at, key_at and value_at are where their channels begin. With the
-// attribute in_bytes products are in 8 and 16 bits. Layer 4.
+// attribute in_bytes products are in 8 and 16 bits, with in_halves in two digits of eight where the processor has
+// tiles. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -28,7 +29,8 @@ public:
           query_at_(like.query_at_),
           key_at_(like.key_at_),
           value_at_(like.value_at_),
-          in_bytes_(like.in_bytes_) {
+          in_bytes_(like.in_bytes_),
+          in_halves_(like.in_halves_) {
         constructor_validate_and_infer_types();
     }
 
@@ -43,6 +45,7 @@ public:
             OPENVINO_ASSERT(key[axis] == value[axis], "a key without a value");
         }
         OPENVINO_ASSERT(!in_bytes_ || (kHasBytes && width_ % kFour == 0), "what eight bits do not serve");
+        OPENVINO_ASSERT(!in_bytes_ || !in_halves_, "products in both 8 and 16 bits");
         if (get_input_size() == 4)  // OpenVINO makes bytes of what is boolean
             OPENVINO_ASSERT(get_input_element_type(3).size() == 1 && get_input_shape(3) == ov::Shape({key[0], key[1]}),
                             "a mask of other keys");
@@ -62,6 +65,7 @@ public:
         visitor.on_attribute("key_at", key_at_);
         visitor.on_attribute("value_at", value_at_);
         visitor.on_attribute("in_bytes", in_bytes_);
+        visitor.on_attribute("in_halves", in_halves_);
         return true;
     }
 
@@ -78,15 +82,21 @@ public:
         call.batch = static_cast<int>(query[0]), call.queries = static_cast<int>(query[1]);
         call.keys = static_cast<int>(key[1]), call.places = query.size() == 4 ? static_cast<int>(query[2]) : 1;
         call.heads = static_cast<int>(heads_), call.width = static_cast<int>(width_);
-        if (!in_bytes_) attention(call, num_threads(), parallel);
-#ifdef PC_HAS_VNNI
-        else
-            attention_bytes(call, num_threads(), parallel);
-#endif
+        attend()(call, num_threads(), parallel);
         return true;
     }
 
 private:
+    auto attend() const -> void (*)(const Attention&, int, const Parallel&) {
+#ifdef PC_HAS_VNNI
+        if (in_bytes_) return attention_bytes;
+#endif
+#ifdef PC_HAS_TILES
+        if (in_halves_) return attention_pairs;
+#endif
+        return attention;
+    }
+
     size_t channels() const { return static_cast<size_t>(heads_ * width_); }
 
     bool fits(size_t index, int64_t at) const {
@@ -104,6 +114,7 @@ private:
     int64_t key_at_ = 0;
     int64_t value_at_ = 0;
     bool in_bytes_ = false;
+    bool in_halves_ = false;
 };
 
 }  // namespace posecrafter

@@ -37,6 +37,9 @@ struct Fetch {
     int lines;
     bool is_wide;
 
+    // What is there, and in the cache.
+    static Fetch nothing(const float* there) { return {there, there, 0, 0, 1, false}; }
+
     Fetch from(int index) const {
         Fetch next = *this;
         next.first += index * row, next.other += index * row;
