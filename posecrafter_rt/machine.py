@@ -39,8 +39,17 @@ def cpu_device() -> dict[str, str]:
 
 
 def cpu_features() -> set[str]:
-    """Instruction-set flags, such as avx512_bf16 and amx_bf16."""
-    return set(_cpuinfo().get("flags", _cpuinfo().get("Features", "")).split())
+    """Instruction-set flags, such as avx512_bf16 and amx_bf16; none of AMX's where the system refuses its tiles."""
+    flags = set(_cpuinfo().get("flags", _cpuinfo().get("Features", "")).split())
+    refused = {flag for flag in flags if flag.startswith("amx_")}
+    return flags if not refused or _may_use_tiles() else flags - refused
+
+
+@cache
+def _may_use_tiles() -> bool:
+    """Whether this process may use AMX's tiles, for which Linux must be asked once."""
+    request = (158, 0x1023, 18)  # arch_prctl of x86-64, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return bool(ctypes.CDLL(None).syscall(*map(ctypes.c_long, request)) == 0)
 
 
 def cpu_has_bf16() -> bool:

@@ -349,6 +349,7 @@ def test_what_the_encoder_says_is_passed_on(tmp_path, monkeypatch, code, expecte
     [
         (av.error.MemoryError, "free some memory and run the same command again"),
         (av.error.ExternalError, "if memory is short, free some and run the same command again"),
+        (av.error.BlockingIOError, "if memory is short, free some and run the same command again"),
         (av.error.InvalidDataError, None),
     ],
 )

@@ -77,6 +77,17 @@ def test_numbers_of_any_size(lanes: int) -> None:
         assert relative_error(found[..., channel], expected[..., channel]) < MOST
 
 
+@pytest.mark.parametrize("largest", [0, 600, 1299])
+def test_keys_that_come_in_parts_of_which_one_weighs_most(largest: int, lanes: int) -> None:
+    """Scores of up to some hundred rise towards one key and fall after it; a row's largest is where it may be."""
+    shape = Shape(1, 140, 1300, 1, 2, 40)
+    query, key, value = drawn(shape)
+    nearness = 8 / (1 + (torch.arange(shape.keys) - largest).abs() / 50)
+    given = [query, key * nearness[:, None, None], value]
+    found = attended(of_a_picture, shape, [tensor[:, :, 0] for tensor in given])
+    assert relative_error(found, reference(given, shape)) < 3 * MOST  # of scores so large as much is lost of a weight
+
+
 def test_scores_of_any_size(lanes: int) -> None:
     """The largest weighs all, without an overflow."""
     shape = Shape(1, 4, 40, 1, 1, 8)

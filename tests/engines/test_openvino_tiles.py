@@ -5,6 +5,8 @@ Tests of posecrafter_rt/engines/operations/tiles.h. What the sums are of, tests/
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,21 @@ from posecrafter_rt.machine import cpu_features
 from tests.engines.openvino_models import LAYOUTS, convolved, doubled, draw, layers, of_three_frames, parameter, run
 
 TILES = {"amx_tile", "amx_int8", "amx_bf16"}  # what a processor that has them says
+# A process in which seccomp answers arch_prctl(ARCH_REQ_XCOMP_PERM, …) with EPERM, as a sandbox may.
+REFUSED = """
+import ctypes, struct
+rules = [(0x20, 0, 0, 0), (0x15, 0, 3, 158), (0x20, 0, 0, 16), (0x15, 0, 1, 0x1023), (6, 0, 0, 0x50001), (6, 0, 0, 0x7FFF0000)]
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_char_p)]
+program = Program(len(rules), b"".join(struct.pack("HBBI", *rule) for rule in rules))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0  # PR_SET_NO_NEW_PRIVS, _SECCOMP
+from posecrafter_rt.engines import openvino_operations as operations
+from posecrafter_rt.machine import cpu_features
+found = operations.operations("fp16")
+print(*(flag for flag in cpu_features() if flag.startswith("amx")))
+print(found.vectors.has_halves, found.vectors.has_tiles, operations.network_precision("vae_decoder", "fp16"))
+"""
 DEPTHS = (32, 36, 40, 44, 48, 64, 72, 96, 160, 192, 320)  # of rows; 72 is two tiles of 36, of 44 there is one
 
 
@@ -81,3 +98,9 @@ def test_a_network(openvino_networks: Path, both: Callable[..., None]) -> None:
         draw(*tensor.shape, seed=seed) for seed, tensor in enumerate(of_three_frames(openvino_networks, "unet").inputs)
     ]
     both(lambda: of_three_frames(openvino_networks, "unet"), *given)
+
+
+def test_where_the_system_refuses_tiles_vectors_do_their_work(both: Callable[..., None]) -> None:
+    """The autoencoder, too, is then what 16-bit floats leave it to be."""
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.returncode) == ("\nTrue False fp32\n", 0), done.stderr
