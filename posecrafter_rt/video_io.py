@@ -256,7 +256,8 @@ class VideoWriter:
             hint = None
             if isinstance(failure, MemoryError):
                 hint = "free some memory and run the same command again"
-            elif isinstance(failure, (ExternalError, BlockingIOError)):  # of x264, or of a thread: this is the likely reason
+            # Of x264, or of a thread that cannot be started: short memory is the likely reason.
+            elif isinstance(failure, (ExternalError, BlockingIOError)):
                 hint = "if memory is short, free some and run the same command again"
             raise VideoError(f"encoding {self.path} failed: {_reason(failure)}", hint) from failure
 
