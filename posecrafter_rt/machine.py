@@ -164,9 +164,12 @@ def release_mapped(path: Path) -> None:
 
     They count as its memory for as long as the file is mapped, though only a few numbers of it are wanted yet.
     """
+    mapped = f" {path.resolve()}"
     for line in _text(Path("/proc/self/maps")).splitlines():
+        if not line.endswith(mapped):
+            continue
         addresses, rights, *_, name = line.split(maxsplit=5)
-        if name == str(path.resolve()) and "w" not in rights:
+        if name == mapped[1:] and "w" not in rights:
             first, last = (int(address, 16) for address in addresses.split("-"))
             ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
 

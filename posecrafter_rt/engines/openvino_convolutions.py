@@ -37,6 +37,7 @@ LARGE_TILES = 16  # of 4×4, in one frame
 MANY_TILES = 64  # of 4×4, in one frame, where products could be in 16 bits
 FOLDING_TOLERANCE = 1e-4  # of the largest weight, between one folded and one that is unfolded and folded again
 MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures and where others are halves
+MOST_BYTES_A_TILE = 1 << 19  # of those for each tile of a frame, where products could be in 16 bits
 
 
 def use_convolutions(model: openvino.Model, precision: Precision = "fp32") -> int:
@@ -60,7 +61,7 @@ def _tile(node: Any, available: Operations) -> int | None:
     if not _is_fitting(node, available.lanes):
         return None
     is_single = _is_convolution(node, stride=1)
-    has_products = {"int8": True, "fp16": available.vectors.has_halves}.get(available.precision, False)
+    has_products = available.precision != "fp32" and available.vectors.has_vnni
     by_fours = available.precision == "fp16" and not available.vectors.has_tiles and is_single and _is_large(node)
     if has_products and not by_fours:
         return 0 if is_single or _is_doubling(node) or _is_convolution(node, stride=2) else None
@@ -80,7 +81,8 @@ def _winograd_tile(node: Any, precision: Precision) -> int | None:
 
 def _is_large(node: Any) -> bool:
     """Whether tiles of 4×4 in float32 are faster than products in 16 bits, and worth the memory."""
-    return _weights_by_fours(node) <= MOST_BYTES and _tiles(node, 4) >= MANY_TILES
+    tiles = _tiles(node, 4)
+    return tiles >= MANY_TILES and _weights_by_fours(node) <= min(MOST_BYTES, MOST_BYTES_A_TILE * tiles)
 
 
 def _weights_by_fours(node: Any) -> int:

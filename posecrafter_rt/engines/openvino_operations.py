@@ -38,17 +38,17 @@ TRIED = """#include <immintrin.h>
 #ifdef __AMX_INT8__
 void tried_tiles() { _tile_dpbusd(0, 1, 2); }
 #endif
-#ifdef __AVX512FP16__
-__m512h tried(__m512h a, __m512h b) { return _mm512_fmadd_ph(a, b, a); }
+#ifdef __AVX512VNNI__
+__m512i tried(__m512i a, __m512i b) { return _mm512_dpwssd_epi32(a, b, a); }
 #elif defined(__AVXVNNI__)
 __m256i tried(__m256i a, __m256i b) { return _mm256_dpbusd_avx_epi32(a, b, a); }
 #endif
 """
 # Of the largest value, where float32 comes to 1e-5, 16 bits to 1e-3 and eight to 0.01.
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int8": 0.05}
-DIGITS_TOLERANCE = 5e-4  # of 16 bits in two digits, which come to 1e-4
+WHOLE_TOLERANCE = 5e-4  # of products of whole numbers in 16 bits, which come to 1e-4
 WITH_WEIGHTS = ("FusedConvolution", "Linear")  # of our operations
-REWRITING = 10  # counted up when networks are rewritten otherwise: they are kept under it
+REWRITING = 11  # counted up when networks are rewritten otherwise: they are kept under it
 
 log = logging.getLogger(__name__)
 
@@ -59,22 +59,19 @@ class Vectors(NamedTuple):
     lanes: int  # floats: input channels come in so many, output channels in twice as many
     needed: frozenset[str]  # of the processor
     flags: tuple[str, ...]
-    has_bytes: bool = False  # whether products in eight bits are among them
-    has_halves: bool = False  # whether those in 16 bits are; otherwise weights in 16 bits are multiplied in float32
-    has_tiles: bool = False  # whether both are done in tiles (AMX), those in 16 bits in two digits of eight
+    has_vnni: bool = False  # whether products of whole numbers are among them; otherwise weights in 16 bits are widened
+    has_tiles: bool = False  # whether those are done in tiles (AMX), those in 16 bits in two digits of eight
 
 
 AVX2, AVX512 = frozenset({"avx2", "fma", "f16c"}), frozenset({"avx512f", "avx512_vnni"})
-HALVES = AVX512 | {"avx512_fp16", "avx512bw", "avx512dq", "avx512vl"}
-HALVES_FLAGS = ("-mavx512fp16", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprfchw")
-TILES_FLAGS = ("-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+TILES = {"avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
+TILES_FLAGS = ("-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+AVX512_FLAGS = ("-mavx512f", "-mavx512vnni", "-mprfchw")
 VECTORS = (
-    Vectors(16, HALVES | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}, (*HALVES_FLAGS, *TILES_FLAGS),
-            has_bytes=True, has_halves=True, has_tiles=True),
-    Vectors(16, HALVES, HALVES_FLAGS, has_bytes=True, has_halves=True),
-    Vectors(16, AVX512, ("-mavx512f", "-mavx512vnni", "-mprfchw"), has_bytes=True),
+    Vectors(16, AVX512 | TILES, (*AVX512_FLAGS, *TILES_FLAGS), has_vnni=True, has_tiles=True),
+    Vectors(16, AVX512, AVX512_FLAGS, has_vnni=True),
     Vectors(16, frozenset({"avx512f"}), ("-mavx512f",)),
-    Vectors(8, AVX2 | {"avx_vnni"}, ("-mavx2", "-mfma", "-mf16c", "-mavxvnni", "-mprfchw"), has_bytes=True),
+    Vectors(8, AVX2 | {"avx_vnni"}, ("-mavx2", "-mfma", "-mf16c", "-mavxvnni", "-mprfchw"), has_vnni=True),
     Vectors(8, AVX2, ("-mavx2", "-mfma", "-mf16c")),
 )  # fmt: skip  # the widest first
 
@@ -116,10 +113,10 @@ def missing_reason() -> str | None:
 
 def missing_bytes_reason() -> str | None:
     """Why products in eight bits cannot be had here, or None."""
-    if not any(vectors.has_bytes for vectors in _fitting()[:1]):
+    if not any(vectors.has_vnni for vectors in _fitting()[:1]):
         return "this processor has no VNNI; use fp32"
     reason, built = _missing_for("int8"), _built(_fitting())
-    is_left_out = reason is None and built.vectors is not None and not built.vectors.has_bytes
+    is_left_out = reason is None and built.vectors is not None and not built.vectors.has_vnni
     return f"int8 needs a compiler that knows VNNI: {built.left_out}" if is_left_out else reason
 
 
@@ -157,10 +154,10 @@ def operations(precision: Precision = "fp32") -> Operations | None:
 
 
 def network_precision(name: str, precision: Precision) -> Precision:
-    """As `inner_precision`, but that two digits of eight bits, each row's by a scale of its own, have no range to leave."""
+    """As `inner_precision`, but that whole numbers, each row's by a scale of its own, have no range to leave."""
     available = operations(precision) if precision == "fp16" and name in BEYOND_FP16 else None
-    has_tiles = available is not None and available.vectors.has_tiles
-    return precision if has_tiles else inner_precision(name, precision)
+    has_vnni = available is not None and available.vectors.has_vnni
+    return precision if has_vnni else inner_precision(name, precision)
 
 
 def hold_weights(model: openvino.Model, release: Callable[[], None]) -> None:
@@ -294,8 +291,8 @@ def _refusal(*arguments: Any, given: str = "") -> str | None:
 
 
 def _tolerance(trial: Trial, vectors: Vectors) -> float:
-    in_digits = trial.precision == "fp16" and trial.is_narrow and vectors.has_tiles
-    return DIGITS_TOLERANCE if in_digits else TOLERANCES[trial.precision]
+    is_whole = trial.precision == "fp16" and trial.is_narrow and vectors.has_vnni
+    return WHOLE_TOLERANCE if is_whole else TOLERANCES[trial.precision]
 
 
 def _try(library: Path, vectors: Vectors) -> None:

@@ -32,8 +32,7 @@ class Trial(NamedTuple):
 
     def suits(self, vectors: Vectors) -> bool:
         """Whether the operations have it that are compiled for these vectors."""
-        has = {"int8": vectors.has_bytes, "fp16": vectors.has_halves}
-        return not self.is_narrow or has[self.precision]
+        return not self.is_narrow or vectors.has_vnni
 
 
 def _constant(*shape: int) -> Any:

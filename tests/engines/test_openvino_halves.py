@@ -1,7 +1,7 @@
 """Weights in 16 bits against PyTorch's float64 of what is rounded alike, and which layers have them.
 
 Tests of posecrafter_rt/engines/openvino_convolutions.py and openvino_linear.py in fp16, on processors that multiply in
-float32; test_openvino_in_halves.py has those that multiply in 16 bits.
+float32; test_openvino_in_16_bits.py has those that multiply in 16 bits.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ SCALE = 0.05  # of weights: none is below the least normal number in 16 bits, no
 
 @pytest.fixture(params=[16, 8], ids=lambda lanes: f"{lanes}-lanes")
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Those of vectors that have no products in 16 bits."""
-    return take_vectors(request, monkeypatch, request.param, has_halves=False)
+    """Those of vectors that have no products of whole numbers."""
+    return take_vectors(request, monkeypatch, request.param, has_vnni=False)
 
 
 def rounded(weight: Tensor) -> Tensor:

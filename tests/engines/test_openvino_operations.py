@@ -181,39 +181,37 @@ def test_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
-@pytest.mark.parametrize(("features", "lanes", "has_bytes", "has_halves", "has_tiles"), [
-    ({"avx2", "fma", "f16c"}, 8, False, False, False),
-    ({"avx2", "fma", "f16c", "avx_vnni"}, 8, True, False, False),
-    ({"avx2", "fma", "f16c", "avx512_vnni"}, 8, False, False, False),  # without the registers, as a virtual machine may tell it
-    (AVX512, 16, False, False, False),
-    (AVX512 | {"avx512_vnni", "avx_vnni"}, 16, True, False, False),
-    (AVX512 | {"avx512_vnni", "avx512_fp16"}, 16, True, True, False),
-    (AVX512 | {"avx512_vnni", "avx512_fp16", "avx512_bf16", "amx_tile", "amx_bf16"}, 16, True, True, False),
-    (AVX512 | {"avx512_vnni", "avx512_fp16", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"}, 16, True, True, True),
+@pytest.mark.parametrize(("features", "lanes", "has_vnni", "has_tiles"), [
+    ({"avx2", "fma", "f16c"}, 8, False, False),
+    ({"avx2", "fma", "f16c", "avx_vnni"}, 8, True, False),
+    ({"avx2", "fma", "f16c", "avx512_vnni"}, 8, False, False),  # without the registers, as a virtual machine may tell it
+    (AVX512, 16, False, False),
+    (AVX512 | {"avx512_vnni", "avx_vnni"}, 16, True, False),
+    (AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"}, 16, True, False),
+    (AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"}, 16, True, True),
 ])  # fmt: skip
 def test_the_widest_vectors_are_taken_with_what_the_processor_has(
-    features: set[str], lanes: int, has_bytes: bool, has_halves: bool, has_tiles: bool, monkeypatch: pytest.MonkeyPatch
+    features: set[str], lanes: int, has_vnni: bool, has_tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operations, "cpu_features", lambda: features)
     vectors = operations._fitting()[0]
-    assert (vectors.lanes, vectors.has_bytes, vectors.has_halves) == (lanes, has_bytes, has_halves)
-    assert vectors.has_tiles == has_tiles
+    assert (vectors.lanes, vectors.has_vnni, vectors.has_tiles) == (lanes, has_vnni, has_tiles)
     # What this processor lacks would end the process.
     monkeypatch.setattr(operations, "_built", lambda fitting: operations.Built(fitting[0], Path()))
-    assert operations.missing_bytes_reason() == (None if has_bytes else "this processor has no VNNI; use fp32")
+    assert operations.missing_bytes_reason() == (None if has_vnni else "this processor has no VNNI; use fp32")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_a_compiler_that_does_not_know_the_widest_is_asked_for_others(
     operation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As g++ 11 does not know AVX512-FP16, which processors have had since 2023; g++ 10 does not know AVX-VNNI."""
+    """As g++ 10 knows neither AMX nor AVX-VNNI, which processors have had since 2021."""
     narrow, unknown = operations._fitting()[-1], ("-mno-such-instructions",)
-    widest = [operations._fitting()[0]._replace(flags=unknown, has_bytes=has_bytes) for has_bytes in (False, True)]
+    widest = [operations._fitting()[0]._replace(flags=unknown, has_vnni=has_vnni) for has_vnni in (False, True)]
     monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
     monkeypatch.setattr(operations, "FLAGS", PLAIN_FLAGS)
     for vectors, reason in zip(widest, ("this processor has no VNNI", "needs a compiler that knows VNNI"), strict=True):
-        monkeypatch.setattr(operations, "VECTORS", (vectors, narrow._replace(has_bytes=False)))
+        monkeypatch.setattr(operations, "VECTORS", (vectors, narrow._replace(has_vnni=False)))
         with caplog.at_level(logging.INFO):
             available = operations.operations()
         assert available is not None and available.vectors.flags == narrow.flags
@@ -243,7 +241,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 WRONG_IN_BYTES = [
-    ("bytes.cpp", "row[i * taps + tap]", "row[i + tap * in_channels]"),  # the order of weights
+    ("bytes.cpp", "row[i * taps + tap]", "row[i + tap * in]"),  # the order of weights
     ("bytes.cpp", "static_cast<float>(sum) * scale.step", "static_cast<float>(sum)"),  # what zero counts
     ("pictures.cpp", "(x + 1 - odd_column) / 2", "x / 2"),  # its weights
     ("pictures.cpp", "count, static_cast<uint8_t>(zeros_[frame])", "count, 0"),  # the border
@@ -270,12 +268,12 @@ WRONG_IN_TILES = [
     ("attention.cpp", "row % kPanel / kLanes * kTileFloats", "0"),  # where half of the keys are
     ("attention.cpp", "packed + row / kPairStep * kPairTiles", "packed"),  # where values are
 ]
-WRONG_IN_HALVES = [
-    ("linear.cpp", "weight + k % in_channels * taps + k / in_channels", "weight + k"),  # the order of weights
-    ("pictures.cpp", "plane, p.eps},", "plane, 0.5},"),  # the norm
-    ("pictures.cpp", "% window_.out_width) * window_.stride", "% window_.out_width)"),  # columns that are copied
-    ("pictures.cpp", "pixel(frame, y, x) + piece.in_row", "pixel(frame, y, x)"),  # the windows' rows
-    ("pictures.cpp", "sums.from(begin), index == 0", "sums.from(begin), true"),  # sums of pieces are added
+WRONG_IN_WORDS = [
+    ("words.cpp", "(k / kTwo * kPanel + column) * kTwo + k % kTwo", "k * kPanel + column"),  # the order of weights
+    ("words.cpp", "lows[r] += scales[r] * kMostNumber", "lows[r] += scales[r]"),  # what zero stands for
+    ("pictures.cpp", "+ static_cast<float>(least)", ""),  # the same in a picture
+    ("pictures.cpp", "own.scale, own.low, to", "own.scale, own.scale, to"),  # the same of its windows
+    ("pictures.cpp", "own.first + i * own.stride", "own.first + i"),  # where they are
 ]
 
 
@@ -302,7 +300,7 @@ WRONG_IN_HALVES = [
     *WRONG_IN_BYTES,
     *WRONG_IN_VECTORS,
     *WRONG_IN_TILES,
-    *WRONG_IN_HALVES,
+    *WRONG_IN_WORDS,
 ])  # fmt: skip
 def test_what_compiles_but_is_wrong_is_not_kept(
     compiled: str,
@@ -319,14 +317,14 @@ def test_what_compiles_but_is_wrong_is_not_kept(
     operations._built.cache_clear()
     vectors = available.vectors
     mistake = compiled, right, wrong
-    if mistake in (*WRONG_IN_BYTES, *WRONG_IN_VECTORS) and not vectors.has_bytes:
+    if mistake in (*WRONG_IN_BYTES, *WRONG_IN_VECTORS, *WRONG_IN_WORDS) and not vectors.has_vnni:
         pytest.skip("this processor has no VNNI")
-    if mistake in WRONG_IN_HALVES and not vectors.has_halves:
-        pytest.skip("this processor has no AVX512-FP16")
     if mistake in WRONG_IN_TILES and not vectors.has_tiles:
         pytest.skip("this processor has no AMX")
-    if mistake in (*WRONG_IN_VECTORS, *WRONG_IN_HALVES, WRONG_IN_LINEAR_HALVES) and vectors.has_tiles:
+    if mistake in (*WRONG_IN_VECTORS, *WRONG_IN_WORDS) and vectors.has_tiles:
         pytest.skip("tiles do it here")
+    if mistake == WRONG_IN_LINEAR_HALVES and vectors.has_vnni:
+        pytest.skip("products of whole numbers do it here")
     sources, num_found = tmp_path / "sources", 0
     sources.mkdir()
     for file in (*operations.SOURCES.glob("*.h"), operations.SOURCES / compiled):

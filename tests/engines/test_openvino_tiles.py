@@ -36,7 +36,7 @@ from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.machine import cpu_features
 found = operations.operations("fp16")
 print(*(flag for flag in cpu_features() if flag.startswith("amx")))
-print(found.vectors.has_halves, found.vectors.has_tiles, operations.network_precision("vae_decoder", "fp16"))
+print(found.vectors.has_vnni, found.vectors.has_tiles, operations.network_precision("vae_decoder", "fp16"))
 """
 DEPTHS = (32, 36, 40, 44, 48, 64, 72, 96, 160, 192, 320)  # of rows; 72 is two tiles of 36, of 44 there is one
 

@@ -16,11 +16,11 @@
 #include "attention.h"
 #include "bytes.h"
 #include "convolution.h"
-#include "halves.h"
 #include "linear.h"
 #include "pictures.h"
 #include "products.h"
 #include "winograd.h"
+#include "word_format.h"
 
 using namespace posecrafter;
 
@@ -83,11 +83,11 @@ private:
 
 // What weights are, of eight bits also what they multiply; and how much that may differ from sums in double, of the
 // largest.
-enum class Kind { floats, halves, bytes, digits };
-constexpr double kInBytes = 0.1, kInHalves = 0.005, kInDigits = 0.002, kInPairs = 1e-4;
+enum class Kind { floats, halves, bytes, digits, words };
+constexpr double kInBytes = 0.1, kInHalves = 0.005, kInDigits = 0.002, kInWords = 0.003, kInPairs = 1e-4;
 
 double tolerance_of(Kind kind) {
-    const double tolerances[] = {1e-5, kInHalves, kInBytes, kInDigits};
+    const double tolerances[] = {1e-5, kInHalves, kInBytes, kInDigits, kInWords};
     return tolerances[static_cast<int>(kind)];
 }
 
@@ -98,10 +98,16 @@ struct Drawn {
     Packed packed;
 
     Drawn(int in_channels, int out_rows, Kind kind) : in(in_channels), rows(out_rows), packed(block(num_floats(kind))) {
+        pack(kind);
+    }
+
+    void pack(Kind kind) {
 #ifdef PC_HAS_TILES
-        if (kind == Kind::digits) pack_digits(weight.data(), in, 1, rows, packed.get(), parallel);
+        if (kind == Kind::digits) return pack_digits(weight.data(), in, 1, rows, packed.get(), parallel);
 #endif
-        if (kind == Kind::digits) return;
+#ifdef PC_HAS_VNNI
+        if (kind == Kind::words) return pack_words(weight.data(), in, 1, rows, packed.get(), parallel);
+#endif
         if (kind == Kind::bytes)
             pack_bytes(weight.data(), in, 1, rows, packed.get(), parallel);
         else if (kind == Kind::halves)
@@ -113,6 +119,9 @@ struct Drawn {
     size_t num_floats(Kind kind) const {
 #ifdef PC_HAS_TILES
         if (kind == Kind::digits) return rows / kPanel * digit_panel(in);
+#endif
+#ifdef PC_HAS_VNNI
+        if (kind == Kind::words) return rows / kPanel * word_panel(in);
 #endif
         if (kind == Kind::bytes) return rows / kPanel * byte_panel(in);
         return kind == Kind::halves ? weight.size() / 2 : weight.size();
@@ -134,9 +143,7 @@ void run_linear(const Linear& call, int threads, Kind kind) {
 #endif
 #ifdef PC_HAS_VNNI
     if (kind == Kind::bytes) return linear<Bytes>(call, threads, parallel);
-#endif
-#ifdef PC_HAS_HALVES
-    if (kind == Kind::halves && flip()) return linear<Halves>(call, threads, parallel);
+    if (kind == Kind::words) return linear<Words>(call, threads, parallel);
 #endif
     (kind == Kind::halves ? linear<Half> : linear<float>)(call, threads, parallel);
 }
@@ -364,10 +371,8 @@ bool fuzz_fewer_bits() {
     if (may_use_tiles() && !(fuzz_linear(Kind::digits) && fuzz_convolution<Digits>(kInDigits))) return false;
     if (!fuzz_attention(attention_pairs, kInPairs)) return false;
 #endif
-#ifdef PC_HAS_HALVES
-    if (!fuzz_convolution<Halves>(kInHalves)) return false;
-#endif
 #ifdef PC_HAS_VNNI
+    if (!fuzz_linear(Kind::words) || !fuzz_convolution<Words>(kInWords)) return false;
     return fuzz_linear(Kind::bytes) && fuzz_convolution<Bytes>(kInBytes) && fuzz_attention(attention_bytes, kInBytes);
 #else
     return true;

@@ -17,6 +17,10 @@ from posecrafter_rt.machine import cpu_features
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
 SECONDS = "1.5"
+OPERATIONS = [
+    ROOT / "tests/native/fuzz_operations.cpp",
+    *(source for source in sorted(SOURCES.glob("*.cpp")) if source.name != "extension.cpp"),  # that is OpenVINO's
+]
 
 
 def fuzz(program: Path, flags: list[str], include: Path, sources: list[Path]) -> None:
@@ -45,22 +49,17 @@ def test_operations(tmp_path: Path, lanes: int) -> None:
     found = [vectors for vectors in VECTORS if vectors.lanes == lanes and vectors.needed <= cpu_features()]
     if not found:
         pytest.skip(f"this processor has no vectors of {lanes} floats")
-    sources = [
-        ROOT / "tests/native/fuzz_operations.cpp",
-        *(
-            SOURCES / f"{name}.cpp"
-            for name in (
-                "attention",
-                "bytes",
-                "convolution",
-                "digits",
-                "group_norm",
-                "halves",
-                "linear",
-                "memory",
-                "pictures",
-                "winograd",
-            )
-        ),
-    ]
-    fuzz(tmp_path / "fuzz_operations", ["-pthread", *found[0].flags], SOURCES, sources)
+    fuzz(tmp_path / "fuzz_operations", ["-pthread", *found[0].flags], SOURCES, OPERATIONS)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+def test_operations_in_tiles(tmp_path: Path) -> None:
+    """By a processor without AMX, in software."""
+    vectors = VECTORS[0]
+    if not {need for need in vectors.needed if not need.startswith("amx")} <= cpu_features():
+        pytest.skip("this processor lacks more than AMX")
+    if vectors.needed <= cpu_features():
+        pytest.skip("this processor has AMX: test_operations is of it")
+    in_software = ["-include", str(ROOT / "tests/native/amx.h"), "-D__AMX_INT8__", "-D__AMX_BF16__"]
+    flags = [flag for flag in vectors.flags if not flag.startswith("-mamx")]
+    fuzz(tmp_path / "fuzz_operations", ["-pthread", *flags, *in_software], SOURCES, OPERATIONS)

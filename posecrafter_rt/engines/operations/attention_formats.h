@@ -11,11 +11,11 @@
 #include <cstring>
 
 #include "byte_format.h"
+#include "means.h"
 #include "memory.h"
 #include "pairs.h"
 #include "products.h"
 #include "simd.h"
-#include "words.h"
 
 namespace posecrafter {
 
@@ -126,7 +126,7 @@ struct InBytes {
     static size_t keys_at(int key, int width) { return key / kPanel * byte_panel(width); }
     static size_t values_at(int key) { return static_cast<size_t>(key) / 2 * kPanel; }
 
-    static constexpr size_t panel_floats(int keys) { return word_panel(ceil_div(keys, 2)); }
+    static constexpr size_t panel_floats(int keys) { return value_panel(ceil_div(keys, 2)); }
 
     static size_t key_floats(int keys, int width) { return ceil_div(keys, kPanel) * byte_panel(width); }
     static size_t value_floats(int keys, int width) { return ceil_div(width, kPanel) * panel_floats(keys); }
@@ -156,7 +156,7 @@ struct InBytes {
         }
     }
 
-    // (panels, word_panel), each column rounded to the 511th part of its largest number.
+    // (panels, value_panel), each column rounded to the 511th part of its largest number.
     static void pack_values(const Head& values, float* packed) {
         for (int channel = 0; channel < values.width; channel += kPanel, packed += panel_floats(values.count))
             for (int half = 0; half < kPanel; half += kLanes) pack_columns(values, channel + half, packed, half);
@@ -183,7 +183,7 @@ struct InBytes {
     static void score(Rows query, int count, int keys, int width, const float* packed, Sums scores) {
         const ByteRows rows = rows_to_bytes(query, count, width, thread_query.take(byte_rows_floats(count, width)));
         for (int key = 0; key < keys; key += kPanel, packed += byte_panel(width))
-            Bytes::multiply(rows, 0, count, packed, {scores.first + key, scores.stride}, Fetch::nothing(packed));
+            Bytes::multiply(rows, count, packed, {scores.first + key, scores.stride}, Fetch::nothing(packed));
     }
 
     class Weights {
@@ -202,7 +202,7 @@ struct InBytes {
 
         template <int kVectors>
         void sum(Sums, int count, int keys, const float* panel, float* sums) const {
-            multiply_word_rows<kVectors>({words_, stride_}, count, panel, ceil_div(keys, 2), sums);
+            sum_value_rows<kVectors>({words_, stride_}, count, panel, ceil_div(keys, 2), sums);
         }
 
     private:

@@ -14,7 +14,8 @@ namespace posecrafter {
 struct Bytes {
     using Number = uint8_t;
     using Numbers = ByteRows;
-    static constexpr int kLighter = sizeof(float);  // how many times as light as a float a weight is
+    static constexpr int kLighter = sizeof(float);                    // how many times as light as a float a weight is
+    static constexpr bool kByVnni = true, kByTiles = kWhole > kFour;  // what there is that multiplies them
 
     static Numbers convert(Rows rows, int count, int depth, float* memory) {
         return rows_to_bytes(rows, count, depth, memory);
@@ -40,18 +41,17 @@ struct Bytes {
 #endif
     }
 
-    // In how many pieces a panel is multiplied: whole sums are exact.
-    static int pieces(const Numbers&) { return 1; }
-
 #ifdef PC_HAS_VNNI
+    // Whole sums are exact.
+    static int pieces(const Numbers&) { return 1; }
+    static Piece piece(const Numbers& rows, int) { return {0, 0, rows.depth, rows.segments, rows.pitch, true, true}; }
+
     // Any number of rows times one panel.
-    static void multiply(const Numbers& rows, int, int count, const float* panel, Sums sums, const Fetch& next) {
+    static void multiply(const Numbers& rows, int count, const float* panel, Sums sums, const Fetch& next) {
 #ifdef PC_HAS_TILES
         if (is_tiled()) return multiply_tiles(rows, {count, count, count, 0}, panel, sums, next);
 #endif
-        for_blocks(count, [&](int begin, int some) {
-            kMultiplyBytes[some - 1](rows.from(begin), panel, sums.from(begin), next.from(begin));
-        });
+        multiply_by_vnni<Bytes>(rows, count, panel, sums, next);
     }
 #endif
 };

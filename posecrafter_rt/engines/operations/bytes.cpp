@@ -15,25 +15,13 @@ WeightScale weight_scale(const float* weights, int count, int most) {
 
 void pack_bytes(const float* weight, int in_channels, int taps, int out_channels, float* packed,
                 const Parallel& parallel) {
-    const int numbers = in_channels * taps, stretch = byte_depth(in_channels), depth = stretch * taps;
-    parallel(out_channels / kPanel, [=](int panel) {
-        float* scales = packed + panel * byte_panel(depth);
-        auto* bytes = reinterpret_cast<int8_t*>(scales + 2 * kPanel);
-        if (depth > numbers) std::fill_n(bytes, static_cast<size_t>(depth) * kPanel, int8_t{0});
-        for (int o = 0; o < kPanel; ++o) {
-            const float* row = weight + (static_cast<size_t>(panel) * kPanel + o) * numbers;
-            const WeightScale scale = weight_scale(row, numbers, 127);
-            int64_t sum = 0;
-            for (int tap = 0; tap < taps; ++tap)
-                for (int i = 0; i < in_channels; ++i) {
-                    const int k = tap * stretch + i, byte = scale.whole(row[i * taps + tap]);
-                    bytes[(k / kFour * kPanel + o) * kFour + k % kFour] = static_cast<int8_t>(byte);
-                    sum += byte;
-                }
-            scales[o] = scale.step;
-            scales[kPanel + o] = static_cast<float>(sum) * scale.step;
-        }
-    });
+    const int depth = byte_depth(in_channels);
+    pack_whole<int8_t>(
+        {weight, in_channels, taps, out_channels, byte_panel(depth * taps), depth}, packed, parallel,
+        [](const float* weights, int count) { return weight_scale(weights, count, 127); },
+        [](int8_t* bytes, int column, int k, int whole) {
+            bytes[(k / kFour * kPanel + column) * kFour + k % kFour] = static_cast<int8_t>(whole);
+        });
 }
 
 Range range_of(const float* x, int count) {
@@ -67,22 +55,17 @@ ByteRows rows_to_bytes(Rows rows, int count, int numbers, float* memory) {
     const size_t stride = byte_stride(numbers);
     float *scales = memory, *lows = scales + count;
     auto* bytes = reinterpret_cast<uint8_t*>(lows + count);
-    const ByteRows made{bytes, stride, depth, 1, 0, scales, lows, 1};
-    for (int r = 0; r < count; ++r, bytes += stride) {
-        const float* row = rows.first + r * rows.stride;
-        const Range range = range_of(row, numbers);
-        const float scale = (range.high - range.low) / 255;
-        lows[r] = range.low, scales[r] = scale;
-        const float inverse = scale > 0 ? 1 / scale : 0, zero = -range.low * inverse;
+    scale_rows(rows, count, numbers, 255, scales, lows, [=](int r, const float* row, float inverse, float zero) {
+        uint8_t* to = bytes + r * stride;
         int i = 0;
-        for (; i + kLanes <= numbers; i += kLanes) store_bytes(bytes + i, load(row + i), inverse, zero);
+        for (; i + kLanes <= numbers; i += kLanes) store_bytes(to + i, load(row + i), inverse, zero);
         for (; i < numbers; ++i) {
             const float byte = row[i] * inverse + (zero + 0.5f);
-            bytes[i] = static_cast<uint8_t>(std::min(255.0f, std::max(0.0f, byte)));
+            to[i] = static_cast<uint8_t>(std::min(255.0f, std::max(0.0f, byte)));
         }
-        std::fill(bytes + i, bytes + depth, uint8_t{0});
-    }
-    return made;
+        std::fill(to + i, to + depth, uint8_t{0});
+    });
+    return {bytes, stride, depth, 1, 0, scales, lows, 1};
 }
 
 }  // namespace posecrafter

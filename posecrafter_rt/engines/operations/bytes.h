@@ -32,22 +32,25 @@ constexpr int kWhole = kFour;
 // How many numbers are multiplied, of so many.
 constexpr int byte_depth(int numbers) { return ceil_div(numbers, kWhole) * kWhole; }
 
-// Rows in eight bits: each is `segments` stretches of `depth` bytes, `pitch` apart, and stands for low + scale · byte,
-// row r's being `step · r` from the first.
-struct ByteRows {
-    const uint8_t* first;
+// Rows of whole numbers: each is `segments` stretches of `depth` numbers, `pitch` apart, and stands for low + scale ·
+// number, row r's being `step · r` from the first.
+template <class Number>
+struct ScaledRows {
+    const Number* first;
     size_t stride;
     int depth, segments;
     size_t pitch;
     const float *scale, *low;
     int step;
 
-    ByteRows from(int row) const {
-        ByteRows rows = *this;
+    ScaledRows from(int row) const {
+        ScaledRows rows = *this;
         rows.first += row * stride, rows.scale += row * step, rows.low += row * step;
         return rows;
     }
 };
+
+using ByteRows = ScaledRows<uint8_t>;
 
 // A panel of weights as `pack_bytes` writes it: what a byte of each column stands for, the columns' sums, and
 // (depth / 4, kPanel, 4) bytes. The floats that it takes, for so many numbers:
@@ -69,12 +72,60 @@ WeightScale weight_scale(const float* weights, int count, int most);
 void pack_bytes(const float* weight, int in_channels, int taps, int out_channels, float* packed,
                 const Parallel& parallel);
 
+// A layer's weights (out, in, taps), and how they are packed: for each panel `floats` floats, first what a whole number
+// of each column stands for and the columns' sums, then whole numbers, of each tap `depth`.
+struct Packing {
+    const float* weight;
+    int in_channels, taps, out_channels;
+    size_t floats;
+    int depth;
+};
+
+// Rounds each column's weights by scale_of(weights, count) and hands what is not zero to put(column, k, whole), of the
+// panel whose numbers begin at the first argument.
+template <class Number, class ScaleOf, class Put>
+void pack_whole(const Packing& packing, float* packed, const Parallel& parallel, const ScaleOf& scale_of,
+                const Put& put) {
+    parallel(packing.out_channels / kPanel, [&](int panel) {
+        const int in = packing.in_channels, taps = packing.taps, numbers = in * taps;
+        float* scales = packed + panel * packing.floats;
+        auto* whole_numbers = reinterpret_cast<Number*>(scales + 2 * kPanel);
+        if (packing.depth > in) std::memset(whole_numbers, 0, (packing.floats - 2 * kPanel) * sizeof(float));
+        for (int o = 0; o < kPanel; ++o) {
+            const float* row = packing.weight + (static_cast<size_t>(panel) * kPanel + o) * numbers;
+            const WeightScale scale = scale_of(row, numbers);
+            int64_t sum = 0;
+            for (int tap = 0; tap < taps; ++tap)
+                for (int i = 0; i < in; ++i) {
+                    const int whole = scale.whole(row[i * taps + tap]);
+                    put(whole_numbers, o, tap * packing.depth + i, whole);
+                    sum += whole;
+                }
+            scales[o] = scale.step;
+            scales[kPanel + o] = static_cast<float>(sum) * scale.step;
+        }
+    });
+}
+
 // The least and the most of some numbers, or NaN where one is not finite.
 struct Range {
     float low, high;
 };
 
 Range range_of(const float* x, int count);
+
+// Calls convert(r, row, inverse, zero) for each row of so many floats: its numbers times `inverse` plus `zero` are from
+// 0 to `most`, 0 standing for lows[r] and one for scales[r] more. NaN where a number is not finite.
+template <class Convert>
+void scale_rows(Rows rows, int count, int numbers, int most, float* scales, float* lows, const Convert& convert) {
+    for (int r = 0; r < count; ++r) {
+        const float* row = rows.first + r * rows.stride;
+        const Range range = range_of(row, numbers);
+        scales[r] = (range.high - range.low) / static_cast<float>(most), lows[r] = range.low;
+        const float inverse = scales[r] > 0 ? 1 / scales[r] : 0;
+        convert(r, row, inverse, -range.low * inverse);
+    }
+}
 
 // `count` rows of so many floats as bytes, each of one segment and with a scale of its own, in memory of this many
 // floats.

@@ -48,12 +48,10 @@ void convolve_windows(const WindowConvolution& call, int threads, const Parallel
 
 #ifdef PC_HAS_VNNI
 template void convolve_windows<Bytes>(const WindowConvolution&, int, const Parallel&);
+template void convolve_windows<Words>(const WindowConvolution&, int, const Parallel&);
 #endif
 #ifdef PC_HAS_TILES
 template void convolve_windows<Digits>(const WindowConvolution&, int, const Parallel&);
-#endif
-#ifdef PC_HAS_HALVES
-template void convolve_windows<Halves>(const WindowConvolution&, int, const Parallel&);
 #endif
 
 }  // namespace posecrafter

@@ -17,7 +17,7 @@ struct WindowConvolution {
     int out_channels;
 };
 
-// Format: Halves, Digits or Bytes. threads: how many work at it at best.
+// Format: Words, Digits or Bytes. threads: how many work at it at best.
 template <class Format>
 void convolve_windows(const WindowConvolution& call, int threads, const Parallel& parallel);
 

@@ -123,10 +123,8 @@ private:
 #ifdef PC_HAS_TILES
         if (in_halves_ && may_use_tiles()) return posecrafter::convolve_windows<Digits>(call, num_threads(), parallel);
 #endif
-#ifdef PC_HAS_HALVES
-        if (in_halves_) return posecrafter::convolve_windows<Halves>(call, num_threads(), parallel);
-#endif
 #ifdef PC_HAS_VNNI
+        if (in_halves_) return posecrafter::convolve_windows<Words>(call, num_threads(), parallel);
         posecrafter::convolve_windows<Bytes>(call, num_threads(), parallel);
 #endif
     }
@@ -134,9 +132,8 @@ private:
     void check(const ov::Shape& out) const {
         const ov::Shape &pixels = get_input_shape(0), &weight = weight_shape();
         const size_t inputs = get_input_size(), groups = static_cast<size_t>(groups_);
-        OPENVINO_ASSERT(
-            (tile_ == 0 && (in_halves_ ? kHasHalves : kHasBytes)) || ((tile_ == 2 || tile_ == 4) && stride_ == 1),
-            "tiles are of 2×2 or 4×4, or there are none, on a processor with AVX512-FP16 or VNNI");
+        OPENVINO_ASSERT((tile_ == 0 && kHasBytes) || ((tile_ == 2 || tile_ == 4) && stride_ == 1),
+                        "tiles are of 2×2 or 4×4, or there are none, on a processor with VNNI");
         OPENVINO_ASSERT(tile_ <= 2 || !in_halves_, "halves are for tiles of 2×2, or none");
         OPENVINO_ASSERT(weight == (ov::Shape{weight[0], pixels[1], kKernel, kKernel}), "weights that do not fit");
         OPENVINO_ASSERT(pixels[1] % kLanes == 0 && weight[0] % kPanel == 0,
@@ -156,13 +153,11 @@ private:
 #ifdef PC_HAS_TILES
         if (in_halves_ && may_use_tiles()) return pack_format<Digits>(weight);
 #endif
-#ifdef PC_HAS_HALVES
-        if (in_halves_) return pack_format<Halves>(weight);
-#endif
 #ifdef PC_HAS_VNNI
-        return pack_format<Bytes>(weight);
-#endif
+        return in_halves_ ? pack_format<Words>(weight) : pack_format<Bytes>(weight);
+#else
         return {};
+#endif
     }
 
     template <class Format>

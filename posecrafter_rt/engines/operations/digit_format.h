@@ -15,7 +15,8 @@ namespace posecrafter {
 struct Digits {
     using Number = uint8_t;
     using Numbers = DigitRows;
-    static constexpr int kLighter = sizeof(float) / 2;  // how many times as light as a float a weight is
+    static constexpr int kLighter = sizeof(float) / 2;
+    static constexpr bool kByVnni = false, kByTiles = true;
 
     static Numbers convert(Rows rows, int count, int depth, float* memory) {
         return rows_to_digits(rows, count, depth, memory);
@@ -30,9 +31,7 @@ struct Digits {
     }
 
     static bool is_tiled() { return true; }
-    static int pieces(const Numbers&) { return 1; }
-
-    static void multiply(const Numbers& rows, int, int count, const float* panel, Sums sums, const Fetch& next) {
+    static void multiply(const Numbers& rows, int count, const float* panel, Sums sums, const Fetch& next) {
         multiply_tiles(rows, {count, count, count, 0}, panel, sums, next);
     }
 };

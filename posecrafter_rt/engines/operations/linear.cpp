@@ -7,32 +7,30 @@
 
 #include "byte_format.h"
 #include "digit_format.h"
-#include "halves.h"
 #include "memory.h"
 #include "pictures.h"
 #include "products.h"
 #include "simd.h"
+#include "word_format.h"
 
 namespace posecrafter {
 
 template <class Number>
-void linear_pack(const float* weight, int in_channels, int out_channels, Number* packed, const Parallel& parallel,
-                 int taps) {
-    const size_t depth = static_cast<size_t>(in_channels) * taps;
+void linear_pack(const float* weight, int in_channels, int out_channels, Number* packed, const Parallel& parallel) {
+    const size_t depth = in_channels;
     parallel(out_channels / kPanel, [=](int panel) {
         Number* to = packed + panel * depth * kPanel;
         for (size_t k = 0; k < depth; ++k)
             for (int v = 0; v < kPanel; v += kLanes) {
-                const float* from = weight + k % in_channels * taps + k / in_channels;
                 Vector numbers;
-                for (int o = 0; o < kLanes; ++o) numbers[o] = from[(size_t(panel) * kPanel + v + o) * depth];
+                for (int o = 0; o < kLanes; ++o) numbers[o] = weight[(size_t(panel) * kPanel + v + o) * depth + k];
                 store(to + k * kPanel + v, numbers);
             }
     });
 }
 
-template void linear_pack(const float*, int, int, float*, const Parallel&, int);
-template void linear_pack(const float*, int, int, Half*, const Parallel&, int);
+template void linear_pack(const float*, int, int, float*, const Parallel&);
+template void linear_pack(const float*, int, int, Half*, const Parallel&);
 
 namespace {
 
@@ -101,16 +99,17 @@ struct ProductsIn {
     static void sum(const Layer& layer, const Own& own, int count, int panel, float* sums, const Fetch& next) {
         if (own.windows != nullptr) return own.windows->sum(own.first, count, layer, panel, sums, next);
         const float* weights = static_cast<const float*>(layer.packed) + panel * Format::panel(layer.in_channels);
-        for (int piece = 0; piece < Format::pieces(own.rows); ++piece)
-            Format::multiply(own.rows, piece, count, weights, {sums, kPanel}, next);
+        Format::multiply(own.rows, count, weights, {sums, kPanel}, next);
     }
 };
 
 template <>
 struct Products<Bytes> : ProductsIn<Bytes> {};
 
+#ifdef PC_HAS_VNNI
 template <>
-struct Products<Halves> : ProductsIn<Halves> {};
+struct Products<Words> : ProductsIn<Words> {};
+#endif
 
 #ifdef PC_HAS_TILES
 template <>
@@ -134,8 +133,8 @@ public:
             divide_for_tiles(threads);
             return;
         }
-        const int widest = std::max(first_.in_channels, last_.in_channels);
-        const int fitting = std::min(kChunkRows, std::max(kLeastRows, kChunkFloats / widest));
+        const int widest = std::max(row_numbers(), has_next() ? last_.in_channels : 0);
+        const int fitting = std::min(kChunkRows, std::max(kLeastRows, kChunkFloats * In::kLighter / widest));
         row_parts_ = static_cast<int>((rows_ + fitting - 1) / fitting);
         // What is larger is divided, the rows or the weights; rows that a thread has written are still in its cache.
         const bool is_many = call.windows == nullptr && rows_ >= last_.out_channels / In::kLighter;
@@ -156,11 +155,16 @@ public:
     }
 
 private:
+    // How many numbers are read for a row: windows overlap.
+    int row_numbers() const {
+        return call_.windows == nullptr ? first_.in_channels : first_.in_channels / call_.windows->taps();
+    }
+
     // Every thread reads all weights for its rows, or all rows for its weights, which are more where a picture is
     // small.
     void divide_for_tiles(int threads) {
         constexpr int kBytes = sizeof(float) / In::kLighter;  // of a number
-        int64_t row_bytes = int64_t{call_.windows != nullptr ? first_.in_channels / 9 : first_.in_channels} * kBytes;
+        int64_t row_bytes = int64_t{row_numbers()} * kBytes;
         if (has_next()) row_bytes += first_.out_channels * (sizeof(float) + kBytes);
         const int64_t weight_bytes = int64_t{first_.in_channels} * first_.out_channels * kBytes;
         const int64_t parts = (rows_ * row_bytes + kTileChunkBytes - 1) / kTileChunkBytes;
@@ -251,9 +255,8 @@ private:
     // A panel of the gated layer's output, its biases among it. sums: of two panels.
     void gated(const Own& rows, int count, int panel, float* sums, float* to, size_t stride) const {
         float* gates = sums + static_cast<size_t>(kPanel) * count;
-        const Fetch none{sums, sums, 0, 0, 1, false};
-        In::sum(first_, rows, count, panel, sums, none);
-        In::sum(first_, rows, count, panel + first_.out_channels / kPanel, gates, none);
+        In::sum(first_, rows, count, panel, sums, Fetch::nothing(sums));
+        In::sum(first_, rows, count, panel + first_.out_channels / kPanel, gates, Fetch::nothing(sums));
         const float *bias = first_.bias + panel * kPanel, *gate_bias = bias + first_.out_channels;
         for (int lane = 0; lane < kPanel; lane += kLanes) {
             const Vector of_value = load(bias + lane), of_gate = load(gate_bias + lane);
@@ -320,12 +323,10 @@ template void linear<float>(const Linear&, int, const Parallel&);
 template void linear<Half>(const Linear&, int, const Parallel&);
 #ifdef PC_HAS_VNNI
 template void linear<Bytes>(const Linear&, int, const Parallel&);
+template void linear<Words>(const Linear&, int, const Parallel&);
 #endif
 #ifdef PC_HAS_TILES
 template void linear<Digits>(const Linear&, int, const Parallel&);
-#endif
-#ifdef PC_HAS_HALVES
-template void linear<Halves>(const Linear&, int, const Parallel&);
 #endif
 
 }  // namespace posecrafter

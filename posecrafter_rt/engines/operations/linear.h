@@ -7,10 +7,9 @@
 
 namespace posecrafter {
 
-// weight (out, in, taps) → packed (out / panel, taps, in, panel), as floats or halves; `packed` is 64 bytes aligned.
+// weight (out, in) → packed (out / panel, in, panel), as floats or halves; `packed` is 64 bytes aligned.
 template <class Number>
-void linear_pack(const float* weight, int in_channels, int out_channels, Number* packed, const Parallel& parallel,
-                 int taps = 1);
+void linear_pack(const float* weight, int in_channels, int out_channels, Number* packed, const Parallel& parallel);
 
 class Windows;
 
@@ -35,10 +34,10 @@ struct Linear {
     bool from_planes, to_planes, is_gated;
 };
 
-// Format: float or Half, of weights that `linear_pack` packed, which floats are multiplied by in float32; or Halves,
-// Digits or Bytes, in which both are multiplied, packed by its `pack`. In halves sums are of kStretch products. In
-// eight every token is rounded to the 255th part of what lies between its least number and its most, and input channels
-// are a multiple of four. threads: how many work at it at best.
+// Format: float or Half, of weights that `linear_pack` packed, which floats are multiplied by in float32; or Words,
+// Digits or Bytes, in which both are multiplied, packed by its `pack`. Every token has a scale of its own then: in
+// bytes it is rounded to the 255th part of what lies between its least number and its most, and input channels are a
+// multiple of four. threads: how many work at it at best.
 template <class Format>
 void linear(const Linear& call, int threads, const Parallel& parallel);
 

@@ -15,10 +15,10 @@
 
 #include "byte_format.h"
 #include "digit_format.h"
-#include "halves.h"
 #include "linear.h"
 #include "operation.h"
 #include "products.h"
+#include "word_format.h"
 
 namespace posecrafter {
 
@@ -96,8 +96,8 @@ private:
 #ifdef PC_HAS_TILES
         if (in_halves_ && may_use_tiles()) return linear<Digits>;
 #endif
-#ifdef PC_HAS_HALVES
-        if (in_halves_) return linear<Halves>;
+#ifdef PC_HAS_VNNI
+        if (in_halves_) return linear<Words>;
 #endif
         return in_halves_ ? linear<Half> : linear<float>;
     }
@@ -135,6 +135,9 @@ private:
         if (in_bytes_) return pack_format<Bytes>(weight);
 #ifdef PC_HAS_TILES
         if (in_halves_ && may_use_tiles()) return pack_format<Digits>(weight);
+#endif
+#ifdef PC_HAS_VNNI
+        if (in_halves_) return pack_format<Words>(weight);
 #endif
         return in_halves_ ? pack_numbers<Half>(weight) : pack_numbers<float>(weight);
     }

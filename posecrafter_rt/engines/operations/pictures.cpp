@@ -3,18 +3,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "memory.h"
-#include "winograd.h"
 
 namespace posecrafter {
 
 namespace {
 
-constexpr int kBorder = 1;  // of zeros around a picture
-// Outputs in a row: of fewer, rows of windows are copied to be multiplied together.
-constexpr int kFewColumns = 2 * kRows;
+constexpr int kBorder = 1;                 // of zeros around a picture
 constexpr float kLeastSilu = -0.2784646f;  // of all numbers, at -1.2784645
 
 thread_local Scratch thread_pixels;  // of the thread that calls an operation
@@ -96,17 +92,7 @@ size_t one_kind(int times, int depth, int out_channels) {
 
 }  // namespace
 
-std::vector<float> HalfFrames::prepare(const Picture& p, size_t, const Parallel& parallel) {
-    std::vector<float> norms = p.room_for_norms();
-    if (norms.empty()) return norms;
-    const size_t all = norms.size() / 2, plane = static_cast<size_t>(p.height) * p.width;
-    group_norm_scales(
-        {p.input, p.weight, p.bias, norms.data(), norms.data() + all, p.frames, p.channels, p.groups, plane, p.eps},
-        parallel);
-    return norms;
-}
-
-std::vector<float> ScaledFrames::prepare(const Picture& p, int most, const Parallel& parallel) {
+std::vector<float> ScaledFrames::prepare(const Picture& p, int least, int most, const Parallel& parallel) {
     std::vector<float> norms = p.room_for_norms();
     const int parts = norms.empty() ? p.channels / kLanes : p.groups;
     const size_t all = norms.size() / 2, plane = static_cast<size_t>(p.height) * p.width;
@@ -117,11 +103,11 @@ std::vector<float> ScaledFrames::prepare(const Picture& p, int most, const Paral
         else
             ranges[index] = norm_group(p, index, norms.data(), norms.data() + all);
     });
-    set_scales(ranges, p.frames, most);
+    set_scales(ranges, p.frames, least, most);
     return norms;
 }
 
-void ScaledFrames::set_scales(const std::vector<Range>& ranges, int frames, int most) {
+void ScaledFrames::set_scales(const std::vector<Range>& ranges, int frames, int least, int most) {
     const size_t parts = ranges.size() / frames;
     for (int frame = 0; frame < frames; ++frame) {
         Range range{0, 0};
@@ -131,8 +117,8 @@ void ScaledFrames::set_scales(const std::vector<Range>& ranges, int frames, int 
             range = joined(range, own);
             none += 0 * (own.low + own.high);
         }
-        const float scale = (range.high - range.low) / static_cast<float>(most) + none;
-        zeros_.push_back(scale > 0 ? std::round(-range.low / scale) : 0);
+        const float scale = (range.high - range.low) / static_cast<float>(most - least) + none;
+        zeros_.push_back(scale > 0 ? std::round(-range.low / scale) + static_cast<float>(least) : 0);
         scales_.push_back(scale);
         lows_.push_back(-zeros_.back() * scale);
     }
@@ -193,24 +179,28 @@ typename Format::Numbers PictureOf<Format>::windows(int frame, int top, int left
     return frames_.rows(frame, pixel(frame, top, left), window_.stride * depth, side * depth_, side, pitch);
 }
 
-#ifdef PC_HAS_HALVES
-template <>
-void PictureOf<Halves>::sum_copies(int64_t first, int count, const float* weights, Sums sums) const {
-    constexpr size_t kStride = kPiece + 64 / sizeof(Half);
-    alignas(64) Half copies[kRows * kStride];
-    const HalfRows any = windows(0, -kBorder, -kBorder);
-    for (int index = 0; index < Halves::pieces(any); ++index) {
-        const Halves::Piece piece = Halves::piece(any, index);
-        for_blocks(count, [&](int begin, int some) {
-            for (int i = 0; i < some; ++i) {
-                const int64_t at = first + begin + i, row = at / window_.out_width;
-                const int frame = static_cast<int>(row / window_.out_height);
-                const int y = static_cast<int>(row % window_.out_height) * window_.stride - kBorder;
-                const int x = static_cast<int>(at % window_.out_width) * window_.stride - kBorder;
-                std::copy_n(pixel(frame, y, x) + piece.in_row, piece.depth, copies + i * kStride);
-            }
-            Halves::multiply_block(copies, kStride, piece, some, weights, sums.from(begin), index == 0);
-        });
+#ifdef PC_HAS_VNNI
+// Windows of all rows are multiplied together: a row may be short. Of a doubled picture those of even and odd rows and
+// columns are of weights of their own.
+template <class Format>
+void PictureOf<Format>::sum_windows(int64_t first, int count, const float* weights, size_t kind, float* sums,
+                                    const Fetch& next) const {
+    const int columns = window_.out_width, times = window_.times;
+    Row<Number>* list = room_for_list<Number>(count);
+    for (int side = 0; side < times * times; ++side) {
+        int listed = 0;
+        for (int done = 0; done < count; done += columns) {
+            const int64_t row = (first + done) / columns;
+            const int frame = static_cast<int>(row / window_.out_height),
+                      y = static_cast<int>(row % window_.out_height);
+            if (times == 2 && y % 2 != side / 2) continue;
+            const int top = times == 2 ? y / 2 - 1 + y % 2 : y * window_.stride - kBorder;
+            const auto own = windows(frame, top, side % 2 - kBorder);
+            float* to = sums + size_t(done) * kPanel;
+            for (int x = side % 2, i = 0; x < columns; x += times, ++i, ++listed)
+                list[listed] = {own.first + i * own.stride, own.scale, own.low, to + x * kPanel};
+        }
+        if (listed > 0) multiply_listed<Format>(list, listed, windows(0, 0, 0), weights + side * kind, next);
     }
 }
 #endif
@@ -239,35 +229,28 @@ void PictureOf<Format>::sum_runs(int64_t first, int count, const float* weights,
     }
 }
 
-template <>
-void PictureOf<Halves>::sum_runs(int64_t, int, const float*, size_t, float*, const Fetch&) const {}
+template <class Format>
+void PictureOf<Format>::sum_rows(int64_t first, int count, const float* weights, float* sums, const Fetch& next) const {
+    for (int done = 0; done < count; done += window_.out_width) {
+        const int64_t row = (first + done) / window_.out_width;
+        const int frame = static_cast<int>(row / window_.out_height);
+        const int top = static_cast<int>(row % window_.out_height) * window_.stride - kBorder;
+        Format::multiply(windows(frame, top, -kBorder), window_.out_width, weights,
+                         {sums + size_t(done) * kPanel, kPanel}, next.from(done));
+    }
+}
 #endif
 
 template <class Format>
 void PictureOf<Format>::sum(int64_t first, int count, const Layer& layer, int panel, float* sums,
                             const Fetch& next) const {
-    const int columns = window_.out_width, times = window_.times;
     const size_t kind = one_kind<Format>(window_.times, depth_, layer.out_channels);
     const float* weights = static_cast<const float*>(layer.packed) + panel * Format::panel(layer.in_channels);
-    if constexpr (std::is_same_v<Format, Halves>)
-        if (times == 1 && columns < kFewColumns) return sum_copies(first, count, weights, {sums, kPanel});
-#ifdef PC_HAS_TILES
-    if (window_.stride == 1 && Format::is_tiled()) return sum_runs(first, count, weights, kind, sums, next);
-#endif
-    const int pieces = Format::pieces(windows(0, -kBorder, -kBorder));
-    for (int piece = 0; piece < pieces; ++piece)
-        for (int done = 0; done < count; done += columns) {
-            const int64_t row = (first + done) / columns;
-            const int frame = static_cast<int>(row / window_.out_height);
-            const int y = static_cast<int>(row % window_.out_height);
-            const int top = times == 2 ? y / 2 - 1 + y % 2 : y * window_.stride - kBorder;
-            for (int side = 0; side < times; ++side) {  // of a doubled picture: even and odd columns
-                const float* own = weights + (times == 2 ? y % 2 * 2 + side : 0) * kind;
-                const Sums to{sums + (size_t(done) + side) * kPanel, size_t(times) * kPanel};
-                const auto rows = windows(frame, top, side - kBorder);
-                Format::multiply(rows, piece, columns / times, own, to, next.from(done));
-            }
-        }
+    if constexpr (Format::kByTiles)
+        if (Format::is_tiled())
+            return window_.stride == 1 ? sum_runs(first, count, weights, kind, sums, next)
+                                       : sum_rows(first, count, weights, sums, next);
+    if constexpr (Format::kByVnni) sum_windows(first, count, weights, kind, sums, next);
 }
 
 template <class Format>
@@ -294,20 +277,18 @@ void pack_windows(const float* weight, int in_channels, int out_channels, int ti
     }
 }
 
+#define PC_FORMAT(Format)                                                                              \
+    template PictureOf<Format>::PictureOf(const Picture&, Window, const Parallel&);                    \
+    template void PictureOf<Format>::sum(int64_t, int, const Layer&, int, float*, const Fetch&) const; \
+    template size_t packed_windows<Format>(int, int, int);                                             \
+    template void pack_windows<Format>(const float*, int, int, int, float*, const Parallel&);
 #ifdef PC_HAS_VNNI
-template class PictureOf<Bytes>;
-template size_t packed_windows<Bytes>(int, int, int);
-template void pack_windows<Bytes>(const float*, int, int, int, float*, const Parallel&);
+PC_FORMAT(Bytes)
+PC_FORMAT(Words)
 #endif
 #ifdef PC_HAS_TILES
-template class PictureOf<Digits>;
-template size_t packed_windows<Digits>(int, int, int);
-template void pack_windows<Digits>(const float*, int, int, int, float*, const Parallel&);
+PC_FORMAT(Digits)
 #endif
-#ifdef PC_HAS_HALVES
-template class PictureOf<Halves>;
-template size_t packed_windows<Halves>(int, int, int);
-template void pack_windows<Halves>(const float*, int, int, int, float*, const Parallel&);
-#endif
+#undef PC_FORMAT
 
 }  // namespace posecrafter

@@ -9,9 +9,9 @@
 
 #include "byte_format.h"
 #include "digit_format.h"
-#include "halves.h"
 #include "linear.h"
 #include "parallel.h"
+#include "word_format.h"
 
 namespace posecrafter {
 
@@ -53,6 +53,9 @@ public:
     // Outputs in one row of a frame.
     int columns() const { return window_.out_width; }
 
+    // Pixels of a window.
+    int taps() const { return window_side(window_.times) * window_side(window_.times); }
+
 protected:
     Windows(const Picture& picture, Window window, int depth)
         : window_(window), depth_(depth), height_(picture.height), width_(picture.width) {}
@@ -61,46 +64,33 @@ protected:
     int depth_, height_, width_;  // depth: numbers from one pixel to the next
 };
 
-// How the numbers of each frame are written: as they are.
-class HalfFrames {
-public:
-    static constexpr int kPlanes = 1;
-
-    // Returns the norms, see `Picture`. plane: pixels of all frames, their borders among them, times numbers of each.
-    std::vector<float> prepare(const Picture& picture, size_t plane, const Parallel& parallel);
-
-    auto writer(int) const {
-        return [](Half* to, Vector v) { store(to, v); };
-    }
-    void fill(int, Half* to, size_t count) const { std::fill_n(to, count, Half{}); }
-    HalfRows rows(int, const Half* first, size_t stride, int depth, int segments, size_t pitch) const {
-        return {first, stride, depth, segments, pitch};
-    }
-};
-
-// By one scale for each frame, in which zero is exact: a number is scale · (whole number - zero).
+// How the numbers of each frame are written: by one scale for each, in which zero is exact. A number is scale · (whole
+// number - zero).
 class ScaledFrames {
 protected:
-    // most: the largest whole number.
-    std::vector<float> prepare(const Picture& picture, int most, const Parallel& parallel);
+    // Returns the norms, see `Picture`. least, most: of whole numbers.
+    std::vector<float> prepare(const Picture& picture, int least, int most, const Parallel& parallel);
 
     float inverse(int frame) const { return scales_[frame] > 0 ? 1 / scales_[frame] : 0; }
-    ByteRows rows(int frame, const uint8_t* first, size_t stride, int depth, int segments, size_t pitch) const {
+    template <class Number>
+    ScaledRows<Number> rows(int frame, const Number* first, size_t stride, int depth, int segments,
+                            size_t pitch) const {
         return {first, stride, depth, segments, pitch, &scales_[frame], &lows_[frame], 0};
     }
 
     std::vector<float> scales_, zeros_, lows_;
 
 private:
-    void set_scales(const std::vector<Range>& ranges, int frames, int most);
+    void set_scales(const std::vector<Range>& ranges, int frames, int least, int most);
 };
 
 class ByteFrames : ScaledFrames {
 public:
     static constexpr int kPlanes = 1;
 
+    // plane: pixels of all frames, their borders among them, times numbers of each.
     std::vector<float> prepare(const Picture& picture, size_t, const Parallel& parallel) {
-        return ScaledFrames::prepare(picture, 255, parallel);
+        return ScaledFrames::prepare(picture, 0, 255, parallel);
     }
     auto writer(int frame) const {
         return [inverse = inverse(frame), zero = zeros_[frame]](uint8_t* to, Vector v) {
@@ -113,6 +103,26 @@ public:
     using ScaledFrames::rows;
 };
 
+#ifdef PC_HAS_VNNI
+class WordFrames : ScaledFrames {
+public:
+    static constexpr int kPlanes = 1;
+
+    std::vector<float> prepare(const Picture& picture, size_t, const Parallel& parallel) {
+        return ScaledFrames::prepare(picture, -kMostNumber, kMostNumber, parallel);
+    }
+    auto writer(int frame) const {
+        return [inverse = inverse(frame), zero = zeros_[frame]](int16_t* to, Vector v) {
+            store_words(to, v, inverse, zero);
+        };
+    }
+    void fill(int frame, int16_t* to, size_t count) const {
+        std::fill_n(to, count, static_cast<int16_t>(zeros_[frame]));
+    }
+    using ScaledFrames::rows;
+};
+#endif
+
 #ifdef PC_HAS_TILES
 // In digits: a plane of high ones, then one of low ones.
 class DigitFrames : ScaledFrames {
@@ -121,7 +131,7 @@ public:
 
     std::vector<float> prepare(const Picture& picture, size_t plane, const Parallel& parallel) {
         plane_ = plane;
-        return ScaledFrames::prepare(picture, kMostDigits, parallel);
+        return ScaledFrames::prepare(picture, 0, kMostDigits, parallel);
     }
     auto writer(int frame) const {
         return [inverse = inverse(frame), zero = zeros_[frame], plane = plane_](uint8_t* to, Vector v) {
@@ -145,9 +155,11 @@ private:
 template <class Format>
 struct FramesOf;
 template <>
-struct FramesOf<Halves> : HalfFrames {};
-template <>
 struct FramesOf<Bytes> : ByteFrames {};
+#ifdef PC_HAS_VNNI
+template <>
+struct FramesOf<Words> : WordFrames {};
+#endif
 #ifdef PC_HAS_TILES
 template <>
 struct FramesOf<Digits> : DigitFrames {};
@@ -165,9 +177,12 @@ public:
 
 private:
     void fill_row(const Picture& picture, const float* norms, int frame, int y);
-    void sum_copies(int64_t first, int count, const float* weights, Sums sums) const;  // of Halves
+    void sum_windows(int64_t first, int count, const float* weights, size_t kind, float* sums,
+                     const Fetch& next) const;  // of Bytes and Words, by VNNI
+    void sum_rows(int64_t first, int count, const float* weights, float* sums,
+                  const Fetch& next) const;  // by tiles, with a stride
     void sum_runs(int64_t first, int count, const float* weights, size_t kind, float* sums,
-                  const Fetch& next) const;  // of Bytes and Digits
+                  const Fetch& next) const;  // by tiles
     typename Format::Numbers windows(int frame, int top, int left) const;
     Number* pixel(int frame, int y, int x) const;
 

@@ -1,45 +1,76 @@
-// Products in eight bits by the processor's VNNI, four of each lane at once. Layer 4.
+// Products of whole numbers by the processor's VNNI, as many of each lane at once as 32 bits hold: four bytes, or two
+// words. Layer 4.
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
 #include "bytes.h"
+#include "memory.h"
 
 #ifdef PC_HAS_VNNI
 
 namespace posecrafter {
 
-// Adds to each lane the products of four numbers and its four weights.
-PC_INLINE Integers dot(Integers sums, uint32_t four, const int8_t* weights) {
+template <class Number>
+constexpr int kGroup = sizeof(uint32_t) / sizeof(Number);  // numbers of a row that a lane takes at once
+
+// Adds to each lane the products of a row's numbers, bytes or words, and as many weights of its own.
+template <class Number>
+PC_INLINE Integers dot(Integers sums, uint32_t group, const void* weights) {
 #ifdef __AVX512F__
-    const __m512i left = _mm512_set1_epi32(static_cast<int>(four)), right = _mm512_loadu_si512(weights);
-    return reinterpret_cast<Integers>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), left, right));
+    const __m512i to = reinterpret_cast<__m512i>(sums), left = _mm512_set1_epi32(static_cast<int>(group));
+    const __m512i right = _mm512_loadu_si512(weights);
+    return reinterpret_cast<Integers>(sizeof(Number) == 1 ? _mm512_dpbusd_epi32(to, left, right)
+                                                          : _mm512_dpwssd_epi32(to, left, right));
 #else
-    const __m256i left = _mm256_set1_epi32(static_cast<int>(four));
-    const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
-    return reinterpret_cast<Integers>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sums), left, right));
+    const __m256i to = reinterpret_cast<__m256i>(sums), left = _mm256_set1_epi32(static_cast<int>(group));
+    const __m256i right = _mm256_loadu_si256(static_cast<const __m256i*>(weights));
+    return reinterpret_cast<Integers>(sizeof(Number) == 1 ? _mm256_dpbusd_avx_epi32(to, left, right)
+                                                          : _mm256_dpwssd_avx_epi32(to, left, right));
 #endif
 }
 
-// kCount rows times a panel → out, rows of kPanel floats.
-template <int kCount>
-void multiply_bytes(const ByteRows& rows, const float* panel, Sums out, const Fetch& next) {
-    constexpr int kStep = kFour * kLanes;
-    const auto* weights = reinterpret_cast<const int8_t*>(panel + 2 * kPanel);
+// A row: where its numbers are, what they stand for, and where its sums go.
+template <class Number>
+struct Row {
+    const Number* first;
+    const float *scale, *low;
+    float* to;
+};
+
+// What of rows and of a panel is multiplied before the rest: where it begins in either, its stretches, `pitch` apart in
+// a row, and whether it is the first, whose products go where others are added, or the last, with which sums are
+// scaled.
+struct Piece {
+    size_t in_row, in_panel;
+    int depth, segments;
+    size_t pitch;
+    bool is_first, is_last;
+};
+
+// kCount rows times a piece of a panel.
+template <int kCount, class Number>
+void multiply_block(const Row<Number>* rows, const Piece& piece, const float* panel, Ahead<char> ahead,
+                    const Fetch& next) {
+    constexpr size_t kVector = kLanes * sizeof(uint32_t);
+    const char* weights = reinterpret_cast<const char*>(panel + 2 * kPanel) + piece.in_panel * sizeof(Number) * kPanel;
     Integers sums[kCount][2] = {};
-    for (int segment = 0; segment < rows.segments; ++segment) {
-        const uint8_t* first = rows.first + segment * rows.pitch;
-        for (int k = 0; k < rows.depth; k += kFour, weights += 2 * kStep) {
-            next.fetch((segment * rows.depth + k) / kFour);
+    for (int segment = 0, step = 0; segment < piece.segments; ++segment) {
+        const size_t first = piece.in_row + segment * piece.pitch;
+        for (size_t k = first; k < first + piece.depth; k += kGroup<Number>, weights += 2 * kVector, ++step) {
+            __builtin_prefetch(ahead.from, 0, 2);
+            ahead.from += ahead.step;
+            if (piece.is_last) next.fetch(step);
 #pragma GCC unroll 14
             for (int r = 0; r < kCount; ++r) {
-                uint32_t four;
-                std::memcpy(&four, first + r * rows.stride + k, sizeof four);
-                sums[r][0] = dot(sums[r][0], four, weights);
-                sums[r][1] = dot(sums[r][1], four, weights + kStep);
+                uint32_t group;
+                std::memcpy(&group, rows[r].first + k, sizeof group);
+                sums[r][0] = dot<Number>(sums[r][0], group, weights);
+                sums[r][1] = dot<Number>(sums[r][1], group, weights + kVector);
             }
         }
     }
@@ -48,21 +79,59 @@ void multiply_bytes(const ByteRows& rows, const float* panel, Sums out, const Fe
         const Vector scale = load(panel + half * kLanes), sum = load(panel + kPanel + half * kLanes);
 #pragma GCC unroll 14
         for (int r = 0; r < kCount; ++r) {
-            const Vector own = __builtin_convertvector(sums[r][half], Vector);
-            store(out.first + r * out.stride + half * kLanes,
-                  scaled(own, scale, sum, rows.scale[r * rows.step], rows.low[r * rows.step]));
+            float* to = rows[r].to + half * kLanes;
+            Vector own = __builtin_convertvector(sums[r][half], Vector);
+            if (!piece.is_first) own += load(to);
+            store(to, piece.is_last ? scaled(own, scale, sum, *rows[r].scale, *rows[r].low) : own);
         }
     }
 }
 
-using MultiplyBytes = void (*)(const ByteRows&, const float*, Sums, const Fetch&);
+template <class Number>
+using MultiplyBlock = void (*)(const Row<Number>*, const Piece&, const float*, Ahead<char>, const Fetch&);
 
-template <int... kCounts>
-constexpr std::array<MultiplyBytes, kRows> byte_multiplies(std::integer_sequence<int, kCounts...>) {
-    return {multiply_bytes<kCounts + 1>...};
+template <class Number, int... kCounts>
+constexpr std::array<MultiplyBlock<Number>, kRows> block_multiplies(std::integer_sequence<int, kCounts...>) {
+    return {multiply_block<kCounts + 1, Number>...};
 }
 
-constexpr auto kMultiplyBytes = byte_multiplies(std::make_integer_sequence<int, kRows>());
+template <class Number>
+constexpr auto kMultiplyBlock = block_multiplies<Number>(std::make_integer_sequence<int, kRows>());
+
+// Any number of rows times one panel, a piece after the other: it stays in the innermost cache while all rows pass by,
+// and what follows it is fetched meanwhile, for weights come from memory. shape: of the rows, of which it is one.
+template <class Format, class Number = typename Format::Number>
+void multiply_listed(const Row<Number>* rows, int count, const ScaledRows<Number>& shape, const float* panel,
+                     const Fetch& next) {
+    constexpr size_t kDepthBytes = sizeof(Number) * kPanel;
+    for (int index = 0; index < Format::pieces(shape); ++index) {
+        const Piece piece = Format::piece(shape, index);
+        const int depth = piece.depth * piece.segments;
+        Ahead<char> ahead{reinterpret_cast<const char*>(panel + 2 * kPanel) + (piece.in_panel + depth) * kDepthBytes,
+                          static_cast<size_t>(ceil_div(kGroup<Number> * kDepthBytes, ceil_div(count, kRows)))};
+        for_blocks(count, [&](int begin, int some) {
+            kMultiplyBlock<Number>[some - 1](rows + begin, piece, panel, ahead, next.from(begin));
+            ahead.from += ahead.step * depth / kGroup<Number>;
+        });
+    }
+}
+
+inline thread_local Scratch thread_list;
+
+template <class Number>
+Row<Number>* room_for_list(int count) {
+    return reinterpret_cast<Row<Number>*>(thread_list.take(count * sizeof(Row<Number>) / sizeof(float)));
+}
+
+// The same of rows at one distance.
+template <class Format, class Number = typename Format::Number>
+void multiply_by_vnni(const ScaledRows<Number>& rows, int count, const float* panel, Sums sums, const Fetch& next) {
+    Row<Number>* list = room_for_list<Number>(count);
+    for (int r = 0; r < count; ++r)
+        list[r] = {rows.first + r * rows.stride, rows.scale + r * rows.step, rows.low + r * rows.step,
+                   sums.from(r).first};
+    multiply_listed<Format>(list, count, rows, panel, next);
+}
 
 }  // namespace posecrafter
 

@@ -1,0 +1,74 @@
+// Numbers and weights in 16 bits. Layer 4.
+#include "words.h"
+
+#ifdef PC_HAS_VNNI
+
+#include <algorithm>
+#include <cmath>
+
+namespace posecrafter {
+
+namespace {
+
+// The most that as many weights as a stretch has add up to without their signs, wherever one begins.
+double most_sum(const float* row, int in_channels, int taps) {
+    double last[kStretch] = {}, sum = 0, most = 0;
+    size_t at = 0;
+    for (int tap = 0; tap < taps; ++tap)
+        for (int i = 0; i < in_channels; ++i, at = (at + 1) % kStretch) {
+            const double weight = std::abs(double{row[i * taps + tap]});
+            sum += weight - last[at];
+            last[at] = weight;
+            most = std::max(most, sum);
+        }
+    return most;
+}
+
+// So that no sum of a stretch leaves 32 bits: each weight is rounded by half of one at most.
+WeightScale word_scale(const float* row, int in_channels, int taps) {
+    constexpr double kFitting = kMostSum - kStretch / 2 - 1;
+    const WeightScale widest = weight_scale(row, in_channels * taps, INT16_MAX);
+    const double most = most_sum(row, in_channels, taps);
+    if (!(widest.inverse * most > kFitting)) return widest;
+    return {static_cast<float>(most / kFitting), static_cast<float>(kFitting / most)};
+}
+
+// From one row to the next: apart in the sets of the innermost cache.
+size_t word_stride(int numbers) {
+    constexpr int kLine = 64 / sizeof(int16_t);
+    return ceil_div(numbers, kLine) * kLine + kLine;
+}
+
+}  // namespace
+
+void pack_words(const float* weight, int in_channels, int taps, int out_channels, float* packed,
+                const Parallel& parallel) {
+    const int depth = word_depth(in_channels);
+    pack_whole<int16_t>(
+        {weight, in_channels, taps, out_channels, word_panel(depth * taps), depth}, packed, parallel,
+        [=](const float* weights, int) { return word_scale(weights, in_channels, taps); },
+        [](int16_t* words, int column, int k, int whole) {
+            words[(k / kTwo * kPanel + column) * kTwo + k % kTwo] = static_cast<int16_t>(whole);
+        });
+}
+
+size_t word_rows_floats(int count, int numbers) {
+    return count * (2 + word_stride(numbers) / (sizeof(float) / sizeof(int16_t)));
+}
+
+WordRows rows_to_words(Rows rows, int count, int numbers, float* memory) {
+    const size_t stride = word_stride(numbers);
+    float *scales = memory, *lows = scales + count;
+    auto* words = reinterpret_cast<int16_t*>(lows + count);
+    scale_rows(rows, count, numbers, 2 * kMostNumber, scales, lows,
+               [=](int r, const float* row, float inverse, float zero) {
+                   for (int i = 0; i < numbers; i += kLanes)  // beyond the row there is room
+                       store_words(words + r * stride + i, read(row, i, numbers), inverse, zero - kMostNumber);
+                   lows[r] += scales[r] * kMostNumber;
+               });
+    return {words, stride, word_depth(numbers), 1, 0, scales, lows, 1};
+}
+
+}  // namespace posecrafter
+
+#endif
