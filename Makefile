@@ -50,7 +50,7 @@ lint: $(STAMPS)/dev
 	$(call say,ruff and clang-format)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { echo "hint: $(BIN)/ruff format ." >&2; exit 1; }
-	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard posecrafter_rt/engines/operations/* tests/native/*.cpp)
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard posecrafter_rt/engines/operations/* tests/native/*.cpp tests/native/*.h)
 
 # kernels/ and export/ are subpackages that lie elsewhere; mypy finds them through a folder of links that looks installed.
 types: $(STAMPS)/dev
