@@ -306,7 +306,7 @@ def markdown(document: Row) -> str:
               "tables, the reference's latents and pose embedding. published, plain: see `bench/plain.py`. PSNR is to the first row's",
               "frames. Peak memory is the process's. FLOPs are the ledger's, of a first render, convolutions as if done directly, which",
               "`openvino` does not in fp32; peak is that of a large matrix product in the same type, of int8 in float32. At fp16",
-              "`exact` keeps its VAE in float32, unless it has AMX, the others do not."]  # fmt: skip
+              "`exact` keeps its VAE in float32, unless the processor has VNNI, the others do not."]  # fmt: skip
     if on_gpu:
         lines += ["Peak GPU memory is the most that torch had allocated at once; by it the contenders are compared, but for those",
                   "that run on the processor, and TensorRT, whose plans and weights it does not count."]  # fmt: skip

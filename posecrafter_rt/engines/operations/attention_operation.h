@@ -2,8 +2,8 @@
 // of `heads` heads, `width` channels each. Tokens (N, n, C) attend to those of their picture, (N, m, C); tokens
 // (N, F, n, C) to the same ones in frames, (N, K, n, C): those for which an input after these, (N, K) and boolean, is
 // true where there is one. Inputs may be wider: query_at, key_at and value_at are where their channels begin. With the
-// attribute in_bytes products are in 8 and 16 bits, with in_halves in two digits of eight where the processor has
-// tiles. Layer 4.
+// attribute in_bytes products are in 8 and 16 bits, with in_halves those of pairs of 16-bit floats where the processor
+// has tiles. Layer 4.
 #pragma once
 
 #include <cstddef>

@@ -81,8 +81,8 @@ struct Packing {
     int depth;
 };
 
-// Rounds each column's weights by scale_of(weights, count) and hands what is not zero to put(column, k, whole), of the
-// panel whose numbers begin at the first argument.
+// Rounds each column's weights by scale_of(weights, count) and calls put(whole numbers of its panel, column, k, whole)
+// for each.
 template <class Number, class ScaleOf, class Put>
 void pack_whole(const Packing& packing, float* packed, const Parallel& parallel, const ScaleOf& scale_of,
                 const Put& put) {

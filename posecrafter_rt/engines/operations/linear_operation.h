@@ -3,7 +3,7 @@
 // attribute is_gated the weight's rows are a value's and then a gate's, and it is value · GELU(gate), half as wide.
 // With two inputs more, the weight and bias of a layer after a gated one, it is what that one gives. An input after
 // these, as large as the output, is added to it. With the attribute in_bytes products are in eight bits; with
-// in_halves weights are in 16, products too where the processor has such. Weights are constant: they are packed at the
+// in_halves weights are in 16, products too where the processor has VNNI. Weights are constant: they are packed at the
 // first call, or with the attribute holds_weights when the node is made. Layer 4.
 #pragma once
 
