@@ -69,8 +69,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize(("frames", "channels", "size"), [
     (1, (8, 16), (1, 1)),  # the least of everything
-    (2, (24, 48), (13, 31)),  # rows of windows that are multiplied where they are
-    (3, (16, 96), (5, 7)),  # and such as are copied, to be multiplied with those of other rows
+    (2, (24, 48), (13, 31)),  # rows of windows
+    (3, (16, 96), (5, 7)),  # and such as are multiplied with those of other rows
     (9, (32, 32), (8, 10)),
     (25, (64, 64), (3, 4)),  # frames are divided between threads
     (24, (64, 64), (20, 20)),
@@ -93,7 +93,7 @@ def test_it_is_a_convolution(
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_a_large_convolution(kind: str, way: Way) -> None:
     """Rows are divided, in several blocks."""
-    if not way.has_tiles:
+    if not way.has_tiles and kind in ("plain", "normed"):
         pytest.skip("Winograd's filtering does it")
     layer, pixels = drawn(kind, 64, 64), draw(1, 64, 9, 400)
     assert way.least < error(convolve(layer, pixels)[0], layer.reference(pixels, is_rounded=False)) < way.most

@@ -16,6 +16,7 @@
 #include "pairs.h"
 #include "products.h"
 #include "simd.h"
+#include "words.h"
 
 namespace posecrafter {
 

@@ -35,7 +35,7 @@ template void linear_pack(const float*, int, int, Half*, const Parallel&);
 namespace {
 
 constexpr int kChunkRows = 12 * 14, kLeastRows = 4 * kRows;
-constexpr int kChunkFloats = 1 << 18;  // of a chunk's input, or of what is between two layers
+constexpr int kChunkFloats = 1 << 18;  // of a chunk's input, or of what is between two layers; of fewer bits more
 // By tiles products are so fast that to read weights is the work: chunks are as large as a core's second cache holds.
 constexpr int kTileChunkBytes = 1 << 20;
 constexpr int kTileChunkRows = 2 * kChunkRows;  // whose sums are written at once
@@ -120,6 +120,7 @@ template <class Format>
 class Job {
     using In = Products<Format>;
     using Own = typename In::Own;
+    static constexpr int kNarrower = std::is_same_v<Own, Rows> ? 1 : In::kLighter;  // as rows are, or weights alone
 
 public:
     Job(const Linear& call, int threads)
@@ -134,7 +135,7 @@ public:
             return;
         }
         const int widest = std::max(row_numbers(), has_next() ? last_.in_channels : 0);
-        const int fitting = std::min(kChunkRows, std::max(kLeastRows, kChunkFloats * In::kLighter / widest));
+        const int fitting = std::min(kChunkRows, std::max(kLeastRows, kChunkFloats * kNarrower / widest));
         row_parts_ = static_cast<int>((rows_ + fitting - 1) / fitting);
         // What is larger is divided, the rows or the weights; rows that a thread has written are still in its cache.
         const bool is_many = call.windows == nullptr && rows_ >= last_.out_channels / In::kLighter;

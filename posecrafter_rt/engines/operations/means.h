@@ -9,7 +9,6 @@
 #include <utility>
 
 #include "vnni.h"
-#include "words.h"
 
 #ifdef PC_HAS_VNNI
 

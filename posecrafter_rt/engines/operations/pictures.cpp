@@ -200,7 +200,8 @@ void PictureOf<Format>::sum_windows(int64_t first, int count, const float* weigh
             for (int x = side % 2, i = 0; x < columns; x += times, ++i, ++listed)
                 list[listed] = {own.first + i * own.stride, own.scale, own.low, to + x * kPanel};
         }
-        if (listed > 0) multiply_listed<Format>(list, listed, windows(0, 0, 0), weights + side * kind, next);
+        const Fetch other = times == 1 ? next : Fetch::nothing(sums);  // outputs are not one after the other
+        if (listed > 0) multiply_listed<Format>(list, listed, windows(0, 0, 0), weights + side * kind, other);
     }
 }
 #endif

@@ -34,10 +34,7 @@ WeightScale word_scale(const float* row, int in_channels, int taps) {
 }
 
 // From one row to the next: apart in the sets of the innermost cache.
-size_t word_stride(int numbers) {
-    constexpr int kLine = 64 / sizeof(int16_t);
-    return ceil_div(numbers, kLine) * kLine + kLine;
-}
+size_t word_stride(int numbers) { return byte_stride(numbers * sizeof(int16_t)) / sizeof(int16_t); }
 
 }  // namespace
 
