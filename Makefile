@@ -11,6 +11,7 @@ CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 endif
 PYTEST_ARGS ?=
 
+AMX_TESTS := $(addprefix tests/engines/test_openvino_,in_16_bits.py pairs.py tiles.py)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
@@ -37,8 +38,10 @@ demo: $(STAMPS)/demo
 test: $(STAMPS)/dev
 	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
+# AMX's products, too, in software where the processor has none.
 test-slow: $(STAMPS)/dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto -p tests.emulated_amx $(AMX_TESTS)
 
 # The page of `serve` in the system's Chromium; skipped, with the reason, where there is none.
 test-browser: $(STAMPS)/dev
