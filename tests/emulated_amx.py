@@ -5,12 +5,10 @@ The operations of `openvino` are compiled with it, and the tests of their tiles 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from posecrafter_rt import machine
+from tests.native.amx_flags import in_software
 
 AMX = frozenset({"amx_tile", "amx_int8", "amx_bf16"})
-HEADER = Path(__file__).parent / "native" / "amx.h"
 found = frozenset(machine.cpu_features())
 machine.cpu_features = lambda: found | AMX  # before others import it
 
@@ -18,6 +16,4 @@ from posecrafter_rt.engines import openvino_operations as operations  # noqa: E4
 
 tiled, *others = operations.VECTORS
 if not found >= AMX:
-    compiled = (flag for flag in tiled.flags if not flag.startswith("-mamx"))
-    in_software = ("-include", str(HEADER), "-D__AMX_INT8__", "-D__AMX_BF16__")
-    operations.VECTORS = (tiled._replace(flags=(*compiled, *in_software)), *others)
+    operations.VECTORS = (tiled._replace(flags=in_software(tiled.flags)), *others)

@@ -244,7 +244,7 @@ WRONG_IN_BYTES = [
     ("bytes.cpp", "row[i * taps + tap]", "row[i + tap * in]"),  # the order of weights
     ("bytes.cpp", "static_cast<float>(sum) * scale.step", "static_cast<float>(sum)"),  # what zero counts
     ("pictures.cpp", "(x + 1 - odd_column) / 2", "x / 2"),  # its weights
-    ("pictures.cpp", "count, static_cast<uint8_t>(zeros_[frame])", "count, 0"),  # the border
+    ("pictures.cpp", "count, static_cast<Number>(zeros_[frame])", "count, 0"),  # the border
     ("pictures.cpp", "p.weight[first + c]", "p.weight[c]"),  # the norm
     ("convolution.cpp", "nullptr : call.residual + at", "nullptr : nullptr"),  # what is added
     ("linear.cpp", "count, first_.out_channels)", "count, first_.in_channels)"),  # what is between two layers

@@ -13,6 +13,7 @@ import pytest
 
 from posecrafter_rt.engines.openvino_operations import SOURCES, VECTORS
 from posecrafter_rt.machine import cpu_features
+from tests.native.amx_flags import in_software
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
@@ -60,6 +61,4 @@ def test_operations_in_tiles(tmp_path: Path) -> None:
         pytest.skip("this processor lacks more than AMX")
     if vectors.needed <= cpu_features():
         pytest.skip("this processor has AMX: test_operations is of it")
-    in_software = ["-include", str(ROOT / "tests/native/amx.h"), "-D__AMX_INT8__", "-D__AMX_BF16__"]
-    flags = [flag for flag in vectors.flags if not flag.startswith("-mamx")]
-    fuzz(tmp_path / "fuzz_operations", ["-pthread", *flags, *in_software], SOURCES, OPERATIONS)
+    fuzz(tmp_path / "fuzz_operations", ["-pthread", *in_software(vectors.flags)], SOURCES, OPERATIONS)

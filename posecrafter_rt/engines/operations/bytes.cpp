@@ -58,7 +58,7 @@ ByteRows rows_to_bytes(Rows rows, int count, int numbers, float* memory) {
     scale_rows(rows, count, numbers, 255, scales, lows, [=](int r, const float* row, float inverse, float zero) {
         uint8_t* to = bytes + r * stride;
         int i = 0;
-        for (; i + kLanes <= numbers; i += kLanes) store_bytes(to + i, load(row + i), inverse, zero);
+        for (; i + kLanes <= numbers; i += kLanes) store_whole(to + i, load(row + i), inverse, zero);
         for (; i < numbers; ++i) {
             const float byte = row[i] * inverse + (zero + 0.5f);
             to[i] = static_cast<uint8_t>(std::min(255.0f, std::max(0.0f, byte)));

@@ -21,7 +21,9 @@ constexpr bool kHasBytes = true;
 constexpr bool kHasBytes = false;
 #endif
 
-constexpr int kFour = 4;  // numbers of a row that a lane takes at once
+template <class Number>
+constexpr int kGroup = sizeof(uint32_t) / sizeof(Number);  // numbers of a row that a lane takes at once
+constexpr int kFour = kGroup<uint8_t>;
 #ifdef __AMX_INT8__
 #define PC_HAS_TILES
 constexpr int kWhole = 64;  // that a tile takes: rows and weights end with zeros where they have fewer
@@ -142,7 +144,7 @@ constexpr size_t byte_stride(int numbers) {
 using Integers = int __attribute__((vector_size(kLanes * sizeof(int))));
 
 // A vector's numbers as bytes: round(x · inverse + zero), from 0 to 255.
-PC_INLINE void store_bytes(uint8_t* to, Vector x, float inverse, float zero) {
+PC_INLINE void store_whole(uint8_t* to, Vector x, float inverse, float zero) {
     using Bytes = uint8_t __attribute__((vector_size(kLanes)));
     const Vector nothing{}, most = nothing + 255.0f;
     Vector y = x * inverse + (zero + 0.5f);

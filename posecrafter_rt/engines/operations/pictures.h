@@ -84,44 +84,24 @@ private:
     void set_scales(const std::vector<Range>& ranges, int frames, int least, int most);
 };
 
-class ByteFrames : ScaledFrames {
+// As whole numbers, which a vector is stored as by store_whole.
+template <class Number, int kLeast, int kMost>
+class WholeFrames : ScaledFrames {
 public:
     static constexpr int kPlanes = 1;
 
     // plane: pixels of all frames, their borders among them, times numbers of each.
     std::vector<float> prepare(const Picture& picture, size_t, const Parallel& parallel) {
-        return ScaledFrames::prepare(picture, 0, 255, parallel);
+        return ScaledFrames::prepare(picture, kLeast, kMost, parallel);
     }
     auto writer(int frame) const {
-        return [inverse = inverse(frame), zero = zeros_[frame]](uint8_t* to, Vector v) {
-            store_bytes(to, v, inverse, zero);
+        return [inverse = inverse(frame), zero = zeros_[frame]](Number* to, Vector v) {
+            store_whole(to, v, inverse, zero);
         };
     }
-    void fill(int frame, uint8_t* to, size_t count) const {
-        std::fill_n(to, count, static_cast<uint8_t>(zeros_[frame]));
-    }
+    void fill(int frame, Number* to, size_t count) const { std::fill_n(to, count, static_cast<Number>(zeros_[frame])); }
     using ScaledFrames::rows;
 };
-
-#ifdef PC_HAS_VNNI
-class WordFrames : ScaledFrames {
-public:
-    static constexpr int kPlanes = 1;
-
-    std::vector<float> prepare(const Picture& picture, size_t, const Parallel& parallel) {
-        return ScaledFrames::prepare(picture, -kMostNumber, kMostNumber, parallel);
-    }
-    auto writer(int frame) const {
-        return [inverse = inverse(frame), zero = zeros_[frame]](int16_t* to, Vector v) {
-            store_words(to, v, inverse, zero);
-        };
-    }
-    void fill(int frame, int16_t* to, size_t count) const {
-        std::fill_n(to, count, static_cast<int16_t>(zeros_[frame]));
-    }
-    using ScaledFrames::rows;
-};
-#endif
 
 #ifdef PC_HAS_TILES
 // In digits: a plane of high ones, then one of low ones.
@@ -155,10 +135,10 @@ private:
 template <class Format>
 struct FramesOf;
 template <>
-struct FramesOf<Bytes> : ByteFrames {};
+struct FramesOf<Bytes> : WholeFrames<uint8_t, 0, 255> {};
 #ifdef PC_HAS_VNNI
 template <>
-struct FramesOf<Words> : WordFrames {};
+struct FramesOf<Words> : WholeFrames<int16_t, -kMostNumber, kMostNumber> {};
 #endif
 #ifdef PC_HAS_TILES
 template <>

@@ -15,9 +15,6 @@
 
 namespace posecrafter {
 
-template <class Number>
-constexpr int kGroup = sizeof(uint32_t) / sizeof(Number);  // numbers of a row that a lane takes at once
-
 // Adds to each lane the products of a row's numbers, bytes or words, and as many weights of its own.
 template <class Number>
 PC_INLINE Integers dot(Integers sums, uint32_t group, const void* weights) {

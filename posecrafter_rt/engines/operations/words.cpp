@@ -60,7 +60,7 @@ WordRows rows_to_words(Rows rows, int count, int numbers, float* memory) {
     scale_rows(rows, count, numbers, 2 * kMostNumber, scales, lows,
                [=](int r, const float* row, float inverse, float zero) {
                    for (int i = 0; i < numbers; i += kLanes)  // beyond the row there is room
-                       store_words(words + r * stride + i, read(row, i, numbers), inverse, zero - kMostNumber);
+                       store_whole(words + r * stride + i, read(row, i, numbers), inverse, zero - kMostNumber);
                    lows[r] += scales[r] * kMostNumber;
                });
     return {words, stride, word_depth(numbers), 1, 0, scales, lows, 1};

@@ -13,7 +13,7 @@
 
 namespace posecrafter {
 
-constexpr int kTwo = 2;        // numbers of a row that a lane takes at once
+constexpr int kTwo = kGroup<int16_t>;
 constexpr int kStretch = 128;  // products that are summed in 32 bits: more would leave fewer bits to the weights
 constexpr int kMostNumber = (1 << 13) - 1;
 constexpr int kMostSum = INT_MAX / kMostNumber;  // of the weights of a stretch, whatever their signs
@@ -59,7 +59,7 @@ PC_INLINE void store_words(int16_t* to, Integers x) {
 }
 
 // A vector's numbers in 16 bits: round(x · inverse + zero), from -kMostNumber to kMostNumber.
-PC_INLINE void store_words(int16_t* to, Vector x, float inverse, float zero) {
+PC_INLINE void store_whole(int16_t* to, Vector x, float inverse, float zero) {
     const Vector most = Vector{} + static_cast<float>(kMostNumber);
     const Vector y = larger(x * inverse + zero, -most);
     store_words(to, rounded(y < most ? y : most));
