@@ -28,13 +28,18 @@ from posecrafter_rt.models.sources import SD15_FOLDER
 def untrained_checkpoint(base: str, size: tuple[int, int] | None = None, num_frames: int = 8) -> Checkpoint:
     """A checkpoint whose temporal attention acts although nothing was tuned, with a small decoder: costs what a tuned one costs.
 
+    That attention begins as a copy of the key-frame attention, whose products an engine could take for its own: here its rows
+    are in another order.
+
     Args: base: as `load_base` takes it. size: (height, width); None: the base's own.
     """
-    model = load_base(base, dtype=torch.float16)  # of whose weights nothing is kept but names and shapes
+    model = load_base(base, dtype=torch.float16)
     size = size or model.settings.size
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(parameter.shape, generator=generator) * 0.5 / parameter.shape[-1] ** 0.5
                for name, parameter in named_parameters(model) if name.endswith("conv_temp.weight")}  # fmt: skip
+    tensors |= {name: parameter.detach().float().flip(0) for name, parameter in named_parameters(model)
+                if ".attn_temp.to_" in name and name.endswith("weight")}  # fmt: skip
     arch = model.architecture()
     small = new_small_decoder(arch.latent_channels, arch.vae_scale_factor, generator)
     tensors |= {f"small_decoder.{name}": parameter.detach() for name, parameter in small.named_parameters()}

@@ -193,6 +193,7 @@ def one_openmp_thread() -> Iterator[None]:
         openmp.omp_set_num_threads(before)
 
 
+@cache  # to ask makes classes, which a frame of a stream would leave to be collected
 def _openmp() -> ctypes.CDLL | None:
     """The OpenMP library that this process has loaded, if it has."""
     try:

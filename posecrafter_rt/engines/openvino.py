@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,7 +48,7 @@ from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read
 from posecrafter_rt.errors import EngineFolderError, last_line
 from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
 from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16, release_mapped, return_freed_memory
-from posecrafter_rt.spec import RUN_ONCE, Architecture, NetworkSpec, network_specs
+from posecrafter_rt.spec import RUN_ONCE, Architecture, NetworkSpec, TensorSpec, network_specs
 
 if TYPE_CHECKING:
     import openvino
@@ -77,6 +77,14 @@ class NetworkFile(NamedTuple):
     digest: list[str]
 
 
+class Request(NamedTuple):
+    """A compiled network's request, and where it has what the spec names, in the spec's order: by name each is searched for."""
+
+    request: Any
+    inputs: list[int]
+    outputs: list[int]
+
+
 class OpenVinoEngine:
     """One network; each new input shape is compiled once, statically, and kept, but for large networks of RUN_ONCE.
 
@@ -93,7 +101,7 @@ class OpenVinoEngine:
         self.spec, self.device = spec, torch.device("cpu")
         self._core, self._path, self._digest = core, file.path, file.digest
         self._cache, self._precision = cache, precision
-        self._requests: OrderedDict[Shapes, Any] = OrderedDict()
+        self._requests: OrderedDict[Shapes, Request] = OrderedDict()
         self._weights_path = self._path.with_suffix(".bin")
         self._weight_bytes = self._weights_path.stat().st_size
         self._swapped: dict[str, np.ndarray] = {}
@@ -113,20 +121,23 @@ class OpenVinoEngine:
         import openvino
 
         tensors = [tensor.contiguous() for tensor in checked_inputs(self.spec, inputs, self.device)]
-        request = self._request(tuple(tuple(tensor.shape) for tensor in tensors))
-        for expected, tensor in zip(self.spec.inputs, tensors, strict=True):
-            request.set_tensor(expected.name, openvino.Tensor(tensor.detach().numpy(), shared_memory=True))
+        request, own_inputs, own_outputs = self._request(tuple(tuple(tensor.shape) for tensor in tensors))
+        for index, tensor in zip(own_inputs, tensors, strict=True):
+            request.set_input_tensor(index, openvino.Tensor(tensor.detach().numpy(), shared_memory=True))
         request.infer(share_outputs=True)  # else it returns copies of them, which nobody asks for
-        outputs = {out.name: torch.from_numpy(request.get_tensor(out.name).data) for out in self.spec.outputs}
+        outputs = {out.name: torch.from_numpy(request.get_output_tensor(index).data)
+                   for out, index in zip(self.spec.outputs, own_outputs, strict=True)}  # fmt: skip
         if self.spec.name in RUN_ONCE and self._weight_bytes > ONCE_BYTES:
             self._requests.clear()  # for another prompt or person it is there again in a second
         return outputs
 
-    def _request(self, shapes: Shapes) -> Any:
+    def _request(self, shapes: Shapes) -> Request:
         if shapes not in self._requests:
             while self._requests and not self._has_room():
                 self._requests.popitem(last=False)
-            self._requests[shapes] = self._compile(shapes).create_infer_request()
+            compiled = self._compile(shapes)
+            places = (_places(compiled.inputs, self.spec.inputs), _places(compiled.outputs, self.spec.outputs))
+            self._requests[shapes] = Request(compiled.create_infer_request(), *places)
             release_mapped(self._weights_path)  # most weights are in another order by now
             return_freed_memory()  # compiling frees as much again as a small network holds
         self._requests.move_to_end(shapes)
@@ -188,6 +199,11 @@ class OpenVinoEngine:
             self._swapped |= {name: tensor.detach().float().numpy().copy() for name, tensor in fitting.items()}
             self._requests.clear()
         return set(fitting)
+
+
+def _places(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> list[int]:
+    """Where among a compiled network's ports those are that the specs name."""
+    return [next(index for index, port in enumerate(ports) if spec.name in port.get_names()) for spec in specs]
 
 
 def _constants(model: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from posecrafter_rt.engines.openvino_patterns import (
     is_transpose,
     known,
     only_user,
+    orders,
     part_of,
 )
 
@@ -47,6 +48,14 @@ class Heads(NamedTuple):
         return whole if is_there else op.reshape(whole, shape, special_zero=False).output(0), first
 
 
+class Scores(NamedTuple):
+    """Products of queries and keys, both as their heads were transposed, and what they are divided by."""
+
+    query: Any
+    key: Any
+    divisor: float
+
+
 def use_attention(model: openvino.Model, precision: Precision = "fp32") -> int:
     """Replace every attention of a float32 model of fixed shapes, in place; returns how many.
 
@@ -62,13 +71,13 @@ def use_attention(model: openvino.Model, precision: Precision = "fp32") -> int:
 
 def _attend(softmax: Any, available: Operations) -> bool:
     """Heads that were transposed: of tokens of a picture, or of the same ones in several frames."""
-    scores, weighted = _scaled(softmax.input_value(0)), only_user(softmax)
-    if scores is None or not _is_product(scores[0]) or weighted is None or not _is_product(weighted):
+    scores, weighted = _scores(softmax.input_value(0)), only_user(softmax)
+    if scores is None or weighted is None or not _is_product(weighted):
         return False
     joined, is_last = only_user(weighted), softmax.get_attributes()["axis"] in (-1, 3)
     if not is_last or not is_same(weighted.input_value(0), softmax.output(0)) or not is_transpose(joined, ROWS_LAST):
         return False
-    query, key = (_transposed(scores[0].input_value(i), order) for i, order in enumerate((ROWS_LAST, KEYS_LAST)))
+    query, key = _transposed(scores.query, ROWS_LAST), _transposed(scores.key, KEYS_LAST) or _turned_keys(scores.key)
     value = _transposed(weighted.input_value(1), ROWS_LAST)
     if query is None or key is None or value is None:
         return False
@@ -79,7 +88,42 @@ def _attend(softmax: Any, available: Operations) -> bool:
             joined = last  # over frames
             found = [each._replace(source=value, dims=list(value.get_shape())[:3])
                      for each, value in zip(found, before, strict=True)]  # fmt: skip
-    return _replace(joined, found, scores[1], available)
+    return _replace(joined, found, scores.divisor, available)
+
+
+def _scores(value: Any) -> Scores | None:
+    """Those that a value is: divided, or of queries and keys that were both multiplied by a number, as torch's own attention does."""
+    scaled = _scaled(value)
+    product, divisor = (value.get_node(), 1.0) if scaled is None else scaled
+    if not _is_product(product):
+        return None
+    factors = [_multiplied(given) for given in product.input_values()]
+    (query, by), (key, also_by) = factors
+    return Scores(query, key, divisor / (by * also_by)) if by > 0 < also_by else None
+
+
+def _multiplied(value: Any) -> tuple[Any, float]:
+    """What a value is before one number multiplies it, and that number."""
+    for before, factor in orders(value.get_node(), "Multiply"):
+        number = known(factor)
+        if number is not None and number.size == 1:
+            return before, float(number.item())
+    return value, 1.0
+
+
+def _turned_keys(value: Any) -> Heads | None:
+    """Keys (N, heads, width, n) of those (N, heads, n, width) whose last dimensions were turned as (N · heads, n, width)."""
+    reshape = value.get_node()
+    if reshape.get_type_name() != "Reshape" or len(value.get_shape()) != 4:
+        return None
+    turned, (batch, heads, width, tokens) = reshape.input_value(0).get_node(), value.get_shape()
+    before = turned.input_value(0).get_node() if is_transpose(turned, [0, 2, 1]) else None
+    if before is None or before.get_type_name() != "Reshape":
+        return None
+    rows = before.input_value(0)
+    is_turned = list(turned.get_output_shape(0)) == [batch * heads, width, tokens]
+    is_turned = is_turned and list(rows.get_shape()) == [batch, heads, tokens, width]
+    return _transposed(rows, ROWS_LAST) if is_turned else None
 
 
 def _turned_back(joined: Any) -> Any | None:
@@ -116,15 +160,27 @@ def _replace(last: Any, found: list[Heads], scale: float, available: Operations,
     if not is_one or not is_fitting or not math.isclose(scale, math.sqrt(query.width), rel_tol=1e-5):
         return False
     (queries, query_at), (keys, key_at), (values, value_at) = (each.tokens() for each in found)
-    inputs = [queries, keys, values]
+    inputs, own = [queries, keys, values], None
     if mask is not None:
+        own = _apart(keys) if is_same(keys, values) else None
+        inputs[1:] = [keys, values] if own is None else [own[0]] * 2
         inputs.append(op.reshape(mask, key.dims[:2], special_zero=False).output(0))
+        inputs += own[1:] if own is not None else []
     attributes = {"heads": query.heads, "width": query.width, "query_at": query_at, "key_at": key_at, "value_at": value_at,
-                  "in_bytes": available.precision == "int8" and query.width % FOUR == 0,
+                  "has_own": own is not None, "in_bytes": available.precision == "int8" and query.width % FOUR == 0,
                   "in_halves": available.precision == "fp16"}  # fmt: skip
     made = available.factory.create("Attention", inputs, attributes)
     last.output(0).replace(op.reshape(made, list(last.get_output_shape(0)), special_zero=False).output(0))
     return True
+
+
+def _apart(tokens: Any) -> list[Any] | None:
+    """A frame's own tokens and those of others before them, which were put together to be read: others, own."""
+    concat = tokens.get_node()
+    if concat.get_type_name() != "Concat" or concat.get_attributes()["axis"] % 4 != 1 or len(tokens.get_shape()) != 4:
+        return None
+    parts = concat.input_values()
+    return parts if len(parts) == 2 and parts[1].get_shape()[1] == 1 else None
 
 
 def _scaled(value: Any) -> tuple[Any, float] | None:

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from posecrafter_rt.engines.base import Precision
-from posecrafter_rt.engines.openvino_norms import GroupNorm, group_norm
+from posecrafter_rt.engines.openvino_norms import GroupNorm, affine_group_norm
 from posecrafter_rt.engines.openvino_operations import Operations, operations
 from posecrafter_rt.engines.openvino_patterns import (
-    added,
     addition,
     bias_constant,
     has_filter,
     is_same,
-    of_channels,
+    only_user,
     orders,
+    part_of,
     with_bias,
     with_residual,
 )
@@ -60,11 +60,16 @@ def _tile(node: Any, available: Operations) -> int | None:
     """The side of the tiles that a convolution gains most by, 0 where all is in 16 or eight bits; None: of none, or it cannot be done so."""
     if not _is_fitting(node, available.lanes):
         return None
-    is_single = _is_convolution(node, stride=1)
+    is_single, is_narrow = _is_convolution(node, stride=1), _is_narrow(node, available.lanes)
     has_products = available.precision != "fp32" and available.vectors.has_vnni
     by_fours = available.precision == "fp16" and not available.vectors.has_tiles and is_single and _is_large(node)
+    if is_narrow and is_single:
+        return 4 if _is_many(node, 4) else None
     if has_products and not by_fours:
-        return 0 if is_single or _is_doubling(node) or _is_convolution(node, stride=2) else None
+        is_doubling = _is_transposed(node) and node.get_input_shape(0)[1] % available.lanes == 0
+        return 0 if is_single or is_doubling or (not is_narrow and _is_convolution(node, stride=2)) else None
+    if is_narrow:
+        return None
     return _winograd_tile(node, available.precision) if is_single or _is_doubling(node) else None
 
 
@@ -76,7 +81,12 @@ def _winograd_tile(node: Any, precision: Precision) -> int | None:
         return 2  # else OpenVINO would keep those weights in float32
     else:
         side = 4 if _tiles(node, 4) >= LARGE_TILES else 2
-    return side if node.get_output_shape(0)[0] * _tiles(node, side) >= LEAST_TILES else None
+    return side if _is_many(node, side) else None
+
+
+def _is_many(node: Any, side: int) -> bool:
+    """Whether there are so many tiles, over all frames, that it gains by them."""
+    return bool(node.get_output_shape(0)[0] * _tiles(node, side) >= LEAST_TILES)
 
 
 def _is_large(node: Any) -> bool:
@@ -96,15 +106,23 @@ def _tiles(node: Any, side: int) -> int:
     return int(-(-height // side) * -(-width // side))
 
 
+def _is_narrow(node: Any, lanes: int) -> bool:
+    """Whether it is to or from few channels, those of a picture or of latents, which it has in float32 at best."""
+    return bool(node.get_input_shape(0)[1] % lanes or node.get_output_shape(0)[1] % (2 * lanes))
+
+
 def _is_fitting(node: Any, lanes: int) -> bool:
-    """Whether it is a convolution in float32, of pictures by constant weights, whose channels come in whole vectors and panels."""
+    """Whether it is a convolution in float32, of pictures by constant weights, whose channels come in whole vectors and panels,
+    or make a vector at most.
+    """
     is_known = node.get_type_name() in ("Convolution", "ConvolutionBackpropData")
     return (
         is_known
         and len(node.get_output_shape(0)) == 4
         and node.input_value(1).get_node().get_type_name() == "Constant"  # it is transformed once
         and all(value.get_element_type().get_type_name() == "f32" for value in node.input_values())
-        and node.get_input_shape(0)[1] % lanes == node.get_output_shape(0)[1] % (2 * lanes) == 0
+        and (node.get_input_shape(0)[1] % lanes == 0 or node.get_input_shape(0)[1] < lanes)
+        and (node.get_output_shape(0)[1] % (2 * lanes) == 0 or node.get_output_shape(0)[1] <= lanes)
     )
 
 
@@ -113,11 +131,16 @@ def _is_convolution(node: Any, stride: int) -> bool:
     return node.get_type_name() == "Convolution" and has_filter(node, kernel=3, stride=stride, padding=1)
 
 
+def _is_transposed(node: Any) -> bool:
+    """Whether it is a transposed one of 4×4 that doubles a picture."""
+    is_known = node.get_type_name() == "ConvolutionBackpropData" and len(node.input_values()) == 2
+    is_fitting = is_known and has_filter(node, kernel=4, stride=2, padding=1)
+    return is_fitting and not any(node.get_attributes()["output_padding"])
+
+
 def _is_doubling(node: Any) -> bool:
-    """Whether it is a transposed one that stands for a doubled picture's convolution, see `models.folding.fold_doubled`."""
-    if node.get_type_name() != "ConvolutionBackpropData" or not has_filter(node, kernel=4, stride=2, padding=1):
-        return False
-    if len(node.input_values()) != 2 or any(node.get_attributes()["output_padding"]):
+    """Whether such a one stands for a doubled picture's convolution, see `models.folding.fold_doubled`."""
+    if not _is_transposed(node):
         return False
     weight = np.asarray(node.input_value(1).get_node().data)
     again = fold_doubling(torch.from_numpy(_unfolded(weight))).numpy()
@@ -141,46 +164,60 @@ def _rewrite(convolution: Any, tile: int, available: Operations) -> None:
     weight, channels = convolution.input_value(1), convolution.get_output_shape(0)[1]
     attributes: dict[str, Any] = {"tile": tile, "stride": convolution.get_attributes()["strides"][0],
                                   "in_halves": available.precision == "fp16" and tile < 4}  # fmt: skip
+    outputs = 0  # the axis of the weight
     if convolution.get_type_name() == "ConvolutionBackpropData":
-        weight = op.constant(_unfolded(np.asarray(weight.get_node().data))).output(0)
         attributes |= {"times": 2, "stride": 1}
+        if tile > 0:
+            weight = op.constant(_unfolded(np.asarray(weight.get_node().data))).output(0)
+        else:
+            outputs = 1
     replaced, numbers = with_bias(convolution, channels)
-    replaced, bias = _with_computed_bias(replaced, bias_constant(numbers, channels))
+    bias, added = bias_constant(numbers, channels), list[Any]()
+    if _is_narrow(convolution, available.lanes):
+        attributes["planes"] = channels
+        weight, bias = (_padded(value, axis, 2 * available.lanes) for value, axis in ((weight, outputs), (bias, 0)))
+        weight = _padded(weight, 1 - outputs, available.lanes)
+    elif (computed := _computed_bias(replaced)) is not None:
+        replaced, *added, attributes["added_at"] = computed
     replaced, residual = with_residual(replaced)
     pixels, norms = convolution.input_value(0), list[np.ndarray]()
-    before = _silu_of_norm(pixels)
+    before = None if pixels.get_shape()[1] % available.lanes else _before(pixels)
     if before is not None:
         norm, *norms = before
         pixels, attributes = norm.pixels, {**attributes, "groups": norm.groups, "eps": norm.eps}
-    inputs = [pixels, weight, bias, *(op.constant(values).output(0) for values in norms), *residual]
+    inputs = [pixels, weight, bias, *added, *(op.constant(values).output(0) for values in norms), *residual]
     replaced.output(0).replace(available.factory.create("FusedConvolution", inputs, attributes).output(0))
 
 
-def _with_computed_bias(node: Any, bias: Any) -> tuple[Any, Any]:
-    """The node that adds a number for each channel of all frames, such as a timestep's, and that with the bias."""
+def _padded(value: Any, axis: int, count: int) -> Any:
+    """A constant with zeros up to a multiple of so many channels."""
     from openvino import opset13 as op
 
+    numbers = np.asarray(value.get_node().data)
+    widths = [(0, -numbers.shape[axis] % count if index == axis else 0) for index in range(numbers.ndim)]
+    return op.constant(np.pad(numbers, widths)).output(0)
+
+
+def _computed_bias(node: Any) -> tuple[Any, Any, int] | None:
+    """The node that adds a number for each channel of all frames, such as a timestep's; what those are part of, and where they begin."""
     found, shape = addition(node), list(node.get_output_shape(0))
     if (
         found is None
         or list(found[0].get_output_shape(0)) != shape
         or list(found[1].get_shape()) != [1, shape[1], 1, 1]
     ):
-        return node, bias
+        return None
     user, numbers = found
-    return user, op.add(op.reshape(numbers, np.array([shape[1]]), special_zero=False), bias).output(0)
+    while numbers.get_node().get_type_name() in ("Reshape", "Unsqueeze"):
+        numbers = numbers.get_node().input_value(0)
+    return user, *part_of(numbers)
 
 
-def _silu_of_norm(value: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] | None:
-    """The GroupNorm, its weight and its bias, that SiLU(GroupNorm(…)) is of."""
-    for normed, gate in orders(value.get_node(), "Multiply"):
-        if gate.get_node().get_type_name() != "Sigmoid" or not is_same(gate.get_node().input_value(0), normed):
-            continue
-        channels = normed.get_shape()[1]
-        bias = added(normed.get_node(), channels)
-        for scaled, _ in orders(normed.get_node(), "Add"):
-            for grouped, factor in orders(scaled.get_node(), "Multiply"):
-                norm, weight = group_norm(grouped.get_node()), of_channels(factor, channels)
-                if norm is not None and weight is not None and bias is not None:
-                    return norm, weight, bias
+def _before(value: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] | None:
+    """The GroupNorm, its weight and its bias, that SiLU(GroupNorm(…)) is of; of SiLU alone, which nothing else reads, one of no groups."""
+    for active, gate in orders(value.get_node(), "Multiply"):
+        if gate.get_node().get_type_name() == "Sigmoid" and is_same(gate.get_node().input_value(0), active):
+            ones = np.ones(active.get_shape()[1], np.float32)
+            alone = (GroupNorm(active, 0, 0.0), ones, 0 * ones) if only_user(value.get_node()) is not None else None
+            return affine_group_norm(active) or alone
     return None

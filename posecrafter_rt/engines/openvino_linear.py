@@ -1,8 +1,9 @@
-"""Linear maps of a transformer with what surrounds them: pictures whose channels come first, a gate, an addition.
+"""Linear maps of a transformer with what surrounds them: pictures whose channels come first, a norm, a gate, an addition.
 
 Layer 4. Between pictures and tokens diffusers has 1×1 convolutions, for which OpenVINO reorders the picture that it then
 transposes; it copies both halves of a gated unit's product apart; and what is added after a product it reads and writes once
-more. The operation is in operations/; in float32 products without any of these stay OpenVINO's own.
+more; a LayerNorm is two operations more, and each of the maps that read one picture's tokens would read them again. The
+operation is in operations/; in float32 products without any of these stay OpenVINO's own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from posecrafter_rt.engines.base import Precision
+from posecrafter_rt.engines.openvino_norms import affine_group_norm, layer_norm
 from posecrafter_rt.engines.openvino_operations import Operations, operations
 from posecrafter_rt.engines.openvino_patterns import (
     FOUR,
@@ -57,6 +59,10 @@ class Layer(NamedTuple):
         weight = np.asarray(self.weight.get_node().data)
         return np.ascontiguousarray(weight.T) if self.is_swapped else weight
 
+    def biases(self) -> np.ndarray:
+        """(out), zeros where there is none."""
+        return np.zeros(self.channels, np.float32) if self.bias is None else self.bias
+
 
 def use_linear(model: openvino.Model, precision: Precision = "fp32") -> int:
     """Replace those of a float32 model of fixed shapes that gain by it, in place; returns how many.
@@ -68,7 +74,7 @@ def use_linear(model: openvino.Model, precision: Precision = "fp32") -> int:
         return 0
     for node in model.get_ordered_ops() if precision != "fp32" else ():
         _join(node)
-    rewrites = (_convolve, _gate, _follow_or_add)  # a gate before its layer is taken alone
+    rewrites = (_convolve, _gate, _follow_or_add, _share)  # a gate before its layer is taken alone
     return sum(rewrite(node, available) for rewrite in rewrites for node in model.get_ordered_ops())
 
 
@@ -130,41 +136,99 @@ def _gate(product: Any, available: Operations) -> bool:
 
 
 def _follow_or_add(node: Any, available: Operations) -> bool:
-    """A layer which follows a gated one, a transformer's feed-forward, or whose output is added to something; in fewer bits any."""
-    layer, user = _linear_layer(node), only_user(node)
-    if layer is None or (user is not None and user.get_type_name() == "Add" and _linear_layer(user) is not None):
-        return False  # that user is the layer with its bias
+    """A layer which follows a gated one, a transformer's feed-forward, or whose output is added to something."""
+    layer = _linear_layer(node)
+    if layer is None or _with_its_bias(node) is not node:
+        return False
     before = _gated_before(layer)
-    gains = bool(before or available.precision != "fp32" or with_residual(layer.last)[1])
+    gains = bool(before or with_residual(layer.last)[1])
     return gains and _rewrite(layer, available, before=before)
 
 
-def _gated_before(layer: Layer) -> list[Any]:
-    """The inputs of the gated layer that a layer alone reads, if what is between them is not too wide."""
+def _gated_before(layer: Layer) -> Any | None:
+    """The gated layer that a layer alone reads, if what is between them is not too wide."""
     gated = layer.input.get_node()
-    is_gated = gated.get_type_name() == "Linear" and gated.get_attributes()["is_gated"] and gated.get_input_size() == 3
-    is_between = is_gated and only_user(gated) is not None and layer.input.get_shape()[-1] <= MOST_BETWEEN
-    return gated.input_values() if is_between else []
+    if gated.get_type_name() != "Linear" or not gated.get_attributes()["is_gated"] or only_user(gated) is None:
+        return None
+    is_single = gated.get_input_size() == (5 if gated.get_attributes()["eps"] else 3)
+    return gated if is_single and layer.input.get_shape()[-1] <= MOST_BETWEEN else None
+
+
+def _share(node: Any, available: Operations) -> bool:
+    """All layers of the same tokens, at the first of them: one product, which gives what each gives."""
+    from openvino import opset13 as op
+
+    is_there = node.output(0).get_target_inputs() and _with_its_bias(node) is node  # it may be replaced already
+    first = _linear_layer(node) if is_there else None
+    if first is None or (available.precision == "fp32" and layer_norm(first.input) is None):
+        return False
+    users = [_linear_layer(_with_its_bias(user.get_node())) for user in first.input.get_target_inputs()]
+    layers = [
+        each for each in users if each is not None and is_same(each.input, first.input) and _fits(each, available)
+    ]
+    if not layers:
+        return False
+    layers.sort(key=lambda each: str(each.last.get_friendly_name()))
+    weight = layers[0].weight
+    if len(layers) > 1 or layers[0].is_swapped:
+        weight = op.constant(np.concatenate([each.rows() for each in layers])).output(0)
+    bias = op.constant(np.concatenate([each.biases() for each in layers])).output(0)
+    inputs, attributes = _normed(first.input)
+    attributes |= {**_bits(available), "widths": [each.channels for each in layers]}
+    made = available.factory.create("Linear", [*inputs, weight, bias], attributes)
+    for each, output in zip(layers, made.outputs(), strict=True):
+        each.last.output(0).replace(output)
+    return True
+
+
+def _with_its_bias(product: Any) -> Any:
+    """The addition of its bias that alone reads a product, or the product where there is none."""
+    user = only_user(product)
+    return product if user is None or user.get_type_name() != "Add" or _linear_layer(user) is None else user
+
+
+def _fits(layer: Layer, available: Operations, parts: int = 1) -> bool:
+    """Whether channels come as the operation takes them, in so many parts."""
+    panels = layer.channels / (2 * available.lanes)
+    return panels % parts == 0 and not (available.precision == "int8" and layer.in_channels % FOUR)
+
+
+def _bits(available: Operations) -> dict[str, bool]:
+    return {"in_bytes": available.precision == "int8", "in_halves": available.precision == "fp16"}
+
+
+def _normed(value: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The operation's first inputs and attributes for tokens or pixels: those that a LayerNorm or GroupNorm is of, where they come from one."""
+    from openvino import opset13 as op
+
+    if len(value.get_shape()) == 4:
+        found = affine_group_norm(value)
+        if found is None:
+            return [value], {}
+        norm, *numbers = found
+        inputs = [norm.pixels, *(op.constant(array).output(0) for array in numbers)]
+        return inputs, {"groups": norm.groups, "eps": norm.eps}
+    tokens = layer_norm(value)
+    return ([value], {}) if tokens is None else ([tokens.tokens, tokens.weight, tokens.bias], {"eps": tokens.eps})
 
 
 def _rewrite(
-    layer: Layer, available: Operations, height: int = 0, is_gated: bool = False, before: list[Any] | None = None
+    layer: Layer, available: Operations, height: int = 0, is_gated: bool = False, before: Any | None = None
 ) -> bool:
     """Whether the operation can be that layer, which it is then, with the gated one before and what is added to its output."""
     from openvino import opset13 as op
 
-    panels = layer.channels / (2 * available.lanes)
-    in_bytes, in_halves = available.precision == "int8", available.precision == "fp16"
-    is_fitting = panels % (2 if is_gated else 1) == 0 and not (in_bytes and layer.in_channels % FOUR)
-    if not is_fitting or len(layer.last.get_output_shape(0)) != (4 if height else 3):
+    if not _fits(layer, available, 2 if is_gated else 1) or len(layer.last.get_output_shape(0)) != (4 if height else 3):
         return False
     weight, bias = layer.weight, bias_constant(layer.bias, layer.channels)
     if layer.is_swapped:
         weight = op.constant(layer.rows()).output(0)
     last, residual = with_residual(layer.last)
-    inputs = [*(before or [layer.input]), weight, bias, *residual]
-    attributes = {"height": height, "is_gated": is_gated or bool(before), "in_bytes": in_bytes, "in_halves": in_halves}
-    made = available.factory.create("Linear", inputs, attributes)
+    first, attributes = _normed(layer.input)
+    if before is not None:
+        first, attributes = before.input_values(), {"eps": before.get_attributes()["eps"]}
+    attributes |= {"height": height, "is_gated": is_gated or before is not None, **_bits(available)}
+    made = available.factory.create("Linear", [*first, weight, bias, *residual], attributes)
     last.output(0).replace(made.output(0))
     return True
 

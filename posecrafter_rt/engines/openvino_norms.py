@@ -1,4 +1,5 @@
-"""GroupNorm of large pictures as OpenVINO runs it fastest in float32: by channels, in the layout that convolutions leave.
+"""Norms as ONNX brings them, and GroupNorm of large pictures as OpenVINO runs it fastest in float32: by channels, in the layout
+that convolutions leave.
 
 Layer 4. ONNX brings GroupNorm as Reshape → MVN over a group's numbers → Reshape, for which OpenVINO reorders every picture
 to channels first and back. Means of channels, joined to those of groups, need no reordering; the result is the same.
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from posecrafter_rt.engines.openvino_patterns import added, is_float_constant, known, of_channels, orders
+
 if TYPE_CHECKING:
     import openvino
 
@@ -20,6 +23,38 @@ class GroupNorm(NamedTuple):
     pixels: Any
     groups: int
     eps: float
+
+
+class LayerNorm(NamedTuple):
+    """One over the last dimension: of which output, its weight and bias (C)."""
+
+    tokens: Any
+    weight: Any
+    bias: Any
+    eps: float
+
+
+def layer_norm(value: Any) -> LayerNorm | None:
+    """The LayerNorm with a weight and a bias that a value (N, n, C) is."""
+    shape = list(value.get_shape())
+    for scaled, bias in orders(value.get_node(), "Add"):
+        for normed, weight in orders(scaled.get_node(), "Multiply"):
+            mvn, axes = normed.get_node(), None
+            if mvn.get_type_name() == "MVN":
+                axes = known(mvn.input_value(1))
+            is_last = axes is not None and (axes % len(shape)).tolist() == [len(shape) - 1] and len(shape) == 3
+            are_constant = all(
+                is_float_constant(each) and list(each.get_shape()) == shape[-1:] for each in (weight, bias)
+            )
+            if is_last and are_constant and _divides_inside(mvn):
+                return LayerNorm(mvn.input_value(0), weight, bias, mvn.get_attributes()["eps"])
+    return None
+
+
+def _divides_inside(mvn: Any) -> bool:
+    """Whether it divides by the deviation, eps under the root."""
+    facts = mvn.get_attributes()
+    return bool(facts["normalize_variance"]) and facts["eps_mode"] == "INSIDE_SQRT"
 
 
 def normalise_by_channel(model: openvino.Model) -> int:
@@ -49,15 +84,26 @@ def group_norm(node: Any) -> GroupNorm | None:
     return GroupNorm(pixels, groups, inner.get_attributes()["eps"])
 
 
+def affine_group_norm(normed: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] | None:
+    """The GroupNorm, its weight and its bias, that a value is."""
+    channels = normed.get_shape()[1]
+    bias = added(normed.get_node(), channels)
+    for scaled, _ in orders(normed.get_node(), "Add"):
+        for grouped, factor in orders(scaled.get_node(), "Multiply"):
+            norm, weight = group_norm(grouped.get_node()), of_channels(factor, channels)
+            if norm is not None and weight is not None and bias is not None:
+                return norm, weight, bias
+    return None
+
+
 def _is_of_groups(mvn: Any) -> bool:
     """Whether it takes mean and variance over the last of three dimensions, eps under the root."""
-    axes, facts = mvn.input_value(1).get_node(), mvn.get_attributes()
+    axes = mvn.input_value(1).get_node()
     return (
         len(mvn.get_output_shape(0)) == 3
         and axes.get_type_name() == "Constant"
         and axes.data.tolist() in ([2], [-1])
-        and facts["normalize_variance"]
-        and facts["eps_mode"] == "INSIDE_SQRT"
+        and _divides_inside(mvn)
     )
 
 

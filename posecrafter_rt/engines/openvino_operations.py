@@ -48,7 +48,7 @@ __m256i tried(__m256i a, __m256i b) { return _mm256_dpbusd_avx_epi32(a, b, a); }
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int8": 0.05}
 WHOLE_TOLERANCE = 5e-4  # of products of whole numbers in 16 bits, which come to 1e-4
 WITH_WEIGHTS = ("FusedConvolution", "Linear")  # of our operations
-REWRITING = 11  # counted up when networks are rewritten otherwise: they are kept under it
+REWRITING = 12  # counted up when networks are rewritten otherwise: they are kept under it
 
 log = logging.getLogger(__name__)
 
@@ -170,10 +170,10 @@ def hold_weights(model: openvino.Model, release: Callable[[], None]) -> None:
     while available is not None and nodes:
         node = nodes.pop()  # the last that refers to its constants
         attributes = {**node.get_attributes(), "holds_weights": True}
-        node.output(0).replace(
-            available.factory.create(node.get_type_name(), node.input_values(), attributes).output(0)
-        )
-        del node
+        holding = available.factory.create(node.get_type_name(), node.input_values(), attributes)
+        for own, held in zip(node.outputs(), holding.outputs(), strict=True):
+            own.replace(held)
+        del node, own
         release()
 
 

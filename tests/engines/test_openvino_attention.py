@@ -58,10 +58,13 @@ def turned(value: Any, *order: int) -> Any:
     return op.transpose(value, np.array(order))
 
 
+def shape_of(tokens: Any) -> list[int]:
+    return list(tokens.get_shape() if isinstance(tokens, openvino.Output) else tokens.get_output_shape(0))
+
+
 def heads(tokens: Any, shape: Shape, order: tuple[int, ...]) -> Any:
     """Of tokens (…, n, C)."""
-    rows = (tokens.get_shape() if isinstance(tokens, openvino.Output) else tokens.get_output_shape(0))[-2]
-    return turned(reshaped(tokens, -1, rows, shape.heads, shape.width), *order)
+    return turned(reshaped(tokens, -1, shape_of(tokens)[-2], shape.heads, shape.width), *order)
 
 
 def root(width: int) -> Any:
@@ -91,6 +94,18 @@ def of_a_text(given: list[Any], shape: Shape) -> Any:
     return attend(query, *op.split(both, np.array(-1), 2).outputs(), shape)
 
 
+def as_torch_does(given: list[Any], shape: Shape) -> Any:
+    """Queries and keys are multiplied by the fourth root each, and keys turned by way of three dimensions."""
+    query, key, value = (heads(each, shape, ROWS_LAST) for each in given)
+    batch, rows = shape.batch, given[1].get_output_shape(0)[-2]
+    turned_keys = turned(reshaped(key, batch * shape.heads, rows, shape.width), 0, 2, 1)
+    turned_keys = reshaped(turned_keys, batch, shape.heads, shape.width, rows)
+    root = constant(torch.tensor([shape.width**-0.25]))
+    scores = op.matmul(op.multiply(query, root), op.multiply(turned_keys, root), False, False)
+    means = turned(op.matmul(op.softmax(scores, -1), value, False, False), *ROWS_LAST)
+    return reshaped(means, *given[0].get_output_shape(0))
+
+
 def over_frames(given: list[Any], shape: Shape) -> Any:
     """As `posecrafter::temporal_attention` is: tokens (G, F, n, C) come as (G, n, F, C)."""
     found = attend(*(turned(each, *ROWS_LAST) for each in given), shape)
@@ -102,7 +117,7 @@ def masked(given: list[Any], shape: Shape, mask: Any, least: float = -1e30) -> A
     query, key, value = given
 
     def spread(tokens: Any, axis: int) -> Any:
-        rows = reshaped(tokens, *tokens.get_output_shape(0)[:2], -1, shape.width)
+        rows = reshaped(tokens, *shape_of(tokens)[:2], -1, shape.width)
         return op.convert(op.unsqueeze(rows, np.array([axis])), np.float32)
 
     scores = op.reduce_sum(op.multiply(spread(query, 2), spread(key, 1)), np.array([-1]), keep_dims=True)
@@ -170,7 +185,7 @@ FRAMES = [
     Shape(1, 13, 13, 4, 2, 64),
     Shape(2, 33, 33, 2, 3, 7),
 ]  # fmt: skip
-CASES = [*((build, shape) for build in (of_a_picture, of_a_text) for shape in PICTURES),
+CASES = [*((build, shape) for build in (of_a_picture, of_a_text, as_torch_does) for shape in PICTURES),
          *((over_frames, shape) for shape in FRAMES)]  # fmt: skip
 
 
@@ -196,6 +211,23 @@ def run_masked(shape: Shape, given: list[Tensor], mask: Tensor) -> Tensor:
     assert use_attention(model) == 1
     assert kinds(model)["Attention"] == 1 and not {"ReduceSum", "Softmax", "Select"} & set(kinds(model))
     return run(model, *given, mask)[0]
+
+
+@pytest.mark.parametrize("shape", [shape for shape in MASKED if shape.keys > 1])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_frames_own_key_is_read_where_it_lies(shape: Shape, is_last: bool, lanes: int) -> None:
+    """If it comes after the others, as a stream's does."""
+    query, key, value = drawn(shape)
+    mask = (torch.arange(shape.keys) + torch.arange(shape.batch)[:, None]) % 3 != 1
+    others, own = torch.cat([key, value], -1).split([shape.keys - 1, 1] if is_last else [1, shape.keys - 1], 1)
+    given, chosen = [query, others, own], op.parameter(list(mask.shape), np.bool_)
+    inputs = [parameter(tensor.contiguous()) for tensor in given]
+    parts = op.split(op.concat(inputs[1:], 1), np.array(3), 2).outputs()
+    model = openvino.Model([masked([inputs[0], *parts], shape, chosen)], [*inputs, chosen])
+    assert use_attention(model) == 1
+    assert kinds(model)["Concat"] == (not is_last)
+    found = run(model, *(tensor.contiguous() for tensor in given), mask)[0]
+    assert relative_error(found, reference([query, key, value], shape, mask)) < EXACT
 
 
 @pytest.mark.parametrize("shape", MASKED)

@@ -249,8 +249,9 @@ def test_what_is_the_same_everywhere(lanes: int) -> None:
 
 
 @pytest.mark.parametrize(("weight", "stride"), [
-    ((32, 4, 3, 3), 1),  # the first convolution of a network
-    ((4, 32, 3, 3), 1),  # the last
+    ((32, 20, 3, 3), 1),  # no whole vectors
+    ((20, 32, 3, 3), 1),  # no whole panels
+    ((32, 4, 3, 3), 2),
     ((32, 32, 5, 5), 1),
     ((32, 32, 1, 1), 1),
     ((32, 32, 3, 3), 3),
@@ -259,6 +260,28 @@ def test_convolutions_that_do_not_fit_stay(weight: tuple[int, ...], stride: int,
     given = op.parameter([1, weight[1], 16, 16], np.float32)
     model = openvino.Model([convolved(given, draw(*weight), stride=stride)], [given])
     assert use_convolutions(model, "int8") == 0
+
+
+@pytest.mark.parametrize("weight", [(32, 4, 3, 3), (4, 32, 3, 3)])
+def test_the_first_and_the_last_of_a_network_are_in_float32(weight: tuple[int, ...], lanes: int) -> None:
+    given = op.parameter([1, weight[1], 16, 16], np.float32)
+    model = openvino.Model([convolved(given, draw(*weight, seed=1))], [given])
+    assert use_convolutions(model, "int8") == 1
+    pixels = draw(1, weight[1], 16, 16)
+    expected = functional.conv2d(pixels.double(), draw(*weight, seed=1).double(), padding=1)
+    assert relative_error(run(model, pixels)[0], expected) < EXACT
+
+
+@pytest.mark.parametrize("channels", [32, 3])
+def test_any_transposed_convolution_that_doubles_is_done_so(channels: int, lanes: int) -> None:
+    """To few channels, too, as a decoder's last."""
+    pixels, weight, bias = draw(2, 32, 9, 7), draw(32, channels, 4, 4, seed=1), draw(channels, seed=2)
+    given = parameter(pixels)
+    model = openvino.Model([doubled(given, weight, bias)], [given])
+    assert use_convolutions(model, "int8") == 1
+    assert set(kinds(model)) == {"Parameter", "Constant", "FusedConvolution", "Result"}
+    expected = functional.conv_transpose2d(pixels.double(), weight.double(), bias.double(), stride=2, padding=1)
+    assert EXACT < relative_error(run(model, pixels)[0], expected) < COARSE
 
 
 def mapped(of: Callable[..., Any], tokens: Tensor, *numbers: Tensor) -> list[Tensor]:
@@ -386,5 +409,7 @@ def test_all_that_fits_of_an_exported_network_is_in_bytes(openvino_networks: Pat
     model = of_three_frames(openvino_networks, "unet")
     use_convolutions(model, "int8")
     use_linear(model, "int8")
-    assert [4 in shape[:2] for shape in weights_of(model, "Convolution")] == [True, True]  # the first and the last
+    assert weights_of(model, "Convolution") == []
+    ours = [node for node in model.get_ops() if node.get_type_name() == "FusedConvolution"]
+    assert sum(node.get_attributes()["tile"] > 0 for node in ours) == 2  # the first and the last
     assert weights_of(model, "MatMul") == []

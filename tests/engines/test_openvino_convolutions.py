@@ -127,9 +127,11 @@ def test_nothing_of_one_call_is_left_in_the_next(tile: int, lanes: int) -> None:
 @pytest.mark.parametrize(("weight", "size", "stride"), [
     ((32, 32, 1, 1), (16, 16), 1),
     ((32, 32, 3, 3), (16, 16), 2),
-    ((32, 4, 3, 3), (16, 16), 1),  # the first convolution of a network
-    ((4, 32, 3, 3), (16, 16), 1),  # the last
+    ((32, 20, 3, 3), (16, 16), 1),  # no whole vectors
+    ((20, 32, 3, 3), (16, 16), 1),  # no whole panels
+    ((32, 4, 3, 3), (16, 16), 2),
     ((32, 32, 3, 3), (8, 12), 1),  # too few tiles
+    ((32, 4, 3, 3), (8, 12), 1),
 ])  # fmt: skip
 def test_what_does_not_fit_or_gain_stays(
     weight: tuple[int, ...], size: tuple[int, int], stride: int, lanes: int
@@ -137,6 +139,21 @@ def test_what_does_not_fit_or_gain_stays(
     model = convolution(draw(1, weight[1], *size), draw(*weight, seed=1), draw(weight[0]), stride)
     assert convolutions.use_convolutions(model) == 0
     assert "Convolution" in kinds(model)
+
+
+@pytest.mark.parametrize(("read", "written"), [(4, 32), (3, 64), (7, 5), (32, 4), (32, 3), (48, 8), (4, 4)])
+@pytest.mark.parametrize("is_added", [True, False])
+def test_to_and_from_few_channels_it_is_one(read: int, written: int, is_added: bool, lanes: int) -> None:
+    """Pictures' and latents', which need not come in whole vectors and panels."""
+    pixels, other = draw(3, read, 17, 19), draw(3, written, 17, 19, seed=3)
+    weight, bias = draw(written, read, 3, 3, seed=1), draw(written, seed=2)
+    given, added = parameter(pixels), parameter(other)
+    result = convolved(given, weight, bias)
+    model = openvino.Model([op.add(result, added) if is_added else op.add(op.relu(result), added)], [given, added])
+    assert convolutions.use_convolutions(model) == 1
+    assert additions_of_pictures(model) == (not is_added)
+    found, expected = run(model, pixels, other)[0], reference(pixels, weight, bias)
+    assert relative_error(found, expected + other if is_added else expected.relu() + other) < EXACT
 
 
 @pytest.mark.parametrize(("has_large_weights", "frames", "size", "expected"), [
@@ -225,6 +242,20 @@ def test_a_computed_number_for_each_channel_joins_the_bias(
     assert relative_error(run(model, pixels, numbers)[0], expected) < EXACT
 
 
+@pytest.mark.parametrize("first", [0, 5])
+def test_those_numbers_may_be_part_of_more(first: int, lanes: int) -> None:
+    """As one step's of all layers are: they are read where they lie."""
+    pixels, numbers, weight = draw(2, 32, 16, 16), draw(1, 70, seed=1), draw(32, 32, 3, 3, seed=2)
+    given, timestep = parameter(pixels), parameter(numbers)
+    ends = (constant(torch.tensor([number])) for number in (first, first + 32, 1, 1))
+    own = op.unsqueeze(op.slice(timestep, *ends), np.array([2, 3]))
+    model = openvino.Model([op.add(convolved(given, weight), own)], [given, timestep])
+    assert convolutions.use_convolutions(model) == 1
+    assert set(kinds(model)) == REPLACED
+    expected = reference(pixels, weight) + numbers[:, first : first + 32, None, None]
+    assert relative_error(run(model, pixels, numbers)[0], expected) < EXACT
+
+
 def additions_of_pictures(model: openvino.Model) -> int:
     return sum(node.get_type_name() == "Add" and len(node.get_output_shape(0)) == 4 for node in model.get_ordered_ops())
 
@@ -288,6 +319,7 @@ def test_a_folded_doubling_is_unfolded(size: tuple[int, int], is_added: bool, ti
 
 
 def test_another_transposed_convolution_stays(lanes: int) -> None:
+    """In float32: Winograd's filtering is of a doubled picture's alone."""
     pixels = draw(3, 48, 8, 8)
     assert convolutions.use_convolutions(doubling(pixels, draw(48, 32, 4, 4), draw(32))) == 0
 
@@ -310,12 +342,23 @@ def test_silu_holds_at_its_ends(lanes: int) -> None:
     assert relative_error(run(model, pixels)[0], reference(active, weight)) < EXACT
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_silu_alone_before_it_is_its_own(frames: int, tile: int, lanes: int) -> None:
+    pixels, weight = draw(frames, 48, 17, 16), draw(32, 48, 3, 3, seed=1)
+    given = parameter(pixels)
+    model = openvino.Model([convolved(op.multiply(given, op.sigmoid(given)), weight)], [given])
+    assert convolutions.use_convolutions(model) == 1
+    assert set(kinds(model)) == REPLACED
+    assert relative_error(run(model, pixels)[0], reference(functional.silu(pixels.double()), weight)) < EXACT
+
+
 def test_another_activation_before_it_stays(lanes: int) -> None:
-    """SiLU without a norm, and x · sigmoid of something else."""
+    """SiLU that is read, too, and x · sigmoid of something else."""
     pixels, weight = draw(1, 16, 16, 16), draw(32, 16, 3, 3, seed=1)
     for gate in (lambda value: value, op.abs):
         given = parameter(pixels)
-        model = openvino.Model([convolved(op.multiply(given, op.sigmoid(gate(given))), weight)], [given])
+        active = op.multiply(given, op.sigmoid(gate(given)))
+        model = openvino.Model([convolved(active, weight), *([] if gate is op.abs else [active])], [given])
         assert convolutions.use_convolutions(model) == 1
         assert "Sigmoid" in kinds(model)
         gated = pixels * torch.sigmoid(pixels if gate is not op.abs else pixels.abs())

@@ -16,10 +16,13 @@ import openvino
 import pytest
 import torch
 from openvino import opset13 as op
+from torch import Tensor
 from torch.nn import functional
 
 from posecrafter_rt.engines import openvino_linear
+from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.engines.openvino_linear import use_linear
+from posecrafter_rt.engines.openvino_operations import hold_weights
 from posecrafter_rt.export.verify import relative_error
 from tests.engines.openvino_models import (
     LAYOUTS,
@@ -33,9 +36,11 @@ from tests.engines.openvino_models import (
     kinds,
     layer,
     layers,
+    linear_map,
     of_three_frames,
     parameter,
     product,
+    reference,
     reshaped,
     run,
     to_tokens,
@@ -117,6 +122,80 @@ def test_gelu_holds_at_its_ends(lanes: int) -> None:
     assert bool(((found - expected).abs() <= 2e-7 * gate.double().abs()[:, None] + 1e-37)[~found.isnan()].all())
 
 
+def normed(tokens: Any, weight: Tensor, bias: Tensor, axis: int = -1) -> Any:
+    """LayerNorm as ONNX brings it."""
+    mean = op.mvn(tokens, np.array([axis]), True, 1e-5, "INSIDE_SQRT")
+    return op.add(op.multiply(mean, constant(weight)), constant(bias))
+
+
+@pytest.mark.parametrize("shape", [(1, (1, 1), 16, 1), (2, (3, 5), 40, 3), (3, (13, 13), 1040, 2), (2, (9, 15), 5, 1)])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("layout", ["product", "gated", "feed-forward"])
+def test_a_layer_norm_before_it_is_its_own(layout: str, offset: float, shape: Shape, lanes: int) -> None:
+    frames, (height, width), read, panels = shape
+    tokens, norm = draw(frames, height * width, read) + offset, (draw(read, seed=6), draw(read, seed=7))
+    written, rows = 2 * lanes * panels, 2 * lanes * panels * (1 if layout == "product" else 2)
+    of, after = (draw(rows, read, seed=1), None), (draw(written, rows // 2, seed=4), None)
+    given = parameter(tokens)
+    model = openvino.Model([layer(layout, normed(given, *norm), height, of, after)], [given])
+    assert use_linear(model) > 0
+    assert set(kinds(model)) == REPLACED and kinds(model)["Linear"] == 1
+    weight, bias = (numbers.double() for numbers in norm)
+    wanted = reference(
+        layout, functional.layer_norm(tokens.double(), [read], weight, bias), height, (of, after), linear_map
+    )
+    assert relative_error(run(model, tokens)[0], wanted) < 4 * exact(read, layout != "product") * (1 + offset)
+
+
+@pytest.mark.parametrize("layout", ["pixels to pixels", "pixels to tokens"])
+def test_a_group_norm_before_it_is_its_own(layout: str, lanes: int) -> None:
+    read = 3 * lanes
+    pixels, norm, of = (
+        draw(2, read, 5, 7),
+        (draw(read, seed=6), draw(read, seed=7)),
+        (draw(2 * lanes, read, seed=1), None),
+    )
+    given = parameter(pixels)
+    grouped = reshaped(op.mvn(reshaped(given, 2, lanes, -1), np.array([2]), True, 1e-5, "INSIDE_SQRT"), 2, read, 5, 7)
+    weight, bias = (op.unsqueeze(constant(numbers), np.array([1, 2])) for numbers in norm)
+    model = openvino.Model([layer(layout, op.add(op.multiply(grouped, weight), bias), 5, of, of)], [given])
+    assert use_linear(model) == 1
+    assert set(kinds(model)) == REPLACED
+    wanted = functional.group_norm(pixels.double(), lanes, *(numbers.double() for numbers in norm))
+    assert relative_error(run(model, pixels)[0], reference(layout, wanted, 5, (of, of), linear_map)) < 4 * exact(read)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_layers_of_the_same_normed_tokens_are_one(precision: Precision, lanes: int, request: Any) -> None:
+    """Of which each has an output of its own, in whatever order they are; one that is added to something is apart."""
+    if precision == "int8":
+        request.getfixturevalue("byte_operation")
+    tokens, norm = draw(3, 35, 48), (draw(48, seed=6), draw(48, seed=7))
+    by = [
+        (draw(2 * lanes * panels, 48, seed=panels), draw(2 * lanes * panels) if panels != 2 else None)
+        for panels in (1, 2, 3)
+    ]
+
+    def build() -> openvino.Model:
+        given = parameter(tokens)
+        of = normed(given, *norm)
+        results = [layer("product", of, 5, each, each) for each in by]
+        more = layer("product", of, 5, by[0], by[0])
+        return openvino.Model([*results, op.add(more, computed(3, 35, 2 * lanes))], [given])
+
+    model = build()
+    assert use_linear(model, precision) == 2
+    made = [len(node.get_attributes()["widths"]) for node in model.get_ops() if node.get_type_name() == "Linear"]
+    assert sorted(made) == [0, 3] and kinds(model)["MVN"] == 0
+    allowed = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.03}[precision]
+    for found, expected in zip(run(model, tokens), run(build(), tokens), strict=True):
+        assert relative_error(found, expected) < allowed
+    held = build()
+    use_linear(held, precision)
+    hold_weights(held, lambda: None)
+    assert all(map(torch.equal, run(held, tokens), run(model, tokens)))
+
+
 SIZE, TOKENS = (2, 32, 3, 4), (2, 12, 32)
 Graphs = dict[str, Callable[[Any, Any], list[Any]]]  # of pixels and tokens of these sizes
 
@@ -190,6 +269,10 @@ def test_what_surrounds_it_otherwise_stays(name: str, lanes: int) -> None:
 
 
 LEFT_ALONE: Graphs = {
+    "a norm of each channel": lambda x, t: [mapped(normed(t, draw(32), draw(32), axis=1))],
+    "a norm without a weight": lambda x, t: [mapped(op.mvn(t, np.array([-1]), True, 1e-5, "INSIDE_SQRT"))],
+    "a norm with a weight for each token": lambda x, t: [mapped(normed(t, draw(12, 1), draw(32)))],
+    "a norm with eps outside": lambda x, t: [mapped(op.add(op.multiply(op.mvn(t, np.array([-1]), True, 1e-5, "OUTSIDE_SQRT"), drawn(32)), drawn(32)))],
     "3×3": lambda x, t: [convolved(x, draw(32, 32, 3, 3))],
     "stride 2": lambda x, t: [to_tokens(convolved(x, draw(32, 32, 1, 1), stride=2))],
     "padding": lambda x, t: [to_tokens(convolved(x, draw(32, 32, 1, 1), padding=1))],
@@ -265,8 +348,13 @@ def test_products_in_bytes_that_lie_beside_each_other_are_one(name: str, byte_op
 def test_others_stay_apart(name: str, byte_operation: None, lanes: int) -> None:
     model = make(name, APART)
     products = kinds(model)["MatMul"]
-    assert use_linear(model, "int8") == products
-    assert kinds(model)["Linear"] == products and kinds(model)["Concat"] == 1
+    made = 2 if name == "of other tokens" else 1  # of the same ones: one with two outputs
+    assert use_linear(model, "int8") == kinds(model)["Linear"] == made
+    outputs = [len(node.get_attributes()["widths"]) for node in model.get_ops() if node.get_type_name() == "Linear"]
+    assert sum(outputs) == products and kinds(model)["Concat"] == 1
+    inputs = [draw(*SIZE, seed=1), draw(*TOKENS, seed=2)]
+    for found, expected in zip(run(model, *inputs), run(make(name, APART), *inputs), strict=True):
+        assert relative_error(found, expected) < 0.02
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "feed-forward"])
@@ -302,7 +390,7 @@ def test_keys_and_values_of_a_stream_are_one_product(
 ) -> None:
     """Of key-frame attention in each block, and of temporal attention in all but the middle."""
     before, model = (of_three_frames(openvino_networks, network) for _ in range(2))
-    assert use_linear(before) < use_linear(model, "int8")
+    assert use_linear(before) > 0 < use_linear(model, "int8")
     assert kinds(before)["Concat"] - kinds(model)["Concat"] == found
 
 
@@ -311,8 +399,9 @@ def test_all_of_an_exported_network_are_found(openvino_networks: Path, lanes: in
     blocks = kinds(model)["Gelu"]
     assert blocks == 4  # one transformer block each: of three levels' attentions and the middle
     # In, out, both attentions' outputs, which are added, and the feed-forward's two; temporal attention's in all but the
-    # middle; shortcuts where a residual block's channels change.
-    found = 6 * blocks + 3 + 5
+    # middle; shortcuts where a residual block's channels change. Of tokens after a norm those of the first are one, and
+    # so are queries to the text.
+    found = 6 * blocks + 3 + 5 + 2 * blocks
     assert use_linear(model) == found
     assert kinds(model)["Linear"] == found - blocks  # the feed-forward's two are one
     assert kinds(model)["Gelu"] == 0

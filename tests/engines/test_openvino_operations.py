@@ -106,11 +106,18 @@ def test_operations_that_hold_their_weights_give_the_same_and_keep_nothing_they_
     operations.hold_weights(model, lambda: releases.append(1))
     held = [node for node in model.get_ordered_ops() if node.get_type_name() in operations.WITH_WEIGHTS]
     assert len(held) == len(releases) == len(first)
-    weights = [node.input_value(index) for node in held
-               for index in (1, 3)[: 2 if node.get_type_name() == "Linear" and node.get_input_size() >= 5 else 1]]  # fmt: skip
+    weights = [value for node in held for value in held_by(node)]
     assert {tuple(weight.get_shape()) for weight in weights} == {(1,)}
     again = run(model.clone(), pixels)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def held_by(node: Any) -> list[Any]:
+    """Which of a node's inputs were weights: a map's come after a norm's numbers, and there may be two."""
+    if node.get_type_name() != "Linear":
+        return [node.input_value(1)]
+    first = 3 if node.get_attributes()["eps"] else 1
+    return [node.input_value(index) for index in (first, first + 2)[: 2 if node.get_input_size() >= first + 4 else 1]]
 
 
 def layers(lanes: int) -> list[list[Any]]:
@@ -243,7 +250,8 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 WRONG_IN_BYTES = [
     ("bytes.cpp", "row[i * taps + tap]", "row[i + tap * in]"),  # the order of weights
     ("bytes.cpp", "static_cast<float>(sum) * scale.step", "static_cast<float>(sum)"),  # what zero counts
-    ("pictures.cpp", "(x + 1 - odd_column) / 2", "x / 2"),  # its weights
+    ("pictures.cpp", "(3 - tap / 2 * 2 - odd_row) * 4", "(2 - tap / 2 * 2 + odd_row) * 4"),  # its weights
+    ("pictures.cpp", "if (p.groups == 0) mean = 0, deviation = 1;", ""),  # SiLU alone
     ("pictures.cpp", "count, static_cast<Number>(zeros_[frame])", "count, 0"),  # the border
     ("pictures.cpp", "p.weight[first + c]", "p.weight[c]"),  # the norm
     ("convolution.cpp", "nullptr : call.residual + at", "nullptr : nullptr"),  # what is added
@@ -289,12 +297,16 @@ WRONG_IN_WORDS = [
     ("linear.cpp", "call_.residual + at;", "call_.residual;"),  # what is added to pixels
     ("linear.cpp", "call_.residual + at)", "call_.residual)"),  # the same of tokens
     ("linear.cpp", "to + panel * kPanel, stride", "to, stride"),  # what is between two layers
+    ("linear.cpp", "(x - mean) * (x - mean)", "x * x"),  # the norm of tokens
+    ("linear.cpp", "v[i] * scale + shift : v[i]", "v[i] : v[i]"),  # that of pixels
+    ("linear.cpp", "part.out + channel", "part.out"),  # where a part of the output goes
     ("linear.cpp", "(first + done) % size", "(first + done) % (size - 1)"),  # where a chunk begins
     WRONG_IN_LINEAR_HALVES,
     ("winograd.cpp", "cvtps_ph(v,", "cvtps_ph(v * 1.01f,"),
     ("attention.cpp", "std::sqrt(static_cast<float>(call.width))", "1"),  # the scale
     ("attention.cpp", "-INFINITY", "0"),  # what is beyond the keys
     ("attention.cpp", "mask[key] == 0", "mask[key] != 0"),
+    ("attention.cpp", "head_of(own, call_, 1, index)", "head_of(tokens, call_, 1, index)"),  # the frame's own key
     ("attention.cpp", "tokens.stride * call.places", "tokens.stride"),  # the same token in other frames
     ("attention.cpp", "static_cast<size_t>(head) * call.width", "0"),
     *WRONG_IN_BYTES,

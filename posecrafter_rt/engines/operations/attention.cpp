@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <vector>
 
 #include "attention_formats.h"
 
@@ -159,13 +160,13 @@ private:
     float scale_;
 };
 
-// Few keys at many places: each head's tokens, which may all begin in one set of a cache, are copied, in whole vectors.
+// Few keys at many places, a few products of whole tensors' rows: what they cost is to read them.
 class FewKeys {
 public:
     explicit FewKeys(const Attention& call)
         : call_(call),
           count_(round_up(call.keys, kLanes)),
-          stride_(round_up(call.width, kLanes)),
+          whole_(call.width - call.width % kLanes),
           scale_(kLog2E / std::sqrt(static_cast<float>(call.width))) {}
 
     void run(const Parallel& parallel) const {
@@ -175,56 +176,75 @@ public:
     }
 
 private:
+    // Where the rows of a head begin, one after the other.
+    using Starts = const float**;
+
     void run_head(int index) const {
-        const float* keys =
-            copy(head_of(call_.key, call_, call_.keys, index), round_up(call_.keys, kFour), thread_keys);
-        const float* values = copy(head_of(call_.value, call_, call_.keys, index), call_.keys, thread_values);
-        const Head query = head_of(call_.query, call_, call_.queries, index);
-        const float* rows = copy(query, call_.queries, thread_query);
+        static thread_local std::vector<const float*> room;
+        room.resize(2 * round_up(call_.keys, kFour) + call_.queries);
+        Starts keys = room.data(), values = keys + round_up(call_.keys, kFour), queries = values + call_.keys;
+        find(keys, call_.key, call_.own_key, thread_keys, index);
+        find(values, call_.value, call_.own_value, thread_values, index);
+        std::fill(keys + call_.keys, values, keys[0]);  // their scores are not read
+        find(queries, head_of(call_.query, call_, call_.queries, index), thread_query);
         const Output out(call_, index);
         const int batch = index / call_.heads / call_.places;
         const char* mask = call_.mask == nullptr ? nullptr : call_.mask + static_cast<size_t>(batch) * call_.keys;
         float* scores = thread_scores.take(count_ + kFour);
         for (int row = 0; row < call_.queries; ++row) {
-            score(rows + row * stride_, keys, scores);
+            score(queries[row], keys, scores);
             for (int key = 0; mask != nullptr && key < call_.keys; ++key)
                 if (mask[key] == 0) scores[key] = kHidden;
             float largest = -INFINITY;
             const float inverse = 1 / weigh(scores, call_.keys, count_, scale_, largest);
-            for (size_t channel = 0; channel < stride_; channel += kLanes) {
+            over_vectors([&](int channel, const auto& read) {
                 Vector sum{};
-                for (int key = 0; key < call_.keys; ++key) sum += scores[key] * load(values + key * stride_ + channel);
-                out.write(row, static_cast<int>(channel), sum * inverse);
-            }
+                for (int key = 0; key < call_.keys; ++key) sum += scores[key] * read(values[key]);
+                out.write(row, channel, sum * inverse);
+            });
         }
     }
 
-    const float* copy(const Head& from, int count, Scratch& scratch) const {
-        float* copied = scratch.take(count * stride_);
-        for (int row = 0; row < count; ++row) {
-            const bool is_there = row < from.count;
-            float* to = copied + row * stride_;
-            if (is_there) std::copy_n(from.rows.first + row * from.rows.stride, from.width, to);
-            std::fill(to + (is_there ? from.width : 0), to + stride_, 0.0f);
-        }
-        return copied;
+    // Those of a head, the last of `own` where there are these.
+    void find(Starts starts, const Tokens& tokens, const Tokens& own, Scratch& scratch, int index) const {
+        const int owned = own.first == nullptr ? 0 : 1;
+        find(starts, head_of(tokens, call_, call_.keys - owned, index), scratch);
+        if (owned > 0) starts[call_.keys - 1] = head_of(own, call_, 1, index).rows.first;
     }
 
-    void score(const float* query, const float* keys, float* scores) const {
+    // Rows that are read more than once are copied: all may begin in one set of a cache.
+    void find(Starts starts, const Head& from, Scratch& scratch) const {
+        const bool copies = call_.queries > 1;
+        float* to = copies ? scratch.take(static_cast<size_t>(from.count) * from.width) : nullptr;
+        for (int row = 0; row < from.count; ++row, to += copies ? from.width : 0) {
+            starts[row] = from.rows.first + row * from.rows.stride;
+            if (copies) starts[row] = std::copy_n(starts[row], from.width, to) - from.width;
+        }
+    }
+
+    // Calls use(channel, read) for each vector of a row's channels, the last one perhaps of fewer.
+    template <class Use>
+    PC_INLINE void over_vectors(const Use& use) const {
+        for (int k = 0; k < whole_; k += kLanes) use(k, [k](const float* row) { return load(row + k); });
+        if (whole_ < call_.width)
+            use(whole_,
+                [k = whole_, left = call_.width - whole_](const float* row) { return load_some(row + k, left); });
+    }
+
+    void score(const float* query, const float* const* keys, float* scores) const {
         for (int key = 0; key < call_.keys; key += kFour) {
             Vector sums[kFour] = {};
-            for (size_t k = 0; k < stride_; k += kLanes) {
-                const Vector v = load(query + k);
+            over_vectors([&](int, const auto& read) {
+                const Vector v = read(query);
 #pragma GCC unroll 4
-                for (int i = 0; i < kFour; ++i) sums[i] += v * load(keys + (key + i) * stride_ + k);
-            }
+                for (int i = 0; i < kFour; ++i) sums[i] += v * read(keys[key + i]);
+            });
             for (int i = 0; i < kFour; ++i) scores[key + i] = total(sums[i]);
         }
     }
 
     const Attention& call_;
-    int count_;
-    size_t stride_;
+    int count_, whole_;
     float scale_;
 };
 

@@ -19,7 +19,8 @@ struct Tokens {
 // one place, or of the same token in several frames, at many. out is compact.
 struct Attention {
     Tokens query, key, value;
-    const char* mask;  // (batch, keys), not 0: which keys there are; nullptr: all
+    Tokens own_key, own_value;  // the last of the keys, where given: a row apart from the others, with a mask
+    const char* mask;           // (batch, keys), not 0: which keys there are; nullptr: all
     float* out;
     int batch, queries, keys, places, heads, width;
 };

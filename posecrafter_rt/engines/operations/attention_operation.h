@@ -1,9 +1,10 @@
 // The OpenVINO operation posecrafter::Attention: query, key and value → softmax(query · keyᵀ / √width) · value of each
 // of `heads` heads, `width` channels each. Tokens (N, n, C) attend to those of their picture, (N, m, C); tokens
 // (N, F, n, C) to the same ones in frames, (N, K, n, C): those for which an input after these, (N, K) and boolean, is
-// true where there is one. Inputs may be wider: query_at, key_at and value_at are where their channels begin. With the
-// attribute in_bytes products are in 8 and 16 bits, with in_halves those of pairs of 16-bit floats where the processor
-// has tiles. Layer 4.
+// true where there is one; with the attribute has_own a last input (N, 1, n, C) is the last of the keys and values,
+// whose channels begin where the others' do. Inputs may be wider: query_at, key_at and value_at are where their
+// channels begin. With the attribute in_bytes products are in 8 and 16 bits, with in_halves those of pairs of 16-bit
+// floats where the processor has tiles. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -29,13 +30,14 @@ public:
           query_at_(like.query_at_),
           key_at_(like.key_at_),
           value_at_(like.value_at_),
+          has_own_(like.has_own_),
           in_bytes_(like.in_bytes_),
           in_halves_(like.in_halves_) {
         constructor_validate_and_infer_types();
     }
 
     void validate_and_infer_types() override {
-        OPENVINO_ASSERT(get_input_size() == 3 || get_input_size() == 4, "no query, key and value");
+        OPENVINO_ASSERT(get_input_size() == 3 || get_input_size() == (has_own_ ? 5 : 4), "no query, key and value");
         const ov::Shape &query = get_input_shape(0), &key = get_input_shape(1), &value = get_input_shape(2);
         OPENVINO_ASSERT(heads_ > 0 && width_ > 0 && (query.size() == 3 || query.size() == 4), "no tokens of heads");
         OPENVINO_ASSERT(key.size() == query.size() && value.size() == query.size() && key[1] > 0, "no keys of these");
@@ -46,9 +48,15 @@ public:
         }
         OPENVINO_ASSERT(!in_bytes_ || (kHasBytes && width_ % kFour == 0), "what eight bits do not serve");
         OPENVINO_ASSERT(!in_bytes_ || !in_halves_, "products in both 8 and 16 bits");
-        if (get_input_size() == 4)  // OpenVINO makes bytes of what is boolean
-            OPENVINO_ASSERT(get_input_element_type(3).size() == 1 && get_input_shape(3) == ov::Shape({key[0], key[1]}),
+        if (get_input_size() > 3)  // OpenVINO makes bytes of what is boolean
+            OPENVINO_ASSERT(get_input_element_type(3).size() == 1 &&
+                                get_input_shape(3) == ov::Shape({key[0], key[1] + (has_own_ ? 1 : 0)}),
                             "a mask of other keys");
+        if (has_own_)
+            OPENVINO_ASSERT(query.size() == 4 && get_input_shape(4).size() == 4 && fits(4, key_at_) &&
+                                fits(4, value_at_) && get_input_shape(4)[0] == key[0] && get_input_shape(4)[1] == 1 &&
+                                get_input_shape(4)[2] == key[2],
+                            "a key of another picture");
         ov::Shape out = query;
         out.back() = channels();
         set_output_type(0, get_input_element_type(0), out);
@@ -64,6 +72,7 @@ public:
         visitor.on_attribute("query_at", query_at_);
         visitor.on_attribute("key_at", key_at_);
         visitor.on_attribute("value_at", value_at_);
+        visitor.on_attribute("has_own", has_own_);
         visitor.on_attribute("in_bytes", in_bytes_);
         visitor.on_attribute("in_halves", in_halves_);
         return true;
@@ -80,7 +89,9 @@ public:
         call.mask = inputs.size() > 3 ? static_cast<const char*>(inputs[3].data()) : nullptr;
         call.out = outputs[0].data<float>();
         call.batch = static_cast<int>(query[0]), call.queries = static_cast<int>(query[1]);
-        call.keys = static_cast<int>(key[1]), call.places = query.size() == 4 ? static_cast<int>(query[2]) : 1;
+        if (has_own_) call.own_key = tokens(inputs[4], key_at_), call.own_value = tokens(inputs[4], value_at_);
+        call.keys = static_cast<int>(key[1]) + (has_own_ ? 1 : 0),
+        call.places = query.size() == 4 ? static_cast<int>(query[2]) : 1;
         call.heads = static_cast<int>(heads_), call.width = static_cast<int>(width_);
         attend()(call, num_threads(), parallel);
         return true;
@@ -113,6 +124,7 @@ private:
     int64_t query_at_ = 0;
     int64_t key_at_ = 0;
     int64_t value_at_ = 0;
+    bool has_own_ = false;
     bool in_bytes_ = false;
     bool in_halves_ = false;
 };

@@ -18,7 +18,7 @@ void convolve_frames(const WindowConvolution& call, int first, int frames, int t
     picture.input += first * picture.channels * plane;
     picture.frames = frames;
     const PictureOf<Format> windows(picture, call.window, parallel);
-    const size_t at = first * call.out_channels * out_plane;
+    const size_t at = first * call.planes * out_plane;
     Linear linear{};
     linear.windows = &windows;
     linear.layer = {call.packed, call.bias,
@@ -26,7 +26,8 @@ void convolve_frames(const WindowConvolution& call, int first, int frames, int t
                     call.out_channels};
     linear.residual = call.residual == nullptr ? nullptr : call.residual + at;
     linear.out = call.out + at;
-    linear.frames = frames, linear.size = static_cast<int>(out_plane), linear.to_planes = true;
+    linear.frames = frames, linear.size = static_cast<int>(out_plane);
+    linear.to_planes = true, linear.planes = call.planes;
     posecrafter::linear<Format>(linear, threads, parallel);
 }
 

@@ -6,15 +6,15 @@
 
 namespace posecrafter {
 
-// out (frames, out_channels, out_height, out_width), compact, = the convolution of a picture by weights that
+// out (frames, planes, out_height, out_width), compact, = the convolution of a picture by weights that
 // `pack_windows` packed, plus bias (out_channels) and where it is given a residual, as out. Out channels are a multiple
-// of a panel's.
+// of a panel's; the first `planes` of them are written.
 struct WindowConvolution {
     Picture picture;
     Window window;
     const float *packed, *bias, *residual;
     float* out;
-    int out_channels;
+    int out_channels, planes;
 };
 
 // Format: Words, Digits or Bytes. threads: how many work at it at best.

@@ -1,12 +1,17 @@
 // The OpenVINO operation posecrafter::FusedConvolution: input (F, C, h, w), weight (out, C, 3, 3), bias (out elements)
-// → what the convolution with a padding of 1 gives. With a GroupNorm's weight and bias (C) as two inputs more, and its
-// groups and eps as attributes, it is of SiLU(GroupNorm(input)); with the attribute times 2 it is of the input at twice
-// its size. An input after these, as large as the output, is added to it. The attribute tile says how it is done: 2 or
-// 4 by Winograd's filtering, in tiles of so many outputs, with a stride of 1, those of 2 with the attribute in_halves
-// by weights in 16 bits; 0 in eight bits, or with in_halves in 16. Weights are constant: they are packed at the first
-// call, or with the attribute holds_weights when the node is made. Layer 4.
+// → what the convolution with a padding of 1 gives; with the attribute planes the first ones of its channels. Input
+// channels that make no vector are zeros beyond their number, in tiles and without a norm. With a GroupNorm's weight
+// and bias (C) as two inputs more, and its groups and eps as attributes, it is of SiLU(GroupNorm(input)), of no groups
+// of SiLU(input · weight + bias); with the attribute times 2 it is of the input at twice its size, which in 16 or eight
+// bits is the weight (C, out, 4, 4) of a transposed convolution with a stride of 2. An input after these, as large as
+// the output, is added to it. With the attribute added_at an input more comes after the bias, of which the numbers from
+// there on are added to it. The attribute tile says how it is done: 2 or 4 by Winograd's filtering, in tiles of so many
+// outputs, with a stride of 1, those of 2 with the attribute in_halves by weights in 16 bits; 0 in eight bits, or with
+// in_halves in 16. Weights are constant: they are packed at the first call, or with the attribute holds_weights when
+// the node is made. Layer 4.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -31,6 +36,8 @@ public:
         : Op(inputs),
           groups_(like.groups_),
           eps_(like.eps_),
+          planes_(like.planes_),
+          added_at_(like.added_at_),
           times_(like.times_),
           stride_(like.stride_),
           tile_(like.tile_),
@@ -44,7 +51,8 @@ public:
         const ov::Shape& pixels = get_input_shape(0);
         OPENVINO_ASSERT((times_ == 1 || times_ == 2) && (stride_ == 1 || (stride_ == 2 && times_ == 1)),
                         "strides and times are 1 or 2");
-        const ov::Shape out{pixels[0], weight_shape()[0], out_side(pixels[2]), out_side(pixels[3])};
+        const size_t planes = planes_ > 0 ? planes_ : out_channels(weight_shape());
+        const ov::Shape out{pixels[0], planes, out_side(pixels[2]), out_side(pixels[3])};
         check(out);
         set_output_type(0, get_input_element_type(0), out);
         if (holds_weights_ && weights_.packed == nullptr)
@@ -58,6 +66,8 @@ public:
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
         visitor.on_attribute("groups", groups_);
         visitor.on_attribute("eps", eps_);
+        visitor.on_attribute("planes", planes_);
+        visitor.on_attribute("added_at", added_at_);
         visitor.on_attribute("times", times_);
         visitor.on_attribute("stride", stride_);
         visitor.on_attribute("tile", tile_);
@@ -80,25 +90,43 @@ public:
     }
 
 private:
+    // The bias, and what is added to it.
+    const float* bias(const ov::TensorVector& inputs) const {
+        const float* bias = inputs[2].data<float>();
+        if (added_at_ < 0) return bias;
+        static thread_local std::vector<float> sums;
+        sums.assign(bias, bias + inputs[2].get_size());
+        const float* added = inputs[3].data<float>() + added_at_;
+        for (float& sum : sums) sum += *added++;
+        return sums.data();
+    }
+
     void convolve_in_tiles(ov::Tensor& out, const ov::TensorVector& inputs) const {
         const ov::Shape &pixels = inputs[0].get_shape(), &shape = out.get_shape();
         const int frames = size(pixels[0]), channels = size(pixels[1]);
         Convolution call{};
         call.input = inputs[0].data<float>();
         call.packed = weights_.packed.get();
-        call.bias = inputs[2].data<float>();
-        call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
+        call.bias = bias(inputs);
+        call.residual = has_residual(num_inputs()) ? inputs.back().data<float>() : nullptr;
         call.out = out.data<float>();
-        call.frames = frames, call.in_channels = channels, call.out_channels = size(shape[1]);
+        call.frames = frames, call.in_planes = channels, call.out_planes = size(shape[1]);
+        call.in_channels = size(weights_.shape[1]), call.out_channels = size(weights_.shape[0]);
         call.height = size(shape[2]), call.width = size(shape[3]), call.times = size(times_);
         call.tile = size(tile_), call.in_halves = in_halves_;
         static thread_local std::vector<float> scales;  // and shifts
-        if (is_normed(inputs.size())) {
+        if (is_normed(num_inputs())) {
             scales.resize(2 * pixels[0] * pixels[1]);
             float *scale = scales.data(), *shift = scale + pixels[0] * pixels[1];
-            group_norm_scales({call.input, inputs[3].data<float>(), inputs[4].data<float>(), scale, shift, frames,
-                               channels, size(groups_), pixels[2] * pixels[3], eps_},
-                              parallel);
+            const float *weight = inputs[norm_at()].data<float>(), *bias = inputs[norm_at() + 1].data<float>();
+            for (int frame = 0; groups_ == 0 && frame < frames; ++frame) {
+                std::copy_n(weight, channels, scale + frame * pixels[1]);
+                std::copy_n(bias, channels, shift + frame * pixels[1]);
+            }
+            if (groups_ > 0)
+                group_norm_scales({call.input, weight, bias, scale, shift, frames, channels, size(groups_),
+                                   pixels[2] * pixels[3], eps_},
+                                  parallel);
             call.scale = scale, call.shift = shift;
         }
         winograd_convolve(call, num_threads(), parallel);
@@ -110,16 +138,17 @@ private:
         call.picture.input = inputs[0].data<float>();
         call.picture.frames = size(pixels[0]), call.picture.channels = size(pixels[1]);
         call.picture.height = size(pixels[2]), call.picture.width = size(pixels[3]);
-        if (is_normed(inputs.size())) {
-            call.picture.weight = inputs[3].data<float>(), call.picture.bias = inputs[4].data<float>();
+        if (is_normed(num_inputs())) {
+            call.picture.weight = inputs[norm_at()].data<float>();
+            call.picture.bias = inputs[norm_at() + 1].data<float>();
             call.picture.groups = size(groups_), call.picture.eps = eps_;
         }
         call.window = {size(stride_), size(times_), size(shape[2]), size(shape[3])};
         call.packed = weights_.packed.get();
-        call.bias = inputs[2].data<float>();
-        call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
+        call.bias = bias(inputs);
+        call.residual = has_residual(num_inputs()) ? inputs.back().data<float>() : nullptr;
         call.out = out.data<float>();
-        call.out_channels = size(shape[1]);
+        call.out_channels = size(out_channels(weights_.shape)), call.planes = size(shape[1]);
 #ifdef PC_HAS_TILES
         if (in_halves_ && may_use_tiles()) return posecrafter::convolve_windows<Digits>(call, num_threads(), parallel);
 #endif
@@ -131,19 +160,27 @@ private:
 
     void check(const ov::Shape& out) const {
         const ov::Shape &pixels = get_input_shape(0), &weight = weight_shape();
-        const size_t inputs = get_input_size(), groups = static_cast<size_t>(groups_);
+        const size_t inputs = num_inputs(), groups = static_cast<size_t>(groups_);
         OPENVINO_ASSERT((tile_ == 0 && kHasBytes) || ((tile_ == 2 || tile_ == 4) && stride_ == 1),
                         "tiles are of 2×2 or 4×4, or there are none, on a processor with VNNI");
         OPENVINO_ASSERT(tile_ <= 2 || !in_halves_, "halves are for tiles of 2×2, or none");
-        OPENVINO_ASSERT(weight == (ov::Shape{weight[0], pixels[1], kKernel, kKernel}), "weights that do not fit");
-        OPENVINO_ASSERT(pixels[1] % kLanes == 0 && weight[0] % kPanel == 0,
+        const size_t channels = out_channels(weight);
+        const bool is_few = tile_ > 0 && pixels[1] < kLanes && !is_normed(inputs);
+        const size_t in = is_few ? kLanes : pixels[1];
+        const ov::Shape fitting = is_transposed() ? ov::Shape{in, channels, 4, 4} : ov::Shape{channels, in, 3, 3};
+        OPENVINO_ASSERT(weight == fitting, "weights that do not fit");
+        OPENVINO_ASSERT(in % kLanes == 0 && channels % kPanel == 0 && out[1] + kPanel > channels && out[1] <= channels,
                         "channels come in whole vectors and panels");
-        OPENVINO_ASSERT(ov::shape_size(get_input_shape(2)) == weight[0], "a bias that does not fit");
+        OPENVINO_ASSERT(ov::shape_size(get_input_shape(2)) == channels, "a bias that does not fit");
         OPENVINO_ASSERT(inputs >= 3 && inputs <= 6, "inputs that do not fit");
-        for (size_t norm = 3; is_normed(inputs) && norm < 5; ++norm)
-            OPENVINO_ASSERT(groups > 0 && pixels[1] % groups == 0 && ov::shape_size(get_input_shape(norm)) == pixels[1],
-                            "a norm that does not fit");
-        OPENVINO_ASSERT(!has_residual(inputs) || get_input_shape(inputs - 1) == out, "a residual of another shape");
+        OPENVINO_ASSERT(added_at_ < 0 || added_at_ + channels <= ov::shape_size(get_input_shape(3)),
+                        "what is added to the bias does not fit");
+        for (size_t norm = norm_at(); is_normed(inputs) && norm < norm_at() + 2; ++norm)
+            OPENVINO_ASSERT(
+                (groups == 0 || pixels[1] % groups == 0) && ov::shape_size(get_input_shape(norm)) == pixels[1],
+                "a norm that does not fit");
+        OPENVINO_ASSERT(!has_residual(inputs) || get_input_shape(get_input_size() - 1) == out,
+                        "a residual of another shape");
     }
 
     const ov::Shape& weight_shape() const { return weights_.packed == nullptr ? get_input_shape(1) : weights_.shape; }
@@ -160,9 +197,15 @@ private:
 #endif
     }
 
+    bool is_transposed() const { return tile_ == 0 && times_ == 2; }
+
+    size_t out_channels(const ov::Shape& weight) const { return weight[is_transposed() ? 1 : 0]; }
+
     template <class Format>
     Weights pack_format(const ov::Tensor& weight) const {
-        const int times = size(times_), rows = size(weight.get_shape()[0]), columns = size(weight.get_shape()[1]);
+        const ov::Shape& shape = weight.get_shape();
+        const int times = size(times_), rows = size(out_channels(shape)),
+                  columns = size(shape[is_transposed() ? 0 : 1]);
         return packed_weights<Format>(
             weight, columns, times == 2 ? kDoubledInFormat : kInFormat, packed_windows<Format>(times, columns, rows),
             [&](float* to) { pack_windows<Format>(weight.data<float>(), columns, rows, times, to, parallel); });
@@ -180,14 +223,18 @@ private:
 
     size_t out_side(size_t side) const { return (side * times_ + stride_ - 1) / stride_; }
 
+    // Which input the norm's weight is, and how many there are without what is added to the bias.
+    size_t norm_at() const { return added_at_ < 0 ? 3 : 4; }
+    size_t num_inputs() const { return get_input_size() + 3 - norm_at(); }
+
     static bool is_normed(size_t num_inputs) { return num_inputs >= 5; }
 
     static int size(size_t value) { return static_cast<int>(value); }
 
-    static constexpr int kKernel = 3;
-
     int64_t groups_ = 0;
     double eps_ = 0;
+    int64_t planes_ = 0;
+    int64_t added_at_ = -1;
     int64_t times_ = 1;
     int64_t stride_ = 1;
     int64_t tile_ = 4;

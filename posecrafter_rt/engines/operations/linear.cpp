@@ -2,6 +2,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -33,6 +34,23 @@ template void linear_pack(const float*, int, int, float*, const Parallel&);
 template void linear_pack(const float*, int, int, Half*, const Parallel&);
 
 namespace {
+
+// LayerNorm of a token.
+void normalise(const LayerNorm& norm, const float* from, int channels, float* to) {
+    const int whole = channels - channels % kLanes;
+    const auto sum = [=](const auto& of) {
+        Vector sums{};
+        for (int c = 0; c < whole; c += kLanes) sums += of(load(from + c));
+        for (int c = whole; c < channels; ++c) sums[c - whole] += of(Vector{} + from[c])[0];
+        return total(sums);
+    };
+    const float mean = sum([](Vector x) { return x; }) / static_cast<float>(channels);
+    const float squares = sum([=](Vector x) { return (x - mean) * (x - mean); });
+    const float scale = static_cast<float>(1 / std::sqrt(squares / static_cast<double>(channels) + norm.eps));
+    for (int c = 0; c < whole; c += kLanes)
+        store(to + c, (load(from + c) - mean) * scale * load(norm.weight + c) + load(norm.bias + c));
+    for (int c = whole; c < channels; ++c) to[c] = (from[c] - mean) * scale * norm.weight[c] + norm.bias[c];
+}
 
 constexpr int kChunkRows = 12 * 14, kLeastRows = 4 * kRows;
 constexpr int kChunkFloats = 1 << 18;  // of a chunk's input, or of what is between two layers; of fewer bits more
@@ -128,8 +146,10 @@ public:
           first_(call.layer),
           last_(has_next() ? call.next : call.layer),
           rows_(int64_t{call.frames} * call.size),
-          panels_(last_.out_channels / kPanel) {
-        copies_ = call.from_planes || (std::is_same_v<Own, Rows> && first_.in_channels % kWayFloats == 0);
+          panels_(last_.out_channels / kPanel),
+          planes_(call.planes > 0 ? call.planes : last_.out_channels) {
+        copies_ = call.from_planes || call.norm.weight != nullptr ||
+                  (std::is_same_v<Own, Rows> && first_.in_channels % kWayFloats == 0);
         if (In::is_tiled()) {
             divide_for_tiles(threads);
             return;
@@ -143,12 +163,15 @@ public:
             row_parts_ = ceil_div(row_parts_, threads) * threads;
         row_parts_ = static_cast<int>(std::min<int64_t>(row_parts_, rows_));
         panel_parts_ = std::min(panels_, ceil_div(threads, row_parts_));
+        // Where panels do not divide evenly between threads, the rows of one do.
+        if (call.windows != nullptr && row_parts_ == 1 && panels_ % threads != 0)
+            row_parts_ = threads, panel_parts_ = panels_;
         block_rows_ = static_cast<int>(rows_);
     }
 
     void run(const Parallel& parallel) const {
         parallel(row_parts_ * panel_parts_, [&](int task) {
-            const int part = task / panel_parts_, split = task % panel_parts_;
+            const int part = task % row_parts_, split = task / row_parts_;
             const int64_t first = whole(rows_ * part / row_parts_), last = whole(rows_ * (part + 1) / row_parts_);
             run_chunk(first, static_cast<int>(last - first), panels_ * split / panel_parts_,
                       panels_ * (split + 1) / panel_parts_);
@@ -235,20 +258,31 @@ private:
             for_runs(call_.size, first, count,
                      [&](Run run, int done) { copy_planes(run, to + done * stride, stride); });
         else
-            for (int i = 0; i < count; ++i)
-                std::copy_n(call_.input + (first + i) * channels, channels, to + i * stride);
+            for (int i = 0; i < count; ++i) copy_token(call_.input + (first + i) * channels, to + i * stride);
         return {to, stride};
+    }
+
+    void copy_token(const float* from, float* to) const {
+        if (call_.norm.weight == nullptr)
+            std::copy_n(from, first_.in_channels, to);
+        else
+            normalise(call_.norm, from, first_.in_channels, to);
     }
 
     void copy_planes(Run run, float* to, size_t stride) const {
         const size_t plane = call_.size;
+        const bool scales = call_.scales.scale != nullptr;
         for (int channel = 0; channel < first_.in_channels; channel += kLanes) {
-            const float* from = call_.input + (size_t(run.frame) * first_.in_channels + channel) * plane + run.begin;
+            const size_t at = size_t(run.frame) * first_.in_channels + channel;
+            const float* from = call_.input + at * plane + run.begin;
+            Vector scale{}, shift{};
+            if (scales) scale = load(call_.scales.scale + at), shift = load(call_.scales.shift + at);
             for (int x = 0; x < run.count; x += kColumns) {
                 const int columns = std::min(kColumns, run.count - x);
                 Vector v[kColumns];
                 read_columns(from + x, plane, columns, v);
-                for (int i = 0; i < columns; ++i) store(to + (x + i) * stride + channel, v[i]);
+                for (int i = 0; i < columns; ++i)
+                    store(to + (x + i) * stride + channel, scales ? v[i] * scale + shift : v[i]);
             }
         }
     }
@@ -271,14 +305,38 @@ private:
     // Where a panel's output goes, of a chunk from `first` on. In planes of several frames: in the first one.
     Fetch written(int64_t first, int panel) const {
         const size_t channels = last_.out_channels, channel = size_t(panel) * kPanel, plane = call_.size;
-        const size_t planes_at = (first / plane * channels + channel) * plane + first % plane;
-        const size_t at = call_.to_planes ? planes_at : first * channels + channel;
-        const float* other = call_.residual == nullptr ? call_.out : call_.residual;
-        if (call_.to_planes) return {call_.out + at, other + at, plane, 1, kPanel, false};
-        return {call_.out + at, other + at, channels, channels, 16, true};
+        const size_t planes_at = (first / plane * planes_ + channel) * plane + first % plane;
+        const float* residual = call_.residual;
+        if (call_.to_planes && planes_ < kPanel) return Fetch::nothing(call_.out + planes_at);
+        if (call_.to_planes)
+            return {call_.out + planes_at,
+                    (residual == nullptr ? call_.out : residual) + planes_at,
+                    plane,
+                    1,
+                    kPanel,
+                    false};
+        const Place to = tokens(panel);
+        const float* out = to.first + first * to.stride;
+        return {out, residual == nullptr ? out : residual + first * channels + channel, to.stride, to.stride, 16, true};
+    }
+
+    // Where a panel's output goes of the first token, and how far it is from one to the next.
+    struct Place {
+        float* first;
+        size_t stride;
+    };
+
+    Place tokens(int panel) const {
+        int channel = panel * kPanel;
+        for (const Part& part : call_.parts) {
+            if (channel < part.channels) return {part.out + channel, static_cast<size_t>(part.channels)};
+            channel -= part.channels;
+        }
+        return {call_.out + channel, static_cast<size_t>(last_.out_channels)};
     }
 
     void write(const float* sums, int64_t first, int count, int panel) const {
+        const Place to = tokens(panel);
         for (int lane = 0; lane < kPanel; lane += kLanes) {
             const int channel = panel * kPanel + lane;
             const Vector bias = ends_gated() ? Vector{} : load(last_.bias + channel);
@@ -286,30 +344,30 @@ private:
                 for_runs(call_.size, first, count,
                          [&](Run run, int done) { write_planes(sums + done * kPanel + lane, run, channel, bias); });
             else
-                write_tokens(sums + lane, first, count, channel, bias);
+                write_tokens(sums + lane, first, count, {to.first + lane, to.stride}, channel, bias);
         }
     }
 
-    void write_tokens(const float* sums, int64_t first, int count, int channel, Vector bias) const {
+    void write_tokens(const float* sums, int64_t first, int count, Place to, int channel, Vector bias) const {
         for (int i = 0; i < count; ++i) {
-            const size_t at = (first + i) * last_.out_channels + channel;
             const Vector v = load(sums + i * kPanel) + bias;
-            store(call_.out + at, call_.residual == nullptr ? v : v + load(call_.residual + at));
+            const size_t at = (first + i) * last_.out_channels + channel;
+            store(to.first + (first + i) * to.stride, call_.residual == nullptr ? v : v + load(call_.residual + at));
         }
     }
 
     void write_planes(const float* sums, Run run, int channel, Vector bias) const {
-        const size_t plane = call_.size, at = (size_t(run.frame) * last_.out_channels + channel) * plane + run.begin;
+        const size_t plane = call_.size, at = (size_t(run.frame) * planes_ + channel) * plane + run.begin;
         const float* residual = call_.residual == nullptr ? nullptr : call_.residual + at;
         for (int x = 0; x < run.count; x += kColumns)
-            write_columns(sums + x * kPanel, kPanel, bias, std::min(kColumns, run.count - x),
-                          residual == nullptr ? nullptr : residual + x, call_.out + at + x, plane);
+            write_columns_of(planes_ - channel, sums + x * kPanel, kPanel, bias, std::min(kColumns, run.count - x),
+                             residual == nullptr ? nullptr : residual + x, call_.out + at + x, plane);
     }
 
     const Linear& call_;
     const Layer &first_, &last_;
     int64_t rows_;
-    int panels_, row_parts_, panel_parts_, block_rows_;  // block: whose sums are computed and written at once
+    int panels_, planes_, row_parts_, panel_parts_, block_rows_;  // block: whose sums are computed and written at once
     bool copies_;
 };
 

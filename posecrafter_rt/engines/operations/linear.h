@@ -1,7 +1,9 @@
 // Linear maps of tokens on x86-64, in float32, perhaps of weights in 16 bits, in 16 bits or in eight, read from
 // pictures whose channels come first, or their windows, or written to them without a copy apart, gated, added to a
-// residual. Layer 4: knows neither Python nor any library's tensors or threads.
+// residual, of tokens after a LayerNorm. Layer 4: knows neither Python nor any library's tensors or threads.
 #pragma once
+
+#include <vector>
 
 #include "parallel.h"
 
@@ -21,17 +23,38 @@ struct Layer {
     int in_channels, out_channels;
 };
 
+// LayerNorm over the channels of each token, weight and bias (channels); without a weight there is none.
+struct LayerNorm {
+    const float *weight, *bias;
+    double eps;
+};
+
+// What planes are multiplied by, and what is added to that, (frames, channels), as GroupNorm comes to; or nothing.
+struct PlaneScales {
+    const float *scale, *shift;
+};
+
+// Tokens of some of the output's channels, a multiple of a panel's.
+struct Part {
+    float* out;
+    int channels;
+};
+
 // out = the layer's output, or that of the next one after a gated layer (without `packed`: there is none), plus the
 // residual where there is one. Input channels that come first are a multiple of a vector's floats. All are compact:
 // tokens (frames, size, channels), planes (frames, channels, size), the residual as out.
 struct Linear {
     const float* input;
+    LayerNorm norm;          // of tokens, before the layer
+    PlaneScales scales;      // of planes
     const Windows* windows;  // that are the tokens, in place of an input: a PictureOf<Format>, for that format
     Layer layer, next;
     const float* residual;
     float* out;
+    std::vector<Part> parts;  // in place of tokens in `out`, in the order of their channels; then there is no residual
     int frames, size;
     bool from_planes, to_planes, is_gated;
+    int planes;  // that are written to planes, where not 0: the first of the layer's output channels
 };
 
 // Format: float or Half, of weights that `linear_pack` packed, which floats are multiplied by in float32; or Words,

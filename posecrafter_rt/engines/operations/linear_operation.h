@@ -2,9 +2,11 @@
 // input · weightᵀ + bias, as tokens (F, h·w, out) or, with the attribute height, as planes of this height. With the
 // attribute is_gated the weight's rows are a value's and then a gate's, and it is value · GELU(gate), half as wide.
 // With two inputs more, the weight and bias of a layer after a gated one, it is what that one gives. An input after
-// these, as large as the output, is added to it. With the attribute in_bytes products are in eight bits; with
-// in_halves weights are in 16, products too where the processor has VNNI. Weights are constant: they are packed at the
-// first call, or with the attribute holds_weights when the node is made. Layer 4.
+// these, as large as the output, is added to it. With the attribute eps a norm's weight and bias (C) follow the
+// input, which it is of: tokens' LayerNorm, planes' GroupNorm of the attribute groups. With the attribute widths there
+// are so many outputs, each of so many channels, and nothing is added to them. With the attribute in_bytes products are
+// in eight bits; with in_halves weights are in 16, products too where the processor has VNNI. Weights are constant:
+// they are packed at the first call, or with the attribute holds_weights when the node is made. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -12,12 +14,14 @@
 #include <memory>
 #include <mutex>
 #include <openvino/op/op.hpp>
+#include <vector>
 
 #include "byte_format.h"
 #include "digit_format.h"
 #include "linear.h"
 #include "operation.h"
 #include "products.h"
+#include "winograd.h"
 #include "word_format.h"
 
 namespace posecrafter {
@@ -31,6 +35,9 @@ public:
         : Op(inputs),
           height_(like.height_),
           is_gated_(like.is_gated_),
+          groups_(like.groups_),
+          eps_(like.eps_),
+          widths_(like.widths_),
           in_bytes_(like.in_bytes_),
           in_halves_(like.in_halves_),
           holds_weights_(like.holds_weights_) {
@@ -40,17 +47,21 @@ public:
 
     void validate_and_infer_types() override {
         const ov::Shape& input = get_input_shape(0);
-        const bool is_double = has_next(get_input_size());
-        const size_t rows = weight_shape(is_double ? 3 : 1)[0], tokens = num_tokens(input);
+        const bool is_double = has_next(num_inputs());
+        const size_t rows = weight_shape(is_double)[0], tokens = num_tokens(input);
         const size_t channels = rows / (is_gated_ && !is_double ? 2 : 1);
         ov::Shape out{input[0], tokens, channels};
         if (height_ > 0) out = {input[0], channels, static_cast<size_t>(height_), tokens / height_};
         check(out);
         set_output_type(0, get_input_element_type(0), out);
+        for (size_t part = 0; part < widths_.size(); ++part) {
+            out[2] = widths_[part];
+            set_output_type(part, get_input_element_type(0), out);
+        }
         if (!holds_weights_ || first_.packed != nullptr) return;
         const PackWeights pack_weights = [this](const ov::Tensor& weight) { return pack(weight); };
-        first_ = hold_weights(*this, 1, pack_weights);
-        if (is_double) next_ = hold_weights(*this, 3, pack_weights);
+        first_ = hold_weights(*this, weight_at(), pack_weights);
+        if (is_double) next_ = hold_weights(*this, weight_at() + 2, pack_weights);
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -60,6 +71,9 @@ public:
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
         visitor.on_attribute("height", height_);
         visitor.on_attribute("is_gated", is_gated_);
+        visitor.on_attribute("groups", groups_);
+        visitor.on_attribute("eps", eps_);
+        visitor.on_attribute("widths", widths_);
         visitor.on_attribute("in_bytes", in_bytes_);
         visitor.on_attribute("in_halves", in_halves_);
         visitor.on_attribute("holds_weights", holds_weights_);
@@ -70,18 +84,23 @@ public:
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         const ov::Shape& input = inputs[0].get_shape();
-        const bool is_double = has_next(inputs.size());
+        const bool is_double = has_next(num_inputs());
+        const size_t at = weight_at();
         std::call_once(once_, [&] {
             if (holds_weights_) return;
-            first_ = pack(inputs[1]);
-            if (is_double) next_ = pack(inputs[3]);
+            first_ = pack(inputs[at]);
+            if (is_double) next_ = pack(inputs[at + 2]);
         });
         Linear call{};
         call.input = inputs[0].data<float>();
-        call.layer = layer(first_, inputs[2], is_gated_);
-        if (is_double) call.next = layer(next_, inputs[4], false);
-        call.residual = has_residual(inputs.size()) ? inputs.back().data<float>() : nullptr;
+        if (eps_ > 0 && groups_ == 0) call.norm = {inputs[1].data<float>(), inputs[2].data<float>(), eps_};
+        if (eps_ > 0 && groups_ > 0) call.scales = group_norm(inputs);
+        call.layer = layer(first_, inputs[at + 1], is_gated_);
+        if (is_double) call.next = layer(next_, inputs[at + 3], false);
+        call.residual = has_residual(num_inputs()) ? inputs.back().data<float>() : nullptr;
         call.out = outputs[0].data<float>();
+        for (size_t part = 0; part < widths_.size(); ++part)
+            call.parts.push_back({outputs[part].data<float>(), static_cast<int>(widths_[part])});
         call.frames = static_cast<int>(input[0]), call.size = static_cast<int>(num_tokens(input));
         call.from_planes = input.size() == 4, call.to_planes = height_ > 0, call.is_gated = is_gated_;
         map()(call, num_threads(), parallel);
@@ -102,33 +121,66 @@ private:
         return in_halves_ ? linear<Half> : linear<float>;
     }
 
+    PlaneScales group_norm(const ov::TensorVector& inputs) const {
+        const ov::Shape& planes = inputs[0].get_shape();
+        static thread_local std::vector<float> scales;  // and shifts
+        const size_t count = planes[0] * planes[1];
+        scales.resize(2 * count);
+        group_norm_scales({inputs[0].data<float>(), inputs[1].data<float>(), inputs[2].data<float>(), scales.data(),
+                           scales.data() + count, static_cast<int>(planes[0]), static_cast<int>(planes[1]),
+                           static_cast<int>(groups_), planes[2] * planes[3], eps_},
+                          parallel);
+        return {scales.data(), scales.data() + count};
+    }
+
     void check(const ov::Shape& out) const {
         OPENVINO_ASSERT(!in_bytes_ || !in_halves_, "weights in both 8 and 16 bits");
-        const size_t inputs = get_input_size(), in = get_input_shape(0)[get_input_shape(0).size() == 4 ? 1 : 2];
+        const size_t inputs = num_inputs(), in = get_input_shape(0)[get_input_shape(0).size() == 4 ? 1 : 2];
         OPENVINO_ASSERT(inputs >= 3 && inputs <= 6 && (is_gated_ || !has_next(inputs)), "layers that do not fit");
-        check_layer(1, in, is_gated_ ? 2 : 1);
-        if (has_next(inputs)) check_layer(3, weight_shape(1)[0] / 2, 1);
+        check_layer(false, in, is_gated_ ? 2 : 1);
+        if (has_next(inputs)) check_layer(true, weight_shape(false)[0] / 2, 1);
+        check_parts(out);
+        for (size_t norm = 1; norm < weight_at(); ++norm)
+            OPENVINO_ASSERT(get_input_shape(norm) == ov::Shape{in} &&
+                                (get_input_shape(0).size() == 3 ? groups_ == 0 : groups_ > 0 && in % groups_ == 0),
+                            "a norm that does not fit");
         OPENVINO_ASSERT(get_input_shape(0).size() == 3 || in % kLanes == 0, "planes come in whole vectors");
         OPENVINO_ASSERT(ov::shape_size(out) * in == ov::shape_size(get_input_shape(0)) * out[height_ > 0 ? 1 : 2],
                         "a height that does not fit");
-        OPENVINO_ASSERT(!has_residual(inputs) || get_input_shape(inputs - 1) == out, "a residual of another shape");
+        OPENVINO_ASSERT(!has_residual(inputs) || get_input_shape(get_input_size() - 1) == out,
+                        "a residual of another shape");
     }
 
-    void check_layer(size_t index, size_t in, size_t parts) const {
-        const ov::Shape& weight = weight_shape(index);
+    void check_parts(const ov::Shape& out) const {
+        size_t channels = 0;
+        for (const int64_t width : widths_) {
+            OPENVINO_ASSERT(width > 0 && width % kPanel == 0, "parts come in whole panels");
+            channels += width;
+        }
+        OPENVINO_ASSERT(widths_.empty() || (channels == out[2] && height_ == 0 && num_inputs() % 2 == 1),
+                        "parts that do not fit");
+    }
+
+    void check_layer(bool is_next, size_t in, size_t parts) const {
+        const ov::Shape& weight = weight_shape(is_next);
         OPENVINO_ASSERT(ov::shape_size(weight) == weight[0] * in && weight[0] % (parts * kPanel) == 0,
                         "weights that do not fit");
         OPENVINO_ASSERT(!in_bytes_ || (kHasBytes && in % kFour == 0), "what eight bits do not serve");
-        OPENVINO_ASSERT(ov::shape_size(get_input_shape(index + 1)) == weight[0], "a bias that does not fit");
+        const size_t bias = weight_at() + (is_next ? 3 : 1);
+        OPENVINO_ASSERT(ov::shape_size(get_input_shape(bias)) == weight[0], "a bias that does not fit");
     }
 
     static size_t num_tokens(const ov::Shape& input) { return input.size() == 4 ? input[2] * input[3] : input[1]; }
 
     static bool has_next(size_t num_inputs) { return num_inputs >= 5; }
 
-    const ov::Shape& weight_shape(size_t index) const {
-        const Weights& weights = index == 1 ? first_ : next_;
-        return weights.packed == nullptr ? get_input_shape(index) : weights.shape;
+    // Which input the first weight is, and how many there are without the norm's.
+    size_t weight_at() const { return eps_ > 0 ? 3 : 1; }
+    size_t num_inputs() const { return get_input_size() + 1 - weight_at(); }
+
+    const ov::Shape& weight_shape(bool is_next) const {
+        const Weights& weights = is_next ? next_ : first_;
+        return weights.packed == nullptr ? get_input_shape(weight_at() + (is_next ? 2 : 0)) : weights.shape;
     }
 
     Weights pack(const ov::Tensor& weight) const {
@@ -168,6 +220,9 @@ private:
 
     int64_t height_ = 0;
     bool is_gated_ = false;
+    int64_t groups_ = 0;
+    double eps_ = 0;
+    std::vector<int64_t> widths_;
     bool in_bytes_ = false;
     bool in_halves_ = false;
     bool holds_weights_ = false;

@@ -62,20 +62,23 @@ Range silu_of(Range range) {
 }
 
 // GroupNorm of one frame's group as a scale and a shift for each of its channels; returns the range of SiLU of it, NaN
-// where a number is not finite.
-Range norm_group(const Picture& p, int index, float* scales, float* shifts) {
-    const int width = p.channels / p.groups, first = index % p.groups * width;
+// where a number is not finite. groups: a channel each where the picture has none.
+Range norm_group(const Picture& p, int groups, int index, float* scales, float* shifts) {
+    const int width = p.channels / groups, first = index % groups * width;
     const size_t plane = static_cast<size_t>(p.height) * p.width, count = width * plane;
     const float* x = p.input + index * count;
     Moments all;
     std::vector<Range> ranges(width);
     for (int c = 0; c < width; ++c) ranges[c] = add(x + c * plane, plane, x[0], all);
-    const double mean = all.sum / count, variance = std::max(0.0, all.squares / count - mean * mean);
-    const double deviation = std::sqrt(variance + p.eps);
+    double mean = all.sum / count;
+    const double variance = std::max(0.0, all.squares / count - mean * mean);
+    double deviation = std::sqrt(variance + p.eps);
+    mean += x[0];
+    if (p.groups == 0) mean = 0, deviation = 1;
     Range range{0, 0};
     for (int c = 0; c < width; ++c) {
         const float scale = static_cast<float>(p.weight[first + c] / deviation);
-        const float shift = static_cast<float>(p.bias[first + c] - (mean + x[0]) * scale);
+        const float shift = static_cast<float>(p.bias[first + c] - mean * scale);
         scales[index * width + c] = scale, shifts[index * width + c] = shift;
         const float a = ranges[c].low * scale + shift, b = ranges[c].high * scale + shift;
         range = joined(range, silu_of(Range{std::min(a, b), std::max(a, b)}));
@@ -94,14 +97,14 @@ size_t one_kind(int times, int depth, int out_channels) {
 
 std::vector<float> ScaledFrames::prepare(const Picture& p, int least, int most, const Parallel& parallel) {
     std::vector<float> norms = p.room_for_norms();
-    const int parts = norms.empty() ? p.channels / kLanes : p.groups;
+    const int groups = p.groups > 0 ? p.groups : p.channels, parts = norms.empty() ? p.channels / kLanes : groups;
     const size_t all = norms.size() / 2, plane = static_cast<size_t>(p.height) * p.width;
     std::vector<Range> ranges(static_cast<size_t>(p.frames) * parts);
     parallel(p.frames * parts, [&](int index) {
         if (norms.empty())
             ranges[index] = range_of(p.input + index * kLanes * plane, static_cast<int>(kLanes * plane));
         else
-            ranges[index] = norm_group(p, index, norms.data(), norms.data() + all);
+            ranges[index] = norm_group(p, groups, index, norms.data(), norms.data() + all);
     });
     set_scales(ranges, p.frames, least, most);
     return norms;
@@ -264,16 +267,15 @@ void pack_windows(const float* weight, int in_channels, int out_channels, int ti
                   const Parallel& parallel) {
     if (times == 1) return Format::pack(weight, in_channels, 9, out_channels, packed, parallel);
     const size_t maps = static_cast<size_t>(in_channels) * out_channels;
-    std::vector<float> folded(maps * 4);
+    std::vector<float> own(maps * 4);
     for (int kind = 0; kind < times * times; ++kind) {
         const int odd_row = kind / 2, odd_column = kind % 2;
-        std::fill(folded.begin(), folded.end(), 0.0f);
-        for (size_t map = 0; map < maps; ++map)
-            for (int y = 0; y < 3; ++y)
-                for (int x = 0; x < 3; ++x)  // which of two pixels a tap meets
-                    folded[map * 4 + (y + 1 - odd_row) / 2 * 2 + (x + 1 - odd_column) / 2] +=
-                        weight[map * 9 + y * 3 + x];
-        Format::pack(folded.data(), in_channels, 4, out_channels,
+        for (size_t map = 0; map < maps; ++map) {
+            const float* taps = weight + (map % in_channels * out_channels + map / in_channels) * 16;
+            for (int tap = 0; tap < 4; ++tap)  // each of the two by two pixels meets every other row and column
+                own[map * 4 + tap] = taps[(3 - tap / 2 * 2 - odd_row) * 4 + 3 - tap % 2 * 2 - odd_column];
+        }
+        Format::pack(own.data(), in_channels, 4, out_channels,
                      packed + kind * one_kind<Format>(times, Format::depth(in_channels), out_channels), parallel);
     }
 }

@@ -16,7 +16,7 @@
 namespace posecrafter {
 
 // The input of a convolution (frames, channels, height, width), compact; channels are a multiple of a vector's floats.
-// Where weight and bias (channels) are given it is SiLU(GroupNorm(input)).
+// Where weight and bias (channels) are given it is SiLU(GroupNorm(input)), of no groups SiLU(input · weight + bias).
 struct Picture {
     const float* input;
     const float *weight, *bias;
@@ -29,9 +29,9 @@ struct Picture {
     }
 };
 
-// Which windows of a picture a 3×3 convolution with a padding of 1 is of. times 2: of the picture with each pixel
-// doubled in either direction. Then an output is of 2×2 pixels, and by which weights its row and column tell, being
-// even or odd. out_height and out_width: how many outputs there are.
+// Which windows of a picture a 3×3 convolution with a padding of 1 is of. times 2: a transposed one of 4×4 with a
+// stride of 2, which doubles the picture. Then an output is of 2×2 pixels, and by which weights its row and column
+// tell, being even or odd. out_height and out_width: how many outputs there are.
 struct Window {
     int stride, times, out_height, out_width;
 };
@@ -42,7 +42,8 @@ constexpr int window_side(int times) { return times == 2 ? 2 : 3; }  // in pixel
 template <class Format>
 size_t packed_windows(int times, int in_channels, int out_channels);
 
-// weight (out, in, 3, 3) → packed for each kind of output as by the format's `pack`.
+// weight (out, in, 3, 3) → packed as by the format's `pack`; of a doubled picture (in, out, 4, 4), a transposed
+// convolution's with a stride of 2, for each kind of output.
 template <class Format>
 void pack_windows(const float* weight, int in_channels, int out_channels, int times, float* packed,
                   const Parallel& parallel);

@@ -2,6 +2,7 @@
 // do, halves, columns of planes, transposed, and the functions SiLU and GELU. Layer 4.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -57,6 +58,15 @@ PC_INLINE void store(Half* to, Vector v) {
 // Which of eight columns there are: the first `count`.
 PC_INLINE __m256i columns_of(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// The first `count` floats of a vector, zeros beyond.
+PC_INLINE Vector load_some(const float* from, int count) {
+#ifdef __AVX512F__
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), from);
+#else
+    return _mm256_maskload_ps(from, columns_of(count));
+#endif
 }
 
 // Eight columns of kLanes planes as eight vectors, those of planes c and c + 8 in one of sixteen; and back. Of fewer
@@ -125,6 +135,14 @@ PC_INLINE void read_columns(const float* from, size_t plane, int count, Vector (
     transpose(v);
 }
 
+// The same of the first `planes` of kLanes planes: there are no more; zeros in place of the others.
+inline void read_columns_of(int planes, const float* from, size_t plane, int count, Vector (&v)[kColumns]) {
+    if (planes >= kLanes) return read_columns(from, plane, count, v);
+    float all[kLanes * kColumns] = {};
+    for (int c = 0; c < planes; ++c) std::copy_n(from + c * plane, count, all + c * kColumns);
+    read_columns(all, kColumns, count, v);
+}
+
 // The opposite: vectors that are `stride` apart, plus a bias and columns of a residual (nullptr: none), to columns.
 PC_INLINE void write_columns(const float* from, size_t stride, Vector bias, int count, const float* residual, float* to,
                              size_t plane) {
@@ -137,6 +155,17 @@ PC_INLINE void write_columns(const float* from, size_t stride, Vector bias, int 
         for (int i = 0; i < kColumns; ++i) v[i] += before[i];
     }
     store_columns(v, count, to, plane);
+}
+
+// The same of the first `planes` of kLanes planes: there are no more.
+inline void write_columns_of(int planes, const float* from, size_t stride, Vector bias, int count,
+                             const float* residual, float* to, size_t plane) {
+    if (planes >= kLanes) return write_columns(from, stride, bias, count, residual, to, plane);
+    float all[kLanes * kColumns];
+    write_columns(from, stride, bias, count, nullptr, all, kColumns);
+    for (int c = 0; c < planes; ++c)
+        for (int i = 0; i < count; ++i)
+            to[c * plane + i] = all[c * kColumns + i] + (residual == nullptr ? 0 : residual[c * plane + i]);
 }
 
 // What is left of a vector's numbers when each half of them has met the other.

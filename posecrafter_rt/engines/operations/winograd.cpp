@@ -92,10 +92,10 @@ struct Plan {
     }
 };
 
-// Lines, from `line` on, of a row of patches from top on of a vector's channels of one frame, zeros around, as (patch,
-// columns, lanes).
+// Lines, from `line` on, of a row of patches from top on of a vector's channels of one frame, of which there are
+// `planes`, zeros around, as (patch, columns, lanes).
 template <int kTile, bool kIsNormed>
-void gather(const Plan<kTile>& plan, size_t channel, int top, int line, float* lines) {
+void gather(const Plan<kTile>& plan, size_t channel, int planes, int top, int line, float* lines) {
     const int height = plan.call.height, times = plan.call.times, width = plan.call.width / times;
     const size_t plane = static_cast<size_t>(height / times) * width;
     Vector scale{}, shift{};
@@ -113,7 +113,7 @@ void gather(const Plan<kTile>& plan, size_t channel, int top, int line, float* l
         for (int x = 0; x < width; x += kColumns) {
             const int count = std::min(kColumns, width - x);
             Vector v[kColumns];
-            read_columns(from + x, plane, count, v);
+            read_columns_of(planes, from + x, plane, count, v);
             for (int i = 0; i < count; ++i) {
                 const Vector value = kIsNormed ? silu(v[i] * scale + shift) : v[i];
                 for (int time = 0; time < times; ++time) store(to + ((x + i) * times + time) * kLanes, value);
@@ -167,10 +167,10 @@ void matrices_to_rows(const Plan<kTile>& plan, const float* m, const float* bias
     }
 }
 
-// (tile, columns, lanes) to lines from top on of a vector's channels of one frame, without what lies beyond the
+// (tile, columns, lanes) to lines from top on of a vector's first channels of one frame, without what lies beyond the
 // picture, plus those of the residual if there is one.
 template <int kTile>
-void scatter(const Plan<kTile>& plan, const float* lines, int top, size_t channel) {
+void scatter(const Plan<kTile>& plan, const float* lines, int top, int planes, size_t channel) {
     const int height = plan.call.height, width = plan.call.width;
     const size_t plane = static_cast<size_t>(height) * width;
     const float* residual = plan.call.residual;
@@ -178,8 +178,8 @@ void scatter(const Plan<kTile>& plan, const float* lines, int top, size_t channe
         const float* from = lines + static_cast<size_t>(line) * plan.columns * kLanes;
         const size_t at = channel * plane + static_cast<size_t>(top + line) * width;
         for (int x = 0; x < width; x += kColumns)
-            write_columns(from + x * kLanes, kLanes, Vector{}, std::min(kColumns, width - x),
-                          residual == nullptr ? nullptr : residual + at + x, plan.call.out + at + x, plane);
+            write_columns_of(planes, from + x * kLanes, kLanes, Vector{}, std::min(kColumns, width - x),
+                             residual == nullptr ? nullptr : residual + at + x, plan.call.out + at + x, plane);
     }
 }
 
@@ -209,7 +209,7 @@ private:
         const int tiles = rows * plan_.tiles_wide, parts = ceil_div(tiles, kTaskTiles);
         parallel(rows * (c.in_channels / kLanes), [&](int task) { read(first, task % rows, task / rows, v); });
         parallel(kProducts * parts, [&](int task) { multiply_part(v, task / parts, task % parts, parts, tiles, m); });
-        parallel(rows * (c.out_channels / kLanes), [&](int task) { write(m, first, task % rows, task / rows); });
+        parallel(rows * ceil_div(c.out_planes, kLanes), [&](int task) { write(m, first, task % rows, task / rows); });
     }
 
     size_t line() const { return static_cast<size_t>(plan_.columns) * kLanes; }
@@ -225,11 +225,12 @@ private:
     void read(int first, int row, int group, float* v) const {
         const Convolution& c = plan_.call;
         const int frame = (first + row) / plan_.tiles_high, top = (first + row) % plan_.tiles_high * kTile - 1;
-        const size_t channel = static_cast<size_t>(frame) * c.in_channels + group * kLanes;
+        const size_t channel = static_cast<size_t>(frame) * c.in_planes + group * kLanes;
+        const int planes = c.in_planes - group * kLanes;
         const int known = shared_lines(channel, top);
         float* patches = thread_patches.memory.take(line() * plan_.kPatch);
         if (known > 0) std::copy_n(patches + kTile * line(), known * line(), patches);
-        (c.scale == nullptr ? gather<kTile, false> : gather<kTile, true>)(plan_, channel, top, known, patches);
+        (c.scale == nullptr ? gather<kTile, false> : gather<kTile, true>)(plan_, channel, planes, top, known, patches);
         const size_t tile = static_cast<size_t>(row) * plan_.tiles_wide;
         rows_to_matrices(plan_, patches, v + tile * c.in_channels + group * kLanes);
     }
@@ -244,8 +245,10 @@ private:
         const auto packed = static_cast<const Number*>(c.packed);
         for (int panel = 0; panel < panels; ++panel) {
             const Number* weights = packed + (static_cast<size_t>(index) * panels + panel) * c.in_channels * kPanel;
-            multiply_rows({v, static_cast<size_t>(c.in_channels)}, count, weights, c.in_channels, m + panel * kPanel,
-                          c.out_channels);
+            const auto multiply =
+                c.out_planes > kLanes ? multiply_rows<false, 2, Number> : multiply_rows<false, 1, Number>;
+            multiply({v, static_cast<size_t>(c.in_channels)}, count, weights, c.in_channels, m + panel * kPanel,
+                     c.out_channels);
         }
     }
 
@@ -255,8 +258,8 @@ private:
         const size_t tile = static_cast<size_t>(row) * plan_.tiles_wide;
         float* patches = thread_lines.take(line() * kTile);
         matrices_to_rows(plan_, m + tile * c.out_channels + group * kLanes, c.bias + group * kLanes, patches);
-        const size_t channel = static_cast<size_t>(frame) * c.out_channels + group * kLanes;
-        scatter(plan_, patches, top, channel);
+        const int before = group * kLanes;
+        scatter(plan_, patches, top, c.out_planes - before, static_cast<size_t>(frame) * c.out_planes + before);
     }
 
     Plan<kTile> plan_;

@@ -20,10 +20,11 @@ void winograd_pack(const float* weight, int in_channels, int out_channels, int t
                    const Parallel& parallel);
 
 // One convolution. Input channels are a multiple of a vector's floats, output channels of a panel's, which are two
-// vectors. All are compact: input (frames, in, h / times, w / times), out (frames, out, h, w), bias (out). It
-// is of the input with each pixel repeated `times`, 1 or 2, in either direction, and where scale and shift (frames, in)
-// are given of SiLU(input · scale + shift). A residual, as out, is added. In tiles of 2×2 weights may be halves; those
-// of 4×4 would add up their rounding ten times as large.
+// vectors; there are the first in_planes and out_planes of them, the others are zeros, or not written. All are compact:
+// input (frames, in_planes, h / times, w / times), out (frames, out_planes, h, w), bias (out). It is of the input with
+// each pixel repeated `times`, 1 or 2, in either direction, and where scale and shift (frames, in) are given of
+// SiLU(input · scale + shift). A residual, as out, is added. In tiles of 2×2 weights may be halves; those of 4×4 would
+// add up their rounding ten times as large.
 struct Convolution {
     const float* input;
     const float* scale;
@@ -32,7 +33,7 @@ struct Convolution {
     const float* bias;
     const float* residual;
     float* out;
-    int frames, in_channels, out_channels, height, width, times, tile;
+    int frames, in_channels, in_planes, out_channels, out_planes, height, width, times, tile;
     bool in_halves;
 };
 
