@@ -6,6 +6,7 @@ Layer 4. The operation is in operations/.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -210,7 +211,9 @@ def _computed_bias(node: Any) -> tuple[Any, Any, int] | None:
     user, numbers = found
     while numbers.get_node().get_type_name() in ("Reshape", "Unsqueeze"):
         numbers = numbers.get_node().input_value(0)
-    return user, *part_of(numbers)
+    whole, first = part_of(numbers)
+    is_row = math.prod(list(whole.get_shape())[:-1]) == 1  # whose parts lie in one stretch
+    return (user, whole, first) if is_row else (user, numbers, 0)
 
 
 def _before(value: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] | None:

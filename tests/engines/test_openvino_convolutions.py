@@ -26,6 +26,7 @@ from tests.engines.openvino_models import (
     infer,
     kinds,
     parameter,
+    reshaped,
     run,
     silu_of_norm,
     silu_of_norm_reference,
@@ -253,6 +254,17 @@ def test_those_numbers_may_be_part_of_more(first: int, lanes: int) -> None:
     assert convolutions.use_convolutions(model) == 1
     assert set(kinds(model)) == REPLACED
     expected = reference(pixels, weight) + numbers[:, first : first + 32, None, None]
+    assert relative_error(run(model, pixels, numbers)[0], expected) < EXACT
+
+
+def test_parts_of_rows_are_not_read_as_one(lanes: int) -> None:
+    pixels, numbers, weight = draw(2, 32, 16, 16), draw(4, 16, seed=1), draw(32, 32, 3, 3, seed=2)
+    given, timestep = parameter(pixels), parameter(numbers)
+    ends = (constant(torch.tensor([number])) for number in (3, 11, 1, 1))
+    own = reshaped(op.slice(timestep, *ends), 1, 32, 1, 1)
+    model = openvino.Model([op.add(convolved(given, weight), own)], [given, timestep])
+    assert convolutions.use_convolutions(model) == 1
+    expected = reference(pixels, weight) + numbers[:, 3:11].reshape(1, 32, 1, 1)
     assert relative_error(run(model, pixels, numbers)[0], expected) < EXACT
 
 
