@@ -7,79 +7,23 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <numeric>
-#include <random>
-#include <thread>
 #include <vector>
 
 #include "attention.h"
 #include "bytes.h"
 #include "convolution.h"
+#include "fuzz.h"
 #include "linear.h"
 #include "pictures.h"
 #include "products.h"
 #include "winograd.h"
 #include "word_format.h"
 
+using namespace fuzz;
 using namespace posecrafter;
 
 namespace {
-
-std::mt19937_64 generator;
-int num_workers = 1;
-
-int pick(int least, int most) { return std::uniform_int_distribution<int>(least, most)(generator); }
-
-bool flip() { return pick(0, 1) == 1; }
-
-std::vector<float> draw(size_t count) {
-    std::normal_distribution<float> normal;
-    std::vector<float> values(count);
-    for (float& value : values) value = normal(generator);
-    return values;
-}
-
-void parallel(int count, const std::function<void(int)>& task) {
-    std::vector<int> order(count);
-    std::iota(order.begin(), order.end(), 0);
-    if (flip()) std::shuffle(order.begin(), order.end(), generator);
-    const auto work = [&](int worker) {
-        for (int i = worker; i < count; i += num_workers) task(order[i]);
-    };
-    std::vector<std::thread> others;
-    for (int worker = 1; worker < num_workers; ++worker) others.emplace_back(work, worker);
-    work(0);  // this thread goes on to the next call, with what it keeps
-    for (std::thread& other : others) other.join();
-}
-
-using Packed = std::unique_ptr<float, decltype(&std::free)>;
-
-// An exact block, which `allocate_floats` rounds up.
-Packed block(size_t count) {
-    const size_t bytes = (count * sizeof(float) + 63) / 64 * 64;
-    return {static_cast<float*>(std::aligned_alloc(64, bytes)), &std::free};
-}
-
-// Whether what was found at some places is what it should be, and something is everywhere.
-class Judge {
-public:
-    explicit Judge(const std::vector<float>& out) : out_(out) {
-        for (float value : out) is_whole_ = is_whole_ && !std::isnan(value);
-    }
-
-    void expect(size_t at, double value) {
-        worst_ = std::max(worst_, std::fabs(value - out_[at]));
-        largest_ = std::max(largest_, std::fabs(value));
-    }
-
-    bool passes(double tolerance) const { return is_whole_ && worst_ <= tolerance * (largest_ + 1); }
-
-private:
-    const std::vector<float>& out_;
-    bool is_whole_ = true;
-    double worst_ = 0, largest_ = 0;
-};
 
 // What weights are, of eight bits also what they multiply; and how much that may differ from sums in double, of the
 // largest.

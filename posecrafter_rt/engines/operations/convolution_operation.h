@@ -11,7 +11,6 @@
 // the node is made. Layer 4.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -103,31 +102,19 @@ private:
 
     void convolve_in_tiles(ov::Tensor& out, const ov::TensorVector& inputs) const {
         const ov::Shape &pixels = inputs[0].get_shape(), &shape = out.get_shape();
-        const int frames = size(pixels[0]), channels = size(pixels[1]);
         Convolution call{};
         call.input = inputs[0].data<float>();
         call.packed = weights_.packed.get();
         call.bias = bias(inputs);
         call.residual = has_residual(num_inputs()) ? inputs.back().data<float>() : nullptr;
         call.out = out.data<float>();
-        call.frames = frames, call.in_planes = channels, call.out_planes = size(shape[1]);
+        call.frames = size(pixels[0]), call.in_planes = size(pixels[1]), call.out_planes = size(shape[1]);
         call.in_channels = size(weights_.shape[1]), call.out_channels = size(weights_.shape[0]);
         call.height = size(shape[2]), call.width = size(shape[3]), call.times = size(times_);
         call.tile = size(tile_), call.in_halves = in_halves_;
-        static thread_local std::vector<float> scales;  // and shifts
         if (is_normed(num_inputs())) {
-            scales.resize(2 * pixels[0] * pixels[1]);
-            float *scale = scales.data(), *shift = scale + pixels[0] * pixels[1];
-            const float *weight = inputs[norm_at()].data<float>(), *bias = inputs[norm_at() + 1].data<float>();
-            for (int frame = 0; groups_ == 0 && frame < frames; ++frame) {
-                std::copy_n(weight, channels, scale + frame * pixels[1]);
-                std::copy_n(bias, channels, shift + frame * pixels[1]);
-            }
-            if (groups_ > 0)
-                group_norm_scales({call.input, weight, bias, scale, shift, frames, channels, size(groups_),
-                                   pixels[2] * pixels[3], eps_},
-                                  parallel);
-            call.scale = scale, call.shift = shift;
+            const PlaneScales scales = group_norm_of(inputs, norm_at(), groups_, eps_);
+            call.scale = scales.scale, call.shift = scales.shift;
         }
         winograd_convolve(call, num_threads(), parallel);
     }

@@ -1,10 +1,11 @@
 // GroupNorm as a scale and a shift for each channel of each frame: one reading of the input for the mean, one for the
 // variance. Layer 4.
+#include "group_norm.h"
+
 #include <algorithm>
 #include <cmath>
 
 #include "simd.h"
-#include "winograd.h"
 
 namespace posecrafter {
 
@@ -36,6 +37,13 @@ double sum(const float* x, size_t count, float centre) {
 }  // namespace
 
 void group_norm_scales(const GroupNorm& norm, const Parallel& parallel) {
+    if (norm.groups == 0) {
+        for (size_t frame = 0, channels = norm.channels; frame < static_cast<size_t>(norm.frames); ++frame) {
+            std::copy_n(norm.weight, channels, norm.scale + frame * channels);
+            std::copy_n(norm.bias, channels, norm.shift + frame * channels);
+        }
+        return;
+    }
     const int width = norm.channels / norm.groups;  // of a group, in channels
     const size_t count = width * norm.size;
     parallel(norm.frames * norm.groups, [&](int index) {

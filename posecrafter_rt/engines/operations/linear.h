@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "group_norm.h"
 #include "parallel.h"
 
 namespace posecrafter {
@@ -27,11 +28,6 @@ struct Layer {
 struct LayerNorm {
     const float *weight, *bias;
     double eps;
-};
-
-// What planes are multiplied by, and what is added to that, (frames, channels), as GroupNorm comes to; or nothing.
-struct PlaneScales {
-    const float *scale, *shift;
 };
 
 // Tokens of some of the output's channels, a multiple of a panel's.

@@ -21,7 +21,6 @@
 #include "linear.h"
 #include "operation.h"
 #include "products.h"
-#include "winograd.h"
 #include "word_format.h"
 
 namespace posecrafter {
@@ -94,7 +93,7 @@ public:
         Linear call{};
         call.input = inputs[0].data<float>();
         if (eps_ > 0 && groups_ == 0) call.norm = {inputs[1].data<float>(), inputs[2].data<float>(), eps_};
-        if (eps_ > 0 && groups_ > 0) call.scales = group_norm(inputs);
+        if (eps_ > 0 && groups_ > 0) call.scales = group_norm_of(inputs, 1, groups_, eps_);
         call.layer = layer(first_, inputs[at + 1], is_gated_);
         if (is_double) call.next = layer(next_, inputs[at + 3], false);
         call.residual = has_residual(num_inputs()) ? inputs.back().data<float>() : nullptr;
@@ -119,18 +118,6 @@ private:
         if (in_halves_) return linear<Words>;
 #endif
         return in_halves_ ? linear<Half> : linear<float>;
-    }
-
-    PlaneScales group_norm(const ov::TensorVector& inputs) const {
-        const ov::Shape& planes = inputs[0].get_shape();
-        static thread_local std::vector<float> scales;  // and shifts
-        const size_t count = planes[0] * planes[1];
-        scales.resize(2 * count);
-        group_norm_scales({inputs[0].data<float>(), inputs[1].data<float>(), inputs[2].data<float>(), scales.data(),
-                           scales.data() + count, static_cast<int>(planes[0]), static_cast<int>(planes[1]),
-                           static_cast<int>(groups_), planes[2] * planes[3], eps_},
-                          parallel);
-        return {scales.data(), scales.data() + count};
     }
 
     void check(const ov::Shape& out) const {

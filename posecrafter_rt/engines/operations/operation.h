@@ -18,7 +18,9 @@
 #include <openvino/runtime/tensor.hpp>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
+#include "group_norm.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -73,6 +75,21 @@ inline Weights hold_weights(ov::Node& node, size_t index, const PackWeights& pac
     const auto place = reinterpret_cast<int64_t>(weights.packed.get());
     node.input(index).replace_source_output(ov::op::v0::Constant::create(ov::element::i64, {1}, {place}));
     return weights;
+}
+
+// What an operation's pictures (frames, channels, height, width), its first input, are multiplied by and added to by a
+// GroupNorm whose weight and bias are inputs from `weight` on; until the thread's next call.
+inline PlaneScales group_norm_of(const ov::TensorVector& inputs, size_t weight, int64_t groups, double eps) {
+    static thread_local std::vector<float> scales;  // and shifts
+    const ov::Shape& pictures = inputs[0].get_shape();
+    const size_t count = pictures[0] * pictures[1];
+    scales.resize(2 * count);
+    float *scale = scales.data(), *shift = scale + count;
+    group_norm_scales({inputs[0].data<float>(), inputs[weight].data<float>(), inputs[weight + 1].data<float>(), scale,
+                       shift, static_cast<int>(pictures[0]), static_cast<int>(pictures[1]), static_cast<int>(groups),
+                       pictures[2] * pictures[3], eps},
+                      parallel);
+    return {scale, shift};
 }
 
 // The input that is added to the output: inputs are otherwise one and pairs of a weight and a bias.

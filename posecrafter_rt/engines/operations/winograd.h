@@ -40,18 +40,4 @@ struct Convolution {
 // threads: how many work at it at best.
 void winograd_convolve(const Convolution& call, int threads, const Parallel& parallel);
 
-// GroupNorm of an input as scale and shift. input (frames, channels, size); weight and bias (channels).
-struct GroupNorm {
-    const float* input;
-    const float* weight;
-    const float* bias;
-    float* scale;
-    float* shift;
-    int frames, channels, groups;
-    size_t size;
-    double eps;
-};
-
-void group_norm_scales(const GroupNorm& norm, const Parallel& parallel);
-
 }  // namespace posecrafter
