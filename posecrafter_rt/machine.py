@@ -70,9 +70,12 @@ _earlier_peak = 0  # of what was counted before `count_peak_anew` last began
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory this process has had, whatever was counted anew."""
+    """The largest resident memory this process has had, whatever was counted anew.
+
+    On Linux the program's own: what `getrusage` tells there begins with the peak of the process that started this one.
+    """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(_earlier_peak, peak if sys.platform == "darwin" else peak * 1024)
+    return max(_earlier_peak, counted_peak_bytes() or (peak if sys.platform == "darwin" else peak * 1024))
 
 
 def count_peak_anew() -> bool:

@@ -24,6 +24,7 @@ ALL_NETWORKS = (*NETWORK_NAMES, SMALL_DECODER, SHALLOW_UNET, SHALLOW_STREAM)
 ONE_FRAME_NETWORKS = ("pose_embedding", "vae_encoder", "vae_decoder", SMALL_DECODER, SHALLOW_STREAM)
 # They run once for a person, a prompt or a number of steps.
 RUN_ONCE = ("text_encoder", "prompt_kv", "time_tables", "vae_encoder")
+IS_REFERENCE = "is_reference"  # of a stream's networks
 FEED_FORWARD_TOKENS = 1 << 16  # of a block, unless it is told otherwise: 16 frames of 64 × 64
 
 
@@ -153,7 +154,7 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
     pose = TensorSpec("pose_embeddings", image(arch.pose_channels, scale))
 
     scale_spec = TensorSpec("conditioning_scale", (1,))
-    is_reference = TensorSpec("is_reference", ("frames",), "bool")
+    is_reference = TensorSpec(IS_REFERENCE, ("frames",), "bool")
     window_mask = TensorSpec("window_mask", ("frames", "window"), "bool")
 
     def tables(time: int, kv: int) -> tuple[TensorSpec, TensorSpec]:

@@ -50,7 +50,8 @@ class Engine(Protocol):
 
     Inputs and outputs are tensors on the engine's device, named, shaped and typed as `spec` says, whatever precision runs
     inside. Outputs may be reused by the next call of the same engine, pictures, pose embeddings and those of a stream's U-Net
-    by that of any: keep a copy to keep one.
+    by that of any: keep a copy to keep one. Where no frame is the reference a stream's networks may leave out what only its own
+    frame has, `new_keyframe_kv_…`.
     has_own_threads: whether it computes on the processor's cores by threads that are not torch's.
     """
 

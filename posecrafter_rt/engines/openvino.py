@@ -5,14 +5,13 @@ Layer 4.
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
 import logging
-import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +32,7 @@ from posecrafter_rt.engines.base import (
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.openvino_attention import use_attention
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
+from posecrafter_rt.engines.openvino_ir import constants, replace_constants, same_bits, save_ir
 from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
 from posecrafter_rt.engines.openvino_operations import (
@@ -44,9 +44,10 @@ from posecrafter_rt.engines.openvino_operations import (
     missing_reason,
     network_precision,
 )
+from posecrafter_rt.engines.openvino_streams import contract_for, leave_out_reference
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError, last_line
-from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
+from posecrafter_rt.export.blob_cache import BlobCache, MappedBlob, graph_cache
 from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16, release_mapped, return_freed_memory
 from posecrafter_rt.spec import RUN_ONCE, Architecture, NetworkSpec, TensorSpec, network_specs
 
@@ -77,12 +78,25 @@ class NetworkFile(NamedTuple):
     digest: list[str]
 
 
-class Request(NamedTuple):
-    """A compiled network's request, and where it has what the spec names, in the spec's order: by name each is searched for."""
+@dataclass
+class Request:
+    """A compiled network's request, and where it has what the spec names, in the spec's order: by name each is searched for.
+
+    blob: where its weights lie, if they lie in a file. is_new: whether it never ran.
+    """
 
     request: Any
     inputs: list[int]
     outputs: list[int]
+    blob: MappedBlob | None
+    is_new: bool = True
+
+    def infer(self) -> None:
+        """Run it. At the first time operations of ours pack their weights, and need not be asked for what those lay in."""
+        self.request.infer(share_outputs=True)  # else it returns copies of them, which nobody asks for
+        if self.is_new and self.blob is not None:
+            self.blob.release()
+        self.is_new = False
 
 
 class OpenVinoEngine:
@@ -120,24 +134,27 @@ class OpenVinoEngine:
         """
         import openvino
 
-        tensors = [tensor.contiguous() for tensor in checked_inputs(self.spec, inputs, self.device)]
-        request, own_inputs, own_outputs = self._request(tuple(tuple(tensor.shape) for tensor in tensors))
-        for index, tensor in zip(own_inputs, tensors, strict=True):
-            request.set_input_tensor(index, openvino.Tensor(tensor.detach().numpy(), shared_memory=True))
-        request.infer(share_outputs=True)  # else it returns copies of them, which nobody asks for
-        outputs = {out.name: torch.from_numpy(request.get_output_tensor(index).data)
-                   for out, index in zip(self.spec.outputs, own_outputs, strict=True)}  # fmt: skip
+        checked = checked_inputs(self.spec, inputs, self.device)
+        named = dict(zip((tensor.name for tensor in self.spec.inputs), checked, strict=True))
+        spec = contract_for(self.spec, named)
+        tensors = [named[tensor.name].contiguous() for tensor in spec.inputs]
+        own = self._request(spec, tuple(tuple(tensor.shape) for tensor in tensors))
+        for index, tensor in zip(own.inputs, tensors, strict=True):
+            own.request.set_input_tensor(index, openvino.Tensor(tensor.detach().numpy(), shared_memory=True))
+        own.infer()
+        outputs = {out.name: torch.from_numpy(own.request.get_output_tensor(index).data)
+                   for out, index in zip(spec.outputs, own.outputs, strict=True)}  # fmt: skip
         if self.spec.name in RUN_ONCE and self._weight_bytes > ONCE_BYTES:
             self._requests.clear()  # for another prompt or person it is there again in a second
         return outputs
 
-    def _request(self, shapes: Shapes) -> Request:
+    def _request(self, spec: NetworkSpec, shapes: Shapes) -> Request:
         if shapes not in self._requests:
             while self._requests and not self._has_room():
                 self._requests.popitem(last=False)
-            compiled = self._compile(shapes)
-            places = (_places(compiled.inputs, self.spec.inputs), _places(compiled.outputs, self.spec.outputs))
-            self._requests[shapes] = Request(compiled.create_infer_request(), *places)
+            compiled, blob = self._compile(spec, shapes)
+            places = (_places(compiled.inputs, spec.inputs), _places(compiled.outputs, spec.outputs))
+            self._requests[shapes] = Request(compiled.create_infer_request(), *places, blob)
             release_mapped(self._weights_path)  # most weights are in another order by now
             return_freed_memory()  # compiling frees as much again as a small network holds
         self._requests.move_to_end(shapes)
@@ -158,42 +175,66 @@ class OpenVinoEngine:
         """
         return not self._swapped and (self._is_apart or self._weight_bytes <= LARGE_BYTES)
 
-    def _compile(self, shapes: Shapes) -> Any:
-        """Compile, or take what an earlier process compiled from the same weights for the same shapes."""
+    def _compile(self, spec: NetworkSpec, shapes: Shapes) -> tuple[Any, MappedBlob | None]:
+        """Compile, or take what an earlier process compiled from the same weights for the same shapes; and what it lies in.
+
+        What is compiled is taken from its file, too: there weights lie in pages of the file, not in memory of their own.
+        """
         if not self._is_kept():
-            return self._core.compile_model(self._read(shapes), "CPU", self._properties)
+            return self._compile_anew(spec, shapes), None
         key = {"network": self._digest, "shapes": shapes, "properties": self._properties,
                "by_channel": self._is_by_channel, "operations": self._operations, "precision": self._precision, "rewriting": REWRITING,
                **_runtime(self._core)}  # fmt: skip
-        blob = self._cache.load(key)
-        if blob is not None:
-            weights = {"WEIGHTS_PATH": str(self._weights_path)} if self._is_apart else {}
-            try:
-                return self._core.import_model(blob, "CPU", {**self._properties, **weights})
-            except RuntimeError as error:
-                log.warning("a kept compiled network cannot be read (%s); it is compiled again", last_line(error))
-        compiled = self._core.compile_model(self._read(shapes), "CPU", self._properties)
-        self._cache.save(key, compiled.export_model().getvalue())
-        return compiled
+        kept = self._import(key)
+        if kept is not None:
+            return kept
+        compiled = self._compile_anew(spec, shapes)
+        if not self._cache.save(key, compiled.export_model().getbuffer()):
+            return compiled, None
+        del compiled  # memory need not hold both
+        return self._import(key) or (self._compile_anew(spec, shapes), None)
 
-    def _read(self, shapes: Shapes | None = None) -> Any:
+    def _compile_anew(self, spec: NetworkSpec, shapes: Shapes) -> Any:
+        return self._core.compile_model(self._read(spec, shapes), "CPU", self._properties)
+
+    def _import(self, key: dict[str, Any]) -> tuple[Any, MappedBlob] | None:
+        """What is kept under a key, if it is there and can be read."""
+        import openvino
+
+        blob = self._cache.map(key)
+        if blob is None:
+            return None
+        weights = {"WEIGHTS_PATH": str(self._weights_path)} if self._is_apart else {}
+        tensor = openvino.Tensor(blob.array, shared_memory=True)
+        try:
+            return self._core.import_model(tensor, "CPU", {**self._properties, **weights}), blob
+        except RuntimeError as error:
+            log.warning("a kept compiled network cannot be read (%s); it is compiled again", last_line(error))
+            return None
+
+    def _open(self) -> Any:
         model = self._core.read_model(self._path)
-        _replace(model, self._swapped)
-        if shapes is not None:
-            model.reshape({spec.name: list(shape) for spec, shape in zip(self.spec.inputs, shapes, strict=True)})
-            if self._operations is not None:
-                use_attention(model, self._precision)
-                use_convolutions(model, self._precision)
-                use_linear(model, self._precision)
-                if not self._is_kept():
-                    hold_weights(model, partial(release_mapped, self._weights_path))
-            if self._is_by_channel:
-                normalise_by_channel(model)  # those that no convolution took
+        replace_constants(model, self._swapped)
+        return model
+
+    def _read(self, spec: NetworkSpec, shapes: Shapes) -> Any:
+        model = self._open()
+        if spec != self.spec:
+            leave_out_reference(model)
+        model.reshape({tensor.name: list(shape) for tensor, shape in zip(spec.inputs, shapes, strict=True)})
+        if self._operations is not None:
+            use_attention(model, self._precision)
+            use_convolutions(model, self._precision)
+            use_linear(model, self._precision)
+            if not self._is_kept():
+                hold_weights(model, partial(release_mapped, self._weights_path))
+        if self._is_by_channel:
+            normalise_by_channel(model)  # those that no convolution took
         return model
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """See `Engine.swap_weights`; what was compiled is compiled anew at the next call."""
-        shapes = {name: tuple(node.shape) for name, node in _constants(self._read()).items()}
+        shapes = {name: tuple(node.shape) for name, node in constants(self._open()).items()}
         fitting = fitting_weights(shapes, tensors)
         if fitting:
             self._swapped |= {name: tensor.detach().float().numpy().copy() for name, tensor in fitting.items()}
@@ -204,28 +245,6 @@ class OpenVinoEngine:
 def _places(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> list[int]:
     """Where among a compiled network's ports those are that the specs name."""
     return [next(index for index, port in enumerate(ports) if spec.name in port.get_names()) for spec in specs]
-
-
-def _constants(model: Any) -> dict[str, Any]:
-    """The network's weights by their parameter names."""
-    return {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
-
-
-def _replace(model: Any, arrays: Mapping[str, np.ndarray]) -> None:
-    """Give the weights of these names other values, in place; what is saved then is as if exported with them."""
-    from openvino import opset13
-
-    for name, node in _constants(model).items() if arrays else ():
-        if name in arrays:
-            constant = opset13.constant(arrays[name])
-            constant.set_friendly_name(name)
-            constant.output(0).get_tensor().set_names(node.output(0).get_tensor().get_names())
-            node.output(0).replace(constant.output(0))
-
-
-def _same_bits(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether float32 arrays are equal in shape and every bit: 0.0 is not -0.0, a NaN is itself."""
-    return np.array_equal(first.view(np.int32), second.view(np.int32))
 
 
 def _runtime(core: openvino.Core) -> dict[str, str]:
@@ -287,11 +306,11 @@ class OpenVinoBackend:
             onnx_path, path = folder / f"{name}.onnx", folder / f"{name}.xml"
             exported = export_network(network, specs[name], arch, inline=True, graphs=cache)
             save_model(exported, onnx_path)
-            written = _constants(_save_ir(core, onnx_path, path))
+            written = constants(save_ir(core, onnx_path, path))
             for file in folder.glob(f"{name}.onnx*"):  # perhaps with weights beside it
                 file.unlink()
             arrays = {key: parameter.detach().numpy() for key, parameter in network.named_parameters()}
-            is_refittable = all(key in written and _same_bits(written[key].data, arrays[key])
+            is_refittable = all(key in written and same_bits(written[key].data, arrays[key])
                                 for key in exported.graph.initializers if key in arrays)  # fmt: skip
             graphs[name] = graph_digest(network, specs[name], arch) if is_refittable else None
         _write_digests(folder, graphs)
@@ -314,10 +333,10 @@ class OpenVinoBackend:
             progress(f"refitting {name}")
             arrays = {key: parameter.detach().numpy() for key, parameter in network.named_parameters()}
             ir_path = source / f"{name}.xml"
-            stored = {key: node.data for key, node in _constants(core.read_model(ir_path)).items() if key in arrays}
-            changed = {key: arrays[key] for key, data in stored.items() if not _same_bits(data, arrays[key])}
+            stored = {key: node.data for key, node in constants(core.read_model(ir_path)).items() if key in arrays}
+            changed = {key: arrays[key] for key, data in stored.items() if not same_bits(data, arrays[key])}
             if changed:
-                _save_ir(core, ir_path, folder / ir_path.name, changed)
+                save_ir(core, ir_path, folder / ir_path.name, changed)
             else:
                 for file in (ir_path, ir_path.with_suffix(".bin")):
                     shutil.copyfile(file, folder / file.name)
@@ -359,22 +378,3 @@ def _write_digests(folder: Path, graphs: Graphs) -> None:
     write_graphs(folder, graphs)
     digests = {name: [sha256_file(folder / f"{name}{suffix}") for suffix in (".xml", ".bin")] for name in graphs}
     (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=1), encoding="utf-8")
-
-
-def _save_ir(core: openvino.Core, source: Path, path: Path, replaced: Mapping[str, np.ndarray] = {}) -> Any:
-    """Write ONNX or IR as IR with float32 weights, those of `replaced` instead of its own; returns it as read back.
-
-    A full disk may only show when a file is closed.
-    """
-    import openvino
-
-    try:
-        model = core.read_model(source)
-        _replace(model, replaced)
-        openvino.save_model(model, path, compress_to_fp16=False)
-        return core.read_model(path)
-    except RuntimeError as error:
-        needed = sum(file.stat().st_size for file in source.parent.glob(f"{source.stem}.*"))
-        if shutil.disk_usage(path.parent).free < needed:  # OpenVINO does not pass the reason on
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from posecrafter_rt.engines.base import Precision
-from posecrafter_rt.engines.openvino_norms import affine_group_norm, layer_norm
+from posecrafter_rt.engines.openvino_norms import affine_group_norm, choose_before_norm, layer_norm
 from posecrafter_rt.engines.openvino_operations import Operations, operations
 from posecrafter_rt.engines.openvino_patterns import (
     FOUR,
@@ -72,6 +72,8 @@ def use_linear(model: openvino.Model, precision: Precision = "fp32") -> int:
     available = operations(precision)
     if available is None:
         return 0
+    for node in model.get_ordered_ops():
+        choose_before_norm(node)
     for node in model.get_ordered_ops() if precision != "fp32" else ():
         _join(node)
     rewrites = (_convolve, _gate, _follow_or_add, _share)  # a gate before its layer is taken alone

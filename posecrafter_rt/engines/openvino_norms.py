@@ -51,6 +51,35 @@ def layer_norm(value: Any) -> LayerNorm | None:
     return None
 
 
+def choose_before_norm(node: Any) -> None:
+    """Where tokens are chosen of those that a LayerNorm gives, as a key frame's of all frames', norm those that are chosen alone."""
+    from openvino import opset13 as op
+
+    axis = known(node.input_value(2)) if node.get_type_name() == "Gather" else None
+    if axis is None:
+        return
+    grouped = _as_it_is(node.input_value(0))
+    is_reshape = grouped.get_node().get_type_name() == "Reshape"
+    norm = layer_norm(grouped.get_node().input_value(0) if is_reshape else grouped)
+    shape, last = list(grouped.get_shape()), len(grouped.get_shape()) - 1
+    if norm is None or shape[-1] != norm.tokens.get_shape()[-1] or int(axis.item()) % (last + 1) == last:
+        return
+    tokens = op.reshape(norm.tokens, shape, special_zero=False)
+    chosen = op.gather(tokens, node.input_value(1), node.input_value(2))
+    normed = op.mvn(chosen, op.constant(np.array([-1])), True, norm.eps, "inside_sqrt")
+    node.output(0).replace(op.add(op.multiply(normed, norm.weight), norm.bias).output(0))
+
+
+def _as_it_is(value: Any) -> Any:
+    """What a value is a slice of that leaves nothing out."""
+    while (node := value.get_node()).get_type_name() == "Slice" and node.get_input_shape(0) == value.get_shape():
+        step = known(node.input_value(3))
+        if step is None or step.min() < 1:  # the other way round
+            break
+        value = node.input_value(0)
+    return value
+
+
 def _divides_inside(mvn: Any) -> bool:
     """Whether it divides by the deviation, eps under the root."""
     facts = mvn.get_attributes()

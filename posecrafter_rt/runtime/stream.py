@@ -49,8 +49,9 @@ class Sampling(NamedTuple):
 class Predicted(NamedTuple):
     """What a `StreamDenoiser` gives; the next call of a network may overwrite all of it.
 
-    noise_pred: (F, 4, h, w). memory: the frames' own keys and values, as `StreamReference` names them. features: what the
-    steps of these frames take that keep features; empty where the engine has no such network.
+    noise_pred: (F, 4, h, w). memory: the frames' own keys and values, as `StreamReference` names them; of frames that follow
+    it the temporal ones, and others perhaps. features: what the steps of these frames take that keep features; empty where
+    the engine has no such network.
     """
 
     noise_pred: Tensor

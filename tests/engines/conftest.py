@@ -59,7 +59,7 @@ def operation() -> None:
 
 @pytest.fixture
 def byte_operation() -> None:
-    """Skips where those in eight bits cannot be had."""
+    """Skips where those in eight bits cannot be had; a test of `lanes` asks for these first, which may have no VNNI."""
     reason = operations.missing_bytes_reason()
     if reason is not None:
         pytest.skip(reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.engines import openvino as backend_module
+from posecrafter_rt.engines import openvino_ir
 from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.engines.base import BEYOND_FP16, FULL_PRECISION, Precision
 from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.openvino import KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
 from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.export.blob_cache import MappedBlob
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.machine import cpu_has_bf16
@@ -174,10 +177,45 @@ def test_what_cannot_be_imported_is_compiled_again(
     before = first(load(plain_model, openvino_networks, tmp_path)["pose_embedding"](**inputs)).clone()
     (blob,) = tmp_path.iterdir()
     engine = load(plain_model, openvino_networks, tmp_path)["pose_embedding"]
-    engine._cache = SimpleNamespace(load=lambda key: b"of another build", save=lambda key, blob: None)
+    other = tmp_path / "other"
+    other.write_bytes(b"of another build" + bytes(32))
+    engine._cache = SimpleNamespace(map=lambda key: MappedBlob(other), save=lambda key, blob: None)
     assert torch.equal(first(engine(**inputs)), before)
     blob.write_bytes(blob.read_bytes()[:-7])
     assert torch.equal(first(load(plain_model, openvino_networks, tmp_path)["pose_embedding"](**inputs)), before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what memory holds")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_weights_lie_in_the_file_and_are_let_go_of(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, byte_operation: None, precision: Precision
+) -> None:
+    """Nothing of it is copied by being written to, in the process that compiled and in one that did not; and frames that
+    outlive it stay.
+    """
+    inputs = draw(plain_model, "unet", 2)
+    for _ in range(2):
+        engine = load(plain_model, openvino_networks, tmp_path, precision)["unet"]
+        found = first(engine(**inputs))
+        (blob,) = tmp_path.glob("*.blob")
+        rights, facts = mapping(blob)
+        assert rights == "rw-p" and facts["Private_Dirty"] == facts["Anonymous"] == 0 < facts["Size"]
+        assert facts["Rss"] == 0  # until it is read again
+        wanted = found.clone()
+        assert torch.equal(first(engine(**inputs)), wanted)
+        del engine
+        gc.collect()
+        assert torch.equal(found, wanted) and mapping(blob) is None
+
+
+def mapping(path: Path) -> tuple[str, dict[str, int]] | None:
+    """The rights, and by name the kilobytes, of the only part of this process's memory that is a file."""
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    found = [part for part in parts if part.partition("\n")[0].endswith(f" {path.resolve()}")]
+    if not found:
+        return None
+    (part,) = found
+    return part.split()[1], {name: int(number) for name, number in re.findall(r"^(\w+): +(\d+) kB", part, re.MULTILINE)}
 
 
 def test_swapped_weights_are_never_taken_from_the_cache(
@@ -265,9 +303,9 @@ def test_a_full_disk_is_told_from_other_failures(
         raise RuntimeError("basic_ios::clear: iostream error")
 
     monkeypatch.setattr(openvino, "save_model", fails)
-    monkeypatch.setattr(backend_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(openvino_ir.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     with pytest.raises(OSError if number else RuntimeError) as caught:
-        backend_module._save_ir(openvino.Core(), openvino_networks / "unet.xml", tmp_path / "unet.xml")
+        openvino_ir.save_ir(openvino.Core(), openvino_networks / "unet.xml", tmp_path / "unet.xml")
     assert getattr(caught.value, "errno", None) == number
 
 
@@ -307,5 +345,5 @@ def test_the_decoders_norms_are_taken_by_channel(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
 ) -> None:
     engine = load(plain_model, openvino_networks, tmp_path)["vae_decoder"]
-    left = [node for node in engine._read(((1, 4, 16, 16),)).get_ops() if node.get_type_name() == "MVN"]
+    left = [node for node in engine._read(engine.spec, ((1, 4, 16, 16),)).get_ops() if node.get_type_name() == "MVN"]
     assert len(left) == 1  # of the attention, whose tokens are no picture

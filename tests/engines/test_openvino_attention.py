@@ -307,7 +307,7 @@ def in_steps(values: Tensor, steps: int, dim: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("build", "shape"), [case for case in CASES if case[0] is not over_frames])
-def test_in_bytes_it_is_that_of_what_is_rounded(build: Build, shape: Shape, byte_operation: None, lanes: int) -> None:
+def test_in_bytes_it_is_that_of_what_is_rounded(build: Build, shape: Shape, lanes: int, byte_operation: None) -> None:
     """Queries to 255 steps from the least to the most, keys to 127, weights to 14 bits, values to ten."""
     model, given = model_of(build, shape)
     assert use_attention(model, "int8") == 1
@@ -325,7 +325,7 @@ def test_in_bytes_it_is_that_of_what_is_rounded(build: Build, shape: Shape, byte
     assert missed < lost / NEARER or missed < EXACT
 
 
-def test_in_bytes_many_small_weights_beside_a_large_one_count(byte_operation: None, lanes: int) -> None:
+def test_in_bytes_many_small_weights_beside_a_large_one_count(lanes: int, byte_operation: None) -> None:
     """4,096 keys, of which one has a score 6 above all others: these have together ten times its weight."""
     shape = Shape(1, 3, 4096, 1, 1, 8)
     query, key, value = drawn(shape)
@@ -338,7 +338,7 @@ def test_in_bytes_many_small_weights_beside_a_large_one_count(byte_operation: No
     assert relative_error(found, reference([query, key, value], shape)) < COARSE
 
 
-def test_frames_stay_in_float32(byte_operation: None, lanes: int) -> None:
+def test_frames_stay_in_float32(lanes: int, byte_operation: None) -> None:
     model, given = model_of(over_frames, FRAMES[3])
     assert use_attention(model, "int8") == 1
     other, _ = model_of(over_frames, FRAMES[3])

@@ -196,6 +196,48 @@ def test_layers_of_the_same_normed_tokens_are_one(precision: Precision, lanes: i
     assert all(map(torch.equal, run(held, tokens), run(model, tokens)))
 
 
+def sliced(value: Any, axis: int, begin: int, end: int, step: int) -> Any:
+    return op.slice(value, *(np.array([number]) for number in (begin, end, step, axis)))
+
+
+def chosen(value: Any, index: int, axis: int) -> Any:
+    return op.gather(value, np.array(index), np.array(axis))
+
+
+LEAST, MOST = -(2**63), 2**63 - 1
+# Of normed tokens (6, 12, 32), and whether a norm stays apart from the product of them.
+CHOICES: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "a group's key frame": (lambda t: chosen(sliced(reshaped(t, 2, 3, 12, 32), 0, 0, MOST, 1), 0, 1), False),
+    "another frame, from the end": (lambda t: chosen(reshaped(t, 2, 3, 12, 32), -1, -3), False),
+    "frames": (lambda t: op.gather(t, np.array([4, 1]), np.array(0)), False),
+    "a token of each group": (lambda t: chosen(reshaped(t, 6, 3, 4, 32), 1, 2), False),
+    "frames the other way round": (lambda t: chosen(sliced(reshaped(t, 2, 3, 12, 32), 1, -1, LEAST, -1), 0, 1), True),
+    "fewer frames": (lambda t: chosen(sliced(reshaped(t, 2, 3, 12, 32), 1, 1, 3, 1), 0, 1), True),
+    "channels": (lambda t: op.gather(t, np.arange(31, -1, -1), np.array(2)), True),
+    "tokens one by one": (lambda t: chosen(reshaped(t, 6, 12, 1, 32), 0, 2), False),
+    "parts of tokens": (lambda t: op.gather(reshaped(t, 6, 24, 16), np.arange(12), np.array(1)), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_tokens_that_are_chosen_are_normed_alone(name: str, lanes: int) -> None:
+    """And what chooses otherwise stays after the norm."""
+    tokens, (choose, is_apart) = draw(6, 12, 32) * 3 + 1, CHOICES[name]
+
+    def build() -> openvino.Model:
+        given = parameter(tokens)
+        of = normed(given, draw(32, seed=6), draw(32, seed=7))
+        key = choose(of)
+        key_map = product(key, draw(2 * lanes, key.get_output_shape(0)[-1], seed=3))
+        return openvino.Model([product(of, draw(2 * lanes, 32, seed=2)), key_map], [given])
+
+    model = build()
+    assert use_linear(model) == 2 - is_apart
+    assert kinds(model)["MVN"] == is_apart
+    for found, expected in zip(run(model, tokens), run(build(), tokens), strict=True):
+        assert relative_error(found, expected) < 1e-5
+
+
 SIZE, TOKENS = (2, 32, 3, 4), (2, 12, 32)
 Graphs = dict[str, Callable[[Any, Any], list[Any]]]  # of pixels and tokens of these sizes
 
@@ -335,7 +377,7 @@ def beside(*values: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", JOINED)
-def test_products_in_bytes_that_lie_beside_each_other_are_one(name: str, byte_operation: None, lanes: int) -> None:
+def test_products_in_bytes_that_lie_beside_each_other_are_one(name: str, lanes: int, byte_operation: None) -> None:
     model, inputs = make(name, JOINED), [draw(*SIZE, seed=1), draw(*TOKENS, seed=2)]
     assert use_linear(model) == 0 and kinds(model) == kinds(make(name, JOINED))  # without loss they stay OpenVINO's
     assert use_linear(model, "int8") == 1
@@ -345,7 +387,7 @@ def test_products_in_bytes_that_lie_beside_each_other_are_one(name: str, byte_op
 
 
 @pytest.mark.parametrize("name", APART)
-def test_others_stay_apart(name: str, byte_operation: None, lanes: int) -> None:
+def test_others_stay_apart(name: str, lanes: int, byte_operation: None) -> None:
     model = make(name, APART)
     products = kinds(model)["MatMul"]
     made = 2 if name == "of other tokens" else 1  # of the same ones: one with two outputs
@@ -386,7 +428,7 @@ def test_layers_with_much_between_them_stay_apart(
 
 @pytest.mark.parametrize(("network", "found"), [("unet_stream", 4 + 3), ("controlnet_stream", 2)])
 def test_keys_and_values_of_a_stream_are_one_product(
-    network: str, found: int, openvino_networks: Path, byte_operation: None, lanes: int
+    network: str, found: int, openvino_networks: Path, lanes: int, byte_operation: None
 ) -> None:
     """Of key-frame attention in each block, and of temporal attention in all but the middle."""
     before, model = (of_three_frames(openvino_networks, network) for _ in range(2))
@@ -400,8 +442,8 @@ def test_all_of_an_exported_network_are_found(openvino_networks: Path, lanes: in
     assert blocks == 4  # one transformer block each: of three levels' attentions and the middle
     # In, out, both attentions' outputs, which are added, and the feed-forward's two; temporal attention's in all but the
     # middle; shortcuts where a residual block's channels change. Of tokens after a norm those of the first are one, and
-    # so are queries to the text.
-    found = 6 * blocks + 3 + 5 + 2 * blocks
+    # so are queries to the text, and keys and values of the key frame.
+    found = 7 * blocks + 3 + 5 + 2 * blocks
     assert use_linear(model) == found
     assert kinds(model)["Linear"] == found - blocks  # the feed-forward's two are one
     assert kinds(model)["Gelu"] == 0

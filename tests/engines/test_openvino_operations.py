@@ -62,7 +62,7 @@ def test_an_engine_finds_them_again(
     def run_anew() -> Tensor:
         return engine()(latents=pixels)["pixels"].clone()
 
-    found = kinds(engine()._read((PIXELS,)))
+    found = kinds(engine()._read(spec, (PIXELS,)))
     assert {kind: found[kind] for kind in used} == used
     first = run_anew()
     assert relative_error(first, reference(pixels)) < EXACT

@@ -20,7 +20,21 @@ def test_what_was_saved_is_loaded_by_another_cache(tmp_path: Path) -> None:
     assert BlobCache(tmp_path / "absent").load({"a": 1}) is None
 
 
-@pytest.mark.parametrize("position", [0, 31, 32, -1])
+def test_what_was_saved_is_read_where_it_lies_and_again_once_it_was_let_go_of(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 100
+    BlobCache(tmp_path).save({}, content)
+    blob = BlobCache(tmp_path).map({})
+    assert blob is not None and blob.array.tobytes() == content
+    blob.release()
+    BlobCache(tmp_path).path({}).unlink()  # as when it is too old
+    assert blob.array.tobytes() == content
+    BlobCache(tmp_path).save({}, b"")
+    assert BlobCache(tmp_path).load({}) == b""
+    BlobCache(tmp_path).path({}).write_bytes(b"")
+    assert BlobCache(tmp_path).map({}) is None
+
+
+@pytest.mark.parametrize("position", [0, 11, 12, -1])
 def test_one_altered_byte_is_noticed(tmp_path: Path, position: int) -> None:
     cache = BlobCache(tmp_path)
     cache.save({}, b"some content")

@@ -79,6 +79,8 @@ public:
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         std::call_once(once_, [&] {
+            bias_ = numbers(inputs[2]);
+            if (is_normed(num_inputs())) norm_ = {numbers(inputs[norm_at()]), numbers(inputs[norm_at() + 1])};
             if (!holds_weights_) weights_ = pack(inputs[1]);
         });
         if (tile_ == 0)
@@ -91,10 +93,9 @@ public:
 private:
     // The bias, and what is added to it.
     const float* bias(const ov::TensorVector& inputs) const {
-        const float* bias = inputs[2].data<float>();
-        if (added_at_ < 0) return bias;
-        static thread_local std::vector<float> sums;
-        sums.assign(bias, bias + inputs[2].get_size());
+        if (added_at_ < 0) return bias_.data();
+        static thread_local Numbers sums;
+        sums = bias_;
         const float* added = inputs[3].data<float>() + added_at_;
         for (float& sum : sums) sum += *added++;
         return sums.data();
@@ -113,7 +114,7 @@ private:
         call.height = size(shape[2]), call.width = size(shape[3]), call.times = size(times_);
         call.tile = size(tile_), call.in_halves = in_halves_;
         if (is_normed(num_inputs())) {
-            const PlaneScales scales = group_norm_of(inputs, norm_at(), groups_, eps_);
+            const PlaneScales scales = group_norm_of(inputs[0], norm_, groups_, eps_);
             call.scale = scales.scale, call.shift = scales.shift;
         }
         winograd_convolve(call, num_threads(), parallel);
@@ -126,8 +127,7 @@ private:
         call.picture.frames = size(pixels[0]), call.picture.channels = size(pixels[1]);
         call.picture.height = size(pixels[2]), call.picture.width = size(pixels[3]);
         if (is_normed(num_inputs())) {
-            call.picture.weight = inputs[norm_at()].data<float>();
-            call.picture.bias = inputs[norm_at() + 1].data<float>();
+            call.picture.weight = norm_.weight.data(), call.picture.bias = norm_.bias.data();
             call.picture.groups = size(groups_), call.picture.eps = eps_;
         }
         call.window = {size(stride_), size(times_), size(shape[2]), size(shape[3])};
@@ -229,6 +229,8 @@ private:
     bool holds_weights_ = false;
     mutable std::once_flag once_;
     mutable Weights weights_;
+    mutable Numbers bias_;
+    mutable Norm norm_;
 };
 
 }  // namespace posecrafter

@@ -86,16 +86,19 @@ public:
         const bool is_double = has_next(num_inputs());
         const size_t at = weight_at();
         std::call_once(once_, [&] {
+            bias_ = numbers(inputs[at + 1]);
+            if (is_double) next_bias_ = numbers(inputs[at + 3]);
+            if (eps_ > 0) norm_ = {numbers(inputs[1]), numbers(inputs[2])};
             if (holds_weights_) return;
             first_ = pack(inputs[at]);
             if (is_double) next_ = pack(inputs[at + 2]);
         });
         Linear call{};
         call.input = inputs[0].data<float>();
-        if (eps_ > 0 && groups_ == 0) call.norm = {inputs[1].data<float>(), inputs[2].data<float>(), eps_};
-        if (eps_ > 0 && groups_ > 0) call.scales = group_norm_of(inputs, 1, groups_, eps_);
-        call.layer = layer(first_, inputs[at + 1], is_gated_);
-        if (is_double) call.next = layer(next_, inputs[at + 3], false);
+        if (eps_ > 0 && groups_ == 0) call.norm = {norm_.weight.data(), norm_.bias.data(), eps_};
+        if (eps_ > 0 && groups_ > 0) call.scales = group_norm_of(inputs[0], norm_, groups_, eps_);
+        call.layer = layer(first_, bias_, is_gated_);
+        if (is_double) call.next = layer(next_, next_bias_, false);
         call.residual = has_residual(num_inputs()) ? inputs.back().data<float>() : nullptr;
         call.out = outputs[0].data<float>();
         for (size_t part = 0; part < widths_.size(); ++part)
@@ -199,10 +202,9 @@ private:
         });
     }
 
-    static Layer layer(const Weights& weights, const ov::Tensor& bias, bool is_gated) {
+    static Layer layer(const Weights& weights, const Numbers& bias, bool is_gated) {
         const size_t out = weights.shape[0], in = ov::shape_size(weights.shape) / out;
-        return {weights.packed.get(), bias.data<float>(), static_cast<int>(in),
-                static_cast<int>(is_gated ? out / 2 : out)};
+        return {weights.packed.get(), bias.data(), static_cast<int>(in), static_cast<int>(is_gated ? out / 2 : out)};
     }
 
     int64_t height_ = 0;
@@ -215,6 +217,8 @@ private:
     bool holds_weights_ = false;
     mutable std::once_flag once_;
     mutable Weights first_, next_;
+    mutable Numbers bias_, next_bias_;
+    mutable Norm norm_;
 };
 
 }  // namespace posecrafter

@@ -77,18 +77,31 @@ inline Weights hold_weights(ov::Node& node, size_t index, const PackWeights& pac
     return weights;
 }
 
-// What an operation's pictures (frames, channels, height, width), its first input, are multiplied by and added to by a
-// GroupNorm whose weight and bias are inputs from `weight` on; until the thread's next call.
-inline PlaneScales group_norm_of(const ov::TensorVector& inputs, size_t weight, int64_t groups, double eps) {
+// A constant's numbers, copied when weights are packed: what constants lie in, perhaps a file, is not read again.
+using Numbers = std::vector<float>;
+
+inline Numbers numbers(const ov::Tensor& constant) {
+    const float* first = constant.data<float>();
+    return {first, first + constant.get_size()};
+}
+
+// A norm's constants.
+struct Norm {
+    Numbers weight, bias;
+};
+
+// What an operation's pictures (frames, channels, height, width) are multiplied by and added to by a GroupNorm; until
+// the thread's next call.
+inline PlaneScales group_norm_of(const ov::Tensor& pictures, const Norm& norm, int64_t groups, double eps) {
     static thread_local std::vector<float> scales;  // and shifts
-    const ov::Shape& pictures = inputs[0].get_shape();
-    const size_t count = pictures[0] * pictures[1];
+    const ov::Shape& shape = pictures.get_shape();
+    const size_t count = shape[0] * shape[1];
     scales.resize(2 * count);
     float *scale = scales.data(), *shift = scale + count;
-    group_norm_scales({inputs[0].data<float>(), inputs[weight].data<float>(), inputs[weight + 1].data<float>(), scale,
-                       shift, static_cast<int>(pictures[0]), static_cast<int>(pictures[1]), static_cast<int>(groups),
-                       pictures[2] * pictures[3], eps},
-                      parallel);
+    group_norm_scales(
+        {pictures.data<float>(), norm.weight.data(), norm.bias.data(), scale, shift, static_cast<int>(shape[0]),
+         static_cast<int>(shape[1]), static_cast<int>(groups), shape[2] * shape[3], eps},
+        parallel);
     return {scale, shift};
 }
 
