@@ -67,11 +67,15 @@ class BlobCache:
 
     def load(self, key: dict[str, Any]) -> bytes | None:
         """The blob, or None when absent or damaged."""
-        blob = self.map(key)
-        return None if blob is None else blob.array.tobytes()
+        try:
+            content = self.path(key).read_bytes()
+        except OSError:
+            return None
+        blob, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+        return blob if hashlib.sha256(blob).digest() == digest else None
 
     def map(self, key: dict[str, Any]) -> MappedBlob | None:
-        """The same, read where it lies."""
+        """The same, read where it lies: the file may be removed meanwhile, or replaced by another, but not written to."""
         try:
             blob = MappedBlob(self.path(key))
         except (OSError, ValueError):  # it is not there; or empty, which cannot be mapped

@@ -253,3 +253,12 @@ def test_where_there_is_no_openmp_nothing_is_changed(two_threads: None, monkeypa
     monkeypatch.setattr(machine, "_openmp", lambda: None)
     with one_openmp_thread():
         assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(counted_peak_bytes() is None, reason="the system does not tell a program's own peak")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    """Which this one's is, having torch in memory, and more than this."""
+    asked = "from posecrafter_rt.machine import peak_rss_bytes; print(peak_rss_bytes())"
+    held = bytearray(200 * MIB)
+    told = int(subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout)
+    assert 0 < told < 100 * MIB < len(held) < peak_rss_bytes()

@@ -44,12 +44,12 @@ from posecrafter_rt.engines.openvino_operations import (
     missing_reason,
     network_precision,
 )
-from posecrafter_rt.engines.openvino_streams import contract_for, leave_out_reference
+from posecrafter_rt.engines.openvino_streams import following, leave_out_reference
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError, last_line
 from posecrafter_rt.export.blob_cache import BlobCache, MappedBlob, graph_cache
 from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16, release_mapped, return_freed_memory
-from posecrafter_rt.spec import RUN_ONCE, Architecture, NetworkSpec, TensorSpec, network_specs
+from posecrafter_rt.spec import IS_REFERENCE, RUN_ONCE, Architecture, NetworkSpec, TensorSpec, network_specs
 
 if TYPE_CHECKING:
     import openvino
@@ -100,7 +100,8 @@ class Request:
 
 
 class OpenVinoEngine:
-    """One network; each new input shape is compiled once, statically, and kept, but for large networks of RUN_ONCE.
+    """One network; each new input shape is compiled once, statically, and kept, but for large networks of RUN_ONCE; a stream's
+    once for the reference, and once for frames that follow it.
 
     Never one model for changing shapes: with dynamic shapes OpenVINO 2026.4 returns garbage for temporal attention when
     one frame is followed by sixteen or more.
@@ -112,7 +113,7 @@ class OpenVinoEngine:
         self, spec: NetworkSpec, core: openvino.Core, file: NetworkFile, properties: dict[str, Any], cache: BlobCache,
         precision: Precision,
     ) -> None:  # fmt: skip
-        self.spec, self.device = spec, torch.device("cpu")
+        self.spec, self._following, self.device = spec, following(spec), torch.device("cpu")
         self._core, self._path, self._digest = core, file.path, file.digest
         self._cache, self._precision = cache, precision
         self._requests: OrderedDict[Shapes, Request] = OrderedDict()
@@ -136,7 +137,8 @@ class OpenVinoEngine:
 
         checked = checked_inputs(self.spec, inputs, self.device)
         named = dict(zip((tensor.name for tensor in self.spec.inputs), checked, strict=True))
-        spec = contract_for(self.spec, named)
+        is_led = IS_REFERENCE in named and bool(named[IS_REFERENCE].any())
+        spec = self.spec if is_led else self._following
         tensors = [named[tensor.name].contiguous() for tensor in spec.inputs]
         own = self._request(spec, tuple(tuple(tensor.shape) for tensor in tensors))
         for index, tensor in zip(own.inputs, tensors, strict=True):
@@ -178,36 +180,41 @@ class OpenVinoEngine:
     def _compile(self, spec: NetworkSpec, shapes: Shapes) -> tuple[Any, MappedBlob | None]:
         """Compile, or take what an earlier process compiled from the same weights for the same shapes; and what it lies in.
 
-        What is compiled is taken from its file, too: there weights lie in pages of the file, not in memory of their own.
+        What is compiled, its weights with it, is taken from its file, too: there they lie in pages of the file, not in memory
+        of their own.
         """
         if not self._is_kept():
             return self._compile_anew(spec, shapes), None
         key = {"network": self._digest, "shapes": shapes, "properties": self._properties,
                "by_channel": self._is_by_channel, "operations": self._operations, "precision": self._precision, "rewriting": REWRITING,
                **_runtime(self._core)}  # fmt: skip
-        kept = self._import(key)
-        if kept is not None:
-            return kept
+        kept = self._cache.map(key)
+        imported = self._import(kept)
+        if imported is not None:
+            return imported, kept
         compiled = self._compile_anew(spec, shapes)
-        if not self._cache.save(key, compiled.export_model().getbuffer()):
+        is_saved = self._cache.save(key, compiled.export_model().getbuffer())
+        # Not where its weights lie apart anyway, nor where what was kept could not be read.
+        blob = self._cache.map(key) if is_saved and not self._is_apart and kept is None else None
+        if blob is None:
             return compiled, None
         del compiled  # memory need not hold both
-        return self._import(key) or (self._compile_anew(spec, shapes), None)
+        imported = self._import(blob)
+        return (self._compile_anew(spec, shapes), None) if imported is None else (imported, blob)
 
     def _compile_anew(self, spec: NetworkSpec, shapes: Shapes) -> Any:
         return self._core.compile_model(self._read(spec, shapes), "CPU", self._properties)
 
-    def _import(self, key: dict[str, Any]) -> tuple[Any, MappedBlob] | None:
-        """What is kept under a key, if it is there and can be read."""
+    def _import(self, blob: MappedBlob | None) -> Any | None:
+        """What a blob holds, if there is one and it can be read."""
         import openvino
 
-        blob = self._cache.map(key)
         if blob is None:
             return None
         weights = {"WEIGHTS_PATH": str(self._weights_path)} if self._is_apart else {}
         tensor = openvino.Tensor(blob.array, shared_memory=True)
         try:
-            return self._core.import_model(tensor, "CPU", {**self._properties, **weights}), blob
+            return self._core.import_model(tensor, "CPU", {**self._properties, **weights})
         except RuntimeError as error:
             log.warning("a kept compiled network cannot be read (%s); it is compiled again", last_line(error))
             return None
@@ -219,7 +226,7 @@ class OpenVinoEngine:
 
     def _read(self, spec: NetworkSpec, shapes: Shapes) -> Any:
         model = self._open()
-        if spec != self.spec:
+        if spec is not self.spec:
             leave_out_reference(model)
         model.reshape({tensor.name: list(shape) for tensor, shape in zip(spec.inputs, shapes, strict=True)})
         if self._operations is not None:

@@ -56,7 +56,7 @@ def choose_before_norm(node: Any) -> None:
     from openvino import opset13 as op
 
     axis = known(node.input_value(2)) if node.get_type_name() == "Gather" else None
-    if axis is None:
+    if axis is None or node.get_attributes()["batch_dims"] != 0:
         return
     grouped = _as_it_is(node.input_value(0))
     is_reshape = grouped.get_node().get_type_name() == "Reshape"

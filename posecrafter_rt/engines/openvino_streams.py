@@ -6,11 +6,8 @@ given. For a frame that follows, those would be computed for nobody, in each key
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from posecrafter_rt.spec import IS_REFERENCE, NetworkSpec
 
@@ -20,9 +17,11 @@ if TYPE_CHECKING:
 REFERENCES_OWN = "new_keyframe_kv_"  # outputs that only a reference's frame has
 
 
-def contract_for(spec: NetworkSpec, inputs: Mapping[str, Tensor]) -> NetworkSpec:
-    """What of a network's contract a call needs: where no frame is the reference, neither the question nor its own outputs."""
-    if IS_REFERENCE not in inputs or bool(inputs[IS_REFERENCE].any()):
+def following(spec: NetworkSpec) -> NetworkSpec:
+    """A network's contract where no frame is the reference: without the question, and without outputs of its own; itself where
+    it does not ask.
+    """
+    if all(tensor.name != IS_REFERENCE for tensor in spec.inputs):
         return spec
     asked = tuple(tensor for tensor in spec.inputs if tensor.name != IS_REFERENCE)
     given = tuple(tensor for tensor in spec.outputs if not tensor.name.startswith(REFERENCES_OWN))
