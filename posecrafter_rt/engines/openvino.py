@@ -116,6 +116,7 @@ class OpenVinoEngine:
         self.spec, self._following, self.device = spec, following(spec), torch.device("cpu")
         self._core, self._path, self._digest = core, file.path, file.digest
         self._cache, self._precision = cache, precision
+        # Of both contracts, which differ in how many shapes they have.
         self._requests: OrderedDict[Shapes, Request] = OrderedDict()
         self._weights_path = self._path.with_suffix(".bin")
         self._weight_bytes = self._weights_path.stat().st_size
