@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from posecrafter_rt.engines.openvino_operations import (
     missing_halves_reason,
     missing_reason,
     network_precision,
+    packing_from,
 )
 from posecrafter_rt.engines.openvino_streams import following, leave_out_reference
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
@@ -92,10 +94,10 @@ class Request:
     is_new: bool = True
 
     def infer(self) -> None:
-        """Run it. At the first time operations of ours pack their weights, and need not be asked for what those lay in."""
-        self.request.infer(share_outputs=True)  # else it returns copies of them, which nobody asks for
-        if self.is_new and self.blob is not None:
-            self.blob.release()
+        """Run it. At the first time operations of ours pack their weights, which are not read again."""
+        blob = self.blob if self.is_new else None
+        with nullcontext() if blob is None else packing_from(blob):
+            self.request.infer(share_outputs=True)  # else it returns copies of them, which nobody asks for
         self.is_new = False
 
 

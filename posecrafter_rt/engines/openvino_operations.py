@@ -6,12 +6,14 @@ user's cache. Where that fails OpenVINO's own operations run: nothing but time i
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +26,7 @@ from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
 from posecrafter_rt.engines.base import BEYOND_FP16, Precision, inner_precision
 from posecrafter_rt.engines.openvino_trials import Trial, all_trials
 from posecrafter_rt.errors import PoseCrafterError, last_line
+from posecrafter_rt.export.blob_cache import MappedBlob
 from posecrafter_rt.machine import cpu_features
 
 if TYPE_CHECKING:
@@ -175,6 +178,26 @@ def hold_weights(model: openvino.Model, release: Callable[[], None]) -> None:
             own.replace(held)
         del node, own
         release()
+
+
+@contextmanager
+def packing_from(blob: MappedBlob) -> Iterator[None]:
+    """While a network runs for the first time whose weights lie in `blob`: no more of them is in memory than is being packed.
+
+    Afterwards none is.
+    """
+    library = _built(_fitting()).library
+    blob.release()
+    if library is None:
+        yield
+    else:
+        calls, first = ctypes.CDLL(str(library)), ctypes.c_void_p(blob.array.ctypes.data)
+        calls.posecrafter_pack_from(first, ctypes.c_size_t(blob.array.nbytes))
+        try:
+            yield
+        finally:
+            calls.posecrafter_packed_from(first)
+    blob.release()
 
 
 def _fitting() -> tuple[Vectors, ...]:

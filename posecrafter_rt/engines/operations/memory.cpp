@@ -1,7 +1,10 @@
-// Memory in large pages. Layer 4.
+// Memory in large pages, and of mapped files. Layer 4.
 #include "memory.h"
 
+#include <algorithm>
+#include <mutex>
 #include <new>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -22,4 +25,42 @@ float* allocate_floats(size_t count) {
     return static_cast<float*>(memory);
 }
 
+namespace {
+
+// A file's bytes, mapped to read: they can be read again at any time.
+struct Mapped {
+    char* first;
+    size_t bytes;
+};
+
+std::mutex mapped_mutex;
+std::vector<Mapped> all_mapped;
+
+}  // namespace
+
+void let_go_of_packed(const void* weights) {
+#ifdef MADV_DONTNEED
+    const std::lock_guard<std::mutex> lock(mapped_mutex);
+    for (const Mapped& mapped : all_mapped) {
+        const char* const place = static_cast<const char*>(weights);
+        // All of it goes, for the system reads megabytes where one page is asked for.
+        if (place >= mapped.first && place < mapped.first + mapped.bytes)
+            madvise(mapped.first, mapped.bytes, MADV_DONTNEED);
+    }
+#endif
+}
+
 }  // namespace posecrafter
+
+// What openvino_operations.py calls before and after a network's first run: where the file lies that weights are packed
+// from. Nothing may have been written there.
+extern "C" __attribute__((visibility("default"))) void posecrafter_pack_from(char* first, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(posecrafter::mapped_mutex);
+    posecrafter::all_mapped.push_back({first, bytes});
+}
+
+extern "C" __attribute__((visibility("default"))) void posecrafter_packed_from(const char* first) {
+    const std::lock_guard<std::mutex> lock(posecrafter::mapped_mutex);
+    auto& all = posecrafter::all_mapped;
+    all.erase(std::find_if(all.begin(), all.end(), [=](const auto& mapped) { return mapped.first == first; }));
+}

@@ -11,6 +11,10 @@ namespace posecrafter {
 // std::free. Throws std::bad_alloc.
 float* allocate_floats(size_t count);
 
+// Of weights that have been packed: lets go of the pages that they lie in, if those are a file's that was told of by
+// posecrafter_pack_from. Until the last are packed all would be in memory otherwise, beside what is made of them.
+void let_go_of_packed(const void* weights);
+
 // Memory of one thread that grows to what its calls need, and stays: pages that are new at every call cost as much as a
 // phase.
 class Scratch {

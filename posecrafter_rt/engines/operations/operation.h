@@ -55,10 +55,14 @@ Weights packed_weights(const ov::Tensor& weight, size_t in, int kind, size_t flo
     const std::string_view bytes(static_cast<const char*>(weight.data()), weight.get_byte_size());
     const WeightsKey key{std::hash<std::string_view>()(bytes), in, weight.get_shape()[0], kind};
     const std::lock_guard<std::mutex> lock(mutex);
-    if (std::shared_ptr<float> found = known[key].lock()) return {found, weight.get_shape()};
+    if (std::shared_ptr<float> found = known[key].lock()) {
+        let_go_of_packed(weight.data());
+        return {found, weight.get_shape()};
+    }
     for (auto it = known.begin(); it != known.end();) it = it->second.expired() ? known.erase(it) : std::next(it);
     const std::shared_ptr<float> packed(allocate_floats(floats), std::free);
     pack(packed.get());
+    let_go_of_packed(weight.data());
     known[key] = packed;
     return {packed, weight.get_shape()};
 }
