@@ -48,10 +48,10 @@ PARTS = {  # each with its limit in seconds on an H100
     # A dozen networks that are compiled once; on two cores of a processor that takes minutes.
     "inductor's networks": (("pytest", "-q", "-m", "slow", "-k", "inductor", "tests/engines/test_parity.py"), 600),
 }  # fmt: skip
-# Its plans take minutes to build, a hundred of them: no part of the others, and what fails first tells what to mend. What is timed
-# is timed beside `torch` once more, so that the results, of the same names as those above, lack nothing that those had.
+# Its plans take minutes to build, a hundred of them: no part of the others, and the first failures, of a precision perhaps, tell
+# what to mend. What is timed is timed beside `torch` once more, so that the results, of the same names as those above, lack nothing that those had.
 TENSORRT = {
-    "tensorrt": (("pytest", "-x", "-q", "-k", "tensorrt", "tests/engines/test_tensorrt.py", *OF_BACKENDS, STREAMS), 3600),
+    "tensorrt": (("pytest", "--maxfail=3", "-q", "-k", "tensorrt", "tests/engines/test_tensorrt.py", *OF_BACKENDS, STREAMS), 3600),
     "engines with tensorrt": ((*ENGINES, "tensorrt fp16"), 1800),
     "second identities of tensorrt": ((*REFIT, "tensorrt"), 3600),
 }  # fmt: skip

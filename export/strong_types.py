@@ -19,6 +19,8 @@ DATA_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # Sums over many elements: in float16 a variance overflows from |x| = 256 on, in bfloat16 it keeps two digits.
 STATISTICS = frozenset({"ReduceMean", "ReduceSum"})
 ISLANDS = STATISTICS | {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "Softmax"}
+# TensorRT has no transposed convolution in bfloat16, at least to 11.2 (its issue 4829): a build fails for want of one.
+ISLANDS_IN = {DATA_TYPES["bf16"]: frozenset({"ConvTranspose"})}
 # What is computed from statistics, element by element, is computed in their precision.
 FOLLOWERS = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Pow", "Expand", "Unsqueeze", "Cast", "Where"})
 FLOAT_INPUTS = {"Resize": (1, 2)}  # roi and scales: ONNX has them in float32, whatever is resized
@@ -39,7 +41,7 @@ def lower_precision(model: ir.Model, precision: str, kept: Collection[str] = ())
     if precision == "fp32":
         return
     low, graph = DATA_TYPES[precision], model.graph
-    islands = _islands(graph)
+    islands = _islands(graph, low)
     casts = _Casts(graph)
     _lower_weights(graph, islands, low)
     for handed in graph.inputs:
@@ -59,8 +61,9 @@ def lower_precision(model: ir.Model, precision: str, kept: Collection[str] = ())
             graph.outputs[index] = casts.output(output, wanted)
 
 
-def _islands(graph: ir.Graph) -> set[ir.Node]:
+def _islands(graph: ir.Graph, low: ir.DataType) -> set[ir.Node]:
     """The nodes that compute in float32."""
+    kinds = ISLANDS | ISLANDS_IN.get(low, frozenset())
     islands: set[ir.Node] = set()
     statistics: set[ir.Node] = set()
     for node in graph:  # in topological order
@@ -71,9 +74,22 @@ def _islands(graph: ir.Graph) -> set[ir.Node]:
             or (node.op_type in FOLLOWERS and producers & statistics)
         ):
             statistics.add(node)
-        if node.op_type in ISLANDS or node in statistics or node.op_type == "Constant":
+        if node.op_type in kinds or node in statistics or node.op_type == "Constant":
             islands.add(node)
     return islands
+
+
+def lift_constants(graph: ir.Graph) -> None:
+    """Make initialisers of constant floats: a runtime may join one to a weight, and a refit then has to name it."""
+    for node in list(graph):
+        tensor = ir.convenience.get_const_tensor(node.outputs[0]) if node.op_type == "Constant" else None
+        if tensor is None or tensor.dtype not in (FLOAT, *DATA_TYPES.values()) or node.outputs[0].is_graph_output():
+            continue
+        given = node.outputs[0]
+        lifted = ir.Value(name=given.name, shape=given.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        given.replace_all_uses_with(lifted)
+        graph.remove(node, safe=True)
+        graph.register_initializer(lifted)
 
 
 def _asks_for_float(node: ir.Node) -> bool:

@@ -98,14 +98,15 @@ def print_record(record: dict[str, Any]) -> None:
 
 def print_networks(networks: Mapping[str, Mapping[str, Any]]) -> None:
     """A line for each network; of its inputs and outputs the first."""
-    has_plugins = any("attentions" in network for network in networks.values())
+    noted = [name for name in ("plugins", "error") if any(name in network for network in networks.values())]
     rows = []
     for name, network in networks.items():
-        coverage = f"{network['plugins']} of {network['attentions']}" if network.get("attentions") else ""
+        told = {"plugins": f"{network['plugins']} of {network['attentions']}" if network.get("attentions") else "",
+                "error": f"{network['error']:.1g}" if "error" in network else ""}  # fmt: skip
         shapes = [show_tensors(network[kind], network.get("limits", {})) for kind in ("inputs", "outputs")]
         rows.append((name, network["precision"], f"{network['weights']:,}", size_of(network["bytes"]),
-                     *((coverage,) if has_plugins else ()), *shapes))  # fmt: skip
-    header = ("networks", "runs in", "weights", "size", *(("plugins",) if has_plugins else ()), "takes", "gives")
+                     *(told[name] for name in noted), *shapes))  # fmt: skip
+    header = ("networks", "runs in", "weights", "size", *noted, "takes", "gives")
     print_table(rows, header)
 
 

@@ -42,9 +42,17 @@ def write_description(networks_folder: Path, networks: Mapping[str, Mapping[str,
     """Keep what only building knows, for `describe_networks`.
 
     Args: networks: by name plugins, how many of the attentions run our kernels; attentions, how many there are; limits,
-        the least and the most of each free dimension, by its symbol.
+        the least and the most of each free dimension, by its symbol; error, the largest relative one of an output to the
+        module's in float32.
     """
     (networks_folder / DESCRIPTION_FILE).write_text(json.dumps(networks, indent=1), encoding="utf-8")
+
+
+def read_description(networks_folder: Path) -> dict[str, dict[str, Any]]:
+    """What `write_description` kept, by network; nothing where it kept nothing."""
+    noted = networks_folder / DESCRIPTION_FILE
+    found: dict[str, dict[str, Any]] = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+    return found
 
 
 def describe_networks(folder: EngineFolder) -> dict[str, dict[str, Any]]:
@@ -53,9 +61,8 @@ def describe_networks(folder: EngineFolder) -> dict[str, dict[str, Any]]:
     Each has its precision; inputs and outputs, by name the shape and type that `spec` gives them at the engine's size;
     files, bytes and weights (several networks of `torch` read one file); and what `write_description` kept of it.
     """
-    manifest, noted = folder.manifest, folder.networks / DESCRIPTION_FILE
+    manifest, kept = folder.manifest, read_description(folder.networks)
     precision_of = network_precision if manifest["backend"] == "openvino" else inner_precision
-    kept = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
     described = {}
     for name, spec in network_specs(Architecture.from_json(manifest["architecture"])).items():
         stems = COMPONENTS[name] if manifest["backend"] == "torch" else (name,)

@@ -28,7 +28,7 @@ from posecrafter_rt.engines.base import (
     inner_precision,
     untyped_reason,
 )
-from posecrafter_rt.engines.description import DESCRIPTION_FILE, write_description
+from posecrafter_rt.engines.description import read_description, write_description
 from posecrafter_rt.engines.device import describe_compiled_device, gpu_name
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.refit import (
@@ -74,8 +74,8 @@ log = logging.getLogger(__name__)
 def network_precision(name: str, precision: Precision) -> tuple[Precision, bool]:
     """A network's precision inside an engine of a precision, and whether its float32 products may be TF32."""
     inner = inner_precision(name, precision)
-    # TF32 has float16's mantissa and no end of its range.
-    return inner, inner != precision and name in BEYOND_FP16
+    # TF32 has float16's mantissa and no end of its range; in bf16 it is for what TensorRT has not in that.
+    return inner, inner == "bf16" or (inner != precision and name in BEYOND_FP16)
 
 
 class TensorRTBackend:
@@ -145,7 +145,7 @@ class TensorRTBackend:
             timing_cache = measured or timing_cache
             timings.save(key, timing_cache)
             progress(f"checking {name}")
-            self._compare(folder, network, specs[name], arch, precision, "--backend torch")
+            described[name]["error"] = self._compare(folder, network, specs[name], arch, precision, "--backend torch")
             leave_memory()
         (folder / TIMING_CACHE).write_bytes(timing_cache)
         write_graphs(folder, graphs)
@@ -162,6 +162,7 @@ class TensorRTBackend:
         """
         check_description(source, {"tensorrt": _version(), "device": gpu_name()})
         specs, graphs = network_specs(arch), read_graphs(source)
+        described = read_description(source)
         for name, network in model.to(torch.float32).networks().items():
             check_graph(source, graphs, name, graph_digest(network, specs[name], arch))
             progress(f"refitting {name}")
@@ -174,16 +175,18 @@ class TensorRTBackend:
             weights = {**stored, **changed}
             save_tensors(weights, folder / f"{name}.safetensors")
             _refit_plan(source, folder, name, changed, weights)
-            self._compare(folder, network, specs[name], arch, precision, WITHOUT)
+            described[name]["error"] = self._compare(folder, network, specs[name], arch, precision, WITHOUT)
             leave_memory()
-        for file in (TIMING_CACHE, DESCRIPTION, DESCRIPTION_FILE, GRAPHS_FILE):
+        for file in (TIMING_CACHE, DESCRIPTION, GRAPHS_FILE):
             shutil.copyfile(source / file, folder / file)
+        write_description(folder, described)
 
     def _compare(
         self, folder: Path, network: nn.Module, spec: NetworkSpec, arch: Architecture, precision: Precision, hint: str
-    ) -> None:
+    ) -> float:
         """Run what was written on the smallest clip that has two frames: as it is, recorded, and replayed.
 
+        Returns: the largest relative error of an output.
         Raises: EngineFolderError, with this hint.
         """
         device = torch.device("cuda", torch.cuda.current_device())
@@ -195,7 +198,7 @@ class TensorRTBackend:
             expected = network(*inputs.values())
         given = {name: tensor.to(device) for name, tensor in inputs.items()}  # at one address, or nothing is replayed
         inner, allow_tf32 = network_precision(spec.name, precision)
-        tolerance = TOLERANCES["fp16" if allow_tf32 else inner]
+        tolerance, worst = max(TOLERANCES[inner], TOLERANCES["fp16"] if allow_tf32 else 0), 0.0
         for _ in range(3):
             outputs = engine(**given)
             for tensor, right in zip(spec.outputs, expected, strict=True):
@@ -203,6 +206,8 @@ class TensorRTBackend:
                 if not error <= tolerance:  # so that NaN is refused
                     message = f"TensorRT's {spec.name} gives {tensor.name} with a relative error of {error:.2g}"
                     raise EngineFolderError(message, hint)
+                worst = max(worst, error)
+        return worst
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
         """Every network: decoders with one workspace between them, the others with another.
@@ -268,7 +273,7 @@ def prepare_graph(
 
     Returns: how many attentions are plugins, and how many there are.
     """
-    from posecrafter_rt.export.strong_types import kept_names, lower_precision
+    from posecrafter_rt.export.strong_types import kept_names, lift_constants, lower_precision
     from posecrafter_rt.export.tensorrt_plugins import mark_plugins
     from posecrafter_rt.kernels.plugins import plugin_kernel, unsupported_reason
 
@@ -291,6 +296,7 @@ def prepare_graph(
 
     counts = mark_plugins(graph, has_plugin)
     lower_precision(graph, precision, kept_names(spec))
+    lift_constants(graph.graph)
     return counts
 
 

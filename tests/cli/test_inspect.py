@@ -105,11 +105,11 @@ def test_plugins_and_limits_are_shown_where_a_backend_kept_them(capsys: pytest.C
         "inputs": {"latents": tensor, "text_kv": tensor},
         "outputs": {"noise_pred": tensor},
     }
-    built = {**network, "plugins": 15, "attentions": 16, "limits": {"frames": [1, 128]}}
+    built = {**network, "plugins": 15, "attentions": 16, "limits": {"frames": [1, 128]}, "error": 0.00345}
     print_networks({"unet": built, "vae_encoder": network})
     header, unet, encoder = (line.rstrip() for line in capsys.readouterr().out.splitlines())
-    assert header.split() == ["networks", "runs", "in", "weights", "size", "plugins", "takes", "gives"]
-    assert unet.split()[1:4] == ["fp16", "1,234,567", "2.5"] and " 15 of 16 " in unet
+    assert header.split() == ["networks", "runs", "in", "weights", "size", "plugins", "error", "takes", "gives"]
+    assert unet.split()[1:4] == ["fp16", "1,234,567", "2.5"] and unet.split()[5:9] == ["15", "of", "16", "0.003"]
     assert "latents frames≤128×4×groups, 1 more" in unet and unet.endswith("noise_pred frames≤128×4×groups")
     assert " of " not in encoder and encoder.endswith("noise_pred frames×4×groups")
 

@@ -33,6 +33,7 @@ pytest.importorskip("triton", reason="triton is not installed")  # which knows w
 CAPABILITY = (8, 6)
 MARKS = ("plugin_namespace", "plugin_version", "aot")
 FLOATS = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}
+UPSAMPLING = ("unet", "unet_stream", "vae_decoder")
 SIZES = {"frames": 2, "groups": 1, "steps": 3, "window": 3}
 
 
@@ -78,6 +79,13 @@ def test_a_prepared_graph_is_valid_and_typed(
         found = [(value.name, value.dtype and value.dtype.name) for value in values]
         assert found == [(tensor.name, others[tensor.dtype]) for tensor in tensors]
     ir.save(model, tmp_path / "network.onnx")
+    transposed = {
+        value.dtype for node in model.graph if node.op_type == "ConvTranspose" for value in node.inputs if value
+    }
+    assert transposed <= {ir.DataType.FLOAT if precision == "bf16" else ir.DataType[FLOATS[precision]]}
+    assert bool(transposed) == (name in UPSAMPLING)
+    constants = [node.outputs[0].dtype for node in model.graph if node.op_type == "Constant"]
+    assert not {ir.DataType[name] for name in FLOATS.values()} & {*constants}  # a refit could not name them
     # At this opset ONNX has no convolution in bfloat16, which TensorRT's importer takes all the same.
     onnx.checker.check_model(str(tmp_path / "network.onnx"), full_check=precision != "bf16")
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from posecrafter_rt.engines import tensorrt as backend_module
 from posecrafter_rt.engines import tensorrt_runtime as runtime_module
+from posecrafter_rt.engines.description import read_description, write_description
 from posecrafter_rt.engines.refit import graph_digest, write_graphs
 from posecrafter_rt.engines.tensorrt import TensorRTBackend
 from posecrafter_rt.engines.tensorrt_runtime import Slot, refit
@@ -81,14 +82,15 @@ def test_a_refit_lets_a_plan_go_before_another_is_read(
         save_tensors(others, source / f"{name}.safetensors")
     write_graphs(source, {name: graph_digest(network, network_specs(arch)[name], arch)
                           for name, network in networks.items()})  # fmt: skip
-    for file in (backend_module.TIMING_CACHE, backend_module.DESCRIPTION_FILE):
-        (source / file).touch()
+    (source / backend_module.TIMING_CACHE).touch()
+    write_description(source, {name: {"plugins": 1, "error": 1.0} for name in networks})
     (source / backend_module.DESCRIPTION).write_text(json.dumps({"tensorrt": "11.4.0", "device": "A (8.6)"}))
     monkeypatch.setattr(backend_module, "gpu_name", lambda: "A (8.6)")
     monkeypatch.setattr(backend_module, "_version", lambda: "11.4.0")
     monkeypatch.setattr(backend_module, "_deserialize", read)
     monkeypatch.setattr(backend_module, "refit", lambda *arguments: None)
     monkeypatch.setattr(backend_module, "_serialize", lambda plan: b"")
-    monkeypatch.setattr(TensorRTBackend, "_compare", read)
+    monkeypatch.setattr(TensorRTBackend, "_compare", lambda *arguments: read() and 0.25)
     TensorRTBackend().refit(source, folder, plain_model, arch, "fp32", lambda stage: None)
     assert held == [1] * 2 * len(networks)
+    assert read_description(folder) == {name: {"plugins": 1, "error": 0.25} for name in networks}
