@@ -91,10 +91,25 @@ def refuse_overwrite(path: str | os.PathLike[str], force: bool) -> None:
 
     Raises: OutputExists if something is there (file, folder or link) and `force` is false, or a folder.
     """
-    if not force and os.path.lexists(path):
-        raise OutputExists(f"{path} exists already", hint="give --force to replace it, or another name")
     if os.path.isdir(path):
         raise OutputExists(f"{path} is a folder", hint="give the name of a file, such as one in it")
+    if not force and os.path.lexists(path):
+        raise OutputExists(f"{path} exists already", hint="give --force to replace it, or another name")
+
+
+def refuse_sources(path: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
+    """Raise unless `path` is none of the files and folders that it is made from, and holds none: no `force` may lose those.
+
+    Raises: OutputExists.
+    """
+    place = Path(path).resolve()
+    for source in sources:
+        given = Path(source).resolve()
+        if given.is_relative_to(place):
+            what = (
+                "is itself what it would be made from" if given == place else f"holds {source}, from which it is made"
+            )
+            raise OutputExists(f"{path} {what}", hint="give the output another name")
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

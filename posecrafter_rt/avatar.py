@@ -21,7 +21,7 @@ from posecrafter_rt.avatar_once import KEPT, ComputedOnce
 from posecrafter_rt.engine_training import read_training
 from posecrafter_rt.engines import SAMPLED_AHEAD, Engine, Precision
 from posecrafter_rt.engines.folder import EngineFolder, open_folder
-from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError
+from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError, PoseError
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.machine import return_freed_memory
 from posecrafter_rt.method import DDIMSchedule, DPMSchedule, medoid_reference, select_reference
@@ -159,6 +159,10 @@ class Avatar:
             byte and no order; but until the iterator has ended or is closed, nothing else may use the avatar.
         """
         options, on_step = self.resolve(options, **changes), on_step or ignore
+        if not isinstance(poses, PoseSequence):
+            raise PoseError(
+                f"poses are a {type(poses).__name__}", "give a PoseSequence: PoseSequence(keypoints, canvas)"
+            )
         target = transform_keypoints(poses, self.size)  # as the training frames were fitted
         if options.segment is None:
             warn_unless_fits(self.networks.room(options), len(target), options)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from posecrafter_rt import __version__
-from posecrafter_rt.atomic import sha256_json
+from posecrafter_rt.atomic import refuse_sources, sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engine_training import write_training
 from posecrafter_rt.engines import (
@@ -38,6 +38,7 @@ from posecrafter_rt.errors import (
     EngineFolderError,
     OutOfMemory,
     PoseCrafterError,
+    ShapeError,
     last_line,
 )
 from posecrafter_rt.machine import library_versions, source_digest
@@ -91,6 +92,10 @@ class BuildOptions:
     small_decoder: str | None = None
     feature_reuse: bool | None = None
     max_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and not (len(self.size) == 2 and all(isinstance(side, int) for side in self.size)):
+            raise ShapeError(f"a size of {self.size!r}", "give (height, width) in pixels, such as (512, 512)")
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,7 @@ def _build(
     current = _current(output, fingerprint)
     if current is not None:
         return BuildResult(current, True, why)
+    refuse_sources(output, checkpoint, *_read_beside(options, tuned, output))
     stages = StageLog(_kind_of_build(manifest, tuned, source is not None))
 
     def on_stage(stage: str) -> None:
@@ -250,6 +256,22 @@ def _build(
     folder = open_folder(output)
     stages.save()
     return BuildResult(folder, False, why)
+
+
+def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list[Path]:
+    """What else an engine is built from: files and folders, not what has the name of a base or of a hub's model.
+
+    An engine may be refitted in its place.
+    """
+    given = [
+        Path(source)
+        for source in (options.base or tuned.metadata["base"], options.small_decoder, options.refit)
+        if source
+    ]
+    given += [lora.path for lora in options.loras]
+    return [
+        path for path in given if path.exists() and not (path == options.refit and path.resolve() == output.resolve())
+    ]
 
 
 def _load(tuned: Checkpoint, options: BuildOptions, loras: list[LoraFile], feature_reuse: bool) -> PoseModel:

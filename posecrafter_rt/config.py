@@ -22,8 +22,11 @@ def cache_dir() -> Path:
 
 
 def serve_token() -> str | None:
-    """POSECRAFTER_TOKEN, or None: the token of a server, which on the command line every user of the machine could read."""
-    return os.environ.get("POSECRAFTER_TOKEN") or None
+    """POSECRAFTER_TOKEN, or None: the token of a server, which on the command line every user of the machine could read.
+
+    It may be empty, which a server refuses: whoever sets it means to have one.
+    """
+    return os.environ.get("POSECRAFTER_TOKEN")
 
 
 def compiler() -> str | None:

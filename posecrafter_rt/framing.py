@@ -69,6 +69,18 @@ def check_one_pose_a_frame(video: Path | str, num_frames: int, num_poses: int) -
                         "extract the poses from this very video")  # fmt: skip
 
 
+def check_canvas(video: Path | str, size: tuple[int, int], canvas: tuple[int, int]) -> None:
+    """Raises PoseError unless a canvas has the shape of a video's frames, to a fiftieth or a rounded pixel of the smaller one.
+
+    Such are a turned video's poses of before it was turned. Args: size, canvas: (height, width) in pixels.
+    """
+    across, down = size[1] * canvas[0], size[0] * canvas[1]  # equal where their shapes are
+    rounded = max(*size, *canvas)
+    if abs(across - down) > max(rounded, 0.02 * max(across, down)):
+        raise PoseError(f"the frames of {video} are {size_text(size)}, of another shape than their poses' canvas of {size_text(canvas)}",
+                        "extract the poses from this very video; `poses preview --video` shows both")  # fmt: skip
+
+
 def resize_to(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Fit frames to a size: cover it, cut around the centre; area average downwards, cubic upwards.
 

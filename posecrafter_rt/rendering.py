@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from posecrafter_rt import __version__
-from posecrafter_rt.atomic import atomic_path, disk_full, means_full, refuse_overwrite, sha256_json
+from posecrafter_rt.atomic import atomic_path, disk_full, means_full, refuse_overwrite, refuse_sources, sha256_json
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.errors import DiskFull, OutputExists
 from posecrafter_rt.framing import contact_sheet, shown_in_sheet, transform_keypoints
@@ -84,8 +84,8 @@ def render_to_files(
     refuse_outputs(video, force, fingerprint)
     if video.resolve().is_relative_to(avatar.folder.path.resolve()):
         raise OutputExists(f"{video} would lie in the engine, which holds nothing else", "give another folder")
-    if stretch is not None and video.resolve() == stretch.video.resolve():
-        raise OutputExists(f"{video} is itself the video to be mended", "give the output another name")
+    if stretch is not None:
+        refuse_sources(video, stretch.video)
     VideoWriter(video, work.fps, force=True)  # refuses what is no name of a video before any work
 
     def told(stage: str, step: int, steps: int) -> None:

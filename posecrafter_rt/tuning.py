@@ -6,12 +6,11 @@ Layer 4: plain PyTorch; nothing here is needed to render.
 from __future__ import annotations
 
 import math
-import pickle
 import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
+from posecrafter_rt.atomic import refuse_overwrite, sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, PoseCrafterError, PoseError
-from posecrafter_rt.framing import check_one_pose_a_frame, resize_to, transform_keypoints
+from posecrafter_rt.framing import check_canvas, check_one_pose_a_frame, resize_to, transform_keypoints
 from posecrafter_rt.machine import cpu_gains_by_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
 from posecrafter_rt.models.blocks import NormScope, channels_last
@@ -38,7 +37,6 @@ from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.poses.shown import shown_poses
 from posecrafter_rt.tuning_losses import (
-    Lessons,
     TrainingSet,
     decoder_loss,
     decoder_parameters,
@@ -47,11 +45,12 @@ from posecrafter_rt.tuning_losses import (
     small_decoder_loss,
     teach,
 )
-from posecrafter_rt.video_io import stream_video
+from posecrafter_rt.tuning_run import Part, TuningRun
+from posecrafter_rt.video_io import stream_video, video_size
 
 SAVE_EVERY_SECONDS = 30.0
 LOSS_SMOOTHING = 0.05
-Part = Literal["denoiser", "decoder", "small decoder"]
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class TuneOptions:
     precision: of the activations (autocast); the trained weights stay float32.
     controlvideo_weights: the U-Net's and the ControlNet's file of ControlVideo's training, to start from instead of the
         base's own weights; with 0 steps they are taken as they are. They leave norm_scope at `clip`, their training's.
-    Raises: PoseCrafterError for a learning rate that is not a positive number, a negative number of steps, or a seed that
-        64 bits do not hold.
+    Raises: PoseCrafterError for a learning rate that is not a positive number, no frames, a negative number of steps, a
+        precision that there is not, or a seed that 64 bits do not hold.
     """
 
     base: str = "embedded"
@@ -88,6 +87,10 @@ class TuneOptions:
     def __post_init__(self) -> None:
         if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise PoseCrafterError(f"learning rate {self.learning_rate}", "give a positive number")
+        if self.frames < 1:
+            raise PoseCrafterError(f"{self.frames} frames to tune on", "give 1 or more; the paper takes 8")
+        if self.precision not in PRECISIONS:
+            raise PoseCrafterError(f"unknown precision {self.precision!r}", f"choose one of {', '.join(PRECISIONS)}")
         for steps in (self.steps, self.decoder_steps, self.small_decoder_steps):
             if steps is not None and steps < 0:
                 raise PoseCrafterError(f"{steps} steps of tuning", "give 0 or more")
@@ -143,8 +146,9 @@ def tune(
 
     Args:
         frames: (n, H, W, 3) uint8 RGB, at the size to render; poses: n poses on their canvas.
-        output: the checkpoint to write. An interrupted run leaves `output + ".partial"`; the same call resumes it.
-        force: overwrite an existing checkpoint. resume: go on with an interrupted run instead of starting over.
+        output: the checkpoint to write. An interrupted run leaves `output + ".partial"`; the same call resumes it, and no other
+            does without `force`.
+        force: overwrite an existing checkpoint, and what another run has left. resume: go on with an interrupted run instead of starting over.
         on_step: called after every step.
     Returns: the checkpoint, as written.
     Raises: PoseError when frames and poses do not pair up; ShapeError for a size that the network cannot halve; OutputExists;
@@ -172,7 +176,7 @@ def tune(
         poses=PoseSequence(poses.keypoints[chosen], poses.canvas, poses.fps),
         metadata={
             **model.identity(),
-            "prompt": options.prompt or settings.prompt, "size": list(frames.shape[1:3]),
+            "prompt": settings.prompt if options.prompt is None else options.prompt, "size": list(frames.shape[1:3]),
             "norm_scope": model.unet.norm_scope, "seed": options.seed, "precision": options.precision,
             "steps": _given(options.steps, steps),
             "decoder_steps": _given(options.decoder_steps, settings.decoder_steps),
@@ -184,7 +188,7 @@ def tune(
     partial = output.with_name(output.name + ".partial")
     if not resume:
         partial.unlink(missing_ok=True)
-    checkpoint.tensors.update(_optimise(model, checkpoint, options, partial, on_step))
+    checkpoint.tensors.update(_optimise(model, checkpoint, options, partial, on_step, force))
     checkpoint.save(output, force=force)
     partial.unlink(missing_ok=True)
     return checkpoint
@@ -194,74 +198,13 @@ def _given(steps: int | None, recommended: int) -> int:
     return recommended if steps is None else steps
 
 
-@dataclass
-class _Run:
-    """The state of a run that a resumed one needs: all but the frozen weights. steps_of: its parts, one after another."""
-
-    steps_of: dict[Part, int]
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    generator: torch.Generator
-    step: int = 0
-    loss: float = 1.0
-    drawn: Tensor = field(init=False)  # the generator's state when the last finished step ended
-    is_torn: bool = False  # whether a step is changing the weights just now
-    lessons: Lessons | None = None
-
-    def __post_init__(self) -> None:
-        self.drawn = self.generator.get_state()
-
-    @property
-    def steps(self) -> int:
-        return sum(self.steps_of.values())
-
-    @property
-    def position(self) -> tuple[Part, int]:
-        """The part that the next step is of, and its number in that part."""
-        step = self.step
-        for part, steps in self.steps_of.items():
-            if step < steps:
-                return part, step
-            step -= steps
-        raise AssertionError("no step is left")
-
-    def save(self, path: Path, fingerprint: str) -> None:
-        """Keep the state that the last finished step left; between weights old and new, what was kept before stands."""
-        if self.is_torn:
-            return
-        state = {
-            "fingerprint": fingerprint, "step": self.step, "loss": self.loss, "generator": self.drawn,
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
-        }  # fmt: skip
-        with atomic_path(path) as temporary:
-            torch.save(state, temporary)
-
-    def restore(self, path: Path, fingerprint: str) -> None:
-        """Take up the run that `path` holds, if it is this one; another run's state or a torn file is passed over."""
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            if state["fingerprint"] != fingerprint:
-                return
-        except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, pickle.UnpicklingError):
-            return
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state["parameters"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.generator.set_state(state["generator"])
-        self.drawn = state["generator"]
-        self.step, self.loss = state["step"], state["loss"]
-
-
 def _optimise(
     model: PoseModel,
     checkpoint: Checkpoint,
     options: TuneOptions,
     partial: Path,
     on_step: Callable[[TuneStatus], None] | None,
+    force: bool,
 ) -> dict[str, Tensor]:
     model.to(device=options.device)
     data = encode(model, checkpoint, options.device)
@@ -270,7 +213,7 @@ def _optimise(
     # Nothing is tuned yet: what it starts from, frames and poses, options and the base's settings.
     start = replace(checkpoint, tensors={**checkpoint.tensors, **run.parameters})
     fingerprint = sha256_json([start.digest(), model.settings.to_json()])
-    run.restore(partial, fingerprint)
+    run.restore(partial, fingerprint, force)
     saved_at = time.monotonic()
     try:
         while run.step < run.steps:
@@ -287,7 +230,7 @@ def _optimise(
     return {name: parameter.detach().cpu() for name, parameter in run.parameters.items()}
 
 
-def _begin(model: PoseModel, metadata: dict[str, Any], options: TuneOptions) -> _Run:
+def _begin(model: PoseModel, metadata: dict[str, Any], options: TuneOptions) -> TuningRun:
     """Make the networks ready to train, and the optimizer of what is trained in them."""
     settings = model.settings
     for name, network in model.modules().items():
@@ -307,7 +250,7 @@ def _begin(model: PoseModel, metadata: dict[str, Any], options: TuneOptions) -> 
     trained = parameters | decoder | small
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    return _Run(
+    return TuningRun(
         {"denoiser": metadata["steps"], "decoder": metadata["decoder_steps"],
          "small decoder": metadata["small_decoder_steps"]},
         trained,
@@ -317,7 +260,7 @@ def _begin(model: PoseModel, metadata: dict[str, Any], options: TuneOptions) -> 
     )  # fmt: skip
 
 
-def _step(model: PoseModel, data: TrainingSet, run: _Run, options: TuneOptions, schedule: DDIMSchedule) -> None:
+def _step(model: PoseModel, data: TrainingSet, run: TuningRun, options: TuneOptions, schedule: DDIMSchedule) -> None:
     part, step = run.position
     with _autocast(options, keep_range=part != "denoiser"):
         if part == "denoiser":
@@ -366,17 +309,19 @@ def _autocast(options: TuneOptions, keep_range: bool = False) -> AbstractContext
 def resolve_precision(device: str, precision: str) -> tuple[str, str]:
     """Turn `auto` into what this machine trains fastest in: CUDA where it is; bf16 where that is fast, else fp32.
 
-    Raises: BackendUnavailable for a CUDA device that does not answer; PoseCrafterError for an unknown precision.
+    Raises: BackendUnavailable for a CUDA device that does not answer; PoseCrafterError for an unknown device or precision.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise PoseCrafterError(f"unknown device {device!r}", "choose auto, cpu or cuda")
     if device != "cpu" and not torch.cuda.is_available():
         raise BackendUnavailable(f"device {device!r} was asked for, but no NVIDIA GPU answers", "use --device cpu")
     if precision == "auto":
         native = torch.cuda.is_bf16_supported() if device != "cpu" else cpu_gains_by_bf16()
         precision = "bf16" if native else "fp16" if device != "cpu" else "fp32"
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise PoseCrafterError(f"unknown precision {precision!r}", "choose auto, fp32, bf16 or fp16")
+    if precision not in PRECISIONS:
+        raise PoseCrafterError(f"unknown precision {precision!r}", f"choose one of auto, {', '.join(PRECISIONS)}")
     return device, precision
 
 
@@ -390,10 +335,12 @@ def load_clip(
 ) -> tuple[np.ndarray, PoseSequence]:
     """The frames of `window` at `size` (scaled to cover, centre-cropped), or those that `choose_frames` takes; their poses.
 
-    Raises: VideoError; PoseError when the video and the poses do not have the same number of frames, and as `shown_poses`.
+    Raises: VideoError; PoseError when the video and the poses do not have the same number of frames, or one shape, and as
+        `shown_poses`.
     """
     num_shown = len(shown_poses(poses, window, video))
     chosen = np.arange(len(poses))[window][choose_frames(num_shown, num_wanted or num_shown)]
+    check_canvas(video, video_size(video), poses.canvas)
     frames = [resize_to(frame, size) if i in chosen else None for i, frame in enumerate(stream_video(video)[0])]
     check_one_pose_a_frame(video, len(frames), len(poses))
     return np.stack([frame for frame in frames if frame is not None]), transform_keypoints(poses, size)[chosen]

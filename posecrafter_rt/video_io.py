@@ -33,8 +33,10 @@ from posecrafter_rt.framing import (
     size_text,
     transform_keypoints,
 )
+from posecrafter_rt.video_decoding import DEFAULT_FPS, decode, frame_rate, reason
 
 __all__ = [
+    "DEFAULT_FPS",
     "CoverTransform",
     "Video",
     "VideoWriter",
@@ -55,14 +57,7 @@ __all__ = [
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv")
-DEFAULT_FPS = 25.0  # of images, and of videos that state no rate
 H264_CRF = "17"  # x264's constant quality; no difference is seen from about here on
-# FFmpeg's numbers of the transfer functions whose values mean other lights than an ordinary picture's.
-_HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
-_TO_SDR = (
-    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
-    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +145,7 @@ def stream_video(
     if _holds_images(path):
         source, fps = _read_images(_image_paths(path)[start:stop]), DEFAULT_FPS
     else:
-        source, fps = _decode(path, start, stop), _frame_rate(path)
+        source, fps = decode(path, start, stop), frame_rate(path)
     return (frame if size is None else resize_to(frame, size) for frame in source), fps
 
 
@@ -259,7 +254,7 @@ class VideoWriter:
             # Of x264, or of a thread that cannot be started: short memory is the likely reason.
             elif isinstance(failure, (ExternalError, BlockingIOError)):
                 hint = "if memory is short, free some and run the same command again"
-            raise VideoError(f"encoding {self.path} failed: {_reason(failure)}", hint) from failure
+            raise VideoError(f"encoding {self.path} failed: {reason(failure)}", hint) from failure
 
 
 def write_video(path: str | PathLike[str], frames: Iterable[np.ndarray], fps: float, *, force: bool = False) -> None:
@@ -297,73 +292,6 @@ def decode_png(data: np.ndarray) -> np.ndarray:
     if image is None:
         raise VideoError(f"{len(data)} bytes are not a PNG picture")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
-    """The frames `start` to `stop`, RGB and upright."""
-    count = 0
-    shape: tuple[int, ...] | None = None
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "SLICE"  # frame threads would swallow the error of a file that breaks off
-            for count, frame in enumerate(container.decode(stream), start=1):
-                if stop is not None and count > stop:
-                    return
-                if frame.is_corrupt:
-                    raise _damaged(path, count - 1, "its data are not whole")
-                if count > start:
-                    turns = round(frame.rotation / 90)
-                    picture = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-                    shape = shape or picture.shape
-                    if picture.shape != shape:
-                        raise _changed_size(path, count - 1, shape, picture.shape)
-                    yield picture
-    except FFmpegError as failure:
-        if isinstance(failure, MemoryError):  # the file may be whole
-            raise
-        raise _damaged(path, count, _reason(failure)) from failure
-
-
-def _frame_rate(path: Path) -> float:
-    """Frames per second; also the check that the file is a video at all, and of colours that are read."""
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} has no video stream", hint="name a file with moving pictures")
-            stream = container.streams.video[0]
-            if (transfer := _HDR_TRANSFERS.get(stream.codec_context.color_trc)) is not None:
-                raise VideoError(
-                    f"{path} is an HDR video ({transfer}), whose colours would come out wrong",
-                    hint=f"film with HDR off, or convert it: ffmpeg -i FILE -vf {_TO_SDR} out.mp4",
-                )
-            return float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
-    except FFmpegError as failure:
-        if isinstance(failure, MemoryError):
-            raise
-        raise VideoError(
-            f"{path} cannot be read as a video: {_reason(failure)}",
-            hint="check that the file is a whole video; `ffmpeg -i FILE out.mp4` converts most formats",
-        ) from failure
-
-
-def _damaged(path: Path, frame: int, reason: str) -> VideoError:
-    return VideoError(
-        f"{path} is damaged or breaks off at frame {frame}: {reason}",
-        hint=f"copy the file again, or read only the frames before {frame}",
-    )
-
-
-def _changed_size(path: Path, frame: int, before: tuple[int, ...], after: tuple[int, ...]) -> VideoError:
-    height, width = before[:2]
-    return VideoError(
-        f"{path} is {size_text(before)}, but {size_text(after)} (height x width) from frame {frame} on",
-        hint=f"bring it to one size: ffmpeg -i FILE -vf scale={width}:{height} out.mp4",
-    )
-
-
-def _reason(failure: FFmpegError) -> str:
-    return (failure.strerror or str(failure)).lower()
 
 
 def _holds_images(path: Path) -> bool:

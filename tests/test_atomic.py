@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from posecrafter_rt import atomic
-from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_file, sha256_json
+from posecrafter_rt.atomic import atomic_path, refuse_overwrite, refuse_sources, sha256_file, sha256_json
 from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
 from posecrafter_rt.locks import locked
 
@@ -206,10 +206,24 @@ def test_refuses_to_overwrite_unless_forced(tmp_path):
         refuse_overwrite(target, False)
     assert "--force" in caught.value.hint
     refuse_overwrite(target, True)
-    with pytest.raises(OutputExists):
-        refuse_overwrite(tmp_path, False)
-    with pytest.raises(OutputExists, match="is a folder"):
-        refuse_overwrite(tmp_path, True)
+    for force in (False, True):  # which would not help
+        with pytest.raises(OutputExists, match="is a folder"):
+            refuse_overwrite(tmp_path, force)
+
+
+def test_nothing_replaces_what_it_is_made_from(tmp_path):
+    source, folder = tmp_path / "a", tmp_path / "folder"
+    folder.mkdir()
+    (folder / "b").touch()
+    source.touch()
+    (tmp_path / "link").symlink_to(source)
+    refuse_sources(tmp_path / "new", source, folder / "b", tmp_path / "none")
+    refuse_sources(folder / "c", folder / "b", folder)  # into a folder that is read
+    for path in (source, tmp_path / "link", folder / ".." / "a"):
+        with pytest.raises(OutputExists, match="is itself what it would be made from"):
+            refuse_sources(path, source)
+    with pytest.raises(OutputExists, match=r"folder holds .*/folder/b, from which it is made"):
+        refuse_sources(folder, source, folder / "b")
 
 
 def test_a_dangling_link_counts_as_existing(tmp_path):

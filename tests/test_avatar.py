@@ -204,6 +204,11 @@ def test_bad_options_are_refused(avatar: Avatar, change: dict) -> None:
         avatar.render(some_poses(1), **change)
 
 
+def test_what_are_no_poses_is_said_plainly(avatar: Avatar) -> None:
+    with pytest.raises(PoseError, match="poses are a ndarray"):
+        avatar.render(some_poses(2).keypoints)  # type: ignore[arg-type]
+
+
 def test_an_engine_of_another_size_renders_at_that_size(tiny_checkpoint: Path, tmp_path: Path) -> None:
     build_engine(tiny_checkpoint, tmp_path / "e", BuildOptions("torch", "fp32", size=(48, 32)))
     with Avatar.load(tmp_path / "e") as avatar:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -293,6 +294,27 @@ def test_what_the_user_made_is_not_replaced(tiny_checkpoint: Path, tmp_path: Pat
     with pytest.raises(OutputExists):
         build_engine(tiny_checkpoint, tmp_path / "notes", TORCH)
     assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+
+
+def test_what_an_engine_is_built_from_is_not_replaced_even_by_force(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    checkpoint = Path(shutil.copy(tiny_checkpoint, tmp_path / "mine" / "me.ckpt"))
+    for output in (checkpoint, checkpoint.parent):
+        with pytest.raises(OutputExists, match="from"):
+            build_engine(checkpoint, output, TORCH, force=True)
+    assert checkpoint.read_bytes() == tiny_checkpoint.read_bytes()
+
+
+def test_an_engine_holds_no_other(tiny_checkpoint: Path, copied: Path) -> None:
+    with pytest.raises(OutputExists, match=r"would lie in the engine .*, which holds nothing else"):
+        build_engine(tiny_checkpoint, copied / "other.engine", TORCH, force=True)
+    open_folder(copied)
+
+
+@pytest.mark.parametrize("size", ["32x32", (32,), (32.0, 32.0)])
+def test_a_size_is_a_height_and_a_width(size: Any) -> None:
+    with pytest.raises(ShapeError, match="a size of"):
+        BuildOptions("torch", size=size)
 
 
 def test_a_build_that_fails_leaves_nothing_and_the_old_engine_works(tiny_checkpoint: Path, copied: Path) -> None:

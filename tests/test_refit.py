@@ -265,7 +265,10 @@ def test_other_options_are_refused(
         (lambda said: {"device": {**said["device"], "cuda_driver": "13.1"}}, " with CUDA 13.1, not "),
         (lambda said: {"libraries": {**said["libraries"], "onnx": "1.0"}}, "its onnx is 1.0, not"),
         (lambda said: {"libraries": {}}, "its diffusers is None, not"),
-        (lambda said: {"architecture": {**said["architecture"], "text_tokens": 9}}, "architecture's hash"),
+        (
+            lambda said: {"architecture": {**said["architecture"], "text_tokens": 9, "more": 1}},
+            "its architecture has another more, text_tokens",
+        ),
         (lambda said: {"norm_scope": "clip"}, "its norm_scope is clip, not frame"),
         (lambda said: {"base_hash": "0123456789abcdef"}, "its base's hash is 0123456789ab, not"),
     ],

@@ -184,12 +184,14 @@ def test_a_run_with_other_settings_of_the_base_is_not_resumed(
     settings = json.loads((folder / "posecrafter.json").read_text())
     (folder / "posecrafter.json").write_text(json.dumps({**settings, "trainable": ["conv_in"]}))
     steps: list[int] = []
-    checkpoint = tune(*clip, tmp_path / "a.ckpt", options, on_step=lambda status: steps.append(status.step))
+    with pytest.raises(OutputExists, match=r"a\.ckpt\.partial holds an unfinished tuning"):
+        tune(*clip, tmp_path / "a.ckpt", options)
+    checkpoint = tune(*clip, tmp_path / "a.ckpt", options, force=True, on_step=lambda status: steps.append(status.step))
     assert steps == [1, 2, 3, 4] and all("conv_in" in name for name in checkpoint.tensors)
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 0.0}, {"learning_rate": -1e-3}, {"learning_rate": float("nan")}, {"steps": -1}, {"decoder_steps": -1}, {"small_decoder_steps": -1}]
+    "change", [{"learning_rate": 0.0}, {"learning_rate": -1e-3}, {"learning_rate": float("nan")}, {"steps": -1}, {"decoder_steps": -1}, {"small_decoder_steps": -1}, {"frames": 0}, {"precision": "int8"}]
 )  # fmt: skip
 def test_senseless_numbers_are_refused(change: dict) -> None:
     with pytest.raises(PoseCrafterError):
@@ -245,9 +247,18 @@ def test_a_torn_or_foreign_partial_state_is_passed_over(clip, options, tmp_path:
     unbroken = tune(*clip, tmp_path / "a.ckpt", options)
     (tmp_path / "b.ckpt.partial").write_bytes(content)
     assert same_tensors(unbroken, tune(*clip, tmp_path / "b.ckpt", options))
+
+
+@pytest.mark.parametrize("anew", [{"force": True}, {"resume": False}])
+def test_another_runs_state_is_kept_until_it_is_given_up(clip, options, tmp_path: Path, anew: dict[str, bool]) -> None:
+    unbroken = tune(*clip, tmp_path / "a.ckpt", options)
     with pytest.raises(KeyboardInterrupt):
-        tune(*clip, tmp_path / "c.ckpt", TuneOptions(**{**vars(options), "seed": 7}), on_step=interrupt_at(1))
-    assert same_tensors(unbroken, tune(*clip, tmp_path / "c.ckpt", options))
+        tune(*clip, tmp_path / "c.ckpt", replace(options, seed=7), on_step=interrupt_at(1))
+    kept = (tmp_path / "c.ckpt.partial").read_bytes()
+    with pytest.raises(OutputExists, match=r"c\.ckpt\.partial holds an unfinished tuning") as caught:
+        tune(*clip, tmp_path / "c.ckpt", options)
+    assert "--force" in (caught.value.hint or "") and (tmp_path / "c.ckpt.partial").read_bytes() == kept
+    assert same_tensors(unbroken, tune(*clip, tmp_path / "c.ckpt", options, **anew))
 
 
 def test_a_run_on_other_frames_is_not_resumed(clip, options, tmp_path: Path) -> None:
@@ -257,7 +268,7 @@ def test_a_run_on_other_frames_is_not_resumed(clip, options, tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         tune(others, poses, tmp_path / "a.ckpt", options, on_step=interrupt_at(2))
     steps: list[int] = []
-    tune(frames, poses, tmp_path / "a.ckpt", options, on_step=lambda status: steps.append(status.step))
+    tune(frames, poses, tmp_path / "a.ckpt", options, force=True, on_step=lambda status: steps.append(status.step))
     assert steps == [1, 2, 3, 4]
 
 
@@ -388,3 +399,19 @@ def test_load_clip_holds_only_the_frames_that_are_trained_on(
     np.testing.assert_array_equal(loaded, everything[expected])
     np.testing.assert_array_equal(moved.keypoints, poses.keypoints[expected])
     assert len(read) == 12 and most_alive <= len(expected) + 2
+
+
+def test_an_empty_prompt_is_one(clip, options, tmp_path: Path) -> None:
+    assert tune(*clip, tmp_path / "a.ckpt", replace(options, prompt="", steps=0)).metadata["prompt"] == ""
+
+
+def test_unknown_devices_are_refused() -> None:
+    with pytest.raises(PoseCrafterError, match="unknown device 'tpu'"):
+        resolve_precision("tpu", "fp32")
+
+
+def test_a_clip_of_another_shape_than_its_poses_is_refused(clip, tmp_path: Path) -> None:
+    frames, poses = clip
+    write_video(tmp_path / "turned.mp4", frames[:, :16], 25.0)
+    with pytest.raises(PoseError, match=r"turned\.mp4 are 16x32, of another shape"):
+        load_clip(tmp_path / "turned.mp4", poses, SIZE, slice(None))

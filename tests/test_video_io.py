@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import tracemalloc
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -196,6 +198,44 @@ def test_videos_filmed_turned_are_read_upright(tmp_path, turned):
     read = read_video(tmp_path / "phone.mp4").frames[0]
     upright = np.rot90(frame, turned // 90)
     assert read.shape == upright.shape and np.abs(read.astype(int) - upright).mean() < 4
+
+
+@pytest.mark.parametrize(("a", "b", "c", "d", "shown"), [
+    (-1, 0, 0, 1, lambda frame: frame[:, ::-1]), (1, 0, 0, -1, lambda frame: frame[::-1]),
+    (0, 1, 1, 0, lambda frame: frame.transpose(1, 0, 2)), (0, -1, -1, 0, lambda frame: frame.transpose(1, 0, 2)[::-1, ::-1]),
+    (0, 1, -1, 0, lambda frame: np.rot90(frame, -1)), (-1, 0, 0, -1, lambda frame: np.rot90(frame, 2)),
+])  # fmt: skip
+def test_videos_that_are_to_be_shown_mirrored_are(tmp_path, a, b, c, d, shown):
+    """Pixels (x, y) are shown at (a x + c y, b x + d y): as some front cameras, and screen recorders, write them."""
+    frame = np.zeros((32, 48, 3), np.uint8)
+    frame[:16, :24], frame[16:, 24:, 0] = 255, 255  # no two corners are alike but for the dark ones
+    frame[:16, 24:, 1] = 255
+    write_video(tmp_path / "front.mp4", [frame], 25.0)
+    matrix = struct.Struct(">9i")
+    as_it_is, content = matrix.pack(1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30), (tmp_path / "front.mp4").read_bytes()
+    place = content.index(as_it_is, content.index(b"tkhd"))
+    turned = matrix.pack(a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    (tmp_path / "front.mp4").write_bytes(content[:place] + turned + content[place + matrix.size :])
+    read, expected = read_video(tmp_path / "front.mp4").frames[0], shown(frame)
+    assert read.shape == expected.shape and np.abs(read.astype(int) - expected).mean() < 8
+
+
+@pytest.mark.parametrize(("pixel", "is_read"), [(Fraction(128, 117), True), (Fraction(10, 11), True), (Fraction(2), False),
+                                                (Fraction(3, 4), False)])  # fmt: skip
+def test_pixels_that_would_squeeze_people_are_refused_with_the_command_that_mends_them(tmp_path, pixel, is_read):
+    with av.open(str(tmp_path / "wide.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = pixel
+        frame = av.VideoFrame.from_ndarray(smooth(1, (32, 48))[0], format="rgb24")
+        container.mux([*stream.encode(frame), *stream.encode()])
+    if is_read:
+        assert read_video(tmp_path / "wide.mp4").frames.shape == (1, 32, 48, 3)
+        return
+    with pytest.raises(VideoError, match=rf"wide\.mp4 has pixels {float(pixel):.3g} times as wide as high") as caught:
+        stream_video(tmp_path / "wide.mp4")
+    assert_one_line(caught)
+    assert "ffmpeg -i FILE -vf scale=iw*sar:ih,setsar=1" in caught.value.hint
 
 
 def test_a_video_whose_title_is_not_utf_8_is_read(tmp_path):

@@ -49,15 +49,17 @@ def evaluate(
     from posecrafter_rt.video_io import video_size
 
     height, width = video_size(rendered)
+    # Before both videos are measured.
+    target = None if poses is None else shown_poses(
+        read_openpose(poses, allow_missing=True, canvas=video_size(truth)), window, poses)  # fmt: skip
+    found = (
+        None if rendered_poses is None else read_openpose(rendered_poses, allow_missing=True, canvas=(height, width))
+    )
     num_frames = _count_pairs(rendered, truth, window)
     result = {"frames": num_frames, "height": height, "width": width}
     scores = _measure(rendered, truth, (height, width), window)
-    if poses is not None:
-        target = shown_poses(read_openpose(poses, allow_missing=True, canvas=video_size(truth)), window, poses)
-        if rendered_poses is None:
-            found = extract_poses(rendered)
-        else:
-            found = read_openpose(rendered_poses, allow_missing=True, canvas=(height, width))
+    if target is not None:
+        found = found or extract_poses(rendered)
         scores["mse_p"] = mse_p(*(transform_keypoints(one, (height, width)) for one in (found, target)))
     if as_json:
         print_json(result | scores)

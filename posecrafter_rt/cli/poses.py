@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast, get_args
 import numpy as np
 import typer
 
-from posecrafter_rt.atomic import refuse_overwrite
+from posecrafter_rt.atomic import refuse_overwrite, refuse_sources
 from posecrafter_rt.cli.arguments import AsJson, Force, parse_range, parse_size
 from posecrafter_rt.cli.output import step_progress
 from posecrafter_rt.errors import PoseError
@@ -58,6 +58,7 @@ def extract(  # noqa: PLR0913 - one argument for each option
 
     # Before the minutes of detection, not after them.
     refuse_overwrite(output, force)
+    refuse_sources(output, video)
     with step_progress("detecting") as on_step:
         poses = extract_poses(
             video,
@@ -90,6 +91,7 @@ def preview(  # noqa: PLR0913 - one argument for each option
     if output.suffix.lower() not in (".mp4", ".png"):
         raise typer.BadParameter(f"{output.name} is neither .mp4 nor .png", param_hint="--output")
     refuse_overwrite(output, force)
+    refuse_sources(output, poses_path, *((video,) if video else ()))
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.video_io import stream_video, video_size
 

@@ -111,7 +111,7 @@ def render(  # noqa: PLR0913 - one argument for each option
     if video is None:
         target = shown_poses(target, window, poses)
     with Avatar.load(engine) as avatar, step_progress("loading") as on_step:
-        stretch = None if video is None else open_stretch(video, window, avatar.size, len(target))
+        stretch = None if video is None else open_stretch(video, window, avatar.size, target)
         if stretch is not None:
             target = shown_poses(target, stretch.rendered, poses)
         target = dataclasses.replace(target, fps=fps or (stretch or target).fps)

@@ -82,7 +82,7 @@ def serve(  # noqa: PLR0913 - one argument for each option
              "calibration": None if calibration is None else PoseSequence.load(calibration)}  # fmt: skip
     options = ServeOptions(
         stream={name: value for name, value in given.items() if value is not None},
-        max_sessions=max_sessions, token=token or serve_token(), allow_origins=tuple(allow_origin or ()),
+        max_sessions=max_sessions, token=serve_token() if token is None else token, allow_origins=tuple(allow_origin or ()),
         is_loopback=is_loopback(host), has_virtual_camera=virtual_camera,
     )  # fmt: skip
     make_app = _app_maker()

@@ -65,7 +65,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
 ) -> None:
     """Tune the base on a few frames of one person."""
     window, picture_size = parse_range(frame_range), parse_size(size)
-    from posecrafter_rt.atomic import refuse_overwrite
+    from posecrafter_rt.atomic import refuse_overwrite, refuse_sources
     from posecrafter_rt.models.sources import locate_base
     from posecrafter_rt.models.weights import read_scheduler_config
     from posecrafter_rt.poses.openpose_json import read_openpose
@@ -74,6 +74,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.video_io import video_size
 
     refuse_overwrite(output, force)  # before minutes of work, not after them
+    refuse_sources(output, video, poses)
     device, precision = resolve_precision(device, precision)
     options = TuneOptions(
         base=base, controlnet=controlnet, vae=vae, frames=frames, steps=steps, decoder_steps=decoder_steps,

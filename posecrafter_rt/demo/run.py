@@ -20,6 +20,7 @@ from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, BuildProgress, build_engine
 from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
 from posecrafter_rt.engines.folder import PASSED_OVER
+from posecrafter_rt.errors import OutputExists
 from posecrafter_rt.evaluate.metrics import psnr, ssim
 from posecrafter_rt.framing import side_by_side
 from posecrafter_rt.machine import peak_rss_bytes
@@ -46,6 +47,8 @@ class Demo:
     """
 
     def __init__(self, output: Path, num_inference_steps: int, tuning: TuneOptions, force: bool) -> None:
+        if output.exists() and not output.is_dir():
+            raise OutputExists(f"{output} is a file", "give the name of a folder, new or of an earlier demonstration")
         refuse_overwrite(output / METRICS_FILE, force)
         device, precision = resolve_precision("cpu", "auto")
         self.tuning = replace(tuning, frames=FRAMES, precision=precision, device=device)  # type: ignore[arg-type]

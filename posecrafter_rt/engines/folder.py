@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import os
 import secrets
 import shlex
 import shutil
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_overwrite, sha256_file, sha256_json
+from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, sha256_file, sha256_json
 from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists
 from posecrafter_rt.locks import locked
 
@@ -73,6 +74,11 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
         _clear_leftovers(path)
         if not force:
             _refuse_what_is_not_ours(path)
+        for outer in path.resolve().parents:
+            if _sealed_manifest(outer) is not None:
+                raise OutputExists(
+                    f"{path} would lie in the engine {outer}, which holds nothing else", "give another folder"
+                )
         if path.exists() and Path.cwd().is_relative_to(path.resolve()):
             raise OutputExists(f"{path} is or holds the working directory", "give the engine a folder of its own")
         with _unused(path):
@@ -119,7 +125,8 @@ def _refuse_what_is_not_ours(path: Path) -> None:
     """Raise OutputExists unless `path` is free, or an engine folder, damaged perhaps, with nothing of the user's in it."""
     manifest = _sealed_manifest(path)
     if manifest is None:  # web applications have a manifest.json, too
-        refuse_overwrite(path, False)
+        if os.path.lexists(path):
+            raise OutputExists(f"{path} exists already", "give --force to replace it, or another name")
         return
     foreign = sorted({*_file_names(path)} - {*manifest["files"]})
     if foreign:
@@ -249,10 +256,9 @@ def _parse_manifest(file: Path) -> Any:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, unverified. Raises: EngineFolderError when absent, not JSON, or of another schema."""
     file = path / MANIFEST
-    if not file.is_file():
-        raise EngineFolderError(
-            f"{path} is not an engine folder", f"posecrafter-rt build-engine tuned.ckpt -o {shlex.quote(str(path))}"
-        )
+    # Web applications have a manifest.json, too.
+    if not file.is_file() or not ((path / "networks").is_dir() or _sealed_manifest(path)):
+        raise EngineFolderError(f"{path} is not an engine folder", _engine_hint(path))
     try:
         manifest = _parse_manifest(file)
     except (OSError, ValueError) as error:
@@ -261,6 +267,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         hint = rebuild_hint(path, _sealed_manifest(path) or {})
         raise EngineFolderError(f"{file} is of another version of this package", hint)
     return manifest
+
+
+def _engine_hint(path: Path) -> str:
+    """How to come by an engine, where `path` is none: never by a command that would replace what is there."""
+    if path.is_file():
+        return f"an engine is a folder, which is built of a tuned checkpoint: posecrafter-rt build-engine {shlex.quote(str(path))}"
+    output = "" if path.exists() else f" -o {shlex.quote(str(path))}"
+    return f"posecrafter-rt build-engine tuned.ckpt{output}"
 
 
 def is_sealed(manifest: Mapping[str, Any]) -> bool:

@@ -51,7 +51,7 @@ _FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "norm_scope": ("norm_scope", str),
     "feature_reuse": ("feature reuse", lambda is_built: "on" if is_built else "off"),
     "max_frames": ("most frames at once", str),
-    "architecture": ("architecture's hash", lambda arch: _digits(sha256_json(arch))),
+    "architecture": ("architecture", str),
 }
 
 
@@ -64,12 +64,23 @@ def check_source(source: EngineFolder, wanted: Mapping[str, Any]) -> None:
         if name in wanted and sha256_json(source.manifest.get(name)) != sha256_json(wanted[name]):
             if name not in source.manifest:
                 raise _refusal(source.path, f"its {title} is unknown")
+            if name == "architecture":
+                raise _refusal(
+                    source.path, f"its architecture has another {_differing(source.manifest[name], wanted[name])}"
+                )
             theirs = shown(source.manifest[name])
             raise _refusal(source.path, f"its {title} is {theirs}, not {shown(wanted[name])}", _hint(name, theirs))
     built, here = source.manifest.get("libraries", {}), wanted.get("libraries", {})
     for name in sorted(here):
         if name != "python" and built.get(name) != here[name]:  # no network depends on Python's version
             raise _refusal(source.path, f"its {name} is {built.get(name)}, not {here[name]}", WITHOUT)
+
+
+def _differing(theirs: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The names of what differs, for a message."""
+    return ", ".join(
+        sorted(name for name in {*theirs, *wanted} if sha256_json(theirs.get(name)) != sha256_json(wanted.get(name)))
+    )
 
 
 def _hint(name: str, theirs: str) -> str:

@@ -41,14 +41,14 @@ _LEGACY_ATTENTION = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|
 
 
 def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError] = ModelError) -> dict[str, Tensor]:
-    """Read a weight file (.safetensors, or what torch.save wrote) as tensors by name, mapped into memory.
+    """Read a weight file (safetensors, or what torch.save wrote) as tensors by name, mapped into memory.
 
     Raises: error_type: missing, truncated, without tensors, or a pickle that holds more than tensors.
     """
     if not path.is_file():
         raise error_type(f"there is no file {path}", hint="check the path")
     try:
-        if path.suffix.lower() == ".safetensors":
+        if path.suffix.lower() == ".safetensors" or _begins_as_safetensors(path):
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
@@ -64,6 +64,13 @@ def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError
     if not tensors:
         raise error_type(f"{path} holds no tensors by name", hint="give a file of a network's weights")
     return tensors
+
+
+def _begins_as_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, with the length of a JSON object: of whatever name, as checkpoints of ours."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
 
 
 def read_scheduler_config(base: Base) -> dict[str, Any]:

@@ -107,6 +107,9 @@ def _detect(
             process.wait()
             listener.join()
         listener.raise_for_status(process.returncode)
+        if not output.exists():
+            raise BackendUnavailable(f"{python} ended well, and gave no keypoints",
+                                     "name the interpreter of an environment that has the detector")  # fmt: skip
         with np.load(output) as result:
             return _split(result["points"], result["frames"], int(result["num_frames"]))
 

@@ -76,8 +76,8 @@ def read_openpose(
     Raises: PoseError: missing or damaged file, NaN or infinity, no canvas, or a frame without the person.
     """
     path = Path(path)
-    documents, header = _read_documents(path)
-    frames = [_parse_frame(document, f"{path}: frame {index}") for index, document in enumerate(documents)]
+    documents, header, places = _read_documents(path)
+    frames = [_parse_frame(document, place) for document, place in zip(documents, places, strict=True)]
     if not frames:
         raise PoseError(f"{path}: it holds 0 frames", hint="a pose file needs at least one frame")
     base = _parse_canvas(header, str(path)) or next((f.canvas for f in frames if f.canvas), None) or canvas
@@ -135,20 +135,24 @@ def _person_entry(keypoints: np.ndarray) -> dict[str, list[float]]:
     return entry
 
 
-def _read_documents(path: Path) -> tuple[Sequence[Any], dict[str, Any]]:
-    """The frames' JSON objects, and the object around them that may hold canvas and fps."""
+def _read_documents(path: Path) -> tuple[Sequence[Any], dict[str, Any], list[str]]:
+    """The frames' JSON objects, the object around them that may hold canvas and fps, and where each frame is, for messages."""
     if path.is_dir():
-        files = sorted((file for file in path.iterdir() if file.suffix.lower() == ".json"), key=_natural_key)
+        files = sorted((file for file in path.iterdir() if file.suffix.lower() == ".json" and file.name[0] != "."),
+                       key=_natural_key)  # fmt: skip
         if not files:
             raise PoseError(f"{path}: no .json file in this folder", hint="OpenPose writes one file per frame")
-        return [_load(file) for file in files], {}
+        return [_load(file) for file in files], {}, [str(file) for file in files]
     document = _load(path)
+    frames, header = None, document if isinstance(document, dict) else {}
     if isinstance(document, list):
-        return document, {}
-    if isinstance(document, dict) and isinstance(document.get("frames"), list):
-        return document["frames"], document
-    if isinstance(document, dict) and "people" in document:
-        return [document], document
+        frames = document
+    elif isinstance(header.get("frames"), list):
+        frames = header["frames"]
+    elif "people" in header:
+        frames = [document]
+    if frames is not None:
+        return frames, header, [f"{path}: frame {index}" for index in range(len(frames))]
     raise PoseError(
         f"{path}: this JSON is not poses: {_kind(document)}",
         hint='expected {"people": [...]}, a list of those, or {"frames": [...]}',

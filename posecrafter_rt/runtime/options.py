@@ -5,7 +5,9 @@ Layer 5.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from posecrafter_rt.errors import PoseCrafterError
@@ -17,6 +19,23 @@ Resample = Literal["bilinear", "nearest", "unit_variance"]
 Sampler = Literal["ddim", "dpmpp", "unipc"]
 Decoder = Literal["full", "small"]
 LARGEST_SCALE = 1e30  # above it float32 may not hold the scale itself
+
+
+def is_whole(count: object) -> bool:
+    """Whether it is a whole number, of whatever library's types."""
+    return isinstance(count, Integral)
+
+
+def checked_regions(regions: Iterable[str]) -> tuple[str, ...]:
+    """Regions as options keep them, by which caches find what was computed: a tuple, whatever they come in.
+
+    Raises: PoseCrafterError for a region that does not exist, and for one name alone, whose letters would be taken for some.
+    """
+    if isinstance(regions, str):
+        raise PoseCrafterError(f"regions are {regions!r}, one name", f"give several, or one as ({regions!r},)")
+    if unknown := sorted({*regions} - {*REGIONS}):
+        raise PoseCrafterError(f"unknown region {unknown[0]!r}", f"choose of {', '.join(REGIONS)}")
+    return tuple(regions)
 
 
 @dataclass(frozen=True)
@@ -83,8 +102,8 @@ class RenderOptions:
                   "steps to keep residuals over": self.controlnet_every,
                   "steps to keep features over": self.unet_every}  # fmt: skip
         for what, count in counts.items():
-            if count is not None and count < 1:
-                raise PoseCrafterError(f"{count} {what}", "give 1 or more")
+            if count is not None and not (is_whole(count) and count >= 1):
+                raise PoseCrafterError(f"{count} {what}", "give a whole number, 1 or more")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise PoseCrafterError(f"strength {self.strength}", "give more than 0, and 1 at most")
         last = self.num_inference_steps - (0 if self.strength is None else self.start_step)
@@ -94,8 +113,7 @@ class RenderOptions:
             raise PoseCrafterError(f"guidance scale {self.guidance_scale}", "give 1 (no guidance) or more, such as 3")
         if not abs(self.conditioning_scale) <= LARGEST_SCALE:  # nor is NaN
             raise PoseCrafterError(f"conditioning scale {self.conditioning_scale}", "give a number; 1 is the paper's")
-        if unknown := sorted(set(self.regions) - set(REGIONS)):
-            raise PoseCrafterError(f"unknown region {unknown[0]!r}", f"choose of {', '.join(REGIONS)}")
+        object.__setattr__(self, "regions", checked_regions(self.regions))
         self._check_segments()
 
     def _check_segments(self) -> None:

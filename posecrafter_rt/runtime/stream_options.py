@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method.editing import DEFAULT_REGIONS
 from posecrafter_rt.runtime.live import LiveOptions
-from posecrafter_rt.runtime.options import Decoder, RenderOptions, Resample
+from posecrafter_rt.runtime.options import Decoder, RenderOptions, Resample, checked_regions, is_whole
 
 MAX_STEPS = 8
 MAX_WINDOW = 30  # with the reference and the frame itself 32, for which kernels have tiles of their own
@@ -44,13 +44,14 @@ class StreamOptions:
     live: LiveOptions = field(default_factory=LiveOptions)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.steps <= MAX_STEPS:
+        object.__setattr__(self, "regions", checked_regions(self.regions))
+        if not is_whole(self.steps) or not 1 <= self.steps <= MAX_STEPS:
             raise PoseCrafterError(f"a stream of {self.steps} steps", f"give 1 to {MAX_STEPS}")
-        if self.unet_every < 1:
-            raise PoseCrafterError(f"{self.unet_every} steps to keep features over", "give 1 or more")
+        if not is_whole(self.unet_every) or self.unet_every < 1:
+            raise PoseCrafterError(f"{self.unet_every} steps to keep features over", "give a whole number, 1 or more")
         if self.unet_every > 1 and self.is_pipelined:
             raise PoseCrafterError("a pipelined stream keeps no features over steps", "leave out one of the two")
-        if not 0 <= self.window <= MAX_WINDOW:
+        if not is_whole(self.window) or not 0 <= self.window <= MAX_WINDOW:
             raise PoseCrafterError(f"a stream that remembers {self.window} frames", f"give 0 to {MAX_WINDOW}")
 
     def as_render(self, recommended_strength: float, has_small_decoder: bool) -> RenderOptions:

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from posecrafter_rt.errors import VideoError
-from posecrafter_rt.framing import check_one_pose_a_frame
+from posecrafter_rt.framing import check_canvas, check_one_pose_a_frame
+from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.seams import draw_to_anchors
-from posecrafter_rt.video_io import stream_video
+from posecrafter_rt.video_io import stream_video, video_size
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,15 @@ class Stretch:
         return stream_video(self.video, size=self.size, start=self.start, stop=self.stop)[0]
 
 
-def open_stretch(video: Path, window: slice, size: tuple[int, int], num_poses: int) -> Stretch:
+def open_stretch(video: Path, window: slice, size: tuple[int, int], poses: PoseSequence) -> Stretch:
     """Read a video once from end to end, holding three frames, and check that a stretch of it can be rendered.
 
     Args: window: the stretch; an open side is that of the video. size: (height, width) to fit its frames to, as those
-        that are tuned on. num_poses: of the video, one a frame.
-    Raises: VideoError when the video cannot be read or has no such frames; PoseError unless it has `num_poses` frames.
+        that are tuned on. poses: of the video, one a frame.
+    Raises: VideoError when the video cannot be read or has no such frames; PoseError unless it has a frame for each pose,
+        of their canvas's shape.
     """
+    check_canvas(video, video_size(video), poses.canvas)
     frames, fps = stream_video(video, size=size)
     digest, num_frames = sha256(), 0
     beside: dict[int, np.ndarray] = {}
@@ -88,7 +91,7 @@ def open_stretch(video: Path, window: slice, size: tuple[int, int], num_poses: i
         if num_frames in (start - 1, window.stop):
             beside[num_frames] = frame
         num_frames += 1
-    check_one_pose_a_frame(video, num_frames, num_poses)
+    check_one_pose_a_frame(video, num_frames, len(poses))
     stop = num_frames if window.stop is None else window.stop
     if not start < stop <= num_frames:
         raise VideoError(f"{video} has {num_frames} frames, and {start}:{stop} is not within them",

@@ -137,3 +137,10 @@ def test_what_is_not_built_names_the_command_that_builds_it(monkeypatch: pytest.
     monkeypatch.setattr(native, "missing_reason", lambda: "it was not compiled")
     extension = next(finding for finding in checks.check_operators() if finding.name == "native extension")
     assert extension.mend == "install a C++ compiler and Python's headers, then in the checkout: pip install -e ."
+
+
+def test_a_file_in_the_caches_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / "cache"))
+    cache = next(finding for finding in checks.check_storage() if finding.name == "cache")
+    assert (cache.status, cache.detail) == ("failed", f"{tmp_path / 'cache'} is a file")

@@ -148,3 +148,13 @@ def test_poses_that_do_not_fit_are_refused(clips: tuple[Path, Path], tmp_path: P
     result = run(*clips, "--range", "1:4", "--poses", poses, "--rendered-poses", poses)
     assert result.exit_code == 1 and "5 rendered poses" in result.stderr
     assert run(*clips, "--range", "1:4", "--rendered-poses", poses).exit_code == 2
+
+
+def test_a_missing_pose_file_is_told_before_anything_is_measured(
+    clips: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.cli.eval._measure", lambda *arguments: pytest.fail("measured"))
+    for options in (("--poses", tmp_path / "no.json"),
+                    ("--poses", pose_file(tmp_path / "a.json", 4, (64, 64)), "--rendered-poses", tmp_path / "no.json")):  # fmt: skip
+        result = run(*clips, *options)
+        assert result.exit_code == 1 and "no.json: there is no such file" in result.stderr

@@ -248,6 +248,15 @@ def test_preview_refusals(poses: Path, tmp_path: Path) -> None:
     assert run("preview", poses, "-o", tmp_path / "out.png", "--force").exit_code == 0
 
 
+@pytest.mark.parametrize("command", ["extract", "preview"])
+def test_the_video_that_is_read_is_not_replaced_even_by_force(poses: Path, tmp_path: Path, command: str) -> None:
+    clip = video(tmp_path / "clip.mp4", 200, 200)
+    before = clip.read_bytes()
+    given = [clip] if command == "extract" else [poses, "--video", clip]
+    result = run(command, *given, "-o", clip, "--force")
+    assert isinstance(result.exception, OutputExists) and clip.read_bytes() == before
+
+
 # A real process: handlers as at a terminal, which a job in the background does not inherit.
 COMMAND = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

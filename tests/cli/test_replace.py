@@ -165,5 +165,5 @@ def test_which_frames_and_of_what_are_given_together(tmp_path: Path, given: tupl
 def test_the_video_itself_is_never_overwritten(workshop: Path) -> None:
     before = (workshop / "me.mp4").read_bytes()
     result = run(*command(workshop, workshop / "me.mp4", "--force"))
-    assert result.exit_code == 1 and "is itself the video to be mended" in " ".join(result.output.split())
+    assert result.exit_code == 1 and "is itself what it would be made from" in " ".join(result.output.split())
     assert (workshop / "me.mp4").read_bytes() == before

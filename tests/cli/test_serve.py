@@ -35,6 +35,12 @@ def test_what_the_environment_holds_counts(monkeypatch: pytest.MonkeyPatch, tmp_
     assert result.exit_code == 1 and "no.engine is not an engine folder" in result.stderr
 
 
+def test_an_empty_token_is_no_token_that_was_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSECRAFTER_TOKEN", "")
+    result = run("me.engine")
+    assert result.exit_code == 1 and "the token is empty" in result.stderr
+
+
 def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
@@ -63,7 +69,7 @@ def test_missing_calibration_poses_are_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "no.json" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [("--max-sessions", "0"), ("--token", " ")])
+@pytest.mark.parametrize("arguments", [("--max-sessions", "0"), ("--token", " "), ("--token", "")])
 def test_bad_options_have_a_hint(arguments: tuple[str, ...]) -> None:
     result = run("me.engine", *arguments)
     assert result.exit_code == 1 and "hint: " in result.stderr

@@ -95,6 +95,22 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
         open_folder(tmp_path / "nothing")
 
 
+def test_what_is_no_engine_is_never_told_to_be_replaced(tmp_path: Path) -> None:
+    """A checkpoint in the place of an engine, a web application's folder, and what is not there yet."""
+    checkpoint, web, new = tmp_path / "me.ckpt", tmp_path / "web", tmp_path / "new.engine"
+    checkpoint.touch()
+    web.mkdir()
+    (web / "manifest.json").write_text('{"name": "mine", "schema": 1}')
+    hints = []
+    for path in (checkpoint, web, tmp_path, new):
+        with pytest.raises(EngineFolderError, match=f"{path.name} is not an engine folder") as caught:
+            open_folder(path)
+        hints.append(caught.value.hint)
+    build = "posecrafter-rt build-engine"
+    assert hints == [f"an engine is a folder, which is built of a tuned checkpoint: {build} {checkpoint}",
+                     f"{build} tuned.ckpt", f"{build} tuned.ckpt", f"{build} tuned.ckpt -o {new}"]  # fmt: skip
+
+
 def test_a_changed_manifest_can_be_sealed_again(tmp_path: Path) -> None:
     path = build(tmp_path / "e")
     write_manifest(path, {**read_manifest(path), "backend": "openvino"})

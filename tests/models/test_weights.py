@@ -275,3 +275,15 @@ def _pass_a_clip(model: PoseModel) -> None:
     assert len(residuals) == 13
     (noise_pred,) = networks["unet"](latents, unet_time, unet_kv, *residuals)
     assert noise_pred.shape == latents.shape and noise_pred.isfinite().all()
+
+
+def test_a_file_is_known_by_how_it_begins(tmp_path: Path) -> None:
+    """Checkpoints of ours, and LoRAs that were renamed, are safetensors under another name."""
+    path = tmp_path / "style.ckpt"
+    save_file({"a": torch.arange(3.0)}, path)
+    assert read_weights(path)["a"].tolist() == [0, 1, 2]
+    torch.save({"a": torch.arange(3.0)}, path)
+    assert read_weights(path)["a"].tolist() == [0, 1, 2]
+    path.write_bytes(b"{")
+    with pytest.raises(ModelError, match=r"style\.ckpt"):
+        read_weights(path)

@@ -6,6 +6,7 @@ Tests; no layer.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -169,6 +170,12 @@ def test_an_interpreter_that_is_not_there(video: list, tmp_path: Path) -> None:
     video += [RED]
     with pytest.raises(BackendUnavailable, match="python9 cannot be started"):
         extract_poses("clip.mp4", python=tmp_path / "python9")
+
+
+def test_an_interpreter_that_is_none(video: list, tmp_path: Path) -> None:
+    video += [RED]
+    with pytest.raises(BackendUnavailable, match="true ended well, and gave no keypoints"):
+        extract_poses("clip.mp4", python=Path(shutil.which("true") or "/bin/true"))
 
 
 def test_an_unknown_detector() -> None:

@@ -71,8 +71,16 @@ def test_a_folder_reads_in_the_order_of_its_numbers(person: np.ndarray, tmp_path
         moved = person + np.array([number, 0, 0], np.float32)
         (tmp_path / f"clip_{number}_keypoints.json").write_text(json.dumps(frame(moved)))
     (tmp_path / "notes.txt").write_text("not a pose")
+    (tmp_path / "._clip_9_keypoints.json").write_bytes(b"\0\5\x16\7 of another system")
     poses = read_openpose(tmp_path)
     assert (poses.keypoints[:, 0, 0] - person[0, 0]).tolist() == [9, 10, 100]
+
+
+def test_what_is_no_pose_in_a_folder_is_named(person: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "a_1.json").write_text(json.dumps(frame(person)))
+    (tmp_path / "package.json").write_text('{"name": "mine"}')
+    with pytest.raises(PoseError, match=r'/package\.json: no list of "people"'):
+        read_openpose(tmp_path)
 
 
 def test_body_25_gives_body_and_feet(person: np.ndarray, tmp_path: Path) -> None:

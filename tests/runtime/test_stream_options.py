@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.stream_options import StreamOptions
 
 
@@ -34,3 +37,19 @@ def test_a_strength_that_leaves_too_few_steps_is_refused() -> None:
     (None, True, "small"), (None, False, "full"), ("full", True, "full")])  # fmt: skip
 def test_the_small_decoder_is_taken_where_there_is_one(decoder: str | None, has_small: bool, used: str) -> None:
     assert StreamOptions(decoder=decoder).as_render(1.0, has_small).decoder == used  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [StreamOptions, RenderOptions])
+def test_regions_come_in_anything_but_one_name(options: type[StreamOptions] | type[RenderOptions]) -> None:
+    assert options(regions=["face", "left_hand"]).regions == ("face", "left_hand")  # type: ignore[arg-type]
+    for regions, message in (("face", "regions are 'face', one name"), (["face", "tail"], "unknown region 'tail'")):
+        with pytest.raises(PoseCrafterError, match=message):
+            options(regions=regions)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"steps": 2.5}, {"window": 1.5}, {"unet_every": 1.5}])
+def test_what_is_counted_is_whole(options: dict[str, Any]) -> None:
+    with pytest.raises(PoseCrafterError):
+        StreamOptions(**options)
+    with pytest.raises(PoseCrafterError, match=r"4\.5 denoising steps"):
+        RenderOptions(num_inference_steps=4.5)  # type: ignore[arg-type]

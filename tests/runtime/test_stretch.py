@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 
 from posecrafter_rt.errors import PoseCrafterError, PoseError, VideoError
+from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
 from posecrafter_rt.runtime.stretch import open_stretch
 from posecrafter_rt.video_io import read_video, write_png, write_video
 
 COUNT, SIZE = 10, (32, 32)
+CANVAS = (40, 48)  # that of the clip
+
+
+def standing(count: int = COUNT, canvas: tuple[int, int] = CANVAS) -> PoseSequence:
+    return PoseSequence(np.zeros((count, NUM_KEYPOINTS, 3), np.float32), canvas)
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def clip(tmp_path: Path) -> Path:
     (slice(4, 7), 4, 7), (slice(0, 1), 0, 1), (slice(8, None), 8, COUNT), (slice(None, 3), 0, 3), (slice(None), 0, COUNT),
 ])  # fmt: skip
 def test_all_but_the_stretch_are_the_videos_own_frames(clip: Path, window: slice, start: int, stop: int) -> None:
-    stretch = open_stretch(clip, window, SIZE, COUNT)
+    stretch = open_stretch(clip, window, SIZE, standing())
     assert (stretch.start, stretch.stop, stretch.fps) == (start, stop, pytest.approx(24))
     own = read_video(clip, size=SIZE).frames
     rendered = 255 - own[start:stop]
@@ -52,7 +58,7 @@ def test_frames_are_asked_for_when_their_turn_comes_and_to_the_end(clip: Path) -
             yield np.zeros((*SIZE, 3), np.uint8)
         told.append("end")
 
-    mended, seen = open_stretch(clip, slice(4, 7), SIZE, COUNT).mend(rendered()), []
+    mended, seen = open_stretch(clip, slice(4, 7), SIZE, standing()).mend(rendered()), []
     for _ in mended:
         seen.append(list(told))
     assert seen[3] == [] and seen[4] == [0] and seen[6] == [0, 1, 2] and seen[7] == seen[9] == [0, 1, 2, "end"]
@@ -62,7 +68,7 @@ def test_its_hash_is_that_of_every_frame(clip: Path, tmp_path: Path) -> None:
     def hash_of(frames: np.ndarray) -> str:
         for index, frame in enumerate(frames):
             write_png(tmp_path / "frames" / f"{index}.png", frame, force=True)
-        return open_stretch(tmp_path / "frames", slice(4, 7), frames.shape[1:3], len(frames)).frames_sha256
+        return open_stretch(tmp_path / "frames", slice(4, 7), frames.shape[1:3], standing(len(frames))).frames_sha256
 
     frames = read_video(clip).frames
     first = hash_of(frames)
@@ -70,7 +76,7 @@ def test_its_hash_is_that_of_every_frame(clip: Path, tmp_path: Path) -> None:
         changed = frames.copy()
         changed[index, 20, 20, 1] ^= 1
         assert hash_of(changed) != first
-    assert hash_of(frames) == first == open_stretch(clip, slice(0, 2), (40, 48), COUNT).frames_sha256
+    assert hash_of(frames) == first == open_stretch(clip, slice(0, 2), CANVAS, standing()).frames_sha256
 
 
 @pytest.mark.parametrize(("window", "num_poses", "kind", "message"), [
@@ -84,7 +90,14 @@ def test_what_cannot_be_replaced(
     clip: Path, window: slice, num_poses: int, kind: type[PoseCrafterError], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
-        open_stretch(clip, window, SIZE, num_poses)
+        open_stretch(clip, window, SIZE, standing(num_poses))
+
+
+def test_a_video_of_another_shape_than_its_poses_is_refused(clip: Path) -> None:
+    for canvas in ((80, 96), (41, 48), (20, 24)):  # larger, smaller, and rounded
+        open_stretch(clip, slice(4, 7), SIZE, standing(canvas=canvas))
+    with pytest.raises(PoseError, match=r"clip\.mp4 are 40x48, of another shape than their poses' canvas of 48x40"):
+        open_stretch(clip, slice(4, 7), SIZE, standing(canvas=(48, 40)))
 
 
 def test_a_video_that_breaks_off_is_refused_before_anything_is_rendered(clip: Path) -> None:
@@ -92,12 +105,12 @@ def test_a_video_that_breaks_off_is_refused_before_anything_is_rendered(clip: Pa
     middle = whole.index(b"mdat") + (len(whole) - whole.index(b"mdat")) // 2
     clip.write_bytes(whole[:middle])
     with pytest.raises(VideoError, match="clip.mp4 is damaged or breaks off at frame"):
-        open_stretch(clip, slice(0, 2), SIZE, COUNT)
+        open_stretch(clip, slice(0, 2), SIZE, standing())
 
 
 @pytest.mark.parametrize("change", ["shorter", "much shorter", "longer", "one frame"])
 def test_a_video_that_changes_while_it_is_mended_is_an_error(clip: Path, change: str) -> None:
-    stretch = open_stretch(clip, slice(4, 7), SIZE, COUNT)
+    stretch = open_stretch(clip, slice(4, 7), SIZE, standing())
     frames = read_video(clip).frames.copy()
     if change == "one frame":
         frames[8] = 255 - frames[8]

@@ -1,0 +1,113 @@
+"""Videos decoded: frames upright and in colours that are right, or one line that says why not.
+
+Layer 1: PyAV. `video_io.py` is what others use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.error import FFmpegError
+
+from posecrafter_rt.errors import VideoError
+from posecrafter_rt.framing import size_text
+
+DEFAULT_FPS = 25.0  # of images, and of videos that state no rate
+# FFmpeg's numbers of the transfer functions whose values mean other lights than an ordinary picture's.
+_HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
+_TO_SDR = (
+    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
+    "zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
+)
+# Pixels so much wider than high, or higher than wide, pass for square: those of old formats are, by a tenth, on paper only.
+SQUARE = 1.15
+_TO_SQUARE = "scale=iw*sar:ih,setsar=1"
+
+
+def decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
+    """The frames `start` to `stop`, RGB and upright."""
+    count = 0
+    shape: tuple[int, ...] | None = None
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "SLICE"  # frame threads would swallow the error of a file that breaks off
+            for count, frame in enumerate(container.decode(stream), start=1):
+                if stop is not None and count > stop:
+                    return
+                if frame.is_corrupt:
+                    raise _damaged(path, count - 1, "its data are not whole")
+                if count > start:
+                    picture = np.ascontiguousarray(_upright(frame))
+                    shape = shape or picture.shape
+                    if picture.shape != shape:
+                        raise _changed_size(path, count - 1, shape, picture.shape)
+                    yield picture
+    except FFmpegError as failure:
+        if isinstance(failure, MemoryError):  # the file may be whole
+            raise
+        raise _damaged(path, count, reason(failure)) from failure
+
+
+def frame_rate(path: Path) -> float:
+    """Frames per second; also the check that the file is a video at all, and of colours and pixels that are read."""
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise VideoError(f"{path} has no video stream", hint="name a file with moving pictures")
+            stream = container.streams.video[0]
+            if (transfer := _HDR_TRANSFERS.get(stream.codec_context.color_trc)) is not None:
+                raise VideoError(
+                    f"{path} is an HDR video ({transfer}), whose colours would come out wrong",
+                    hint=f"film with HDR off, or convert it: ffmpeg -i FILE -vf {_TO_SDR} out.mp4",
+                )
+            pixel = float(stream.sample_aspect_ratio or 1)
+            if not 1 / SQUARE < pixel < SQUARE:
+                raise VideoError(f"{path} has pixels {pixel:.3g} times as wide as high, and people in it would be squeezed",
+                                 hint=f"make them square: ffmpeg -i FILE -vf {_TO_SQUARE} out.mp4")  # fmt: skip
+            return float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
+    except FFmpegError as failure:
+        if isinstance(failure, MemoryError):
+            raise
+        raise VideoError(
+            f"{path} cannot be read as a video: {reason(failure)}",
+            hint="check that the file is a whole video; `ffmpeg -i FILE out.mp4` converts most formats",
+        ) from failure
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """A frame, RGB, as its file says that it is to be shown: turned by quarters, mirrored, or both."""
+    picture: np.ndarray = frame.to_ndarray(format="rgb24")
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    # Shown at x' = a x + c y, y' = b x + d y.
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
+    if abs(b) > abs(a):  # nearly a quarter: rows become columns
+        picture, across, down = picture.transpose(1, 0, 2), c, b
+    else:
+        across, down = a, d
+    return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
+def _damaged(path: Path, frame: int, reason: str) -> VideoError:
+    return VideoError(
+        f"{path} is damaged or breaks off at frame {frame}: {reason}",
+        hint=f"copy the file again, or read only the frames before {frame}",
+    )
+
+
+def _changed_size(path: Path, frame: int, before: tuple[int, ...], after: tuple[int, ...]) -> VideoError:
+    height, width = before[:2]
+    return VideoError(
+        f"{path} is {size_text(before)}, but {size_text(after)} (height x width) from frame {frame} on",
+        hint=f"bring it to one size: ffmpeg -i FILE -vf scale={width}:{height} out.mp4",
+    )
+
+
+def reason(failure: FFmpegError) -> str:
+    return (failure.strerror or str(failure)).lower()
