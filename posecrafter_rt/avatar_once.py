@@ -68,7 +68,7 @@ class ComputedOnce:
         """Of a training frame's pose, (1, C, h, w)."""
         networks, poses = self.networks, PoseSequence(self.poses.keypoints[[reference]], self.poses.canvas)
         return self._embeddings.get((self._computed_by(), reference),
-                                    lambda: embed_poses(networks.engines, poses, poses.canvas).contiguous())  # fmt: skip
+                                    lambda: embed_poses(networks.engines, poses, poses.canvas))  # fmt: skip
 
     def _reference_latents(self, reference: int) -> Tensor:
         """Of a training frame, (1, 4, h, w)."""

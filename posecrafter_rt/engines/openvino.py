@@ -64,7 +64,6 @@ LARGE_BYTES = 3 << 26  # of weights: of a network with so many, others are kept 
 # Of the weights, what one more shape of a network needs while it is compiled, and for activations: in its file and in the
 # order of the compiled model; packed by our operations, in 16 and 8 bits once for all shapes. Measured at Stable Diffusion 1.5's size.
 NEEDED_FOLD, NEEDED_FOLD_HELD = 3, {"fp32": 2, "fp16": 0.5, "int8": 0.5}
-ONCE_BYTES = 1 << 26  # of weights: a network of RUN_ONCE with more is let go of once it has run
 KEPT_BYTES = 1 << 30  # of compiled networks in an engine's folder: some hold their weights
 DIGESTS_FILE = "digests.json"
 
@@ -102,7 +101,7 @@ class Request:
 
 
 class OpenVinoEngine:
-    """One network; each new input shape is compiled once, statically, and kept, but for large networks of RUN_ONCE; a stream's
+    """One network; each new input shape is compiled once, statically, and kept, but for networks of RUN_ONCE; a stream's
     once for the reference, and once for frames that follow it.
 
     Never one model for changing shapes: with dynamic shapes OpenVINO 2026.4 returns garbage for temporal attention when
@@ -149,8 +148,8 @@ class OpenVinoEngine:
         own.infer()
         outputs = {out.name: torch.from_numpy(own.request.get_output_tensor(index).data)
                    for out, index in zip(spec.outputs, own.outputs, strict=True)}  # fmt: skip
-        if self.spec.name in RUN_ONCE and self._weight_bytes > ONCE_BYTES:
-            self._requests.clear()  # for another prompt or person it is there again in a second
+        if self.spec.name in RUN_ONCE:
+            self._requests.clear()  # for another prompt or person it is there again: a small one in 0.02 s, a large one in a second
         return outputs
 
     def _request(self, spec: NetworkSpec, shapes: Shapes) -> Request:

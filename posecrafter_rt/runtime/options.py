@@ -117,6 +117,8 @@ class RenderOptions:
         self._check_segments()
 
     def _check_segments(self) -> None:
+        if not is_whole(self.overlap) or self.overlap < 0:
+            raise PoseCrafterError(f"an overlap of {self.overlap} frames", "give a whole number, 0 or more")
         segment = least_segment(self.overlap) if self.segment in (None, "auto") else self.segment
         if not isinstance(segment, int):
             raise PoseCrafterError(f"segments of {segment!r} frames", "give a number, or auto")

@@ -80,15 +80,22 @@ def text_tables(engines: Mapping[str, Engine], input_ids: Tensor) -> dict[str, T
 def embed_poses(
     engines: Mapping[str, Engine], poses: PoseSequence, size: tuple[int, int], before: Sequence[Tensor] = ()
 ) -> Tensor:
-    """Draw poses at `size` and embed them, one at a time as frames are decoded: (N, C, h, w).
+    """Draw poses at `size` and embed them, one at a time as frames are decoded: (N, C, h, w), in this order in memory.
 
     before: embeddings that are there already, put before the others.
     """
     pictures = torch.from_numpy(draw_poses(poses, size)).permute(0, 3, 1, 2)
     embed = engines["pose_embedding"]
-    parts = [embed(controlnet_cond=part.to(embed.device).float().div_(255))["pose_embeddings"].clone()
-             for part in pictures.split(1)]  # fmt: skip
-    return parts[0] if len(parts) == 1 and not before else torch.cat([*before, *parts])
+    embeddings: Tensor | None = None
+    for index, part in enumerate(pictures.split(1), start=len(before)):
+        embedded = embed(controlnet_cond=part.to(embed.device).float().div_(255))["pose_embeddings"]
+        if embeddings is None:  # now that their size is known: none is held twice
+            embeddings = embedded.new_empty(len(before) + len(pictures), *embedded.shape[1:])
+        embeddings[index] = embedded[0]
+    assert embeddings is not None  # there is no sequence of no poses
+    for index, embedded in enumerate(before):
+        embeddings[index] = embedded[0]
+    return embeddings
 
 
 def frame_latents(engines: Mapping[str, Engine], frame: np.ndarray) -> Tensor:
@@ -126,8 +133,7 @@ def prepare_clip(
     Args: target: N poses on a canvas of the frame size.
     """
     inserted = [prepared.pose_embedding] if options.inserts else []  # the reference's pose goes first (method step 3)
-    # Engines that read it in order would else put it into that order at every step.
-    pose_embeddings = embed_poses(engines, target, target.canvas, inserted).contiguous()
+    pose_embeddings = embed_poses(engines, target, target.canvas, inserted)
     if not options.edits:
         latents = prepared.inverted_latents.expand(len(pose_embeddings), -1, -1, -1).contiguous()
         return Clip(latents, pose_embeddings, None)

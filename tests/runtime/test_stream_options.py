@@ -51,5 +51,7 @@ def test_regions_come_in_anything_but_one_name(options: type[StreamOptions] | ty
 def test_what_is_counted_is_whole(options: dict[str, Any]) -> None:
     with pytest.raises(PoseCrafterError):
         StreamOptions(**options)
+    with pytest.raises(PoseCrafterError, match="an overlap of -1 frames"):
+        RenderOptions(overlap=-1)
     with pytest.raises(PoseCrafterError, match=r"4\.5 denoising steps"):
         RenderOptions(num_inference_steps=4.5)  # type: ignore[arg-type]
