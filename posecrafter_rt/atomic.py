@@ -19,7 +19,7 @@ from typing import Any
 from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
 from posecrafter_rt.locks import locked
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -114,10 +114,13 @@ def refuse_sources(path: str | os.PathLike[str], *sources: str | os.PathLike[str
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's contents, 64 hexadecimal digits; OSError where it cannot be read."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+    digest, buffer = (
+        hashlib.sha256(),
+        memoryview(bytearray(_CHUNK_BYTES)),
+    )  # one: a thread's memory does not shrink again
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 

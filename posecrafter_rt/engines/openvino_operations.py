@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ from posecrafter_rt.engines.base import BEYOND_FP16, Precision, inner_precision
 from posecrafter_rt.engines.openvino_trials import Trial, all_trials
 from posecrafter_rt.errors import PoseCrafterError, last_line
 from posecrafter_rt.export.blob_cache import MappedBlob
-from posecrafter_rt.machine import cpu_features
+from posecrafter_rt.machine import cpu_features, usable_cores
 
 if TYPE_CHECKING:
     import openvino
@@ -36,6 +37,7 @@ SOURCES = Path(__file__).with_name("operations")
 FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast")  # fmt: skip
 COMPILE_S = 300  # a compiler that takes longer hangs
+MAX_COMPILERS = 4  # at once, each of up to 0.4 GB
 # What a compiler is asked for first: an instruction of the widest vectors, which its assembler must know, too.
 TRIED = """#include <immintrin.h>
 #ifdef __AMX_INT8__
@@ -282,8 +284,17 @@ def _compile(sources: list[Path], vectors: Vectors, home: Path, library: Path) -
     linked = [next(home.glob(f"libs/{name}.so*"), None) for name in ("libopenvino", "libtbb")]
     if None in linked:
         raise OperationsError("this OpenVINO came without its libraries, or without TBB")
-    refusal = _refusal(*FLAGS, *vectors.flags, "-I", home / "include", *sources, "-o", library, *linked,
-                       f"-Wl,-rpath,{home / 'libs'}")  # fmt: skip
+    flags, folder = (*FLAGS, *vectors.flags), library.parent
+
+    def compile_one(source: Path) -> str | None:
+        return _refusal(*flags, "-I", home / "include", "-c", source, "-o", folder / f"{source.stem}.o")
+
+    # What takes longest begins: what OpenVINO's headers are in, then what is long itself.
+    ordered = sorted(sources, key=lambda source: (source.stem != "extension", -source.stat().st_size))
+    with ThreadPoolExecutor(min(usable_cores(), MAX_COMPILERS)) as pool:
+        refusal = next(filter(None, pool.map(compile_one, ordered)), None)
+    refusal = refusal or _refusal(*flags, *(folder / f"{source.stem}.o" for source in ordered), "-o", library, *linked,
+                                  f"-Wl,-rpath,{home / 'libs'}")  # fmt: skip
     if refusal is not None:
         raise OperationsError(refusal)
 

@@ -26,7 +26,7 @@ OPERATIONS = [
 
 def fuzz(program: Path, flags: list[str], include: Path, sources: list[Path]) -> None:
     """Build a program that takes seconds and a seed, and run it."""
-    options = ["-std=c++17", "-O1", "-g", SANITIZERS, "-fno-sanitize-recover=all", *flags, f"-I{include}"]
+    options = ["-std=c++17", "-O1", "-g1", SANITIZERS, "-fno-sanitize-recover=all", *flags, f"-I{include}"]
     built = subprocess.run(["g++", *options, *sources, "-o", program], capture_output=True, text=True)
     if "cannot find -lasan" in built.stderr or "cannot find -lubsan" in built.stderr:
         pytest.skip("g++ has no sanitizer libraries")
