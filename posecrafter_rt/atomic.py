@@ -114,10 +114,8 @@ def refuse_sources(path: str | os.PathLike[str], *sources: str | os.PathLike[str
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's contents, 64 hexadecimal digits; OSError where it cannot be read."""
-    digest, buffer = (
-        hashlib.sha256(),
-        memoryview(bytearray(_CHUNK_BYTES)),
-    )  # one: a thread's memory does not shrink again
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))  # one for all chunks: what a thread frees is not given back
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])

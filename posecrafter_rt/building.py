@@ -263,15 +263,12 @@ def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list
 
     An engine may be refitted in its place.
     """
-    given = [
-        Path(source)
-        for source in (options.base or tuned.metadata["base"], options.small_decoder, options.refit)
-        if source
-    ]
-    given += [lora.path for lora in options.loras]
-    return [
-        path for path in given if path.exists() and not (path == options.refit and path.resolve() == output.resolve())
-    ]
+    given = [Path(options.base or tuned.metadata["base"]), *(lora.path for lora in options.loras)]
+    if options.small_decoder is not None:
+        given.append(Path(options.small_decoder))
+    if options.refit is not None and Path(options.refit).resolve() != output.resolve():
+        given.append(Path(options.refit))
+    return [path for path in given if path.exists()]
 
 
 def _load(tuned: Checkpoint, options: BuildOptions, loras: list[LoraFile], feature_reuse: bool) -> PoseModel:

@@ -238,10 +238,8 @@ def check_storage() -> list[Finding]:
     cache = cache_dir()
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free_bytes = shutil.disk_usage(place).free
-    detail, mend = (
-        f"{cache}, {size_of(free_bytes)} free",
-        "make it writable, or name another folder in POSECRAFTER_CACHE",
-    )
+    detail = f"{cache}, {size_of(free_bytes)} free"
+    mend = "make it writable, or name another folder in POSECRAFTER_CACHE"
     if not place.is_dir():
         return [*findings, Finding("cache", "failed", f"{place} is a file", mend)]
     if not os.access(place, os.W_OK):

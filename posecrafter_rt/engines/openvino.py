@@ -149,7 +149,7 @@ class OpenVinoEngine:
         outputs = {out.name: torch.from_numpy(own.request.get_output_tensor(index).data)
                    for out, index in zip(spec.outputs, own.outputs, strict=True)}  # fmt: skip
         if self.spec.name in RUN_ONCE:
-            self._requests.clear()  # for another prompt or person it is there again: a small one in 0.02 s, a large one in a second
+            self._requests.clear()  # for another prompt or person it is there again: a small one in 0.03 s, a large one in a second
         return outputs
 
     def _request(self, spec: NetworkSpec, shapes: Shapes) -> Request:

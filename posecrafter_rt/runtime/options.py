@@ -33,9 +33,10 @@ def checked_regions(regions: Iterable[str]) -> tuple[str, ...]:
     """
     if isinstance(regions, str):
         raise PoseCrafterError(f"regions are {regions!r}, one name", f"give several, or one as ({regions!r},)")
-    if unknown := sorted({*regions} - {*REGIONS}):
+    chosen = tuple(regions)
+    if unknown := sorted({*chosen} - {*REGIONS}):
         raise PoseCrafterError(f"unknown region {unknown[0]!r}", f"choose of {', '.join(REGIONS)}")
-    return tuple(regions)
+    return chosen
 
 
 @dataclass(frozen=True)
