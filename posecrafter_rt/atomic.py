@@ -93,7 +93,13 @@ def refuse_overwrite(path: str | os.PathLike[str], force: bool) -> None:
     """
     if os.path.isdir(path):
         raise OutputExists(f"{path} is a folder", hint="give the name of a file, such as one in it")
-    if not force and os.path.lexists(path):
+    if not force:
+        refuse_existing(path)
+
+
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+    """Raise OutputExists if something is at `path`: a file, a folder or a link."""
+    if os.path.lexists(path):
         raise OutputExists(f"{path} exists already", hint="give --force to replace it, or another name")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import os
 import secrets
 import shlex
 import shutil
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, sha256_file, sha256_json
+from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_existing, sha256_file, sha256_json
 from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists
 from posecrafter_rt.locks import locked
 
@@ -125,8 +124,7 @@ def _refuse_what_is_not_ours(path: Path) -> None:
     """Raise OutputExists unless `path` is free, or an engine folder, damaged perhaps, with nothing of the user's in it."""
     manifest = _sealed_manifest(path)
     if manifest is None:  # web applications have a manifest.json, too
-        if os.path.lexists(path):
-            raise OutputExists(f"{path} exists already", "give --force to replace it, or another name")
+        refuse_existing(path)
         return
     foreign = sorted({*_file_names(path)} - {*manifest["files"]})
     if foreign:
