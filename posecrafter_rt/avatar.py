@@ -37,7 +37,8 @@ from posecrafter_rt.runtime.recent import Recent
 from posecrafter_rt.runtime.render import blend, decode, render_clip
 from posecrafter_rt.runtime.report import RenderReport, SegmentReport
 from posecrafter_rt.runtime.segments import Adjustment, Segment, SegmentChoice, Split
-from posecrafter_rt.runtime.stream import AvatarStream, Sampling, StreamReference, sample_reference
+from posecrafter_rt.runtime.stream import AvatarStream, StreamReference, sample_reference
+from posecrafter_rt.runtime.stream_denoiser import Sampling
 from posecrafter_rt.runtime.stream_options import StreamOptions
 
 

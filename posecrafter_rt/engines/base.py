@@ -29,6 +29,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
 # Activations of Stable Diffusion's VAE are known to leave float16's range.
 BEYOND_FP16 = ("vae", "vae_encoder", "vae_decoder")  # the component, and its networks
+KEPT_KINDS = 64  # of inputs that were found right, of a network
 # Of `spec`, at the boundary; what is kept, unless the engine has it in another.
 DTYPES = {"float": torch.float32, "kept": torch.float32, "int64": torch.int64, "bool": torch.bool}
 Progress = Callable[[str], None]  # told the name of each stage as it begins
@@ -118,12 +119,28 @@ def beside(engine: Engine) -> AbstractContextManager[None]:
     return one_openmp_thread() if engine.has_own_threads else nullcontext()
 
 
-def checked_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor], device: torch.device) -> list[Tensor]:
-    """The inputs in the spec's order, on the device; their layout in memory is left to the engine.
+class InputChecker:
+    """What a network is given, against its contract, in the contract's order; what was found right is not looked at again."""
 
-    Raises: ShapeError for a missing or unknown name, another element type, a fixed dimension that differs, free
-        dimensions that disagree between inputs (a backend might broadcast them), or frames that do not divide into
-        groups.
+    def __init__(self, spec: NetworkSpec, device: torch.device) -> None:
+        self._spec, self._device = spec, device
+        self._names = [tensor.name for tensor in spec.inputs]
+        self._right: set[tuple[tuple[str, torch.dtype, torch.Size], ...]] = set()
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The inputs on the device; their layout in memory is left to the engine. Raises: see `check_inputs`."""
+        kinds = tuple((name, tensor.dtype, tensor.shape) for name, tensor in inputs.items())
+        if kinds not in self._right:
+            check_inputs(self._spec, inputs)
+            if len(self._right) == KEPT_KINDS:
+                self._right.clear()
+            self._right.add(kinds)
+        return [inputs[name].to(self._device) for name in self._names]
+
+
+def check_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor]) -> None:
+    """Raise ShapeError for a missing or unknown name, another element type, a fixed dimension that differs, free dimensions
+    that disagree between inputs (a backend might broadcast them), or frames that do not divide into groups.
     """
     names = [tensor.name for tensor in spec.inputs]
     if set(names) != set(inputs):
@@ -141,7 +158,6 @@ def checked_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor], device: torc
             raise ShapeError(f"{spec.name}: {expected.name} is {tuple(given.shape)}, not {expected.dims}{known}")
     if sizes.get("frames", 0) % sizes.get("groups", 1):
         raise ShapeError(f"{spec.name}: {sizes['frames']} frames do not divide into {sizes['groups']} groups")
-    return [inputs[name].to(device) for name in names]
 
 
 def cast(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -23,10 +23,10 @@ from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import (
     TORCH_DTYPES,
     Engine,
+    InputChecker,
     Precision,
     Progress,
     cast,
-    checked_inputs,
     fitting_weights,
     inner_precision,
     to_boundary,
@@ -79,11 +79,12 @@ class InductorEngine:
         compiled.load_constants(weights, check_full_update=True, user_managed=True)
         self.spec, self.dtype, self._compiled, self._weights = spec, dtype, compiled, weights
         self.device = next(iter(weights.values())).device
+        self._checked = InputChecker(spec, self.device)
 
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """See `Engine`."""
-        tensors = cast(checked_inputs(self.spec, inputs, self.device), self.dtype)
+        tensors = cast(self._checked(inputs), self.dtype)
         outputs = self._compiled(*(tensor.contiguous() for tensor in tensors))
         tensors = to_boundary(self.spec, outputs)
         return {out.name: tensor for out, tensor in zip(self.spec.outputs, tensors, strict=True)}

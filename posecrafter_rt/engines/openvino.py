@@ -10,9 +10,7 @@ import json
 import logging
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,9 +23,9 @@ from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.engines.base import (
     FULL_PRECISION,
     Engine,
+    InputChecker,
     Precision,
     Progress,
-    checked_inputs,
     fitting_weights,
 )
 from posecrafter_rt.engines.folder import rebuild_networks_hint
@@ -44,14 +42,14 @@ from posecrafter_rt.engines.openvino_operations import (
     missing_halves_reason,
     missing_reason,
     network_precision,
-    packing_from,
 )
+from posecrafter_rt.engines.openvino_request import Request
 from posecrafter_rt.engines.openvino_streams import following, leave_out_reference
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
 from posecrafter_rt.errors import EngineFolderError, last_line
 from posecrafter_rt.export.blob_cache import BlobCache, MappedBlob, graph_cache
 from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16, release_mapped, return_freed_memory
-from posecrafter_rt.spec import IS_REFERENCE, RUN_ONCE, Architecture, NetworkSpec, TensorSpec, network_specs
+from posecrafter_rt.spec import IS_REFERENCE, RUN_ONCE, Architecture, NetworkSpec, network_specs
 
 if TYPE_CHECKING:
     import openvino
@@ -79,27 +77,6 @@ class NetworkFile(NamedTuple):
     digest: list[str]
 
 
-@dataclass
-class Request:
-    """A compiled network's request, and where it has what the spec names, in the spec's order: by name each is searched for.
-
-    blob: where its weights lie, if they lie in a file. is_new: whether it never ran.
-    """
-
-    request: Any
-    inputs: list[int]
-    outputs: list[int]
-    blob: MappedBlob | None
-    is_new: bool = True
-
-    def infer(self) -> None:
-        """Run it. At the first time operations of ours pack their weights, which are not read again."""
-        blob = self.blob if self.is_new else None
-        with nullcontext() if blob is None else packing_from(blob):
-            self.request.infer(share_outputs=True)  # else it returns copies of them, which nobody asks for
-        self.is_new = False
-
-
 class OpenVinoEngine:
     """One network; each new input shape is compiled once, statically, and kept, but for networks of RUN_ONCE; a stream's
     once for the reference, and once for frames that follow it.
@@ -115,6 +92,9 @@ class OpenVinoEngine:
         precision: Precision,
     ) -> None:  # fmt: skip
         self.spec, self._following, self.device = spec, following(spec), torch.device("cpu")
+        self._checked = InputChecker(spec, self.device)
+        names = [tensor.name for tensor in spec.inputs]
+        self._reference_at = names.index(IS_REFERENCE) if IS_REFERENCE in names else None
         self._core, self._path, self._digest = core, file.path, file.digest
         self._cache, self._precision = cache, precision
         # Of both contracts, which differ in how many shapes they have.
@@ -135,19 +115,15 @@ class OpenVinoEngine:
         """See `Engine`. Inputs are read where they lie; outputs are views of the compiled model's own memory, which
         lives as long as they do.
         """
-        import openvino
-
-        checked = checked_inputs(self.spec, inputs, self.device)
-        named = dict(zip((tensor.name for tensor in self.spec.inputs), checked, strict=True))
-        is_led = IS_REFERENCE in named and bool(named[IS_REFERENCE].any())
-        spec = self.spec if is_led else self._following
-        tensors = [named[tensor.name].contiguous() for tensor in spec.inputs]
-        own = self._request(spec, tuple(tuple(tensor.shape) for tensor in tensors))
-        for index, tensor in zip(own.inputs, tensors, strict=True):
-            own.request.set_input_tensor(index, openvino.Tensor(tensor.detach().numpy(), shared_memory=True))
-        own.infer()
-        outputs = {out.name: torch.from_numpy(own.request.get_output_tensor(index).data)
-                   for out, index in zip(spec.outputs, own.outputs, strict=True)}  # fmt: skip
+        checked = self._checked(inputs)
+        spec = self._following
+        if self._reference_at is not None:
+            if any(checked[self._reference_at].tolist()):
+                spec = self.spec
+            else:
+                del checked[self._reference_at]
+        tensors = [tensor.contiguous() for tensor in checked]
+        outputs = self._request(spec, tuple(tensor.shape for tensor in tensors))(tensors)
         if self.spec.name in RUN_ONCE:
             self._requests.clear()  # for another prompt or person it is there again: a small one in 0.03 s, a large one in a second
         return outputs
@@ -157,8 +133,7 @@ class OpenVinoEngine:
             while self._requests and not self._has_room():
                 self._requests.popitem(last=False)
             compiled, blob = self._compile(spec, shapes)
-            places = (_places(compiled.inputs, spec.inputs), _places(compiled.outputs, spec.outputs))
-            self._requests[shapes] = Request(compiled.create_infer_request(), *places, blob)
+            self._requests[shapes] = Request(compiled, spec, blob)
             release_mapped(self._weights_path)  # most weights are in another order by now
             return_freed_memory()  # compiling frees as much again as a small network holds
         self._requests.move_to_end(shapes)
@@ -249,11 +224,6 @@ class OpenVinoEngine:
             self._swapped |= {name: tensor.detach().float().numpy().copy() for name, tensor in fitting.items()}
             self._requests.clear()
         return set(fitting)
-
-
-def _places(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> list[int]:
-    """Where among a compiled network's ports those are that the specs name."""
-    return [next(index for index, port in enumerate(ports) if spec.name in port.get_names()) for spec in specs]
 
 
 def _runtime(core: openvino.Core) -> dict[str, str]:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from posecrafter_rt.engines.base import checked_inputs, fitting_weights
+from posecrafter_rt.engines.base import InputChecker, fitting_weights
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.refit import WIDER, in_stored_type
 from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_logger, torch_dtype, trt_dtype
@@ -204,6 +204,7 @@ class TensorRTEngine:
         self, spec: NetworkSpec, plan: Callable[[], trt.ICudaEngine], workspace: Workspace, weights: Path
     ) -> None:
         self.spec, self.device = spec, workspace.device
+        self._checked = InputChecker(spec, self.device)
         self._read_plan, self._workspace, self._weights = plan, workspace, weights
         self._slots: OrderedDict[Shapes, Slot] = OrderedDict()
         self._swapped: dict[str, Tensor] = {}
@@ -225,7 +226,7 @@ class TensorRTEngine:
 
         Two threads may call networks of different workspaces, each on a current stream of its own.
         """
-        given = checked_inputs(self.spec, inputs, self.device)
+        given = self._checked(inputs)
         stream, current = self._workspace.stream, torch.cuda.current_stream(self._workspace.device)
         with _launching, torch.cuda.device(self.device):
             # Only what is kept can be of another type: zeros in place of what no call has given yet.

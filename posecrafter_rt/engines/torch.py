@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from posecrafter_rt.engines.base import (
     TORCH_DTYPES,
     Engine,
+    InputChecker,
     Precision,
     Progress,
     cast,
-    checked_inputs,
     fitting_weights,
     inner_precision,
     to_boundary,
@@ -67,13 +67,14 @@ class TorchEngine:
         self.module, self.spec, self.is_exact = module, spec, is_exact
         smallest = min(module.parameters(), key=Tensor.numel)  # others may be kept narrow
         self.device, self.dtype = smallest.device, smallest.dtype
+        self._checked = InputChecker(spec, self.device)
         most = RECORDED.get(spec.name)
         self._network = self._run if most is None else Recorder(spec.name, self._run, most, pool)
 
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """See `Engine`."""
-        outputs = self._network(checked_inputs(self.spec, inputs, self.device))
+        outputs = self._network(self._checked(inputs))
         return {out.name: tensor for out, tensor in zip(self.spec.outputs, outputs, strict=True)}
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -5,7 +5,7 @@ Layer 5. `AvatarStream.step` is the loop; `StreamReference` is all that every st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from posecrafter_rt.engines.base import Engine, beside
 from posecrafter_rt.errors import NotFinite, PoseCrafterError
-from posecrafter_rt.method.dpmpp import Terms, dpmpp_step_
+from posecrafter_rt.method.dpmpp import dpmpp_step_
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.live import PoseFollower
 from posecrafter_rt.runtime.options import Decoder
-from posecrafter_rt.runtime.prepare import Tables, edit_latents, embed_poses
+from posecrafter_rt.runtime.prepare import edit_latents, embed_poses
 from posecrafter_rt.runtime.render import decode
+from posecrafter_rt.runtime.stream_denoiser import Sampling, StreamDenoiser
 from posecrafter_rt.runtime.stream_options import StreamOptions
-from posecrafter_rt.spec import SHALLOW_STREAM, TensorSpec, residual_names
 
 
 class StepInfo(NamedTuple):
@@ -36,27 +36,6 @@ class StepInfo(NamedTuple):
     held: bool = False
     is_repeat: bool = False
     reset: bool = False
-
-
-class Sampling(NamedTuple):
-    """The denoising steps of a stream. tables: of their timesteps alone; terms: see `dpmpp_terms`; one a step."""
-
-    tables: Tables
-    terms: list[Terms]
-    conditioning_scale: float
-
-
-class Predicted(NamedTuple):
-    """What a `StreamDenoiser` gives; the next call of a network may overwrite all of it.
-
-    noise_pred: (F, 4, h, w). memory: the frames' own keys and values, as `StreamReference` names them; of frames that follow
-    it the temporal ones, and others perhaps. features: what the steps of these frames take that keep features; empty where
-    the engine has no such network.
-    """
-
-    noise_pred: Tensor
-    memory: dict[str, dict[str, Tensor]]
-    features: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,111 +54,6 @@ class StreamReference:
     decoder: Decoder = "full"
 
 
-class StreamDenoiser:
-    """ControlNet then U-Net on frames of a stream, at the steps that each frame has reached.
-
-    Memory of keys and values is a ring for each step: slot 0 is the reference's, the others are the last frames' in any
-    order, for temporal attention knows none. The tensors are made once.
-    """
-
-    def __init__(
-        self, engines: Mapping[str, Engine], sampling: Sampling, window: int,
-        memory: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ) -> None:  # fmt: skip
-        """memory: the reference's, of which only the temporal part is copied; None to sample the reference itself."""
-        self.controlnet, self.unet = engines["controlnet_stream"], engines["unet_stream"]
-        self.shallow_unet = engines.get(SHALLOW_STREAM)
-        self.device, self.window = self.unet.device, window
-        steps = len(sampling.terms)
-        self.conditioning_scale = torch.full((1,), sampling.conditioning_scale, device=self.device)
-        self.is_reference = torch.full((steps,), memory is None, device=self.device)
-        self.tables = {
-            name: {"time_projections": sampling.tables.time_projections[name], "text_kv": sampling.tables.text_kv[name]}
-            for name in ("controlnet", "unet")
-        }
-        self.window_mask = torch.zeros(steps, window + 1, dtype=torch.bool, device=self.device)
-        self.num_frames = [0] * steps  # that each step has remembered since the last `forget`
-        # Of the type that networks keep, which only a call of them tells: float32 until then.
-        dtypes = {} if memory is None else {name: tensor.dtype for name, tensor in memory["temporal"].items()}
-        self.temporal = {spec.name: self._zeros(spec, steps, dtypes.get(spec.name, torch.float32))
-                         for spec in _kept(self.unet, "temporal")}  # fmt: skip
-        if memory is None:
-            self.keyframe = {
-                network.spec.name: {spec.name: self._zeros(spec, steps) for spec in _kept(network, "keyframe")}
-                for network in (self.controlnet, self.unet)
-            }
-            return
-        self.keyframe = {network.spec.name: dict(memory[network.spec.name]) for network in (self.controlnet, self.unet)}
-        for name, tensor in memory["temporal"].items():
-            self.temporal[name][:, 0] = tensor
-        self.forget(slice(None))
-
-    def _zeros(self, spec: TensorSpec, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(S, …)"""
-        dims = [{"frames": steps, "window": self.window + 1}.get(dim, dim) for dim in spec.dims]  # type: ignore[arg-type]
-        return torch.zeros([int(dim) for dim in dims], dtype=dtype, device=self.device)
-
-    def forget(self, steps: slice) -> None:
-        """From these steps on, frames attend to the reference alone."""
-        self.window_mask[steps] = False
-        self.window_mask[steps, 0] = True
-        for step in range(*steps.indices(len(self.num_frames))):
-            self.num_frames[step] = 0
-
-    def wipe(self) -> None:
-        """`forget` all, numbers that are not finite, too: a slot that is masked counts 0 times, which leaves NaN as it is."""
-        self.forget(slice(None))
-        for tensor in self.temporal.values():
-            tensor[:, 1:] = 0
-
-    @torch.inference_mode()
-    def __call__(self, latents: Tensor, pose_embeddings: Tensor, steps: slice) -> Predicted:
-        """Both networks, whole. latents: (F, 4, h, w), one frame at each of `steps`."""
-        own = self.is_reference[: len(latents)]
-        residuals = self.controlnet(
-            latents=latents, pose_embeddings=pose_embeddings, conditioning_scale=self.conditioning_scale,
-            is_reference=own, **self._rows("controlnet", steps))  # fmt: skip
-        controlnet_kv = _new(residuals)
-        temporal = {name: tensor[steps] for name, tensor in self.temporal.items()}
-        outputs = self.unet(latents=latents, is_reference=own, window_mask=self.window_mask[steps], **residuals,
-                            **temporal, **self._rows("unet", steps))  # fmt: skip
-        kept, features = _new(outputs), dict[str, Tensor]()
-        if self.shallow_unet is not None:
-            first = residual_names(1)[0]
-            features = {"deep_features": outputs["deep_features"], first: residuals[first]}
-        memory = {
-            "controlnet_stream": controlnet_kv,
-            "unet_stream": {name: tensor for name, tensor in kept.items() if name not in self.temporal},
-            "temporal": {name: tensor for name, tensor in kept.items() if name in self.temporal},
-        }
-        return Predicted(outputs["noise_pred"], memory, features)
-
-    @torch.inference_mode()
-    def shallow(self, latents: Tensor, features: dict[str, Tensor], steps: slice) -> Predicted:
-        """The U-Net's first and last layer alone, on what the others gave at an earlier step of the same frames."""
-        assert self.shallow_unet is not None
-        given = {**self._rows("unet", steps), **{name: tensor[steps] for name, tensor in self.temporal.items()},
-                 "window_mask": self.window_mask[steps], "latents": latents, **features}  # fmt: skip
-        outputs = self.shallow_unet(**{spec.name: given[spec.name] for spec in self.shallow_unet.spec.inputs})
-        return Predicted(outputs["noise_pred"], {"temporal": _new(outputs)}, features)
-
-    def _rows(self, name: str, steps: slice) -> dict[str, Tensor]:
-        """What a network is told of these steps, whatever the frame."""
-        tables = self.tables[name]
-        kept = {key: tensor[steps] for key, tensor in self.keyframe[f"{name}_stream"].items()}
-        return {"time_projections": tables["time_projections"][steps], "text_kv": tables["text_kv"], **kept}
-
-    @torch.inference_mode()
-    def remember(self, temporal: Mapping[str, Tensor], steps: Iterable[tuple[int, int]]) -> None:
-        """Put frames' keys and values (F, …) in place of the oldest. steps: (row of F, step that it was at)."""
-        for row, step in steps if self.window else ():
-            slot = 1 + self.num_frames[step] % self.window
-            for name, tensor in temporal.items():
-                self.temporal[name][step, slot] = tensor[row]
-            self.window_mask[step, slot].fill_(True)  # an assignment would make a tensor of the value
-            self.num_frames[step] += 1
-
-
 def _batch(frames: list[Tensor], out: Tensor) -> Tensor:
     """Of one frame each, (1, …), in `out`; one alone is no copy."""
     return frames[0] if len(frames) == 1 else torch.cat(frames, out=out)
@@ -192,15 +66,6 @@ def _keep(tensors: Mapping[str, Tensor], kept: dict[str, Tensor]) -> None:
             kept[name].copy_(tensor)
         else:
             kept[name] = tensor.clone()
-
-
-def _kept(network: Engine, kind: str) -> list[TensorSpec]:
-    return [spec for spec in network.spec.inputs if spec.name.startswith(f"{kind}_kv_")]
-
-
-def _new(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the keys and values out of a network's outputs, under the names that they have as inputs."""
-    return {name.removeprefix("new_"): outputs.pop(name) for name in list(outputs) if name.startswith("new_")}
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posecrafter_rt.engines.base import checked_inputs, fitting_weights
+from posecrafter_rt.engines.base import InputChecker, fitting_weights
 from posecrafter_rt.errors import CheckpointError, ShapeError
 from posecrafter_rt.spec import NetworkSpec, TensorSpec
 
@@ -26,7 +26,7 @@ def inputs(**changes: Tensor) -> dict[str, Tensor]:
 
 
 def test_inputs_come_back_in_order() -> None:
-    checked = checked_inputs(SPEC, dict(reversed(inputs().items())), CPU)
+    checked = InputChecker(SPEC, CPU)(dict(reversed(inputs().items())))
     assert [tuple(tensor.shape) for tensor in checked] == [(6, 4, 8, 6), (6, 8, 4, 3), (2, 5), (3,)]
 
 
@@ -46,14 +46,24 @@ def test_inputs_come_back_in_order() -> None:
 )
 def test_what_does_not_fit_is_named(changes: dict[str, Tensor], named: str) -> None:
     with pytest.raises(ShapeError, match=named):
-        checked_inputs(SPEC, inputs(**changes), CPU)
+        InputChecker(SPEC, CPU)(inputs(**changes))
+
+
+def test_what_does_not_fit_is_named_after_what_did() -> None:
+    check = InputChecker(SPEC, CPU)
+    given = inputs()
+    for _ in range(2):
+        assert all(one is other for one, other in zip(check(given), given.values(), strict=True))
+    for changes in ({"latents": torch.zeros(6, 3, 8, 6)}, {"ids": torch.zeros(3)}, {"more": torch.zeros(1)}):
+        with pytest.raises(ShapeError):
+            check(given | changes)
 
 
 def test_a_missing_input_is_named() -> None:
     given = inputs()
     del given["text"]
     with pytest.raises(ShapeError, match="text"):
-        checked_inputs(SPEC, given, CPU)
+        InputChecker(SPEC, CPU)(given)
 
 
 def test_only_weights_that_are_held_and_fit_are_taken() -> None:

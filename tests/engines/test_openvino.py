@@ -292,6 +292,22 @@ def test_few_compiled_shapes_are_kept_and_outputs_outlive_them(
     assert list(engine._requests)[-1] == (tuple(newest["controlnet_cond"].shape),)
 
 
+def test_inputs_are_read_where_they_lie_whatever_lay_there_before(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
+) -> None:
+    engine, inputs = load(plain_model, openvino_networks, tmp_path)["unet"], draw(plain_model, "unet", 2)
+    expected = first(engine(**inputs)).clone()
+    others = {key: tensor if tensor.dtype == torch.int64 else tensor * 0.5 for key, tensor in inputs.items()}
+    elsewhere = first(engine(**others)).clone()
+    assert relative_error(elsewhere, expected) > 0.01
+    assert torch.equal(first(engine(**inputs)), expected)
+    for key, tensor in inputs.items():  # where they were read just now
+        tensor.copy_(others[key])
+    assert torch.equal(first(engine(**inputs)), elsewhere)
+    inputs["latents"] = inputs["latents"].transpose(2, 3).contiguous().transpose(2, 3)  # as read, made for the call
+    assert torch.equal(first(engine(**inputs)), elsewhere)
+
+
 @pytest.mark.parametrize(("name", "kept"), [*((name, 0) for name in RUN_ONCE), ("vae_decoder", 1)])
 def test_a_network_that_runs_once_is_let_go_of(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, name: str, kept: int

@@ -24,7 +24,8 @@ from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.live import LiveOptions
 from posecrafter_rt.runtime.prepare import Tables, edit_latents, embed_poses, text_tables, time_tables
-from posecrafter_rt.runtime.stream import AvatarStream, Sampling, sample_reference
+from posecrafter_rt.runtime.stream import AvatarStream, sample_reference
+from posecrafter_rt.runtime.stream_denoiser import Sampling
 from posecrafter_rt.runtime.stream_options import StreamOptions
 from tests.tiny import CountingThreads
 
