@@ -29,11 +29,13 @@ define add_cuda
   echo "note: without them engines are torch's; '$(BIN)/python -m pip install -e .[cuda]' tries again"
 endef
 
-.PHONY: demo test test-slow test-browser check lint types page page-with-npm web wheel bench-gpu clean
+.PHONY: demo install test test-slow test-browser check lint types page page-with-npm web wheel bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo
 	$(BIN)/posecrafter-rt demo --output demo $(if $(wildcard demo/metrics.json),--force)
+
+install: $(STAMPS)/demo
 
 test: $(STAMPS)/dev
 	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)

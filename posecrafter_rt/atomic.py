@@ -20,6 +20,7 @@ from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
 from posecrafter_rt.locks import locked
 
 _CHUNK_BYTES = 1 << 18
+_MAX_NAME_BYTES = 255
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -41,13 +42,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = _temporary(path)
     with ExitStack() as held:
         try:
-            with _writing(path):
+            with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _clear_leftovers(path)
                 while not _begin(temporary, held):
                     temporary = _temporary(path)
             yield temporary
-            with _writing(path):
+            with writing(path):
                 flush_to_disk(temporary)
                 os.replace(temporary, path)
                 # Some file systems cannot flush a folder; the rename is atomic there all the same.
@@ -64,7 +65,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _temporary(path: Path) -> Path:
     # The suffix stays last, because encoders choose their format by it; the dot hides the file from listings.
-    return path.parent / f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}"
+    return path.parent / f".{_short_stem(path)}.{secrets.token_hex(4)}.part{path.suffix}"
+
+
+def _short_stem(path: Path) -> str:
+    """As much of the stem as leaves room for the rest of a temporary name: file systems take names of 255 bytes."""
+    room = _MAX_NAME_BYTES - len(os.fsencode(f"..{'0' * 8}.part{path.suffix}"))
+    stem = path.stem
+    while stem and len(os.fsencode(stem)) > room:
+        stem = stem[:-1]
+    return stem
 
 
 def _begin(temporary: Path, held: ExitStack) -> bool:
@@ -79,7 +89,7 @@ def _begin(temporary: Path, held: ExitStack) -> bool:
 
 def _clear_leftovers(path: Path) -> None:
     """Remove what killed writers of this very file left, which nobody holds; without locks that is not known."""
-    pattern = f".{glob.escape(path.stem)}.{'[0-9a-f]' * 8}.part{glob.escape(path.suffix)}"
+    pattern = f".{glob.escape(_short_stem(path))}.{'[0-9a-f]' * 8}.part{glob.escape(path.suffix)}"
     for leftover in path.parent.glob(pattern):
         with suppress(OSError), locked(leftover) as is_held:
             if is_held:
@@ -139,10 +149,12 @@ def sha256_json(value: Any) -> str:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns the system's refusal into an error of the package."""
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write into an error of the package; that somebody holds a file stays as it is."""
     try:
         yield
+    except BlockingIOError:
+        raise
     except OSError as error:
         if means_full(error):
             raise disk_full(path) from error

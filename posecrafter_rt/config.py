@@ -32,3 +32,8 @@ def serve_token() -> str | None:
 def compiler() -> str | None:
     """CXX, or None: the C++ compiler that is to be used."""
     return os.environ.get("CXX") or None
+
+
+def temporary_files_in(folder: Path) -> dict[str, str]:
+    """The environment of a process that is to make its temporary files in a folder."""
+    return {**os.environ, "TMPDIR": str(folder)}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -34,6 +34,23 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
                 return
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def alone_at(path: Path, make: Callable[[], None]) -> Iterator[None]:
+    """Hold a file or folder that is made where it is not there, also where the one that had it has just removed it.
+
+    Raises: BlockingIOError when somebody holds it; what `make` raises.
+    """
+    with ExitStack() as held:
+        while True:
+            make()
+            try:
+                held.enter_context(locked(path))
+                break
+            except FileNotFoundError:
+                continue
+        yield
 
 
 def _lock(descriptor: int, operation: int) -> bool:

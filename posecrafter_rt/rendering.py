@@ -86,6 +86,8 @@ def render_to_files(
         raise OutputExists(f"{video} would lie in the engine, which holds nothing else", "give another folder")
     if stretch is not None:
         refuse_sources(video, stretch.video)
+        if video.parent.resolve() == stretch.video.resolve():
+            raise OutputExists(f"{video} would lie among the images that it is made from", "give another folder")
     VideoWriter(video, work.fps, force=True)  # refuses what is no name of a video before any work
 
     def told(stage: str, step: int, steps: int) -> None:

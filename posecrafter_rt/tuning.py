@@ -45,7 +45,7 @@ from posecrafter_rt.tuning_losses import (
     small_decoder_loss,
     teach,
 )
-from posecrafter_rt.tuning_run import Part, TuningRun
+from posecrafter_rt.tuning_run import Part, TuningRun, tuning_alone
 from posecrafter_rt.video_io import stream_video, video_size
 
 SAVE_EVERY_SECONDS = 30.0
@@ -186,11 +186,12 @@ def tune(
         },
     )  # fmt: skip
     partial = output.with_name(output.name + ".partial")
-    if not resume:
+    with tuning_alone(output):
+        if not resume:
+            partial.unlink(missing_ok=True)
+        checkpoint.tensors.update(_optimise(model, checkpoint, options, partial, on_step, force))
+        checkpoint.save(output, force=force)
         partial.unlink(missing_ok=True)
-    checkpoint.tensors.update(_optimise(model, checkpoint, options, partial, on_step, force))
-    checkpoint.save(output, force=force)
-    partial.unlink(missing_ok=True)
     return checkpoint
 
 

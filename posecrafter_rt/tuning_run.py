@@ -6,6 +6,8 @@ Layer 4: `tuning.py` goes through its steps.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from posecrafter_rt.atomic import atomic_path
-from posecrafter_rt.errors import OutputExists
+from posecrafter_rt.atomic import atomic_path, writing
+from posecrafter_rt.errors import OutputExists, PoseCrafterError
+from posecrafter_rt.locks import alone_at
 from posecrafter_rt.tuning_losses import Lessons
 
 Part = Literal["denoiser", "decoder", "small decoder"]
@@ -87,3 +90,22 @@ class TuningRun:
         self.generator.set_state(state["generator"])
         self.drawn = state["generator"]
         self.step, self.loss = state["step"], state["loss"]
+
+
+@contextmanager
+def tuning_alone(output: Path) -> Iterator[None]:
+    """Hold a checkpoint's name against other runs, which would keep their state in the same file.
+
+    Raises: PoseCrafterError while another run has it, or where nothing can be written.
+    """
+    lock = output.with_name(f".{output.name}.lock")
+    with ExitStack() as held:
+        try:
+            with writing(output):
+                output.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(alone_at(lock, lock.touch))
+        except BlockingIOError as error:
+            raise PoseCrafterError(f"another process is tuning {output}",
+                                   "wait for it, or choose another name for the output") from error  # fmt: skip
+        held.callback(lock.unlink, missing_ok=True)
+        yield

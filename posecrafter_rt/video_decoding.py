@@ -5,6 +5,7 @@ Layer 1: PyAV. `video_io.py` is what others use.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
     count = 0
     shape: tuple[int, ...] | None = None
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             stream.thread_type = "SLICE"  # frame threads would swallow the error of a file that breaks off
             for count, frame in enumerate(container.decode(stream), start=1):
@@ -56,7 +57,7 @@ def decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
 def frame_rate(path: Path) -> float:
     """Frames per second; also the check that the file is a video at all, and of colours and pixels that are read."""
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise VideoError(f"{path} has no video stream", hint="name a file with moving pictures")
             stream = container.streams.video[0]

@@ -7,6 +7,7 @@ import fcntl
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +77,16 @@ def test_what_a_killed_writer_left_is_cleared_by_the_next_of_the_same_file(tmp_p
         temporary.write_text("whole")
     kept = {entry for entry in before if entry.startswith((".other ", ".a.mine"))}
     assert len(kept) == 2 and set(os.listdir(tmp_path)) == kept | {name}
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".mp4", "字" * 83 + ".json", "b" * 255])
+def test_any_name_that_a_folder_takes_can_be_written(tmp_path, name):
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / name], check=False)
+    (left,) = os.listdir(tmp_path)
+    assert left.endswith(f".part{Path(name).suffix}")
+    with atomic_path(tmp_path / name) as temporary:
+        temporary.write_text("whole")
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):

@@ -191,7 +191,7 @@ def test_a_pose_without_a_shared_keypoint_is_named(avatar: Avatar) -> None:
 
 
 @pytest.mark.parametrize("change", [{"mode": "magic"}, {"num_inference_steps": 0}, {"tau": 3, "num_inference_steps": 2},
-                                    {"guidance_scale": 0.5}, {"inversion_substeps": 0}, {"guidance_scale": float("nan")},
+                                    {"tau": 1.5}, {"guidance_scale": 0.5}, {"inversion_substeps": 0}, {"guidance_scale": float("nan")},
                                     {"guidance_scale": float("inf")}, {"conditioning_scale": float("nan")},
                                     {"conditioning_scale": float("inf")}, {"resample": "cubic"}, {"regions": ("ear",)},
                                     {"strength": 0.0}, {"strength": 1.01}, {"strength": float("nan")},

@@ -272,6 +272,18 @@ def test_a_run_on_other_frames_is_not_resumed(clip, options, tmp_path: Path) -> 
     assert steps == [1, 2, 3, 4]
 
 
+def test_two_runs_of_one_checkpoint_do_not_share_their_state(clip, options, tmp_path: Path) -> None:
+    refused = []
+
+    def told(status) -> None:
+        with pytest.raises(PoseCrafterError, match="another process is tuning") as caught:
+            tune(*clip, tmp_path / "a.ckpt", replace(options, seed=7), force=True)
+        refused.append(caught.value)
+
+    tune(*clip, tmp_path / "a.ckpt", replace(options, steps=1), on_step=told)
+    assert len(refused) == 1 and [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
 def test_no_resume_starts_over(clip, options, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         tune(*clip, tmp_path / "a.ckpt", options, on_step=interrupt_at(2))

@@ -50,6 +50,14 @@ def clip(tmp_path: Path) -> Path:
     return tmp_path / "clip.mp4"
 
 
+def test_a_name_that_looks_like_an_address_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("10:30.mp4", "pipe:1.mp4"):
+        write_video(name, smooth(3), 25.0)
+        assert len(read_video(name)) == count_frames(name) == 3
+    assert sorted(os.listdir(tmp_path)) == ["10:30.mp4", "pipe:1.mp4"]
+
+
 @pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
 @pytest.mark.parametrize("fps", [25.0, 30000 / 1001, 12.5, 0.001])
 def test_round_trip(tmp_path, suffix, fps):

@@ -29,14 +29,16 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     ] = "auto",
     precision: Annotated[str, typer.Option(help="auto (what is fast here), fp32, bf16, fp16 or int8.")] = "auto",
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture size; else that of tuning.")] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base lies, if it moved since tuning.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base is, if it moved since tuning.")] = None,
     refit: Annotated[
         Path | None,
-        typer.Option(help="An engine of another checkpoint of the same base; its networks serve, the weights change."),
+        typer.Option(
+            help="Reuse the networks of this engine, built from another checkpoint of the same base; only weights change."
+        ),
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE[:SCALE]", help="Fuse a LoRA for Stable Diffusion 1.5; give it again for another."),
+        typer.Option(metavar="FILE[:SCALE]", help="Fuse a LoRA for Stable Diffusion 1.5; repeatable."),
     ] = None,
     small_decoder: Annotated[
         str | None,
@@ -49,7 +51,7 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         bool | None,
         typer.Option(
             "--feature-reuse/--no-feature-reuse",
-            help="Build what `render --unet-every` and the preset balanced need, too; else as --refit has it, or yes.",
+            help="Also build what `render --unet-every` and preset balanced need; else as in --refit's engine, or yes.",
             show_default=False,
         ),
     ] = None,
@@ -57,18 +59,18 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         int | None,
         typer.Option(
             min=2,
-            help="tensorrt: the most frames rendered jointly, the reference among them; else 64, or fewer beyond 512x512.",
+            help="tensorrt: most frames rendered jointly, the reference included; else 64, or fewer beyond 512x512.",
         ),
     ] = None,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Replace an output that is not an engine folder; try anew what auto passed over before."
+            "--force", help="Replace an output that is not an engine; try again what auto passed over before."
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build what renders; the same build twice is nothing to do."""
+    """Build an engine from a checkpoint. Where the same engine was built already, nothing is done."""
     picture_size, given = parse_size(size), [parse_lora(text) for text in lora or ()]
     from posecrafter_rt.building import BuildOptions, build_engine
     from posecrafter_rt.machine import watched_peak

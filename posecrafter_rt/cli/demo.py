@@ -28,7 +28,7 @@ def demo(  # noqa: PLR0913 - one argument for each option
     decoder_steps: Annotated[int | None, typer.Option(help="Else the embedded base's own.", min=0)] = None,
     small_decoder_steps: Annotated[int | None, typer.Option(help="Else the embedded base's own.", min=0)] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
-    force: Annotated[bool, typer.Option("--force", help="Do it all anew where it was done before.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Do everything again, even if it was done before.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
 ) -> None:
     """Tune on 8 frames of a man speaking in a car, render frames that tuning never saw, and compare."""

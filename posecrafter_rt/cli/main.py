@@ -21,14 +21,14 @@ from posecrafter_rt.errors import DiskFull, OutOfMemory, PoseCrafterError, out_o
 # Each is a module of this folder (`-` becomes `_`) with a Typer called `app`: of one command, or of several.
 COMMANDS = {
     "demo": "The whole path on real footage: tune, build, render, measure.",
-    "poses": "Keypoints: from a video, to look at, fitted to the tuned person, edited.",
+    "poses": "Keypoints: extract, preview, retarget, edit.",
     "tune": "Tune the base on a few frames of one person; writes tuned.ckpt.",
     "build-engine": "Turn a tuned.ckpt into an engine folder.",
     "render": "Render a pose sequence with an engine into a video.",
-    "serve": "The live avatar: a page in the browser, a WebSocket for programs, a camera for meetings.",
-    "eval": "PSNR and SSIM of a rendered video against the true one; with poses the pose's error, too.",
-    "inspect": "What is in an engine folder or a tuned.ckpt.",
-    "doctor": "What this machine can run, and the command that mends what is missing.",
+    "serve": "The live avatar: a page in the browser, a WebSocket for apps, a camera for meetings.",
+    "eval": "PSNR and SSIM of a rendered video against the true one, and the error of its poses.",
+    "inspect": "Show what an engine folder or a tuned.ckpt holds.",
+    "doctor": "What this machine can run, and how to fix what it cannot.",
 }
 INTERRUPTED = 130
 GOES_ON = "posecrafter_rt.goes_on"  # in a context's `meta`: whether what is done so far will not be done again

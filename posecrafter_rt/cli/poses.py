@@ -21,7 +21,7 @@ from posecrafter_rt.errors import PoseError
 from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, FEET, LEFT_HAND, RIGHT_HAND, PoseSequence
 from posecrafter_rt.poses.shown import abridged
 
-app = typer.Typer(help="Keypoints: from a video, to look at, fitted to the tuned person, edited.", no_args_is_help=True)
+app = typer.Typer(help="Keypoints: extract, preview, retarget, edit.", no_args_is_help=True)
 
 _PARTS = {"body": BODY, "feet": FEET, "face": FACE, "left hand": LEFT_HAND, "right hand": RIGHT_HAND}
 _PREVIEW_SHORT_SIDE_PX = 512

@@ -27,21 +27,22 @@ def render(  # noqa: PLR0913 - one argument for each option
         Path, typer.Option("-o", "--output", help="The video; its .png and .report.json go beside it.")
     ] = Path("out.mp4"),
     frame_range: Annotated[
-        str | None, typer.Option("--range", metavar="START:END", help="Only these of the poses.")
+        str | None, typer.Option("--range", metavar="START:END", help="Render only these of the poses.")
     ] = None,
     replace: Annotated[
         str | None,
         typer.Option(
             metavar="START:END",
-            help="Render only these frames of --video, from its own poses; the others stay, cut to the engine's size.",
+            help="Re-render only these frames of --video, from its own poses; keep the others, cropped to the engine's size.",
         ),
     ] = None,
-    video: Annotated[Path | None, typer.Option(help="What --replace is of: a video or a folder of images.")] = None,
+    video: Annotated[Path | None, typer.Option(help="The video, or folder of images, that --replace is for.")] = None,
     mode: Annotated[
         str, typer.Option(help="controlvideo, +selection, +insertion or +editing (PoseCrafter).")
     ] = "+editing",
     preset: Annotated[
-        str, typer.Option(help="exact, balanced or fast: steps, sampler, substeps and features kept, unless given.")
+        str,
+        typer.Option(help="exact, balanced or fast: sets steps, sampler, substeps and features kept, unless given."),
     ] = "exact",
     steps: Annotated[int | None, typer.Option(help="Denoising steps; else the preset's (exact: 50).", min=1)] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, dpmpp or unipc; else the preset's (exact: ddim).")] = None,
@@ -50,24 +51,22 @@ def render(  # noqa: PLR0913 - one argument for each option
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="Share of the steps that is walked, above 0, to 1; else what the base recommends."),
+        typer.Option(
+            help="Share of the noise schedule that is sampled, above 0, up to 1; else what the base recommends."
+        ),
     ] = None,
     controlnet_every: Annotated[
         int | None,
-        typer.Option(
-            help="Steps over which the ControlNet's residuals are kept; 1 is exact; else the preset's.", min=1
-        ),
+        typer.Option(help="Run the ControlNet every so many steps; 1 is exact; else the preset's.", min=1),
     ] = None,
     unet_every: Annotated[
         int | None,
-        typer.Option(
-            help="Steps over which most of the U-Net's features are kept; 1 is exact; else the preset's.", min=1
-        ),
+        typer.Option(help="Run the whole U-Net every so many steps; 1 is exact; else the preset's.", min=1),
     ] = None,
     decoder: Annotated[
         str | None,
         typer.Option(
-            help="full, or small: faster and a little less true, where the engine has one; else the preset's."
+            help="full, or small (faster, slightly less accurate, where the engine has one); else the preset's."
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Target prompt; else that of tuning.")] = None,
@@ -77,10 +76,12 @@ def render(  # noqa: PLR0913 - one argument for each option
     resample: Annotated[str, typer.Option(help="bilinear, nearest or unit_variance.")] = "bilinear",
     segment: Annotated[
         str | None,
-        typer.Option(help="Frames rendered jointly, so that memory does not grow, or auto; else the whole clip."),
+        typer.Option(help="Frames rendered jointly, or auto, so that memory stays flat; else the whole clip."),
     ] = None,
     overlap: Annotated[int, typer.Option(help="Frames that neighbouring segments share and blend.")] = 4,
-    person: Annotated[int | None, typer.Option(help="Which of several people in the poses, from 0.")] = None,
+    person: Annotated[
+        int | None, typer.Option(help="Which of several people in the poses, from 0; else the largest.")
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="Else that of --video or of the poses, else 25.", min=0.1)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the outputs if they are there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

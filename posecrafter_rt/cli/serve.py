@@ -29,25 +29,28 @@ app = typer.Typer()
 def serve(  # noqa: PLR0913 - one argument for each option
     engine: Annotated[Path, typer.Argument(help="What `posecrafter-rt build-engine` made.", show_default=False)],
     host: Annotated[
-        str, typer.Option(help="Address to listen at; others than this machine need --token.")
+        str, typer.Option(help="Address to listen on; any but this machine's own needs --token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0: any free one.", min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8000,
     preset: Annotated[
         str,
-        typer.Option(help="fast, balanced or quality: a bundle of options; those given beside it overrule it."),
+        typer.Option(help="fast, balanced or quality; options given beside it take precedence."),
     ] = "balanced",
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps a frame; else the preset's (balanced: 2).", min=1)
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Past frames that a frame looks at; else 2.", min=0)] = None,
+    window: Annotated[int | None, typer.Option(help="Past frames that a frame attends to; else 2.", min=0)] = None,
     pipelined: Annotated[
         bool,
-        typer.Option("--pipelined", help="Denoise the last poses at once: for a GPU; frames come some steps later."),
+        typer.Option(
+            "--pipelined",
+            help="Denoise the last poses in one batch: more frames a second on a GPU, each some frames later.",
+        ),
     ] = False,
     unet_every: Annotated[
         int | None,
         typer.Option(
-            help="Steps of a frame after which the networks run whole; 2 saves up to half of their time.", min=1
+            help="Run the whole networks every so many steps of a frame; 2 saves up to half of their time.", min=1
         ),
     ] = None,
     decoder: Annotated[
@@ -55,21 +58,22 @@ def serve(  # noqa: PLR0913 - one argument for each option
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Poses such as will come: they choose the reference, 1 dB on the demonstration."),
+        typer.Option(help="Poses like those to come; the reference is chosen by them (1 dB on the demonstration)."),
     ] = None,
-    max_sessions: Annotated[int, typer.Option(help="Clients at a time, 64 at most; more are refused.")] = 4,
+    max_sessions: Annotated[int, typer.Option(help="Most clients at a time, up to 64; others are refused.")] = 4,
     token: Annotated[
-        str | None, typer.Option(help="What clients must know; better in the environment: POSECRAFTER_TOKEN.")
+        str | None,
+        typer.Option(help="Secret that clients must send; safer in the environment variable POSECRAFTER_TOKEN."),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option(help="A page elsewhere that may connect, such as https://example.org; repeatable."),
+        typer.Option(help="Origin of another page that may connect, such as https://example.org; repeatable."),
     ] = None,
     virtual_camera: Annotated[
-        bool, typer.Option("--virtual-camera", help="Show the first client's avatar in a camera device.")
+        bool, typer.Option("--virtual-camera", help="Show the first client's avatar as a camera device.")
     ] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print where it is as one line of JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the address as one line of JSON.")] = False,
 ) -> None:
     """Serve an engine as a live avatar."""
     from posecrafter_rt.config import serve_token

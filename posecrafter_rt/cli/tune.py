@@ -31,27 +31,30 @@ def tune(  # noqa: PLR0913 - one argument for each option
     vae: Annotated[str | None, typer.Option(help="A VAE in place of the base's.")] = None,
     frames: Annotated[int, typer.Option(help="Training frames, taken uniformly.", min=1)] = 8,
     frame_range: Annotated[
-        str | None, typer.Option("--range", metavar="START:END", help="Take them from these frames only.")
+        str | None,
+        typer.Option("--range", metavar="START:END", help="Take the training frames from this part of the video only."),
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture size; else the base's.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Steps; else the base's, or Eq. 20's for the frames.", min=0)
+        int | None, typer.Option(help="Denoiser steps; else the base's, or Eq. 20's for the number of frames.", min=0)
     ] = None,
     decoder_steps: Annotated[
-        int | None, typer.Option(help="Steps of the autoencoder's decoder after them; else the base's.", min=0)
+        int | None, typer.Option(help="Steps of the VAE's decoder, after the denoiser; else the base's.", min=0)
     ] = None,
     small_decoder_steps: Annotated[
         int | None,
-        typer.Option(help="Steps of a small decoder for streams, distilled at last; 0: none; else the base's.", min=0),
+        typer.Option(help="Steps of a small decoder for streams, distilled last; 0: none; else the base's.", min=0),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Else the base's (0.003 for SD 1.5).")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the denoiser; else the base's (0.003 for SD 1.5).")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="What the video shows; else the base's.")] = None,
     norm_scope: Annotated[str | None, typer.Option(help="GroupNorm over each `frame`, or the whole `clip`.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same checkpoint.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same checkpoint.")] = 0,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Use less memory and more time.")
     ] = False,
     controlvideo_weights: Annotated[
         tuple[Path, Path] | None,
@@ -59,7 +62,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
             metavar="UNET CONTROLNET", help="Start from N-unet.pt and N-controlnet.pt of ControlVideo's training."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run.")] = True,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:

@@ -38,6 +38,7 @@ class Request:
             lies_at = tensor.data_ptr(), tensor.dtype
             if self._bound[index] != lies_at:  # most of a stream's lie where they lay
                 given = openvino.Tensor(tensor.detach().numpy(), shared_memory=True)
+                self._bound[index] = None  # or an interrupt between the two would leave what is not so
                 self._request.set_input_tensor(self._inputs[index], given)
                 self._bound[index] = lies_at
         # At the first time operations of ours pack their weights, which are not read again.

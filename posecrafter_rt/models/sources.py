@@ -6,6 +6,7 @@ Layer 3: finds files and opens none but to hash them.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,9 @@ def locate_base(base: str) -> Base:
             raise ModelError(message, hint=f"train it: python -m posecrafter_rt.embedded.train {EMBEDDED_FOLDER}")
         return Base(base, EMBEDDED_FOLDER, None, EMBEDDED_FOLDER)
     path = _path(base)
+    if _is_ours(path):
+        raise ModelError(f"{path} was tuned on a base; it is none itself",
+                         f"give that one: posecrafter-rt inspect {shlex.quote(str(path))} names it")  # fmt: skip
     if path.is_dir():
         return Base(lasting_id(base), path, None, path)
     if path.is_file():
@@ -147,6 +151,16 @@ def _path(source: str) -> Path:
 def first_line(error: Exception) -> str:
     """A library's message cut to something that fits into one of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a path is a tuned checkpoint, or an engine, by what either begins with."""
+    if path.is_dir():
+        return (path / "manifest.json").is_file() and (path / "networks").is_dir()
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'"posecrafter"' in file.read(64)
 
 
 def _check_suffix(path: Path) -> None:

@@ -138,4 +138,6 @@ def _checked(pose: np.ndarray) -> np.ndarray:
         raise PoseError(f"a pose of shape {pose.shape}", f"give ({NUM_KEYPOINTS}, 3): x, y in pixels and confidence")
     if not np.isfinite(pose).all():
         raise PoseError("a pose holds NaN or infinity", "a missing keypoint has confidence 0")
+    if not ((pose[:, 2] >= 0) & (pose[:, 2] <= 1)).all():
+        raise PoseError("a confidence is not within 0 to 1", "clip it: a detector's scores may pass 1")
     return pose

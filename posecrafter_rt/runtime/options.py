@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from posecrafter_rt.errors import PoseCrafterError
@@ -29,14 +29,23 @@ def is_whole(count: object) -> bool:
 def checked_regions(regions: Iterable[str]) -> tuple[str, ...]:
     """Regions as options keep them, by which caches find what was computed: a tuple, whatever they come in.
 
-    Raises: PoseCrafterError for a region that does not exist, and for one name alone, whose letters would be taken for some.
+    Raises: PoseCrafterError for a region that does not exist or is named twice, and for one name alone, whose letters would be taken for some.
     """
     if isinstance(regions, str):
         raise PoseCrafterError(f"regions are {regions!r}, one name", f"give several, or one as ({regions!r},)")
     chosen = tuple(regions)
     if unknown := sorted({*chosen} - {*REGIONS}):
         raise PoseCrafterError(f"unknown region {unknown[0]!r}", f"choose of {', '.join(REGIONS)}")
+    if len({*chosen}) < len(chosen):
+        raise PoseCrafterError(f"a region is named twice: {', '.join(chosen)}", "name each once")
     return chosen
+
+
+def with_plain_numbers(options: Any) -> None:
+    """Make numbers of whatever library's types Python's own, in place: options are hashed, and written as JSON."""
+    for name, value in vars(options).items():
+        if isinstance(value, Real) and type(value) not in (bool, int, float):
+            object.__setattr__(options, name, int(value) if isinstance(value, Integral) else float(value))
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ class RenderOptions:
     overlap: int = 4
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         named = {
             "mode": MODES,
             "resample": get_args(Resample),
@@ -99,7 +109,7 @@ class RenderOptions:
         for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise PoseCrafterError(f"unknown {name} {getattr(self, name)!r}", f"choose one of {', '.join(choices)}")
-        counts = {"denoising steps": self.num_inference_steps, "substeps of inversion": self.inversion_substeps,
+        counts = {"denoising steps": self.num_inference_steps, "as the step of the edit": self.tau, "substeps of inversion": self.inversion_substeps,
                   "steps to keep residuals over": self.controlnet_every,
                   "steps to keep features over": self.unet_every}  # fmt: skip
         for what, count in counts.items():

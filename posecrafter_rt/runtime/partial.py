@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_file
 from posecrafter_rt.errors import OutputExists, PoseCrafterError
-from posecrafter_rt.locks import locked
+from posecrafter_rt.locks import alone_at
 from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import SegmentChoice
 from posecrafter_rt.tensor_file import save_tensors
@@ -184,16 +184,11 @@ def _refuse_foreign(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it against other processes, also where the one that had it has just removed it."""
+    """Make the folder and hold it against other processes."""
     with ExitStack() as held:
-        while True:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                held.enter_context(locked(folder))
-                break
-            except FileNotFoundError:
-                continue
-            except BlockingIOError as error:
-                raise PoseCrafterError(f"another process is rendering into {folder}",
-                                       "wait for it, or choose another name for the output") from error  # fmt: skip
+        try:
+            held.enter_context(alone_at(folder, lambda: folder.mkdir(parents=True, exist_ok=True)))
+        except BlockingIOError as error:
+            raise PoseCrafterError(f"another process is rendering into {folder}",
+                                   "wait for it, or choose another name for the output") from error  # fmt: skip
         yield

@@ -229,6 +229,7 @@ class AvatarStream:
         for row, step in reversed(at):  # each reads the x_0 that the one after it overwrites
             _step_(flights[row].latents, predicted.noise_pred[row : row + 1], self._cleans, step, sampling)
 
+    @torch.inference_mode()
     def reset(self) -> None:
         """Forget all poses and frames; the next frame is a first one."""
         if self._is_closed:

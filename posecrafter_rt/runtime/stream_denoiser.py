@@ -83,6 +83,7 @@ class StreamDenoiser:
         dims = [{"frames": steps, "window": self.window + 1}.get(dim, dim) for dim in spec.dims]  # type: ignore[arg-type]
         return torch.zeros([int(dim) for dim in dims], dtype=dtype, device=self.device)
 
+    @torch.inference_mode()
     def forget(self, steps: slice) -> None:
         """From these steps on, frames attend to the reference alone."""
         self.window_mask[steps] = False
@@ -90,6 +91,7 @@ class StreamDenoiser:
         for step in range(*steps.indices(len(self.num_frames))):
             self.num_frames[step] = 0
 
+    @torch.inference_mode()
     def wipe(self) -> None:
         """`forget` all, numbers that are not finite, too: a slot that is masked counts 0 times, which leaves NaN as it is."""
         self.forget(slice(None))

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method.editing import DEFAULT_REGIONS
 from posecrafter_rt.runtime.live import LiveOptions
-from posecrafter_rt.runtime.options import Decoder, RenderOptions, Resample, checked_regions, is_whole
+from posecrafter_rt.runtime.options import (
+    Decoder,
+    RenderOptions,
+    Resample,
+    checked_regions,
+    is_whole,
+    with_plain_numbers,
+)
 
 MAX_STEPS = 8
 MAX_WINDOW = 30  # with the reference and the frame itself 32, for which kernels have tiles of their own
@@ -44,6 +51,7 @@ class StreamOptions:
     live: LiveOptions = field(default_factory=LiveOptions)
 
     def __post_init__(self) -> None:
+        with_plain_numbers(self)
         object.__setattr__(self, "regions", checked_regions(self.regions))
         if not is_whole(self.steps) or not 1 <= self.steps <= MAX_STEPS:
             raise PoseCrafterError(f"a stream of {self.steps} steps", f"give 1 to {MAX_STEPS}")

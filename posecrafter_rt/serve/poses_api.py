@@ -17,6 +17,7 @@ from typing import Any
 
 import anyio
 
+from posecrafter_rt.config import temporary_files_in
 from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError, PoseError
 from posecrafter_rt.poses._extract_worker import DETECTORS
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -106,7 +107,8 @@ async def _work(path: Path, leave: Callable[[], Awaitable[None]]) -> bytes:
     """The worker's answer. Raises: PoseError or BackendUnavailable as it reports; Left."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "posecrafter_rt.serve.pose_worker", str(path), stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)  # fmt: skip
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+        env=temporary_files_in(path.parent))  # fmt: skip # which goes with the request, also where it is killed
     working, leaving = asyncio.create_task(process.communicate()), asyncio.ensure_future(leave())
     try:
         await asyncio.wait((working, leaving), timeout=_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)

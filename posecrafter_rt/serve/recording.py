@@ -5,6 +5,7 @@ Layer 7: a thread for each recording.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import tempfile
 import threading
@@ -20,6 +21,7 @@ from posecrafter_rt.serve.sampling import SAMPLES_PER_SECOND, sample
 from posecrafter_rt.video_io import VideoWriter
 
 MAX_SECONDS = 600
+log = logging.getLogger(__name__)
 MAX_OF_CLIENT = 4  # finished; then the client's oldest goes
 
 
@@ -58,6 +60,9 @@ class Recording:
             error = failure
         except OSError as failure:
             error = PoseCrafterError(f"the recording failed: {failure.strerror}")
+        except Exception as failure:  # or whoever records would wait for its end for good
+            log.exception("a recording failed")
+            error = PoseCrafterError(f"the recording failed: {type(failure).__name__}")
         self._on_end(error)
 
 

@@ -32,6 +32,7 @@ _CONNECT_TIMEOUT_S = 4.0  # the page gives up a little later, and then finds its
 _STILL_EVERY_S = 0.25  # the last frame again: whoever missed a packet, or the first frame, needs another
 _LAST_WORD_S = 0.5  # for the message that says why a client must go
 _MAX_BUFFERED_BYTES = 16 * 1024
+_FULL_S = 0.05  # between two looks at a channel that has so much unsent
 
 
 class AvatarTrack(MediaStreamTrack):
@@ -164,8 +165,9 @@ class _Link:
     async def _tell(self, channel: RTCDataChannel) -> None:
         while True:
             message = await self._session.texts.take()
-            if channel.bufferedAmount < _MAX_BUFFERED_BYTES:
-                _send(channel, message)
+            while channel.readyState == "open" and channel.bufferedAmount >= _MAX_BUFFERED_BYTES:
+                await asyncio.sleep(_FULL_S)  # answers must come; how many wait is bounded
+            _send(channel, message)
 
 
 def _send(channel: RTCDataChannel, message: dict[str, Any]) -> None:

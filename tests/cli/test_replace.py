@@ -17,7 +17,7 @@ from posecrafter_rt.framing import contact_sheet
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.seams import draw_to_anchors
 from posecrafter_rt.tuning import TuneOptions, load_clip, tune
-from posecrafter_rt.video_io import VideoWriter, read_video, write_video
+from posecrafter_rt.video_io import VideoWriter, read_video, write_png, write_video
 
 SIZE, FILMED, COUNT, START, STOP = (32, 32), (40, 48), 10, 3, 8
 
@@ -167,3 +167,14 @@ def test_the_video_itself_is_never_overwritten(workshop: Path) -> None:
     result = run(*command(workshop, workshop / "me.mp4", "--force"))
     assert result.exit_code == 1 and "is itself what it would be made from" in " ".join(result.output.split())
     assert (workshop / "me.mp4").read_bytes() == before
+
+
+def test_nothing_is_written_among_the_images_that_it_is_made_from(workshop: Path, tmp_path: Path) -> None:
+    for number, frame in enumerate(read_video(workshop / "me.mp4").frames):
+        write_png(tmp_path / f"{number:04}.png", frame)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    given = command(workshop, tmp_path / "0001.mp4", "--force")
+    given[given.index(workshop / "me.mp4")] = tmp_path
+    result = run(*given)
+    assert result.exit_code == 1 and "would lie among the images that it is made from" in result.output
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

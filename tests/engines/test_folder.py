@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from posecrafter_rt.engines import folder as folder_module
 from posecrafter_rt.engines.folder import (
     building,
     open_folder,
@@ -34,6 +37,29 @@ def test_what_was_built_opens_and_knows_its_places(tmp_path: Path) -> None:
     assert folder.manifest["backend"] == "torch"
     assert set(folder.manifest["files"]) == {"networks/unet.bin", "reference.safetensors"}
     assert (folder.networks / "unet.bin").is_file() and names(tmp_path / "deep") == ["me.engine"]
+
+
+def test_its_places_stay_where_they_are_wherever_the_program_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "me.engine")
+    monkeypatch.chdir(tmp_path)
+    folder = open_folder("me.engine")
+    monkeypatch.chdir("/")
+    assert (folder.networks / "unet.bin").is_file()
+
+
+def test_it_is_built_where_folders_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+
+    def flush(path: Path) -> None:
+        if path.is_dir():
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        flushed.append(path.name)
+
+    monkeypatch.setattr(folder_module, "flush_to_disk", flush)
+    open_folder(build(tmp_path / "me.engine"))
+    assert {"unet.bin", "manifest.json"} <= {*flushed}
 
 
 def test_caches_lie_outside_the_hashes(tmp_path: Path) -> None:

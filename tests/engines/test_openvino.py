@@ -308,6 +308,26 @@ def test_inputs_are_read_where_they_lie_whatever_lay_there_before(
     assert torch.equal(first(engine(**inputs)), elsewhere)
 
 
+def test_an_interrupt_while_inputs_are_bound_leaves_none_that_is_not_read(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
+) -> None:
+    engine, inputs = load(plain_model, openvino_networks, tmp_path)["unet"], draw(plain_model, "unet", 2)
+    expected = first(engine(**inputs)).clone()
+    (request,) = engine._requests.values()
+    bound = request._request
+
+    class Interrupted:
+        def set_input_tensor(self, index: int, tensor: Any) -> None:
+            bound.set_input_tensor(index, tensor)
+            raise KeyboardInterrupt
+
+    request._request = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        engine(**{**inputs, "latents": inputs["latents"] * 2})
+    request._request = bound
+    assert torch.equal(first(engine(**inputs)), expected)
+
+
 @pytest.mark.parametrize(("name", "kept"), [*((name, 0) for name in RUN_ONCE), ("vae_decoder", 1)])
 def test_a_network_that_runs_once_is_let_go_of(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, name: str, kept: int

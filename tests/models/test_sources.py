@@ -117,6 +117,13 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
         locate_component(str(tmp_path / "model.onnx"), "vae")
 
 
+def test_what_was_tuned_is_no_base(tiny_checkpoint: Path, tiny_engine: Path) -> None:
+    for path in (tiny_checkpoint, tiny_engine):
+        with pytest.raises(ModelError, match="was tuned on a base; it is none itself") as caught:
+            locate_base(str(path))
+        assert caught.value.hint == f"give that one: posecrafter-rt inspect {path} names it"
+
+
 def test_half_precision_and_sharded_files_are_found(tiny_base: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_base / "vae", tmp_path / "vae"))
     whole = folder / "diffusion_pytorch_model.safetensors"

@@ -96,7 +96,9 @@ def test_reset_forgets() -> None:
 def test_bad_poses_are_refused_and_change_nothing() -> None:
     poses = follower()
     poses.next(pose_at(10))
-    for bad, why in ((np.zeros((18, 3)), "shape"), (np.full((134, 3), np.inf), "NaN or infinity")):
+    above, below = (np.concatenate([pose_at(10)[:, :2], np.full((134, 1), score)], axis=1) for score in (1.02, -0.1))
+    for bad, why in ((np.zeros((18, 3)), "shape"), (np.full((134, 3), np.inf), "NaN or infinity"),
+                     (above, "not within 0 to 1"), (below, "not within 0 to 1")):  # fmt: skip
         with pytest.raises(PoseError, match=why):
             poses.next(bad)
     assert poses.next(pose_at(10)).is_repeat

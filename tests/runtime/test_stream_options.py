@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.runtime.live import LiveOptions
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.stream_options import StreamOptions
 
@@ -42,7 +44,11 @@ def test_the_small_decoder_is_taken_where_there_is_one(decoder: str | None, has_
 @pytest.mark.parametrize("options", [StreamOptions, RenderOptions])
 def test_regions_come_in_anything_but_one_name(options: type[StreamOptions] | type[RenderOptions]) -> None:
     assert options(regions=["face", "left_hand"]).regions == ("face", "left_hand")  # type: ignore[arg-type]
-    for regions, message in (("face", "regions are 'face', one name"), (["face", "tail"], "unknown region 'tail'")):
+    for regions, message in (
+        ("face", "regions are 'face', one name"),
+        (["face", "tail"], "unknown region 'tail'"),
+        (["face", "face"], "named twice"),
+    ):
         with pytest.raises(PoseCrafterError, match=message):
             options(regions=regions)  # type: ignore[arg-type]
 
@@ -55,3 +61,20 @@ def test_what_is_counted_is_whole(options: dict[str, Any]) -> None:
         RenderOptions(overlap=-1)
     with pytest.raises(PoseCrafterError, match=r"4\.5 denoising steps"):
         RenderOptions(num_inference_steps=4.5)  # type: ignore[arg-type]
+
+
+def test_numbers_of_any_library_become_pythons_own() -> None:
+    """For options are hashed, and written as JSON."""
+    given = RenderOptions(num_inference_steps=np.int64(12), segment=np.int64(24), conditioning_scale=np.float32(0.5))  # type: ignore[arg-type]
+    assert given == RenderOptions(num_inference_steps=12, segment=24, conditioning_scale=0.5)
+    live = StreamOptions(steps=np.int32(3), strength=np.float64(0.6))  # type: ignore[arg-type]
+    for options in (given, live):
+        assert {type(value) for value in vars(options).values()} <= {
+            int,
+            float,
+            str,
+            bool,
+            tuple,
+            type(None),
+            LiveOptions,
+        }

@@ -64,6 +64,16 @@ def test_a_failure_is_told(tmp_path: Path) -> None:
     assert isinstance(ended[0], PoseCrafterError) and not list(tmp_path.iterdir())
 
 
+def test_a_failure_of_any_kind_is_told(tmp_path: Path) -> None:
+    ended: list[PoseCrafterError | None] = []
+
+    def latest() -> np.ndarray:
+        raise MemoryError
+
+    Recording(tmp_path / "a.mp4", latest, ended.append).join()
+    assert "MemoryError" in str(ended[0]) and not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def recordings(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recordings]:
     """Of a server for two clients, who keep two each."""
