@@ -44,7 +44,8 @@ def checked_regions(regions: Iterable[str]) -> tuple[str, ...]:
 def with_plain_numbers(options: Any) -> None:
     """Make numbers of whatever library's types Python's own, in place: options are hashed, and written as JSON."""
     for name, value in vars(options).items():
-        if isinstance(value, Real) and type(value) not in (bool, int, float):
+        is_plain = any(type(value) is kind for kind in (bool, int, float))  # numpy's float64 is a float, too
+        if isinstance(value, Real) and not is_plain:
             object.__setattr__(options, name, int(value) if isinstance(value, Integral) else float(value))
 
 
