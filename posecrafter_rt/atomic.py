@@ -69,7 +69,9 @@ def _temporary(path: Path) -> Path:
 
 
 def _short_stem(path: Path) -> str:
-    """As much of the stem as leaves room for the rest of a temporary name: file systems take names of 255 bytes."""
+    """As much of the stem as leaves room for the rest of a temporary name, but for a suffix of hundreds of bytes: file systems
+    take names of 255.
+    """
     room = _MAX_NAME_BYTES - len(os.fsencode(f"..{'0' * 8}.part{path.suffix}"))
     stem = path.stem
     while stem and len(os.fsencode(stem)) > room:

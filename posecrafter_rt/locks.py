@@ -37,20 +37,21 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
 
 
 @contextmanager
-def alone_at(path: Path, make: Callable[[], None]) -> Iterator[None]:
+def alone_at(path: Path, make: Callable[[], None]) -> Iterator[bool]:
     """Hold a file or folder that is made where it is not there, also where the one that had it has just removed it.
 
+    Yields: whether it is held; on a file system without locks nobody is kept out.
     Raises: BlockingIOError when somebody holds it; what `make` raises.
     """
     with ExitStack() as held:
         while True:
             make()
             try:
-                held.enter_context(locked(path))
+                is_held = held.enter_context(locked(path))
                 break
             except FileNotFoundError:
                 continue
-        yield
+        yield is_held
 
 
 def _lock(descriptor: int, operation: int) -> bool:

@@ -187,6 +187,7 @@ def tune(
     )  # fmt: skip
     partial = output.with_name(output.name + ".partial")
     with tuning_alone(output):
+        refuse_overwrite(output, force)  # what another run has written since
         if not resume:
             partial.unlink(missing_ok=True)
         checkpoint.tensors.update(_optimise(model, checkpoint, options, partial, on_step, force))

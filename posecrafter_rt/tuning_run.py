@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -103,9 +103,13 @@ def tuning_alone(output: Path) -> Iterator[None]:
         try:
             with writing(output):
                 output.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(alone_at(lock, lock.touch))
+                is_held = held.enter_context(alone_at(lock, lock.touch))
         except BlockingIOError as error:
             raise PoseCrafterError(f"another process is tuning {output}",
                                    "wait for it, or choose another name for the output") from error  # fmt: skip
-        held.callback(lock.unlink, missing_ok=True)
-        yield
+        try:
+            yield
+        finally:
+            if is_held:  # else it may be another's
+                with suppress(OSError):  # what was tuned is not lost for it
+                    lock.unlink()

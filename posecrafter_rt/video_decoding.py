@@ -29,12 +29,17 @@ SQUARE = 1.15
 _TO_SQUARE = "scale=iw*sar:ih,setsar=1"
 
 
+def ffmpeg_name(path: str | os.PathLike[str]) -> str:
+    """A file's name for FFmpeg, which would take `10:30.mp4` for a protocol and a place there."""
+    return str(Path(path).absolute())  # not abspath, which takes `link/..` for the folder that the link is in
+
+
 def decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
     """The frames `start` to `stop`, RGB and upright."""
     count = 0
     shape: tuple[int, ...] | None = None
     try:
-        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+        with av.open(ffmpeg_name(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             stream.thread_type = "SLICE"  # frame threads would swallow the error of a file that breaks off
             for count, frame in enumerate(container.decode(stream), start=1):
@@ -57,7 +62,7 @@ def decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
 def frame_rate(path: Path) -> float:
     """Frames per second; also the check that the file is a video at all, and of colours and pixels that are read."""
     try:
-        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+        with av.open(ffmpeg_name(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise VideoError(f"{path} has no video stream", hint="name a file with moving pictures")
             stream = container.streams.video[0]

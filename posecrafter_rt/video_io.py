@@ -5,7 +5,6 @@ Layer 1: PyAV and OpenCV; files are written through `atomic.py`. The functions o
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -34,7 +33,7 @@ from posecrafter_rt.framing import (
     size_text,
     transform_keypoints,
 )
-from posecrafter_rt.video_decoding import DEFAULT_FPS, decode, frame_rate, reason
+from posecrafter_rt.video_decoding import DEFAULT_FPS, decode, ffmpeg_name, frame_rate, reason
 
 __all__ = [
     "DEFAULT_FPS",
@@ -121,7 +120,7 @@ def count_frames(path: str | PathLike[str]) -> int:
         return len(_image_paths(path))
     count = 0
     # What is wrong with the file is told by whoever decodes it.
-    with suppress(FFmpegError), av.open(os.path.abspath(path), metadata_errors="replace") as container:
+    with suppress(FFmpegError), av.open(ffmpeg_name(path), metadata_errors="replace") as container:
         stream = container.streams.video[0]
         if stream.frames:  # most files say, and need not be read for it
             return stream.frames
@@ -215,7 +214,7 @@ class VideoWriter:
         assert self._size is not None
         # Matroska otherwise names file and track by random numbers: the same frames would give another file in each run.
         options = {"fflags": "+bitexact"} if self.path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
-        self._container = av.open(os.path.abspath(self._temporary), "w", options=options)
+        self._container = av.open(ffmpeg_name(self._temporary), "w", options=options)
         self._stream = self._container.add_stream("libx264", rate=self._rate)
         self._stream.height, self._stream.width = (side + side % 2 for side in self._size)
         self._stream.pix_fmt = "yuv420p"

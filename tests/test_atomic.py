@@ -80,7 +80,7 @@ def test_what_a_killed_writer_left_is_cleared_by_the_next_of_the_same_file(tmp_p
 
 
 @pytest.mark.parametrize("name", ["a" * 251 + ".mp4", "字" * 83 + ".json", "b" * 255])
-def test_any_name_that_a_folder_takes_can_be_written(tmp_path, name):
+def test_a_stem_of_any_length_that_a_folder_takes_can_be_written(tmp_path, name):
     subprocess.run([sys.executable, "-c", KILLED, tmp_path / name], check=False)
     (left,) = os.listdir(tmp_path)
     assert left.endswith(f".part{Path(name).suffix}")

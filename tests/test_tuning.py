@@ -284,6 +284,21 @@ def test_two_runs_of_one_checkpoint_do_not_share_their_state(clip, options, tmp_
     assert len(refused) == 1 and [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
+def test_what_another_run_has_written_meanwhile_is_kept(clip, options, tmp_path: Path, monkeypatch) -> None:
+    """And not only once this run has ended."""
+    base = load_base
+
+    def loaded(*arguments, **named):
+        (tmp_path / "a.ckpt").write_bytes(b"another's")
+        return base(*arguments, **named)
+
+    monkeypatch.setattr("posecrafter_rt.tuning.load_base", loaded)
+    steps: list[int] = []
+    with pytest.raises(OutputExists):
+        tune(*clip, tmp_path / "a.ckpt", options, on_step=lambda status: steps.append(status.step))
+    assert steps == [] and [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
 def test_no_resume_starts_over(clip, options, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         tune(*clip, tmp_path / "a.ckpt", options, on_step=interrupt_at(2))

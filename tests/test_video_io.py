@@ -58,6 +58,16 @@ def test_a_name_that_looks_like_an_address_is_a_name(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["10:30.mp4", "pipe:1.mp4"]
 
 
+def test_a_name_goes_through_links_as_the_system_reads_it(tmp_path, monkeypatch):
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "data" / "sub")
+    monkeypatch.chdir(tmp_path / "here")
+    write_video("link/../a.mp4", smooth(3), 25.0)
+    assert len(read_video("link/../a.mp4")) == count_frames("link/../a.mp4") == 3
+    assert os.listdir(tmp_path / "here") == ["link"] and sorted(os.listdir(tmp_path / "data")) == ["a.mp4", "sub"]
+
+
 @pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
 @pytest.mark.parametrize("fps", [25.0, 30000 / 1001, 12.5, 0.001])
 def test_round_trip(tmp_path, suffix, fps):

@@ -26,7 +26,7 @@ COMMANDS = {
     "build-engine": "Turn a tuned.ckpt into an engine folder.",
     "render": "Render a pose sequence with an engine into a video.",
     "serve": "The live avatar: a page in the browser, a WebSocket for apps, a camera for meetings.",
-    "eval": "PSNR and SSIM of a rendered video against the true one, and the error of its poses.",
+    "eval": "PSNR and SSIM of a rendered video against the true one; with --poses the error of its poses.",
     "inspect": "Show what an engine folder or a tuned.ckpt holds.",
     "doctor": "What this machine can run, and how to fix what it cannot.",
 }

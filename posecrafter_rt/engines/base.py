@@ -29,7 +29,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
 # Activations of Stable Diffusion's VAE are known to leave float16's range.
 BEYOND_FP16 = ("vae", "vae_encoder", "vae_decoder")  # the component, and its networks
-KEPT_KINDS = 64  # of inputs that were found right, of a network
+KEPT_KINDS = 64  # of inputs, remembered as right, of each network
 # Of `spec`, at the boundary; what is kept, unless the engine has it in another.
 DTYPES = {"float": torch.float32, "kept": torch.float32, "int64": torch.int64, "bool": torch.bool}
 Progress = Callable[[str], None]  # told the name of each stage as it begins
@@ -132,7 +132,7 @@ class InputChecker:
         kinds = tuple((name, tensor.dtype, tensor.shape) for name, tensor in inputs.items())
         if kinds not in self._right:
             check_inputs(self._spec, inputs)
-            if len(self._right) == KEPT_KINDS:
+            if len(self._right) >= KEPT_KINDS:
                 self._right.clear()
             self._right.add(kinds)
         return [inputs[name].to(self._device) for name in self._names]

@@ -1,6 +1,6 @@
 """Where the parts of a base model lie: `embedded`, a folder, a hub id or a file, resolved to paths and hashed.
 
-Layer 3: finds files and opens none but to hash them.
+Layer 3: finds files; opens them only to hash them, and to know our own.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Base:
 
 
 def locate_base(base: str) -> Base:
-    """Find a base. Raises: ModelError: not there, or a hub that cannot be reached or lacks it."""
+    """Find a base. Raises: ModelError: not there, tuned already, or a hub that cannot be reached or lacks it."""
     if base == "embedded":
         if not EMBEDDED_FOLDER.is_dir():
             message = "the embedded base is not part of this installation"
@@ -159,7 +159,7 @@ def _is_ours(path: Path) -> bool:
         return (path / "manifest.json").is_file() and (path / "networks").is_dir()
     if not path.is_file():
         return False
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         return b'"posecrafter"' in file.read(64)
 
 

@@ -70,7 +70,7 @@ class PoseFollower:
     def next(self, pose: np.ndarray | None) -> LivePose:
         """What to render for a pose, float (134, 3) on the canvas; None or without keypoints: nobody is seen.
 
-        Raises: PoseError for another shape, and for numbers that are not finite.
+        Raises: PoseError for another shape, numbers that are not finite, and confidences outside 0 to 1.
         """
         pose = None if pose is None else _checked(pose)
         held = pose is None or int((pose[:, 2] >= CONFIDENCE_THRESHOLD).sum()) < MIN_SEEN

@@ -41,7 +41,7 @@ def checked_regions(regions: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
-def with_plain_numbers(options: Any) -> None:
+def make_numbers_plain(options: Any) -> None:
     """Make numbers of whatever library's types Python's own, in place: options are hashed, and written as JSON."""
     for name, value in vars(options).items():
         is_plain = any(type(value) is kind for kind in (bool, int, float))  # numpy's float64 is a float, too
@@ -100,7 +100,7 @@ class RenderOptions:
     overlap: int = 4
 
     def __post_init__(self) -> None:
-        with_plain_numbers(self)
+        make_numbers_plain(self)
         named = {
             "mode": MODES,
             "resample": get_args(Resample),
@@ -110,7 +110,7 @@ class RenderOptions:
         for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise PoseCrafterError(f"unknown {name} {getattr(self, name)!r}", f"choose one of {', '.join(choices)}")
-        counts = {"denoising steps": self.num_inference_steps, "as the step of the edit": self.tau, "substeps of inversion": self.inversion_substeps,
+        counts = {"denoising steps": self.num_inference_steps, "substeps of inversion": self.inversion_substeps,
                   "steps to keep residuals over": self.controlnet_every,
                   "steps to keep features over": self.unet_every}  # fmt: skip
         for what, count in counts.items():
@@ -119,7 +119,7 @@ class RenderOptions:
         if self.strength is not None and not 0 < self.strength <= 1:
             raise PoseCrafterError(f"strength {self.strength}", "give more than 0, and 1 at most")
         last = self.num_inference_steps - (0 if self.strength is None else self.start_step)
-        if not 1 <= self.tau <= last:
+        if not is_whole(self.tau) or not 1 <= self.tau <= last:
             raise PoseCrafterError(f"tau {self.tau} is not a sampling step", f"give 1 to {last}")
         if not 1 <= self.guidance_scale <= LARGEST_SCALE:
             raise PoseCrafterError(f"guidance scale {self.guidance_scale}", "give 1 (no guidance) or more, such as 3")

@@ -143,8 +143,8 @@ class AvatarStream:
         Args: pose: float (134, 3) on a canvas of `size`; None or no keypoints: nobody is seen, and the last pose is
             held, then eased to the reference's.
         Returns: (H, W, 3) uint8 RGB, a new array.
-        Raises: PoseError for another shape or numbers that are not finite, which change nothing; PoseCrafterError once
-            the stream is closed. After any other error the stream is as after `reset`.
+        Raises: PoseError for another shape, numbers that are not finite and confidences outside 0 to 1, which change
+            nothing; PoseCrafterError once the stream is closed. After any other error the stream is as after `reset`.
 
         A frame that is not finite in 16 or 8 bits is computed once more in float32, as the first one that follows the
         reference, and so are all that come: a warning says so. What was on its way in a pipeline is lost. Where that cannot be
@@ -212,6 +212,7 @@ class AvatarStream:
         landed = self._flights.pop()
         return None if landed.is_filler else landed
 
+    @torch.inference_mode()
     def _advance(self, flights: list[_Flight], steps: slice, is_whole: bool = True) -> None:
         """Take frames, one at each of `steps`, over that step; one frame alone where the networks are not whole."""
         latents = _batch([flight.latents for flight in flights], self._latents)

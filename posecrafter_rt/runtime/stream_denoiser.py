@@ -61,7 +61,10 @@ class StreamDenoiser:
             for name in ("controlnet", "unet")
         }
         self.window_mask = torch.zeros(steps, window + 1, dtype=torch.bool, device=self.device)
-        self._views: dict[tuple[str, int, int], dict[str, Tensor]] = {}
+        # Views of tensors that are written to, but never replaced: of a network's steps (name, start, stop), and of a
+        # frame's place in the rings (step, slot).
+        self._rows_of: dict[tuple[str, int, int], dict[str, Tensor]] = {}
+        self._slots: dict[tuple[int, int], dict[str, Tensor]] = {}
         self.num_frames = [0] * steps  # that each step has remembered since the last `forget`
         # Of the type that networks keep, which only a call of them tells: float32 until then.
         dtypes = {} if memory is None else {name: tensor.dtype for name, tensor in memory["temporal"].items()}
@@ -126,17 +129,17 @@ class StreamDenoiser:
         return Predicted(outputs["noise_pred"], {"temporal": _new(outputs)}, features)
 
     def _rows(self, name: str, steps: slice) -> dict[str, Tensor]:
-        """What a network is told of these steps, whatever the frame: views, made once, of what lies where it lies."""
+        """What a network is told of these steps, whatever the frame: views, made once."""
         key = (name, steps.start, steps.stop)
-        if key not in self._views:
+        if key not in self._rows_of:
             tables, of_steps = self.tables[name], dict(self.keyframe[f"{name}_stream"])
             if name == "unet":
                 of_steps |= {**self.temporal, "window_mask": self.window_mask}
             of_steps |= {"time_projections": tables["time_projections"]}
             rows = {each: tensor[steps] for each, tensor in of_steps.items()}
-            own = self.is_reference[: steps.stop - steps.start]
-            self._views[key] = {**rows, "text_kv": tables["text_kv"], IS_REFERENCE: own}
-        return self._views[key]
+            own = self.is_reference[: steps.stop - steps.start]  # the same for all of them
+            self._rows_of[key] = {**rows, "text_kv": tables["text_kv"], IS_REFERENCE: own}
+        return self._rows_of[key]
 
     @torch.inference_mode()
     def remember(self, temporal: Mapping[str, Tensor], steps: Iterable[tuple[int, int]]) -> None:
@@ -151,10 +154,9 @@ class StreamDenoiser:
 
     def _slot(self, step: int, slot: int) -> dict[str, Tensor]:
         """One frame's place in the rings of a step: views, made once."""
-        key = ("temporal", step, slot)
-        if key not in self._views:
-            self._views[key] = {name: tensor[step, slot] for name, tensor in self.temporal.items()}
-        return self._views[key]
+        if (step, slot) not in self._slots:
+            self._slots[step, slot] = {name: tensor[step, slot] for name, tensor in self.temporal.items()}
+        return self._slots[step, slot]
 
 
 def _kept(network: Engine, kind: str) -> list[TensorSpec]:

@@ -16,7 +16,7 @@ from posecrafter_rt.runtime.options import (
     Resample,
     checked_regions,
     is_whole,
-    with_plain_numbers,
+    make_numbers_plain,
 )
 
 MAX_STEPS = 8
@@ -51,7 +51,7 @@ class StreamOptions:
     live: LiveOptions = field(default_factory=LiveOptions)
 
     def __post_init__(self) -> None:
-        with_plain_numbers(self)
+        make_numbers_plain(self)
         object.__setattr__(self, "regions", checked_regions(self.regions))
         if not is_whole(self.steps) or not 1 <= self.steps <= MAX_STEPS:
             raise PoseCrafterError(f"a stream of {self.steps} steps", f"give 1 to {MAX_STEPS}")

@@ -21,8 +21,9 @@ from posecrafter_rt.serve.sampling import SAMPLES_PER_SECOND, sample
 from posecrafter_rt.video_io import VideoWriter
 
 MAX_SECONDS = 600
-log = logging.getLogger(__name__)
 MAX_OF_CLIENT = 4  # finished; then the client's oldest goes
+
+log = logging.getLogger(__name__)
 
 
 class Recording:

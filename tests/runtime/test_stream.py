@@ -243,13 +243,14 @@ def test_a_jump_forgets_the_past_and_reset_everything(setting: Setting) -> None:
         assert all(np.array_equal(stream.step(pose), frame) for pose, frame in zip(poses[:3], first, strict=False))
 
 
-def test_a_stream_opened_in_inference_mode_goes_on_outside_it(setting: Setting) -> None:
+@pytest.mark.parametrize("options", [{}, {"is_pipelined": True}, {"unet_every": 2}])
+def test_a_stream_opened_in_inference_mode_goes_on_outside_it(setting: Setting, options: dict[str, Any]) -> None:
     far = some_poses(1)[0].copy()
     far[:, :2] = 31 - far[:, :2]
     with torch.inference_mode():
-        stream = open_stream(setting, sampling_of(setting, 2), live=LiveOptions(still=0, jump=0.1))
-    with stream:
+        stream = open_stream(setting, sampling_of(setting, 2), live=LiveOptions(still=0, jump=0.1), **options)
         first = stream.step(some_poses(1)[0])
+    with stream:
         stream.step(far)
         assert stream.last.reset
         stream.reset()

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aioice.ice
@@ -22,6 +23,7 @@ from posecrafter_rt.serve import webrtc
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.peers import Peers
 from posecrafter_rt.serve.service import Service
+from posecrafter_rt.serve.slots import Texts
 from tests.serve.drawn import DrawnAvatar, Running, wait_until
 
 Serve = Callable[..., Running]
@@ -107,3 +109,28 @@ def test_aiortc_is_not_imported_on_the_loops_thread(monkeypatch: pytest.MonkeyPa
     with pytest.raises(BackendUnavailable, match="aiortc"):
         asyncio.run(Peers(Service(DrawnAvatar(), ServeOptions())).answer(b'{"type": "offer", "sdp": ""}'))
     assert len(threads) == 1 and threads[0] != threading.get_ident()
+
+
+def test_an_answer_waits_for_a_channel_that_is_full() -> None:
+    class Channel:
+        readyState, bufferedAmount = "open", webrtc._MAX_BUFFERED_BYTES
+
+        def __init__(self) -> None:
+            self.sent: list[str] = []
+
+        def send(self, message: str) -> None:
+            self.sent.append(message)
+
+    async def talk() -> list[str]:
+        texts: Texts[dict[str, str]] = Texts(4)
+        peer, channel = SimpleNamespace(_session=SimpleNamespace(texts=texts)), Channel()
+        tell = asyncio.create_task(webrtc._Link._tell(peer, channel))  # type: ignore[arg-type]
+        texts.put({"type": "recording"})
+        await asyncio.sleep(3 * webrtc._FULL_S)
+        assert channel.sent == []
+        channel.bufferedAmount = 0
+        await asyncio.sleep(3 * webrtc._FULL_S)
+        tell.cancel()
+        return channel.sent
+
+    assert asyncio.run(talk()) == ['{"type": "recording"}']
