@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             with writing(path):
                 flush_to_disk(temporary)
                 os.replace(temporary, path)
-                # Some file systems cannot flush a folder; the rename is atomic there all the same.
-                with suppress(OSError):
-                    flush_to_disk(path.parent)
+                flush_to_disk(path.parent)
         except BaseException as error:
             with suppress(OSError):  # never made, or in no folder of ours: the error tells which
                 temporary.unlink()
@@ -167,12 +165,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Wait until a file is on the disk, or a folder where its file system can flush one; elsewhere a rename in it is atomic, too."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def means_full(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,7 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
             yield staging
             write_manifest(staging, {"schema": SCHEMA, **manifest, "files": _hash_files(staging, _file_names(staging))})
             for written in staging.rglob("*"):
-                # Some file systems cannot flush a folder.
-                with suppress(OSError) if written.is_dir() else nullcontext():
-                    flush_to_disk(written)
+                flush_to_disk(written)
             alone.enter_context(_placing(path))
             with _unused(path):
                 if not force:
@@ -342,6 +340,5 @@ def open_folder(path: str | Path) -> EngineFolder:
     for name, digest in _hash_files(path, present).items():
         if digest != files[name]:
             raise EngineFolderError(f"{path} was altered: {name} is not the file that was built", rebuild)
-    return EngineFolder(
-        path.absolute(), manifest
-    )  # networks are read when they are first called, from wherever that is
+    # Networks are read when they are first called, from wherever the program is then.
+    return EngineFolder(path.absolute(), manifest)

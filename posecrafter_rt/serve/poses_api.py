@@ -105,9 +105,7 @@ async def _save(body: AsyncIterator[bytes], path: Path, limit: int) -> None:
 
 async def _work(path: Path, leave: Callable[[], Awaitable[None]]) -> bytes:
     """The worker's answer. Raises: PoseError or BackendUnavailable as it reports; Left."""
-    environment = temporary_files_in(
-        path.parent
-    )  # a folder that goes with the request, also where the process is killed
+    environment = temporary_files_in(path.parent)  # which goes with the request, also where the process is killed
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "posecrafter_rt.serve.pose_worker", str(path), stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, env=environment)  # fmt: skip

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from posecrafter_rt.engines import folder as folder_module
 from posecrafter_rt.engines.folder import (
     building,
     open_folder,
@@ -52,12 +51,13 @@ def test_its_places_stay_where_they_are_wherever_the_program_goes(
 def test_it_is_built_where_folders_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed = []
 
-    def flush(path: Path) -> None:
+    def flush(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if path.is_dir():
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         flushed.append(path.name)
 
-    monkeypatch.setattr(folder_module, "flush_to_disk", flush)
+    monkeypatch.setattr(os, "fsync", flush)
     open_folder(build(tmp_path / "me.engine"))
     assert {"unet.bin", "manifest.json"} <= {*flushed}
 
