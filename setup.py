@@ -1,4 +1,4 @@
-"""Builds `posecrafter_rt._native` where a compiler is found, and maps kernels/ and export/ into the package.
+"""Build `posecrafter_rt._native` if there is a compiler, and map kernels/ and export/ into the package.
 
 Packaging: every other setting is in pyproject.toml.
 """
@@ -32,19 +32,19 @@ PACKAGES = [
     "posecrafter_rt.serve",
 ]
 PACKAGE_DIR = {"posecrafter_rt.kernels": "kernels", "posecrafter_rt.export": "export"}
-CUDA_ARCHS = ("80", "86", "89", "90")  # plus PTX of the last, for what comes after
-# Contraction off: the CPU and CUDA paths and the reference then agree bit for bit.
+CUDA_ARCHS = ("80", "86", "89", "90")  # plus PTX of the last, for newer architectures
+# No contraction into fused multiply-adds: so the CPU path, the CUDA path and the reference agree bit for bit.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart", "static", "-Xcompiler", "-fPIC"]
 
 
 class BuildError(Exception):
-    """A compiler or toolkit that is missing or refuses the sources."""
+    """A compiler or toolkit is missing, or it rejects the sources."""
 
 
 def find_nvcc() -> str | None:
-    """The path of nvcc, or None. POSECRAFTER_CUDA=0 looks for none; =1 raises BuildError where there is none."""
+    """Return the path of nvcc or None. POSECRAFTER_CUDA=0: do not search; =1: raise BuildError if it is missing."""
     wish = os.environ.get("POSECRAFTER_CUDA", "")
     if wish == "0":
         return None
@@ -56,19 +56,19 @@ def find_nvcc() -> str | None:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Those of CUDA_ARCHS that this nvcc knows."""
+    """Return those of CUDA_ARCHS that this nvcc knows."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known.split()]
 
 
 def gencode(archs: list[str]) -> list[str]:
-    """nvcc's flags: machine code for every arch, and PTX of the newest."""
+    """Return nvcc's flags for machine code of every architecture and PTX of the newest."""
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
 def cuda_library_dir(nvcc: str) -> str:
-    """The folder that holds libcudart_static.a, beside the real nvcc (PATH may hold a wrapper that only names it)."""
+    """Return the folder of libcudart_static.a, found from the real nvcc (the one on PATH may only be a wrapper)."""
     dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     top = re.search(r"_HERE_=(.*)", dryrun)
     root = Path(top.group(1)).parent if top else Path(nvcc).resolve().parent.parent
@@ -80,12 +80,12 @@ def cuda_library_dir(nvcc: str) -> str:
 
 
 class BuildNative(build_ext):
-    """Compiles the extension, with CUDA where nvcc is; without a compiler the package installs all the same."""
+    """Compile the extension, with CUDA if there is an nvcc. Without a compiler the package still installs."""
 
     def run(self) -> None:
         try:
             super().run()
-        except Exception as error:  # every compiler has exceptions of its own; none may stop a pure install
+        except Exception as error:  # each compiler class raises its own exceptions; none may stop a pure-Python install
             if os.environ.get("POSECRAFTER_CUDA") == "1":
                 raise
             print(f"posecrafter-rt: built without native operators ({error}); the reference is used", file=sys.stderr)
@@ -104,7 +104,7 @@ class BuildNative(build_ext):
         super().build_extension(ext)
 
     def openmp(self) -> list[str]:
-        """The OpenMP flag where the compiler takes it (Apple's does not)."""
+        """Return the OpenMP flag if the compiler accepts it (Apple's does not)."""
         probe = Path(self.build_temp) / "openmp.cpp"
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
@@ -113,7 +113,7 @@ class BuildNative(build_ext):
         return ["-fopenmp"] if taken else []
 
     def add_cuda(self, ext: Extension, nvcc: str) -> None:
-        """Compile the .cu file with nvcc and hang its object and the static CUDA runtime on the extension."""
+        """Compile the .cu file with nvcc, and link its object and the static CUDA runtime into the extension."""
         archs = cuda_archs(nvcc)
         target = Path(self.build_temp) / "affine_warp_paste_cuda.o"
         target.parent.mkdir(parents=True, exist_ok=True)

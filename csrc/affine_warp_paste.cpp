@@ -1,5 +1,5 @@
-// affine_warp_paste on the CPU: frames over OpenMP threads, pixels of a row over vector lanes.
-// Layer 2: the arithmetic is affine_warp_paste.h's; here are the loops and the choice of instruction set.
+// affine_warp_paste on the CPU: OpenMP threads share the frames, vector lanes the pixels of a row.
+// Layer 2: the arithmetic is in affine_warp_paste.h; here are the loops and the choice of instruction set.
 #include "affine_warp_paste.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kChunk = 256;  // pixels located at once: 7 KiB of taps, in L1
 
-// Taps of a run of pixels, one array a field, so that the compiler fills and reads them with vectors.
+// Taps of a run of pixels, one array per field, so that the compiler fills and reads them with vectors.
 struct TapRun {
     int offset[kChunk], right[kChunk], down[kChunk];
     float w00[kChunk], w01[kChunk], w10[kChunk], w11[kChunk];
@@ -46,7 +46,7 @@ PC_HD void blend_run(const float* plane, const TapRun& run, int count, T* out) {
     }
 }
 
-// The pixels of one row whose samples lie inside are one interval: each coordinate is monotone in x, rounding included.
+// The pixels of a row whose samples lie inside are one interval: each coordinate is monotone in x, rounding included.
 PC_HD void inside_interval(const Region& region, int y, int height, int width, int* first, int* last) {
     const auto inside = [&](int x) {
         float source_x, source_y;
@@ -111,7 +111,7 @@ Paste<T> choose_paste() {
     return paste_baseline<T>;
 }
 
-// The source as float planes: blending reads these, so that sixteen-bit latents are converted once and not per tap.
+// Converts the source to float planes, so that 16-bit latents are converted once and not for every tap.
 template <typename T>
 void widen(const T* source, int64_t count, std::vector<float>* planes) {
     planes->resize(count);
@@ -128,7 +128,7 @@ void edit_frame(const Params& p, int index, const float* shared, std::vector<flo
         const int64_t edit = static_cast<int64_t>(index - p.lead) * p.regions + r;
         const Region region = prepare_region(p.affines + edit * 6, p.rects + edit * 4, p.height, p.width);
         if (region.x0 >= region.x1 || region.y0 >= region.y1) continue;
-        if (planes == nullptr) {  // the frame's own latent, read before anything of it is overwritten
+        if (planes == nullptr) {  // the frame's own latent, read before any of it is overwritten
             widen(source, size, scratch);
             planes = scratch->data();
         }

@@ -1,5 +1,5 @@
 // affine_warp_paste on CUDA: a thread owns 16 bytes of a row and writes them once, in every channel.
-// Layer 2: the arithmetic is affine_warp_paste.h's; here are the launch, the vector stores and the region table.
+// Layer 2: the arithmetic is in affine_warp_paste.h; here are the launch, the vector stores and the region table.
 #include <cuda_runtime.h>
 
 #include "affine_warp_paste.h"
@@ -14,7 +14,7 @@ struct alignas(sizeof(T) * kVector) Pack {
     T item[kVector];
 };
 
-// Where a pixel samples; `region` is negative where it keeps its own value.
+// Where a pixel samples; `region` is negative if the pixel keeps its own value.
 struct Edit {
     float source_x, source_y;
     int region;
@@ -22,7 +22,7 @@ struct Edit {
 
 __device__ __forceinline__ Edit find_edit(const Region* regions, int count, int x, int y, int height, int width) {
     Edit edit{0.0f, 0.0f, -1};
-    for (int r = count - 1; r >= 0; --r) {  // the last region pasted wins: search from it, so that one sample is read
+    for (int r = count - 1; r >= 0; --r) {  // the last region wins: search from it, so that only one sample is read
         if (!covers(regions[r], x, y)) continue;
         source_position(regions[r].inverse, x, y, &edit.source_x, &edit.source_y);
         if (is_inside(edit.source_x, edit.source_y, height, width)) {

@@ -1,5 +1,5 @@
-// The arithmetic of affine_warp_paste, once for the CPU and the CUDA path: invert, locate, blend, store.
-// Layer 2: no library headers beyond CUDA's number types, so that a plain host compiler builds and fuzzes it.
+// The arithmetic of affine_warp_paste, shared by the CPU and the CUDA path: invert, locate, blend, store.
+// Layer 2: no library headers beyond CUDA's number types, so that a plain host compiler can build and fuzz it.
 #pragma once
 
 #include <cmath>
@@ -21,8 +21,9 @@ namespace posecrafter {
 enum class Mode : int { bilinear = 0, nearest = 1, unit_variance = 2 };
 enum class DType : int { fp32 = 0, fp16 = 1, bf16 = 2 };
 
-// One call. Frames are consecutive (channels, height, width) planes; `source_stride` is 0 where all frames share one.
-// The first `lead` output frames are copies; frame lead + j takes the j-th edit. Without `copy` only edits are written.
+// One call. Frames are consecutive (channels, height, width) planes; `source_stride` is in elements, 0 if all frames
+// share one source. The first `lead` output frames are copies; frame lead + j takes the j-th edit. Without `copy` only
+// edits are written.
 struct Params {
     const void* source;
     void* out;
@@ -42,7 +43,7 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-// A region ready to sample: the float32 inverse, and the rectangle clipped to the frame (empty where unusable).
+// A region ready to sample: the float32 inverse, and the rectangle clipped to the frame (empty if unusable).
 struct Region {
     float inverse[6];
     int x0, y0, x1, y1;
@@ -83,7 +84,7 @@ PC_HD float to_float(Half value) {
 
 PC_HD void from_float(float value, float* out) { *out = value; }
 
-// Rounds to nearest even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays one.
 PC_HD void from_float(float value, BFloat16* out) {
     const uint32_t bits = float_bits(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -106,8 +107,9 @@ PC_HD void from_float(float value, Half* out) {
 
 PC_HD int clip(int64_t value, int limit) { return static_cast<int>(value < 0 ? 0 : (value > limit ? limit : value)); }
 
-// Worked out in double and rounded once, so that every backend samples at the same float32 coordinates. A linear part
-// whose determinant is within 1e-6 of its squared norm is singular; every comparison is false for a NaN.
+// Computes in double and rounds once, so that every backend samples at the same float32 coordinates. A linear part is
+// singular if the magnitude of its determinant is at most 1e-6 of its squared norm. Every comparison is false for a
+// NaN.
 PC_HD Region prepare_region(const float* affine, const int64_t* rect, int height, int width) {
     const double a = affine[0], b = affine[1], c = affine[2], d = affine[3], e = affine[4], f = affine[5];
     const double determinant = a * e - b * d;
@@ -134,7 +136,7 @@ PC_HD bool covers(const Region& region, int x, int y) {
     return x >= region.x0 && x < region.x1 && y >= region.y0 && y < region.y1;
 }
 
-// Multiplied and added in this order, without contraction: the build forbids FMA, so that the paths agree bit for bit.
+// Multiplies and adds in exactly this order. The build forbids FMA, so that both paths agree bit for bit.
 PC_HD void source_position(const float* inverse, int x, int y, float* source_x, float* source_y) {
     const float fx = static_cast<float>(x), fy = static_cast<float>(y);
     *source_x = (inverse[0] * fx + inverse[1] * fy) + inverse[2];
@@ -187,10 +189,10 @@ PC_HD float blend(const T* plane, const Taps& taps) {
 void affine_warp_paste_cpu(const Params& params, int threads);
 
 #ifdef POSECRAFTER_CUDA
-// Enqueues on `stream` (a cudaStream_t) of a device, and leaves the thread's own device as it was; returns nullptr, or
-// what CUDA says is wrong.
+// Enqueues the work on `stream` (a cudaStream_t) of a device, and leaves the thread's current device as it was. Returns
+// nullptr, or CUDA's error message.
 const char* affine_warp_paste_cuda(const Params& params, int device, void* stream);
-const char* cuda_device_error();  // nullptr where a device can be used
+const char* cuda_device_error();  // nullptr if a device can be used
 #endif
 
 }  // namespace posecrafter

@@ -1,4 +1,4 @@
-// Imports DLPack capsules: takes each over once, gives it back once, and looks before it trusts.
+// Imports DLPack capsules: takes each over once, releases it once, and checks it before use.
 // Layer 2: see array.h.
 #include "array.h"
 
@@ -24,7 +24,7 @@ void call_deleter(void* managed) {
     if (self->deleter != nullptr) self->deleter(self);
 }
 
-// Asks an exporter for its capsule. One that predates versions does not know the keyword.
+// Asks an exporter for its capsule. Exporters from before versioned DLPack do not know the keyword max_version.
 py::object export_capsule(py::handle object, const py::dict& options) {
     const py::object exporter = object.attr("__dlpack__");
     py::dict versioned(**options);
@@ -37,7 +37,7 @@ py::object export_capsule(py::handle object, const py::dict& options) {
     return exporter(**options);
 }
 
-// A CUDA exporter orders its work before the importer's stream, whose default is called 1 there; others take none.
+// A CUDA exporter orders its work before the importer's stream; DLPack calls the default one 1. Others take no stream.
 py::dict stream_options(py::handle object, uintptr_t stream) {
     py::dict options;
     if (!py::hasattr(object, "__dlpack_device__")) return options;
@@ -56,7 +56,7 @@ Array::Array(const char* name, py::handle object, uintptr_t stream) : name_(name
             const py::object capsule = export_capsule(object, stream_options(object, stream));
             if (!PyCapsule_CheckExact(capsule.ptr())) throw py::type_error(name_ + std::string(": no capsule came"));
             import_capsule(capsule);
-        } catch (const py::error_already_set& error) {  // the standard's word for an array that cannot be exported
+        } catch (const py::error_already_set& error) {  // the standard's error for an array that cannot be exported
             if (!error.matches(PyExc_BufferError)) throw;
             throw std::invalid_argument(name_ + std::string(": ") + py::str(error.value()).cast<std::string>());
         }
@@ -72,14 +72,14 @@ void Array::import_capsule(py::handle capsule) {
     const std::string found = label == nullptr ? "(none)" : label;
     if (found == kUnversioned) {
         auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), kUnversioned));
-        PyCapsule_SetName(capsule.ptr(), kUsedUnversioned);  // from here on it is ours to delete
+        PyCapsule_SetName(capsule.ptr(), kUsedUnversioned);  // from here on we must delete it
         owner_ = Owner(managed, call_deleter<dlpack::ManagedTensor>);
         tensor_ = &managed->tensor;
     } else if (found == kVersioned) {
         auto* managed = static_cast<dlpack::ManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), kVersioned));
         PyCapsule_SetName(capsule.ptr(), kUsedVersioned);
         owner_ = Owner(managed, call_deleter<dlpack::ManagedTensorVersioned>);
-        if (managed->version.major != dlpack::kMajor)  // beyond the deleter nothing may be read
+        if (managed->version.major != dlpack::kMajor)  // then only the deleter may be read
             throw std::invalid_argument(name_ + std::string(": DLPack version ") +
                                         std::to_string(managed->version.major) + " is not known here");
         tensor_ = &managed->tensor;

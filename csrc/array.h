@@ -13,13 +13,14 @@
 
 namespace posecrafter {
 
-// Holds the exporter's memory from construction to destruction (both with the GIL). What it shows is checked: one lane,
-// compact rows, aligned, sizes that are not negative and whose bytes fit 63 bits, no null data unless empty.
+// Holds the exporter's memory from construction to destruction (both with the GIL). Checked at construction: one lane,
+// compact rows, aligned data, sizes that are not negative, fewer than 2⁶³ bytes, and no null data unless it is empty.
 class Array {
 public:
-    // object: a DLPack capsule, which is used up, or anything with `__dlpack__`. name: the argument's, for messages.
-    // stream: what the exporter orders its pending work before, as an address; ignored on the CPU.
-    // Throws invalid_argument (ValueError) for a bad array, pybind11::type_error for what is no array.
+    // object: a DLPack capsule, which is used up, or anything with `__dlpack__`. name: the argument's name, for
+    // messages. stream: the address of the stream before which the exporter orders its pending work; ignored on the
+    // CPU.
+    // Throws invalid_argument (ValueError) for a bad array, pybind11::type_error for anything that is not an array.
     Array(const char* name, pybind11::handle object, uintptr_t stream = 0);
 
     void* data() const { return data_; }
@@ -33,7 +34,7 @@ public:
     bool has_type_of(const Array& other) const;
     bool overlaps(const Array& other) const;
 
-    // Throws unless the sizes from `axis` on are these; `form` says it in words, such as "(N, R, 2, 3)".
+    // Throws unless the sizes from `axis` on are exactly these. `form` names them in messages, such as "(N, R, 2, 3)".
     void want_sizes(const char* form, int axis, std::initializer_list<int64_t> sizes) const;
     [[noreturn]] void refuse(const std::string& reason) const;  // throws "name: reason; it is float32 (2, 3) on cpu"
 

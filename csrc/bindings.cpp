@@ -1,5 +1,6 @@
-// posecrafter_rt._native: Python's way to affine_warp_paste, over DLPack arrays and a stream's address.
-// Layer 2: checks what would make the kernels read or write astray; knows no torch, so one build serves every version.
+// posecrafter_rt._native: Python's access to affine_warp_paste, with DLPack arrays and a stream's address.
+// Layer 2: checks what would make the kernels read or write astray. It knows no torch, so one build serves every
+// version.
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -27,7 +28,7 @@ using posecrafter::dlpack::TypeCode;
 
 constexpr int kMaxRegions = 1024;  // the CUDA path's region table stays within 48 KiB of shared memory
 
-// The arguments of one call; members are constructed, and so imported, in this order.
+// The arguments of one call. Members are constructed, and so imported, in this order.
 struct Arrays {
     Array source, out, affines, rects;
 
@@ -54,7 +55,8 @@ DType dtype_of(const Array& array) {
     array.refuse("want float32, float16 or bfloat16");
 }
 
-// Everything may be read but for `out`, which is written: nothing else may lie in it, save a source that is it.
+// Only `out` is written, so it must be writable and share no memory with the others. A source that has frames may be
+// `out` itself if nothing is copied.
 void check_memory(const Arrays& arrays, bool copy) {
     const auto& [source, out, affines, rects] = arrays;
     if (out.is_read_only()) out.refuse("is read-only, and would be written");
@@ -110,7 +112,7 @@ void run_cpu(const py::object& source, const py::object& out, const py::object& 
     for (const Array* array : arrays.all())
         if (!array->is_on_cpu()) array->refuse("want memory of the CPU");
     const Params p = make_params(arrays, mode, copy);
-    py::gil_scoped_release release;  // taken back before the arrays are given back
+    py::gil_scoped_release release;  // the GIL is taken back before the arrays are released
     posecrafter::affine_warp_paste_cpu(p, threads);
 }
 

@@ -1,7 +1,7 @@
-"""Bytes that are costly to make, kept between processes: one file each, under a hash of all that they depend on.
+"""A cache on disk for bytes that are costly to make: one file each, named by a hash of all that they depend on.
 
-Layer 4: exported graphs and compiled networks. It may be emptied at any time, so no failure to read or write it stops
-anything.
+Layer 4: it holds exported graphs and compiled networks. It may be emptied at any time, and no failure to read or write
+it stops anything.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from posecrafter_rt.errors import PoseCrafterError
 
 log = logging.getLogger(__name__)
 DIGEST_BYTES = 32
-MAX_FILES = 64  # every new frame count of a clip adds some; the oldest go first
+MAX_FILES = 64  # every new frame count of a clip adds some; the oldest are removed first
 
 
 class MappedBlob:
-    """A blob read where it lies in its file, page by page as it is asked for; alive as long as its array is used.
+    """A memory-mapped blob, whose pages are read when they are used. The map lives as long as its array.
 
-    array: uint8 (n,), begins with a page; as if it could be written, which OpenVINO asks for.
+    array: uint8 (n,), page-aligned; writable, which OpenVINO requires, but the file never changes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,18 +38,18 @@ class MappedBlob:
         self.array, self._digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
 
     def is_whole(self) -> bool:
-        """Whether the file holds what was written; all of it is read."""
+        """Return whether the file holds what was written. This reads all of it."""
         is_whole = hashlib.sha256(self.array.data).digest() == self._digest.tobytes()
         self.release()
         return is_whole
 
     def release(self) -> None:
-        """Let go of its pages, which count as this process's memory; those that are asked for again are read again."""
+        """Drop its pages, which count as this process's memory. Pages that are used later are read again."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class BlobCache:
-    """Blobs in a folder, which is made when first written to. max_bytes: of all but the newest; None: any number.
+    """Blobs in a folder, which the first write creates. max_bytes: in all, but the newest stays; None: no limit.
 
     Each file ends with the SHA-256 of its blob: OpenVINO runs a blob with altered bytes without noticing.
     """
@@ -58,15 +58,15 @@ class BlobCache:
         self.folder, self.max_bytes = folder, max_bytes
 
     def path(self, key: dict[str, Any]) -> Path:
-        """The file for a key of JSON values."""
+        """Return the file for a key of JSON values."""
         return self.folder / f"{sha256_json(key)}.blob"
 
     def holds(self, key: dict[str, Any]) -> bool:
-        """Whether there is a blob, which may be damaged: without reading it."""
+        """Return whether there is a blob, without reading it; it may be damaged."""
         return self.path(key).is_file()
 
     def load(self, key: dict[str, Any]) -> bytes | None:
-        """The blob, or None when absent or damaged."""
+        """Return the blob, or None if it is absent or damaged."""
         try:
             content = self.path(key).read_bytes()
         except OSError:
@@ -75,15 +75,15 @@ class BlobCache:
         return blob if hashlib.sha256(blob).digest() == digest else None
 
     def map(self, key: dict[str, Any]) -> MappedBlob | None:
-        """The same, read where it lies: the file may be removed meanwhile, or replaced by another, but not written to."""
+        """As `load`, but memory-mapped. The file may be removed or replaced meanwhile, but not written to."""
         try:
             blob = MappedBlob(self.path(key))
-        except (OSError, ValueError):  # it is not there; or empty, which cannot be mapped
+        except (OSError, ValueError):  # absent, or empty, which cannot be mapped
             return None
         return blob if blob.is_whole() else None
 
     def save(self, key: dict[str, Any], blob: bytes | memoryview) -> bool:
-        """Write a blob atomically; returns whether it is there. Where that fails, a later process makes it again."""
+        """Write a blob atomically and return whether that worked. If not, a later process makes the blob again."""
         try:
             with atomic_path(self.path(key)) as temporary, temporary.open("wb") as file:
                 file.write(blob)
@@ -105,12 +105,12 @@ class BlobCache:
 
 
 def graph_cache() -> BlobCache:
-    """The networks that this user has traced, for whatever engine."""
+    """Return the cache of the networks that this user has traced, for any engine."""
     return BlobCache(cache_dir() / "graphs")
 
 
 def _stat(path: Path) -> os.stat_result | None:
-    """None for a file that another process has just removed."""
+    """Return the file's status, or None if another process has just removed it."""
     try:
         return path.stat()
     except FileNotFoundError:

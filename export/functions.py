@@ -1,7 +1,7 @@
 """The two attentions as nodes of our own domain with model-local bodies.
 
-Layer 4: a runtime that knows `posecrafter::KeyframeAttention` and `posecrafter::TemporalAttention` uses its kernel, any
-other inlines the body, which is the reference arithmetic in standard operators.
+Layer 4: a runtime that knows `posecrafter::KeyframeAttention` and `posecrafter::TemporalAttention` uses its kernels.
+Any other inlines the bodies, which are the reference arithmetic in standard operators.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ TemporalAttention <heads> (q, k, v) => (out)
 }}"""
 
 
-# The same with a mask (G, Fq, Fk), where frames come one by one: one query for a few keys at each position and head, which are
-# no matrices to multiply. Sums are in float32, for 16 bits do not hold every q·k. Keys that are not there get -1e30.
+# The same with a mask (G, Fq, Fk), for streams: at each position and head there is one query for a few keys, which is
+# too little for a matrix product. Sums are in float32, because 16 bits cannot hold every q·k. Masked keys get -1e30.
 _MASKED_TEMPORAL = f"""
 <opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
 MaskedTemporalAttention <heads> (q, k, v, mask) => (out)
@@ -124,12 +124,12 @@ MaskedTemporalAttention <heads> (q, k, v, mask) => (out)
 
 @cache
 def function_protos() -> tuple[onnx.FunctionProto, ...]:
-    """The bodies, parsed."""
+    """Return the parsed bodies."""
     return tuple(onnx.parser.parse_function(text) for text in (_KEYFRAME, _TEMPORAL, _MASKED_TEMPORAL))
 
 
 def add_functions(model: ir.Model) -> None:
-    """Give a model the bodies of those of our nodes that it uses; in place."""
+    """Add to a model, in place, the bodies of those of our nodes that it uses."""
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for proto in function_protos():
         if proto.name in used:
@@ -141,7 +141,7 @@ def add_functions(model: ir.Model) -> None:
 
 @cache
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What torch.onnx.export makes of `torch.ops.posecrafter.*`: one node each, not its decomposition."""
+    """Return how torch.onnx.export translates `torch.ops.posecrafter.*`: to one node each, without decomposition."""
     keyframe, temporal = _node_type("KeyframeAttention"), _node_type("TemporalAttention")
     masked_temporal = _node_type("MaskedTemporalAttention", has_mask=True)
 

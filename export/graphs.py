@@ -1,6 +1,6 @@
-"""Exported graphs without their weights: what one checkpoint's export leaves for the next of the same architecture.
+"""Exported graphs without weights, which later checkpoints of the same architecture reuse.
 
-Layer 4: tracing takes most of a build's time and depends on no weight, since none is folded into anything.
+Layer 4: tracing takes most of a build's time, and it depends on no weight, because none is folded into anything.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
-SOURCES = ("models", "ops", "export")  # whose code decides what a graph looks like
+SOURCES = ("models", "ops", "export")  # their code determines the graphs
 
 
 def graph_key(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> dict[str, Any]:
-    """All that a network's graph depends on: structure, configurations, code and versions; no weight."""
+    """Return all that a network's graph depends on: structure, configurations, code and versions, but no weight."""
     return {
         "network": asdict(spec),
         "size_multiple": arch.size_multiple,
@@ -36,12 +36,12 @@ def graph_key(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> dict[
 def _configuration(module: nn.Module) -> dict[str, str]:
     config: Any = getattr(module, "config", {})
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    named = {key: repr(value) for key, value in values.items() if not key.startswith("_")}  # no paths of its origin
+    named = {key: repr(value) for key, value in values.items() if not key.startswith("_")}  # without paths
     return {**named, "norm_scope": str(getattr(module, "norm_scope", None))}
 
 
 def detach_weights(model: ir.Model, parameters: Iterable[str]) -> None:
-    """Turn the parameters among a graph's initialisers into inputs without a value, in place."""
+    """Turn those of a graph's initialisers that are parameters into inputs without a value, in place."""
     graph = model.graph
     for name in parameters:
         if name in graph.initializers:
@@ -51,7 +51,7 @@ def detach_weights(model: ir.Model, parameters: Iterable[str]) -> None:
 
 
 def attach_weights(model: ir.Model, module: nn.Module) -> None:
-    """The inverse of `detach_weights`, in place, with a module's float32 parameters; their memory is shared."""
+    """Undo `detach_weights`, in place, with a module's float32 parameters; their memory is shared."""
     graph, parameters = model.graph, dict(module.named_parameters())
     for value in [value for value in graph.inputs if value.name in parameters]:
         graph.inputs.remove(value)
@@ -60,7 +60,7 @@ def attach_weights(model: ir.Model, module: nn.Module) -> None:
 
 
 def to_bytes(model: ir.Model) -> bytes:
-    """A model without weights as one ONNX message."""
+    """Serialise a model without weights as one ONNX message."""
     return ir.to_proto(model).SerializeToString()
 
 

@@ -1,6 +1,6 @@
-"""Every network as an ONNX model: dynamic in what its spec leaves free, weights under their own names.
+"""Export every network as an ONNX model, with the free dimensions of its spec and weights under their own names.
 
-Layer 4: torch.onnx.export(dynamo=True), then folds that leave the weights alone, so that each can be replaced by name.
+Layer 4: torch.onnx.export(dynamo=True), then constant folding that spares the weights, so that each can be replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from posecrafter_rt.export.graphs import attach_weights, detach_weights, from_by
 from posecrafter_rt.export.trace import quiet, trace
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
-# aten.conv_transpose2d's arguments, and what they are where they are not given.
+# The arguments of aten.conv_transpose2d and their defaults.
 CONV_TRANSPOSE: dict[str, Any] = {"input": None, "weight": None, "bias": None, "stride": (1, 1), "padding": (0, 0),
                                   "output_padding": (0, 0), "groups": 1, "dilation": (1, 1)}  # fmt: skip
 EXTERNAL_BYTES = 1_500_000_000  # a protobuf message must stay below 2 GiB; larger weights go to a file beside it
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 def export_network(
     module: nn.Module, spec: NetworkSpec, arch: Architecture, *, inline: bool = False, graphs: BlobCache | None = None
 ) -> ir.Model:
-    """One network of `models.networks` as ONNX.
+    """Export one network of `models.networks` as ONNX.
 
     Args: module: float32, in evaluation mode, folded; its forward takes `spec.inputs` in order. An architecture with a
         size is traced faster: fewer dimensions stay symbols.
         inline: whether attention is written out in standard operators instead of `posecrafter::` nodes with bodies.
-        graphs: keeps traced graphs; then another checkpoint of the same architecture is not traced again.
-    Returns: the model, its weights still those of `module`; every parameter that it uses is an initialiser of that
+        graphs: keeps traced graphs, so that another checkpoint of the same architecture is not traced again.
+    Returns: the model, which shares the weights of `module`. Every parameter that it uses is an initialiser of that
         parameter's name. Inputs, outputs and their free dimensions have the names of `spec`.
     """
     model = export_graph(module, spec, arch, graphs)
@@ -51,14 +51,14 @@ def export_network(
 
 
 def export_graph(module: nn.Module, spec: NetworkSpec, arch: Architecture, graphs: BlobCache | None) -> ir.Model:
-    """The model of `export_network` before weights are attached; from `graphs`, or traced and kept there."""
+    """Return the model of `export_network` before weights are attached: from `graphs`, or traced and kept there."""
     key = graph_key(module, spec, arch)
     blob = graphs.load(key) if graphs is not None else None
     if blob is not None:
         return from_bytes(blob)
     model = _trace(module, spec, arch)
     _name_dimensions(model, spec)
-    ir_passes.ClearMetadataAndDocStringPass()(model)  # stack traces of the exporting machine
+    ir_passes.ClearMetadataAndDocStringPass()(model)  # removes stack traces of the exporting machine
     detach_weights(model, [name for name, _ in module.named_parameters()])
     if graphs is not None:
         graphs.save(key, to_bytes(model))
@@ -68,18 +68,18 @@ def export_graph(module: nn.Module, spec: NetworkSpec, arch: Architecture, graph
 def _trace(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> ir.Model:
     try:
         model = _translate_as_it_is(trace(module, spec, arch), spec)
-    except torch.onnx.OnnxExporterError as error:  # other versions of diffusers or transformers may bring what has none
+    except torch.onnx.OnnxExporterError as error:  # other diffusers or transformers may use untranslated operators
         log.info("%s is traced twice: %s", spec.name, str(error.__cause__ or error).splitlines()[0])
-        model = _run_exporter(trace(module, spec, arch), spec)  # anew: the first try has changed its program
+        model = _run_exporter(trace(module, spec, arch), spec)  # again, because the first try has changed its program
     _simplify(model, {name for name, _ in module.named_parameters()})
     add_functions(model)
     return model
 
 
 def _translate_as_it_is(program: ExportedProgram, spec: NetworkSpec) -> ir.Model:
-    """torch.onnx.export without its decompositions, for which it traces everything once more: half of its time.
+    """Run torch.onnx.export without decompositions, for which it would trace everything again: half of its time.
 
-    Raises: torch.onnx.OnnxExporterError where an operator has no translation of its own, as none has that writes in place.
+    Raises: torch.onnx.OnnxExporterError if an operator has no translation of its own, such as any that writes in place.
     """
     _replace_untranslated(program)
     program.run_decompositions = lambda *_: program
@@ -103,7 +103,7 @@ def _run_exporter(program: ExportedProgram, spec: NetworkSpec) -> ir.Model:
 
 
 def _replace_untranslated(program: ExportedProgram) -> None:
-    """Write operators that torch.onnx.export only knows in their decomposed form in that form; in place."""
+    """Replace, in place, operators that torch.onnx.export only knows in decomposed form by that form."""
     aten = torch.ops.aten
     for node in program.graph.nodes:
         if node.target is aten.conv_transpose2d.input:
@@ -118,16 +118,16 @@ def _replace_untranslated(program: ExportedProgram) -> None:
 
 
 def save_model(model: ir.Model, path: Path) -> None:
-    """Write `path`, and beside it `path`.data where the weights are too large for one message."""
+    """Write `path`, and beside it `path`.data if the weights are too large for one message."""
     num_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     ir.save(model, path, external_data=f"{path.name}.data" if num_bytes > EXTERNAL_BYTES else None)
 
 
 def _simplify(model: ir.Model, parameters: set[str]) -> None:
-    """Fold what is constant, in place, but leave every parameter in use as it is, under its name.
+    """Fold constants in place, but leave every parameter in use unchanged and under its name.
 
-    The optimiser's ready-made pipeline will not do: it merges parameters of equal value, such as attn_temp and the attn1
-    that it was copied from, and a later replacement by name would then miss one or change both.
+    The optimiser's ready-made pipeline does not: it merges parameters of equal value, such as attn_temp and the attn1
+    that it was copied from. A later replacement by name would then miss one or change both.
     """
 
     def in_use() -> set[str]:

@@ -1,4 +1,4 @@
-"""Graphs of several networks traced at once, each by one process, into the cache that exporting them reads.
+"""Trace the graphs of several networks at once, each in one process, into the cache that their export reads.
 
 Layer 4: tracing is Python in one thread, so other cores help only through other processes (`prefill_worker`).
 """
@@ -24,19 +24,19 @@ from posecrafter_rt.models.empty import describe_modules
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import ALL_NETWORKS, Architecture, network_specs
 
-MAX_WORKERS = 2  # beside this process: the longest network takes more than a quarter of the time of all
-WORKER_BYTES = 1_500_000_000  # libraries, the largest graph and, of Stable Diffusion 1.5, the text encoder
+MAX_WORKERS = 2  # beside this process; more would gain little: one network takes over a quarter of the total time
+WORKER_BYTES = 1_500_000_000  # libraries, the largest graph and the text encoder, at Stable Diffusion 1.5's size
 LONGEST_FIRST = ("unet_stream", "unet", "controlnet_stream", "controlnet", "vae_decoder", "time_tables")
 
 log = logging.getLogger(__name__)
 
 
 def prefill(model: PoseModel, arch: Architecture, graphs: BlobCache, progress: Callable[[str], None]) -> None:
-    """Trace what `graphs` lacks of a model's networks, together with other processes.
+    """Trace, together with other processes, those of a model's networks that `graphs` lacks.
 
-    Where there is nothing to share, one core, little memory, or a cache that cannot be written, nothing is done:
-    `export_network` traces what it does not find, and so it does with what another process failed at.
-    Args: model: folded, float32, on the CPU. progress: told that there is something to wait for.
+    This does nothing if there is nothing to share, only one core, too little memory, or a cache that cannot be written.
+    `export_network` traces what is still missing, including what another process failed at.
+    Args: model: folded, float32, on the CPU. progress: called if there is something to wait for.
     """
     networks, specs = model.networks(), network_specs(arch)
     missing = missing_graphs(model, arch, graphs)
@@ -57,20 +57,20 @@ def prefill(model: PoseModel, arch: Architecture, graphs: BlobCache, progress: C
 
 
 def missing_graphs(model: PoseModel, arch: Architecture, graphs: BlobCache) -> list[str]:
-    """The networks that are still to be traced, by name; no graph is read for it."""
+    """Return the names of the networks that are still to be traced. This reads no graph."""
     networks, specs = model.networks(), network_specs(arch)
     return [name for name in networks if not graphs.holds(graph_key(networks[name], specs[name], arch))]
 
 
 def count_workers(num_missing: int) -> int:
-    """How many processes are worth starting beside this one for so many graphs, and fit beside it."""
+    """Return how many processes to start beside this one for so many graphs, as cores and memory allow."""
     free = available_bytes()
-    num_fitting = MAX_WORKERS if free is None else free // WORKER_BYTES - 1  # this process takes as much
+    num_fitting = MAX_WORKERS if free is None else free // WORKER_BYTES - 1  # this process needs as much
     return max(0, min(usable_cores() - 1, num_missing - 1, num_fitting, MAX_WORKERS))
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether graphs can be handed over there: traced for nothing, they would take twice the time."""
+    """Return whether workers can hand over graphs there. If not, everything would be traced twice."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -80,12 +80,12 @@ def _is_writable(folder: Path) -> bool:
 
 @contextmanager
 def start_workers(number: int, task: str, names: Sequence[str]) -> Iterator[Iterator[str]]:
-    """Yields those of `names` that are left to this process: the first that nobody has taken, until all are.
+    """Start workers and yield the names left to this process: each time the next that nobody has taken.
 
-    At the end of the block the workers are waited for; when it fails or is interrupted, they are ended at once.
-    Args: task: see `prefill_worker`; names: of networks, in the order in which they are to be taken.
+    At the end of the block the workers are waited for. If it fails or is interrupted, they are killed at once.
+    Args: task: see `prefill_worker`; names: of networks, in the order in which they are taken.
     """
-    # Bytes of a pipe go to one reader each: here a byte is a name's place in ALL_NETWORKS, and taking it takes the name.
+    # Each byte of a pipe goes to one reader. Here it is an index into ALL_NETWORKS, so reading it takes that name.
     source, sink = os.pipe()
     os.write(sink, bytes(ALL_NETWORKS.index(name) for name in names))
     os.close(sink)
@@ -99,7 +99,7 @@ def start_workers(number: int, task: str, names: Sequence[str]) -> Iterator[Iter
                     log.warning("no process can be started to trace networks beside this one: %s", error)
                     break
             yield iter(lambda: take_name(source), None)
-            if any([worker.wait() != 0 for worker in workers]):  # a list: every one is waited for
+            if any([worker.wait() != 0 for worker in workers]):  # a list, so that all are waited for
                 errors.seek(0)
                 lines = errors.read().decode(errors="replace").strip().splitlines()
                 reason = lines[-1] if lines else f"status {[worker.returncode for worker in workers]}"
@@ -112,7 +112,7 @@ def start_workers(number: int, task: str, names: Sequence[str]) -> Iterator[Iter
 
 
 def _start(task: str, source: int, errors: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A worker that takes names from `source`."""
+    """Start a worker that takes names from `source`."""
     # Not multiprocessing: it would run the caller's own script again in every process.
     code = f"import sys; sys.path[:] = {sys.path!r}; from posecrafter_rt.export.prefill_worker import main; main()"
     command = [sys.executable, "-c", code, task]
@@ -120,6 +120,6 @@ def _start(task: str, source: int, errors: IO[bytes]) -> subprocess.Popen[bytes]
 
 
 def take_name(source: int) -> str | None:
-    """The next name that nobody has taken; None when none is left."""
+    """Take and return the next name that nobody has taken; None if none is left."""
     taken = os.read(source, 1)
     return ALL_NETWORKS[taken[0]] if taken else None

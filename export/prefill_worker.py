@@ -1,6 +1,6 @@
-"""A process of `prefill`: traces networks out of a model's description, without its weights, into the cache.
+"""A worker process of `prefill`: traces networks from a model's description, without weights, into the cache.
 
-Layer 4: started with a task as JSON in its first argument; takes names from its standard input.
+Layer 4: its first argument is the task as JSON. It takes names of networks from its standard input.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ POLL_SECONDS = 0.5
 def main() -> None:
     """Work until no name is left, or until the process that started this one is gone.
 
-    The task: folder, of the cache; modules, see `describe_modules`; architecture, see `Architecture.to_json`; parent,
-    the number of the process that started this one.
+    The task has: folder, that of the cache; modules, see `describe_modules`; architecture, see `Architecture.to_json`;
+    parent, the id of the process that started this one.
     """
     task = json.loads(sys.argv[1])
     threading.Thread(target=end_with, args=(task["parent"],), daemon=True).start()
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process as soon as its parent has ended, however that was."""
+    """End this process as soon as its parent has ended, for whatever reason."""
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     os._exit(1)
@@ -48,9 +48,9 @@ def _trace_all(task: dict[str, Any]) -> None:
 
 
 def unfilled_networks(description: str) -> dict[str, Any]:
-    """Every network on the CPU, with weights that nobody set: memory that is not touched takes none.
+    """Build every network on the CPU with uninitialised weights, which take no memory while nobody touches them.
 
-    On the meta device graphs might differ in what a device decides.
+    On the meta device, graphs might differ where they depend on the device.
     """
     from posecrafter_rt.models.empty import empty_modules
     from posecrafter_rt.models.networks import build_networks

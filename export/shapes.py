@@ -14,13 +14,13 @@ from posecrafter_rt.spec import NetworkSpec
 
 
 def split_dim(dim: str) -> tuple[str, int]:
-    """A free dimension's symbol and divisor: "height/8" → ("height", 8), "frames" → ("frames", 1)."""
+    """Split a free dimension into symbol and divisor: "height/8" → ("height", 8), "frames" → ("frames", 1)."""
     symbol, _, divisor = dim.partition("/")
     return symbol, int(divisor or 1)
 
 
 def resolve_shape(dims: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A tensor's concrete shape. sizes: of "frames", "groups", "steps", "window", and "height", "width" in pixels."""
+    """Return a concrete shape. sizes: of "frames", "groups", "steps", "window", and "height", "width" in pixels."""
 
     def resolve(dim: int | str) -> int:
         if isinstance(dim, int):
@@ -32,7 +32,7 @@ def resolve_shape(dims: Sequence[int | str], sizes: Mapping[str, int]) -> tuple[
 
 
 def random_inputs(spec: NetworkSpec, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
-    """Normally distributed float32 inputs, int64 ones in 0 … 255 and bool ones, for tracing, parity checks and warm-up."""
+    """Return random inputs for tracing, parity checks and warm-up: normal float32, int64 in 0 … 255, and bool."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(dtype: str, shape: tuple[int, ...]) -> Tensor:

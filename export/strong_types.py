@@ -1,7 +1,7 @@
-"""Precision written into a graph: 16-bit tensors, with float32 islands where 16 bits do not do.
+"""Write precision into a graph: 16-bit tensors, with float32 islands where 16 bits are not enough.
 
-Layer 4: for runtimes that take every type from the graph, such as TensorRT 11. Inputs and outputs stay
-float32, but for what is only handed on.
+Layer 4: for runtimes that take every type from the graph, such as TensorRT 11. Inputs and outputs stay float32, except
+those that are only handed on.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ DATA_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # Sums over many elements: in float16 a variance overflows from |x| = 256 on, in bfloat16 it keeps two digits.
 STATISTICS = frozenset({"ReduceMean", "ReduceSum"})
 ISLANDS = STATISTICS | {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "Softmax"}
-# TensorRT has no transposed convolution in bfloat16, at least to 11.2 (its issue 4829): a build fails for want of one.
+# TensorRT has no transposed convolution in bfloat16, at least up to 11.2 (its issue 4829), so a build would fail.
 ISLANDS_IN = {DATA_TYPES["bf16"]: frozenset({"ConvTranspose"})}
 # What is computed from statistics, element by element, is computed in their precision.
 FOLLOWERS = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Pow", "Expand", "Unsqueeze", "Cast", "Where"})
-FLOAT_INPUTS = {"Resize": (1, 2)}  # roi and scales: ONNX has them in float32, whatever is resized
+FLOAT_INPUTS = {"Resize": (1, 2)}  # roi and scales: ONNX requires float32, whatever is resized
 
 
 def kept_names(spec: NetworkSpec) -> set[str]:
-    """The inputs and outputs of a network that are in the type that runs inside."""
+    """Return the inputs and outputs of a network that keep the type in which it computes."""
     return {tensor.name for tensor in (*spec.inputs, *spec.outputs) if tensor.dtype == "kept"}
 
 
 def lower_precision(model: ir.Model, precision: str, kept: Collection[str] = ()) -> None:
-    """Type a float32 model of one graph anew, in place; "fp32" changes nothing.
+    """Convert a float32 model of one graph to a precision, in place; "fp32" changes nothing.
 
-    Weights become 16-bit initialisers of the same name, so that they can still be replaced by it, unless an operator in
-    float32 reads them. kept: inputs and outputs that are 16-bit, too, see `kept_names`.
-    Raises: PoseCrafterError when a weight is beyond the type's range.
+    Weights become 16-bit initialisers of the same name, so that they can still be replaced by name, unless a float32
+    operator reads them. kept: inputs and outputs that become 16-bit too, see `kept_names`.
+    Raises: PoseCrafterError if a weight is beyond the type's range.
     """
     if precision == "fp32":
         return
@@ -62,7 +62,7 @@ def lower_precision(model: ir.Model, precision: str, kept: Collection[str] = ())
 
 
 def _islands(graph: ir.Graph, low: ir.DataType) -> set[ir.Node]:
-    """The nodes that compute in float32."""
+    """Return the nodes that compute in float32."""
     kinds = ISLANDS | ISLANDS_IN.get(low, frozenset())
     islands: set[ir.Node] = set()
     statistics: set[ir.Node] = set()
@@ -80,7 +80,7 @@ def _islands(graph: ir.Graph, low: ir.DataType) -> set[ir.Node]:
 
 
 def lift_constants(graph: ir.Graph) -> None:
-    """Make initialisers of constant floats: a runtime may join one to a weight, and a refit then has to name it."""
+    """Turn constant floats into initialisers: a runtime may join one to a weight, and a refit must then name it."""
     for node in list(graph):
         tensor = ir.convenience.get_const_tensor(node.outputs[0]) if node.op_type == "Constant" else None
         if tensor is None or tensor.dtype not in (FLOAT, *DATA_TYPES.values()) or node.outputs[0].is_graph_output():
@@ -93,7 +93,7 @@ def lift_constants(graph: ir.Graph) -> None:
 
 
 def _asks_for_float(node: ir.Node) -> bool:
-    """Whether a node casts float32 to float32: so attention's bodies say that what comes of it is not to be lowered."""
+    """Return whether a node casts float32 to float32, by which attention's bodies mark what must stay float32."""
     is_cast = node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT
     return is_cast and node.inputs[0] is not None and node.inputs[0].dtype == FLOAT
 
@@ -121,14 +121,14 @@ def _type_outputs(node: ir.Node, wanted: ir.DataType) -> None:
 
 
 class _Casts:
-    """One Cast node for each value and type, behind the value's producer."""
+    """Inserts Cast nodes behind a value's producer, one for each value and type."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def to(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """The value in a type."""
+        """Return the value in a type."""
         if value.dtype == dtype:
             return value
         if (value, dtype) not in self.made:
@@ -138,7 +138,7 @@ class _Casts:
         return self.made[value, dtype]
 
     def output(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """A graph's output in a type under the value's name."""
+        """Return a graph's output in a type, under the value's name."""
         cast = self._cast(value, dtype)
         cast.name, value.name = value.name, f"{value.name}.inner"
         return cast

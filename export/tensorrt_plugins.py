@@ -1,8 +1,8 @@
-"""Attention nodes that TensorRT's importer takes for plugins; where there is no plugin, they are written out.
+"""Mark attention nodes as plugins for TensorRT's importer, and write out those that have no plugin.
 
-Layer 4: the importer goes by a node's name and its `plugin_…` attributes. Whether a function's body or a plugin of the same
-name comes first has changed between its versions, so a prepared model has no functions: what is to be a plugin has no other
-meaning, and what is none is standard operators.
+Layer 4: the importer recognises a plugin by a node's name and its `plugin_…` attributes. Its versions differ in whether
+a function's body or a plugin of the same name comes first. So a prepared model has no functions: an attention is either
+a plugin or standard operators.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.export.functions import DOMAIN
 
 PASSED_THROUGH = ("Reshape", "Cast")  # between a projection and its attention: they keep the last dimension
-AS_PLUGIN = "plugin"  # an overload that no function has, while others are written out
+AS_PLUGIN = "plugin"  # no function has this overload, so these nodes are not inlined
 
 HasPlugin = Callable[[str, int, int], bool]  # (operator's name, channels, heads)
 
 
 def mark_plugins(model: ir.Model, has_plugin: HasPlugin) -> tuple[int, int]:
-    """Give attention nodes what makes them plugins, and write out the others by their functions' bodies; in place.
+    """Mark attention nodes that have a plugin, and write out the others by their functions' bodies; in place.
 
-    Returns: how many are plugins now, and how many there were. Every value has an element type.
+    Afterwards every value has an element type.
+    Returns: how many attentions are plugins now, and how many there were.
     """
     attentions = [node for node in model.graph if node.domain == DOMAIN]
     marked = [node for node in attentions
@@ -43,10 +44,10 @@ def mark_plugins(model: ir.Model, has_plugin: HasPlugin) -> tuple[int, int]:
 
 
 def _add_types(model: ir.Model) -> None:
-    """Infer the element types that values lack, in place: functions' bodies have none of their own."""
+    """Infer missing element types, in place. Values of functions' bodies have none."""
     if not _untyped(model):
         return
-    # Not strictly: of a plugin nothing is inferred.
+    # Not strict, because nothing can be inferred for a plugin.
     ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     if untyped := _untyped(model):
         raise PoseCrafterError(f"{untyped[0]} has no known type once attention is written out", "report it")
@@ -57,7 +58,7 @@ def _untyped(model: ir.Model) -> list[str]:
 
 
 def query_channels(node: ir.Node) -> int:
-    """The channels of an attention's query, from the weight of its projection."""
+    """Return the channels of an attention's query, read from the weight of its projection."""
     value = node.inputs[0]
     producer = value.producer() if value is not None else None
     while producer is not None and producer.op_type in PASSED_THROUGH:

@@ -1,4 +1,4 @@
-"""Every network as torch.export traces it: dynamic in what its spec leaves free; what ONNX and AOTInductor start from.
+"""Trace networks with torch.export, dynamic in the free dimensions of their specs, for ONNX and AOTInductor.
 
 Layer 4.
 """
@@ -21,9 +21,9 @@ from posecrafter_rt.spec import Architecture, NetworkSpec, TensorSpec
 
 
 def trace(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> ExportedProgram:
-    """One network of `models.networks`, in evaluation mode, in its parameters' type and on their device.
+    """Trace one network of `models.networks`, in evaluation mode, in its parameters' dtype and on their device.
 
-    Its forward takes `spec.inputs` in order. An architecture with a size is traced faster: fewer dimensions stay symbols.
+    Its forward takes `spec.inputs` in order. With a size in the architecture, fewer dimensions are symbols: faster.
     """
     sizes = {
         "frames": 4,
@@ -42,11 +42,11 @@ def trace(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> ExportedP
 
 
 def _dynamic_shapes(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> tuple[Any, ...]:
-    """torch.export's description of the free dimensions, in the structure of the module's forward.
+    """Return torch.export's description of the free dimensions, in the structure of the module's forward.
 
     Height and width are multiples of one unit, so that halving them is exact. Frames, groups and steps are left to the
-    tracer: diffusers asks whether frames ≥ 64 (a memory-layout matter that ONNX does not have), which a named
-    dimension would turn into a refusal.
+    tracer: diffusers tests frames ≥ 64 (for a memory layout that ONNX does not have), and the tracer would refuse that
+    for a named dimension.
     """
     units: dict[str, Any] = {}
 
@@ -69,7 +69,7 @@ def _dynamic_shapes(module: nn.Module, spec: NetworkSpec, arch: Architecture) ->
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's talk of packages that are not needed and of its own deprecations."""
+    """Silence the exporter's messages about packages that are not needed and about its own deprecations."""
     log = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = log.level
     log.setLevel(logging.ERROR)

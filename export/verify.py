@@ -1,4 +1,4 @@
-"""The proof of an export: ONNX Runtime against PyTorch, at several frame counts and sizes.
+"""Prove an export: compare ONNX Runtime with PyTorch, at several frame counts and sizes.
 
 Layer 4: ONNX Runtime's CPU provider in float32; it inlines our functions itself.
 """
@@ -19,7 +19,7 @@ TOLERANCE = 1e-4  # of the largest absolute value of the output
 
 
 def default_cases(arch: Architecture) -> list[dict[str, int]]:
-    """Sizes that differ from those traced: one frame, many, two groups, other heights and widths where they are free."""
+    """Return sizes other than those traced: one frame, many, two groups, and other heights and widths if free."""
     unit = arch.size_multiple
     cases = [(1, 1, 1, 1, 1), (7, 1, 4, 2, 1), (16, 1, 2, 1, 2), (4, 2, 3, 1, 3), (65, 1, 1, 1, 1)]
     return [
@@ -30,7 +30,7 @@ def default_cases(arch: Architecture) -> list[dict[str, int]]:
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
-    """max |result − expected| / max |expected|; infinite where shapes differ or something is not finite."""
+    """Return max |result − expected| / max |expected|; infinite if shapes differ or `result` is not finite."""
     if result.shape != expected.shape or not bool(result.isfinite().all()):
         return float("inf")
     return float((result.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30))
@@ -46,7 +46,7 @@ def verify_network(path: Path, module: nn.Module, spec: NetworkSpec, cases: Iter
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its warnings about unused initialisers are no news
+    options.log_severity_level = 3  # no warnings about unused initialisers
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     worst = 0.0

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the Triton kernels for a named GPU architecture, and what the result occupies.
+"""Compile the Triton kernels ahead of time for a named GPU architecture, and read what resources they take.
 
 Layer 2: needs Triton, no device. Serves the compile tests, the configurations' table and TensorRT's plugins.
 """
@@ -26,7 +26,7 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel's machine code. registers: a thread's; spill_bytes: a thread's stack; shared_bytes: a block's."""
+    """One kernel's machine code. registers: per thread; spill_bytes: stack per thread; shared_bytes: per block."""
 
     name: str
     ptx: str
@@ -49,7 +49,7 @@ def compile_keyframe(
     """Compile `keyframe_attention_kernel` for sm_<capability>, with channels divisible by 16 as SD 1.5's are.
 
     ptx_version: cap of the PTX ISA version (86: 8.6), for consumers older than Triton's own assembler.
-    narrow: every integer argument has 32 bits, group strides too, for callers that can pass no others.
+    narrow: every integer argument has 32 bits, even group strides, for callers that can pass no others.
     """
     kernel = keyframe_attention.keyframe_attention_kernel
     constants = keyframe_attention.constants(head_size, config)
@@ -121,7 +121,7 @@ def _compile(  # noqa: PLR0913 - what those above have in common
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if name.endswith(aligned) and name != "group_channels"  # 10 of 320 in 32 groups
+        if name.endswith(aligned) and name != "group_channels"  # e.g. 10, of 320 in 32 groups
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **EAGER_OPTIONS}
@@ -136,7 +136,7 @@ def _compile(  # noqa: PLR0913 - what those above have in common
 
 
 def cuobjdump(cubin: bytes, option: str) -> str:
-    """What the cuobjdump of Triton's wheel prints of a cubin, such as `-sass` its machine code."""
+    """Return what the cuobjdump of Triton's wheel prints about a cubin; with `-sass`, its machine code."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -146,7 +146,7 @@ def cuobjdump(cubin: bytes, option: str) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes of a cubin's only kernel, as the cuobjdump of Triton's wheel reads them."""
+    """Return registers and stack bytes of a cubin's only kernel, as the cuobjdump of Triton's wheel reads them."""
     usage = cuobjdump(cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:

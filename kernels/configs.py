@@ -18,13 +18,13 @@ TABLE = Path(__file__).with_name("configs.json")  # written by bench/kernel_sear
 MAX_FRAMES = 256  # the last class of frames serves all longer clips
 SCALE_LOG2E = 1.0 / math.log(2.0)  # softmax in powers of two: exp2 is one instruction
 
-# Asked for by name: Triton's default for contraction changes between versions. A traced launch takes no such option.
+# Set explicitly: Triton's default for contraction changes between versions. A traced launch takes no such option.
 EAGER_OPTIONS = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A keyframe_attention launch: query rows and keys a tile, warps, pipeline stages, precision of fp32 products."""
+    """A keyframe_attention launch: query rows and keys per tile, warps, pipeline stages, precision of fp32 products."""
 
     block_m: int
     block_n: int
@@ -35,7 +35,7 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class TemporalConfig:
-    """A temporal_attention launch: positions, query frames and key frames a tile, warps, stages, fp32 precision.
+    """A temporal_attention launch: positions, query frames and key frames per tile, warps, stages, fp32 precision.
 
     chunk: columns of q and k that are multiplied at a time, or 0 for all: large heads do not fit the registers.
     """
@@ -51,34 +51,34 @@ class TemporalConfig:
 
 @dataclass(frozen=True)
 class NormConfig:
-    """A group_norm launch: positions and channels a tile, channels at a time of a group's sums, warps, stages.
+    """A group_norm launch: positions and channels per tile, channels summed at a time in a group, warps, stages.
 
-    max_blocks: into how many blocks of positions a frame is divided at most, each of whole tiles.
+    max_blocks: the most blocks of positions into which a frame is divided; each has whole tiles.
     """
 
     block_rows: int
     block_channels: int = 64  # divides all widths of SD 1.5; a warp's lanes read whole lines of 128 bytes
-    group_channels: int = 16  # 64 blocks × 32 spill registers under Triton 3.6 and 3.7
+    group_channels: int = 16  # with 32, 64 blocks spill registers under Triton 3.6 and 3.7
     max_blocks: int = 64
     num_warps: int = 4
     num_stages: int = 1
 
     def rows_per_block(self, num_rows: int) -> int:
-        """Positions of a block."""
+        """Return the positions per block, for frames of num_rows positions."""
         return -(-num_rows // (self.max_blocks * self.block_rows)) * self.block_rows
 
 
 def norm_config(num_rows: int) -> NormConfig:
-    """The tile for frames of num_rows positions.
+    """Return the tile for frames of num_rows positions.
 
-    64 × 64 give each thread of four warps four loads of 16 bytes (5120 blocks for 16 frames of 4096 × 320); small frames
-    take 16 × 64, one load a thread, so that one of 64 × 2560 still makes 160 blocks, for an H100's 132 multiprocessors.
+    64 × 64 gives each thread of four warps four loads of 16 bytes (5120 blocks for 16 frames of 4096 × 320). Small
+    frames take 16 × 64, one load per thread: one of 64 × 2560 still has 160 blocks, for an H100's 132 multiprocessors.
     """
     return NormConfig(64 if num_rows >= 1024 else 16)
 
 
 def split_head(head_size: int) -> tuple[int, int]:
-    """Head size as (main, tail) tile widths: a power of two, and what is left padded to one of at least 16; or 0.
+    """Split a head size into (main, tail) tile widths: a power of two, and the rest padded to one of at least 16, or 0.
 
     Tensor cores need widths that are multiples of 16, tiles need powers of two. 40 → (32, 16), 80 → (64, 16).
     """
@@ -93,7 +93,7 @@ def _rows() -> dict[str, list[dict[str, Any]]]:
 
 
 def table_capability(capability: tuple[int, int]) -> int:
-    """The table's row group for a device: 90 where a block may hold 227 KiB of shared memory, else 86."""
+    """Return the table's row group for a device: 90 if a block may hold 227 KiB of shared memory, else 86."""
     major, minor = capability
     return 90 if major in (9, 10, 11) else 86  # compute capability 12 has 99 KiB again
 
@@ -101,7 +101,7 @@ def table_capability(capability: tuple[int, int]) -> int:
 def missing_reason(
     op: str, capability: tuple[int, int], dtype: torch.dtype, head_size: int, frames: int = 1
 ) -> str | None:
-    """Why the table has no row for such a launch, or None: fp32 tiles of large heads do not fit without spills."""
+    """Return why the table has no row for a launch, or None. fp32 tiles of large heads do not fit without spills."""
     least = {"max_head_size": head_size}
     if op == "temporal_attention":
         least["max_frames"] = min(frames, MAX_FRAMES)
@@ -112,7 +112,7 @@ def missing_reason(
 
 @cache
 def keyframe_config(capability: tuple[int, int], dtype: torch.dtype, head_size: int) -> TileConfig:
-    """The tile for a device and head: of the rows that hold the head, the tightest."""
+    """Return the tile for a device and head: the tightest row that holds the head."""
     row = _find("keyframe_attention", capability, dtype, max_head_size=head_size)
     assert row is not None, "unsupported_reason comes before a launch"
     return TileConfig(**row)
@@ -122,7 +122,7 @@ def keyframe_config(capability: tuple[int, int], dtype: torch.dtype, head_size: 
 def temporal_config(
     capability: tuple[int, int], dtype: torch.dtype, head_size: int, num_queries: int, num_keys: int
 ) -> TemporalConfig:
-    """The tile for a device, head and number of frames (the larger of queries and keys)."""
+    """Return the tile for a device, head and number of frames (the larger of queries and keys)."""
     frames = min(max(num_queries, num_keys), MAX_FRAMES)
     row = _find("temporal_attention", capability, dtype, max_head_size=head_size, max_frames=frames)
     assert row is not None, "unsupported_reason comes before a launch"

@@ -15,7 +15,7 @@ from posecrafter_rt.kernels.configs import EAGER_OPTIONS, NormConfig, norm_confi
 
 @triton.jit
 def _load_tile(x_ptr, first_row, num_rows, channels, columns, BLOCK_ROWS: tl.constexpr):
-    """Up to BLOCK_ROWS rows from `first_row` (64 bits) as float32; rows beyond num_rows, and columns, read as 0."""
+    """Load BLOCK_ROWS rows from `first_row` (64 bits) as float32; rows and columns beyond the last read as 0."""
     rows = tl.arange(0, BLOCK_ROWS)
     mask = (rows < num_rows)[:, None] & (columns < channels)[None, :]
     offsets = rows[:, None] * channels + columns[None, :]
@@ -26,10 +26,10 @@ def _load_tile(x_ptr, first_row, num_rows, channels, columns, BLOCK_ROWS: tl.con
 def group_norm_statistics_kernel(
     x_ptr, num_rows, channels, rows_per_block, partials_ptr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
 ):
-    """Mean and sum of squared deviations (M2) of each channel over rows_per_block rows.
+    """Compute mean and sum of squared deviations (M2) of each channel over rows_per_block rows.
 
-    Grid: (row blocks, channel blocks, frames). x: (N, L, C); partials: float32 (N, row blocks, 2, C). Two passes over a
-    tile in registers; further tiles of a block are joined by Chan's formula, which never subtracts large squares.
+    Grid: (row blocks, channel blocks, frames). x: (N, L, C); partials: float32 (N, row blocks, 2, C). It makes two
+    passes over a tile in registers and joins a block's tiles by Chan's formula, which never subtracts large squares.
     """
     block = tl.program_id(0)
     frame = tl.program_id(2).to(tl.int64)
@@ -58,10 +58,10 @@ def group_norm_coefficients_kernel(  # noqa: PLR0913 - a kernel's arguments are 
     partials_ptr, weight_ptr, bias_ptr, num_rows, channels, group_channels, num_blocks, rows_per_block, eps,
     coefficients_ptr, BLOCKS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One group's statistics from its partial ones; per channel scale = weight / σ and shift = bias - mean · scale.
+    """Join one group's partial statistics; per channel store scale = weight / σ and shift = bias - mean · scale.
 
-    Grid: (groups, frames). coefficients: float32 (N, 2, C). BLOCKS holds num_blocks; mean first, then the deviations
-    from it (the partial ones are in cache).
+    Grid: (groups, frames). coefficients: float32 (N, 2, C). BLOCKS is at least num_blocks. The partial statistics are
+    read twice (from cache): for the mean, then for the deviations from it.
     """
     frame = tl.program_id(1).to(tl.int64)
     first_channel = tl.program_id(0) * group_channels
@@ -69,7 +69,7 @@ def group_norm_coefficients_kernel(  # noqa: PLR0913 - a kernel's arguments are 
     columns = tl.arange(0, BLOCK_CHANNELS)
     counts = tl.minimum(num_rows - blocks * rows_per_block, rows_per_block).to(tl.float32)[:, None]
     rows = partials_ptr + frame * num_blocks * 2 * channels + first_channel + blocks[:, None] * (2 * channels)
-    size = 1.0 * num_rows * group_channels  # no method of num_rows: Triton makes an argument of 1 a constant
+    size = 1.0 * num_rows * group_channels  # num_rows has no .to() if it is 1: Triton then makes it a constant
     sums = tl.zeros((BLOCKS, BLOCK_CHANNELS), tl.float32)
     for start in range(0, group_channels, BLOCK_CHANNELS):
         mask = (blocks < num_blocks)[:, None] & (start + columns < group_channels)[None, :]

@@ -52,12 +52,12 @@ def keyframe_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
     SCALE: tl.constexpr, HEAD_SIZE: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M of a group's F·L query rows, one head. Grid: (row blocks, heads, groups).
+    """Attend from BLOCK_M of a group's F·L query rows, for one head. Grid: (row blocks, heads, groups).
 
-    Neighbouring programs share a head, so its K and V (L' × d) stay in L2. Arguments in the order of an ahead-of-time
-    plugin: inputs, integers, output. num_rows: F·L of one group; strides in elements; out is contiguous.
-    A head's d columns are a main power of two and a tail of at least 16 (40 = 32 + 8 of 16, 80 = 64 + 16,
-    160 = 128 + 32): padding d itself to a power of two would multiply zeros in 38 % of the lanes.
+    Neighbouring programs share a head, so its K and V (L' × d) stay in L2. The arguments have an ahead-of-time plugin's
+    order: inputs, integers, output. num_rows: F·L of one group; strides in elements; out is contiguous.
+    A head's d columns are split into a main power of two and a tail of at least 16 (40 = 32 + 8 of 16, 80 = 64 + 16,
+    160 = 128 + 32). Padding d itself to a power of two would multiply zeros in 38 % of the lanes.
     """
     first = tl.program_id(0) * BLOCK_M
     group = tl.program_id(2).to(tl.int64)
@@ -81,8 +81,8 @@ def keyframe_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
             q_main, q_tail, k_base, v_base, k_row_stride, v_row_stride, start, num_keys, acc_main, acc_tail, peak,
             total, SCALE, HEAD_SIZE, DIM_MAIN, DIM_TAIL, BLOCK_N, PRECISION, False,
         )  # fmt: skip
-    # The keys beyond the last whole tile, 16 at a time: one tensor-core operation then takes them all. Of several in a
-    # row here, ptxas 12.8 (of Triton 3.6) gives the second a wrong address in shared memory on sm_90.
+    # The keys beyond the last whole tile, 16 at a time, which is one tensor-core operation. If there were several,
+    # ptxas 12.8 (of Triton 3.6) would give the second a wrong address in shared memory on sm_90.
     for start in range(whole, num_keys, 16):
         acc_main, acc_tail, peak, total = _step(
             q_main, q_tail, k_base, v_base, k_row_stride, v_row_stride, start, num_keys, acc_main, acc_tail, peak,
@@ -95,7 +95,7 @@ def keyframe_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
 
 
 def constants(head_size: int, config: TileConfig) -> dict[str, int | float | str]:
-    """The kernel's compile-time arguments."""
+    """Return the kernel's compile-time arguments."""
     main, tail = split_head(head_size)
     return {
         "SCALE": SCALE_LOG2E * head_size**-0.5,
@@ -113,7 +113,7 @@ def launch(
 ) -> Tensor:
     """Run the kernel. q: (G·F, L, C), frames dense over rows; k, v: (G, L', C); channels contiguous → (G·F, L, C).
 
-    config: None takes the table's for this device. is_traced: emit a traceable launch instead of running.
+    config: None: the table's for this device. is_traced: emit a traceable launch instead of running.
     """
     frames, tokens, channels = q.shape
     groups, num_keys, _ = k.shape

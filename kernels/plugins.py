@@ -1,4 +1,4 @@
-"""The attention kernels as TensorRT launches them: little shared memory, 32-bit integers, PTX without leftovers.
+"""The attention kernels for TensorRT to launch: little shared memory, 32-bit integers, PTX without leftovers.
 
 Layer 2: needs Triton, no device.
 """
@@ -26,7 +26,7 @@ from posecrafter_rt.kernels.configs import (
 # What a block may use without asking the driver for more. TensorRT's launcher of ahead-of-time plugins does not ask.
 SHARED_BYTES = 48 << 10
 MIN_BLOCK = 16  # tensor cores take no smaller tile
-CHANNELS_MULTIPLE = 16  # of what the kernels are compiled for: pointers and strides aligned to 16 elements
+CHANNELS_MULTIPLE = 16  # the kernels are compiled for pointers and strides aligned to 16 elements
 KERNELS: dict[str, Any] = {
     "keyframe_attention": keyframe_attention.keyframe_attention_kernel,
     "temporal_attention": temporal_attention.temporal_attention_kernel,
@@ -38,14 +38,14 @@ Tile = TileConfig | TemporalConfig
 def unsupported_reason(
     op: str, capability: tuple[int, int], dtype: torch.dtype, channels: int, heads: int
 ) -> str | None:
-    """Why an attention of this width has no plugin, or None."""
+    """Return why an attention of this width has no plugin, or None."""
     if channels % heads or channels // heads % 8 or channels % CHANNELS_MULTIPLE:
         return f"{channels} channels of {heads} heads; channels must be a multiple of 16, a head's of 8"
     return missing_reason(op, capability, dtype, channels // heads)
 
 
 def integer_names(op: str) -> list[str]:
-    """The kernel's integer arguments in order; they lie between the three inputs and the output."""
+    """Return the kernel's integer arguments in order; they lie between the three inputs and the output."""
     names = [name for name in KERNELS[op].arg_names if name.islower() and name != "mask_ptr"]
     assert names[:3] == ["q_ptr", "k_ptr", "v_ptr"] and names[-1] == "out_ptr", names
     return names[3:-1]
@@ -55,11 +55,11 @@ def integer_names(op: str) -> list[str]:
 def plugin_kernel(
     op: str, capability: tuple[int, int], dtype: torch.dtype, head_size: int, frames: int = 1
 ) -> tuple[Compiled, Tile]:
-    """The kernel for a device, in the largest tile that fits SHARED_BYTES without spills, and that tile.
+    """Compile the kernel in the largest tile that fits SHARED_BYTES without spills; return it and the tile.
 
-    frames: what a temporal tile is chosen for; it is right for any other number too. Arguments of the PTX: q, k, v,
-    `integer_names` as 32 bits, out; nothing else.
-    Raises: ValueError when no tile fits.
+    frames: the number that a temporal tile is chosen for; any other number works too. The PTX takes q, k, v,
+    `integer_names` in 32 bits, and out; nothing else.
+    Raises: ValueError if no tile fits.
     """
     if op == "keyframe_attention":
         table: Tile = keyframe_config(capability, dtype, head_size)
@@ -76,7 +76,7 @@ def plugin_kernel(
 
 
 def smaller_tiles(tile: Tile) -> Iterator[Tile]:
-    """A tile, then ever smaller ones: two stages, smaller blocks, one stage; the last is the smallest."""
+    """Yield a tile, then ever smaller ones: two stages, smaller blocks, and last one stage."""
     yield tile
     if tile.num_stages > 2:
         tile = replace(tile, num_stages=2)
@@ -89,7 +89,7 @@ def smaller_tiles(tile: Tile) -> Iterator[Tile]:
 
 
 def _halve(tile: Tile) -> Tile | None:
-    """Half the keys or half the queries, whichever leaves the blocks in better proportion (two queries a key)."""
+    """Halve the keys or query rows, near two rows per key (temporal: keys, then positions); None: cannot be smaller."""
     if isinstance(tile, TileConfig):
         if tile.block_n > MIN_BLOCK and 2 * tile.block_n >= tile.block_m:
             return replace(tile, block_n=tile.block_n // 2)
@@ -100,7 +100,7 @@ def _halve(tile: Tile) -> Tile | None:
 
 
 def ptx_version(architecture: int) -> int:
-    """The oldest PTX version that knows an architecture, so that drivers older than Triton's assembler load it."""
+    """Return a PTX version that knows an architecture and that drivers older than Triton's assembler can load."""
     return 86 if architecture <= 100 else 88
 
 

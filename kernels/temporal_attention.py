@@ -1,4 +1,4 @@
-"""`temporal_attention` in Triton: attention across frames at each position, read and written in place of its layout.
+"""`temporal_attention` in Triton: attention across frames at each position, without transposed copies.
 
 Layer 2: device code and its launcher; `posecrafter_rt.ops` checks the arguments.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 from posecrafter_rt.kernels.configs import EAGER_OPTIONS, SCALE_LOG2E, TemporalConfig, split_head, temporal_config
 from posecrafter_rt.kernels.tiles import load_chunk, load_columns, store_columns
 
-# Compiled code has one tile for whatever number of frames it is called with: that of a typical clip. Frames are symbols
-# when it is traced, by which no other tile could be chosen.
+# Traced code has one tile for any number of frames, that of a typical clip: while tracing, the number of frames is a
+# symbol, by which no tile can be chosen.
 TRACED_FRAMES = 32
 
 
@@ -26,13 +26,13 @@ def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, GROUP_MASKS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_P positions × BLOCK_Q query frames of one head. Grid: (heads × query blocks, position blocks, groups).
+    """Attend from BLOCK_P positions × BLOCK_Q query frames. Grid: (heads × query blocks, position blocks, groups).
 
-    Heads are the fastest axis: the programs that share 128-byte lines of a row run side by side. The frame axis is
+    Heads are the fastest axis, so that programs that share 128-byte lines of a row run side by side. The frame axis is
     strided, so nothing is transposed before or after. v has k's strides; out is (G, Fq, L, C) contiguous;
     mask: (Fq, Fk) bytes, contiguous, or None; with GROUP_MASKS (G, Fq, Fk). A query without an allowed key yields 0.
-    CHUNK: 0 keeps q in registers; else scores sum over CHUNK columns of q and k at a time, q read anew for each tile of
-    keys (from cache): large heads would spill otherwise.
+    CHUNK: 0 keeps q in registers. Else scores are summed over CHUNK columns of q and k at a time, and q is read again
+    (from cache) for each tile of keys, because large heads would spill.
     """
     heads = channels // HEAD_SIZE
     head = tl.program_id(0) % heads
@@ -100,7 +100,7 @@ def temporal_attention_kernel(  # noqa: PLR0913 - a kernel's arguments are its i
 
 
 def constants(head_size: int, config: TemporalConfig, *, group_masks: bool = False) -> dict[str, int | float | str]:
-    """The kernel's compile-time arguments. group_masks: whether each group has a mask of its own."""
+    """Return the kernel's compile-time arguments. group_masks: whether each group has a mask of its own."""
     main, tail = split_head(head_size)
     return {
         "SCALE": SCALE_LOG2E * head_size**-0.5,
@@ -122,7 +122,7 @@ def launch(
 ) -> Tensor:  # fmt: skip
     """Run the kernel. q: (G, Fq, L, C); k, v: (G, Fk, L, C), any strides but channels contiguous → (G, Fq, L, C).
 
-    mask: bool (Fq, Fk), (G, Fq, Fk) or None. config: None takes the table's. is_traced: emit a traceable launch.
+    mask: bool (Fq, Fk), (G, Fq, Fk) or None. config: None: the table's. is_traced: emit a traceable launch.
     """
     groups, num_queries, tokens, channels = q.shape
     num_keys = k.shape[1]

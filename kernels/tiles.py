@@ -1,4 +1,4 @@
-"""Device functions that both attention kernels share: loads of a head's columns and the online softmax's step.
+"""Device functions of both attention kernels: they load and store columns of a head.
 
 Layer 2: device code only.
 """

@@ -1,4 +1,4 @@
-"""The public names of PoseCrafter's runtime, each imported when it is first used.
+"""The public names of PoseCrafter's runtime. Each is imported when it is first used.
 
 Top of the package: importing it loads no torch, sets no flag and reads no file.
 """

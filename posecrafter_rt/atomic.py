@@ -1,6 +1,6 @@
-"""Files that are whole or absent: temporary name, flush, rename; and the hashes that name contents.
+"""Write files so that they are whole or absent (temporary name, flush, rename), and hash their contents.
 
-Layer 0: the errors and locks only.
+Layer 0: imports the errors and locks only.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a file so that it appears whole or not at all.
 
-    Yields a temporary name in the same folder, with the same suffix, at which an empty file already stands. When the
-    block ends, that file is flushed to the disk and renamed to `path`, replacing what was there; when it fails or is
-    interrupted, the file is removed and `path` keeps what it had. What a killed writer of `path` left is removed first.
-    Missing folders are made. Ask `refuse_overwrite` first where the file may be the user's.
+    Yields the path of an empty temporary file in the same folder, with the same suffix. When the block ends, that file
+    is flushed to the disk and renamed to `path`, replacing what was there. If the block fails or is interrupted, the
+    temporary file is removed and `path` is left as it was. Missing folders are made. Files that a killed writer of
+    `path` left are removed first. If the file may be the user's, call `refuse_overwrite` before.
     Args: path: the final name.
     Raises:
-        DiskFull: no space left, whether the system or a library within the block says so. It names `path`, unless the
+        DiskFull: no space is left, as reported by the system or by a library in the block. It names `path`, unless the
             error names a file elsewhere.
         PoseCrafterError: the folder or file cannot be written; the message holds the system's reason.
     """
@@ -53,22 +53,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.replace(temporary, path)
                 flush_to_disk(path.parent)
         except BaseException as error:
-            with suppress(OSError):  # never made, or in no folder of ours: the error tells which
+            with suppress(OSError):  # it may never have been made; the error itself says why
                 temporary.unlink()
-            # One that is a DiskFull already has told of its own file.
+            # A DiskFull already names its own file.
             if isinstance(error, Exception) and not isinstance(error, DiskFull) and means_full(error):
                 raise disk_full(path, error) from error
             raise
 
 
 def _temporary(path: Path) -> Path:
-    # The suffix stays last, because encoders choose their format by it; the dot hides the file from listings.
+    # The suffix stays last because encoders choose their format by it. The dot hides the file from listings.
     return path.parent / f".{_short_stem(path)}.{secrets.token_hex(4)}.part{path.suffix}"
 
 
 def _short_stem(path: Path) -> str:
-    """As much of the stem as leaves room for the rest of a temporary name, but for a suffix of hundreds of bytes: file systems
-    take names of 255.
+    """Return the stem, shortened so that the temporary name fits into the 255 bytes that file systems allow.
+
+    A suffix of hundreds of bytes is not handled.
     """
     room = _MAX_NAME_BYTES - len(os.fsencode(f"..{'0' * 8}.part{path.suffix}"))
     stem = path.stem
@@ -78,7 +79,7 @@ def _short_stem(path: Path) -> str:
 
 
 def _begin(temporary: Path, held: ExitStack) -> bool:
-    """Make an empty file, and hold it to the end; false when it was taken for a leftover between the two."""
+    """Make an empty file and lock it until `held` closes; False if it was removed as a leftover before the lock."""
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         held.enter_context(locked(temporary, shared=True))
@@ -88,7 +89,7 @@ def _begin(temporary: Path, held: ExitStack) -> bool:
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Remove what killed writers of this very file left, which nobody holds; without locks that is not known."""
+    """Remove unlocked temporary files of killed writers of this file; without file locks nothing is removed."""
     pattern = f".{glob.escape(_short_stem(path))}.{'[0-9a-f]' * 8}.part{glob.escape(path.suffix)}"
     for leftover in path.parent.glob(pattern):
         with suppress(OSError), locked(leftover) as is_held:
@@ -97,9 +98,9 @@ def _clear_leftovers(path: Path) -> None:
 
 
 def refuse_overwrite(path: str | os.PathLike[str], force: bool) -> None:
-    """Raise unless `path` is free or may be replaced by a file.
+    """Raise unless a file may be written at `path`.
 
-    Raises: OutputExists if something is there (file, folder or link) and `force` is false, or a folder.
+    Raises: OutputExists if a folder is there, or if `force` is false and a file or link is there.
     """
     if os.path.isdir(path):
         raise OutputExists(f"{path} is a folder", hint="give the name of a file, such as one in it")
@@ -114,7 +115,7 @@ def refuse_existing(path: str | os.PathLike[str]) -> None:
 
 
 def refuse_sources(path: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
-    """Raise unless `path` is none of the files and folders that it is made from, and holds none: no `force` may lose those.
+    """Raise if `path` is, or contains, a file or folder that it is made from: not even `force` may lose those.
 
     Raises: OutputExists.
     """
@@ -129,9 +130,9 @@ def refuse_sources(path: str | os.PathLike[str], *sources: str | os.PathLike[str
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's contents, 64 hexadecimal digits; OSError where it cannot be read."""
+    """Return the SHA-256 of a file's contents, 64 hexadecimal digits. Raises: OSError if it cannot be read."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK_BYTES))  # one for all chunks: what a thread frees is not given back
+    buffer = memoryview(bytearray(_CHUNK_BYTES))  # reused, because memory that a thread frees is not given back
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
@@ -139,10 +140,10 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON (sorted keys, no spaces, UTF-8), 64 hexadecimal digits.
+    """Return the SHA-256 of a value's canonical JSON (sorted keys, no spaces, UTF-8), 64 hexadecimal digits.
 
-    Equal values hash alike whatever their key order; tuples count as lists.
-    Raises: TypeError for what JSON does not have; ValueError for NaN and infinity.
+    Equal values have equal hashes, whatever the order of their keys; tuples count as lists.
+    Raises: TypeError for types that JSON does not have; ValueError for NaN and infinity.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -150,7 +151,7 @@ def sha256_json(value: Any) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to write into an error of the package; that somebody holds a file stays as it is."""
+    """Turn an OSError from writing into an error of the package; BlockingIOError (a file is locked) passes through."""
     try:
         yield
     except BlockingIOError:
@@ -165,7 +166,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file is on the disk, or a folder where its file system can flush one; elsewhere a rename in it is atomic, too."""
+    """Wait until a file or folder is on the disk.
+
+    Not every file system can flush a folder. There it is skipped; a rename in the folder is atomic all the same.
+    """
     with suppress(OSError) if path.is_dir() else nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -175,14 +179,17 @@ def flush_to_disk(path: Path) -> None:
 
 
 def means_full(error: BaseException) -> bool:
-    """Whether lack of space is the error or its cause."""
-    # Writers in other languages pass the system's message on as text, without its number.
+    """Return whether the error, or its cause, says that no space is left."""
+    # Writers in other languages pass the system's message on as text, without its error number.
     is_full = getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error)
     return is_full or (error.__cause__ is not None and means_full(error.__cause__))
 
 
 def disk_full(path: Path, error: BaseException | None = None) -> DiskFull:
-    """The error for a path that could not be written for lack of space, or for the file that `error` names outside its folder."""
+    """Return the error for a path that could not be written for lack of space.
+
+    If `error` names a file outside the path's folder, that file is reported instead.
+    """
     named = None if error is None else _file_without_space(error)
     if named is not None and not named.resolve().is_relative_to(path.parent.resolve()):
         path = named
@@ -190,9 +197,9 @@ def disk_full(path: Path, error: BaseException | None = None) -> DiskFull:
 
 
 def _file_without_space(error: BaseException) -> Path | None:
-    """The file that lack of space is told of: the system names one that could not be made, and none that could not grow."""
+    """Return the file that a "no space" error names: the system names a file it cannot make, not one it cannot grow."""
     name = getattr(error, "filename", None)
     if getattr(error, "errno", None) in _FULL and isinstance(name, (str, bytes)):
         return Path(os.fsdecode(name))
-    before = error.__cause__ or error.__context__  # a library's error may quote it and hide it
+    before = error.__cause__ or error.__context__  # a library may wrap the system's error in its own
     return None if before is None else _file_without_space(before)

@@ -46,9 +46,9 @@ from posecrafter_rt.runtime.stream_options import StreamOptions
 class RenderedSegment:
     """One segment of a render.
 
-    frames: those that it settles, (H, W, 3) uint8 RGB, decoded as they are taken; take them all before the next segment.
-    carried: (o, 4, h, w), the latents of the frames shared with the next segment, which that needs.
-    report: of this segment, complete once the frames are taken.
+    frames: those it completes, (H, W, 3) uint8 RGB, decoded as they are taken; take all before the next segment.
+    carried: (o, 4, h, w), the latents of the frames shared with the next segment, which blends them with its own.
+    report: the report of this segment, complete once all frames are taken.
     """
 
     frames: Iterator[np.ndarray]
@@ -60,7 +60,7 @@ class Avatar:
     """A tuned person, loaded from an engine folder; a context manager.
 
     frames: (n, H, W, 3) uint8, the training frames; poses: their poses on a canvas of that size.
-    last_report: of the latest render that ran to its end.
+    last_report: the report of the latest render that ran to its end.
     """
 
     def __init__(self, folder: EngineFolder) -> None:
@@ -83,8 +83,8 @@ class Avatar:
     def load(cls, path: str | Path) -> Avatar:
         """Verify and load an engine folder.
 
-        Raises: EngineFolderError when it is damaged, was built on another processor or by other versions of the
-            package or its backend's libraries, or when its backend cannot run here.
+        Raises: EngineFolderError if it is damaged, was built on another device or by other versions of the package or
+            its backend's libraries, or if its backend cannot run here.
         """
         folder = open_folder(path)
         check_runs_here(folder)
@@ -94,18 +94,18 @@ class Avatar:
 
     @property
     def engines(self) -> dict[str, Engine]:
-        """The networks by name."""
+        """The loaded networks by name."""
         return self.networks.engines
 
     @property
     def has_small_decoder(self) -> bool:
-        """Whether the engine has a decoder of a few convolutions beside the VAE's."""
+        """Whether the engine has the small decoder (a few convolutions) in addition to the VAE's."""
         return self.networks.architecture.has_small_decoder
 
     def resolve(self, options: RenderOptions | None = None, *, preset: str = "exact", **changes: Any) -> RenderOptions:
-        """Options with a preset's and then changes by name, and what they leave to the base as it recommends.
+        """Return `options`, overridden by the preset, then by `changes`; the base's recommendations replace None.
 
-        Raises: PoseCrafterError for bad options, and for those that need networks which the engine has not.
+        Raises: PoseCrafterError for bad options, and for options that need a network that the engine lacks.
         """
         options = replace(options or RenderOptions(), **{**bundle(preset), **changes})
         self.networks.check(options)
@@ -114,10 +114,10 @@ class Avatar:
     def render(self, poses: PoseSequence, options: RenderOptions | None = None, **changes: Any) -> np.ndarray:
         """Render the person in every pose.
 
-        Args: poses: N target poses on any canvas. options, or single options by name: see `RenderOptions`; preset: a
-            name of `PRESETS`, a bundle of them that those given by name beside it overrule.
+        Args: poses: N target poses on any canvas. options, or single options by name: see `RenderOptions`. preset: a
+            name of `PRESETS`, a bundle of options; options given by name override it.
         Returns: (N, H, W, 3) uint8 RGB.
-        Raises: PoseError when no training pose shares a keypoint with a target; PoseCrafterError for bad options.
+        Raises: PoseError if no training pose shares a keypoint with a target; PoseCrafterError for bad options.
         """
         frames = np.empty((len(poses), *self.size, 3), np.uint8)
         with closing(self.iter_segments(poses, options, look_ahead=True, **changes)) as segments:
@@ -133,7 +133,7 @@ class Avatar:
         on_step: OnStep | None = None,
         **changes: Any,
     ) -> Iterator[np.ndarray]:
-        """As `render`, yielding frames (H, W, 3) as they are decoded. on_step: told (stage, step, steps).
+        """Render, and yield the frames (H, W, 3) as they are decoded. on_step: called with (stage, step, steps).
 
         With `segment` they come segment by segment, and memory does not grow with their number.
         """
@@ -152,12 +152,12 @@ class Avatar:
         look_ahead: bool = False,
         **changes: Any,
     ) -> Generator[RenderedSegment, None, None]:
-        """As `iter_render`, yielding segments. finished: reports of the first ones, not to be rendered again.
+        """Render, and yield segments. finished: reports of the first ones, which are not rendered again.
 
-        carried: what the last of those carried; to go on from there gives what an unbroken run gives, bit for bit.
-        choice: what `choose_segment` chose for the run that rendered them; None: it chooses, where it is asked to.
-        look_ahead: sample the next segment in a thread while the frames of one are taken, where the backend can. It changes no
-            byte and no order; but until the iterator has ended or is closed, nothing else may use the avatar.
+        carried: the latents that the last of those carried. Continuing from there gives the bytes of an unbroken run.
+        choice: what `choose_segment` chose for the run that rendered them; None: it is called if `segment` is `auto`.
+        look_ahead: sample the next segment in a thread while the frames of this one are taken, if the backend can. It
+            changes no byte and no order. Until the iterator has ended or is closed, nothing else may use the avatar.
         """
         options, on_step = self.resolve(options, **changes), on_step or ignore
         if not isinstance(poses, PoseSequence):
@@ -199,14 +199,14 @@ class Avatar:
         self, options: StreamOptions | None = None, *, preset: str = "balanced",
         calibration: PoseSequence | None = None, **changes: Any,
     ) -> AvatarStream:  # fmt: skip
-        """Follow poses as they come, one frame each: `AvatarStream.step`.
+        """Open a stream, which renders one frame for each pose as it comes: `AvatarStream.step`.
 
-        The first stream of some options inverts and samples the reference, which later ones share. Frames of a stream
-        attend to the reference and to past frames only, which a joint render's do not: an approximation of it.
-        Args: options, or single options by name: see `StreamOptions`; preset: a name of `STREAM_PRESETS`, a bundle of them
-            that those given by name beside it overrule. calibration: poses such as will come, by which the reference is
-            chosen (Eq. 5), on any canvas; None: the training pose that is nearest to all others.
-        Raises: PoseCrafterError for bad options, and for a checkpoint whose statistics run over all frames of a clip.
+        The first stream with given options inverts and samples the reference; later ones share it. A frame of a stream
+        attends only to the reference and to past frames, so it approximates the frame of a joint render.
+        Args: options, or single options by name: see `StreamOptions`. preset: a name of `STREAM_PRESETS`, a bundle of
+            options; options given by name override it. calibration: poses like those to come, on any canvas, by which
+            the reference is chosen (Eq. 5); None: the training pose that is nearest to all others.
+        Raises: PoseCrafterError for bad options, and if the checkpoint's GroupNorm takes statistics over a whole clip.
         """
         options = replace(options or StreamOptions(), **{**bundle(preset, STREAM_PRESETS), **changes})
         if self.folder.manifest["norm_scope"] != "frame":
@@ -221,30 +221,30 @@ class Avatar:
         return AvatarStream(*self._stream_networks(report), options, widen=partial(self._widened_networks, report))
 
     def _stream_networks(self, report: RenderReport) -> tuple[Mapping[str, Engine], StreamReference]:
-        """The networks of streams whose sampling is that of a render with a report's options, and what they share."""
+        """Return the networks for streams with the report's options, and the reference that these streams share."""
         reference, precision = self._stream_reference(report)
-        self.networks.use(precision)  # a render may have let go of them, or have come to another
+        self.networks.use(precision)  # a render may have unloaded the networks, or changed their precision
         return self.engines, reference
 
     def _widened_networks(
         self, report: RenderReport, failed: StreamReference, let_go: Callable[[], None]
     ) -> tuple[Mapping[str, Engine], StreamReference]:
-        """See `AvatarStream`: in a wider type, for this stream and all later ones, if a frame was not finite with `failed`."""
+        """Widen the networks for all streams, after a frame with `failed` was not finite: `widen` of `AvatarStream`."""
         reference, precision = self._stream_reference(report)
-        if reference is failed:  # else another stream has come to this before
+        if reference is failed:  # else another stream has already widened it
             report.adjust(self.networks.widening("a frame of a stream", 0, precision))
             self._stream_references.forget((report.reference_index, report.options))
         let_go()
         return self._stream_networks(report)
 
     def _stream_reference(self, report: RenderReport) -> tuple[StreamReference, Precision]:
-        """Sampled once for all streams of the same reference and options, and the precision that it took."""
+        """Return the sampled reference of streams with the same reference frame and options, and its precision."""
         return self._stream_references.get(
             (report.reference_index, report.options), lambda: self._sample_reference(report)
         )
 
     def _sample_reference(self, report: RenderReport) -> tuple[StreamReference, Precision]:
-        """What streams share, in the precision that its report has come to, or comes to; and that precision."""
+        """Sample the reference; return it and the precision used, which is widened if a number is not finite."""
         options, index = report.options, report.reference_index
         inverted = self._inverted_latents(report, ignore)
         schedule, start = self.schedules["dpmpp"], options.start_step
@@ -263,14 +263,14 @@ class Avatar:
                 report.adjust(self.networks.widening("the reference of a stream", 0, precision))
 
     def choose_segment(self, num_frames: int, options: RenderOptions) -> SegmentChoice:
-        """Frames of a segment for a clip of so many, by the memory that is free now, and how many neighbours share.
+        """Choose the length of segments and their overlap for a clip of `num_frames`, by the memory that is free now.
 
-        Raises: PoseCrafterError where the system does not say how much that is.
+        Raises: PoseCrafterError if the system does not say how much memory is free.
         """
         return choose_segment(self.networks.room(options), num_frames, options.overlap)
 
     def _prepare(self, target: PoseSequence, options: RenderOptions, report: RenderReport, told: OnStep) -> Tensor:
-        """What all segments share: the inverted reference (4, h, w)."""
+        """Choose and invert the reference, which all segments share; return its latents (4, h, w)."""
         with report.stage("prepare"):
             report.reference_index = select_reference(self.poses, target) if options.selects else 0
         with report.stage("invert"):
@@ -280,12 +280,12 @@ class Avatar:
         self, target: PoseSequence, split: Split, inverted: Tensor, carried: Tensor | None,
         report: RenderReport, ahead: Ahead, on_step: OnStep,
     ) -> Sampled:  # fmt: skip
-        """Clean latents (F, 4, h, w) of the next segment, joined to the one before, and its report.
+        """Return clean latents (F, 4, h, w) of the next segment, blended with the one before, and its report.
 
-        Where memory runs out it is computed in smaller parts, which is exact to rounding; where that is not enough it becomes
-        a shorter one, which is not. Where 16 or 8 bits do not hold its numbers it is done once more in float32. All of that
-        holds for what follows, too.
-        Raises: OutOfMemory when there is no shorter one; PoseCrafterError when there is no wider type.
+        If memory runs out, the segment is computed in smaller parts, which is exact to rounding. If that is not enough,
+        it is shortened, which is an approximation. If its numbers overflow 16 or 8 bits, it is computed again in
+        float32. Each change also holds for all segments that follow.
+        Raises: OutOfMemory if no shorter segment is possible; PoseCrafterError if there is no wider type.
         """
         adjustments: list[Adjustment] = []
         networks, options = self.networks, report.options
@@ -298,8 +298,8 @@ class Avatar:
                     networks.use(precision, at_once)
                     sampled = ahead.take(told)
                     latents, done = sampled or (self._denoise(target, segment, inverted, report, part, told), part)
-                    if torch.isfinite(latents).all():  # once a segment, for a GPU is waited for
-                        # A segment that was shortened may settle fewer frames than the one before it has carried over.
+                    if torch.isfinite(latents).all():  # once per segment only, because it waits for the GPU
+                        # A shortened segment may settle fewer frames than the one before it has carried over.
                         shared = None if carried is None else carried[: segment.settled - segment.start]
                         return blend(shared, latents), done
             except OutOfMemory as error:
@@ -313,13 +313,13 @@ class Avatar:
             else:
                 what = f"the segment of frames {segment.start} to {segment.stop - 1}"
                 part.adjust(networks.widening(what, segment.start, precision))
-            networks.close()  # not in the handler, which keeps alive what memory ran out with
+            networks.close()  # not in the handler: the exception's traceback keeps tensors alive
 
     def _denoise(
         self, target: PoseSequence, segment: Segment, inverted: Tensor, report: RenderReport, part: SegmentReport,
         told: OnStep,
     ) -> Tensor:  # fmt: skip
-        """Clean latents (F, 4, h, w) of a segment's target frames; its pose embeddings and edits go when it returns."""
+        """Return clean latents (F, 4, h, w) of a segment's target frames; pose embeddings and edits are freed."""
         options, schedule = report.options, self.schedules[report.options.sampler]
         with part.stage("prepare"):
             timesteps = schedule.timesteps(options.num_inference_steps)
@@ -336,7 +336,7 @@ class Avatar:
     def _denoise_ahead(
         self, target: PoseSequence, segment: Segment, inverted: Tensor, report: RenderReport, told: OnStep
     ) -> Sampled:
-        """`_denoise` in a thread: it adjusts nothing."""
+        """Run `_denoise` in a thread, with a report of its own; nothing is adjusted here."""
         part = SegmentReport()
         with explained(report.options):
             return self._denoise(target, segment, inverted, report, part, told), part
@@ -347,7 +347,7 @@ class Avatar:
         told = naming_segment(on_step, len(report.segments), 1 + split.num_left())
         for index in range(len(latents)):
             with part.stage("decode"):
-                number = split.start - len(latents) + index  # of the clip; the segment is settled
+                number = split.start - len(latents) + index  # in the clip; split.start is past the settled segment
                 frame = self._decode_adjusting(latents[index : index + 1], number, split, report, part, ahead)
             told("decoding", index + 1, len(latents))
             yield frame
@@ -355,12 +355,12 @@ class Avatar:
     def _decode_adjusting(
         self, latents: Tensor, number: int, split: Split, report: RenderReport, part: SegmentReport, ahead: Ahead
     ) -> np.ndarray:
-        """The clip's frame of this number, (H, W, 3) uint8, of latents (1, 4, h, w).
+        """Decode latents (1, 4, h, w) to frame `number` of the clip, (H, W, 3) uint8.
 
-        It takes as much memory in every segment. Where that is not to be had, networks that hold some for the segment's
-        length let go of it, the frame is decoded once more, and the segments that are left become shorter. Where 16 or
-        8 bits do not hold its numbers, it and all that follows is done in float32. What was sampled ahead is dropped before
-        either, and a frame that memory did not hold beside it is tried without it before anything is adjusted.
+        Decoding needs the same memory in every segment. If memory runs out, the networks are unloaded, which frees what
+        they hold for the segment's length; the frame is decoded again, and the remaining segments become shorter. If
+        the numbers overflow 16 or 8 bits, this frame and all that follows are computed in float32. In both cases a
+        segment sampled ahead is dropped first; after running out of memory, that alone is tried before any change.
         """
         networks, has_run_out = self.networks, False
         while True:
@@ -379,7 +379,7 @@ class Avatar:
             except NotFinite:
                 ahead.give_up()
                 part.adjust(networks.widening(f"frame {number}", number, precision))
-            networks.close()  # not in the handlers, as above
+            networks.close()  # not in the handlers: see `_denoise_adjusting`
 
     def _prompts(self, options: RenderOptions) -> list[str]:
         prompt = self.prompt if options.prompt is None else options.prompt
@@ -391,7 +391,7 @@ class Avatar:
                                            lambda *step: told("inverting the reference", *step))  # fmt: skip
 
     def close(self) -> None:
-        """Let go of the networks; a later render would load them again."""
+        """Unload the networks and free their memory; a later render loads them again."""
         self._once.forget()
         self._stream_references.clear()
         self.networks.release()

@@ -1,6 +1,6 @@
-"""The networks of an engine folder as they are loaded: in its own precision or a wider one, or let go of for a while.
+"""Load the networks of an engine folder, in its own precision or a wider one, and unload them.
 
-Layer 6: beside `avatar`, since the runtime knows no backend.
+Layer 6: beside `avatar`, because the runtime knows no backend.
 """
 
 from __future__ import annotations
@@ -34,28 +34,30 @@ from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import Adjustment
 from posecrafter_rt.spec import FEED_FORWARD_TOKENS, NETWORK_NAMES, SHALLOW_STREAM, STREAM_NETWORKS, Architecture
 
-WIDER: Precision = "fp32"  # what networks run in once 16 or 8 bits do not hold their numbers
-# Of a block, one frame of 64 × 64: what fewer of them take is little beside what is not done in parts.
+WIDER: Precision = "fp32"  # what networks run in once their numbers overflow 16 or 8 bits
+# The fewest tokens of a block to compute at once: one frame of 64 × 64. Smaller parts would save little, compared to
+# the memory of what is not computed in parts.
 LEAST_TOKENS = 1 << 12
-# What a processor's engines hold of their weights, over the files: OpenVINO orders them anew, convolutions' transformed ones
-# are larger, those in 16 and 8 bits smaller. Measured at Stable Diffusion 1.5's size, for one length of a clip.
+# Memory that a CPU engine's weights take, relative to its files. OpenVINO reorders them: transformed convolution
+# weights are larger, weights in 16 and 8 bits smaller. Measured at Stable Diffusion 1.5's size, for one clip length.
 HELD_FOLD: dict[tuple[str, Precision], float] = {
     ("openvino", "fp32"): 1.7, ("openvino", "bf16"): 1.7, ("openvino", "fp16"): 1.1,
     ("openvino", "int8"): 0.7,
 }  # fmt: skip
-# Engines of a GPU whose networks take its memory only once they are first run, and which files then do.
+# GPU engines whose networks take GPU memory only when they first run, and the files that are read then.
 READ_WHEN_RUN = {"tensorrt": "*.plan"}
-# A processor's engines that only round weights, to 16 bits: the faster one, and the one that leaves them in the file.
+# CPU engines that only round their weights to 16 bits: the faster one, and the one that leaves the weights in the file.
 LIGHTER: tuple[str, Precision] = ("openvino", "fp16")
 LIGHTEST: tuple[str, Precision] = ("torch", "fp16")
-LIGHT = (LIGHTEST, ("openvino", "int8"))  # another would not help
+LIGHT = (LIGHTEST, ("openvino", "int8"))  # for these no lighter engine is suggested
 
 
 class Networks:
-    """At most one precision at a time, since memory may not hold two.
+    """The networks of an engine folder, loaded in at most one precision at a time: memory may not hold two.
 
-    engines: by the networks' names; empty until they are used, and once they are let go of. precision, tokens_at_once: see
-    `use`; those of `engines`. has_run: whether these have denoised, so that what they hold of their weights is no longer free.
+    engines: the loaded networks by name; empty before `use` and after `close`. precision, tokens_at_once: those that
+    `engines` were loaded with, see `use`. has_run: whether `engines` have denoised, so that memory for their weights
+    is already taken.
     """
 
     def __init__(self, folder: EngineFolder) -> None:
@@ -79,7 +81,7 @@ class Networks:
 
     @property
     def threads(self) -> list[int]:
-        """How many torch computes with now, where rounding depends on that; else none."""
+        """The number of threads of torch, as a list of one; empty if this engine's rounding does not depend on it."""
         manifest = self.folder.manifest
         is_rounded = manifest["device"]["type"] == "cpu" and manifest["backend"] in ROUNDED_BY_THREADS
         return [torch.get_num_threads()] if is_rounded else []
@@ -87,8 +89,9 @@ class Networks:
     def use(self, precision: Precision, tokens_at_once: int | None = None) -> None:
         """Load the networks in this precision, unless they are. Until `release` no build can replace their folder.
 
-        tokens_at_once: of a block, where memory does not hold all; only for the backends of IN_PARTS.
-        Raises: EngineFolderError when a build has replaced the folder since it was opened.
+        tokens_at_once: how many tokens of a block to compute at once, if memory does not hold all of them; only for the
+            backends of IN_PARTS.
+        Raises: EngineFolderError if a build has replaced the folder since it was opened.
         """
         if (self.precision, self.tokens_at_once) != (precision, tokens_at_once):
             if self.engines:
@@ -103,14 +106,14 @@ class Networks:
             self.precision, self.tokens_at_once = precision, tokens_at_once
 
     def needed(self, *reports: SegmentReport) -> tuple[Precision, int | None]:
-        """The precision that a render of these reports has come to, and the tokens at once; as `use` takes them."""
+        """Return the precision and tokens at once that the adjustments in these reports ask for: arguments of `use`."""
         adjustments = [adjustment for report in reports for adjustment in report.adjustments]
         at_once = [adjustment["tokens_at_once"] for adjustment in adjustments if "tokens_at_once" in adjustment]
         is_wide = any("precision" in adjustment for adjustment in adjustments)
         return WIDER if is_wide else self.built, at_once[-1] if at_once else None
 
     def check(self, options: RenderOptions) -> None:
-        """Raise PoseCrafterError where options need a network which the engine was built without."""
+        """Raise PoseCrafterError if the options need a network that the engine was built without."""
         if options.decoder == "small" and not self.architecture.has_small_decoder:
             raise PoseCrafterError("this engine has no small decoder", "tune with --small-decoder-steps, or build with "
                                    "--small-decoder")  # fmt: skip
@@ -119,11 +122,11 @@ class Networks:
                                    self._rebuild(feature_reuse=True))  # fmt: skip
 
     def room(self, options: RenderOptions) -> Room:
-        """What there is to render in now.
+        """Return the memory that there is to render in now.
 
-        On a GPU the networks are in memory once they are loaded, but for files of READ_WHEN_RUN. On a processor they may be
-        loaded when they are first called, or be files mapped to memory, whose pages count as free; and what runs in 16 bits
-        there may be float32 in between.
+        On a GPU, loaded networks are already in memory, except for the files of READ_WHEN_RUN. On a CPU they may be
+        loaded when they are first called, or be mapped files, whose pages count as free. Activations of 16-bit networks
+        may be float32 there, so 4 bytes are counted.
         """
         manifest, reserved, element_bytes, lighter, in_parts = self.folder.manifest, 0, 4, None, None
         backend = manifest["backend"]
@@ -141,14 +144,14 @@ class Networks:
                 lighter = partial(self._lighter, stored, options)
         arch, size = self.architecture, tuple(manifest["size"])
         per_frame = frame_bytes(arch, size, options.groups, element_bytes)
-        if backend in IN_PARTS and manifest["norm_scope"] == "frame":  # else convolutions are not
+        if backend in IN_PARTS and manifest["norm_scope"] == "frame":  # else convolutions are not computed in parts
             frames_at_once = -(-LEAST_TOKENS // self._frame_tokens())  # rounded up
             in_parts = InParts(LEAST_TOKENS, frame_bytes(arch, size, options.groups, element_bytes, COPIES_IN_PARTS),
                                frames_at_once * per_frame)  # fmt: skip
         return Room(free_bytes(manifest["device"]["type"]), reserved, per_frame, arch.max_frames, lighter, in_parts)
 
     def _lighter(self, stored: int, options: RenderOptions) -> str:
-        """The command that builds an engine which holds less than this one, whose networks' files have so many bytes."""
+        """Return the command that builds an engine that takes less memory. stored: bytes of this one's files."""
         free, (backend, precision) = free_bytes("cpu"), LIGHTER
         two_frames = 2 * frame_bytes(self.architecture, tuple(self.folder.manifest["size"]), options.groups, 4)
         fits = free is not None and HELD_FOLD[LIGHTER] * stored + two_frames <= free * USED_SHARE
@@ -158,22 +161,22 @@ class Networks:
         return self._rebuild(backend=backend, precision=precision)
 
     def _frame_tokens(self) -> int:
-        """Positions of a frame at the widest level that has transformer blocks."""
+        """Return the tokens of a frame at the level of highest resolution that has transformer blocks."""
         arch, (height, width) = self.architecture, self.folder.manifest["size"]
         scale = arch.vae_scale_factor * min(level for layers in arch.keyframe_layers for _, level in layers)
         return int((height // scale) * (width // scale))
 
     def _stored_bytes(self, pattern: str) -> int:
-        """Of the networks' files of such names, but for those of a stream, which a render does not read."""
+        """Return the bytes of the network files that match `pattern`, without those of streams: a render reads none."""
         files = (file for file in self.folder.networks.rglob(pattern) if file.is_file())
         return sum(
             file.stat().st_size for file in files if not file.name.startswith((*STREAM_NETWORKS, SHALLOW_STREAM))
         )
 
     def checked_segment(self, num_frames: int, options: RenderOptions) -> int | None:
-        """The length of segments that options ask for, a number by now, or None for a joint render of a clip of so many.
+        """Return `options.segment` (a number, or None for a joint render) for a clip of `num_frames`, once checked.
 
-        Raises: PoseCrafterError where that is more than the engine takes at once.
+        Raises: PoseCrafterError if that is more frames than the engine takes at once.
         """
         assert options.segment != "auto"
         length = num_frames if options.segment is None else min(num_frames, options.segment)
@@ -189,9 +192,9 @@ class Networks:
         return options.segment
 
     def widening(self, what: str, frame: int, precision: Precision) -> Adjustment:
-        """What is to change, from this frame of the clip on, because `what` was not finite in `precision`.
+        """Return the change to make from `frame` of the clip on, because `what` was not finite in `precision`.
 
-        Raises: PoseCrafterError where there is no wider type, or the backend cannot load these networks in it.
+        Raises: PoseCrafterError if there is no wider type, or if the backend cannot load these networks in it.
         """
         if precision == WIDER:
             raise PoseCrafterError(f"{what} is not finite in {precision}",
@@ -202,12 +205,12 @@ class Networks:
         return {"frame": frame, "precision": WIDER, "reason": f"{what} was not finite in {precision}"}
 
     def dividing(self, num_frames: int, at_once: int | None, frame: int, reason: str) -> Adjustment | None:
-        """What is to change, from this frame of the clip on, because memory ran out, that changes nothing but rounding.
+        """Return the change to make from `frame` of the clip on, because memory ran out: it affects rounding only.
 
-        That is blocks that do half as many tokens at once as they did; None where they already do few, or where
-        the backend cannot be told.
-        Args: num_frames: that the denoisers are given at once, the inserted reference and all prompts counted; at_once: the
-            tokens that blocks did, as `needed` has it.
+        Blocks then compute half as many tokens at once. None if they already compute few, or if the backend has no
+        such setting.
+        Args: num_frames: frames that the denoisers get at once, counting the inserted reference, times the prompts.
+            at_once: the tokens that blocks computed at once, as `needed` returns it. reason: why memory ran out.
         """
         halved = min(at_once or FEED_FORWARD_TOKENS, num_frames * self._frame_tokens()) // 2
         if self.folder.manifest["backend"] not in IN_PARTS or halved < LEAST_TOKENS:
@@ -215,16 +218,16 @@ class Networks:
         return {"frame": frame, "tokens_at_once": halved, "reason": reason}
 
     def _rebuild(self, **changes: Any) -> str:
-        """The command that builds this engine but for these of its manifest's entries."""
+        """Return the command that builds this engine with these entries of its manifest changed."""
         return rebuild_command(self.folder.path, {**self.folder.manifest, **changes})
 
     def close(self) -> None:
-        """Let go of the networks and of all memory that they hold for the shapes that they have run at."""
+        """Unload the networks and free all memory that they hold for the shapes that they have run at."""
         self.engines, self.precision, self.tokens_at_once, self.has_run = {}, None, None, False
         let_go()
 
     def release(self) -> None:
-        """Let go of the networks as `close` does, and of their folder, which may then be replaced."""
+        """Unload the networks as `close` does, and unlock their folder, which may then be replaced."""
         self.close()
         if self._hold is not None:
             self._hold.close()
@@ -232,12 +235,12 @@ class Networks:
 
 
 def check_runs_here(folder: EngineFolder) -> None:
-    """Raise EngineFolderError when an engine's backend cannot run here, or it was built elsewhere or by other versions."""
+    """Raise EngineFolderError if the backend cannot run here, or if device or versions are not those of the build."""
     manifest, path = folder.manifest, folder.path
     backend, rebuild = get_backend(manifest["backend"]), rebuild_hint(path, manifest)
     reason = backend.unsupported_reason(manifest["precision"])
     if reason is not None:
-        # Built with what else it has, for a backend that runs here.
+        # The hint keeps the other settings, and leaves the choice of a backend that runs here to the build.
         others = {name: value for name, value in manifest.items() if name not in ("backend", "precision", "max_frames")}
         raise EngineFolderError(f"{path} needs backend {backend.name}: {reason}", rebuild_hint(path, others))
     for built, here in _provenance(manifest, backend):
@@ -250,7 +253,7 @@ def check_runs_here(folder: EngineFolder) -> None:
 
 
 def _provenance(manifest: dict[str, Any], backend: Backend) -> Iterator[tuple[str, str]]:
-    """What an engine is bound to, as pairs: where it was built, and here."""
+    """Yield what an engine is bound to, as pairs of descriptions: where it was built, and here."""
     yield manifest["device"]["name"], backend.device()["name"]
     built, here = (manifest["package"], manifest.get("networks", [])), (__version__, list(NETWORK_NAMES))
     yield tuple(f"posecrafter-rt {version} with {len(names)} networks" for version, names in (built, here))  # type: ignore[misc]

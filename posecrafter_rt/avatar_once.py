@@ -1,6 +1,6 @@
-"""What an avatar computes once, for all its renders and streams: tables, the reference's latents and pose, the inversion.
+"""Compute once what all renders and streams of an avatar share: tables, reference latents and pose, the inversion.
 
-Layer 6: beside `avatar`. What depends on target poses is not here: see `runtime.prepare.Clip`.
+Layer 6: beside `avatar`. What depends on the target poses is in `runtime.prepare.Clip`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from posecrafter_rt.runtime.prepare import (
 from posecrafter_rt.runtime.recent import Recent
 from posecrafter_rt.runtime.report import RenderReport
 
-KEPT = 4  # of each kind
+KEPT = 4  # results of each kind
 
 
 class ComputedOnce:
-    """Kept in memory, the few of each kind that were used last; the inversion in the engine's folder.
+    """Results that all renders and streams share. The last few of each kind are kept in memory, inversions on disk.
 
-    frames, poses: those of training; see `Avatar`.
+    frames, poses: the training frames and their poses; see `Avatar`.
     """
 
     def __init__(self, networks: Networks, frames: np.ndarray, poses: PoseSequence) -> None:
@@ -47,7 +47,7 @@ class ComputedOnce:
         self._latents = Recent[Tensor](KEPT)
 
     def tables(self, timesteps: np.ndarray, prompts: list[str]) -> Tables:
-        """Of int64 timesteps, noisiest first, and of one prompt a group."""
+        """Return the tables for int64 timesteps, noisiest first, and for one prompt per group."""
         engines, computed = self.networks.engines, self._computed_by()
         return Tables(
             self._time_tables.get((computed, timesteps.tobytes()), lambda: time_tables(engines, timesteps)),
@@ -56,32 +56,33 @@ class ComputedOnce:
         )  # fmt: skip
 
     def _computed_by(self) -> tuple[Precision | None, tuple[int, ...]]:
-        """What the networks' outputs depend on beside their inputs, and what may change between two renders."""
+        """Return what else the networks' outputs depend on besides their inputs: part of the keys of results."""
         return self.networks.precision, tuple(self.networks.threads)
 
     def prepared(self, reference: int, inverted_latents: Tensor, timesteps: np.ndarray, prompts: list[str]) -> Prepared:
-        """All of a render with this training frame as its reference that its segments share."""
+        """Return what all segments of a render share, with the training frame of index `reference` as its reference."""
         tables, embedding = self.tables(timesteps, prompts), self._reference_embedding(reference)
         return Prepared(tables, inverted_latents, self.poses.keypoints[reference], embedding)
 
     def _reference_embedding(self, reference: int) -> Tensor:
-        """Of a training frame's pose, (1, C, h, w)."""
+        """Return the pose embedding of a training frame, (1, C, h, w)."""
         networks, poses = self.networks, PoseSequence(self.poses.keypoints[[reference]], self.poses.canvas)
         return self._embeddings.get((self._computed_by(), reference),
                                     lambda: embed_poses(networks.engines, poses, poses.canvas))  # fmt: skip
 
     def _reference_latents(self, reference: int) -> Tensor:
-        """Of a training frame, (1, 4, h, w)."""
+        """Return the latents of a training frame, (1, 4, h, w)."""
         return self._latents.get((self._computed_by(), reference),
                                  lambda: frame_latents(self.networks.engines, self.frames[reference]))  # fmt: skip
 
     def inverted_latents(
         self, schedule: DDIMSchedule, prompt: str, report: RenderReport, progress: Callable[[int, int], None]
     ) -> Tensor:
-        """The inverted reference (4, h, w), cached or computed; in float32 where it is not finite in the engine's type.
+        """Return the inverted reference (4, h, w), from the cache or computed.
 
-        What is cached in float32 is there for that reason: it is taken with the change that made it.
-        Args: schedule: of the sampler that it is for; prompt: the source prompt; report: of the render, which is told.
+        If it is not finite in the engine's type, it is computed in float32, and the change is noted in the report. An
+        inversion that is cached in float32 was once computed so for that reason, so the change is noted then, too.
+        Args: schedule: the sampler's; prompt: the source prompt; report: the render's.
         """
         networks, options = self.networks, report.options
         cache, precision = InversionCache(networks.folder.inversions), networks.built
@@ -119,6 +120,6 @@ class ComputedOnce:
             self.networks.engines, schedule, tables, latents, self._reference_embedding(reference), options, progress)  # fmt: skip
 
     def forget(self) -> None:
-        """Keep nothing in memory."""
+        """Drop everything that is kept in memory."""
         for kept in (self._time_tables, self._text_tables, self._embeddings, self._latents):
             kept.clear()

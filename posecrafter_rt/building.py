@@ -1,6 +1,6 @@
-"""`build_engine`: a tuned checkpoint → an engine folder.
+"""`build_engine`: build an engine folder from a tuned checkpoint.
 
-Layer 6: puts together what the layers below know.
+Layer 6: combines the layers below.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
 EXPORTING = ("onnx-ir", "onnxscript")
-# What else an engine is made by; what it needs to be loaded, too, is `Backend.libraries`.
+# Libraries needed only to build an engine; those that it also needs to be loaded are in `Backend.libraries`.
 BUILT_WITH = {"openvino": EXPORTING, "tensorrt": (*EXPORTING, "triton")}
-SOURCES = ("models", "ops", "kernels", "export", "engines")  # whose code decides what an engine holds
-# Of the manifest: what differs from one person's engine to another's, and takes no time.
+SOURCES = ("models", "ops", "kernels", "export", "engines")  # subpackages whose code decides what an engine holds
+# Manifest entries that differ between persons and do not affect how long a build takes.
 OF_A_PERSON = ("fingerprint", "checkpoint", "base", "base_hash", "prompt", "steps", "seed", "loras", "small_decoder")
-OF_THE_MACHINE = (OSError, MemoryError, DiskFull)  # what would end any backend's build
+OF_THE_MACHINE = (OSError, MemoryError, DiskFull)  # errors that would end any backend's build
 
 log = logging.getLogger(__name__)
 
-# Told the name of each stage as it begins, and how many seconds are left if all goes as the last time, or None.
+# Called with the name of each stage as it begins, and the seconds left if all goes as the last time, or None.
 BuildProgress = Callable[[str, float | None], None]
 
 
@@ -70,17 +70,17 @@ BuildProgress = Callable[[str, float | None], None]
 class BuildOptions:
     """Options of a build.
 
-    backend: `auto` or a name of `engines.names()`; precision: `auto`, `fp32`, `bf16`, `fp16`, or `int8`,
-        which `openvino` alone has.
-    size: (height, width) in pixels of what is rendered; None: that of tuning. base: where the base lies, if it moved.
-    refit: an engine folder of another checkpoint of the same base, whose networks are taken over and whose weights are
-        replaced where they differ; `auto` then means its backend and its precision.
+    backend: `auto` or a name of `engines.names()`. precision: `auto`, `fp32`, `bf16`, `fp16`, or `int8` (`openvino`
+        only).
+    size: (height, width) in pixels of the rendered frames; None: that of tuning. base: where the base is, if it moved.
+    refit: an engine folder of another checkpoint of the same base. Its networks are copied, and weights that differ
+        are replaced. `auto` then means its backend and its precision.
     loras: fused into the tuned weights, in this order; see `fuse_loras`.
-    small_decoder: in place of the checkpoint's; see `load_small_decoder`.
-    feature_reuse: build what `RenderOptions.unet_every`, and so the preset `balanced`, needs; None: yes, or as the engine
-        to refit has it.
-    max_frames: for `tensorrt`, which is built for so many frames at most in one joint render or segment, the inserted
-        reference among them; None: see `engines.usual_max_frames`, or that of the engine to refit.
+    small_decoder: used instead of the checkpoint's; see `load_small_decoder`.
+    feature_reuse: build the network that `RenderOptions.unet_every`, and so the preset `balanced`, needs; None: yes, or
+        as in the engine to refit.
+    max_frames: for `tensorrt` only: the most frames in one joint render or segment, counting the inserted reference;
+        None: as in the engine to refit, else `engines.usual_max_frames`.
     """
 
     backend: str = "auto"
@@ -100,7 +100,11 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """folder: the engine. was_current: it existed already, from the same checkpoint and options; nothing was done."""
+    """The result of a build.
+
+    folder: the engine. was_current: it already existed, from the same checkpoint and options, and nothing was done.
+    backend_reason: why this backend was chosen.
+    """
 
     folder: EngineFolder
     was_current: bool
@@ -117,18 +121,19 @@ def build_engine(
 ) -> BuildResult:
     """Build an engine folder.
 
-    With backend `auto`, one that runs here but fails at this engine is passed over, with a warning that says why; and so
-    it is the next time, untried, as long as what it would build is the same.
+    With backend `auto`, a backend that runs here but fails to build this engine is passed over, with a warning that
+    says why. The next build of the same engine skips it without trying, unless `force` is set.
 
     Args:
         checkpoint: what `tune` wrote. output: the folder; None: the checkpoint's name with `.engine`.
-        force: two things. What is at `output` and no part of an engine is lost, be it a whole folder or a file in an
-            engine's; an engine is replaced anyway, once the new one is complete. And what `auto` passed over the last time is
-            tried anew. An engine of the same checkpoint and options stays all the same: remove it to have it built again.
-        progress: told each stage as it begins, with the seconds left if there was such a build before.
-    Raises: CheckpointError (a LoRA's included), ModelError, BackendUnavailable, ShapeError (a size the network cannot
-        halve), OutputExists; PoseCrafterError for `max_frames` of a backend that takes any number; EngineFolderError when
-        the engine to refit is damaged, or differs in more than weights.
+        force: do two things. Replace what is at `output` even if it is not an engine, or an engine folder that holds
+            other files; without `force` only an engine is replaced, once the new one is complete. And try again what
+            `auto` passed over the last time. An engine of the same checkpoint and options is kept even so: remove it
+            to build it again.
+        progress: called with each stage as it begins, and the seconds left if there was such a build before.
+    Raises: CheckpointError (also for a LoRA), ModelError, BackendUnavailable, ShapeError (a size that the network
+        cannot halve), OutputExists; PoseCrafterError if `max_frames` is too small, or is given for a backend that takes
+        any number; EngineFolderError if the engine to refit is damaged, or differs in more than weights.
     """
     checkpoint = Path(checkpoint)
     output = Path(output) if output is not None else checkpoint.parent / f"{checkpoint.stem}.engine"
@@ -144,9 +149,9 @@ def build_engine(
 
 
 class _PassedOver(Exception):
-    """Why a backend that `auto` took did not build an engine, in one line.
+    """The reason, in one line, why a backend that `auto` chose did not build an engine.
 
-    fingerprint: of that engine; is_lasting: whether it would fail the next time, too.
+    fingerprint: the engine's. is_lasting: whether the backend would fail the next time, too.
     """
 
     def __init__(self, backend: str, fingerprint: str, reason: str, is_lasting: bool = True) -> None:
@@ -155,11 +160,14 @@ class _PassedOver(Exception):
 
 
 class _Failures:
-    """What `auto` has passed over. why: by backend; before: reasons by fingerprint, of an earlier build, not tried again."""
+    """The backends that `auto` has passed over.
+
+    why: reasons by backend. before: reasons by fingerprint from an earlier build; these are not tried again.
+    """
 
     def __init__(self, before: Mapping[str, str]) -> None:
         self.before, self.why = before, dict[str, str]()
-        self._reasons: dict[str, str | None] = {}  # by fingerprint; None: one that may be gone the next time
+        self._reasons: dict[str, str | None] = {}  # by fingerprint; None: the failure may not happen the next time
 
     def add(self, error: _PassedOver) -> None:
         if error.fingerprint in self.before:
@@ -171,16 +179,16 @@ class _Failures:
         log.warning("%s is passed over, %s", error.backend, self.why[error.backend])
 
     def save(self, folder: EngineFolder) -> None:
-        """Keep them beside what was built instead, for `_read_passed_over`; where that fails, they are tried again."""
-        held = _read_passed_over(folder.path)  # nothing, where the folder is a new one
+        """Store the reasons in the engine that was built instead, for `_read_passed_over`; failing to is harmless."""
+        held = _read_passed_over(folder.path)  # empty in a new folder
         kept = {key: reason for key, reason in {**held, **self._reasons}.items() if reason is not None}
         if kept != held:
-            with suppress(OSError):  # under no other name first: that would be no part of an engine
+            with suppress(OSError):  # no temporary name: left behind, it would be no part of an engine
                 (folder.path / PASSED_OVER).write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
 def _read_passed_over(engine: Path) -> dict[str, str]:
-    """What `_Failures` has kept in an engine folder; nothing where there is none, or it is damaged."""
+    """Return what `_Failures.save` stored in an engine folder; empty if there is nothing or it is damaged."""
     try:
         reasons = json.loads((engine / PASSED_OVER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -190,21 +198,21 @@ def _read_passed_over(engine: Path) -> dict[str, str]:
 
 @contextmanager
 def _passing_over(backend: Backend, fingerprint: str, is_auto: bool) -> Iterator[None]:
-    """Raise _PassedOver for what the backend that `auto` has chosen fails at, where there is another."""
+    """Turn a failure of a backend that `auto` chose into _PassedOver, if there is another backend to try."""
     try:
         yield
     except Exception as error:
         if not is_auto or backend.name == LAST_RESORT or isinstance(error, OF_THE_MACHINE):
             raise
         has_no_memory = isinstance(error, (OutOfMemory, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error))
-        is_lasting = not has_no_memory  # others may have held the memory
+        is_lasting = not has_no_memory  # other processes may have held the memory
         raise _PassedOver(backend.name, fingerprint, last_line(error), is_lasting) from error
 
 
 def _build(
     checkpoint: Path, output: Path, options: BuildOptions, force: bool, progress: BuildProgress, failures: _Failures
 ) -> BuildResult:
-    """`build_engine` by one backend."""
+    """Build an engine as `build_engine` does, with one backend; raise _PassedOver if `auto` is to try the next."""
     source = open_folder(options.refit) if options.refit is not None else None
     is_auto = options.backend == "auto" and options.precision not in ONLY_OF and source is None
     backend, precision, why = _choose(options, source, failures.why)
@@ -239,7 +247,7 @@ def _build(
     arch.check_size(size)
     manifest["architecture"] = arch.to_json()
     if source is not None:
-        check_source(source, {"architecture": manifest["architecture"]})  # not known before
+        check_source(source, {"architecture": manifest["architecture"]})  # known only once the base is loaded
     with building(output, manifest, force) as staging:
         on_stage("writing the reference frames")
         write_training(staging, tuned.frames, tuned.poses, size)
@@ -259,9 +267,9 @@ def _build(
 
 
 def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list[Path]:
-    """What else an engine is built from: files and folders, not what has the name of a base or of a hub's model.
+    """Return the other files and folders that an engine is built from; names of bases or of hub models are left out.
 
-    An engine may be refitted in its place.
+    The engine to refit is left out if it is `output` itself: an engine may be refitted in place.
     """
     given = [Path(options.base or tuned.metadata["base"]), *(lora.path for lora in options.loras)]
     if options.small_decoder is not None:
@@ -272,7 +280,7 @@ def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list
 
 
 def _load(tuned: Checkpoint, options: BuildOptions, loras: list[LoraFile], feature_reuse: bool) -> PoseModel:
-    """The tuned networks as they are built: LoRAs fused, folded."""
+    """Load the tuned networks as they are built: with LoRAs fused, and folded."""
     model = tuned.load_model(base=options.base)
     if options.small_decoder is not None:
         arch = model.architecture()
@@ -287,7 +295,7 @@ def _load(tuned: Checkpoint, options: BuildOptions, loras: list[LoraFile], featu
 def _choose(
     options: BuildOptions, source: EngineFolder | None, failed: Mapping[str, str]
 ) -> tuple[Backend, Precision, str]:
-    """Backend and precision, and why this backend; what is left open is that of the engine to refit."""
+    """Choose the backend and the precision, and say why this backend; `auto` takes them from the engine to refit."""
     name, precision = options.backend, options.precision
     if source is not None:
         name = source.manifest["backend"] if name == "auto" else name
@@ -301,9 +309,9 @@ def _choose(
 def choose_max_frames(
     options: BuildOptions, backend: Backend, size: tuple[int, int], source: EngineFolder | None
 ) -> int | None:
-    """The most frames at once that an engine is built for; None for a backend that takes any number.
+    """Return the most frames at once that an engine is built for; None for a backend that takes any number.
 
-    Raises: PoseCrafterError for a number where there is none to choose, or too small a one.
+    Raises: PoseCrafterError if a number is given for such a backend, or if it is less than 2.
     """
     usual, wanted = usual_max_frames(backend.name, size), options.max_frames
     if wanted is None:
@@ -320,15 +328,17 @@ def choose_max_frames(
 
 
 def libraries_of(backend: Backend) -> list[str]:
-    """The distributions whose versions decide what an engine of a backend holds, sorted; another one is another engine."""
+    """Return the distributions whose versions are part of the fingerprint of a backend's engine, sorted."""
     return sorted({*LIBRARIES, *BUILT_WITH.get(backend.name, ()), *backend.libraries})
 
 
 def _describe(
     tuned: Checkpoint, base: Base, backend: Backend, precision: Precision, size: Sequence[int], loras: list[LoraFile]
 ) -> dict[str, Any]:
-    """What of the manifest is known without the weights that go in; its hash, with that of our code, is the engine's fingerprint, refitted
-    or not."""
+    """Return the part of the manifest that is known before the weights are loaded.
+
+    Its hash, together with that of the code in SOURCES, is the engine's fingerprint, whether refitted or not.
+    """
     return {
         "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
         "checkpoint": tuned.digest(), "device": backend.device(),
@@ -340,9 +350,10 @@ def _describe(
 
 
 def _kind_of_build(manifest: Mapping[str, Any], tuned: Checkpoint, is_refit: bool) -> dict[str, Any]:
-    """What decides how long a build takes and is known before the base is loaded: all that decides what is built, but for whose.
+    """Return what decides how long a build takes, as far as it is known before the base is loaded.
 
-    Names and shapes of the tuned tensors stand for the base's architecture.
+    That is everything that decides what is built, except whose avatar it is. Names and shapes of the tuned tensors
+    stand for the base's architecture.
     """
     decisive = {name: value for name, value in manifest.items() if name not in OF_A_PERSON}
     shapes = {name: list(tensor.shape) for name, tensor in tuned.tensors.items()}

@@ -1,6 +1,6 @@
-"""`tuned.ckpt`: the tuned tensors with the frames and poses they were tuned on, in one safetensors file.
+"""`tuned.ckpt`: the tuned tensors and the frames and poses they were tuned on, in one safetensors file.
 
-Layer 3: self-contained; no video is needed later.
+Layer 3: the file is self-contained; no video is needed later.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMAT = "posecrafter-rt checkpoint"
 FORMAT_VERSION = 1
 LIBRARIES = ("posecrafter-rt", "torch", "diffusers", "transformers")
 REQUIRED_METADATA = ("base", "base_hash", "controlnet", "vae", "prompt", "size", "norm_scope", "seed", "steps")
-# One key only: safetensors writes several in random order, and equal content shall be equal bytes.
+# Only one key: safetensors writes several in random order, but equal content must give equal bytes.
 _HEADER = "posecrafter"
 _PREFIXES = ("unet.", "controlnet.", "vae.", "small_decoder.")
 
@@ -41,10 +41,10 @@ class Checkpoint:
     tensors: tuned tensors by `unet.…`, `controlnet.…`, `vae.…` and `small_decoder.…` name.
     frames: (n, H, W, 3) uint8 RGB. poses: n poses on a canvas of H × W pixels.
     metadata: JSON values, among them those of REQUIRED_METADATA: base, controlnet, vae as `load_base` takes them (or
-        None); base_hash; prompt; size [height, width]; norm_scope; seed; steps. Where a small decoder was distilled,
-        small_decoder is its configuration. `tune` also writes schedule, the base's `DDIMSchedule.learned`, which older ones
-        lack. A loaded one also has "versions" and "format_version".
-    Raises: CheckpointError when frames, poses and metadata do not fit together.
+        None); base_hash; prompt; size [height, width]; norm_scope; seed; steps. If a small decoder was distilled,
+        small_decoder is its configuration. `tune` also writes schedule, the base's `DDIMSchedule.learned`; older
+        checkpoints lack it. A loaded checkpoint also has "versions" and "format_version".
+    Raises: CheckpointError if frames, poses and metadata do not fit together.
     """
 
     tensors: dict[str, Tensor]
@@ -77,7 +77,7 @@ class Checkpoint:
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the file, atomically; equal content gives equal bytes.
 
-        Raises: OutputExists; DiskFull; PoseCrafterError where the folder cannot be written.
+        Raises: OutputExists; DiskFull; PoseCrafterError if the folder cannot be written.
         """
         refuse_overwrite(path, force)
         metadata = {name: value for name, value in self.metadata.items() if name != "format_version"}
@@ -93,7 +93,7 @@ class Checkpoint:
     def load(cls, path: str | Path) -> Checkpoint:
         """Read a checkpoint.
 
-        Raises: CheckpointError: missing, truncated, a pickle, or not a checkpoint of this package.
+        Raises: CheckpointError if the file is missing, truncated, a pickle, or not a checkpoint of this package.
         """
         path = Path(path)
         header, tensors = _read(path)
@@ -114,18 +114,18 @@ class Checkpoint:
             message = f"the checkpoint was tuned on {self.metadata['base']} with the hash {wanted[:12]}"
             message += f", but {model.base_id} has {model.base_hash[:12]}"
             raise CheckpointError(message, hint="give the base, ControlNet and VAE that it was tuned on, or tune again")
-        schedule = model.identity()["schedule"]  # no part of the hash, which is of weights alone
-        for name, tuned in self.metadata.get("schedule", schedule).items():  # an older checkpoint does not say it
+        schedule = model.identity()["schedule"]  # base_hash covers only the weights
+        for name, tuned in self.metadata.get("schedule", schedule).items():  # older checkpoints lack it
             if name in schedule and tuned != schedule[name]:  # a later version may say more
                 message = f"the checkpoint was tuned with {name} {tuned}, but {model.base_id} has {schedule[name]}"
                 hint = "undo the change in the base's scheduler_config.json, or in the .yaml beside its file, or tune again"
                 raise CheckpointError(message, hint=hint)
 
     def load_model(self, *, base: str | None = None, dtype: torch.dtype = torch.float32) -> PoseModel:
-        """Load the base and put the tuned tensors in.
+        """Load the base and put the tuned tensors into it.
 
-        Args: base: where the base lies now, if not where it lay. dtype: of all weights.
-        Raises: ModelError: the base cannot be loaded. CheckpointError: it is another base.
+        Args: base: where the base is now, if it moved. dtype: of all weights.
+        Raises: ModelError if the base cannot be loaded; CheckpointError if it is another base.
         """
         metadata = self.metadata
         model = load_base(base or metadata["base"], controlnet=metadata["controlnet"], vae=metadata["vae"],
@@ -137,7 +137,7 @@ class Checkpoint:
         return model
 
     def _small_decoder(self, dtype: torch.dtype) -> nn.Module:
-        """The one that was distilled, all of which is here."""
+        """Make the distilled small decoder; the checkpoint holds all its weights and its configuration."""
         prefix = "small_decoder."
         tensors = {name.removeprefix(prefix): tensor.to(dtype)
                    for name, tensor in self.tensors.items() if name.startswith(prefix)}  # fmt: skip
@@ -150,7 +150,7 @@ class Checkpoint:
         return module.eval().requires_grad_(False)
 
     def digest(self) -> str:
-        """SHA-256 over the content; the same before saving and after loading, on every machine."""
+        """Return the SHA-256 of the content. It is the same before saving and after loading, on every machine."""
         arrays = {"frames": torch.from_numpy(self.frames), "keypoints": torch.from_numpy(self.poses.keypoints)}
         tensors = {**self.tensors, **arrays}
         hashes = {name: [str(tensor.dtype), list(tensor.shape), _sha256(tensor)] for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Where the package keeps what may be deleted at any time, secrets, and tools; the only reading of environment variables.
+"""Settings from environment variables: the cache folder, the server's token, the compiler. Only this module reads them.
 
 Layer 0: a leaf.
 """
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The user's cache folder of this package; it may not exist yet.
+    """Return the package's cache folder of this user. It may not exist yet, and may be deleted at any time.
 
-    POSECRAFTER_CACHE where set, else posecrafter-rt in XDG_CACHE_HOME, else ~/.cache/posecrafter-rt.
+    It is POSECRAFTER_CACHE if set, else posecrafter-rt in XDG_CACHE_HOME, else ~/.cache/posecrafter-rt.
     """
     own = os.environ.get("POSECRAFTER_CACHE")
     if own:
@@ -22,18 +22,19 @@ def cache_dir() -> Path:
 
 
 def serve_token() -> str | None:
-    """POSECRAFTER_TOKEN, or None: the token of a server, which on the command line every user of the machine could read.
+    """Return the server's token, POSECRAFTER_TOKEN, or None if it is not set.
 
-    It may be empty, which a server refuses: whoever sets it means to have one.
+    On the command line every user of the machine could read it. An empty token is returned as it is, and the server
+    refuses it: whoever sets the variable means to have a token.
     """
     return os.environ.get("POSECRAFTER_TOKEN")
 
 
 def compiler() -> str | None:
-    """CXX, or None: the C++ compiler that is to be used."""
+    """Return the C++ compiler to use, from CXX, or None."""
     return os.environ.get("CXX") or None
 
 
 def temporary_files_in(folder: Path) -> dict[str, str]:
-    """The environment of a process that is to make its temporary files in a folder."""
+    """Return the environment for a process that is to put its temporary files into `folder`."""
     return {**os.environ, "TMPDIR": str(folder)}

@@ -1,6 +1,6 @@
-"""What an engine carries of its training: the frames, of which one is a render's reference, and their poses.
+"""Write and read the training frames and poses that an engine carries; a render takes one frame as its reference.
 
-Layer 6: beside `avatar`, which needs nothing else of what `building` imports.
+Layer 6: beside `avatar`, which then need not import what `building` imports.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ REFERENCE_FILE = "reference.safetensors"
 
 
 def write_training(folder: Path, frames: np.ndarray, poses: PoseSequence, size: tuple[int, int]) -> None:
-    """Write frames (n, H, W, 3) uint8 and their poses into an engine's folder, brought to its size (height, width)."""
+    """Fit frames (n, H, W, 3) uint8 and their poses to the engine's (height, width), and write them to its folder."""
     tensors = {"frames": resize_to(frames, size), "keypoints": transform_keypoints(poses, size).keypoints}
     save_tensors({name: torch.from_numpy(array) for name, array in tensors.items()}, folder / REFERENCE_FILE)
 
 
 def read_training(folder: Path) -> tuple[np.ndarray, PoseSequence]:
-    """Training frames (n, H, W, 3) uint8 and their poses, at the engine's size."""
+    """Return the training frames (n, H, W, 3) uint8 and their poses, at the engine's size."""
     tensors = load_file(folder / REFERENCE_FILE)
     frames = tensors["frames"].numpy()
     return frames, PoseSequence(tensors["keypoints"].numpy(), frames.shape[1:3])

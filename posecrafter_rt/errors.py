@@ -1,4 +1,4 @@
-"""The exception tree: what is wrong (with the value seen) and what to do about it; and a library's error in one line.
+"""The package's exceptions, which say what is wrong (with the value seen) and what to do, and helpers for other errors.
 
 Layer 0: imports nothing of the package.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 
-# How libraries say that memory ran out where they raise no error of its own kind: torch, OpenVINO, OpenCV, the CUDA driver,
-# cuBLAS, cuDNN; and those that do not give their reason: oneDNN, which says the same when it has no memory for its code or its
-# scratchpad, torch, for which cuDNN found no way to convolve: each that it knows may need more memory than there is; and
-# Python, which found no room for a thread's stack.
+# What libraries say when memory ran out but they raise no error type for it: torch, OpenVINO, OpenCV, the CUDA driver,
+# cuBLAS, cuDNN. Three do not name memory as the reason: oneDNN, when it has no memory for its code or its scratchpad;
+# torch, when cuDNN finds no convolution algorithm, because each may need more memory than there is; and Python, when
+# there is no room for a thread's stack.
 OUT_OF_MEMORY = re.compile(
     r"can'?t allocate memory|cannot allocate memory(?! in static TLS)|(not enough|insufficient|out of) memory|bad.alloc"
     r"|could not (create|execute) a primitive$|CU\w+_STATUS_\w*ALLOC\w*_FAILED"
@@ -20,11 +20,11 @@ OUT_OF_MEMORY = re.compile(
 
 
 class PoseCrafterError(Exception):
-    """Base of every error that a user can cause or mend.
+    """Base class of every error that a user can cause or fix.
 
     Args:
         message: what is wrong, naming the value seen.
-        hint: what to do next; a command where one mends it.
+        hint: what to do next; a command if one fixes it.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -61,15 +61,15 @@ class BackendUnavailable(PoseCrafterError):
 
 
 class OutputExists(PoseCrafterError):
-    """A file that the user made would be overwritten; needs `--force`."""
+    """The output would overwrite or mix with something that may be the user's; in most cases `--force` allows it."""
 
 
 class OutOfMemory(PoseCrafterError):
-    """Memory, of the machine or of the GPU, did not suffice; what was finished before is kept."""
+    """The machine or the GPU ran out of memory; what was finished before is kept."""
 
 
 class NotFinite(PoseCrafterError):
-    """Numbers of a network left the range of the type that it runs in, or were never numbers."""
+    """A network's output is not finite: its numbers overflowed the type that it runs in, or were NaN before."""
 
 
 class DiskFull(PoseCrafterError):
@@ -77,12 +77,12 @@ class DiskFull(PoseCrafterError):
 
 
 def last_line(error: BaseException) -> str:
-    """What an error says at last, or its kind where it says nothing: libraries name their source files before."""
+    """Return the last line of an error's message, or its type if it has none: libraries name source files first."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def out_of_memory(error: Exception, hint: str) -> OutOfMemory | None:
-    """What Python, torch or another library raised because memory ran out, in one line; None for any other error."""
+    """Return an OutOfMemory with the first line of an error that means "out of memory"; None for any other error."""
     if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
         return None
     reason = (str(error).splitlines() or [""])[0]

@@ -1,4 +1,4 @@
-"""Frames as arrays: fit them to a size, with their keypoints; lay them out in contact sheets and side by side.
+"""Fit frames and their keypoints to a size; lay frames out in contact sheets and side by side.
 
 Layer 1: OpenCV and the keypoint layout.
 """
@@ -22,7 +22,7 @@ _STRIP_PX, _GAP_PX, _FONT_SCALE = 22, 4, 0.45
 
 
 class CoverTransform(NamedTuple):
-    """From source to destination pixels, centres at integers: x' = (x - offset_x + 0.5) * scale_x - 0.5, y likewise."""
+    """Maps source to destination pixels, centres at integers: x' = (x - offset_x + 0.5) * scale_x - 0.5, y likewise."""
 
     scale_x: float
     scale_y: float
@@ -31,9 +31,9 @@ class CoverTransform(NamedTuple):
 
 
 def cover_transform(src_size: tuple[int, int], dst_size: tuple[int, int]) -> CoverTransform:
-    """How a picture of one size covers another: scaled until it fills it, its centre kept, the rest cut off.
+    """Return how a picture is scaled to cover another size: it is scaled until it fills it, then cropped at the centre.
 
-    The cut runs along whole source pixels, so the two scales may differ by what rounding half a pixel makes of them.
+    The crop runs along whole source pixels, so the two scales may differ slightly, by rounding of half a pixel.
     Args: src_size, dst_size: (height, width) in pixels.
     Raises: ShapeError if a side is not positive.
     """
@@ -50,10 +50,10 @@ def cover_transform(src_size: tuple[int, int], dst_size: tuple[int, int]) -> Cov
 
 
 def transform_keypoints(poses: PoseSequence, size: tuple[int, int]) -> PoseSequence:
-    """Carry poses along with frames that `resize_to` fits to a size; their canvas is the frames' size before.
+    """Move poses as `resize_to` moves the pixels of their frames when it fits these to a size.
 
-    Args: poses: N poses. size: (height, width) in pixels.
-    Returns: N poses on a canvas of that size; points cut off lie outside it; missing points stay (0, 0, 0).
+    Args: poses: N poses; their canvas is the frames' size before. size: (height, width) in pixels.
+    Returns: N poses on a canvas of that size; cropped points lie outside it; missing points stay (0, 0, 0).
     Raises: ShapeError if a side is not positive.
     """
     scale_x, scale_y, offset_x, offset_y = cover_transform(poses.canvas, size)
@@ -63,18 +63,19 @@ def transform_keypoints(poses: PoseSequence, size: tuple[int, int]) -> PoseSeque
 
 
 def check_one_pose_a_frame(video: Path | str, num_frames: int, num_poses: int) -> None:
-    """Raises PoseError unless a video has as many frames as there are poses."""
+    """Raise PoseError unless a video has as many frames as there are poses."""
     if num_frames != num_poses:
         raise PoseError(f"{video} has {num_frames} frames but there are {num_poses} poses",
                         "extract the poses from this very video")  # fmt: skip
 
 
 def check_canvas(video: Path | str, size: tuple[int, int], canvas: tuple[int, int]) -> None:
-    """Raises PoseError unless a canvas has the shape of a video's frames, to a fiftieth or a rounded pixel of the smaller one.
+    """Raise PoseError unless a canvas has the aspect ratio of a video's frames, to 2 % or one pixel of the smaller one.
 
-    Such are a turned video's poses of before it was turned. Args: size, canvas: (height, width) in pixels.
+    It differs, for example, if the video was rotated after its poses were extracted.
+    Args: size, canvas: (height, width) in pixels.
     """
-    across, down = size[1] * canvas[0], size[0] * canvas[1]  # equal where their shapes are
+    across, down = size[1] * canvas[0], size[0] * canvas[1]  # equal if the aspect ratios are
     rounded = max(*size, *canvas)
     if abs(across - down) > max(rounded, 0.02 * max(across, down)):
         raise PoseError(f"the frames of {video} are {size_text(size)}, of another shape than their poses' canvas of {size_text(canvas)}",
@@ -82,10 +83,11 @@ def check_canvas(video: Path | str, size: tuple[int, int], canvas: tuple[int, in
 
 
 def resize_to(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Fit frames to a size: cover it, cut around the centre; area average downwards, cubic upwards.
+    """Fit frames to a size: scale them to cover it and crop around the centre (see `cover_transform`).
 
+    Frames are scaled down by area averaging, up by cubic interpolation.
     Args: frames: uint8 (N, H, W, 3) or (H, W, 3). size: (height, width) in pixels.
-    Returns: uint8 of that size, same number of axes; the same array where nothing is to do.
+    Returns: uint8 of that size, same number of axes; a single frame that has the size already is returned as it is.
     Raises: ShapeError for frames of another shape or type, or a side that is not positive.
     """
     if frames.ndim == 4:
@@ -105,19 +107,19 @@ Frames = np.ndarray | Sequence[np.ndarray]
 
 
 def shown_in_sheet(num_frames: int) -> np.ndarray:
-    """Which frames of a clip a contact sheet shows: int64, at most 8, evenly from the first to the last.
+    """Return which frames of a clip a contact sheet shows: int64, at most 8, evenly from the first to the last.
 
-    Of those frames alone it shows all, so a sheet of a long clip needs no others.
+    A sheet of those frames alone shows all of them, so a long clip's other frames need not be kept.
     """
     return np.unique(np.linspace(0, num_frames - 1, min(num_frames, MAX_COLUMNS)).round().astype(np.int64))
 
 
 def contact_sheet(rows: Sequence[tuple[str, Frames] | np.ndarray]) -> np.ndarray:
-    """Show clips under one another, each as up to 8 of its frames, evenly sampled, below its name.
+    """Show clips in rows: each row shows up to 8 evenly sampled frames, below the clip's name.
 
     Args: rows: (name, frames) each, the name in ASCII; or an array of frames alone, which gets no name.
     Returns: uint8 (h, w, 3) RGB; frames are scaled to a height of 128 to 256 pixels.
-    Raises: ShapeError without rows, for a row without frames, or frames of another shape or type.
+    Raises: ShapeError without rows, for a row without frames, or for frames of another shape or type.
     """
     named = [row if isinstance(row, tuple) else ("", row) for row in rows]
     if not named or not all(len(frames) for _, frames in named):
@@ -157,13 +159,13 @@ def side_by_side(*clips: np.ndarray, labels: Sequence[str] | None = None) -> np.
 
 
 def check_frame(frame: np.ndarray) -> None:
-    """Raises ShapeError unless the array is one frame: uint8 (H, W, 3), not empty."""
+    """Raise ShapeError unless the array is one frame: uint8 (H, W, 3), not empty."""
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
         raise ShapeError(f"a frame of shape {frame.shape}, {frame.dtype}", hint="frames are uint8 RGB (H, W, 3)")
 
 
 def size_text(shape: Sequence[int]) -> str:
-    """A size for messages, height first: `480x640`."""
+    """Return a size as text for messages, height first: `480x640`."""
     return f"{shape[0]}x{shape[1]}"
 
 
@@ -181,7 +183,7 @@ def _scale_to_height(frame: np.ndarray, height: int) -> np.ndarray:
 
 
 def _captioned(text: str, picture: np.ndarray) -> np.ndarray:
-    """The picture below a dark strip with its name, widened where the name is longer; as it is without a name."""
+    """Put a dark strip with a name above a picture, widened if the name is longer; without a name, change nothing."""
     if not text:
         return picture
     (text_width, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, _FONT_SCALE, 1)

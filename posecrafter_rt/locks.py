@@ -1,6 +1,6 @@
-"""Locks on files and folders, which the system takes from a process that ends, however it ends.
+"""Advisory locks on files and folders. The system releases them when the process ends, however it ends.
 
-Layer 0: a leaf. They hinder only those who ask.
+Layer 0: a leaf. The locks bind only those who also ask for them.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ from pathlib import Path
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[bool]:
-    """Hold what lies at `path`, a file or a folder, against every other holder, in this process too.
+    """Lock the file or folder at `path` against every other holder, including those in this process.
 
-    What is held stays so under another name, and as long as a process lives that was forked meanwhile.
-    Args: shared: together with others who share it; waits for one who does not. Else alone; wait: for whoever holds it.
-    Yields: whether it is held; on a file system without locks nothing is.
-    Raises: BlockingIOError when it is to be held alone without waiting and somebody holds it; OSError when it cannot be
-        opened.
+    The lock follows the file if it is renamed. It also lasts as long as a process that was forked meanwhile lives.
+    Args:
+        shared: take a shared lock; this waits for an exclusive holder. False: take an exclusive lock.
+        wait: for an exclusive lock, wait for the present holders instead of raising.
+    Yields: whether it is locked; False on a file system without locks.
+    Raises: BlockingIOError if an exclusive lock is wanted without waiting and somebody holds one; OSError if the file
+        cannot be opened.
     """
     operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     while True:
-        # NFS lets a file be held alone only where it is open for writing.
+        # NFS grants an exclusive lock only on a file that is open for writing.
         is_writable = not path.is_dir() and os.access(path, os.W_OK)
         descriptor = os.open(path, os.O_RDWR if is_writable else os.O_RDONLY)
         try:
             is_held = _lock(descriptor, operation)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # else another took its place before it was held
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # else it was replaced before it was locked
                 yield is_held
                 return
         finally:
@@ -38,10 +40,11 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
 
 @contextmanager
 def alone_at(path: Path, make: Callable[[], None]) -> Iterator[bool]:
-    """Hold a file or folder that is made where it is not there, also where the one that had it has just removed it.
+    """Take an exclusive lock on a file or folder that `make` creates if it is missing.
 
-    Yields: whether it is held; on a file system without locks nobody is kept out.
-    Raises: BlockingIOError when somebody holds it; what `make` raises.
+    It is made again if its previous holder removes it before it is locked.
+    Yields: whether it is locked; False on a file system without locks, where nobody is kept out.
+    Raises: BlockingIOError if somebody holds it; whatever `make` raises.
     """
     with ExitStack() as held:
         while True:

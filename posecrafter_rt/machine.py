@@ -1,6 +1,6 @@
-"""Facts about this machine that torch does not tell: processor, memory, installed versions.
+"""Facts about this machine that torch does not provide: processor, memory, installed versions.
 
-Layer 0: reads /proc and /sys on Linux; elsewhere the answers are empty.
+Layer 0: reads /proc and /sys on Linux; on other systems most answers are empty.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from pathlib import Path, PurePosixPath
 
 @cache
 def _cpuinfo() -> dict[str, str]:
-    """The first processor's entries of /proc/cpuinfo."""
+    """Return the first processor's entries of /proc/cpuinfo."""
     first = _text(Path("/proc/cpuinfo")).split("\n\n")[0]
     pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}
 
 
 def cpu_name() -> str:
-    """The processor's name, or its architecture where the system does not say."""
+    """Return the processor's name, or its architecture if the system does not say."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def cpu_device() -> dict[str, str]:
-    """The processor as the device that an engine is built for."""
+    """Return the description of the processor as a device that an engine is built for."""
     return {"type": "cpu", "name": cpu_name()}
 
 
 def cpu_features() -> set[str]:
-    """Instruction-set flags, such as avx512_bf16 and amx_bf16; none of AMX's where the system refuses its tiles."""
+    """Return the instruction-set flags, such as avx512_bf16 and amx_bf16. AMX is left out if the system refuses it."""
     flags = set(_cpuinfo().get("flags", _cpuinfo().get("Features", "")).split())
     refused = {flag for flag in flags if flag.startswith("amx_")}
     return flags if not refused or _may_use_tiles() else flags - refused
@@ -47,41 +47,42 @@ def cpu_features() -> set[str]:
 
 @cache
 def _may_use_tiles() -> bool:
-    """Whether this process may use AMX's tiles, for which Linux must be asked once."""
+    """Ask Linux for AMX's tiles, once per process, and return whether they may be used."""
     request = (158, 0x1023, 18)  # arch_prctl of x86-64, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return bool(ctypes.CDLL(None).syscall(*map(ctypes.c_long, request)) == 0)
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bf16 natively (AVX-512 BF16, AMX, or Arm's BF16)."""
+    """Return whether the processor multiplies bf16 natively (AVX-512 BF16, AMX, or Arm's BF16)."""
     return "avx512_bf16" in cpu_features() or cpu_gains_by_bf16()
 
 
 def cpu_gains_by_bf16() -> bool:
-    """Whether it does so faster than float32: AMX, or Arm's BF16.
+    """Return whether the processor multiplies bf16 faster than float32: with AMX, or Arm's BF16.
 
-    AVX-512's does not: on a processor that has it alone tuning took 1.5 times as long as in float32, a render twice.
+    AVX-512 BF16 is no faster: on a processor that has only it, tuning took 1.5 times as long as in float32, and a
+    render twice as long.
     """
     return bool(cpu_features() & {"amx_bf16", "bf16"})
 
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_earlier_peak = 0  # of what was counted before `count_peak_anew` last began
+_earlier_peak = 0  # bytes, from before the last call of `count_peak_anew`
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory this process has had, whatever was counted anew.
+    """Return the largest resident memory of this process so far, including before any `count_peak_anew`.
 
-    On Linux the program's own: what `getrusage` tells there begins with the peak of the process that started this one.
+    On Linux it is read from /proc, because `getrusage` starts there from the peak of the process that started this one.
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return max(_earlier_peak, counted_peak_bytes() or (peak if sys.platform == "darwin" else peak * 1024))
 
 
 def count_peak_anew() -> bool:
-    """Begin to count the largest resident memory from now on; False where the system cannot (it is Linux that can)."""
+    """Start counting the largest resident memory anew. Returns: False if the system cannot; only Linux can."""
     global _earlier_peak
-    _earlier_peak = peak_rss_bytes()  # which the system forgets
+    _earlier_peak = peak_rss_bytes()  # the system forgets it now
     try:
         _CLEAR.write_text("5", encoding="ascii")
     except OSError:
@@ -90,7 +91,7 @@ def count_peak_anew() -> bool:
 
 
 def counted_peak_bytes() -> int | None:
-    """The largest resident memory since `count_peak_anew`, where that could; None where the system does not say."""
+    """Return the largest resident memory since `count_peak_anew`, if it succeeded; None if the system does not say."""
     peak = _numbers(_STATUS).get("VmHWM:")
     return None if peak is None else peak * 1024
 
@@ -100,16 +101,16 @@ SAMPLE_SECONDS = 0.2  # a compiler's or a tracer's peak lasts longer
 
 @contextmanager
 def watched_peak() -> Iterator[Callable[[], int]]:
-    """Yields a function: the most memory that this process and those it has started have held at once, in bytes.
+    """Yield a function that returns the most memory that this process and its children have held at once, in bytes.
 
-    Of this process it is `peak_rss_bytes`. The sum is sampled, where the system is Linux; elsewhere others are not counted.
+    The sum is sampled, on Linux only; elsewhere child processes are not counted. It is at least `peak_rss_bytes`.
     """
     most, has_ended = 0, threading.Event()
 
     def sample() -> None:
         nonlocal most
         held = _held_bytes()
-        if held > most:  # asked afterwards: two threads sample, and neither may put back what it read before the other
+        if held > most:  # compare only after reading: two threads sample, and the later one must not lower the peak
             most = held
 
     def watch() -> None:
@@ -130,7 +131,7 @@ def watched_peak() -> Iterator[Callable[[], int]]:
 
 
 def _held_bytes() -> int:
-    """Resident memory of this process, and of those below it what is their own: they mostly map the same libraries."""
+    """Return the resident memory of this process plus its descendants' anonymous memory; they share most libraries."""
     below, kilobytes = list(_children(os.getpid())), _numbers(_STATUS).get("VmRSS:", 0)
     while below:
         process = below.pop()
@@ -140,7 +141,7 @@ def _held_bytes() -> int:
 
 
 def _children(process: int) -> Iterator[int]:
-    """The processes that a process has started and that still run."""
+    """Yield the child processes of a process that are still running."""
     try:
         threads = os.listdir(f"/proc/{process}/task")
     except OSError:  # it has ended, or this is not Linux
@@ -150,9 +151,9 @@ def _children(process: int) -> Iterator[int]:
 
 
 def return_freed_memory() -> None:
-    """Give back to the system what this process has freed, where its C library can be asked to.
+    """Return freed memory to the system, if the C library has a function for it.
 
-    glibc keeps blocks of up to 32 MB that lie below one still in use: how much that is differs from moment to moment.
+    glibc keeps freed blocks of up to 32 MB that lie below one still in use; how much that is varies all the time.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -163,9 +164,9 @@ _DONTNEED = 4  # MADV_DONTNEED on Linux
 
 
 def release_mapped(path: Path) -> None:
-    """Let go of the pages of a file that this process has mapped to read: what is asked of them again is read again.
+    """Release the pages of a file that this process has mapped for reading; they are read again when they are needed.
 
-    They count as its memory for as long as the file is mapped, though only a few numbers of it are wanted yet.
+    Otherwise they count as this process's memory as long as the file is mapped, even if only a few are still needed.
     """
     mapped = f" {path.resolve()}"
     for line in _text(Path("/proc/self/maps")).splitlines():
@@ -179,10 +180,10 @@ def release_mapped(path: Path) -> None:
 
 @contextmanager
 def one_openmp_thread() -> Iterator[None]:
-    """Keep OpenMP, and so torch on the processor, to the calling thread alone.
+    """Limit OpenMP, and so torch on the CPU, to one thread when called from this thread.
 
-    Threads of its wait for more work awake, for up to 20 ms, on cores that another library's then lack. torch's own setting
-    would hold for other threads that come to it meanwhile, and for good.
+    OpenMP's threads spin for up to 20 ms while they wait for more work, and keep cores from another library's threads.
+    torch's own setting would also affect other threads that use torch meanwhile, permanently.
     """
     openmp = _openmp()
     if openmp is None:
@@ -196,26 +197,26 @@ def one_openmp_thread() -> Iterator[None]:
         openmp.omp_set_num_threads(before)
 
 
-@cache  # to ask makes classes, which a frame of a stream would leave to be collected
+@cache  # each CDLL makes classes, which would be left to the garbage collector at every frame of a stream
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that this process has loaded, if it has."""
+    """Return the OpenMP library that this process has loaded, or None."""
     try:
         loaded = ctypes.CDLL(None)
         return loaded if hasattr(loaded, "omp_set_num_threads") else None
-    except (OSError, TypeError):  # a system without such a name for all libraries
+    except (OSError, TypeError):  # a system that has no handle for all loaded libraries
         return None
 
 
 def usable_cores() -> int:
-    """The processor's cores that this process may run on."""
+    """Return the number of CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """The memory that this process may still take without swapping: what the system has left, or what the least of
-    its control groups' limits leaves it; None where the system does not say.
+    """Return the bytes that this process may still take without swapping; None if the system does not say.
 
-    root: where /proc and /sys are.
+    That is the least of what the system has left and what each limit of its control groups leaves.
+    root: the folder that holds proc and sys.
     """
     system = _numbers(root / "proc/meminfo").get("MemAvailable:")
     rooms = [*_cgroup_rooms(root), *([] if system is None else [system * 1024])]
@@ -223,9 +224,9 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _cgroup_rooms(root: Path) -> Iterator[int]:
-    """What each limit on this process or on a group that holds it leaves; version 2 of control groups, and 1.
+    """Yield the bytes that each memory limit on this process's control group and its parents leaves; versions 1 and 2.
 
-    Pages of files that nothing uses just now count as free: the kernel takes them back before it refuses memory.
+    Inactive pages of files count as free: the kernel reclaims them before it refuses memory.
     """
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
@@ -244,13 +245,13 @@ def _cgroup_rooms(root: Path) -> Iterator[int]:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Lines of a name, a number and perhaps a unit."""
+    """Parse a file whose lines hold a name, a number and perhaps a unit; other lines are left out."""
     words = (line.split() for line in _text(path).splitlines())
     return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdigit()}
 
 
 def _text(path: Path) -> str:
-    """A file of the system; empty where there is none that may be read."""
+    """Return the text of a system file; empty if it is missing or may not be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -258,7 +259,7 @@ def _text(path: Path) -> str:
 
 
 def library_versions(distributions: Iterable[str]) -> dict[str, str]:
-    """Versions of those that are installed (this package itself is not, when run from a checkout)."""
+    """Return the versions of the distributions that are installed (this package is not when run from a checkout)."""
     found = {}
     for name in distributions:
         try:
@@ -270,7 +271,7 @@ def library_versions(distributions: Iterable[str]) -> dict[str, str]:
 
 @cache
 def source_digest(*names: str) -> str:
-    """SHA-256 of the Python code of these subpackages: versions alone do not tell what is being worked on."""
+    """Return the SHA-256 of the Python code of these subpackages: during development the version stays the same."""
     digest = hashlib.sha256()
     for name in names:
         package = find_spec(f"posecrafter_rt.{name}")

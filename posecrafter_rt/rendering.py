@@ -1,4 +1,4 @@
-"""A render as files: the video, a contact sheet, and report.json beside it.
+"""Render to files: the video, a contact sheet, and a report beside it.
 
 Layer 7: around `avatar`, for the command line and the demonstration.
 """
@@ -32,22 +32,22 @@ DEFAULT_FPS = 25.0
 
 
 def output_paths(video: Path) -> tuple[Path, Path, Path]:
-    """The video, its contact sheet and its report."""
+    """Return the paths of the video, its contact sheet and its report."""
     return video, video.with_suffix(".png"), video.with_name(f"{video.stem}.report.json")
 
 
 def partial_path(video: Path) -> Path:
-    """The folder that holds what is finished of an unfinished render."""
+    """Return the folder that holds the finished part of an interrupted render."""
     return video.with_name(f"{video.name}.partial")
 
 
 def refuse_outputs(video: Path, force: bool, fingerprint: str | None = None) -> None:
-    """Raise OutputExists if any of the three is there and `force` is false, or is a folder.
+    """Raise OutputExists if any of the three outputs is a folder, or if one exists and `force` is false.
 
-    What a killed render had already moved to its place does not count: the same command is about to finish it.
+    Outputs that a killed render had already moved to their places do not count: the same command will finish it.
     Args: fingerprint: of the render that is to begin; None: not known yet, it may be the one that was killed.
     """
-    refuse_overwrite(video, force=True)  # a folder: `.`, too, which has no name for what goes beside it
+    refuse_overwrite(video, force=True)  # first of all refuse a folder: `.` has no name to derive the others from
     folder, outputs = partial_path(video), output_paths(video)
     state = read_state(folder)
     left = [path for path in outputs if (folder / path.name).exists()]
@@ -67,17 +67,17 @@ def render_to_files(
     force: bool = False,
     on_step: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Render and write the video, the contact sheet and the report; returns the report.
+    """Render and write the video, the contact sheet and the report; return the report.
 
-    The video has the rate of `target`, or 25 frames per second. With `stretch`, it is the one that the stretch is of,
-    mended: `target` then holds the poses of `Stretch.rendered`, of which the report's counts are; the sheet shows the
-    stretch.
-    No more frames are held than an engine decodes at once and the contact sheet shows. With `options.segment`, finished
-    segments are kept in `partial_path(video)`: the same call goes on from them, and gives the bytes of an unbroken run.
-    Raises: OutputExists before any work, whatever `force` where the output is the video to be mended, and at the end where
-        another program has made one of the three meanwhile: the same call with `force` then has nothing more to render; what
-        `Avatar.render`, `Stretch.mend`, `VideoWriter` and `open_partial` raise. An interrupted render leaves none of the
-        three.
+    The video has the frame rate of `target`, or 25 frames per second. With `stretch`, the output is the stretch's video
+    with the stretch replaced. `target` then holds the poses of `Stretch.rendered`; the report counts these frames, and
+    the sheet shows the stretch.
+    Only the frames that an engine decodes at once and those of the contact sheet are in memory. With `options.segment`,
+    finished segments are kept in `partial_path(video)`: the same call continues from them and gives the bytes of an
+    unbroken run. An interrupted render leaves none of the three outputs.
+    Raises: OutputExists before any work (even with `force` if the output is the video to be mended), and at the end if
+        another program has made one of the outputs meanwhile: the same call with `force` then has nothing left to
+        render. Also what `Avatar.render`, `Stretch.mend`, `VideoWriter` and `open_partial` raise.
     """
     work, options = _Work(avatar, target, target.fps or DEFAULT_FPS, stretch), avatar.resolve(options)
     fingerprint = work.fingerprint(options)
@@ -88,7 +88,7 @@ def render_to_files(
         refuse_sources(video, stretch.video)
         if video.parent.resolve() == stretch.video.resolve():
             raise OutputExists(f"{video} would lie among the images that it is made from", "give another folder")
-    VideoWriter(video, work.fps, force=True)  # refuses what is no name of a video before any work
+    VideoWriter(video, work.fps, force=True)  # checks the name and the rate before any work
 
     def told(stage: str, step: int, steps: int) -> None:
         if on_step is not None:
@@ -109,16 +109,16 @@ def render_to_files(
 
 @contextmanager
 def _naming(video: Path) -> Iterator[None]:
-    """Tell of a full disk by the name that was given: the folder beside it, which was written to, may be gone by now.
+    """Report a full disk under the video's name: the folder beside it, which was written to, may be gone by now.
 
-    An error that names a file elsewhere, in a compiler's cache, say, is of another disk, and stays as it is.
+    An error that names a file elsewhere, such as in a compiler's cache, may concern another disk and is kept.
     """
     try:
         yield
     except (DiskFull, OSError) as error:
         if not means_full(error):
             raise
-        reason = error.__cause__ if isinstance(error, DiskFull) else error  # the video's writer has met it, too
+        reason = error.__cause__ if isinstance(error, DiskFull) else error  # a writer may have wrapped it already
         if isinstance(reason, OSError) and not _is_beside(reason, video):
             raise reason from None
         told = disk_full(video)
@@ -128,13 +128,13 @@ def _naming(video: Path) -> Iterator[None]:
 
 
 def _is_beside(error: OSError, video: Path) -> bool:
-    """Whether an error is of a file beside the video, as far as it says."""
+    """Return whether an error concerns a file in the video's folder, or names no file."""
     return error.filename is None or Path(error.filename).resolve().is_relative_to(video.parent.resolve())
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What is rendered: `target`, for a video of its own or, where there is one, for a stretch of another."""
+    """What is rendered: the poses `target`, as a video of their own or, with `stretch`, into a stretch of another."""
 
     avatar: Avatar
     target: PoseSequence
@@ -142,7 +142,10 @@ class _Work:
     stretch: Stretch | None
 
     def fingerprint(self, options: RenderOptions) -> str:
-        """Of all that the bytes of a video depend on; the engine's seal covers weights, backend and libraries."""
+        """Return a hash of everything that the video's bytes depend on.
+
+        The engine's seal covers weights, backend and libraries.
+        """
         replaced = None if self.stretch is None else [self.stretch.start, self.stretch.stop, self.stretch.frames_sha256]
         return sha256_json({
             "engine": self.avatar.folder.manifest["seal"], "package": __version__, "options": vars(options),
@@ -152,7 +155,7 @@ class _Work:
 
 
 def _render_segments(work: _Work, options: RenderOptions, partial: PartialRender, told: OnStep) -> Iterator[np.ndarray]:
-    """Render what is not finished, and keep it; then the frames of all segments."""
+    """Render and store the segments that are not finished; then return the frames of all segments."""
     avatar, target = work.avatar, work.target
     if options.segment == "auto" and partial.choice is None:
         partial.fix(avatar.choose_segment(len(target), options))
@@ -165,7 +168,7 @@ def _render_segments(work: _Work, options: RenderOptions, partial: PartialRender
 
 
 def _write_outputs(work: _Work, rendered: Iterable[np.ndarray], outputs: tuple[Path, Path, Path]) -> None:
-    """Write the three files, replacing what is there; the report is of a render that ends with its frames."""
+    """Write the three files, replacing what is there. The report is complete once all of `rendered` is taken."""
     video, sheet_path, report_path = outputs
     avatar, target, stretch = work.avatar, work.target, work.stretch
     of_sheet = target.keypoints if stretch is None else target.keypoints[stretch.inside]
@@ -189,14 +192,14 @@ def _write_outputs(work: _Work, rendered: Iterable[np.ndarray], outputs: tuple[P
 
 
 def _described(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What a report says of the engine; `loras` is empty when none was fused."""
+    """Return what a report says about the engine; `loras` is empty if none was fused."""
     named = ("backend", "precision", "size", "checkpoint", "base", "norm_scope")
     return {**{name: manifest[name] for name in named}, "loras": manifest.get("loras", [])}
 
 
 def _keeping(frames: Iterable[np.ndarray], shown: np.ndarray, kept: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same frames; those that a sheet shows are kept as they pass."""
+    """Pass frames on unchanged, and append copies of those that a sheet shows to `kept`."""
     for index, frame in enumerate(frames):
         if index in shown:
-            kept.append(frame.copy())  # of its own: a view would hold all that were decoded with it
+            kept.append(frame.copy())  # a view would keep all frames alive that were decoded with it
         yield frame

@@ -1,6 +1,6 @@
 """Names, dimensions and element types of every network's tensors: one contract for engines and export.
 
-Layer 0: the errors only; no torch.
+Layer 0: imports the errors only; no torch.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 from posecrafter_rt.errors import ShapeError
 
 STREAM_NETWORKS = ("controlnet_stream", "unet_stream")
-SMALL_DECODER = "vae_decoder_small"  # only where the architecture has one
-SHALLOW_UNET = "unet_shallow"  # only where the architecture gives deep features
-SHALLOW_STREAM = "unet_stream_shallow"  # as that one
+SMALL_DECODER = "vae_decoder_small"  # only if the architecture has one
+SHALLOW_UNET = "unet_shallow"  # only if the architecture's U-Net outputs deep features
+SHALLOW_STREAM = "unet_stream_shallow"  # likewise
 NETWORK_NAMES = (
     "text_encoder", "prompt_kv", "time_tables", "pose_embedding", "vae_encoder", "vae_decoder", "controlnet", "unet",
     *STREAM_NETWORKS,
 )  # fmt: skip
 ALL_NETWORKS = (*NETWORK_NAMES, SMALL_DECODER, SHALLOW_UNET, SHALLOW_STREAM)
-# They are given one frame a call.
+# These get one frame per call.
 ONE_FRAME_NETWORKS = ("pose_embedding", "vae_encoder", "vae_decoder", SMALL_DECODER, SHALLOW_STREAM)
-# They run once for a person, a prompt or a number of steps.
+# These run once per person, per prompt or per number of steps.
 RUN_ONCE = ("text_encoder", "prompt_kv", "time_tables", "vae_encoder")
-IS_REFERENCE = "is_reference"  # of a stream's networks
-FEED_FORWARD_TOKENS = 1 << 16  # of a block, unless it is told otherwise: 16 frames of 64 × 64
+IS_REFERENCE = "is_reference"  # an input of a stream's networks
+FEED_FORWARD_TOKENS = 1 << 16  # tokens that a block computes at once by default: 16 frames of 64 × 64
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Architecture:
     """The sizes that fix every network's tensor shapes, read once from the base model.
 
     vae_scale_factor: pixels per latent pixel. time_widths, kv_widths: packed table widths of (U-Net, ControlNet).
-    residuals: (channels, downscale) of each ControlNet down residual; mid_residual: the same of the mid residual.
-    keyframe_layers: (channels, downscale) of each self-attention of (U-Net, ControlNet), in the order of a forward.
-    temporal_layers: the same of each temporal attention of the U-Net.
-    size: (height, width) in pixels where pictures have one size alone, as an engine's; None: any size, as a base's.
-    has_small_decoder: whether there is a small decoder beside the VAE's.
-    deep_channels: of the deep features that the U-Net gives beside its prediction; None: it gives none.
-    max_frames: the most frames, of one prompt and with the inserted reference, that the denoisers take in one call; None:
+    residuals: (channels, downscale) of each ControlNet down residual; mid_residual: the same for the mid residual.
+    keyframe_layers: (channels, downscale) of each self-attention of (U-Net, ControlNet), in the order of the forward.
+    temporal_layers: the same for each temporal attention of the U-Net.
+    size: (height, width) in pixels if only one size is allowed, as in an engine; None: any size, as in a base.
+    has_small_decoder: whether there is a small decoder in addition to the VAE's.
+    deep_channels: channels of the deep features that the U-Net outputs with its prediction; None: it outputs none.
+    max_frames: the most frames per prompt that the denoisers take in one call, counting the inserted reference; None:
         any number.
     """
 
@@ -61,7 +61,7 @@ class Architecture:
 
     @property
     def size_multiple(self) -> int:
-        """Height and width in pixels must be multiples of this, so that every U-Net level halves evenly."""
+        """The number that height and width in pixels must be multiples of, so that every U-Net level halves evenly."""
         return self.vae_scale_factor * max(scale for _, scale in self.residuals)
 
     def check_size(self, size: Sequence[int]) -> None:
@@ -72,7 +72,7 @@ class Architecture:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers, for a manifest."""
+        """Return a dictionary of plain values, for a manifest."""
         return asdict(self)
 
     @classmethod
@@ -89,8 +89,8 @@ class Architecture:
 class TensorSpec:
     """One named tensor. dims: an int is fixed; "frames", "groups", "steps", "window", "height/s", "width/s" are free.
 
-    dtype: "float": float32 at the engine's boundary, whatever runs inside; "kept": what is only handed on, to another
-        network or to later calls, goes out and in as the engine has it; or "int64" or "bool".
+    dtype: "float": float32 at the engine's boundary, whatever the engine computes in; "kept": the engine's own type,
+        for what is only passed on to another network or to later calls; "int64"; or "bool".
     """
 
     name: str
@@ -108,21 +108,22 @@ class NetworkSpec:
 
 
 def residual_names(num_residuals: int) -> list[str]:
-    """Names of the ControlNet residuals, down to mid."""
+    """Return the names of the ControlNet residuals: the down blocks' in order, then the mid block's."""
     return [f"down_block_residual_{index}" for index in range(num_residuals)] + ["mid_block_residual"]
 
 
 def memory_names(kind: str, count: int) -> list[str]:
-    """Names of what a stream keeps: "keyframe" or "temporal" keys and values; as outputs they begin with `new_`."""
+    """Return the names of the "keyframe" or "temporal" keys and values that a stream keeps; outputs prepend `new_`."""
     return [f"{kind}_kv_{index}" for index in range(count)]
 
 
 def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
-    """The contract of every network of a base with this architecture.
+    """Return the specification of every network of a base with this architecture, by name.
 
-    Free dimensions: `frames` (G·F), `groups` (G: prompts, or 1), `steps`, `window` (frames that a stream remembers, the
-    reference among them), `height` and `width` in pixels; "height/8" is the height divided by 8; both are numbers where
-    the architecture has a size. All floating-point tensors but residuals and a stream's memory cross the boundary as float32.
+    Free dimensions: `frames` (G·F), `groups` (G: prompts, or 1), `steps`, `window` (frames that a stream remembers,
+    including the reference), `height` and `width` in pixels; "height/8" is the height divided by 8. Height and width
+    are numbers if the architecture has a size. Floating-point tensors cross the engine's boundary as float32, except
+    residuals, deep features and a stream's memory.
     """
     scale = arch.vae_scale_factor
 
@@ -197,7 +198,7 @@ def network_specs(arch: Architecture) -> dict[str, NetworkSpec]:
         shallow = (*deep, residuals[0])
         attended: tuple[TensorSpec, ...] = ()
         kept: tuple[TensorSpec, ...] = ()
-        if unet_layers[-1][1] == 1:  # the last layer attends, for only it and the first ones are at full size
+        if unet_layers[-1][1] == 1:  # full size, so this attention is in the U-Net's last layer, which runs here
             attended = (window_mask, memory("keyframe", unet_layers)[-1],
                         memory("temporal", arch.temporal_layers, "window")[-1])  # fmt: skip
             kept = memory("temporal", arch.temporal_layers, prefix="new_")[-1:]

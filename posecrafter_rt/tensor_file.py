@@ -1,7 +1,7 @@
-"""safetensors files, written into the file that is there.
+"""Write safetensors files in place.
 
-Layer 0: imports nothing of the package. safetensors' own `save_file` writes beside the given path and renames: its file
-is its writer's alone, whatever the umask, and another one than `atomic.atomic_path` holds and clears away.
+Layer 0: imports nothing of the package. safetensors' own `save_file` writes a file beside the path and renames it. That
+file is readable by its owner only, whatever the umask, and is not the one that `atomic.atomic_path` locks and removes.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-ALIGNMENT = 8  # of the data, in bytes; wide types come first, so that every tensor is aligned
+ALIGNMENT = 8  # bytes, of the data's start; wide types come first, so every tensor is aligned
 
 
 def save_tensors(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors of any device, and text beside them, as a safetensors file; equal content gives equal bytes.
+    """Write tensors from any device, and text metadata, as a safetensors file; equal content gives equal bytes.
 
-    Raises: OSError, such as for a full disk; KeyError for a type of DTYPES' that is none.
+    Raises: OSError, such as for a full disk; KeyError for a dtype that is not in DTYPES.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}

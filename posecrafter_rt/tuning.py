@@ -1,4 +1,4 @@
-"""One-shot tuning: a few frames of one person and their poses → `tuned.ckpt` (Eq. 3, Eq. 20).
+"""One-shot tuning: make `tuned.ckpt` from a few frames of one person and their poses (Eq. 3, Eq. 20).
 
 Layer 4: plain PyTorch; nothing here is needed to render.
 """
@@ -55,17 +55,18 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """What tuning may be told; None means the base's own setting (the paper's for SD 1.5).
+    """Options of tuning; None means the base's own setting (the paper's for SD 1.5).
 
-    base: `embedded`, a diffusers folder, a hub id or a single file; controlnet, vae: the same, when not in the base.
-    frames: training frames, taken uniformly from the video.
-    steps: of the denoiser; decoder_steps: of the autoencoder's decoder after it; small_decoder_steps: of a small decoder
-        that is distilled from that one at last, for streams; 0: there is none.
+    base: `embedded`, a diffusers folder, a hub id or a single file. controlnet, vae: the same, if not in the base.
+    frames: number of training frames, taken uniformly from the video.
+    steps: tuning steps of the denoiser. decoder_steps: those of the autoencoder's decoder, which follow.
+        small_decoder_steps: those that then distill that decoder into a small one, for streams; 0: there is none.
     precision: of the activations (autocast); the trained weights stay float32.
-    controlvideo_weights: the U-Net's and the ControlNet's file of ControlVideo's training, to start from instead of the
-        base's own weights; with 0 steps they are taken as they are. They leave norm_scope at `clip`, their training's.
-    Raises: PoseCrafterError for a learning rate that is not a positive number, no frames, a negative number of steps, a
-        precision that there is not, or a seed that 64 bits do not hold.
+    controlvideo_weights: the U-Net's and the ControlNet's file of a ControlVideo training, to start from instead of the
+        base's own weights; with 0 steps they are used unchanged. norm_scope then defaults to `clip`, as they were
+        trained.
+    Raises: PoseCrafterError for a learning rate that is not a positive number, less than 1 frame, a negative number of
+        steps, an unknown precision, or a seed that 64 bits do not hold.
     """
 
     base: str = "embedded"
@@ -102,8 +103,7 @@ class TuneOptions:
 class TuneStatus:
     """Passed to the progress callback after every step.
 
-    part: what is being tuned. loss: exponentially smoothed; of the denoiser its squared error, of the decoders that of the
-    pixels.
+    part: what is being tuned. loss: exponentially smoothed loss of this part; see `tuning_losses`.
     """
 
     step: int
@@ -113,15 +113,15 @@ class TuneStatus:
 
 
 def choose_frames(num_available: int, num_wanted: int) -> np.ndarray:
-    """Indices of the training frames: uniform from the first to the last; all of them when there are fewer."""
+    """Return the indices of the training frames, uniform from the first to the last; all if there are fewer."""
     count = min(num_wanted, num_available)
     return np.unique(np.linspace(0, num_available - 1, count).round().astype(int))
 
 
 def trainable_parameters(model: PoseModel, patterns: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """The denoiser's parameters whose `unet.…` or `controlnet.…` name a pattern finds, in a fixed order.
+    """Return the denoiser's parameters whose `unet.…` or `controlnet.…` name matches a pattern, in a fixed order.
 
-    Raises: CheckpointError when the patterns find nothing.
+    Raises: CheckpointError if nothing matches.
     """
     chosen = {
         name: parameter for name, parameter in named_parameters(model)
@@ -146,13 +146,15 @@ def tune(
 
     Args:
         frames: (n, H, W, 3) uint8 RGB, at the size to render; poses: n poses on their canvas.
-        output: the checkpoint to write. An interrupted run leaves `output + ".partial"`; the same call resumes it, and no other
-            does without `force`.
-        force: overwrite an existing checkpoint, and what another run has left. resume: go on with an interrupted run instead of starting over.
+        output: the checkpoint to write. An interrupted run leaves `output + ".partial"`, and the same call resumes it.
+            A call with other frames or options raises OutputExists, unless `force` is given.
+        force: overwrite an existing checkpoint, and the unfinished state of another run. resume: continue an
+            interrupted run; False: start over.
         on_step: called after every step.
     Returns: the checkpoint, as written.
-    Raises: PoseError when frames and poses do not pair up; ShapeError for a size that the network cannot halve; OutputExists;
-        ModelError; CheckpointError.
+    Raises: PoseError if frames and poses differ in number; ShapeError for a size that the network cannot halve;
+        OutputExists; ModelError; CheckpointError; PoseCrafterError if another process is tuning the same output, if the
+        output cannot be written, or if the loss is no longer finite.
     """
     output = Path(output)
     refuse_overwrite(output, force)
@@ -187,7 +189,7 @@ def tune(
     )  # fmt: skip
     partial = output.with_name(output.name + ".partial")
     with tuning_alone(output):
-        refuse_overwrite(output, force)  # what another run has written since
+        refuse_overwrite(output, force)  # another run may have written it since
         if not resume:
             partial.unlink(missing_ok=True)
         checkpoint.tensors.update(_optimise(model, checkpoint, options, partial, on_step, force))
@@ -212,7 +214,7 @@ def _optimise(
     data = encode(model, checkpoint, options.device)
     run = _begin(model, checkpoint.metadata, options)
     schedule = DDIMSchedule.from_config(model.scheduler_config)
-    # Nothing is tuned yet: what it starts from, frames and poses, options and the base's settings.
+    # The fingerprint covers what a run starts from: untuned weights, frames and poses, options, the base's settings.
     start = replace(checkpoint, tensors={**checkpoint.tensors, **run.parameters})
     fingerprint = sha256_json([start.digest(), model.settings.to_json()])
     run.restore(partial, fingerprint, force)
@@ -233,7 +235,7 @@ def _optimise(
 
 
 def _begin(model: PoseModel, metadata: dict[str, Any], options: TuneOptions) -> TuningRun:
-    """Make the networks ready to train, and the optimizer of what is trained in them."""
+    """Prepare the networks for training, and make the optimizer of the parameters that are trained."""
     settings = model.settings
     for name, network in model.modules().items():
         network.requires_grad_(False)
@@ -270,7 +272,7 @@ def _step(model: PoseModel, data: TrainingSet, run: TuningRun, options: TuneOpti
         elif part == "decoder":
             loss = decoder_loss(model.vae, data, run.generator)
         else:
-            if run.lessons is None:  # of the decoder as it is now, tuned; the same ones for a resumed run
+            if run.lessons is None:  # made by the tuned decoder; seeded, so that a resumed run makes the same ones
                 run.lessons = teach(model.vae, data, torch.Generator().manual_seed(options.seed))
             assert model.small_decoder is not None
             loss = small_decoder_loss(model.small_decoder, run.lessons, run.generator)
@@ -294,14 +296,14 @@ def _step(model: PoseModel, data: TrainingSet, run: TuningRun, options: TuneOpti
 
 
 def learning_rate_at(step: int, steps: int, decay: bool) -> float:
-    """Factor on the learning rate: constant (the paper's), or a short warm-up and then a cosine down to a tenth."""
+    """Return the factor on the learning rate: 1 (the paper's), or a short warm-up, then a cosine down to a tenth."""
     if not decay:
         return 1.0
     return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * float(np.cos(np.pi * step / steps)))
 
 
 def _autocast(options: TuneOptions, keep_range: bool = False) -> AbstractContextManager[None]:
-    """The activations' precision; keep_range: without float16, whose range a VAE's activations are known to leave."""
+    """Return the autocast context. keep_range: do not use float16, because a VAE's activations can overflow it."""
     dtypes = {"bf16": torch.bfloat16} | ({} if keep_range else {"fp16": torch.float16})
     if options.precision not in dtypes:
         return nullcontext()
@@ -309,9 +311,12 @@ def _autocast(options: TuneOptions, keep_range: bool = False) -> AbstractContext
 
 
 def resolve_precision(device: str, precision: str) -> tuple[str, str]:
-    """Turn `auto` into what this machine trains fastest in: CUDA where it is; bf16 where that is fast, else fp32.
+    """Replace `auto` by what this machine trains fastest with, and check both; return (device, precision).
 
-    Raises: BackendUnavailable for a CUDA device that does not answer; PoseCrafterError for an unknown device or precision.
+    Device `auto`: CUDA if there is a GPU, else the CPU. Precision `auto`: bf16 if the GPU supports it or the CPU is
+    faster with it; otherwise fp16 on a GPU, fp32 on a CPU.
+    Raises: BackendUnavailable if CUDA is asked for but no GPU answers; PoseCrafterError for an unknown device or
+        precision.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -328,17 +333,18 @@ def resolve_precision(device: str, precision: str) -> tuple[str, str]:
 
 
 def base_size(base: str) -> tuple[int, int]:
-    """The (height, width) that a base recommends, without loading its weights."""
+    """Return the (height, width) that a base recommends, without loading its weights."""
     return locate_base(base).settings().size
 
 
 def load_clip(
     video: Path | str, poses: PoseSequence, size: tuple[int, int], window: slice, num_wanted: int | None = None
 ) -> tuple[np.ndarray, PoseSequence]:
-    """The frames of `window` at `size` (scaled to cover, centre-cropped), or those that `choose_frames` takes; their poses.
+    """Load the frames of `window` at `size` (scaled to cover, centre-cropped) and their poses.
 
-    Raises: VideoError; PoseError when the video and the poses do not have the same number of frames, or one shape, and as
-        `shown_poses`.
+    Args: num_wanted: load only so many of them, chosen by `choose_frames`; None: all.
+    Raises: VideoError; PoseError if the video and the poses differ in their number of frames or in aspect ratio, and
+        whatever `shown_poses` raises.
     """
     num_shown = len(shown_poses(poses, window, video))
     chosen = np.arange(len(poses))[window][choose_frames(num_shown, num_wanted or num_shown)]

@@ -1,8 +1,8 @@
-"""What tuning minimises: the denoiser's error (Eq. 3), then, where a base asks for it, the decoder's and a small decoder's.
+"""Losses of tuning: the denoiser's (Eq. 3), then, if the base asks for it, the decoder's and a small decoder's.
 
-Layer 4. The paper leaves Stable Diffusion's autoencoder alone, and so does every base whose `decoder_steps` is 0. A small
-autoencoder spends few numbers on colour and contours; a few frames suffice for its decoder to know this person's. The
-encoder stays, so that latents mean the same before and after.
+Layer 4. The paper does not tune Stable Diffusion's autoencoder, and neither does any base whose `decoder_steps` is 0. A
+small autoencoder has little capacity for colours and contours, but a few frames suffice to fit its decoder to one
+person. The encoder is not tuned, so that latents keep their meaning.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.models.networks import VaeDecoder
 from posecrafter_rt.poses.draw import draw_poses
 
-LATENT_NOISE = 0.2  # of the latents' unit deviation, at most: rendered latents are never quite those of a real picture
+LATENT_NOISE = 0.2  # at most, in units of the latents' deviation: rendered latents differ a little from encoded ones
 ABSOLUTE_WEIGHT = 0.25
 LESSONS, LESSONS_A_STEP = 64, 2
-CONTOUR_WEIGHT = 0.25  # without it a small decoder blurs more than it must
+CONTOUR_WEIGHT = 0.25  # without it a small decoder blurs more than it needs to
 MAX_SHIFT = 3  # latent pixels
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Computed once: pixels (n, 3, H, W), latents (n, 4, h, w), controlnet_cond (n, 3, H, W), encoder_hidden_states
-    (1, tokens, D)."""
+    """The encoded training data, computed once.
+
+    pixels (n, 3, H, W), latents (n, 4, h, w), controlnet_cond (n, 3, H, W), encoder_hidden_states (1, tokens, D).
+    """
 
     pixels: Tensor
     latents: Tensor
@@ -52,7 +54,7 @@ def encode(model: PoseModel, checkpoint: Checkpoint, device: str) -> TrainingSet
 
 
 def denoiser_loss(model: PoseModel, data: TrainingSet, generator: torch.Generator, schedule: DDIMSchedule) -> Tensor:
-    """Eq. 3 on a minibatch at one timestep: a scalar, float32. generator: on the CPU."""
+    """Return the loss of Eq. 3 on a minibatch at one timestep: a scalar, float32. generator: on the CPU."""
     settings = model.settings
     chosen = _minibatch(len(data.latents), settings.minibatch, generator)
     latents = data.latents[chosen]
@@ -66,13 +68,13 @@ def denoiser_loss(model: PoseModel, data: TrainingSet, generator: torch.Generato
 
 
 def draw_timestep(num_train_timesteps: int, exponent: float, generator: torch.Generator) -> Tensor:
-    """A timestep in 0 … num_train_timesteps - 1, drawn with density proportional to t^exponent: int64 (1,)."""
+    """Draw a timestep in 0 … num_train_timesteps - 1 with density proportional to t^exponent: int64 (1,)."""
     uniform = torch.rand(1, generator=generator, dtype=torch.float64)
     return (num_train_timesteps * uniform ** (1 / (1 + exponent))).long()
 
 
 def _minibatch(num_frames: int, size: int, generator: torch.Generator) -> Tensor:
-    """Random frames in random order: the first is the key frame, so that every training frame serves as key."""
+    """Draw random frames in random order. The first is the key frame, so every training frame serves as one."""
     return torch.randperm(num_frames, generator=generator)[:size]
 
 
@@ -85,15 +87,15 @@ def _predict(model: PoseModel, noisy: Tensor, timestep: Tensor, data: TrainingSe
 
 
 def decoder_parameters(vae: AutoencoderKL) -> dict[str, nn.Parameter]:
-    """What the decoder's steps train, by `vae.…` name: all between the scaled latents and the pixels."""
+    """Return what the decoder's steps train, by `vae.…` name: all layers between scaled latents and pixels."""
     return {f"vae.{name}": parameter for name, parameter in vae.named_parameters()
             if name.startswith(("decoder.", "post_quant_conv."))}  # fmt: skip
 
 
 def decoder_loss(vae: AutoencoderKL, data: TrainingSet, generator: torch.Generator) -> Tensor:
-    """Squared and absolute error of one decoded frame, its latents disturbed a little: a scalar, float32.
+    """Return the `pixel_loss` of one frame decoded from slightly noisy latents: a scalar, float32.
 
-    A whole frame, not crops of several: the decoder's norms take their statistics over the picture.
+    It takes a whole frame, not crops of several, because the decoder's norms take their statistics over the picture.
     """
     chosen = torch.randint(len(data.latents), (1,), generator=generator)
     amount = LATENT_NOISE * torch.rand(1, generator=generator)
@@ -104,14 +106,14 @@ def decoder_loss(vae: AutoencoderKL, data: TrainingSet, generator: torch.Generat
 
 
 def pixel_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """Squared and absolute error."""
+    """Return the mean squared error plus ABSOLUTE_WEIGHT times the mean absolute error."""
     error = decoded - pixels
     return error.square().mean() + ABSOLUTE_WEIGHT * error.abs().mean()
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """Latents like those that will be decoded (LESSONS, 4, h, w), and what the full decoder makes of them, (…, 3, H, W)."""
+    """Training data of a small decoder: latents (LESSONS, 4, h, w), and the full decoder's output, (…, 3, H, W)."""
 
     latents: Tensor
     pixels: Tensor
@@ -119,10 +121,9 @@ class Lessons:
 
 @torch.no_grad()
 def teach(vae: AutoencoderKL, data: TrainingSet, generator: torch.Generator) -> Lessons:
-    """Training latents, every other one mixed with another and every third moved, all disturbed; and their pictures.
+    """Make lessons from the training latents: every other is mixed with another, every third shifted, all get noise.
 
-    Rendered latents lie between those of training and beside them: there the small decoder is to do what the full one
-    does, whatever that is.
+    Rendered latents lie between and near those of training. There the small decoder is to match the full one.
     """
     latents = torch.stack([_lesson(data.latents.cpu(), number, generator) for number in range(LESSONS)])
     latents = latents.to(data.latents.device)
@@ -142,7 +143,10 @@ def _lesson(latents: Tensor, number: int, generator: torch.Generator) -> Tensor:
 
 
 def small_decoder_loss(small_decoder: nn.Module, lessons: Lessons, generator: torch.Generator) -> Tensor:
-    """`pixel_loss` of a few lessons, and the absolute error of their contours: a scalar, float32. generator: on the CPU."""
+    """Return the `pixel_loss` of a few lessons plus CONTOUR_WEIGHT times the mean absolute error of their gradients.
+
+    A scalar, float32. generator: on the CPU.
+    """
     chosen = torch.randint(len(lessons.latents), (LESSONS_A_STEP,), generator=generator).to(lessons.latents.device)
     decoded, pixels = small_decoder(lessons.latents[chosen]).float(), lessons.pixels[chosen]
     contours = sum((decoded - pixels).diff(dim=dim).abs().mean() for dim in (-1, -2))

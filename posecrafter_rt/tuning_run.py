@@ -1,6 +1,6 @@
-"""The state of a run of tuning: where it is, and what a resumed one needs.
+"""The state of a tuning run: its position, and what is needed to resume it.
 
-Layer 4: `tuning.py` goes through its steps.
+Layer 4: `tuning.py` performs its steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Part = Literal["denoiser", "decoder", "small decoder"]
 
 @dataclass
 class TuningRun:
-    """The state of a run that a resumed one needs: all but the frozen weights. steps_of: its parts, one after another."""
+    """The state needed to resume a run: everything but the frozen weights. steps_of: its parts, in order."""
 
     steps_of: dict[Part, int]
     parameters: dict[str, nn.Parameter]
@@ -35,7 +35,7 @@ class TuningRun:
     step: int = 0
     loss: float = 1.0
     drawn: Tensor = field(init=False)  # the generator's state when the last finished step ended
-    is_torn: bool = False  # whether a step is changing the weights just now
+    is_torn: bool = False  # whether a step is just changing the weights
     lessons: Lessons | None = None
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class TuningRun:
 
     @property
     def position(self) -> tuple[Part, int]:
-        """The part that the next step is of, and its number in that part."""
+        """The part that the next step belongs to, and the step's number in that part, from 0."""
         step = self.step
         for part, steps in self.steps_of.items():
             if step < steps:
@@ -56,7 +56,7 @@ class TuningRun:
         raise AssertionError("no step is left")
 
     def save(self, path: Path, fingerprint: str) -> None:
-        """Keep the state that the last finished step left; between weights old and new, what was kept before stands."""
+        """Write the state after the last finished step; do nothing if a step was interrupted while changing weights."""
         if self.is_torn:
             return
         state = {
@@ -68,9 +68,9 @@ class TuningRun:
             torch.save(state, temporary)
 
     def restore(self, path: Path, fingerprint: str, force: bool) -> None:
-        """Take up the run that `path` holds, if it is this one; a torn file is passed over, and with `force` another run's state.
+        """Continue the run whose state is in `path`, if it is this run. A missing or damaged file is ignored.
 
-        Raises: OutputExists.
+        Raises: OutputExists if the state is of another run; with `force` that is ignored, too.
         """
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -94,9 +94,9 @@ class TuningRun:
 
 @contextmanager
 def tuning_alone(output: Path) -> Iterator[None]:
-    """Hold a checkpoint's name against other runs, which would keep their state in the same file.
+    """Lock a checkpoint's name against other runs, which would keep their state in the same file.
 
-    Raises: PoseCrafterError while another run has it, or where nothing can be written.
+    Raises: PoseCrafterError if another run holds it, or if the folder cannot be written.
     """
     lock = output.with_name(f".{output.name}.lock")
     with ExitStack() as held:
@@ -110,6 +110,6 @@ def tuning_alone(output: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_held:  # else it may be another's
-                with suppress(OSError):  # what was tuned is not lost for it
+            if is_held:  # else another run may be using the file
+                with suppress(OSError):  # the tuned result must not be lost for this
                     lock.unlink()

@@ -1,6 +1,6 @@
-"""Videos decoded: frames upright and in colours that are right, or one line that says why not.
+"""Decode videos: frames come upright and in the right colours, or an error says why not.
 
-Layer 1: PyAV. `video_io.py` is what others use.
+Layer 1: PyAV. Other modules use `video_io.py`.
 """
 
 from __future__ import annotations
@@ -17,31 +17,34 @@ from av.error import FFmpegError
 from posecrafter_rt.errors import VideoError
 from posecrafter_rt.framing import size_text
 
-DEFAULT_FPS = 25.0  # of images, and of videos that state no rate
-# FFmpeg's numbers of the transfer functions whose values mean other lights than an ordinary picture's.
+DEFAULT_FPS = 25.0  # for images, and for videos that state no rate
+# FFmpeg's numbers of the HDR transfer functions, whose values mean other brightnesses than an ordinary picture's.
 _HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 _TO_SDR = (
     "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
     "zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
 )
-# Pixels so much wider than high, or higher than wide, pass for square: those of old formats are, by a tenth, on paper only.
+# Pixels whose sides differ by less than this factor pass for square: old formats declare a tenth, but only on paper.
 SQUARE = 1.15
 _TO_SQUARE = "scale=iw*sar:ih,setsar=1"
 
 
 def ffmpeg_name(path: str | os.PathLike[str]) -> str:
-    """A file's name for FFmpeg, which would take `10:30.mp4` for a protocol and a place there."""
-    return str(Path(path).absolute())  # not abspath, which takes `link/..` for the folder that the link is in
+    """Return a file's absolute path for FFmpeg, which would take the `10:` of `10:30.mp4` for a protocol."""
+    return str(Path(path).absolute())  # not abspath, which would resolve `link/..` to the folder that holds the link
 
 
 def decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
-    """The frames `start` to `stop`, RGB and upright."""
+    """Yield the frames `start` to `stop` (None: to the end), uint8 (H, W, 3) RGB, upright.
+
+    Raises: VideoError if a frame is damaged or has another size than the first, naming the frame.
+    """
     count = 0
     shape: tuple[int, ...] | None = None
     try:
         with av.open(ffmpeg_name(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
-            stream.thread_type = "SLICE"  # frame threads would swallow the error of a file that breaks off
+            stream.thread_type = "SLICE"  # frame threads would hide the error of a file that breaks off
             for count, frame in enumerate(container.decode(stream), start=1):
                 if stop is not None and count > stop:
                     return
@@ -54,13 +57,16 @@ def decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
                         raise _changed_size(path, count - 1, shape, picture.shape)
                     yield picture
     except FFmpegError as failure:
-        if isinstance(failure, MemoryError):  # the file may be whole
+        if isinstance(failure, MemoryError):  # the file may be intact
             raise
         raise _damaged(path, count, reason(failure)) from failure
 
 
 def frame_rate(path: Path) -> float:
-    """Frames per second; also the check that the file is a video at all, and of colours and pixels that are read."""
+    """Return the frames per second, and check that the file is a video, not HDR, and has square pixels.
+
+    Raises: VideoError if it is not.
+    """
     try:
         with av.open(ffmpeg_name(path), metadata_errors="replace") as container:
             if not container.streams.video:
@@ -86,14 +92,14 @@ def frame_rate(path: Path) -> float:
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """A frame, RGB, as its file says that it is to be shown: turned by quarters, mirrored, or both."""
+    """Return a frame as RGB, rotated by multiples of 90 degrees and mirrored as the file's display matrix says."""
     picture: np.ndarray = frame.to_ndarray(format="rgb24")
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return picture
-    # Shown at x' = a x + c y, y' = b x + d y.
+    # A pixel is shown at x' = a x + c y, y' = b x + d y.
     a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
-    if abs(b) > abs(a):  # nearly a quarter: rows become columns
+    if abs(b) > abs(a):  # nearly a quarter turn: rows become columns
         picture, across, down = picture.transpose(1, 0, 2), c, b
     else:
         across, down = a, d

@@ -1,6 +1,6 @@
-"""Frames in and out: read and write videos, folders of images and PNG.
+"""Read and write videos, folders of images and PNG.
 
-Layer 1: PyAV and OpenCV; files are written through `atomic.py`. The functions of `framing.py` are public here too.
+Layer 1: PyAV and OpenCV; files are written through `atomic.py`. Some functions of `framing.py` are public here, too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ __all__ = [
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv")
-H264_CRF = "17"  # x264's constant quality; no difference is seen from about here on
+H264_CRF = "17"  # x264's constant quality; at about this value and below no loss is visible
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +81,11 @@ def read_video(
 
     Args:
         path: file or folder.
-        size: (height, width) that frames are fitted to as they are read (`resize_to`); None keeps theirs.
+        size: (height, width) that frames are fitted to as they are read (`resize_to`); None keeps their size.
         start, stop: the frames to keep, as in a slice; `stop` None reads to the end.
-    Returns: the clip, upright where the file says that it was filmed turned; images have 25 frames per second.
-    Raises: VideoError: the path is missing, cannot be read, breaks off (naming the frame reached), holds no frame in
-        that range, has frames or images of different sizes, or is HDR (PQ or HLG).
+    Returns: the clip, rotated upright if the file says how; images have 25 frames per second.
+    Raises: VideoError if the path is missing, cannot be read, breaks off (naming the frame reached), holds no frame in
+        that range, has frames or images of different sizes, is HDR (PQ or HLG), or has pixels that are not square.
     """
     source, fps = stream_video(path, size=size, start=start, stop=stop)
     frames = _gather(source)
@@ -95,11 +95,11 @@ def read_video(
 
 
 def _gather(source: Iterable[np.ndarray]) -> np.ndarray:
-    """All frames in one array, which grows as they come: beside a list of them it would hold every frame twice."""
+    """Gather frames into one growing array; stacking a list of them would hold every frame twice."""
     frames, count = np.empty(0, np.uint8), 0
     for frame in source:
         if count == len(frames):
-            # A large block is grown by moving its pages, not by copying them (Linux).
+            # Linux grows a large block by remapping its pages, without copying them.
             frames.resize((count + count // 8 + 8, *frame.shape), refcheck=False)
         frames[count] = frame
         count += 1
@@ -108,21 +108,21 @@ def _gather(source: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def video_size(path: str | PathLike[str]) -> tuple[int, int]:
-    """(height, width) of the frames that `read_video` gives. Raises: as `read_video`."""
+    """Return (height, width) of the frames of `read_video`. Raises: as `read_video`."""
     height, width = read_video(path, stop=1).frames.shape[1:3]
     return height, width
 
 
 def count_frames(path: str | PathLike[str]) -> int:
-    """About how many frames `stream_video` gives, for a sign of progress: counted in the file, none is decoded."""
+    """Estimate how many frames `stream_video` yields, to show progress; nothing is decoded."""
     path = Path(path)
     if _holds_images(path):
         return len(_image_paths(path))
     count = 0
-    # What is wrong with the file is told by whoever decodes it.
+    # Errors are suppressed here; decoding reports them.
     with suppress(FFmpegError), av.open(ffmpeg_name(path), metadata_errors="replace") as container:
         stream = container.streams.video[0]
-        if stream.frames:  # most files say, and need not be read for it
+        if stream.frames:  # most files state it, and need not be read through
             return stream.frames
         for packet in container.demux(stream):
             count += packet.size > 0
@@ -132,10 +132,10 @@ def count_frames(path: str | PathLike[str]) -> int:
 def stream_video(
     path: str | PathLike[str], *, size: tuple[int, int] | None = None, start: int = 0, stop: int | None = None
 ) -> tuple[Iterator[np.ndarray], float]:
-    """As `read_video`, one frame in memory at a time.
+    """Read as `read_video` does, but hold only one frame in memory at a time.
 
-    Returns: the frames, uint8 (H, W, 3), RGB, decoded as they are taken; there may be none. Frames per second.
-    Raises: as `read_video`, but what is wrong with a frame once that is taken.
+    Returns: the frames, uint8 (H, W, 3) RGB, decoded as they are taken (there may be none); frames per second.
+    Raises: as `read_video`, but an error in a frame is raised when that frame is taken.
     """
     path = Path(path)
     if start < 0 or (stop is not None and stop <= start):
@@ -152,8 +152,8 @@ def stream_video(
 class VideoWriter:
     """Write an H.264 video frame by frame; it appears under its name when the block ends without an error.
 
-    yuv420p, BT.709, constant quality, playable while it loads. A side of odd length, which yuv420p does not have, gets
-    one more row or column, a copy of the last.
+    yuv420p, BT.709, constant quality, playable while it loads. yuv420p needs even sides: an odd side gets one more row
+    or column, a copy of the last.
     Args:
         path: ends in .mp4, .mov, .m4v or .mkv.
         fps: frames per second.
@@ -184,7 +184,7 @@ class VideoWriter:
         """Append one frame or several.
 
         Args: frames: uint8 RGB (H, W, 3) or (N, H, W, 3), all of one size.
-        Raises: ShapeError for another shape, type or size than the first; VideoError if the encoder fails.
+        Raises: ShapeError for another shape or type, or another size than the first; VideoError if encoding fails.
         """
         for frame in frames if frames.ndim == 4 else [frames]:
             check_frame(frame)
@@ -212,18 +212,18 @@ class VideoWriter:
 
     def _open(self) -> None:
         assert self._size is not None
-        # Matroska otherwise names file and track by random numbers: the same frames would give another file in each run.
+        # Without bitexact, Matroska files hold random identifiers, so the same frames would give different bytes.
         options = {"fflags": "+bitexact"} if self.path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
         self._container = av.open(ffmpeg_name(self._temporary), "w", options=options)
         self._stream = self._container.add_stream("libx264", rate=self._rate)
         self._stream.height, self._stream.width = (side + side % 2 for side in self._size)
         self._stream.pix_fmt = "yuv420p"
-        # Without macroblock-tree rate control the same frames give the same file: on small pictures it makes x264's
-        # output differ from run to run (seen at 64x64 and 128x160). One thread: the number of threads changes the bytes,
-        # and x264 would take it from the processors that this process happens to be given.
+        # The same frames must give the same bytes. Macroblock-tree rate control is off because with it x264's output
+        # differs from run to run on small pictures (seen at 64x64 and 128x160). One thread, because the bytes depend on
+        # the number of threads, which x264 would take from the processors that this process may use.
         self._stream.options = {"crf": H264_CRF, "x264-params": "mbtree=0:threads=1"}
-        # Players guess the colours of a video that does not name them, each in its own way: 1 is BT.709, and for the
-        # range it is the limited one.
+        # Players guess the colours of a video that does not state them, each in its own way. 1 means BT.709, and for
+        # color_range the limited range.
         context = self._stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
 
@@ -238,7 +238,7 @@ class VideoWriter:
         container.close()
 
     def _abandon(self) -> None:
-        """Close what is still open; the file goes, so what closing says no longer matters."""
+        """Close what is still open. The file will be removed, so errors of closing do not matter."""
         if self._container is not None:
             with suppress(FFmpegError):
                 self._container.close()
@@ -251,7 +251,7 @@ class VideoWriter:
             hint = None
             if isinstance(failure, MemoryError):
                 hint = "free some memory and run the same command again"
-            # Of x264, or of a thread that cannot be started: short memory is the likely reason.
+            # An error of x264, or of starting a thread: lack of memory is the likely reason.
             elif isinstance(failure, (ExternalError, BlockingIOError)):
                 hint = "if memory is short, free some and run the same command again"
             raise VideoError(f"encoding {self.path} failed: {reason(failure)}", hint) from failure
@@ -280,14 +280,14 @@ def write_png(path: str | PathLike[str], image: np.ndarray, *, force: bool = Fal
 
 
 def encode_png(image: np.ndarray) -> np.ndarray:
-    """A picture, uint8 RGB (H, W, 3), as the bytes of a PNG file, uint8 (n,). Raises: ShapeError as `write_png`."""
+    """Encode a picture, uint8 RGB (H, W, 3), as a PNG file, uint8 (n,). Raises: ShapeError as `write_png`."""
     check_frame(image)
     _, data = cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR))
     return data.reshape(-1)
 
 
 def decode_png(data: np.ndarray) -> np.ndarray:
-    """The picture that `encode_png` was given. Raises: VideoError for bytes that are no picture."""
+    """Decode the bytes of `encode_png` into the picture. Raises: VideoError for bytes that are not a picture."""
     image = cv2.imdecode(data, cv2.IMREAD_COLOR)
     if image is None:
         raise VideoError(f"{len(data)} bytes are not a PNG picture")
@@ -304,7 +304,7 @@ def _image_paths(path: Path) -> list[Path]:
     images = [entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.name[0] != "."]
     if not images:
         raise VideoError(f"the folder {path} holds no image", hint=f"images end in {', '.join(IMAGE_SUFFIXES)}")
-    # frame2 comes before frame10: numbers are compared as numbers.
+    # Digits compare as numbers, so frame2 comes before frame10.
     return sorted(
         images,
         key=lambda entry: [

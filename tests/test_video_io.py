@@ -1,12 +1,9 @@
-"""Videos and images: round trips, ranges, odd sizes, atomic writing, and one clear line for every broken input."""
+"""Writing videos and images: round trips, colours, odd sizes, nothing half-written, and one clear line for every failure."""
 
 from __future__ import annotations
 
 import errno
 import os
-import struct
-import tracemalloc
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -22,26 +19,10 @@ from posecrafter_rt.video_io import (
     VideoWriter,
     count_frames,
     read_video,
-    resize_to,
-    stream_video,
-    video_size,
     write_png,
     write_video,
 )
-
-
-def smooth(count: int, size: tuple[int, int] = (64, 96)) -> np.ndarray:
-    """A drifting colour pattern, uint8 (count, H, W, 3)."""
-    y, x = np.mgrid[: size[0], : size[1]]
-    frames = [
-        np.stack([128 + 110 * np.sin(x / 17 + y / 23 + c + frame / 5) for c in range(3)], axis=-1)
-        for frame in range(count)
-    ]
-    return np.stack(frames).round().astype(np.uint8)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean()))
+from tests.video_clips import psnr, smooth
 
 
 @pytest.fixture
@@ -125,227 +106,6 @@ def test_frames_need_not_be_contiguous(tmp_path):
     frames = smooth(3, (64, 64))[:, ::2, ::-2, ::-1]
     write_video(tmp_path / "a.mp4", frames, 25)
     assert psnr(read_video(tmp_path / "a.mp4").frames, frames) > 28
-
-
-def test_a_range_of_frames(clip):
-    everything = read_video(clip).frames
-    np.testing.assert_array_equal(read_video(clip, start=5, stop=9).frames, everything[5:9])
-    np.testing.assert_array_equal(read_video(clip, start=18, stop=99).frames, everything[18:])
-    with pytest.raises(VideoError, match="no frame from frame 20 on"):
-        read_video(clip, start=20)
-    for start, stop in ((-1, None), (4, 4), (5, 3)):
-        with pytest.raises(VideoError, match="no frame lies in"):
-            read_video(clip, start=start, stop=stop)
-
-
-def test_no_frame_is_held_twice(tmp_path):
-    write_video(tmp_path / "clip.mp4", smooth(60, (128, 192)), 25)
-    tracemalloc.start()
-    try:
-        num_bytes = read_video(tmp_path / "clip.mp4").frames.nbytes
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 1.5 * num_bytes
-
-
-def test_size_and_number_of_frames_are_told_without_reading_all(clip, tmp_path):
-    assert video_size(clip) == (64, 96) and count_frames(clip) == 20
-    for number in range(3):
-        write_png(tmp_path / "images" / f"{number}.png", smooth(1, (20, 30))[0])
-    assert video_size(tmp_path / "images") == (20, 30) and count_frames(tmp_path / "images") == 3
-    clip.write_bytes(clip.read_bytes()[:2000])  # what is wrong with it is for those to say who decode it
-    assert count_frames(clip) <= 20
-
-
-def h264(path, size, count=5):
-    with av.open(str(path), "w", format="h264") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-        for frame in smooth(count, size):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize("size", [None, (32, 32)])
-def test_a_change_of_size_within_a_video_is_named(tmp_path, size):
-    path = tmp_path / "call.h264"
-    path.write_bytes(h264(tmp_path / "a", (64, 96)) + h264(tmp_path / "b", (32, 64)))
-    with pytest.raises(
-        VideoError, match=r"call\.h264 is 64x96, but 32x64 \(height x width\) from frame 5 on"
-    ) as caught:
-        read_video(path, size=size)
-    assert_one_line(caught)
-    assert "scale=96:64" in caught.value.hint
-
-
-@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
-def test_hdr_is_refused_with_the_command_that_converts_it(tmp_path, transfer, name):
-    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
-        stream.codec_context.color_primaries = stream.codec_context.colorspace = 9  # BT.2020
-        stream.codec_context.color_trc = transfer
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(smooth(1, (32, 32))[0], format="rgb24")))
-        container.mux(stream.encode())
-    # Already when it is opened, and not minutes later at its first frame.
-    with pytest.raises(VideoError, match=rf"phone\.mp4 is an HDR video \({name}\)") as caught:
-        stream_video(tmp_path / "phone.mp4")
-    assert_one_line(caught)
-    assert "ffmpeg -i" in caught.value.hint and "tonemap" in caught.value.hint
-
-
-def test_frames_are_fitted_as_they_are_read(clip):
-    everything = read_video(clip).frames
-    np.testing.assert_array_equal(read_video(clip, size=(32, 32)).frames, resize_to(everything, (32, 32)))
-
-
-@pytest.mark.parametrize("turned", [90, 180, -90])
-def test_videos_filmed_turned_are_read_upright(tmp_path, turned):
-    frame = np.zeros((32, 48, 3), np.uint8)
-    frame[:16, :24] = 255  # a bright quarter, top left
-    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        if not hasattr(stream, "set_display_rotation"):
-            pytest.skip("this PyAV cannot write a turned video")
-        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
-        stream.set_display_rotation(turned)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    read = read_video(tmp_path / "phone.mp4").frames[0]
-    upright = np.rot90(frame, turned // 90)
-    assert read.shape == upright.shape and np.abs(read.astype(int) - upright).mean() < 4
-
-
-@pytest.mark.parametrize(("a", "b", "c", "d", "shown"), [
-    (-1, 0, 0, 1, lambda frame: frame[:, ::-1]), (1, 0, 0, -1, lambda frame: frame[::-1]),
-    (0, 1, 1, 0, lambda frame: frame.transpose(1, 0, 2)), (0, -1, -1, 0, lambda frame: frame.transpose(1, 0, 2)[::-1, ::-1]),
-    (0, 1, -1, 0, lambda frame: np.rot90(frame, -1)), (-1, 0, 0, -1, lambda frame: np.rot90(frame, 2)),
-])  # fmt: skip
-def test_videos_that_are_to_be_shown_mirrored_are(tmp_path, a, b, c, d, shown):
-    """Pixels (x, y) are shown at (a x + c y, b x + d y): as some front cameras, and screen recorders, write them."""
-    frame = np.zeros((32, 48, 3), np.uint8)
-    frame[:16, :24], frame[16:, 24:, 0] = 255, 255  # no two corners are alike but for the dark ones
-    frame[:16, 24:, 1] = 255
-    write_video(tmp_path / "front.mp4", [frame], 25.0)
-    matrix = struct.Struct(">9i")
-    as_it_is, content = matrix.pack(1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30), (tmp_path / "front.mp4").read_bytes()
-    place = content.index(as_it_is, content.index(b"tkhd"))
-    turned = matrix.pack(a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
-    (tmp_path / "front.mp4").write_bytes(content[:place] + turned + content[place + matrix.size :])
-    read, expected = read_video(tmp_path / "front.mp4").frames[0], shown(frame)
-    assert read.shape == expected.shape and np.abs(read.astype(int) - expected).mean() < 8
-
-
-@pytest.mark.parametrize(("pixel", "is_read"), [(Fraction(128, 117), True), (Fraction(10, 11), True), (Fraction(2), False),
-                                                (Fraction(3, 4), False)])  # fmt: skip
-def test_pixels_that_would_squeeze_people_are_refused_with_the_command_that_mends_them(tmp_path, pixel, is_read):
-    with av.open(str(tmp_path / "wide.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        stream.codec_context.sample_aspect_ratio = pixel
-        frame = av.VideoFrame.from_ndarray(smooth(1, (32, 48))[0], format="rgb24")
-        container.mux([*stream.encode(frame), *stream.encode()])
-    if is_read:
-        assert read_video(tmp_path / "wide.mp4").frames.shape == (1, 32, 48, 3)
-        return
-    with pytest.raises(VideoError, match=rf"wide\.mp4 has pixels {float(pixel):.3g} times as wide as high") as caught:
-        stream_video(tmp_path / "wide.mp4")
-    assert_one_line(caught)
-    assert "ffmpeg -i FILE -vf scale=iw*sar:ih,setsar=1" in caught.value.hint
-
-
-def test_a_video_whose_title_is_not_utf_8_is_read(tmp_path):
-    path = tmp_path / "old.mp4"
-    with av.open(str(path), "w") as container:
-        container.metadata["title"] = "CAFE-TITLE"
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 90, np.uint8), format="rgb24")
-        container.mux([*stream.encode(frame), *stream.encode()])
-    content = path.read_bytes()
-    assert b"CAFE-TITLE" in content
-    path.write_bytes(content.replace(b"CAFE-TITLE", "CAFÉ-TITLE".encode("latin-1")))
-    assert len(read_video(path)) == 1
-
-
-def test_a_gif(tmp_path):
-    with av.open(str(tmp_path / "a.gif"), "w") as container:
-        stream = container.add_stream("gif", rate=10)
-        stream.height, stream.width, stream.pix_fmt = 24, 32, "rgb8"
-        for frame in smooth(5, (24, 32)):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="rgb8")))
-        container.mux(stream.encode())
-    video = read_video(tmp_path / "a.gif")
-    assert video.frames.shape == (5, 24, 32, 3) and video.fps == pytest.approx(10)
-    assert psnr(video.frames, smooth(5, (24, 32))) > 15  # 256 colours
-
-
-def test_a_folder_of_images_in_natural_order(tmp_path):
-    frames = smooth(12, (20, 30))
-    for number, frame in enumerate(frames):
-        write_png(tmp_path / f"frame{number}.png", frame)
-    (tmp_path / "notes.txt").write_text("no image")
-    video = read_video(tmp_path)
-    assert video.fps == 25
-    np.testing.assert_array_equal(video.frames, frames)
-    np.testing.assert_array_equal(read_video(tmp_path, start=2, stop=4).frames, frames[2:4])
-    np.testing.assert_array_equal(read_video(tmp_path / "frame3.png").frames, frames[3:4])
-
-
-def test_images_of_different_sizes_are_named_with_their_sizes(tmp_path):
-    write_png(tmp_path / "a.png", smooth(1, (20, 30))[0])
-    write_png(tmp_path / "b.png", smooth(1, (20, 30))[0])
-    write_png(tmp_path / "c.png", smooth(1, (24, 30))[0])
-    with pytest.raises(VideoError, match=r"c\.png is 24x30, but .*a\.png is 20x30"):
-        read_video(tmp_path, size=(10, 10))
-
-
-def assert_one_line(caught, hint=True):
-    assert "\n" not in str(caught.value) and (caught.value.hint or not hint)
-
-
-def test_missing_files_and_empty_folders(tmp_path):
-    with pytest.raises(VideoError, match=r"no file or folder .*none\.mp4") as caught:
-        read_video(tmp_path / "none.mp4")
-    assert_one_line(caught)
-    with pytest.raises(VideoError, match="holds no image") as caught:
-        read_video(tmp_path)
-    assert_one_line(caught)
-
-
-@pytest.mark.parametrize("content", [b"", b"hello, this is no video" * 50])
-@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png", "a"])
-def test_files_that_are_no_video(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(VideoError, match=f"{name} cannot be read as") as caught:
-        read_video(tmp_path / name)
-    assert_one_line(caught)
-
-
-def test_a_file_without_pictures(tmp_path):
-    with av.open(str(tmp_path / "sound.wav"), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
-        sound.sample_rate = 8000
-        container.mux(stream.encode(sound))
-        container.mux(stream.encode())
-    with pytest.raises(VideoError, match="no video stream"):
-        read_video(tmp_path / "sound.wav")
-
-
-@pytest.mark.parametrize("share", [0.4, 0.9])
-def test_a_video_that_breaks_off_names_the_frame_reached(tmp_path, share):
-    noise = np.random.default_rng(0).integers(0, 256, (20, 64, 96, 3), dtype=np.uint8)
-    write_video(tmp_path / "a.mp4", noise, 25)
-    data = (tmp_path / "a.mp4").read_bytes()
-    (tmp_path / "a.mp4").write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(VideoError, match=r"a\.mp4 is damaged or breaks off at frame \d+") as caught:
-        read_video(tmp_path / "a.mp4")
-    assert_one_line(caught)
-    frame = int(str(caught.value).split("at frame ")[1].split(":")[0])
-    assert 0 <= frame < 20
 
 
 def test_an_existing_file_is_kept_unless_forced(clip):

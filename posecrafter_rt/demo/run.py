@@ -35,14 +35,15 @@ METRICS_FILE = "metrics.json"
 
 
 def scores(rendered: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """PSNR in dB and SSIM of two clips (N, H, W, 3) uint8, rounded for a report."""
+    """Return PSNR in dB and SSIM of two clips (N, H, W, 3) uint8, rounded for a report."""
     return {"psnr": round(psnr(rendered, truth), 3), "ssim": round(ssim(rendered, truth), 4)}
 
 
 class Demo:
-    """The steps of the demonstration, in order; each leaves its files in `output` and its seconds in `seconds`.
+    """The steps of the demonstration, in order. Each writes its files to `output` and its seconds to `seconds`.
 
-    Without `force`, what an interrupted one left in `output` is used, and a complete one is not overwritten.
+    Without `force`, files of an interrupted demonstration in `output` are reused, and a complete one is not
+    overwritten.
     Raises: OutputExists; BackendUnavailable without the footage.
     """
 
@@ -78,12 +79,12 @@ class Demo:
     def build(self, on_stage: BuildProgress) -> None:
         """Build the engine for this machine."""
         with self._timed("build"):
-            # With force `auto` would try anew, each time, what it has passed over; an engine is replaced without.
+            # With `force`, `auto` would retry what it passed over, every time. An engine is replaced without it.
             force = self.force and not (self.engine / PASSED_OVER).exists()
             build_engine(self.checkpoint, self.engine, BuildOptions(), force=force, progress=on_stage)
 
     def render(self, on_step: Step) -> dict[str, Any]:
-        """Render frames 46 to 119 from their poses; returns the metrics of the render and of both baselines."""
+        """Render frames 46 to 119 from their poses; return the metrics of the render and of both baselines."""
         target, truth = self.poses[TARGET], self.frames[TARGET]
         with Avatar.load(self.engine) as avatar:
             with self._timed("render"):
@@ -108,7 +109,7 @@ class Demo:
         return {name: scores(clip, truth) for name, clip in clips.items()}
 
     def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Write metrics.json; returns what it holds."""
+        """Write metrics.json; return its content."""
         metrics = {**metrics, "seconds": self.seconds, "peak_rss_bytes": peak_rss_bytes()}
         with atomic_path(self.output / METRICS_FILE) as temporary:
             temporary.write_text(json.dumps(metrics, indent=2), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Backends: each says why it cannot run; only `auto` may pick, and it says what it took and why.
+"""The backends and the choice between them: each says why it cannot run; only `auto` picks one, and says why.
 
 Layer 4.
 """
@@ -14,8 +14,8 @@ from posecrafter_rt.engines.device import torch_device
 from posecrafter_rt.errors import BackendUnavailable
 from posecrafter_rt.machine import cpu_gains_by_bf16
 
-# In the order that `auto` tries them. Each answers cheaply where its library is not installed. `torch` runs everywhere,
-# so what comes after it is taken by name alone: `inductor` compiles C++ for minutes.
+# The order in which `auto` tries them. Each answers cheaply if its library is not installed. `torch` runs everywhere,
+# so what follows it is used only if it is named: `inductor` compiles C++ for minutes.
 _BACKENDS = {
     "tensorrt": "TensorRTBackend",
     "openvino": "OpenVinoBackend",
@@ -23,20 +23,20 @@ _BACKENDS = {
     "inductor": "InductorBackend",
 }
 LAST_RESORT = "torch"
-ON_CPU = ("openvino",)  # the processor even where there is a GPU
-# Their folders can be loaded in fp32 whatever they were built in; the others hold code for one type.
+ON_CPU = ("openvino",)  # they run on the processor even if there is a GPU
+# Their engines can be loaded in fp32, whatever precision they were built in; the others hold code for one type.
 LOADED_WIDER = ("torch", "openvino")
-# Those that hold code for so many frames at once, unless told otherwise, at up to 512 × 512; the others take any number.
+# Those with a limit on frames at once, and its default for up to 512 × 512 pixels; the others take any number.
 MAX_FRAMES = {"tensorrt": 64}
-# Whose decoders write to no memory that their other networks use, so that a segment can be sampled while the one before is
-# decoded. On a processor both would only want the same cores.
+# Their decoders write to no memory that their other networks use, so a segment can be sampled while the one before is
+# decoded. On a processor both would only compete for the same cores.
 SAMPLED_AHEAD = ("tensorrt",)
-# Those that can be told how much of a block to do at once (`tokens_at_once`); the others hold code for all.
+# Those that can compute a block in parts (`tokens_at_once`); the others hold code for all tokens at once.
 IN_PARTS = ("torch",)
-# Which on a processor divide sums among torch's threads: another number of those rounds otherwise.
+# On a processor these divide sums among torch's threads, so the number of threads changes how results are rounded.
 ROUNDED_BY_THREADS = ("torch", "inductor")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
-# Precisions that one backend alone has: it is the one that `auto` tries.
+# Precisions that only one backend has; `auto` tries only that one.
 ONLY_OF = {"int8": "openvino"}
 
 __all__ = [
@@ -60,14 +60,14 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """Every backend's name, the preferred first."""
+    """Return every backend's name, the preferred one first."""
     return list(_BACKENDS)
 
 
 def get_backend(name: str, **settings: Any) -> Backend:
-    """A backend by name, whether it can run here or not. settings: its own, by the names that its class gives them.
+    """Return a backend by name, whether or not it can run here. settings: keyword arguments of its class.
 
-    Raises: BackendUnavailable for a name there is not.
+    Raises: BackendUnavailable if there is no backend of this name.
     """
     if name not in _BACKENDS:
         raise BackendUnavailable(f"there is no backend {name!r}", f"choose auto, {', '.join(_BACKENDS)}")
@@ -76,9 +76,9 @@ def get_backend(name: str, **settings: Any) -> Backend:
 
 
 def usual_max_frames(backend: str, size: tuple[int, int]) -> int | None:
-    """The most frames at once that an engine of this size is built for unless told; None: any number.
+    """Return the default for the most frames at once that an engine of this size is built for; None: any number.
 
-    Beyond 512 × 512 pixels they are fewer: no tensor then has more elements than 31 bits can count, with guidance, too.
+    Above 512 × 512 pixels it is lower, so that 31 bits can count the elements of every tensor, even with guidance.
     """
     if backend not in MAX_FRAMES:
         return None
@@ -87,7 +87,11 @@ def usual_max_frames(backend: str, size: tuple[int, int]) -> int | None:
 
 
 def choose_precision(precision: str, backend: str = "auto") -> Precision:
-    """`auto`: fp16 on a GPU; on a processor bf16 where it gains by that, else fp32; never int8. backend: auto or a name."""
+    """Return the precision. `auto` is fp16 on a GPU; on a processor bf16 if that is faster, else fp32; never int8.
+
+    Args: backend: `auto` or a name.
+    Raises: BackendUnavailable for an unknown precision.
+    """
     if precision == "auto":
         if torch_device().type == "cuda" and backend not in ON_CPU:
             return "fp16"
@@ -98,7 +102,7 @@ def choose_precision(precision: str, backend: str = "auto") -> Precision:
 
 
 def _candidates(precision: Precision) -> list[str]:
-    """Backends in the order that `auto` tries them: on a GPU those that use it first."""
+    """Return backends in the order in which `auto` tries them; if there is a GPU, those that use it come first."""
     if precision in ONLY_OF:
         return [ONLY_OF[precision]]
     on_gpu = torch_device().type == "cuda"
@@ -106,9 +110,9 @@ def _candidates(precision: Precision) -> list[str]:
 
 
 def choose_backend(name: str, precision: Precision, failed: Mapping[str, str] = {}) -> tuple[Backend, str]:
-    """The backend to use and why. failed: why `auto` is to pass over others, by name.
+    """Return the backend to use, and why. failed: by name, why `auto` must pass over a backend.
 
-    Raises: BackendUnavailable when an explicitly named one cannot run here; the message says why.
+    Raises: BackendUnavailable if a named backend, or every backend for `auto`, cannot run here; the message says why.
     """
     refused: list[str] = []
     for candidate in _candidates(precision) if name == "auto" else [name]:

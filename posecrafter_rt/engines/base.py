@@ -21,39 +21,39 @@ from posecrafter_rt.spec import Architecture, NetworkSpec
 if TYPE_CHECKING:
     from posecrafter_rt.models.loading import PoseModel
 
-# int8: products in 8 bits; what goes into them, what comes out and all else is float32.
+# int8: matrix products are in 8 bits; their inputs, their outputs and everything else are float32.
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
-# Of those that are a type of tensors, which int8 is not.
+# The precisions that are element types of tensors; int8 is not one.
 TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# They run once a prompt or schedule, and a timestep near 1000 in 16 bits loses the phase of its sinusoids altogether.
+# They run once per prompt or schedule. In 16 bits, a timestep near 1000 would lose the phase of its sinusoids entirely.
 FULL_PRECISION = ("text_encoder", "prompt_kv", "time_tables")
 # Activations of Stable Diffusion's VAE are known to leave float16's range.
 BEYOND_FP16 = ("vae", "vae_encoder", "vae_decoder")  # the component, and its networks
-KEPT_KINDS = 64  # of inputs, remembered as right, of each network
-# Of `spec`, at the boundary; what is kept, unless the engine has it in another.
+KEPT_KINDS = 64  # combinations of input types and shapes that each network remembers as valid
+# The types that `spec` names, at the boundary; "kept" tensors may be in another type if the engine has them in it.
 DTYPES = {"float": torch.float32, "kept": torch.float32, "int64": torch.int64, "bool": torch.bool}
-Progress = Callable[[str], None]  # told the name of each stage as it begins
+Progress = Callable[[str], None]  # called with the name of each stage as it begins
 
 
 def inner_precision(name: str, precision: Precision) -> Precision:
-    """What a network runs in inside an engine of a precision, where float16 is to be kept from what leaves its range."""
+    """Return the precision that a network runs in inside an engine: fp32 if the engine's does not suffice for it."""
     in_full = name in FULL_PRECISION or (precision == "fp16" and name in BEYOND_FP16)
     return "fp32" if in_full else precision
 
 
 def untyped_reason(precision: Precision) -> str | None:
-    """Why a backend that gives weights and activations one type cannot run in a precision, or None."""
+    """Return why a backend with one type for weights and activations cannot run in this precision, or None."""
     return None if precision in TORCH_DTYPES else f"it has no {precision}; use fp32, bf16 or fp16"
 
 
 class Engine(Protocol):
     """One network that can run.
 
-    Inputs and outputs are tensors on the engine's device, named, shaped and typed as `spec` says, whatever precision runs
-    inside. Outputs may be reused by the next call of the same engine, pictures, pose embeddings and those of a stream's U-Net
-    by that of any: keep a copy to keep one. Where no frame is the reference a stream's networks may leave out what only its own
-    frame has, `new_keyframe_kv_…`.
-    has_own_threads: whether it computes on the processor's cores by threads that are not torch's.
+    Inputs and outputs are tensors on the engine's device, with the names, shapes and types of `spec`, whatever runs
+    inside. The next call of the same engine may overwrite outputs; a call of any engine may overwrite pictures, pose
+    embeddings and the outputs of a stream's U-Net. To keep an output, copy it. If no frame is the reference, a stream's
+    networks may leave out the outputs that only the reference has, `new_keyframe_kv_…`.
+    has_own_threads: whether it computes on the processor's cores with threads that are not torch's.
     """
 
     spec: NetworkSpec
@@ -61,14 +61,14 @@ class Engine(Protocol):
     has_own_threads: bool
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Run once; inputs may lie elsewhere and are moved. Raises ShapeError when a name or shape is not the spec's."""
+        """Run once; move inputs from other devices. Raises ShapeError if a name, type or shape is not the spec's."""
         ...
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """Replace those of `tensors` that this network holds (`unet.…`, `controlnet.…` names, folded form).
+        """Replace those of `tensors` that this network holds (names `unet.…`, `controlnet.…`, in folded form).
 
-        Returns the names that it holds. Raises CheckpointError when a shape differs or a value is beyond the range of the type
-        that the engine keeps it in; then nothing has changed.
+        Returns the names that it holds. Raises CheckpointError if a shape differs, or if a value is beyond the range of
+        the type that the engine stores it in; then nothing has changed.
         """
         ...
 
@@ -80,15 +80,15 @@ class Backend(Protocol):
     libraries: tuple[str, ...]
 
     def device(self) -> dict[str, str]:
-        """What an engine is built for: `type`, cpu or cuda, and the `name` of the processor or GPU."""
+        """Return what an engine is built for: `type`, cpu or cuda, and the `name` of the processor or GPU."""
         ...
 
     def unsupported_reason(self, precision: Precision) -> str | None:
-        """Why this backend cannot run here in this precision, or None."""
+        """Return why this backend cannot run here in this precision, or None."""
         ...
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
-        """How many blobs of the user's cache that a build makes or reads are not there, without reading any; `model` is folded."""
+        """Count the blobs that a build needs and the user's cache lacks, without reading any; `model` is folded."""
         ...
 
     def build(
@@ -100,27 +100,27 @@ class Backend(Protocol):
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
     ) -> None:
-        """Write into `folder` what `build` would, out of what it wrote into `source` for another checkpoint.
+        """Write into `folder` what `build` would, from what it wrote into `source` for another checkpoint.
 
-        The base, the precision, the device and all versions are the same, as `refit.check_source` found; whatever
-        weights differ are replaced, those included that only the other checkpoint had tuned. `source` stays as it is.
-        Raises: EngineFolderError when more than weights differs; BackendUnavailable where it cannot be done.
+        The base, the precision, the device and all versions are the same: `refit.check_source` has checked that. All
+        weights that differ are replaced, also those that only the other checkpoint had tuned. `source` is unchanged.
+        Raises: EngineFolderError if more than weights differs; BackendUnavailable if it cannot be done here.
         """
         ...
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
-        """Make every network of `build` runnable. `cache`: a folder for compiled code that may be deleted at any time."""
+        """Make every network of `build` runnable. cache: a folder for compiled code; it may be deleted at any time."""
         ...
 
 
 def beside(engine: Engine) -> AbstractContextManager[None]:
-    """Within it torch leaves the cores to an engine that has threads of its own: see `one_openmp_thread`."""
-    torch.get_num_threads()  # where a thread asks first, torch sets its number: not within, when that would undo it
+    """Keep torch off the cores during the block if the engine has threads of its own: see `one_openmp_thread`."""
+    torch.get_num_threads()  # a thread's first call sets its number of threads; in the block that would undo ours
     return one_openmp_thread() if engine.has_own_threads else nullcontext()
 
 
 class InputChecker:
-    """What a network is given, against its contract, in the contract's order; what was found right is not looked at again."""
+    """Checks a network's inputs against its contract; types and shapes that were valid once are not checked again."""
 
     def __init__(self, spec: NetworkSpec, device: torch.device) -> None:
         self._spec, self._device = spec, device
@@ -128,7 +128,7 @@ class InputChecker:
         self._right: set[tuple[tuple[str, torch.dtype, torch.Size], ...]] = set()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """The inputs on the device; their layout in memory is left to the engine. Raises: see `check_inputs`."""
+        """Return the inputs on the device, in the contract's order, in any layout. Raises: see `check_inputs`."""
         kinds = tuple((name, tensor.dtype, tensor.shape) for name, tensor in inputs.items())
         if kinds not in self._right:
             check_inputs(self._spec, inputs)
@@ -139,8 +139,8 @@ class InputChecker:
 
 
 def check_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor]) -> None:
-    """Raise ShapeError for a missing or unknown name, another element type, a fixed dimension that differs, free dimensions
-    that disagree between inputs (a backend might broadcast them), or frames that do not divide into groups.
+    """Raise ShapeError for a missing or unknown name, another element type, a dimension that differs or is empty, free
+    dimensions that disagree between inputs (a backend might broadcast them), or frames that do not divide into groups.
     """
     names = [tensor.name for tensor in spec.inputs]
     if set(names) != set(inputs):
@@ -161,18 +161,18 @@ def check_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor]) -> None:
 
 
 def cast(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Floating-point tensors in another type; others as they are."""
+    """Convert floating-point tensors to another type; leave the others as they are."""
     return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
 
 
 def to_boundary(spec: NetworkSpec, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """A network's outputs in the types that `spec` promises: what is kept for later calls stays as it is."""
+    """Convert a network's outputs to the types that `spec` promises; "kept" outputs stay as they are."""
     return [tensor.float() if out.dtype == "float" else tensor
             for out, tensor in zip(spec.outputs, outputs, strict=True)]  # fmt: skip
 
 
 def _fits(dims: Sequence[int | str], shape: Sequence[int], sizes: dict[str, int]) -> bool:
-    """Whether a shape agrees with the spec and with the sizes that earlier inputs told of; adds those that it tells."""
+    """Whether a shape agrees with the spec and with the sizes known from earlier inputs; adds its own to `sizes`."""
     if len(dims) != len(shape):
         return False
     for dim, length in zip(dims, shape, strict=True):
@@ -187,9 +187,9 @@ def _fits(dims: Sequence[int | str], shape: Sequence[int], sizes: dict[str, int]
 
 
 def fitting_weights(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `tensors` that a network with parameters of these shapes holds.
+    """Return those of `tensors` that a network with parameters of these shapes holds.
 
-    Raises: CheckpointError when a shape differs.
+    Raises: CheckpointError if a shape differs.
     """
     fitting = {name: tensor for name, tensor in tensors.items() if name in shapes}
     for name, tensor in fitting.items():

@@ -30,14 +30,14 @@ class Recording(NamedTuple):
 
 
 class Recorder:
-    """Runs a network; from the second call at the same shapes on, by replaying its launches.
+    """Runs a network; from the second call with the same shapes on, it replays recorded launches.
 
-    The first call at new shapes runs plainly: it compiles kernels and fills caches, which no recording may. What a
-    replay returns is overwritten by the next one. A network that cannot be recorded runs plainly for good.
-    max_pixels: of the first input, over all frames, beyond which nothing is recorded: the GPU is then busy for longer
-        than the processor needs to launch the next kernel, and a recording would only hold memory.
+    The first call with new shapes is not recorded: it compiles kernels and fills caches, which a recording must not do.
+    The next replay overwrites what a replay returned. A network that cannot be recorded is never tried again.
+    max_pixels: of the first input, over all frames. Beyond it nothing is recorded: the GPU is then busy for longer than
+        the processor needs to launch the next kernel, and a recording would only hold memory.
     pool: torch's handle of memory that recorders share for what lives within a replay. They must not replay at the same
-        time, and what one of them returned may be overwritten by the replay of one that was recorded before it.
+        time, and the replay of one may overwrite what another returned that was recorded later.
     """
 
     def __init__(self, name: str, network: Network, max_pixels: int, pool: Any = None) -> None:
@@ -46,7 +46,7 @@ class Recorder:
         self._records = True
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """inputs: on one GPU, in the order of the network's parameters."""
+        """Run the network. inputs: on one device, in the order of the network's parameters."""
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
         if not self._records or not self.is_recorded(inputs[0]):
             return self.network(inputs)

@@ -1,6 +1,7 @@
 """What each network of an engine folder is: its precision, its tensors, how many weights it has and where they lie.
 
-Layer 4: read from the files; no backend is loaded.
+Layer 4: read from the files. No backend is loaded, except that for `openvino` in fp16 the precision of the autoencoder
+depends on the operations compiled for this processor.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from posecrafter_rt.engines.openvino_operations import network_precision
 from posecrafter_rt.spec import SHALLOW_STREAM, SHALLOW_UNET, SMALL_DECODER, Architecture, TensorSpec, network_specs
 
 DESCRIPTION_FILE = "description.json"  # in a networks folder; not every backend writes it
-# The components whose weights a network of the `torch` backend reads: it keeps one file a component.
+# The components whose weights a network of the `torch` backend reads: it has one file per component.
 COMPONENTS = {
     "text_encoder": ("text_encoder",),
     "prompt_kv": ("unet", "controlnet"),
@@ -39,27 +40,27 @@ COMPONENTS = {
 
 
 def write_description(networks_folder: Path, networks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Keep what only building knows, for `describe_networks`.
+    """Save what is known only while building, for `describe_networks`.
 
-    Args: networks: by name plugins, how many of the attentions run our kernels; attentions, how many there are; limits,
-        the least and the most of each free dimension, by its symbol; error, the largest relative one of an output to the
-        module's in float32.
+    Args: networks: for each name: plugins, how many of the attentions run our kernels; attentions, how many there are;
+        limits, the least and the most of each free dimension, by its symbol; error, the largest relative error of an
+        output against the module in float32.
     """
     (networks_folder / DESCRIPTION_FILE).write_text(json.dumps(networks, indent=1), encoding="utf-8")
 
 
 def read_description(networks_folder: Path) -> dict[str, dict[str, Any]]:
-    """What `write_description` kept, by network; nothing where it kept nothing."""
+    """Return what `write_description` saved, by network; empty if it saved nothing."""
     noted = networks_folder / DESCRIPTION_FILE
     found: dict[str, dict[str, Any]] = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
     return found
 
 
 def describe_networks(folder: EngineFolder) -> dict[str, dict[str, Any]]:
-    """Every network of an engine that this version of the package built, by name.
+    """Describe every network of an engine that this version of the package built, by name.
 
-    Each has its precision; inputs and outputs, by name the shape and type that `spec` gives them at the engine's size;
-    files, bytes and weights (several networks of `torch` read one file); and what `write_description` kept of it.
+    Each has its precision; inputs and outputs, with the shape and type that `spec` gives each at the engine's size;
+    files, bytes and weights (several networks of `torch` read one file); and what `write_description` saved about it.
     """
     manifest, kept = folder.manifest, read_description(folder.networks)
     precision_of = network_precision if manifest["backend"] == "openvino" else inner_precision
@@ -84,9 +85,9 @@ def _describe_tensors(tensors: tuple[TensorSpec, ...]) -> dict[str, dict[str, An
 
 
 def count_weights(file: Path) -> int:
-    """The numbers in a file's weights: of .safetensors, and of OpenVINO's .xml, whose numbers lie beside it; else 0.
+    """Count the numbers in the weights of a .safetensors file or OpenVINO's .xml, whose numbers lie beside it; else 0.
 
-    Constants of the graph that are nobody's parameters do not count: only those have no dot in their names.
+    Constants of the graph that are not parameters do not count: only their names have no dot.
     """
     if file.suffix == ".safetensors":
         with safe_open(file, framework="numpy") as tensors:
@@ -99,7 +100,7 @@ def count_weights(file: Path) -> int:
 
 
 def _count_constant(layer: ElementTree.Element) -> int:
-    """The numbers of a layer of OpenVINO's IR, if they are a floating-point weight."""
+    """Count the numbers of a layer of OpenVINO's IR if it is a floating-point weight; else return 0."""
     data = layer.find("data")
     if layer.get("type") != "Const" or "." not in layer.get("name", "") or data is None:
         return 0

@@ -1,4 +1,4 @@
-"""Where engines of torch's own run: on the current NVIDIA GPU where torch finds one, else on the processor.
+"""The device that torch's engines run on: the current NVIDIA GPU if torch finds one, else the processor.
 
 Layer 4.
 """
@@ -16,48 +16,48 @@ DRIVER = "cuda_driver"
 
 
 def torch_device() -> torch.device:
-    """The current CUDA device, by its index, or the processor."""
+    """Return the current CUDA device, with its index, or the processor."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def multiplies(precision: str, device: torch.device) -> bool:
-    """Whether torch multiplies `fp32`, `bf16` or `fp16` on a device at the device's own speed, and not half or a tenth of it.
+    """Whether torch multiplies `fp32`, `bf16` or `fp16` at the device's full speed, not at half or a tenth of it.
 
-    A processor gains by bf16 or does not; its fp16 is one that hardly any has, and that overflows.
+    Only some processors gain by bf16. Hardly any have fp16, and it overflows.
     """
     return precision == "fp32" or device.type == "cuda" or (precision == "bf16" and cpu_gains_by_bf16())
 
 
 def gpu_name() -> str:
-    """The current GPU with its compute capability, as in "NVIDIA GeForce RTX 3090 (8.6)"."""
+    """Return the current GPU with its compute capability, as in "NVIDIA GeForce RTX 3090 (8.6)"."""
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.get_device_name()} ({major}.{minor})"
 
 
 def cuda_driver() -> str:
-    """The newest CUDA that the NVIDIA driver can run, as in "13.0". Raises: OSError where there is no driver."""
+    """Return the newest CUDA that the NVIDIA driver can run, as in "13.0". Raises: OSError if there is no driver."""
     number = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))  # needs no context, and makes none
     return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def describe_device() -> dict[str, str]:
-    """The device of `torch_device` as an engine's manifest has it."""
+    """Return the device of `torch_device` as an engine's manifest records it."""
     return {"type": "cuda", "name": gpu_name()} if torch.cuda.is_available() else cpu_device()
 
 
 def describe_compiled_device() -> dict[str, str]:
-    """The same for an engine that holds code compiled for the device: a GPU with the CUDA that its driver can run."""
+    """Return the same for an engine with code compiled for the device: a GPU with the CUDA that its driver can run."""
     device = describe_device()
     return {**device, DRIVER: cuda_driver()} if device["type"] == "cuda" else device
 
 
 def is_driver_older(built: Mapping[str, str], here: Mapping[str, str]) -> bool:
-    """Whether what was compiled on one device may ask more of the driver than another device's can do.
+    """Whether code compiled on one device may need more of the driver than the driver here can do.
 
-    A newer driver runs what was compiled under an older one; the other way round NVIDIA promises it for a part only.
+    A newer driver runs what was compiled under an older one. NVIDIA promises the reverse only in part.
     """
     return _number(here.get(DRIVER)) < _number(built.get(DRIVER))
 

@@ -1,6 +1,6 @@
-"""The engine folder: built under a temporary name and renamed, every file hashed, refused when anything is off.
+"""The engine folder: it is built under a temporary name and renamed, and refused if any file is not as it was built.
 
-Layer 4: knows files and hashes, not what is in them. An altered manifest is noticed by its own seal.
+Layer 4: knows files and hashes, not what is in the files. The manifest has a seal, which shows if it was altered.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_e
 from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists
 from posecrafter_rt.locks import locked
 
-# 2: channels of convolutions second in `torch` engines; 3: no `unet_stream_shallow`; 4: perhaps no tokenizer.json; 5:
-# `unet_stream_shallow` asks which frames are the reference.
+# Older ones: 2 has the channels of convolutions second in `torch` engines; 3 has no `unet_stream_shallow`; 4 may lack
+# tokenizer.json; in 5 `unet_stream_shallow` takes `is_reference`.
 SCHEMA = 6
 MANIFEST = "manifest.json"
-MUTABLE = ("inversions", "compiled")  # caches: outside the hashes, may be emptied at any time
-# So is this: why `auto` passed over other backends, by the fingerprints that their engines would have had.
+MUTABLE = ("inversions", "compiled")  # caches: not hashed, may be emptied at any time
+# Not hashed either: why `auto` passed over other backends, by the fingerprints that their engines would have had.
 PASSED_OVER = "passed_over.json"
-# What a hint says where it is not known which engine it is.
+# The hint if it is not known which engine it is.
 REBUILD = "build it again: posecrafter-rt build-engine ... --force"
 
 log = logging.getLogger(__name__)
@@ -37,14 +37,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineFolder:
-    """An engine folder whose every file was found to be the one that was built."""
+    """An engine folder in which every file was verified to be the one that was built."""
 
     path: Path
     manifest: dict[str, Any]
 
     @property
     def networks(self) -> Path:
-        """What the backend wrote."""
+        """The folder that the backend wrote."""
         return self.path / "networks"
 
     @property
@@ -60,16 +60,16 @@ class EngineFolder:
 
 @contextmanager
 def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Iterator[Path]:
-    """Yield a new folder beside `path`; when the block ends well it becomes `path`, with its manifest.
+    """Yield a new folder beside `path`; if the block succeeds, the folder becomes `path`, with its manifest.
 
-    An engine folder at `path` is replaced only then; anything else there, or in it, is kept unless `force`. What a
-    killed build left beside `path` is removed first. Of several builds of one `path` the last to end stays: each waits while
-    another puts its folder in place, and says so.
-    Raises: OutputExists; EngineFolderError while the engine at `path` is in use; DiskFull and others from the block,
-        which leave nothing behind.
+    Only then is an engine folder at `path` replaced; anything else there, or in it, is refused unless `force`. What a
+    killed build left beside `path` is removed first. If several builds write one `path`, the last to end wins; each
+    waits while another puts its folder in place, and logs that it waits.
+    Raises: OutputExists; EngineFolderError while the engine at `path` is in use; DiskFull; whatever the block raises.
+        None of them leaves anything behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _placing(path):  # what another has just put there is still in use, by that build
+    with _placing(path):  # waits: a build still holds what it has just put there
         _clear_leftovers(path)
         if not force:
             _refuse_what_is_not_ours(path)
@@ -81,9 +81,9 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
         if path.exists() and Path.cwd().is_relative_to(path.resolve()):
             raise OutputExists(f"{path} is or holds the working directory", "give the engine a folder of its own")
         with _unused(path):
-            pass  # before the work, not only after it
+            pass  # check before the work, not only after it
     staging = _staging(path)
-    with ExitStack() as alone, ExitStack() as held:  # what is held ends first: who waits must not find it in use
+    with ExitStack() as alone, ExitStack() as held:  # `held` ends first: a build that waits must not find it in use
         try:
             while not _begin(staging, held):
                 staging = _staging(path)
@@ -94,10 +94,10 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
             alone.enter_context(_placing(path))
             with _unused(path):
                 if not force:
-                    _refuse_what_is_not_ours(path)  # nor is what has come there meanwhile
+                    _refuse_what_is_not_ours(path)  # something may have come there meanwhile
                 _replace(path, staging)
         except Exception as error:
-            if not isinstance(error, DiskFull) and means_full(error):  # one that is has told of its own file
+            if not isinstance(error, DiskFull) and means_full(error):  # a DiskFull names its own file
                 raise disk_full(path, error) from error
             raise
         finally:
@@ -106,9 +106,9 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
 
 @contextmanager
 def _placing(path: Path) -> Iterator[None]:
-    """Hold the place at `path` against other builds, whatever lies there: it is empty between two renames.
+    """Hold the place at `path` against other builds, whatever is there: between two renames nothing is.
 
-    Where the folder that it is in may not be read, nothing is held, as on a file system without locks.
+    If the parent folder may not be read, nothing is held, as on a file system without locks.
     """
     with ExitStack() as held:
         with suppress(PermissionError):
@@ -121,7 +121,7 @@ def _placing(path: Path) -> Iterator[None]:
 
 
 def _refuse_what_is_not_ours(path: Path) -> None:
-    """Raise OutputExists unless `path` is free, or an engine folder, damaged perhaps, with nothing of the user's in it."""
+    """Raise OutputExists unless `path` is free, or an engine folder (perhaps damaged) without files of the user's."""
     manifest = _sealed_manifest(path)
     if manifest is None:  # web applications have a manifest.json, too
         refuse_existing(path)
@@ -137,11 +137,11 @@ def _staging(path: Path) -> Path:
 
 
 def _begin(staging: Path, held: ExitStack) -> bool:
-    """Make a folder, and hold its manifest to the end; false when it was taken for a leftover between the two."""
+    """Make the folder and hold its manifest until the end; false if another build took it for a leftover in between."""
     staging.mkdir()
     try:
         (staging / MANIFEST).touch()
-        held.enter_context(locked(staging / MANIFEST, shared=True))  # by which it is known to be no leftover
+        held.enter_context(locked(staging / MANIFEST, shared=True))  # shows that it is no leftover
     except FileNotFoundError:
         return False
     return True
@@ -149,9 +149,9 @@ def _begin(staging: Path, held: ExitStack) -> bool:
 
 @contextmanager
 def in_use(folder: EngineFolder) -> Iterator[None]:
-    """Keep an engine folder from being replaced by another build, whose files would mix with those read before.
+    """Keep builds from replacing an engine folder: their files would mix with those that were read before.
 
-    Raises: EngineFolderError when it was replaced since it was opened.
+    Raises: EngineFolderError if it was replaced since it was opened.
     """
     with locked(folder.path / MANIFEST, shared=True):
         if read_manifest(folder.path).get("seal") != folder.manifest["seal"]:
@@ -169,7 +169,7 @@ def _unused(path: Path) -> Iterator[None]:
             raise EngineFolderError(f"{path} is in use by a render, a stream or a server",
                                     "wait until that has ended, or give another folder: -o FOLDER") from error  # fmt: skip
         except OSError:
-            pass  # there is none that anybody could have loaded
+            pass  # there is no engine that anybody could have loaded
         yield
 
 
@@ -186,7 +186,7 @@ def _replace(path: Path, staging: Path) -> None:
         path.rename(old)
     try:
         staging.rename(path)
-    except BaseException:  # Ctrl-C included: the old engine comes back
+    except BaseException:  # Ctrl-C included: put the old engine back
         if old.exists():
             old.rename(path)
         raise
@@ -201,7 +201,7 @@ def _remove(path: Path) -> None:
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Remove what killed builds of `path` left; if one died between two renames, bring its old folder back."""
+    """Remove what killed builds of `path` left; if one died between its two renames, put the old folder back."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.*"):
         if leftover.suffix not in (".part", ".old"):
             continue
@@ -214,37 +214,37 @@ def _clear_leftovers(path: Path) -> None:
 
 @contextmanager
 def _abandoned(leftover: Path) -> Iterator[bool]:
-    """Whether no build works on it any more: a build holds the manifests of the new folder and, at the end, of the old.
+    """Whether no build works on it any more: a build holds the manifest of its new folder, and at the end of the old.
 
-    In the block none can begin to: one that has made its folder alone waits until that is gone, and makes another.
+    During the block none can start to: one that has only made its folder waits until that is gone, and makes another.
     """
     with ExitStack() as held:
         try:
             if leftover.suffix == ".part":
                 (leftover / MANIFEST).touch()
-            is_abandoned = held.enter_context(locked(leftover / MANIFEST))  # without locks it is not known
+            is_abandoned = held.enter_context(locked(leftover / MANIFEST))  # false without locks: it is not known then
         except (FileNotFoundError, NotADirectoryError):
-            is_abandoned = True  # it was no engine, or is gone by now
+            is_abandoned = True  # it was no engine, or it is gone by now
         except OSError:
             is_abandoned = False
         yield is_abandoned
 
 
 def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of every file, several at a time."""
+    """Return the SHA-256 of each file; several are hashed at a time."""
     names = list(names)
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names), strict=True))
 
 
 def _file_names(folder: Path) -> list[str]:
-    """Every hashed file, relative, in a fixed order."""
+    """Return the relative names of all files that are hashed, in a fixed order."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(name.as_posix() for name in names if name.parts[0] not in (*MUTABLE, PASSED_OVER, MANIFEST))
 
 
 def _parse_manifest(file: Path) -> Any:
-    """Whatever JSON is there. Raises: OSError; ValueError, also for NaN and for half characters: no seal is over those."""
+    """Return a file's JSON. Raises: OSError; ValueError, also for NaN and lone surrogates: no seal is over those."""
     text = file.read_text(encoding="utf-8")
     manifest = json.loads(text, parse_constant=int)
     json.dumps(manifest, ensure_ascii=False).encode()
@@ -252,7 +252,7 @@ def _parse_manifest(file: Path) -> Any:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, unverified. Raises: EngineFolderError when absent, not JSON, or of another schema."""
+    """Return the manifest, unverified. Raises: EngineFolderError if it is absent, not JSON, or of another schema."""
     file = path / MANIFEST
     # Web applications have a manifest.json, too.
     if not file.is_file() or not ((path / "networks").is_dir() or _sealed_manifest(path)):
@@ -268,7 +268,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _engine_hint(path: Path) -> str:
-    """How to come by an engine, where `path` is none: never by a command that would replace what is there."""
+    """Return a hint for a `path` that is no engine: how to build one without replacing what is there."""
     if path.is_file():
         return f"an engine is a folder, which is built of a tuned checkpoint: posecrafter-rt build-engine {shlex.quote(str(path))}"
     output = "" if path.exists() else f" -o {shlex.quote(str(path))}"
@@ -281,7 +281,7 @@ def is_sealed(manifest: Mapping[str, Any]) -> bool:
 
 
 def _sealed_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest, of whatever schema, where it is one that `write_manifest` wrote."""
+    """Return the manifest, of whatever schema, if `write_manifest` wrote it; else None."""
     try:
         manifest = _parse_manifest(path / MANIFEST)
     except (OSError, ValueError):
@@ -290,9 +290,9 @@ def _sealed_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def rebuild_command(path: Path, manifest: Mapping[str, Any]) -> str:
-    """The command that builds an engine with what its manifest, or a part of it, says of it.
+    """Return the command that builds an engine as its manifest, or a part of it, describes it.
 
-    Not known there, and to be put in: the checkpoint's place, and those of LoRAs and of a small decoder that was given.
+    The user must fill in what the manifest lacks: the paths of the checkpoint, of LoRAs and of a given small decoder.
     """
     words = ["posecrafter-rt build-engine tuned.ckpt -o", shlex.quote(str(path))]
     words += [f"--{name} {manifest[name]}" for name in ("backend", "precision") if name in manifest]
@@ -309,20 +309,20 @@ def rebuild_command(path: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def rebuild_hint(path: Path, manifest: Mapping[str, Any]) -> str:
-    """What mends an engine folder. manifest: see `rebuild_command`."""
+    """Return a hint that says how to rebuild an engine folder. manifest: see `rebuild_command`."""
     return f"build it again: {rebuild_command(path, manifest)} --force"
 
 
 def rebuild_networks_hint(networks: Path) -> str:
-    """What mends what a backend wrote into `EngineFolder.networks`: in full where the engine's manifest is beside it."""
+    """Return such a hint for an `EngineFolder.networks`; the command is complete if the manifest is beside it."""
     manifest = _sealed_manifest(networks.parent)
     return REBUILD if manifest is None else rebuild_hint(networks.parent, manifest)
 
 
 def open_folder(path: str | Path) -> EngineFolder:
-    """Verify the manifest's seal and every file against the manifest.
+    """Open an engine folder: verify the manifest's seal, and every file against the manifest.
 
-    Raises: EngineFolderError, naming the first file that is missing, altered or too many.
+    Raises: EngineFolderError, which names the first file that is missing, altered or too many.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -340,5 +340,5 @@ def open_folder(path: str | Path) -> EngineFolder:
     for name, digest in _hash_files(path, present).items():
         if digest != files[name]:
             raise EngineFolderError(f"{path} was altered: {name} is not the file that was built", rebuild)
-    # Networks are read when they are first called, from wherever the program is then.
+    # Absolute: networks are read when they are first called, perhaps from another working directory.
     return EngineFolder(path.absolute(), manifest)

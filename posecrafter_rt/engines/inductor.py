@@ -55,23 +55,23 @@ if TYPE_CHECKING:
 
 OPTIONS = {
     "always_keep_tensor_constants": True,  # else small ones become part of the code, and a swap would miss them
-    "aot_inductor.package_constants_in_so": False,  # one code for every checkpoint
+    "aot_inductor.package_constants_in_so": False,  # the same code for every checkpoint
 }
-# What compiled code may use of a processor; virtual machines of one processor's name differ in them.
+# What compiled code may use of a processor. Virtual machines with the same processor name can differ in them.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
 
 class InductorEngine:
     """One compiled network, with the weights that it reads in place.
 
-    Compiled code without weights ends the process when it runs. So nobody holds it but this class, which binds all of
-    them before anything else.
+    Compiled code that runs without weights ends the process. So only this class holds it, and binds all weights before
+    anything else.
     """
 
     has_own_threads = False
 
     def __init__(self, spec: NetworkSpec, package: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Raises: EngineFolderError when the weights are not those that the code reads."""
+        """Bind the weights. Raises: EngineFolderError if they are not those that the code reads."""
         compiled = _open(package)
         if set(compiled.get_constant_fqns()) != set(weights):
             raise EngineFolderError(f"{package} and the weights beside it do not fit together",
@@ -90,7 +90,7 @@ class InductorEngine:
         return {out.name: tensor for out, tensor in zip(self.spec.outputs, tensors, strict=True)}
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """See `Engine.swap_weights`; in place, so there is nothing to bind anew."""
+        """See `Engine.swap_weights`. The weights are changed in place, so they need not be bound anew."""
         fitting = fitting_weights({name: tuple(tensor.shape) for name, tensor in self._weights.items()}, tensors)
         swapped = {name: in_stored_type(name, tensor, self._weights[name].dtype, CheckpointError, WIDER)
                    for name, tensor in fitting.items()}  # fmt: skip
@@ -100,13 +100,13 @@ class InductorEngine:
 
 
 class InductorBackend:
-    """AOTInductor on the current CUDA device, or on the CPU where there is none. Only building needs a C++ compiler."""
+    """AOTInductor on the current CUDA device, or on the CPU if there is none. Only building needs a C++ compiler."""
 
     name = "inductor"
     libraries = ("torch", "triton")
 
     def device(self) -> dict[str, str]:
-        """The GPU with its compute capability and driver, or the processor with its instruction sets."""
+        """Return the GPU with its compute capability and driver, or the processor with its instruction sets."""
         device = describe_compiled_device()
         if device["type"] == "cpu":
             found = [name for name in INSTRUCTION_SETS if name in cpu_features()]
@@ -114,7 +114,7 @@ class InductorBackend:
         return device
 
     def unsupported_reason(self, precision: Precision) -> str | None:
-        """Why AOTInductor cannot run here; a missing compiler is told of by `build`, since loading needs none."""
+        """Return why AOTInductor cannot run here, or None. `build` reports a missing compiler: loading needs none."""
         if not torch.cuda.is_available():
             return None if precision in ("fp32", "bf16") else f"it has no {precision} on a CPU; use fp32 or bf16"
         if importlib.util.find_spec("triton") is None:
@@ -122,7 +122,7 @@ class InductorBackend:
         return untyped_reason(precision)
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
-        """How many networks are to be compiled."""
+        """Count the networks that are still to be compiled."""
         specs, codes = network_specs(arch), _codes()
         keys = (self._key(graph_digest(network, specs[name], arch), name, precision)
                 for name, network in model.networks().items())  # fmt: skip
@@ -133,8 +133,8 @@ class InductorBackend:
     ) -> None:
         """Write every network's code and, beside it, its weights in the precision that it runs in.
 
-        Raises: BackendUnavailable when something is to be compiled and no C++ compiler is found; EngineFolderError when a weight
-            is beyond the precision's range.
+        Raises: BackendUnavailable if something must be compiled without a suitable C++ compiler; EngineFolderError if
+            a weight is beyond the precision's range.
         """
         specs, graphs = network_specs(arch), Graphs()
         for name, network in model.to(torch.float32).networks().items():
@@ -145,10 +145,10 @@ class InductorBackend:
     def build_network(
         self, network: nn.Module, spec: NetworkSpec, arch: Architecture, folder: Path, precision: Precision
     ) -> str:
-        """Write one network, which is in float32; returns its graph's hash.
+        """Write one network, which is in float32; return its graph's hash.
 
-        Code holds no weights. It is kept in the user's cache: another checkpoint of the same architecture is built in
-        seconds.
+        The code holds no weights. It is kept in the user's cache, so another checkpoint of the same architecture is
+        built in seconds.
         """
         package, dtype = _package(folder, spec), TORCH_DTYPES[inner_precision(spec.name, precision)]
         graph, cache = graph_digest(network, spec, arch), _codes()
@@ -162,7 +162,7 @@ class InductorBackend:
         return graph
 
     def _key(self, graph: str, name: str, precision: Precision) -> dict[str, Any]:
-        """All that a network's code depends on. graph: its hash."""
+        """Return all that a network's code depends on. graph: its hash."""
         dtype = TORCH_DTYPES[inner_precision(name, precision)]
         return {"graph": graph, "dtype": str(dtype), "device": self.device(), "options": OPTIONS,
                 "libraries": library_versions(self.libraries)}  # fmt: skip
@@ -178,13 +178,13 @@ class InductorBackend:
         program = trace(copied, spec, arch)
         with tempfile.TemporaryDirectory() as folder, quiet():
             path = str(Path(folder) / f"{spec.name}.pt2")
-            options = dict(OPTIONS)  # torch adds its own to what it is given
+            options = dict(OPTIONS)  # a copy: torch adds its own
             return Path(aoti_compile_and_package(program, package_path=path, inductor_configs=options)).read_bytes()
 
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
     ) -> None:
-        """See `Backend.refit`: the code is copied, the weights are the other checkpoint's. Needs no compiler."""
+        """See `Backend.refit`. The code is copied, and the weights of `model` are written; no compiler is needed."""
         specs, graphs = network_specs(arch), read_graphs(source)
         for name, network in model.to(torch.float32).networks().items():
             check_graph(source, graphs, name, graph_digest(network, specs[name], arch))
@@ -196,14 +196,14 @@ class InductorBackend:
         write_graphs(folder, graphs)
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
-        """Every network with its weights on the device.
+        """Load every network, with its weights on the device.
 
-        Raises: EngineFolderError when the folder was not written by `build`.
+        Raises: EngineFolderError if the folder was not written by `build`.
         """
         return {name: self.load_network(spec, networks_folder, precision) for name, spec in network_specs(arch).items()}
 
     def load_network(self, spec: NetworkSpec, networks_folder: Path, precision: Precision) -> Engine:
-        """One of them."""
+        """Load one network; see `load`."""
         package = _package(networks_folder, spec)
         weights_file = package.with_suffix(".safetensors")
         if not (package.is_file() and weights_file.is_file()):
@@ -214,7 +214,7 @@ class InductorBackend:
 
 
 def _check_compiler() -> None:
-    """Raise BackendUnavailable unless a C++ compiler is found that links the C++ library which torch uses, too."""
+    """Raise BackendUnavailable unless there is a C++ compiler that links the C++ library that torch uses, too."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -232,49 +232,49 @@ def _check_compiler() -> None:
 def _shares_cxx_library(compiler: str) -> bool:
     """Whether what a compiler links asks for the system's C++ library.
 
-    A second copy of it within a package ends the process when that is loaded: std::regex there meets torch's locale.
+    If a package holds a second copy of it, loading the package ends the process: std::regex there meets torch's locale.
     """
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "library.so"
         command = [compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
         done = subprocess.run(command, input=b"#include <locale>\nstd::locale f() { return {}; }", capture_output=True)
-        # What fails here fails in torch's hands, too, and is told of there.
+        # A compiler that fails here fails in torch, too, which reports it.
         return done.returncode != 0 or any(
             name in library.read_bytes() for name in (b"libstdc++.so", b"libc++.so", b"libc++.1.dylib")
         )
 
 
 def _package(folder: Path, spec: NetworkSpec) -> Path:
-    """A network's code; its weights lie beside it as safetensors."""
+    """Return the path of a network's code; its weights lie beside it as safetensors."""
     return folder / f"{spec.name}.pt2"
 
 
 def _open(package: Path) -> Any:
-    """Compiled code that has no weights yet: it may tell their names and take them, never run."""
+    """Open compiled code, which has no weights yet: it can list their names and take them, but must not run."""
     from torch._inductor import aoti_load_package
 
     return aoti_load_package(str(package))
 
 
 def _codes() -> BlobCache:
-    """Compiled networks, each under a key of `_key` of the backend."""
+    """Return the cache of compiled networks, each under the backend's `_key`."""
     return BlobCache(cache_dir() / "inductor")
 
 
 def _write_weights(package: Path, network: nn.Module, dtype: torch.dtype, stored: Mapping[str, Tensor]) -> None:
-    """Write those of a network's parameters and buffers that its code reads; what is no floating-point number stays.
+    """Write those of a network's parameters and buffers that its code reads, floating-point ones as `dtype`.
 
     stored: those of the engine that is refitted; none in a build.
-    Raises: EngineFolderError when one that is not stored is beyond the type's range.
+    Raises: EngineFolderError if one that is not stored is beyond the type's range.
     """
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     names = _open(package).get_constant_fqns()
     weights = dict(zip(names, cast((tensors[name].detach() for name in names), dtype), strict=True))
-    changed_weights(weights, stored)  # raises where one does not fit
+    changed_weights(weights, stored)  # raises if one does not fit
     save_tensors(weights, package.with_suffix(".safetensors"))
 
 
 def _laid_out(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in memory as the compiled code expects them: it reads addresses, not strides (see `channels_last`)."""
+    """Lay weights out in memory as the compiled code expects: it reads addresses, not strides (see `channels_last`)."""
     return {name: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
             for name, tensor in weights.items()}  # fmt: skip

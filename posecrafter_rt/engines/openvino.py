@@ -56,13 +56,14 @@ if TYPE_CHECKING:
 
     from posecrafter_rt.models.loading import PoseModel
 
-HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f32", "int8": "f32"}  # of what is not in 16 or 8 bits
-KEPT_SHAPES = 4  # compiled models a network, each with its own activations and its own order of the weights
-LARGE_BYTES = 3 << 26  # of weights: of a network with so many, others are kept only where memory has room for
-# Of the weights, what one more shape of a network needs while it is compiled, and for activations: in its file and in the
-# order of the compiled model; packed by our operations, in 16 and 8 bits once for all shapes. Measured at Stable Diffusion 1.5's size.
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f32", "int8": "f32"}  # of all that is not in 16 or 8 bits
+KEPT_SHAPES = 4  # compiled models per network, each with its own activations and its own layout of the weights
+LARGE_BYTES = 3 << 26  # of weights: a network with more keeps other shapes only while memory has room for one more
+# Multiples of a network's weights that one more shape needs to be compiled, and for activations: the weights lie in the
+# file and in the compiled model's layout. HELD: our operations hold them packed, in 16 and 8 bits once for all shapes.
+# Measured at Stable Diffusion 1.5's size.
 NEEDED_FOLD, NEEDED_FOLD_HELD = 3, {"fp32": 2, "fp16": 0.5, "int8": 0.5}
-KEPT_BYTES = 1 << 30  # of compiled networks in an engine's folder: some hold their weights
+KEPT_BYTES = 1 << 30  # the most for compiled networks in an engine's folder: some hold their weights
 DIGESTS_FILE = "digests.json"
 
 log = logging.getLogger(__name__)
@@ -71,18 +72,18 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class NetworkFile(NamedTuple):
-    """A network as IR, beside its weights, and what tells both from others."""
+    """A network's IR, with its weights beside it, and the hashes of both files."""
 
     path: Path
     digest: list[str]
 
 
 class OpenVinoEngine:
-    """One network; each new input shape is compiled once, statically, and kept, but for networks of RUN_ONCE; a stream's
-    once for the reference, and once for frames that follow it.
+    """One network. Each new input shape is compiled once, statically, and kept, except for networks of RUN_ONCE.
 
-    Never one model for changing shapes: with dynamic shapes OpenVINO 2026.4 returns garbage for temporal attention when
-    one frame is followed by sixteen or more.
+    A stream's networks are compiled once for the reference, and once for frames that follow it. One model never serves
+    changing shapes: with dynamic shapes OpenVINO 2026.4 returns garbage for temporal attention when one frame is
+    followed by sixteen or more.
     """
 
     has_own_threads = True
@@ -97,23 +98,23 @@ class OpenVinoEngine:
         self._reference_at = names.index(IS_REFERENCE) if IS_REFERENCE in names else None
         self._core, self._path, self._digest = core, file.path, file.digest
         self._cache, self._precision = cache, precision
-        # Of both contracts, which differ in how many shapes they have.
+        # For both contracts: they differ in their number of inputs, and so in their keys.
         self._requests: OrderedDict[Shapes, Request] = OrderedDict()
         self._weights_path = self._path.with_suffix(".bin")
         self._weight_bytes = self._weights_path.stat().st_size
         self._swapped: dict[str, np.ndarray] = {}
         is_full = HINTS[precision] == HINTS["fp32"]
-        # A fifth of the decoder's time in float32; nothing in the denoisers, whose pictures are small. bf16: not measured.
+        # Saves a fifth of the decoder's time in float32; nothing in denoisers, on small pictures. bf16: not measured.
         self._is_by_channel = spec.name == "vae_decoder" and is_full
         self._operations = extend(core) if is_full and spec.name not in FULL_PRECISION else None
-        # Exported, a network refers to the weights' file. OpenVINO 2026.4 does not read one back so that has an operation of
-        # ours, only one that holds its weights, too.
+        # An exported network refers to the weights' file. OpenVINO 2026.4 cannot read it back if it has an operation of
+        # ours, unless it holds its weights, too.
         self._is_apart = self._operations is None
         self._properties = {**properties, "CACHE_MODE": "OPTIMIZE_SIZE" if self._is_apart else "OPTIMIZE_SPEED"}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """See `Engine`. Inputs are read where they lie; outputs are views of the compiled model's own memory, which
-        lives as long as they do.
+        """See `Engine`. Inputs are read in place; outputs are views of the compiled model's own memory, which lives as
+        long as they do.
         """
         checked = self._checked(inputs)
         spec = self._following
@@ -125,7 +126,7 @@ class OpenVinoEngine:
         tensors = [tensor.contiguous() for tensor in checked]
         outputs = self._request(spec, tuple(tensor.shape for tensor in tensors))(tensors)
         if self.spec.name in RUN_ONCE:
-            self._requests.clear()  # for another prompt or person it is there again: a small one in 0.03 s, a large one in a second
+            self._requests.clear()  # compiled or read again in 0.03 s if it is small, in a second if large
         return outputs
 
     def _request(self, spec: NetworkSpec, shapes: Shapes) -> Request:
@@ -134,13 +135,13 @@ class OpenVinoEngine:
                 self._requests.popitem(last=False)
             compiled, blob = self._compile(spec, shapes)
             self._requests[shapes] = Request(compiled, spec, blob)
-            release_mapped(self._weights_path)  # most weights are in another order by now
-            return_freed_memory()  # compiling frees as much again as a small network holds
+            release_mapped(self._weights_path)  # most weights are in another layout by now
+            return_freed_memory()  # compiling has freed as much memory as a small network holds
         self._requests.move_to_end(shapes)
         return self._requests[shapes]
 
     def _has_room(self) -> bool:
-        """Whether one more may be compiled beside those that are kept: an order of large weights is gigabytes of its own."""
+        """Whether one more may be compiled beside those that are kept: its layout of large weights takes gigabytes."""
         if len(self._requests) >= KEPT_SHAPES:
             return False
         available = available_bytes() if self._weight_bytes > LARGE_BYTES else None
@@ -148,17 +149,17 @@ class OpenVinoEngine:
         return available is None or available > needed * self._weight_bytes
 
     def _is_kept(self) -> bool:
-        """Whether what is compiled is kept for other processes.
+        """Whether compiled networks are kept for other processes.
 
-        A blob apart from its weights holds only what was computed from those in the file; one with them may be gigabytes.
+        A blob apart from its weights fits only those in the file, not swapped ones. One with them may be gigabytes.
         """
         return not self._swapped and (self._is_apart or self._weight_bytes <= LARGE_BYTES)
 
     def _compile(self, spec: NetworkSpec, shapes: Shapes) -> tuple[Any, MappedBlob | None]:
-        """Compile, or take what an earlier process compiled from the same weights for the same shapes; and what it lies in.
+        """Compile, or import what an earlier process compiled from the same weights and shapes; also return its blob.
 
-        What is compiled, its weights with it, is taken from its file, too: there they lie in pages of the file, not in memory
-        of their own.
+        The process that compiled a blob with weights imports it, too: the weights then lie in pages of the file, not in
+        memory of their own.
         """
         if not self._is_kept():
             return self._compile_anew(spec, shapes), None
@@ -171,7 +172,7 @@ class OpenVinoEngine:
             return imported, kept
         compiled = self._compile_anew(spec, shapes)
         is_saved = self._cache.save(key, compiled.export_model().getbuffer())
-        # Not where its weights lie apart anyway, nor where what was kept could not be read.
+        # Not if its weights lie apart anyway, nor if what was kept could not be read.
         blob = self._cache.map(key) if is_saved and not self._is_apart and kept is None else None
         if blob is None:
             return compiled, None
@@ -183,7 +184,7 @@ class OpenVinoEngine:
         return self._core.compile_model(self._read(spec, shapes), "CPU", self._properties)
 
     def _import(self, blob: MappedBlob | None) -> Any | None:
-        """What a blob holds, if there is one and it can be read."""
+        """Return the compiled network that a blob holds; None if there is no blob or it cannot be read."""
         import openvino
 
         if blob is None:
@@ -213,11 +214,11 @@ class OpenVinoEngine:
             if not self._is_kept():
                 hold_weights(model, partial(release_mapped, self._weights_path))
         if self._is_by_channel:
-            normalise_by_channel(model)  # those that no convolution took
+            normalise_by_channel(model)  # those that were not fused into a convolution
         return model
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """See `Engine.swap_weights`; what was compiled is compiled anew at the next call."""
+        """See `Engine.swap_weights`. The next call compiles anew."""
         shapes = {name: tuple(node.shape) for name, node in constants(self._open()).items()}
         fitting = fitting_weights(shapes, tensors)
         if fitting:
@@ -227,7 +228,7 @@ class OpenVinoEngine:
 
 
 def _runtime(core: openvino.Core) -> dict[str, str]:
-    """What else decides whether compiled code fits: the library's build and the processor."""
+    """Return what else decides whether compiled code fits: OpenVINO's build and the processor."""
     import openvino
 
     return {"openvino": openvino.get_version(), "device": core.get_property("CPU", "FULL_DEVICE_NAME")}
@@ -243,11 +244,11 @@ class OpenVinoBackend:
         self.num_threads = num_threads
 
     def device(self) -> dict[str, str]:
-        """This processor."""
+        """Return this processor."""
         return cpu_device()
 
     def unsupported_reason(self, precision: Precision) -> str | None:
-        """Why OpenVINO cannot run here."""
+        """Return why OpenVINO cannot run here, or None."""
         for package in ("openvino", "onnx", "onnxscript"):
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed: pip install {package}"
@@ -260,7 +261,7 @@ class OpenVinoBackend:
         return None
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
-        """How many networks are to be traced."""
+        """Count the networks that are still to be traced."""
         from posecrafter_rt.export.prefill import missing_graphs
 
         return len(missing_graphs(model, arch, graph_cache()))
@@ -268,9 +269,9 @@ class OpenVinoBackend:
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:
-        """Write every network as IR in float32, its digest beside it; the precision is chosen when it is compiled.
+        """Write every network as IR in float32, and the files' digests; compiling a network chooses the precision.
 
-        Traced graphs are kept in the user's cache: another checkpoint of the same architecture is built in seconds.
+        Traced graphs are kept in the user's cache, so another checkpoint of the same architecture is built in seconds.
         """
         import openvino
 
@@ -294,15 +295,15 @@ class OpenVinoBackend:
             graphs[name] = graph_digest(network, specs[name], arch) if is_refittable else None
         _write_digests(folder, graphs)
         if precision == "fp32":
-            progress("compiling operations")  # once a machine: the first render would wait for it
+            progress("compiling operations")  # once per machine; else the first render waits for it
             missing_reason()
 
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
     ) -> None:
-        """See `Backend.refit`: in the IR, weights are replaced by name. A network without a changed one is copied.
+        """See `Backend.refit`. Weights are replaced by name in the IR; a network without a changed one is copied.
 
-        Another process writes the very bytes that `build` would; in one process OpenVINO goes on numbering its nodes.
+        A new process writes exactly the bytes that `build` would. In one process OpenVINO goes on numbering its nodes.
         """
         import openvino
 
@@ -322,9 +323,9 @@ class OpenVinoBackend:
         _write_digests(folder, graphs)
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
-        """Nothing is compiled before a network is first called.
+        """Return all networks; each is compiled only when it is first called.
 
-        Raises: EngineFolderError when the folder was not written by `build`.
+        Raises: EngineFolderError if the folder was not written by `build`.
         """
         import openvino
 
@@ -347,13 +348,13 @@ class OpenVinoBackend:
         return {
             "INFERENCE_PRECISION_HINT": HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
-            "CPU_RUNTIME_CACHE_CAPACITY": 0,  # the second guard against the fault that the engine's class describes
+            "CPU_RUNTIME_CACHE_CAPACITY": 0,  # the second guard against the fault that OpenVinoEngine describes
             **threads,
         }
 
 
 def _write_digests(folder: Path, graphs: Graphs) -> None:
-    """Write what `load` and `refit` ask of the networks that a folder holds."""
+    """Write the hashes of graphs and files that `refit` and `load` need from a folder of networks."""
     write_graphs(folder, graphs)
     digests = {name: [sha256_file(folder / f"{name}{suffix}") for suffix in (".xml", ".bin")] for name in graphs}
     (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=1), encoding="utf-8")

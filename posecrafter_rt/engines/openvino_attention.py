@@ -1,8 +1,8 @@
-"""Attention as one operation: scores, weights and means of a few rows after the other, without copies of any head.
+"""Attention as one operation: it computes scores, weights and means for a few rows at a time, and copies no heads.
 
-Layer 4. As exported it is a product, a softmax and a product of heads that were transposed, which are copied where they are
-channels of something wider, or of the same tokens in several frames; a stream's, of one frame to those before it, is sums of
-products of whole tensors. The operation is in operations/.
+Layer 4. Exported attention is a product, a softmax and a product, all of transposed heads. OpenVINO copies heads that
+are channels of something wider, or of the same tokens in several frames. A stream's attention, of one frame to those
+before it, is exported as sums of products of whole tensors. The operation is in operations/.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 ROWS_LAST = [0, 2, 1, 3]  # (N, n, heads, width) to (N, heads, n, width), or (G, F, n, C) to (G, n, F, C); and back
 KEYS_LAST = [0, 2, 3, 1]  # to (N, heads, width, n)
-HIDDEN = -1e29  # scores below weigh nothing
+HIDDEN = -1e29  # lower scores have no weight
 
 
 class Heads(NamedTuple):
-    """Queries, keys or values: a tensor (…, heads · width), and its other dimensions as the operation takes them."""
+    """Queries, keys or values: a tensor (…, heads · width), and its other dimensions in the operation's form."""
 
     source: Any
     heads: int
@@ -39,7 +39,7 @@ class Heads(NamedTuple):
     dims: list[int]
 
     def tokens(self) -> tuple[Any, int]:
-        """The tensor, or the wider one whose channels it is, in these dimensions; and its first channel there."""
+        """Return the tensor in these dimensions, or the wider one that it is part of; and its first channel there."""
         from openvino import opset13 as op
 
         whole, first = part_of(self.source)
@@ -49,7 +49,7 @@ class Heads(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Products of queries and keys, both as their heads were transposed, and what they are divided by."""
+    """Queries and keys, both with transposed heads, whose products are the scores; and the scores' divisor."""
 
     query: Any
     key: Any
@@ -57,10 +57,10 @@ class Scores(NamedTuple):
 
 
 def use_attention(model: openvino.Model, precision: Precision = "fp32") -> int:
-    """Replace every attention of a float32 model of fixed shapes, in place; returns how many.
+    """Replace every known form of attention in a float32 model of fixed shapes, in place; return how many.
 
-    precision: where tokens attend to those of a picture or a text int8 has products in 8 and 16 bits, and fp16 with AMX those of
-        pairs of 16-bit floats; others are in float32.
+    precision: for attention to tokens of a picture or a text, int8 has products in 8 and 16 bits, and fp16 with AMX has
+        products of pairs of 16-bit floats. All others are in float32.
     """
     available = operations(precision)
     if available is None:
@@ -70,7 +70,7 @@ def use_attention(model: openvino.Model, precision: Precision = "fp32") -> int:
 
 
 def _attend(softmax: Any, available: Operations) -> bool:
-    """Heads that were transposed: of tokens of a picture, or of the same ones in several frames."""
+    """Replace attention over transposed heads: to tokens of a picture, or to the same token in several frames."""
     scores, weighted = _scores(softmax.input_value(0)), only_user(softmax)
     if scores is None or weighted is None or not _is_product(weighted):
         return False
@@ -92,7 +92,7 @@ def _attend(softmax: Any, available: Operations) -> bool:
 
 
 def _scores(value: Any) -> Scores | None:
-    """Those that a value is: divided, or of queries and keys that were both multiplied by a number, as torch's own attention does."""
+    """Return a value's scores: divided, or of queries and keys that were both scaled, as in torch's own attention."""
     scaled = _scaled(value)
     product, divisor = (value.get_node(), 1.0) if scaled is None else scaled
     if not _is_product(product):
@@ -103,7 +103,7 @@ def _scores(value: Any) -> Scores | None:
 
 
 def _multiplied(value: Any) -> tuple[Any, float]:
-    """What a value is before one number multiplies it, and that number."""
+    """Return what a value is before one number multiplies it, and that number; itself and 1 if none does."""
     for before, factor in orders(value.get_node(), "Multiply"):
         number = known(factor)
         if number is not None and number.size == 1:
@@ -112,7 +112,7 @@ def _multiplied(value: Any) -> tuple[Any, float]:
 
 
 def _turned_keys(value: Any) -> Heads | None:
-    """Keys (N, heads, width, n) of those (N, heads, n, width) whose last dimensions were turned as (N · heads, n, width)."""
+    """Return the heads of keys (N, heads, width, n) that were transposed while (N · heads, n, width) in shape."""
     reshape = value.get_node()
     if reshape.get_type_name() != "Reshape" or len(value.get_shape()) != 4:
         return None
@@ -127,14 +127,14 @@ def _turned_keys(value: Any) -> Heads | None:
 
 
 def _turned_back(joined: Any) -> Any | None:
-    """The node that makes (G, F, n, C) of (G · n, F, heads, width), if one alone reads them."""
+    """Return the node that makes (G, F, n, C) of (G · n, F, heads, width), if nothing else reads these."""
     reshape = only_user(joined)
     last = None if reshape is None or reshape.get_type_name() != "Reshape" else only_user(reshape)
     return last if is_transpose(last, ROWS_LAST) else None
 
 
 def _attend_masked(softmax: Any, available: Operations) -> bool:
-    """A stream's: products of (N, F, 1, n · heads, width) and (N, 1, K, n · heads, width), summed, and hidden by a mask."""
+    """Replace a stream's: masked sums of products, (N, F, 1, n · heads, width) by (N, 1, K, n · heads, width)."""
     select, weighted = softmax.input_value(0).get_node(), only_user(softmax)
     if select.get_type_name() != "Select" or softmax.get_attributes()["axis"] != 2 or weighted is None:
         return False
@@ -151,7 +151,7 @@ def _attend_masked(softmax: Any, available: Operations) -> bool:
 
 
 def _replace(last: Any, found: list[Heads], scale: float, available: Operations, mask: Any | None = None) -> bool:
-    """Whether the operation can be what ends at a node, which it is then."""
+    """Replace what ends at node `last` with the operation, if it can compute that; return whether it can."""
     from openvino import opset13 as op
 
     query, key, value = found
@@ -175,7 +175,7 @@ def _replace(last: Any, found: list[Heads], scale: float, available: Operations,
 
 
 def _apart(tokens: Any) -> list[Any] | None:
-    """A frame's own tokens and those of others before them, which were put together to be read: others, own."""
+    """Return the two parts that tokens were joined of: those of other frames, and the frame's own."""
     concat = tokens.get_node()
     if concat.get_type_name() != "Concat" or concat.get_attributes()["axis"] % 4 != 1 or len(tokens.get_shape()) != 4:
         return None
@@ -184,7 +184,7 @@ def _apart(tokens: Any) -> list[Any] | None:
 
 
 def _scaled(value: Any) -> tuple[Any, float] | None:
-    """The node whose output a number divides, and that number."""
+    """Return the node whose output a number divides, and that number."""
     divide = value.get_node()
     divisor = known(divide.input_value(1)) if divide.get_type_name() == "Divide" else None
     return None if divisor is None or divisor.size != 1 else (divide.input_value(0).get_node(), float(divisor.item()))
@@ -196,7 +196,7 @@ def _is_product(node: Any) -> bool:
 
 
 def _transposed(value: Any, order: list[int]) -> Heads | None:
-    """Heads (N, n, heads, width) in this order."""
+    """Return the heads (N, n, heads, width) that a value has in this order."""
     transpose = value.get_node()
     if not is_transpose(transpose, order) or transpose.input_value(0).get_node().get_type_name() != "Reshape":
         return None
@@ -206,7 +206,7 @@ def _transposed(value: Any, order: list[int]) -> Heads | None:
 
 
 def _summed(node: Any | None, axis: int) -> list[Any] | None:
-    """The two values whose products a node sums over this axis."""
+    """Return the two values whose products a node sums over this axis."""
     if node is None or node.get_type_name() != "ReduceSum":
         return None
     product, axes = node.input_value(0).get_node(), known(node.input_value(1))
@@ -215,7 +215,7 @@ def _summed(node: Any | None, axis: int) -> list[Any] | None:
 
 
 def _spread(value: Any, axis: int) -> Heads | None:
-    """Tokens (N, F, n, C) whose heads were made rows, (N, F, n · heads, width), with a dimension of one at this axis."""
+    """Return tokens (N, F, n, C) whose heads became rows, (N, F, n · heads, width), with a new axis inserted here."""
     unsqueeze = _unconverted(value).get_node()
     axes = known(unsqueeze.input_value(1)) if unsqueeze.get_type_name() == "Unsqueeze" else None
     if axes is None or (axes % len(value.get_shape())).tolist() != [axis]:
@@ -231,7 +231,7 @@ def _spread(value: Any, axis: int) -> Heads | None:
 
 
 def _unconverted(value: Any) -> Any:
-    """What a value is before conversions that change nothing."""
+    """Return a value as it is before type conversions that change nothing."""
     while value.get_node().get_type_name() in ("Convert", "ConvertLike"):
         before = value.get_node().input_value(0)
         if before.get_element_type() != value.get_element_type():

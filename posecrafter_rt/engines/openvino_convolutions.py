@@ -1,7 +1,7 @@
-"""3×3 convolutions as OpenVINO does not have them: by Winograd's minimal filtering, a quarter of the products or four ninths,
-or in 16 or eight bits, with the GroupNorm and SiLU before them and the addition after.
+"""3×3 convolutions that OpenVINO does not have, fused with the GroupNorm and SiLU before and the addition after them.
 
-Layer 4. The operation is in operations/.
+Layer 4. They use Winograd's minimal filtering, which takes a quarter or four ninths of the products, or multiply in 16
+or 8 bits. The operation is in operations/.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from posecrafter_rt.models.doubling import fold_doubling
 if TYPE_CHECKING:
     import openvino
 
-# In tiles of 4×4 outputs products are a quarter of a direct convolution's, and weights four times as large; in those of 2×2
-# four ninths, and less than twice as large. So large pictures and small weights have the former.
-LEAST_TILES = 16  # over all frames: fewer do not pay for the transformed weights, unless these are halves
-LARGE_TILES = 16  # of 4×4, in one frame
-MANY_TILES = 64  # of 4×4, in one frame, where products could be in 16 bits
-FOLDING_TOLERANCE = 1e-4  # of the largest weight, between one folded and one that is unfolded and folded again
-MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures and where others are halves
-MOST_BYTES_A_TILE = 1 << 19  # of those for each tile of a frame, where products could be in 16 bits
+# Tiles of 4×4 outputs take a quarter of a direct convolution's products, and weights four times as large. Tiles of 2×2
+# take four ninths, and weights not twice as large. So 4×4 is for large pictures and small weights.
+LEAST_TILES = 16  # over all frames; fewer do not pay for the transformed weights, unless these are in 16 bits
+LARGE_TILES = 16  # 4×4 tiles in one frame
+MANY_TILES = 64  # 4×4 tiles in one frame, if products could be in 16 bits
+FOLDING_TOLERANCE = 1e-4  # relative to the largest weight: a folded weight against itself unfolded and folded again
+MOST_BYTES = 1 << 26  # of a layer's weights transformed for 4×4, in smaller pictures and in fp16
+MOST_BYTES_A_TILE = 1 << 19  # of those per tile of a frame, if products could be in 16 bits
 
 
 def use_convolutions(model: openvino.Model, precision: Precision = "fp32") -> int:
-    """Replace the convolutions of a float32 model of fixed shapes that gain by it, in place; returns how many.
+    """Replace the convolutions that gain by it in a float32 model of fixed shapes, in place; return how many.
 
-    precision: int8 has them in eight bits, all that the operation can do; the others by Winograd's filtering, which loses
-    nothing. fp16 has weights in 16 bits in tiles of 2×2; where the processor has products in 16 bits it has these in their
-    place, and Winograd's filtering for those `_is_large` alone.
+    precision: int8 does all that the operation can in 8 bits. The others use Winograd's filtering, which loses nothing;
+    fp16 then has weights in 16 bits in tiles of 2×2. If the processor has products in 16 bits, fp16 uses those instead,
+    and without AMX Winograd's filtering for those that are `_is_large`. Few channels stay in float32 (`_is_narrow`).
     """
     available = operations(precision)
     if available is None:
@@ -58,7 +58,7 @@ def use_convolutions(model: openvino.Model, precision: Precision = "fp32") -> in
 
 
 def _tile(node: Any, available: Operations) -> int | None:
-    """The side of the tiles that a convolution gains most by, 0 where all is in 16 or eight bits; None: of none, or it cannot be done so."""
+    """Return the side of the tiles that suit a convolution best, 0 for products in 16 or 8 bits, None to leave it."""
     if not _is_fitting(node, available.lanes):
         return None
     is_single, is_narrow = _is_convolution(node, stride=1), _is_narrow(node, available.lanes)
@@ -75,7 +75,7 @@ def _tile(node: Any, available: Operations) -> int | None:
 
 
 def _winograd_tile(node: Any, precision: Precision) -> int | None:
-    """The side of the tiles that one gains most by whose products are in float32."""
+    """Return the side of the tiles that suit a convolution with products in float32 best; None to leave it."""
     if _weights_by_fours(node) <= MOST_BYTES:
         side = 4
     elif precision == "fp16":
@@ -86,7 +86,7 @@ def _winograd_tile(node: Any, precision: Precision) -> int | None:
 
 
 def _is_many(node: Any, side: int) -> bool:
-    """Whether there are so many tiles, over all frames, that it gains by them."""
+    """Whether there are enough tiles, over all frames, to gain by them."""
     return bool(node.get_output_shape(0)[0] * _tiles(node, side) >= LEAST_TILES)
 
 
@@ -97,30 +97,30 @@ def _is_large(node: Any) -> bool:
 
 
 def _weights_by_fours(node: Any) -> int:
-    """Bytes of a convolution's weights, transformed for tiles of 4×4."""
+    """Return the bytes of a convolution's weights when they are transformed for tiles of 4×4."""
     return int(4 * 36 * node.get_output_shape(0)[1] * node.get_input_shape(0)[1])
 
 
 def _tiles(node: Any, side: int) -> int:
-    """Of a frame."""
+    """Return the number of tiles in a frame."""
     height, width = node.get_output_shape(0)[2:]
     return int(-(-height // side) * -(-width // side))
 
 
 def _is_narrow(node: Any, lanes: int) -> bool:
-    """Whether it is to or from few channels, those of a picture or of latents, which it has in float32 at best."""
+    """Whether it has few input or output channels, as for pictures and latents; float32 suits a 3×3 one best."""
     return bool(node.get_input_shape(0)[1] % lanes or node.get_output_shape(0)[1] % (2 * lanes))
 
 
 def _is_fitting(node: Any, lanes: int) -> bool:
-    """Whether it is a convolution in float32, of pictures by constant weights, whose channels come in whole vectors and panels,
-    or make a vector at most.
+    """Whether it is a float32 convolution of pictures with constant weights, whose channels fill whole vectors (input)
+    and panels (output), or make one vector at most.
     """
     is_known = node.get_type_name() in ("Convolution", "ConvolutionBackpropData")
     return (
         is_known
         and len(node.get_output_shape(0)) == 4
-        and node.input_value(1).get_node().get_type_name() == "Constant"  # it is transformed once
+        and node.input_value(1).get_node().get_type_name() == "Constant"  # so it is transformed only once
         and all(value.get_element_type().get_type_name() == "f32" for value in node.input_values())
         and (node.get_input_shape(0)[1] % lanes == 0 or node.get_input_shape(0)[1] < lanes)
         and (node.get_output_shape(0)[1] % (2 * lanes) == 0 or node.get_output_shape(0)[1] <= lanes)
@@ -128,19 +128,19 @@ def _is_fitting(node: Any, lanes: int) -> bool:
 
 
 def _is_convolution(node: Any, stride: int) -> bool:
-    """Whether it is one of 3×3, this stride and padding 1."""
+    """Whether it is a 3×3 convolution of this stride and padding 1."""
     return node.get_type_name() == "Convolution" and has_filter(node, kernel=3, stride=stride, padding=1)
 
 
 def _is_transposed(node: Any) -> bool:
-    """Whether it is a transposed one of 4×4 that doubles a picture."""
+    """Whether it is a transposed 4×4 convolution that doubles a picture."""
     is_known = node.get_type_name() == "ConvolutionBackpropData" and len(node.input_values()) == 2
     is_fitting = is_known and has_filter(node, kernel=4, stride=2, padding=1)
     return is_fitting and not any(node.get_attributes()["output_padding"])
 
 
 def _is_doubling(node: Any) -> bool:
-    """Whether such a one stands for a doubled picture's convolution, see `models.folding.fold_doubled`."""
+    """Whether it is such a one and stands for a doubled picture's convolution, see `models.folding.fold_doubled`."""
     if not _is_transposed(node):
         return False
     weight = np.asarray(node.input_value(1).get_node().data)
@@ -149,9 +149,9 @@ def _is_doubling(node: Any) -> bool:
 
 
 def _unfolded(weight: np.ndarray) -> np.ndarray:
-    """The weight (out, in, 3, 3) of which `fold_doubling` made this (in, out, 4, 4).
+    """Return the weight (out, in, 3, 3) from which `fold_doubling` made this one, (in, out, 4, 4).
 
-    Of four taps the first is w2, the second w1 + w2, the last w0.
+    Of the four taps the first is w2, the second w1 + w2, the last w0.
     """
     rows = np.stack([weight[:, :, 3], weight[:, :, 1] - weight[:, :, 0], weight[:, :, 0]], 2)
     both = np.stack([rows[..., 3], rows[..., 1] - rows[..., 0], rows[..., 0]], 3)
@@ -159,13 +159,13 @@ def _unfolded(weight: np.ndarray) -> np.ndarray:
 
 
 def _rewrite(convolution: Any, tile: int, available: Operations) -> None:
-    """Replace a convolution, what is added after it, and the GroupNorm and SiLU before it, as far as they are there."""
+    """Replace a convolution, and with it the GroupNorm and SiLU before and the additions after it, if there are any."""
     from openvino import opset13 as op
 
     weight, channels = convolution.input_value(1), convolution.get_output_shape(0)[1]
     attributes: dict[str, Any] = {"tile": tile, "stride": convolution.get_attributes()["strides"][0],
                                   "in_halves": available.precision == "fp16" and tile < 4}  # fmt: skip
-    outputs = 0  # the axis of the weight
+    outputs = 0  # the weight's axis of output channels
     if convolution.get_type_name() == "ConvolutionBackpropData":
         attributes |= {"times": 2, "stride": 1}
         if tile > 0:
@@ -191,7 +191,7 @@ def _rewrite(convolution: Any, tile: int, available: Operations) -> None:
 
 
 def _padded(value: Any, axis: int, count: int) -> Any:
-    """A constant with zeros up to a multiple of so many channels."""
+    """Return a constant with zeros appended on an axis, up to a multiple of `count`."""
     from openvino import opset13 as op
 
     numbers = np.asarray(value.get_node().data)
@@ -200,7 +200,7 @@ def _padded(value: Any, axis: int, count: int) -> Any:
 
 
 def _computed_bias(node: Any) -> tuple[Any, Any, int] | None:
-    """The node that adds a number for each channel of all frames, such as a timestep's; what those are part of, and where they begin."""
+    """Return the node that adds a number per channel, such as a timestep's; what holds them, and where they begin."""
     found, shape = addition(node), list(node.get_output_shape(0))
     if (
         found is None
@@ -212,12 +212,12 @@ def _computed_bias(node: Any) -> tuple[Any, Any, int] | None:
     while numbers.get_node().get_type_name() in ("Reshape", "Unsqueeze"):
         numbers = numbers.get_node().input_value(0)
     whole, first = part_of(numbers)
-    is_row = math.prod(list(whole.get_shape())[:-1]) == 1  # whose parts lie in one stretch
+    is_row = math.prod(list(whole.get_shape())[:-1]) == 1  # so that its parts are contiguous
     return (user, whole, first) if is_row else (user, numbers, 0)
 
 
 def _before(value: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] | None:
-    """The GroupNorm, its weight and its bias, that SiLU(GroupNorm(…)) is of; of SiLU alone, which nothing else reads, one of no groups."""
+    """Return the GroupNorm, weight and bias in SiLU(GroupNorm(…)); of no groups for a SiLU alone with one reader."""
     for active, gate in orders(value.get_node(), "Multiply"):
         if gate.get_node().get_type_name() == "Sigmoid" and is_same(gate.get_node().input_value(0), active):
             ones = np.ones(active.get_shape()[1], np.float32)

@@ -1,4 +1,4 @@
-"""Networks as OpenVINO's IR: weights by their parameter names, and writing them.
+"""Networks as OpenVINO's IR: weights by their parameter names, and writing files.
 
 Layer 4.
 """
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def constants(model: Any) -> dict[str, Any]:
-    """The network's weights by their parameter names."""
+    """Return the network's constants by name; weights have their parameters' names."""
     return {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
 
 
 def replace_constants(model: Any, arrays: Mapping[str, np.ndarray]) -> None:
-    """Give the weights of these names other values, in place; what is saved then is as if exported with them."""
+    """Give the weights of these names other values, in place; a model saved then is as if exported with them."""
     from openvino import opset13
 
     for name, node in constants(model).items() if arrays else ():
@@ -36,12 +36,12 @@ def replace_constants(model: Any, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether float32 arrays are equal in shape and every bit: 0.0 is not -0.0, a NaN is itself."""
+    """Whether float32 arrays are equal in shape and every bit: 0.0 is not -0.0, a NaN equals itself."""
     return np.array_equal(first.view(np.int32), second.view(np.int32))
 
 
 def save_ir(core: openvino.Core, source: Path, path: Path, replaced: Mapping[str, np.ndarray] = {}) -> Any:
-    """Write ONNX or IR as IR with float32 weights, those of `replaced` instead of its own; returns it as read back.
+    """Write ONNX or IR as IR with float32 weights, with `replaced` in place of its own; return it as read back.
 
     A full disk may only show when a file is closed.
     """

@@ -1,9 +1,9 @@
-"""Linear maps of a transformer with what surrounds them: pictures whose channels come first, a norm, a gate, an addition.
+"""Linear maps of a transformer, fused with what surrounds them: channels-first pictures, a norm, a gate, an addition.
 
-Layer 4. Between pictures and tokens diffusers has 1×1 convolutions, for which OpenVINO reorders the picture that it then
-transposes; it copies both halves of a gated unit's product apart; and what is added after a product it reads and writes once
-more; a LayerNorm is two operations more, and each of the maps that read one picture's tokens would read them again. The
-operation is in operations/; in float32 products without any of these stay OpenVINO's own.
+Layer 4. Between pictures and tokens diffusers has 1×1 convolutions; OpenVINO reorders the picture for these, and then
+transposes it. It copies both halves of a gated unit's product, and reads and writes a product once more to add to it. A
+LayerNorm is two more operations, and each of the maps that read one picture's tokens would read them again. The
+operation is in operations/. In float32, products without any of these stay OpenVINO's own.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from posecrafter_rt.engines.openvino_patterns import (
 if TYPE_CHECKING:
     import openvino
 
-MOST_BETWEEN = 2560  # channels between two layers: with more, weights would be read again for few tokens
+MOST_BETWEEN = 2560  # channels between two layers; with more, weights would be read again for every few tokens
 SWAPPED = [0, 2, 1]  # flat pictures (N, C, h·w) to tokens (N, h·w, C), and back
 
 
 class Layer(NamedTuple):
-    """input · weightᵀ + bias: tokens (N, n, in) or pixels (N, in, h, w), weight (out, in, …), or (in, out) where it is swapped."""
+    """input · weightᵀ + bias: tokens (N, n, in) or pixels (N, in, h, w); weight (out, in, …), swapped (in, out)."""
 
-    last: Any  # the node that gives it
+    last: Any  # the node whose output it is
     input: Any
     weight: Any
     is_swapped: bool
@@ -46,28 +46,28 @@ class Layer(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Those of the output."""
+        """The number of output channels."""
         return int(self.weight.get_shape()[self.is_swapped])
 
     @property
     def in_channels(self) -> int:
-        """Those of the input."""
+        """The number of input channels."""
         return int(self.weight.get_shape()[not self.is_swapped])
 
     def rows(self) -> np.ndarray:
-        """Its weight as it is used, (out, in), of a product."""
+        """Return the weight of a product as (out, in)."""
         weight = np.asarray(self.weight.get_node().data)
         return np.ascontiguousarray(weight.T) if self.is_swapped else weight
 
     def biases(self) -> np.ndarray:
-        """(out), zeros where there is none."""
+        """Return the bias (out); zeros if there is none."""
         return np.zeros(self.channels, np.float32) if self.bias is None else self.bias
 
 
 def use_linear(model: openvino.Model, precision: Precision = "fp32") -> int:
-    """Replace those of a float32 model of fixed shapes that gain by it, in place; returns how many.
+    """Replace the linear maps that gain by it in a float32 model of fixed shapes, in place; return how many.
 
-    precision: in int8 and fp16 all that the operation can do: OpenVINO's would keep weights in float32, and multiply in it.
+    precision: int8 and fp16 replace all that the operation can do: OpenVINO keeps weights and products in float32.
     """
     available = operations(precision)
     if available is None:
@@ -76,12 +76,12 @@ def use_linear(model: openvino.Model, precision: Precision = "fp32") -> int:
         choose_before_norm(node)
     for node in model.get_ordered_ops() if precision != "fp32" else ():
         _join(node)
-    rewrites = (_convolve, _gate, _follow_or_add, _share)  # a gate before its layer is taken alone
+    rewrites = (_convolve, _gate, _follow_or_add, _share)  # a gate is taken before its layer is taken alone
     return sum(rewrite(node, available) for rewrite in rewrites for node in model.get_ordered_ops())
 
 
 def _join(concat: Any) -> None:
-    """Products of the same tokens that lie beside each other, as a stream's keys and values do, are made one product."""
+    """Make one product of products of the same tokens that are concatenated, as a stream's keys and values are."""
     from openvino import opset13 as op
 
     if concat.get_type_name() != "Concat":
@@ -99,7 +99,7 @@ def _join(concat: Any) -> None:
 
 
 def _joinable(value: Any) -> Layer | None:
-    """The product without a bias that a value is, perhaps reshaped, if nothing else reads it."""
+    """Return the product without a bias that a value is, perhaps reshaped, if nothing else reads it."""
     node = value.get_node()
     product = node.input_value(0).get_node() if node.get_type_name() == "Reshape" else node
     layer = _linear_layer(product)
@@ -109,7 +109,7 @@ def _joinable(value: Any) -> Layer | None:
 
 
 def _convolve(node: Any, available: Operations) -> bool:
-    """A 1×1 convolution, of pixels or what tokens were made of, as pixels or what tokens are made of, and what is added."""
+    """Replace a 1×1 convolution, with the steps from and to tokens around it and what is added to its output."""
     is_pointwise = node.get_type_name() == "Convolution" and has_filter(node, kernel=1, stride=1, padding=0)
     if not is_pointwise or not is_float_constant(node.input_value(1)):
         return False
@@ -123,7 +123,7 @@ def _convolve(node: Any, available: Operations) -> bool:
 
 
 def _gate(product: Any, available: Operations) -> bool:
-    """value · GELU(gate), both halves of one layer's output."""
+    """Replace value · GELU(gate) of the two halves of one layer's output."""
     for value, active in orders(product, "Multiply"):
         gelu, split = active.get_node(), value.get_node()
         if gelu.get_type_name() != "Gelu" or split.get_type_name() != "Split" or split.get_output_size() != 2:
@@ -138,7 +138,7 @@ def _gate(product: Any, available: Operations) -> bool:
 
 
 def _follow_or_add(node: Any, available: Operations) -> bool:
-    """A layer which follows a gated one, a transformer's feed-forward, or whose output is added to something."""
+    """Replace a layer that follows a gated one, as in a feed-forward, or whose output is added to something."""
     layer = _linear_layer(node)
     if layer is None or _with_its_bias(node) is not node:
         return False
@@ -148,7 +148,7 @@ def _follow_or_add(node: Any, available: Operations) -> bool:
 
 
 def _gated_before(layer: Layer) -> Any | None:
-    """The gated layer that a layer alone reads, if what is between them is not too wide."""
+    """Return the gated layer that only this layer reads, if what is between them is not too wide."""
     gated = layer.input.get_node()
     if gated.get_type_name() != "Linear" or not gated.get_attributes()["is_gated"] or only_user(gated) is None:
         return None
@@ -157,7 +157,7 @@ def _gated_before(layer: Layer) -> Any | None:
 
 
 def _share(node: Any, available: Operations) -> bool:
-    """All layers of the same tokens, at the first of them: one product, which gives what each gives."""
+    """Replace all layers of the same tokens, at the first of them, with one product that has all their outputs."""
     from openvino import opset13 as op
 
     is_there = node.output(0).get_target_inputs() and _with_its_bias(node) is node  # it may be replaced already
@@ -184,13 +184,13 @@ def _share(node: Any, available: Operations) -> bool:
 
 
 def _with_its_bias(product: Any) -> Any:
-    """The addition of its bias that alone reads a product, or the product where there is none."""
+    """Return the addition of its bias if only that reads a product; else the product."""
     user = only_user(product)
     return product if user is None or user.get_type_name() != "Add" or _linear_layer(user) is None else user
 
 
 def _fits(layer: Layer, available: Operations, parts: int = 1) -> bool:
-    """Whether channels come as the operation takes them, in so many parts."""
+    """Whether the operation can take these channels, divided into so many parts."""
     panels = layer.channels / (2 * available.lanes)
     return panels % parts == 0 and not (available.precision == "int8" and layer.in_channels % FOUR)
 
@@ -200,7 +200,7 @@ def _bits(available: Operations) -> dict[str, bool]:
 
 
 def _normed(value: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The operation's first inputs and attributes for tokens or pixels: those that a LayerNorm or GroupNorm is of, where they come from one."""
+    """Return the operation's first inputs and attributes for tokens or pixels; fuse the norm before them."""
     from openvino import opset13 as op
 
     if len(value.get_shape()) == 4:
@@ -217,7 +217,7 @@ def _normed(value: Any) -> tuple[list[Any], dict[str, Any]]:
 def _rewrite(
     layer: Layer, available: Operations, height: int = 0, is_gated: bool = False, before: Any | None = None
 ) -> bool:
-    """Whether the operation can be that layer, which it is then, with the gated one before and what is added to its output."""
+    """Replace a layer, the gated one before it and what is added to its output, if possible; return whether it was."""
     from openvino import opset13 as op
 
     if not _fits(layer, available, 2 if is_gated else 1) or len(layer.last.get_output_shape(0)) != (4 if height else 3):
@@ -236,7 +236,7 @@ def _rewrite(
 
 
 def _tokens_of(pixels: Any) -> Any | None:
-    """The tokens (N, h·w, C) that pixels (N, C, h, w) were made of."""
+    """Return the tokens (N, h·w, C) from which pixels (N, C, h, w) were made."""
     reshape = pixels.get_node()
     if reshape.get_type_name() != "Reshape":
         return None
@@ -247,7 +247,7 @@ def _tokens_of(pixels: Any) -> Any | None:
 
 
 def _read_as_tokens(node: Any) -> Any | None:
-    """The node that makes tokens (N, h·w, C) of a node's pixels (N, C, h, w), if nothing else reads those."""
+    """Return the node that makes tokens (N, h·w, C) of a node's pixels (N, C, h, w), if nothing else reads those."""
     reshape, (frames, channels, height, width) = only_user(node), node.get_output_shape(0)
     if reshape is None or reshape.get_type_name() != "Reshape":
         return None
@@ -263,7 +263,7 @@ def _is_along_last(split: Any) -> bool:
 
 
 def _linear_layer(last: Any) -> Layer | None:
-    """The layer of tokens (N, n, in) that a node gives with a bias or without one."""
+    """Return the layer of tokens (N, n, in) that ends at a node, with or without a bias."""
     product, bias = last, None
     for value, numbers in orders(last, "Add"):
         if value.get_node().get_type_name() == "MatMul" and is_float_constant(numbers):

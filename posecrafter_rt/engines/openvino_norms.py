@@ -1,8 +1,8 @@
-"""Norms as ONNX brings them, and GroupNorm of large pictures as OpenVINO runs it fastest in float32: by channels, in the layout
-that convolutions leave.
+"""Norms as ONNX exports them, and GroupNorm of large pictures as OpenVINO runs it fastest in float32: by channels.
 
-Layer 4. ONNX brings GroupNorm as Reshape → MVN over a group's numbers → Reshape, for which OpenVINO reorders every picture
-to channels first and back. Means of channels, joined to those of groups, need no reordering; the result is the same.
+Layer 4. ONNX has GroupNorm as Reshape → MVN over a group's numbers → Reshape, for which OpenVINO reorders every picture
+to channels first and back. Means of channels, combined into means of groups, keep the layout that convolutions leave;
+the result is the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GroupNorm(NamedTuple):
-    """A GroupNorm without weight and bias: of which output, over how many groups."""
+    """A GroupNorm without weight and bias: the pixels (N, C, h, w) that it normalises, over how many groups."""
 
     pixels: Any
     groups: int
@@ -26,7 +26,7 @@ class GroupNorm(NamedTuple):
 
 
 class LayerNorm(NamedTuple):
-    """One over the last dimension: of which output, its weight and bias (C)."""
+    """A LayerNorm over the last dimension: the tokens that it normalises, its weight and bias (C)."""
 
     tokens: Any
     weight: Any
@@ -35,7 +35,7 @@ class LayerNorm(NamedTuple):
 
 
 def layer_norm(value: Any) -> LayerNorm | None:
-    """The LayerNorm with a weight and a bias that a value (N, n, C) is."""
+    """Return the LayerNorm, with a weight and a bias, whose output a value (N, n, C) is."""
     shape = list(value.get_shape())
     for scaled, bias in orders(value.get_node(), "Add"):
         for normed, weight in orders(scaled.get_node(), "Multiply"):
@@ -52,7 +52,7 @@ def layer_norm(value: Any) -> LayerNorm | None:
 
 
 def choose_before_norm(node: Any) -> None:
-    """Where tokens are chosen of those that a LayerNorm gives, as a key frame's of all frames', norm those that are chosen alone."""
+    """If tokens are chosen from a LayerNorm's output, as a key frame's from all frames', normalise only those."""
     from openvino import opset13 as op
 
     axis = known(node.input_value(2)) if node.get_type_name() == "Gather" else None
@@ -71,23 +71,23 @@ def choose_before_norm(node: Any) -> None:
 
 
 def _as_it_is(value: Any) -> Any:
-    """What a value is a slice of that leaves nothing out."""
+    """Return the value that this one is a slice of, as long as the slice leaves nothing out."""
     while (node := value.get_node()).get_type_name() == "Slice" and node.get_input_shape(0) == value.get_shape():
         step = known(node.input_value(3))
-        if step is None or step.min() < 1:  # the other way round
+        if step is None or step.min() < 1:  # reversed
             break
         value = node.input_value(0)
     return value
 
 
 def _divides_inside(mvn: Any) -> bool:
-    """Whether it divides by the deviation, eps under the root."""
+    """Whether it divides by the deviation, with eps under the root."""
     facts = mvn.get_attributes()
     return bool(facts["normalize_variance"]) and facts["eps_mode"] == "INSIDE_SQRT"
 
 
 def normalise_by_channel(model: openvino.Model) -> int:
-    """Rewrite every GroupNorm of a model of fixed shapes, in place; returns how many. What looks different is left alone."""
+    """Rewrite every GroupNorm of a model of fixed shapes, in place; return how many. Other forms are left alone."""
     found = [(node, norm) for node in model.get_ordered_ops() if (norm := group_norm(node)) is not None]
     for node, norm in found:
         node.output(0).replace(_normalised(norm).output(0))
@@ -95,7 +95,7 @@ def normalise_by_channel(model: openvino.Model) -> int:
 
 
 def group_norm(node: Any) -> GroupNorm | None:
-    """The GroupNorm that ends at this node: a Reshape which undoes the grouping of what was normalised."""
+    """Return the GroupNorm that ends at this node, a Reshape that undoes the grouping of what was normalised."""
     if node.get_type_name() != "Reshape":
         return None
     inner, neutral = node.input_value(0).get_node(), {"Multiply": 1.0, "Add": 0.0}
@@ -114,7 +114,7 @@ def group_norm(node: Any) -> GroupNorm | None:
 
 
 def affine_group_norm(normed: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] | None:
-    """The GroupNorm, its weight and its bias, that a value is."""
+    """Return the GroupNorm, with its weight and its bias, whose output a value is."""
     channels = normed.get_shape()[1]
     bias = added(normed.get_node(), channels)
     for scaled, _ in orders(normed.get_node(), "Add"):
@@ -126,7 +126,7 @@ def affine_group_norm(normed: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] |
 
 
 def _is_of_groups(mvn: Any) -> bool:
-    """Whether it takes mean and variance over the last of three dimensions, eps under the root."""
+    """Whether it takes mean and variance over the last of three dimensions, with eps under the root."""
     axes = mvn.input_value(1).get_node()
     return (
         len(mvn.get_output_shape(0)) == 3
@@ -137,7 +137,7 @@ def _is_of_groups(mvn: Any) -> bool:
 
 
 def _is_filled(node: Any, value: float) -> bool:
-    """Whether a constant, perhaps reshaped, holds this number alone."""
+    """Whether a constant, perhaps reshaped, holds only this number."""
     while node.get_type_name() == "Reshape":
         node = node.input_value(0).get_node()
     return node.get_type_name() == "Constant" and bool((np.asarray(node.data) == value).all())

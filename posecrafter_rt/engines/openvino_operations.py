@@ -1,7 +1,7 @@
 """Operations for OpenVINO: 3×3 convolutions by Winograd's minimal filtering or in fewer bits, linear maps, attention.
 
-Layer 4. They are C++ (operations/), compiled once a machine against the OpenVINO that is installed and kept in the
-user's cache. Where that fails OpenVINO's own operations run: nothing but time is lost.
+Layer 4. They are C++ (operations/), compiled once per machine against the installed OpenVINO, and kept in the user's
+cache. If that fails, OpenVINO's own operations are used; they are only slower.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 SOURCES = Path(__file__).with_name("operations")
 FLAGS = ("-std=c++17", "-O3", "-g0", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast")  # fmt: skip
-COMPILE_S = 300  # a compiler that takes longer hangs
-MAX_COMPILERS = 4  # at once, each of up to 0.4 GB
-# What a compiler is asked for first: an instruction of the widest vectors, which its assembler must know, too.
+COMPILE_S = 300  # a compiler that takes longer has hung
+MAX_COMPILERS = 4  # at once; each takes up to 0.4 GB
+# Compiled first, as a test: an instruction of the widest vectors, which the assembler must know, too.
 TRIED = """#include <immintrin.h>
 #ifdef __AMX_INT8__
 void tried_tiles() { _tile_dpbusd(0, 1, 2); }
@@ -49,23 +49,23 @@ __m512i tried(__m512i a, __m512i b) { return _mm512_dpwssd_epi32(a, b, a); }
 __m256i tried(__m256i a, __m256i b) { return _mm256_dpbusd_avx_epi32(a, b, a); }
 #endif
 """
-# Of the largest value, where float32 comes to 1e-5, 16 bits to 1e-3 and eight to 0.01.
+# Relative to the largest value. Actual errors: float32 1e-5, 16 bits 1e-3, 8 bits 0.01.
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3, "int8": 0.05}
-WHOLE_TOLERANCE = 5e-4  # of products of whole numbers in 16 bits, which come to 1e-4
-WITH_WEIGHTS = ("FusedConvolution", "Linear")  # of our operations
-REWRITING = 13  # counted up when networks are rewritten otherwise: they are kept under it
+WHOLE_TOLERANCE = 5e-4  # for products of integers in 16 bits; the actual error is 1e-4
+WITH_WEIGHTS = ("FusedConvolution", "Linear")  # those of our operations that have weights
+REWRITING = 13  # part of the key of compiled networks: increase it if networks are rewritten differently
 
 log = logging.getLogger(__name__)
 
 
 class Vectors(NamedTuple):
-    """What the operations are compiled for."""
+    """The vector instructions that the operations are compiled for."""
 
-    lanes: int  # floats: input channels come in so many, output channels in twice as many
-    needed: frozenset[str]  # of the processor
+    lanes: int  # floats per vector: input channels come in so many, output channels in twice as many
+    needed: frozenset[str]  # features of the processor
     flags: tuple[str, ...]
-    has_vnni: bool = False  # whether products of whole numbers are among them; otherwise weights in 16 bits are widened
-    has_tiles: bool = False  # whether those are done in tiles (AMX), those in 16 bits in two digits of eight
+    has_vnni: bool = False  # whether there are products of integers; otherwise weights in 16 bits are widened
+    has_tiles: bool = False  # whether those are done in tiles (AMX); 16 bits are then two digits of 8
 
 
 AVX2, AVX512 = frozenset({"avx2", "fma", "f16c"}), frozenset({"avx512f", "avx512_vnni"})
@@ -82,7 +82,7 @@ VECTORS = (
 
 
 class Operations(NamedTuple):
-    """The compiled operations: what they are compiled for, what makes nodes of them, and what those are to multiply in."""
+    """The compiled operations: the vectors they are compiled for, their nodes' factory, their products' precision."""
 
     vectors: Vectors
     factory: Any
@@ -90,20 +90,20 @@ class Operations(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """Floats of a vector."""
+        """Floats per vector."""
         return self.vectors.lanes
 
 
 class OperationsError(Exception):
-    """Why the operations cannot be had here, in one line."""
+    """Says in one line why the operations are not available here."""
 
 
 class UnknownVectorsError(OperationsError):
-    """The compiler does not know some vectors; it may know others."""
+    """The compiler does not know these vectors; it may know others."""
 
 
 class Built(NamedTuple):
-    """The compiled operations, or the reason why there are none. left_out: why wider vectors are not used, where these fit."""
+    """The compiled operations, or why there are none. left_out: why this processor's wider vectors are not used."""
 
     vectors: Vectors | None = None
     library: Path | None = None
@@ -112,12 +112,12 @@ class Built(NamedTuple):
 
 
 def missing_reason() -> str | None:
-    """Why the operations cannot be had here, or None. Compiles them, which takes seconds, where that was not done yet."""
+    """Return why the operations are not available here, or None. If need be, compile them, which takes seconds."""
     return _built(_fitting()).reason
 
 
 def missing_bytes_reason() -> str | None:
-    """Why products in eight bits cannot be had here, or None."""
+    """Return why products in 8 bits are not available here, or None; may compile, as `missing_reason` does."""
     if not any(vectors.has_vnni for vectors in _fitting()[:1]):
         return "this processor has no VNNI; use fp32"
     reason, built = _missing_for("int8"), _built(_fitting())
@@ -126,12 +126,12 @@ def missing_bytes_reason() -> str | None:
 
 
 def missing_halves_reason() -> str | None:
-    """Why weights in 16 bits cannot be had here, or None. As the others it compiles, which takes seconds, the first time."""
+    """Return why weights in 16 bits are not available here, or None; may compile, as `missing_reason` does."""
     return _missing_for("fp16")
 
 
 def left_out() -> str | None:
-    """Why they do not use all that this processor has, or None."""
+    """Return why the operations do not use all that this processor has, or None."""
     return _built(_fitting()).left_out
 
 
@@ -141,9 +141,9 @@ def _missing_for(precision: Precision) -> str | None:
 
 
 def extend(core: openvino.Core) -> str | None:
-    """Make the operations known to a core, so that models with them can be compiled and read.
+    """Make the operations known to a core, so that it can read and compile models with them.
 
-    Returns: what tells their build from every other, or None where there is none.
+    Returns: what identifies their build, or None if there is none.
     """
     library = _built(_fitting()).library
     if library is None:
@@ -153,27 +153,28 @@ def extend(core: openvino.Core) -> str | None:
 
 
 def operations(precision: Precision = "fp32") -> Operations | None:
-    """The operations for this processor, or None where they cannot be had."""
+    """Return the operations for this processor, or None if they are not available."""
     vectors, library, *_ = _built(_fitting())
     return None if vectors is None or library is None else Operations(vectors, _factory(library), precision)
 
 
 def network_precision(name: str, precision: Precision) -> Precision:
-    """As `inner_precision`, but that whole numbers, each row's by a scale of its own, have no range to leave."""
+    """As `inner_precision`, except that integers, which have a scale for each row, cannot leave float16's range."""
     available = operations(precision) if precision == "fp16" and name in BEYOND_FP16 else None
     has_vnni = available is not None and available.vectors.has_vnni
     return precision if has_vnni else inner_precision(name, precision)
 
 
 def hold_weights(model: openvino.Model, release: Callable[[], None]) -> None:
-    """Let every operation of ours in a model that has weights hold them, packed, in place of the constants that they are made of.
+    """Let each of our operations in a model hold its weights, packed, in place of the constants that they are made of.
 
-    release: called after each; what holds those constants may then let go of them. The model cannot be saved afterwards.
+    release: called after each operation; what holds its constants may then let go of them. The model cannot be saved
+        afterwards.
     """
     available = operations()
     nodes = [node for node in model.get_ordered_ops() if node.get_type_name() in WITH_WEIGHTS]
     while available is not None and nodes:
-        node = nodes.pop()  # the last that refers to its constants
+        node = nodes.pop()  # the last reference to its constants
         attributes = {**node.get_attributes(), "holds_weights": True}
         holding = available.factory.create(node.get_type_name(), node.input_values(), attributes)
         for own, held in zip(node.outputs(), holding.outputs(), strict=True):
@@ -184,9 +185,9 @@ def hold_weights(model: openvino.Model, release: Callable[[], None]) -> None:
 
 @contextmanager
 def packing_from(blob: MappedBlob) -> Iterator[None]:
-    """While a network runs for the first time whose weights lie in `blob`: no more of them is in memory than is being packed.
+    """During the first run of a network whose weights lie in `blob`, keep only those in memory that are being packed.
 
-    Afterwards none is.
+    Afterwards none of them is in memory.
     """
     library = _built(_fitting()).library
     blob.release()
@@ -203,12 +204,12 @@ def packing_from(blob: MappedBlob) -> Iterator[None]:
 
 
 def _fitting() -> tuple[Vectors, ...]:
-    """Those that this processor has, the widest first."""
+    """Return the vectors that this processor has, the widest first."""
     features = cpu_features()
     return tuple(vectors for vectors in VECTORS if vectors.needed <= features)
 
 
-@cache  # for good: OpenVINO would unload the library with the last factory and core, and not ask for nodes that are left
+@cache  # for good: with the last factory and core OpenVINO would unload the library, even if nodes are left
 def _factory(library: Path) -> Any:
     from openvino.utils.node_factory import NodeFactory
 
@@ -219,7 +220,7 @@ def _factory(library: Path) -> Any:
 
 @cache
 def _built(fitting: tuple[Vectors, ...]) -> Built:
-    """For the first of these vectors that the compiler here knows; why there are none is logged once."""
+    """Compile for the first of these vectors that the compiler here knows; if that fails, log why, once."""
     reason, unknown = "they are written for AVX2, FMA and F16C, or AVX-512, which this processor lacks", None
     for vectors in fitting:
         try:
@@ -265,9 +266,9 @@ def _compiled(vectors: Vectors) -> Path:
 
 
 def _is_sound(library: Path) -> bool:
-    """Whether what was compiled earlier is as it was, which its name tells, and loads: the cache may be another system's.
+    """Whether a library compiled earlier has the hash in its name, and loads: the cache may be another system's.
 
-    To load a damaged one would end the process.
+    Loading a damaged one would end the process.
     """
     try:
         reason = None if library.stem.endswith(sha256_file(library)) else "it was altered"
@@ -289,7 +290,7 @@ def _compile(sources: list[Path], vectors: Vectors, home: Path, library: Path) -
     def compile_one(source: Path) -> str | None:
         return _refusal(*flags, "-I", home / "include", "-c", source, "-o", folder / f"{source.stem}.o")
 
-    # What takes longest begins: what OpenVINO's headers are in, then what is long itself.
+    # The slowest begin: first the source that includes OpenVINO's headers, then the longest.
     ordered = sorted(sources, key=lambda source: (source.stem != "extension", -source.stat().st_size))
     with ThreadPoolExecutor(min(usable_cores(), MAX_COMPILERS)) as pool:
         refusal = next(filter(None, pool.map(compile_one, ordered)), None)
@@ -300,14 +301,14 @@ def _compile(sources: list[Path], vectors: Vectors, home: Path, library: Path) -
 
 
 def _ask(vectors: Vectors) -> None:
-    """Raise UnknownVectorsError where the compiler, or its assembler, has too little for them; in a fraction of a second."""
+    """Raise UnknownVectorsError if the compiler or its assembler lacks these vectors; takes a fraction of a second."""
     refusal = _refusal(*vectors.flags, "-x", "c++", "-c", "-o", os.devnull, "-", given=TRIED)
     if refusal is not None:
         raise UnknownVectorsError(refusal)
 
 
 def _refusal(*arguments: Any, given: str = "") -> str | None:
-    """What the compiler says against a command, in one line, or None. given: what it reads from standard input."""
+    """Run the compiler; return its complaint in one line, or None if it succeeds. given: its standard input."""
     compiler = config.compiler() or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "")
     if not compiler:
         raise OperationsError("no C++ compiler was found: install g++, or name one in CXX")
@@ -330,7 +331,7 @@ def _tolerance(trial: Trial, vectors: Vectors) -> float:
 
 
 def _try(library: Path, vectors: Vectors) -> None:
-    """Raise OperationsError unless what it does with a small picture is what OpenVINO does."""
+    """Raise OperationsError unless the library does with a small picture what OpenVINO's own operations do."""
     import openvino
     from openvino import opset13 as op
 
@@ -349,7 +350,7 @@ def _try(library: Path, vectors: Vectors) -> None:
     except RuntimeError as error:
         raise OperationsError(f"OpenVINO refuses them: {last_line(error)}") from error
     for trial, own, tried in zip(trials, outputs[::2], outputs[1::2], strict=True):
-        with np.errstate(all="ignore"):  # what is not written may hold any bits
+        with np.errstate(all="ignore"):  # memory that was not written may hold any bits
             is_near = np.abs(own - tried).max() <= _tolerance(trial, vectors) * np.abs(own).max()
         if not is_near:
             raise OperationsError("compiled here they do not give what OpenVINO's own operations do")

@@ -1,4 +1,4 @@
-"""What passes over OpenVINO's graphs look for: a constant for each channel, an addition, a node's only user.
+"""Patterns in OpenVINO's graphs that its passes look for: a constant per channel, an addition, a node's only user.
 
 Layer 4: nodes and values are OpenVINO's.
 """
@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-FOUR = 4  # numbers of eight bits that a product takes at once
-MOST_KNOWN = 8  # numbers, as shapes have
+FOUR = 4  # 8-bit numbers that one product takes
+MOST_KNOWN = 8  # numbers, about as many as shapes have
 
 
 def only_user(node: Any) -> Any | None:
-    """The node that alone reads what a node gives; who asks for its shape does not read it."""
+    """Return the only node that reads a node's output, or None; asking for its shape is not reading."""
     users = [user.get_node() for user in node.output(0).get_target_inputs()]
     users = [user for user in users if user.get_type_name() != "ShapeOf"]
     return users[0] if len(users) == 1 else None
 
 
 def has_filter(node: Any, kernel: int, stride: int, padding: int) -> bool:
-    """Whether a convolution, or a transposed one, has a square filter with these and without dilation."""
+    """Whether a convolution, or a transposed one, has a square filter of these values and no dilation."""
     facts = node.get_attributes()
     return (
         list(node.get_input_shape(1))[2:] == [kernel] * 2
@@ -34,7 +34,7 @@ def has_filter(node: Any, kernel: int, stride: int, padding: int) -> bool:
 
 
 def orders(node: Any, kind: str) -> list[tuple[Any, Any]]:
-    """The two inputs of a node of this type, either first; nothing for another node."""
+    """Return the two inputs of a node of this type in both orders; nothing for another node."""
     if node.get_type_name() != kind:
         return []
     first, second = node.input_values()
@@ -42,18 +42,18 @@ def orders(node: Any, kind: str) -> list[tuple[Any, Any]]:
 
 
 def is_same(first: Any, second: Any) -> bool:
-    """Whether two values are one: nodes that are compared by == make a node."""
+    """Whether two values are the same one; comparing nodes by == would make a new node."""
     return (first.get_node().get_name(), first.get_index()) == (second.get_node().get_name(), second.get_index())
 
 
 def added(node: Any, channels: int) -> np.ndarray | None:
-    """What an addition adds to every channel, if it is constant and no more than that."""
+    """Return what an addition adds to each channel, if that is a constant and all that it adds."""
     return next((found for _, value in orders(node, "Add")
                  if (found := of_channels(value, channels)) is not None), None)  # fmt: skip
 
 
 def addition(node: Any) -> tuple[Any, Any] | None:
-    """The addition that alone reads what a node gives, and what it adds to that, if it is something else."""
+    """Return the addition that is the only reader of a node, and what it adds, if that is another value."""
     user = only_user(node)
     for own, other in [] if user is None else orders(user, "Add"):
         if is_same(own, node.output(0)) and not is_same(other, own):
@@ -62,33 +62,33 @@ def addition(node: Any) -> tuple[Any, Any] | None:
 
 
 def with_bias(node: Any, channels: int) -> tuple[Any, np.ndarray | None]:
-    """The node that gives what a node gives plus its bias, and that bias; the node itself and None where it has none."""
+    """Return the node that adds a bias to a node's output, and the bias; the node itself and None if there is none."""
     found = addition(node)
     bias = None if found is None else of_channels(found[1], channels)
     return (node, None) if found is None or bias is None else (found[0], bias)
 
 
 def with_residual(node: Any) -> tuple[Any, list[Any]]:
-    """The node that adds something as large to what a node gives, and what it adds; the node itself and nothing elsewhere."""
+    """Return the node that adds something of equal shape to a node's output, and that; else the node and nothing."""
     found = addition(node)
     is_as_large = found is not None and list(found[1].get_shape()) == list(node.get_output_shape(0))
     return (found[0], [found[1]]) if found is not None and is_as_large else (node, [])
 
 
 def bias_constant(bias: np.ndarray | None, channels: int) -> Any:
-    """A bias as an output, zeros where there is none."""
+    """Return a bias as a node's output; zeros if there is none."""
     from openvino import opset13 as op
 
     return op.constant(np.zeros(channels, np.float32) if bias is None else bias).output(0)
 
 
 def is_float_constant(value: Any) -> bool:
-    """Whether it is a constant in float32."""
+    """Whether a value is a constant in float32."""
     return value.get_node().get_type_name() == "Constant" and value.get_element_type().get_type_name() == "f32"
 
 
 def of_channels(value: Any, channels: int) -> np.ndarray | None:
-    """A constant number for each channel."""
+    """Return the constant numbers (channels) that a value has for the channels; None if it is anything else."""
     constant, shape = value.get_node(), list(value.get_shape())
     while constant.get_type_name() in ("Reshape", "Unsqueeze"):
         constant = constant.input_value(0).get_node()
@@ -98,7 +98,7 @@ def of_channels(value: Any, channels: int) -> np.ndarray | None:
 
 
 def is_transpose(node: Any | None, order: list[int]) -> bool:
-    """Whether a node puts dimensions into this order."""
+    """Whether a node transposes dimensions into this order."""
     if node is None or node.get_type_name() != "Transpose":
         return False
     constant = node.input_value(1).get_node()
@@ -106,7 +106,7 @@ def is_transpose(node: Any | None, order: list[int]) -> bool:
 
 
 def known(value: Any) -> np.ndarray | None:
-    """A few numbers that follow from constants and fixed shapes alone."""
+    """Return a few numbers that follow from constants and fixed shapes alone; None if they do not."""
     import openvino
 
     node = value.get_node()
@@ -131,7 +131,7 @@ def known(value: Any) -> np.ndarray | None:
 
 
 def part_of(value: Any) -> tuple[Any, int]:
-    """The value whose last dimension's stretch, from a number on, another is; itself and 0 where it is no part."""
+    """Return the value that this one is a slice of on the last dimension, and where it begins; else itself and 0."""
     node, first = value.get_node(), 0
     while (begin := _begin(value)) is not None:
         first, value = first + begin, node.input_value(0)
@@ -140,7 +140,7 @@ def part_of(value: Any) -> tuple[Any, int]:
 
 
 def _begin(value: Any) -> int | None:
-    """Where a stretch of the last dimension begins that a node takes out of its input, if that is what it does."""
+    """Return where a node's slice of its input's last dimension begins; None if the node does something else."""
     node = value.get_node()
     kind, rank = node.get_type_name(), len(value.get_shape())
     if kind == "Split":

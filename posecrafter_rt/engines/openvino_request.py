@@ -1,4 +1,4 @@
-"""A compiled network as it is called: its inputs read where they lie, its outputs in memory of its own.
+"""A compiled network, ready to be called: it reads inputs in place and has outputs in memory of its own.
 
 Layer 4.
 """
@@ -18,10 +18,10 @@ from posecrafter_rt.spec import NetworkSpec, TensorSpec
 
 
 class Request:
-    """What one compiled model computes for tensors of its shapes."""
+    """Runs one compiled model for tensors of its shapes."""
 
     def __init__(self, compiled: Any, spec: NetworkSpec, blob: MappedBlob | None) -> None:
-        """spec: names inputs and outputs, in any order of the model's. blob: where its weights lie, if they lie in a file."""
+        """spec: names inputs and outputs; the model may have another order. blob: the file of its weights, if any."""
         self._request, self._blob, self._is_new = compiled.create_infer_request(), blob, True
         self._inputs = _places(compiled.inputs, spec.inputs)
         self._bound: list[tuple[int, torch.dtype] | None] = [None] * len(self._inputs)
@@ -31,23 +31,23 @@ class Request:
         }
 
     def __call__(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """tensors: contiguous, in the spec's order. Returns views, which live on but are overwritten by the next call."""
+        """Run. tensors: contiguous, in the spec's order. Returns views that live on; the next call overwrites them."""
         import openvino
 
         for index, tensor in enumerate(tensors):
             lies_at = tensor.data_ptr(), tensor.dtype
-            if self._bound[index] != lies_at:  # most of a stream's lie where they lay
+            if self._bound[index] != lies_at:  # most of a stream's tensors stay where they are
                 given = openvino.Tensor(tensor.detach().numpy(), shared_memory=True)
-                self._bound[index] = None  # or an interrupt between the two would leave what is not so
+                self._bound[index] = None  # so that an interrupt in between leaves no wrong entry
                 self._request.set_input_tensor(self._inputs[index], given)
                 self._bound[index] = lies_at
-        # At the first time operations of ours pack their weights, which are not read again.
+        # In the first run our operations pack their weights, which are not read again.
         with nullcontext() if self._blob is None or not self._is_new else packing_from(self._blob):
-            self._request.infer(share_outputs=True)  # else it returns copies of them, which nobody asks for
+            self._request.infer(share_outputs=True)  # else it returns copies of the outputs, which nobody needs
         self._is_new = False
         return dict(self._outputs)
 
 
 def _places(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> list[int]:
-    """Where among a compiled network's ports those are that the specs name; by name each would be searched for in each call."""
+    """Return the specs' places among a compiled network's ports, so that calls need not search for names."""
     return [next(index for index, port in enumerate(ports) if spec.name in port.get_names()) for spec in specs]

@@ -1,7 +1,7 @@
-"""Networks of a stream for frames that follow a reference, which is not among them: nearly all that a stream ever calls.
+"""A stream's networks for frames that follow the reference, which is not among them: nearly all calls of a stream.
 
-Layer 4. Their contract asks of each frame whether it is the reference, whose own keys and values are then attended to and
-given. For a frame that follows, those would be computed for nobody, in each key-frame attention.
+Layer 4. The contract has an input that says of each frame whether it is the reference, whose own keys and values are
+then attended to and returned. For a frame that follows, each key-frame attention would compute its own for nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ REFERENCES_OWN = "new_keyframe_kv_"  # outputs that only a reference's frame has
 
 
 def following(spec: NetworkSpec) -> NetworkSpec:
-    """A network's contract where no frame is the reference: without the question, and without outputs of its own; itself where
-    it does not ask.
+    """Return a network's contract if no frame is the reference: without that input and the outputs that only it has.
+
+    A network without that input keeps its contract.
     """
     if all(tensor.name != IS_REFERENCE for tensor in spec.inputs):
         return spec
@@ -29,7 +30,7 @@ def following(spec: NetworkSpec) -> NetworkSpec:
 
 
 def leave_out_reference(model: openvino.Model) -> None:
-    """Make a stream's network one for frames of which none is the reference, in place; any other stays as it is."""
+    """Make a stream's network one for frames without the reference, in place; leave any other as it is."""
     parameter = next((each for each in model.get_parameters() if IS_REFERENCE in each.output(0).get_names()), None)
     if parameter is None:
         return
@@ -43,7 +44,7 @@ def leave_out_reference(model: openvino.Model) -> None:
 
 
 def _asked(condition: Any) -> Any:
-    """The node that a condition is of, in whatever shape."""
+    """Return the node that a condition was made of by slicing and reshaping."""
     node = condition.get_node()
     while node.get_type_name() in ("Slice", "Unsqueeze", "Reshape", "Broadcast"):
         node = node.input_value(0).get_node()

@@ -1,4 +1,4 @@
-"""What the operations for OpenVINO are tried by, once they are compiled: small models by its own operations and by ours.
+"""Trials of the operations for OpenVINO, once they are compiled: small models by its own operations and by ours.
 
 Layer 4.
 """
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 def all_trials(factory: Any, pixels: Any) -> list[Trial]:
-    """Of each operation in each way that it can be done. pixels: (F, lanes, h, w), a model's input."""
+    """Return trials of each operation in each of its ways. pixels: (F, lanes, h, w), a model's input."""
     return [trial for make in (convolutions, linear_maps, attentions) for trial in make(factory, pixels)]
 
 
 class Trial(NamedTuple):
-    """What makes the same output by OpenVINO's operations and by one of ours."""
+    """Makes the same output by OpenVINO's operations and by one of ours."""
 
     own: Callable[[], Any]
     ours: Callable[[], Any]
     precision: Precision = "fp32"
-    is_narrow: bool = False  # products are in that precision, too
+    is_narrow: bool = False  # whether products are in that precision, too
 
     def suits(self, vectors: Vectors) -> bool:
-        """Whether the operations have it that are compiled for these vectors."""
+        """Whether operations compiled for these vectors can do it."""
         return not self.is_narrow or vectors.has_vnni
 
 
@@ -44,7 +44,7 @@ def _constant(*shape: int) -> Any:
 
 
 def convolutions(factory: Any, pixels: Any) -> list[Trial]:
-    """A convolution in tiles of either size, of a doubled picture, after GroupNorm and SiLU, to few channels, and added to something."""
+    """Return trials: tiles of both sizes, a doubled picture, GroupNorm and SiLU before, few channels, a residual."""
     from openvino import opset13 as op
 
     frames, lanes, height, width = pixels.get_output_shape(0)
@@ -88,8 +88,8 @@ def convolutions(factory: Any, pixels: Any) -> list[Trial]:
 
 
 def linear_maps(factory: Any, pixels: Any) -> list[Trial]:
-    """A map of pixels to pixels, a gated one of tokens, and another after that, the first and the last added to something; of what is
-    normed, and of tokens to two outputs.
+    """Return trials: pixels to pixels with a residual, a gated layer of tokens, one after that with a residual, after a
+    norm, tokens to two outputs.
     """
     from openvino import opset13 as op
 
@@ -138,7 +138,7 @@ def linear_maps(factory: Any, pixels: Any) -> list[Trial]:
 
 
 def attentions(factory: Any, pixels: Any) -> list[Trial]:
-    """Of a picture's tokens to one another, and to the same ones of other frames, of all and of one; keys beside values."""
+    """Return trials: a picture's tokens to each other, to the same ones in all frames or in one; keys beside values."""
     from openvino import opset13 as op
 
     frames, lanes, height, width = pixels.get_output_shape(0)
@@ -168,7 +168,7 @@ def attentions(factory: Any, pixels: Any) -> list[Trial]:
         return op.unsqueeze(first, np.array(0))
 
     def own_apart() -> Any:
-        """The last frame to the others, of which some are hidden, and to itself."""
+        """Attend from the last frame to the others, which the mask hides, and to itself."""
         ends = [op.gather(tokens, np.arange(first, last), np.int64(0)) for tokens in (query, both)
                 for first, last in ((0, frames - 1), (frames - 1, frames))]  # fmt: skip
         queries, others, own = (op.unsqueeze(tokens, np.array(0)) for tokens in ends[1:])

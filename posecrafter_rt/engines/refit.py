@@ -1,6 +1,6 @@
-"""What refitting needs in every backend: whether an engine can serve, and which of its weights are others.
+"""What every backend needs for refitting: whether an engine can be refitted, and which of its weights differ.
 
-Layer 4: an engine serves another checkpoint when nothing but the values of its weights differs.
+Layer 4: an engine can serve another checkpoint if only the values of its weights differ.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _device(device: Any) -> str:
     return " with CUDA ".join(str(device[name]) for name in ("name", DRIVER) if name in device)
 
 
-# What must be equal, how it is called and how it is printed; libraries are compared one by one.
+# What must be equal, with its name in messages and how it is printed. Libraries are compared one by one.
 _FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "package": ("posecrafter-rt", str),
     "device": ("device", _device),
@@ -56,9 +56,9 @@ _FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def check_source(source: EngineFolder, wanted: Mapping[str, Any]) -> None:
-    """Raise EngineFolderError, naming the first difference, unless an engine can be refitted.
+    """Raise EngineFolderError, which names the first difference, unless an engine can be refitted.
 
-    Args: wanted: the manifest of the engine that is to be, or a part of it; what it lacks is not compared.
+    Args: wanted: the manifest of the engine to be made, or a part of it; what it lacks is not compared.
     """
     for name, (title, shown) in _FACTS.items():
         if name in wanted and sha256_json(source.manifest.get(name)) != sha256_json(wanted[name]):
@@ -77,7 +77,7 @@ def check_source(source: EngineFolder, wanted: Mapping[str, Any]) -> None:
 
 
 def _differing(theirs: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The names of what differs, for a message."""
+    """Return the names of what differs, for a message."""
     return ", ".join(
         sorted(name for name in {*theirs, *wanted} if sha256_json(theirs.get(name)) != sha256_json(wanted.get(name)))
     )
@@ -94,7 +94,7 @@ def _refusal(path: Path, difference: str, hint: str = WITHOUT) -> EngineFolderEr
 
 
 def graph_digest(network: nn.Module, spec: NetworkSpec, arch: Architecture) -> str:
-    """SHA-256 of all that the network's exported graph depends on: configuration, code and versions; no weight."""
+    """Return the SHA-256 of what a network's exported graph depends on: configuration, code, versions; no weights."""
     from posecrafter_rt.export.graphs import graph_key
 
     return sha256_json(graph_key(network, spec, arch))
@@ -106,7 +106,7 @@ def write_graphs(folder: Path, graphs: Graphs) -> None:
 
 
 def read_graphs(folder: Path) -> Graphs:
-    """The inverse of `write_graphs`. Raises: EngineFolderError when they are not there."""
+    """Read what `write_graphs` wrote. Raises: EngineFolderError if it is not there."""
     try:
         graphs: Graphs = json.loads((folder / GRAPHS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -115,7 +115,7 @@ def read_graphs(folder: Path) -> Graphs:
 
 
 def check_graph(folder: Path, graphs: Graphs, name: str, digest: str) -> None:
-    """Raise EngineFolderError unless a network in `folder` differs from one with this digest in its weights alone."""
+    """Raise EngineFolderError unless a network in `folder` differs from one with this digest only in its weights."""
     if graphs.get(name) is None:
         raise _refusal(folder.parent, f"weights of its {name} were merged when it was built")
     if graphs[name] != digest:
@@ -126,9 +126,9 @@ def in_stored_type(
     name: str, tensor: Tensor, dtype: torch.dtype, error: type[PoseCrafterError] = EngineFolderError,
     hint: str = ANEW_AND_WIDER,
 ) -> Tensor:  # fmt: skip
-    """A weight in the type that an engine stores it in, contiguous.
+    """Return a weight in the type that an engine stores it in, contiguous.
 
-    Raises: `error`, of float16 with `hint`, when it is beyond that type's range: an infinity would be taken without a word.
+    Raises: `error` if it is beyond that type's range, with `hint` if that is float16; an infinity would go unnoticed.
     """
     stored = tensor.detach().to(dtype).contiguous()
     if not torch.isfinite(stored).all():
@@ -137,10 +137,10 @@ def in_stored_type(
 
 
 def changed_weights(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `weights` that are not `stored` bit by bit: all of them in a build, where nothing is stored.
+    """Return those of `weights` that differ from `stored` in any bit: all of them in a build, where nothing is stored.
 
     weights: in the types that they are to be stored in.
-    Raises: EngineFolderError when one of them is beyond its type's range; what is stored already is not judged.
+    Raises: EngineFolderError if one of them is beyond its type's range; those that are stored already are not checked.
     """
     hint = ANEW_AND_WIDER if stored else WIDER
     return {name: in_stored_type(name, tensor, tensor.dtype, hint=hint) for name, tensor in weights.items()
@@ -148,6 +148,6 @@ def changed_weights(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor])
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one element type are equal in every bit: 0.0 is not -0.0, a NaN is itself."""
+    """Whether two tensors of one element type are equal in every bit: 0.0 is not -0.0, a NaN equals itself."""
     ours, theirs = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))
     return first.shape == second.shape and torch.equal(ours, theirs)

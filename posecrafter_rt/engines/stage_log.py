@@ -1,4 +1,4 @@
-"""How long each stage of a build took the last time, and so what is left of this one.
+"""How long each stage of a build took the last time, from which the time left of this one follows.
 
 Layer 4: a few numbers in the user's cache for each kind of build.
 """
@@ -16,8 +16,8 @@ from posecrafter_rt.export.blob_cache import BlobCache
 class StageLog:
     """The stages of a build as they begin. key: JSON values that decide how long they take.
 
-    How much of what the build makes is still to be made, and not in the user's cache, decides it too. Until `set_missing` tells
-    it, nothing is thought to be: a build of the same key has most likely filled the cache.
+    How many blobs the user's cache lacks decides it, too. Until `set_missing` is called, none is assumed to be missing:
+    a build of the same key has most likely filled the cache.
     """
 
     def __init__(self, key: dict[str, Any]) -> None:
@@ -26,20 +26,20 @@ class StageLog:
         self.set_missing(0)
 
     def set_missing(self, number: int) -> None:
-        """Go by the builds for which so many blobs had to be made."""
+        """Use the times of builds that had to make so many blobs."""
         self._key = {**self._kind, "missing": number}
         blob = self._cache.load(self._key)
-        self._earlier: dict[str, float] = json.loads(blob) if blob is not None else {}  # seconds, in their order
+        self._earlier: dict[str, float] = json.loads(blob) if blob is not None else {}  # seconds, in stage order
 
     def begin(self, stage: str) -> float | None:
-        """Seconds that this stage and those after it took the last time; None where that is not known."""
+        """Note that a stage begins; return the seconds that it and later ones took last time, or None if unknown."""
         self._starts[stage] = time.monotonic()
         if stage not in self._earlier:
             return None
         return sum(list(self._earlier.values())[list(self._earlier).index(stage) :])
 
     def save(self) -> None:
-        """Keep what was measured, in place of the last time's. For builds that came to their end."""
+        """Save what was measured in place of the last time's; call it only for builds that finished."""
         ends = [*list(self._starts.values())[1:], time.monotonic()]
         took = {stage: end - start for (stage, start), end in zip(self._starts.items(), ends, strict=True)}
         self._cache.save(self._key, json.dumps(took).encode())

@@ -1,6 +1,6 @@
-"""The `tensorrt` backend: the exported ONNX, types and all, as TensorRT 11 plans; the default on an NVIDIA GPU.
+"""The `tensorrt` backend: the exported ONNX, with its types, as TensorRT 11 plans; the default on an NVIDIA GPU.
 
-Layer 4: what is built of what; `tensorrt_build`, `tensorrt_plugins` and `tensorrt_runtime` do the work.
+Layer 4: decides what is built from what; `tensorrt_build`, `tensorrt_plugins` and `tensorrt_runtime` do the work.
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ MIN_CAPABILITY = (8, 0)
 DESCRIPTION = "tensorrt.json"
 TIMING_CACHE = "timing.cache"
 DECODERS = ("vae_decoder", SMALL_DECODER)
-# Of a plan to its module in float32, four times what the tests allow: TensorRT 11.3.0 is known to have lost a bias when it
-# refitted, and a plan that is wrong says nothing.
+# Relative errors of a plan against its module in float32, four times what the tests allow. Plans are checked because a
+# wrong one gives no sign of it: TensorRT 11.3.0 is known to have lost a bias in a refit.
 TOLERANCES = {"fp32": 4e-4, "fp16": 0.02, "bf16": 0.12}
 
 log = logging.getLogger(__name__)
 
 
 def network_precision(name: str, precision: Precision) -> tuple[Precision, bool]:
-    """A network's precision inside an engine of a precision, and whether its float32 products may be TF32."""
+    """Return a network's precision inside an engine of this precision, and whether its float32 products may be TF32."""
     inner = inner_precision(name, precision)
-    # TF32 has float16's mantissa and no end of its range; in bf16 it is for what TensorRT has not in that.
+    # TF32 has float16's mantissa but a wider range. In bf16 it is for operators that TensorRT does not have in bf16.
     return inner, inner == "bf16" or (inner != precision and name in BEYOND_FP16)
 
 
@@ -85,13 +85,13 @@ class TensorRTBackend:
     libraries = ("tensorrt-cu13", "tensorrt-cu13-bindings")
 
     def device(self) -> dict[str, str]:
-        """The current GPU, with its compute capability and driver; a plan runs on no other."""
+        """Return the current GPU, with its compute capability and driver; a plan runs on no other."""
         return describe_compiled_device()
 
     def unsupported_reason(self, precision: Precision) -> str | None:
-        """Why TensorRT cannot run here; CUDA is asked only where everything is installed."""
+        """Return why TensorRT cannot run here, or None. CUDA is asked only if everything is installed."""
         reason = untyped_reason(precision)
-        if reason is not None:  # first: nothing that can be installed mends it
+        if reason is not None:  # first: no installation would help
             return reason
         for package, requirement in INSTALL.items():
             if importlib.util.find_spec(package) is None:
@@ -110,7 +110,7 @@ class TensorRTBackend:
         return None
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
-        """How many networks are to be traced, and one more where nothing was timed on this GPU."""
+        """Count the networks that are still to be traced, and one more if nothing was timed on this GPU yet."""
         from posecrafter_rt.export.prefill import missing_graphs
 
         is_timed = _timings().holds(_timings_key())
@@ -119,10 +119,10 @@ class TensorRTBackend:
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:
-        """Write every network's plan, and beside it its weights, which a refit may need; each is compared with its module.
+        """Write every network's plan and, beside it, its weights, which a refit may need; compare it with its module.
 
-        Traced graphs and the timing cache are kept in the user's cache, the latter after each network, so that the next
-        build has it whatever becomes of this one; a copy of it lies in the folder.
+        Traced graphs and the timing cache are kept in the user's cache. The timing cache is saved after each network,
+        so the next build has it even if this one fails; a copy of it lies in the folder.
         """
         from posecrafter_rt.export.onnx import export_network
         from posecrafter_rt.export.prefill import prefill
@@ -156,7 +156,7 @@ class TensorRTBackend:
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
     ) -> None:
-        """See `Backend.refit`: a plan is refitted on the GPU and then compared with its module on the CPU.
+        """See `Backend.refit`. A plan is refitted on the GPU and then compared with its module on the CPU.
 
         A network without a changed weight is copied.
         """
@@ -184,10 +184,10 @@ class TensorRTBackend:
     def _compare(
         self, folder: Path, network: nn.Module, spec: NetworkSpec, arch: Architecture, precision: Precision, hint: str
     ) -> float:
-        """Run what was written on the smallest clip that has two frames: as it is, recorded, and replayed.
+        """Run what was written three times on the smallest clip with two frames: unrecorded, recorded, and replayed.
 
         Returns: the largest relative error of an output.
-        Raises: EngineFolderError, with this hint.
+        Raises: EngineFolderError, with this hint, if that is too large.
         """
         device = torch.device("cuda", torch.cuda.current_device())
         plan = partial(_deserialize, folder, spec.name, hint)
@@ -196,7 +196,7 @@ class TensorRTBackend:
         inputs = random_inputs(spec, {**least, "frames": min(2 * least["groups"], most["frames"])})
         with torch.inference_mode():
             expected = network(*inputs.values())
-        given = {name: tensor.to(device) for name, tensor in inputs.items()}  # at one address, or nothing is replayed
+        given = {name: tensor.to(device) for name, tensor in inputs.items()}  # at one address, else nothing is replayed
         inner, allow_tf32 = network_precision(spec.name, precision)
         tolerance, worst = max(TOLERANCES[inner], TOLERANCES["fp16"] if allow_tf32 else 0), 0.0
         for _ in range(3):
@@ -210,12 +210,12 @@ class TensorRTBackend:
         return worst
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
-        """Every network: decoders with one workspace between them, the others with another.
+        """Return every network: decoders share one workspace, the others share another.
 
-        So one thread can decode while another samples; no two networks of one workspace ever run at the same time. A plan is
-        put on the GPU when its network is first run.
+        So one thread can decode while another samples; networks of one workspace never run at the same time. A plan is
+        put on the GPU when its network first runs.
 
-        Raises: EngineFolderError when the folder was not written by `build`, or for another GPU or TensorRT.
+        Raises: EngineFolderError if the folder was not written by `build`, or for another GPU or TensorRT.
         """
         check_description(networks_folder, {"tensorrt": _version(), "device": gpu_name()})
         specs, hint = network_specs(arch), rebuild_networks_hint(networks_folder)
@@ -229,7 +229,7 @@ class TensorRTBackend:
 
 
 def _timings() -> BlobCache:
-    """Timing caches, each under a `_timings_key`."""
+    """Return the blob cache of timing caches, each under a `_timings_key`."""
     return BlobCache(cache_dir() / "tensorrt")
 
 
@@ -241,7 +241,7 @@ def _build_network(
     graph: ir.Model, spec: NetworkSpec, arch: Architecture, folder: Path, precision: Precision, timings: bytes,
     progress: Progress,
 ) -> tuple[dict[str, Any], bytes]:  # fmt: skip
-    """Write a network's plan and weights; returns what `write_description` keeps of it, and `build_plan`'s timings."""
+    """Write a network's plan and weights; return what `write_description` takes, and `build_plan`'s timings."""
     from posecrafter_rt.export.onnx import save_model
 
     inner, allow_tf32 = network_precision(spec.name, precision)
@@ -258,7 +258,7 @@ def _build_network(
 
 
 def shape_limits(spec: NetworkSpec, arch: Architecture) -> dict[str, list[int]]:
-    """The least and the most of each free dimension of a network, by its symbol."""
+    """Return the least and the most of each free dimension of a network, by its symbol."""
     least, _, most = profile_sizes(spec, arch)
     symbols = {split_dim(dim)[0] for tensor in spec.inputs for dim in tensor.dims if isinstance(dim, str)}
     return {symbol: [least[symbol], most[symbol]] for symbol in sorted(symbols)}
@@ -267,7 +267,7 @@ def shape_limits(spec: NetworkSpec, arch: Architecture) -> dict[str, list[int]]:
 def prepare_graph(
     graph: ir.Model, spec: NetworkSpec, arch: Architecture, precision: Precision, capability: tuple[int, int]
 ) -> tuple[int, int]:
-    """Make an exported graph TensorRT's: attention as plugins where a kernel serves it, precision in its types.
+    """Prepare an exported graph for TensorRT: attention becomes plugins if a kernel fits, types become the precision's.
 
     A kernel is tried as `ahead_of_time` will compile it for the profile of this architecture.
 
@@ -279,7 +279,7 @@ def prepare_graph(
 
     _, usual, _ = profile_sizes(spec, arch)
 
-    @cache  # one that no kernel fits is tried, and told, once
+    @cache  # what no kernel fits is tried and reported only once
     def has_plugin(name: str, channels: int, heads: int) -> bool:
         if name not in PLUGIN_OPS:
             return False
@@ -301,12 +301,12 @@ def prepare_graph(
 
 
 def initialisers(graph: ir.Model) -> dict[str, Tensor]:
-    """Every initialiser by its name, in the type that it has in the graph."""
+    """Return every initialiser by its name, in the type that it has in the graph."""
     found = {}
     for name, value in graph.graph.initializers.items():
         if value.const_value is not None:
             array = value.const_value.numpy()
-            array = array if array.flags.writeable else array.copy()  # torch wants to be able to write
+            array = array if array.flags.writeable else array.copy()  # torch wants a writeable array
             is_bf16 = array.dtype.name == "bfloat16"  # which torch does not take from NumPy
             tensor = torch.from_numpy(array.view("int16") if is_bf16 else array)
             found[str(name)] = (tensor.view(torch.bfloat16) if is_bf16 else tensor).contiguous()
@@ -314,13 +314,13 @@ def initialisers(graph: ir.Model) -> dict[str, Tensor]:
 
 
 def in_types_of(stored: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Those of a network's parameters that are stored, each in the type that it is stored in."""
+    """Return those of a network's parameters that are stored, each in the type that it is stored in."""
     return {name: parameter.detach().to(stored[name].dtype)
             for name, parameter in network.named_parameters() if name in stored}  # fmt: skip
 
 
 def check_description(networks_folder: Path, current: dict[str, Any]) -> None:
-    """Raises: EngineFolderError when an engine is none of this backend's, or not for what runs here."""
+    """Raise EngineFolderError if an engine is not of this backend, or was built for something else than `current`."""
     try:
         built = json.loads((networks_folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -333,7 +333,7 @@ def check_description(networks_folder: Path, current: dict[str, Any]) -> None:
 
 
 def _deserialize(folder: Path, name: str, hint: str) -> trt.ICudaEngine:
-    """A plan on the GPU. Raises: EngineFolderError when TensorRT cannot read it, OutOfMemory where it does not fit."""
+    """Put a plan on the GPU. Raises: EngineFolderError if TensorRT cannot read it, OutOfMemory if it does not fit."""
     import tensorrt as trt
 
     runtime: trt.Runtime = trt.Runtime(make_logger())
@@ -346,14 +346,14 @@ def _deserialize(folder: Path, name: str, hint: str) -> trt.ICudaEngine:
 def _refit_plan(
     source: Path, folder: Path, name: str, changed: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> None:
-    """Write a network's plan with changed weights; the GPU holds it no longer than that."""
+    """Write a network's plan with changed weights; the GPU holds it only meanwhile."""
     plan = _deserialize(source, name, rebuild_networks_hint(source))
     refit(plan, changed, weights, weights.__getitem__, WITHOUT)
     (folder / f"{name}.plan").write_bytes(_serialize(plan))
 
 
 def _serialize(plan: trt.ICudaEngine) -> bytes:
-    """A plan with its present weights, which can be refitted again."""
+    """Return a plan with its present weights; it can be refitted again."""
     import tensorrt as trt
 
     config: trt.ISerializationConfig = plan.create_serialization_config()

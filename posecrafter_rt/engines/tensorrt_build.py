@@ -1,4 +1,4 @@
-"""Building TensorRT plans: optimisation profiles, parser, builder, timing cache; a build can be watched and interrupted.
+"""Build TensorRT plans: optimisation profiles, parser, builder, timing cache; a build can be watched and interrupted.
 
 Layer 4: profiles are pure functions of the spec; the rest needs TensorRT and a GPU.
 """
@@ -23,12 +23,12 @@ from posecrafter_rt.spec import ONE_FRAME_NETWORKS, STREAM_NETWORKS, Architectur
 if TYPE_CHECKING:
     import tensorrt as trt
 
-# Each a (least, usual, most). Kernels are chosen for what is usual.
+# Each is (least, usual, most). TensorRT chooses kernels for the usual size.
 USUAL_FRAMES = 16  # of one group
 GROUPS = (1, 1, 2)  # 2 with guidance
-STEPS = (1, 30, 1000)  # of a schedule, substeps of the inversion counted
+STEPS = (1, 30, 1000)  # of a schedule, with the substeps of the inversion
 STREAM_FRAMES = (1, 1, 8)  # one, or the steps of a pipelined stream
-WINDOW = (1, 3, 31)  # frames that a stream remembers, the reference among them
+WINDOW = (1, 3, 31)  # frames that a stream remembers, with the reference
 
 Shape = tuple[int, ...]
 Sizes = dict[str, int]
@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 
 
 def profile_sizes(spec: NetworkSpec, arch: Architecture) -> tuple[Sizes, Sizes, Sizes]:
-    """`resolve_shape`'s sizes of a network at its (least, usual, most); "frames" counts those of all groups, as `spec` does.
+    """Return `resolve_shape`'s (least, usual, most) sizes of a network; "frames" counts all groups', as in `spec`.
 
-    An architecture without a size gets up to 16 times its smallest one, one without a number of frames the usual number.
+    Without a size the architecture gets up to 16 times its smallest one, without a number of frames the default one.
     """
     if spec.name in ONE_FRAME_NETWORKS:
         frames = (1, 1, 1)
@@ -60,7 +60,7 @@ def profile_sizes(spec: NetworkSpec, arch: Architecture) -> tuple[Sizes, Sizes, 
 
 
 def profile_shapes(spec: NetworkSpec, arch: Architecture) -> dict[str, tuple[Shape, Shape, Shape]]:
-    """(least, usual, most) shape of every input with a free dimension."""
+    """Return the (least, usual, most) shape of every input with a free dimension."""
     points = profile_sizes(spec, arch)
     return {
         tensor.name: tuple(resolve_shape(tensor.dims, sizes) for sizes in points)  # type: ignore[misc]
@@ -76,10 +76,10 @@ def build_plan(
     """Build one network.
 
     Args: path: its ONNX file, whose types are the network's; shapes: see `profile_shapes`; timings: what an earlier
-        build returned, or nothing; allow_tf32: whether float32 products may round their factors to 10 bits; tell: is
-        told the name of each phase as it begins, and may raise, which ends the build.
-    Returns: the plan, refittable by the names of the initialisers, and the timings for the next build, or nothing.
-    Raises: PoseCrafterError when the network cannot be parsed or built, OutOfMemory among them.
+        build returned, or empty; allow_tf32: whether float32 products may round their factors to 10 bits; tell: called
+        with the name of each phase as it begins; if it raises, the build ends.
+    Returns: the plan, refittable by the names of the initialisers, and the timings for the next build, perhaps empty.
+    Raises: PoseCrafterError if the network cannot be parsed or built; OutOfMemory, one of these, for want of memory.
     """
     import tensorrt as trt
 
@@ -94,11 +94,11 @@ def build_plan(
         raise PoseCrafterError(f"TensorRT cannot parse {path.name}: {errors}", "build with --backend torch")
     config: trt.IBuilderConfig = builder.create_builder_config()
     config.set_flag(trt.BuilderFlag.REFIT)
-    # Without it a plan's inner memory is always that of its largest shape, whatever is run.
+    # Without it a plan always takes the activation memory of its largest shape.
     config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     if not allow_tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
-    timing_cache = _attach_timings(config, timings)  # which must live until the plan is built
+    timing_cache = _attach_timings(config, timings)  # it must live until the plan is built
     profile: trt.IOptimizationProfile = builder.create_optimization_profile()
     for tensor, (least, usual, most) in shapes.items():
         profile.set_shape(tensor, least, usual, most)
@@ -110,12 +110,12 @@ def build_plan(
     plan = run_watched(lambda: builder.build_serialized_network(network, config), phases, tell, monitor.cancel)
     if plan is None:
         raise failure(f"TensorRT cannot build {name}", f"{DEBUG}, or use --backend torch")
-    take_errors()  # of kernels that were tried and not taken
+    take_errors()  # forget those of kernels that were tried and not taken
     return bytes(plan), b"" if timing_cache is None else _read_timings(config)
 
 
 def _attach_timings(config: trt.IBuilderConfig, timings: bytes) -> trt.ITimingCache | None:
-    """Give a build what earlier ones measured, or an empty cache where TensorRT refuses it; None if it refuses both."""
+    """Give a build what earlier ones measured, or an empty cache if TensorRT refuses that; None if it refuses both."""
     for blob in (timings, b""):
         cache: trt.ITimingCache = config.create_timing_cache(blob)
         if cache is not None and config.set_timing_cache(cache, False):
@@ -131,7 +131,7 @@ def _read_timings(config: trt.IBuilderConfig) -> bytes:
 
 
 def make_monitor(phases: SimpleQueue[str | None]) -> trt.IProgressMonitor:
-    """Puts the names of a build's outer two levels of phases into a queue, each once; its `cancel` ends the build.
+    """Return a monitor that queues the names of a build's outer two levels of phases once; its `cancel` ends the build.
 
     TensorRT calls it from threads of its own, and swallows what it raises.
     """
@@ -167,15 +167,15 @@ def run_watched(
     work: Callable[[], Result], phases: SimpleQueue[str | None], tell: Callable[[str], None],
     cancel: Callable[[], None],
 ) -> Result:  # fmt: skip
-    """Do `work` in another thread and tell what it puts into `phases` in this one, so that Ctrl-C is noticed meanwhile.
+    """Do `work` in another thread; call `tell` in this one with what it puts into `phases`, so that Ctrl-C is noticed.
 
-    What is raised here, by `tell` or by Ctrl-C, calls `cancel`, and is passed on once the work has ended.
+    If `tell` or Ctrl-C raises, `cancel` is called, and the exception is passed on once the work has ended.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def work_on_the_same_device() -> Result:
         if device is not None:
-            torch.cuda.set_device(device)  # each thread has its own
+            torch.cuda.set_device(device)  # each thread has its own current device
         return work()
 
     with ThreadPoolExecutor(1) as pool:

@@ -1,4 +1,4 @@
-"""What building and running TensorRT's plans share: its logger, why something failed, element types.
+"""What building and running TensorRT's plans share: its logger, reasons for failures, element types.
 
 Layer 4.
 """
@@ -25,14 +25,14 @@ DEBUG = "run again with --debug"
 
 log = logging.getLogger(__name__)
 
-# What `failure` tells: the last that TensorRT logged, and what was noted, which no number of those pushes out.
+# What `failure` reports: the last errors that TensorRT logged, and notes, which these never push out.
 _errors: deque[str] = deque(maxlen=4)
 _notes: list[str] = []
 
 
 @cache
 def make_logger() -> trt.ILogger:
-    """TensorRT's messages as this package's log records; one a process, for TensorRT knows no second."""
+    """Return a logger of TensorRT's messages into this package's log; one per process: TensorRT accepts no second."""
     import tensorrt as trt
 
     severities = trt.ILogger.Severity
@@ -55,21 +55,22 @@ def make_logger() -> trt.ILogger:
 
 
 def note_error(message: str) -> None:
-    """Keep a reason for `failure` to tell rather than what TensorRT logs before and after it."""
+    """Keep a reason that `failure` reports rather than what TensorRT logs before and after it."""
     _notes.append(message)
 
 
 def failure(what: str, hint: str = DEBUG, kind: type[PoseCrafterError] = PoseCrafterError) -> PoseCrafterError:
-    """What to raise where TensorRT returns no more than that something failed: its reason is in what it logged last.
+    """Return what to raise if TensorRT only says that something failed: its reason is in what it logged last.
 
-    Returns: OutOfMemory where memory is the reason, else a `kind` with `hint`.
+    Returns: OutOfMemory if memory is the reason, else a `kind` with `hint`.
     """
     return explain(what, take_errors(), hint, kind)
 
 
 def take_errors() -> list[str]:
-    """What TensorRT logged as errors since the last time, the last few, then what was noted; a build that succeeds may have
-    some, too.
+    """Return and forget the last few errors that TensorRT logged since the last call, then what was noted.
+
+    A build that succeeds may have logged some, too.
     """
     errors = [*_errors, *_notes]
     _errors.clear()
@@ -78,7 +79,7 @@ def take_errors() -> list[str]:
 
 
 def explain(what: str, errors: Sequence[str], hint: str, kind: type[PoseCrafterError]) -> PoseCrafterError:
-    """`failure`'s error for these reasons, the one to tell last, memory before all: one line, whatever their number."""
+    """Return `failure`'s error with one of these reasons: a lack of memory if there is one, else the last."""
     for error in errors:
         if OUT_OF_MEMORY.search(error):
             return OutOfMemory(f"{what}: {_first_line(error)}", FREE_MEMORY)
@@ -90,17 +91,17 @@ def _first_line(message: str) -> str:
 
 
 def leave_memory() -> None:
-    """Give back what torch only keeps: TensorRT allocates, too, and cannot use it."""
+    """Free the memory that torch only caches: TensorRT allocates, too, and cannot use it."""
     torch.cuda.empty_cache()
 
 
 def trt_dtype(dtype: torch.dtype) -> Any:
-    """TensorRT's name of a torch type."""
+    """Return TensorRT's `DataType` for a torch type."""
     return _dtypes()[dtype]
 
 
 def torch_dtype(dtype: Any) -> torch.dtype:
-    """The torch type of a `tensorrt.DataType`."""
+    """Return the torch type of a `tensorrt.DataType`."""
     return {theirs: ours for ours, theirs in _dtypes().items()}[dtype]
 
 

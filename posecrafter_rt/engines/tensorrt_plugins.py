@@ -1,6 +1,6 @@
 """The two attentions as TensorRT plugins whose kernels are compiled while the engine is built: no Python runs later.
 
-Layer 4: launch parameters are pure functions of dimensions; `register_plugins` alone needs TensorRT. No postponed
+Layer 4: launch parameters are pure functions of dimensions; only `register_plugins` needs TensorRT. No postponed
 annotations here: TensorRT reads those of the registered functions and must find types, not text.
 """
 
@@ -14,7 +14,7 @@ from posecrafter_rt.engines.tensorrt_common import note_error, torch_dtype
 
 NAMESPACE = "posecrafter"
 PLUGIN_OPS = {"KeyframeAttention": "keyframe_attention", "TemporalAttention": "temporal_attention"}
-MAX_ELEMENTS = 2**31 - 1  # of one group: its stride is a 32-bit argument
+MAX_ELEMENTS = 2**31 - 1  # of one group, whose stride is a 32-bit argument
 
 Dim = Any  # an int, or TensorRT's symbolic expression: both know +, * and // with an int on the right
 CeilDiv = Callable[[Any, int], Any]
@@ -22,14 +22,14 @@ CeilDiv = Callable[[Any, int], Any]
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. grid: x, y, z; integers: by the kernel's argument names, in the kernel's order."""
+    """One kernel launch. grid: x, y, z; integers: by the kernel's argument names, in the kernel's order."""
 
     grid: tuple[Dim, Dim, Dim]
     integers: dict[str, Dim]
 
 
 def keyframe_launch(q: Sequence[Dim], k: Sequence[Dim], heads: int, block_m: int, cdiv: CeilDiv) -> Launch:
-    """q: (G·F, L, C); k and v: (G, L', C), all contiguous."""
+    """Return the launch of key-frame attention. q: (G·F, L, C); k and v: (G, L', C), all contiguous."""
     channels, groups = q[2], k[0]
     num_rows = q[0] // groups * q[1]
     group_stride = k[1] * channels
@@ -41,7 +41,10 @@ def keyframe_launch(q: Sequence[Dim], k: Sequence[Dim], heads: int, block_m: int
 
 
 def temporal_launch(q: Sequence[Dim], k: Sequence[Dim], heads: int, blocks: tuple[int, int], cdiv: CeilDiv) -> Launch:
-    """q: (G, Fq, L, C); k and v: (G, Fk, L, C), all contiguous; blocks: query frames and positions a tile."""
+    """Return the launch of temporal attention. q: (G, Fq, L, C); k and v: (G, Fk, L, C), all contiguous.
+
+    blocks: query frames and positions per tile.
+    """
     groups, num_queries, tokens, channels = q
     frame_stride = tokens * channels
     integers = {
@@ -55,19 +58,19 @@ def temporal_launch(q: Sequence[Dim], k: Sequence[Dim], heads: int, blocks: tupl
 
 
 def launch_parameters(op: str, q: Sequence[Dim], k: Sequence[Dim], heads: int, tile: Any, cdiv: CeilDiv) -> Launch:
-    """The launch of an operator with a tile of `kernels.configs`."""
+    """Return the launch of an operator with a tile of `kernels.configs`."""
     if op == "keyframe_attention":
         return keyframe_launch(q, k, heads, tile.block_m, cdiv)
     return temporal_launch(q, k, heads, (tile.block_q, tile.block_p), cdiv)
 
 
 def typical_frames(op: str, q: Sequence[int]) -> int:
-    """What a temporal tile is chosen for: the frames of the profile's optimum. 1 for the key frame's attention."""
+    """Return the frames that a temporal tile is chosen for: the profile's optimum; 1 for key-frame attention."""
     return q[1] if op == "temporal_attention" else 1
 
 
 def check_size(op: str, largest: Sequence[int]) -> None:
-    """Raises: ValueError when one group of the largest q or k has too many elements for a 32-bit stride."""
+    """Raise ValueError if the largest q or k (of temporal attention, a group of it) is too large for 32-bit strides."""
     elements = 1
     for length in largest if op == "keyframe_attention" else largest[1:]:
         elements *= length
@@ -77,7 +80,7 @@ def check_size(op: str, largest: Sequence[int]) -> None:
 
 @cache
 def register_plugins(capability: tuple[int, int]) -> None:
-    """Make TensorRT's builder know the plugins, compiled for a device of this compute capability; once a process.
+    """Register the plugins with TensorRT's builder, for devices of this compute capability; once per process.
 
     Raises: ValueError from TensorRT for another capability in the same process.
     """
@@ -110,9 +113,9 @@ def _register(trtp: Any, plugin_id: str, op: str, capability: tuple[int, int]) -
 def ahead_of_time(
     trtp: Any, op: str, capability: tuple[int, int], descs: tuple[Any, Any], heads: int
 ) -> tuple[str, str, Any, Any]:
-    """What `aot_impl` returns: the kernel's name, PTX, launch parameters and integer arguments.
+    """Return what `aot_impl` expects: the kernel's name, PTX, launch parameters and integer arguments.
 
-    descs: TensorRT's descriptions of q and k, with profile.
+    descs: TensorRT's descriptions of q and k, with their profiles.
     """
     from posecrafter_rt.kernels.plugins import plugin_kernel
 
@@ -132,6 +135,6 @@ def ahead_of_time(
 
 
 def profile_shape(desc: Any, bound: str) -> tuple[int, ...]:
-    """A tensor's shape at a bound of the profile: "opt" or "max"."""
+    """Return a tensor's shape at a bound of the profile: "opt" or "max"."""
     shape = desc.shape
     return tuple(getattr(shape, bound) if shape.is_dynamic else shape)

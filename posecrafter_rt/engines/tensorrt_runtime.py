@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
-# An input up to this size has its own buffer, so that a step's latents do (8 MiB for 128 frames of 512 × 512 pixels); a
-# larger one is read where it lies.
+# An input up to this size is copied into its own buffer, as a step's latents are (8 MiB for 128 frames of 512 × 512
+# pixels); a larger one is read in place.
 COPIED_BYTES = 16 << 20
 KEPT_SHAPES = 4  # each with its context and output buffers
-KEPT_GRAPHS = 8  # a shape, one for each set of addresses
-# Networks of two workspaces may be called in two threads, but each call is launched by itself, which takes little time. A
-# recording is broken by whatever another thread does to the whole device: makes a context, records (which waits for it).
-# The network's device is current meanwhile: TensorRT puts a plan there, and each thread has a current one of its own.
+KEPT_GRAPHS = 8  # per shape, one for each set of addresses
+# Networks of two workspaces may be called in two threads, but only one call is launched at a time, which takes little
+# time. Whatever another thread does to the whole device breaks a recording: making a context, or recording, which waits
+# for the device. The network's device is current meanwhile: TensorRT puts plans there, and each thread has its own.
 _launching = Lock()
 
 log = logging.getLogger(__name__)
@@ -49,14 +49,14 @@ Types = Mapping[str, torch.dtype]  # of a plan's inputs and outputs
 def is_copied(tensor: Tensor) -> bool:
     """Whether an input is copied into a buffer of its own before a run.
 
-    A graph is bound to addresses. Small tensors, such as latents or one row of a table, have a new one at every step; large
-    ones (ControlNet residuals, pose embeddings) come again and again at the same. What is not aligned is copied too.
+    A graph is bound to addresses. Small tensors, such as latents or one row of a table, have a new address at every
+    step; large ones (ControlNet residuals, pose embeddings) keep theirs. What is not aligned is copied, too.
     """
     return tensor.numel() * tensor.element_size() <= COPIED_BYTES or tensor.data_ptr() % ALIGNMENT != 0
 
 
 def output_shapes(spec: NetworkSpec, shapes: Shapes) -> Shapes:
-    """The outputs' shapes for inputs of these shapes."""
+    """Return the outputs' shapes for inputs of these shapes."""
     sizes: dict[str, int] = {}
     for tensor, shape in zip(spec.inputs, shapes, strict=True):
         for dim, length in zip(tensor.dims, shape, strict=True):
@@ -67,7 +67,7 @@ def output_shapes(spec: NetworkSpec, shapes: Shapes) -> Shapes:
 
 
 class Workspace:
-    """A stream, and the activation memory that networks use in turn on it; it grows with the shapes that are run.
+    """A stream, and the activation memory that networks on it use in turn; it grows with the shapes that are run.
 
     generation: how often it has grown; addresses of another generation are no longer valid.
     """
@@ -79,11 +79,11 @@ class Workspace:
         self.generation = 0
 
     def reserve(self, num_bytes: int) -> None:
-        """Have at least so much memory; it is other memory where there was less."""
+        """Have at least so much memory; if there was less, it is new memory."""
         if num_bytes > self.memory.numel():
             self.stream.synchronize()  # what runs may still need the old one
             self.generation += 1
-            self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)  # before there is another
+            self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)  # free the old one first
             leave_memory()
             self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
@@ -111,7 +111,7 @@ class Slot:
             if not context.set_input_shape(tensor.name, shape):
                 raise ShapeError(f"{spec.name}: {tensor.name} of {shape} is outside what the engine was built for",
                                  f"change --max-frames or --size and {rebuild_networks_hint(networks_folder)}")  # fmt: skip
-        # It says 0 where it cannot tell; the plan knows what its largest shapes take.
+        # It returns 0 if it cannot tell; the plan knows what its largest shapes take.
         self.num_bytes = context.update_device_memory_size_for_shapes() or engine.device_memory_size_v2
         self.generation = -1
         self.buffers: dict[str, Tensor] = {}
@@ -152,7 +152,7 @@ class Slot:
         return self.outputs
 
     def _take_workspace(self) -> None:
-        """Have the workspace large enough, and bind the context to it where it is not the one of the last run."""
+        """Make the workspace large enough, and bind the context to it if its memory is new since the last run."""
         if self.num_bytes == 0:  # nothing to bind: a workspace that is still empty has no address
             return
         self.workspace.reserve(self.num_bytes)
@@ -166,7 +166,7 @@ class Slot:
             raise failure(f"TensorRT refuses the memory of {self.spec.name}'s {name}, {tuple(tensor.shape)}")
 
     def _bound(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor that the kernels will read: the input itself, or its buffer after a copy."""
+        """Return the tensor that the kernels will read: the input itself, or its buffer after a copy."""
         if not is_copied(tensor):
             return tensor
         if name not in self.buffers:
@@ -178,8 +178,8 @@ class Slot:
             raise failure(f"TensorRT could not run {self.spec.name}")
 
     def _record(self) -> torch.cuda.CUDAGraph | None:
-        """The launches of one run; None, and never tried again, where TensorRT cannot be recorded."""
-        self.workspace.stream.synchronize()  # the run before must have ended, TensorRT asks for that
+        """Record the launches of one run; if TensorRT cannot be recorded, return None, and never try again."""
+        self.workspace.stream.synchronize()  # TensorRT requires that the run before has ended
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.workspace.stream, capture_error_mode="thread_local"):
@@ -194,8 +194,8 @@ class Slot:
 class TensorRTEngine:
     """One network.
 
-    plan: reads it onto the GPU; called once, when the network is first run or its weights are replaced, for a process that
-    renders has no use for a stream's networks.
+    plan: reads the plan onto the GPU. It is called once, when the network first runs or its weights are replaced: a
+    process that renders has no use for a stream's networks.
     """
 
     has_own_threads = False
@@ -229,16 +229,16 @@ class TensorRTEngine:
         given = self._checked(inputs)
         stream, current = self._workspace.stream, torch.cuda.current_stream(self._workspace.device)
         with _launching, torch.cuda.device(self.device):
-            # Only what is kept can be of another type: zeros in place of what no call has given yet.
+            # Only "kept" tensors can be of another type: zeros in place of what no call has returned yet.
             tensors = [tensor.to(self._types[expected.name]).contiguous()
                        for expected, tensor in zip(self.spec.inputs, given, strict=True)]  # fmt: skip
-            stream.wait_stream(current)  # for the inputs, and for who still reads outputs of a slot that may now go
+            stream.wait_stream(current)  # for the inputs, and for readers of a slot's outputs that may now go
             slot = self._slot(tuple(tuple(tensor.shape) for tensor in tensors))
             with torch.cuda.stream(stream):
                 outputs = slot.run(tensors)
             current.wait_stream(stream)
         for tensor in tensors:
-            tensor.record_stream(stream)  # so that its memory is not given away before it was read
+            tensor.record_stream(stream)  # so that its memory is not reused before it was read
         return dict(outputs)
 
     def _slot(self, shapes: Shapes) -> Slot:
@@ -266,7 +266,7 @@ class TensorRTEngine:
                     self._workspace.stream.synchronize()
                     refit(self._engine, swapped, names, stored.get_tensor, hint)
                     self._slots.clear()
-                self._swapped = swapped  # not before TensorRT has taken them
+                self._swapped = swapped  # only now that TensorRT has taken them
         return set(fitting)
 
 
@@ -274,15 +274,15 @@ def refit(
     engine: trt.ICudaEngine, changed: Mapping[str, Tensor], names: Iterable[str], stored: Callable[[str], Tensor],
     hint: str,
 ) -> None:  # fmt: skip
-    """Replace weights by name; those that TensorRT merged with changed ones are `stored` under one of `names`.
+    """Replace weights by name. For those that TensorRT merged with changed ones, `stored` gives the ones in `names`.
 
-    Raises: CheckpointError when a changed one is beyond the range of the type that it is stored in, and, with this hint, when
-        TensorRT refuses; OutOfMemory where memory is the reason.
+    Raises: CheckpointError if a changed one is beyond the range of the type that it is stored in, and, with this hint,
+        if TensorRT refuses; OutOfMemory if memory is the reason.
     """
     import tensorrt as trt
 
     refitter: trt.Refitter = trt.Refitter(engine, make_logger())
-    kept: list[Tensor] = []  # TensorRT reads them when it refits, not when it is told
+    kept: list[Tensor] = []  # TensorRT reads them when it refits, not when they are set
 
     def give(name: str, tensor: Tensor) -> None:
         tensor = tensor.contiguous()

@@ -1,4 +1,4 @@
-"""The `torch` backend: the plain modules, the reference for every other.
+"""The `torch` backend: the plain modules, which are the reference for every other backend.
 
 Layer 4.
 """
@@ -47,25 +47,25 @@ from posecrafter_rt.spec import (
 from posecrafter_rt.tensor_file import save_tensors
 
 COMPONENTS_FILE = "components.json"
-# What runs at every step or for every frame, and the pixels of the largest batch that is recorded: 32 frames of 64 × 64
-# latents for denoisers, one and two frames of 512 × 512 for what makes pictures of latents and reads pictures of poses.
+# Networks that run at every step or for every frame, with the input pixels of the largest batch that is recorded: 32
+# frames of 64 × 64 latents for denoisers; one frame of 512 × 512 (64 × 64 latents) for decoders, two for poses.
 RECORDED = {**dict.fromkeys(("controlnet", "unet", SHALLOW_UNET, *STREAM_NETWORKS, SHALLOW_STREAM), 1 << 17),
             "vae_decoder": 1 << 12, SMALL_DECODER: 1 << 12, "pose_embedding": 1 << 19}  # fmt: skip
-# Whose results are taken or copied before another network runs: only these recordings may share their memory.
+# Their results are used or copied before another network runs: only these recordings may share their memory.
 SHARING = ("unet_stream", SHALLOW_STREAM, "vae_decoder", SMALL_DECODER, "pose_embedding")
 
 
 class TorchEngine:
-    """One network module, run eagerly in its smallest weight's dtype; those of RECORDED by CUDA graphs, where they help.
+    """One network module, run eagerly in its smallest weight's dtype; those of RECORDED use CUDA graphs if these help.
 
-    is_exact: whether a GPU's float32 convolutions must be that, not TF32. pool: see `Recorder`.
+    is_exact: whether a GPU's float32 convolutions must be exact, not TF32. pool: see `Recorder`.
     """
 
     has_own_threads = False
 
     def __init__(self, module: nn.Module, spec: NetworkSpec, is_exact: bool, pool: Any = None) -> None:
         self.module, self.spec, self.is_exact = module, spec, is_exact
-        smallest = min(module.parameters(), key=Tensor.numel)  # others may be kept narrow
+        smallest = min(module.parameters(), key=Tensor.numel)  # larger ones may be kept narrow
         self.device, self.dtype = smallest.device, smallest.dtype
         self._checked = InputChecker(spec, self.device)
         most = RECORDED.get(spec.name)
@@ -94,9 +94,9 @@ class TorchEngine:
 
 
 class TorchBackend:
-    """Eager PyTorch on the current CUDA device, or on the processor where there is none; runs everywhere.
+    """Eager PyTorch on the current CUDA device, or on the processor if there is none; it runs everywhere.
 
-    tokens_at_once: see `do_in_parts`, for a clip that memory does not hold otherwise; None: a block does what is fastest.
+    tokens_at_once: see `do_in_parts`, for a clip that does not fit into memory. None: a block does what is fastest.
     """
 
     name = "torch"
@@ -106,15 +106,15 @@ class TorchBackend:
         self.tokens_at_once = tokens_at_once
 
     def device(self) -> dict[str, str]:
-        """The GPU with its compute capability, or the processor."""
+        """Return the GPU with its compute capability, or the processor."""
         return describe_device()
 
     def unsupported_reason(self, precision: Precision) -> str | None:
-        """None but for int8: what a processor does not multiply fast it keeps and widens."""
+        """Return a reason only for int8. What a processor does not multiply fast, it stores and widens."""
         return untyped_reason(precision)
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
-        """0: its builds keep nothing."""
+        """Return 0: builds of this backend cache nothing."""
         return 0
 
     def build(
@@ -122,19 +122,19 @@ class TorchBackend:
     ) -> None:
         """Write each component's configuration and its weights in the precision that it runs in.
 
-        Raises: EngineFolderError when a weight is beyond the precision's range.
+        Raises: EngineFolderError if a weight is beyond the precision's range.
         """
         for name, module in model.modules().items():
             progress(name)
             weights = _weights(name, module, precision)
-            changed_weights(_named(name, weights), {})  # raises where one does not fit
+            changed_weights(_named(name, weights), {})  # raises if one does not fit
             save_tensors(weights, folder / f"{name}.safetensors")
         (folder / COMPONENTS_FILE).write_text(describe_modules(model), encoding="utf-8")
 
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
     ) -> None:
-        """See `Backend.refit`: a component with a changed weight is written anew, the file of any other is copied.
+        """See `Backend.refit`. A component with a changed weight is written anew, the file of any other is copied.
 
         Nothing is compiled in this backend, so it takes no less time than `build`.
         """
@@ -152,9 +152,9 @@ class TorchBackend:
         (folder / COMPONENTS_FILE).write_text(description, encoding="utf-8")
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
-        """Rebuild the modules, without the base; in the precision asked for, which may be wider than that of the files.
+        """Rebuild the modules without the base, in the precision asked for, which may be wider than that of the files.
 
-        Where the device does not multiply it, weights alone are in it, and float32 is what runs.
+        If the device does not multiply that precision fast, only the weights are in it, and the arithmetic is float32.
         """
         description = (networks_folder / COMPONENTS_FILE).read_text(encoding="utf-8")
         modules, device = empty_modules(description), torch_device()
@@ -176,10 +176,10 @@ class TorchBackend:
 
 
 def _weights(name: str, module: nn.Module, precision: Precision) -> dict[str, Tensor]:
-    """A component's weights as they are stored; what is no floating-point number keeps its type.
+    """Return a component's weights as they are stored; those that are not floating-point keep their type.
 
-    Convolutions have their channels last, as they run. So a processor reads every weight where it lies in the file: there
-    is no copy of it, and processes share what they have read.
+    Convolutions are stored channels-last, as they run. So a processor reads every weight in place in the file: nothing
+    is copied, and processes share what they have read.
     """
     weights = _cast_weights(module.state_dict(), TORCH_DTYPES[inner_precision(name, precision)])
     return {key: (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
@@ -187,12 +187,12 @@ def _weights(name: str, module: nn.Module, precision: Precision) -> dict[str, Te
 
 
 def _named(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A component's weights by the names that networks have them under, by which they are told of."""
+    """Return a component's weights by their names in networks, which messages use."""
     return {f"{component}.{key}": tensor for key, tensor in weights.items()}
 
 
 def _in_use(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `_weights` stored, as modules name its dimensions; views."""
+    """Return what `_weights` stored with its dimensions in the order of modules, as views."""
     return {key: tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor for key, tensor in stored.items()}
 
 

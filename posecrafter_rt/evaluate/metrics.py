@@ -1,4 +1,4 @@
-"""How near a rendered clip is to the real one: PSNR, SSIM and the pose error MSE-P.
+"""Compare a rendered clip with the real one: PSNR, SSIM and the pose error MSE-P.
 
 Layer 7: numpy and OpenCV.
 """
@@ -17,12 +17,12 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def psnr(rendered: np.ndarray, truth: np.ndarray) -> float:
-    """Peak signal-to-noise ratio, the mean over frames.
+    """Return the peak signal-to-noise ratio, the mean over frames.
 
     PSNR = 10 log10(255^2 / MSE) per frame, MSE over its pixels and channels; at most 100 dB, so that a frame without
     any error does not make the mean infinite.
     Args: rendered, truth: uint8 (N, H, W, 3), RGB.
-    Returns: dB; higher is nearer.
+    Returns: dB; higher is closer.
     Raises: ShapeError if the clips differ in shape, are empty or not uint8.
     """
     _check_clips(rendered, truth)
@@ -30,11 +30,11 @@ def psnr(rendered: np.ndarray, truth: np.ndarray) -> float:
 
 
 def ssim(rendered: np.ndarray, truth: np.ndarray) -> float:
-    """Structural similarity, the mean over frames and colour channels.
+    """Return the structural similarity, the mean over frames and colour channels.
 
-    SSIM = (2 mu_a mu_b + C1)(2 s_ab + C2) / ((mu_a^2 + mu_b^2 + C1)(s_a^2 + s_b^2 + C2)), moments under a Gaussian
-    window of 11 x 11 pixels and sigma 1.5, C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2 (Wang et al. 2004), averaged over
-    the pixels whose window lies within the frame.
+    SSIM = (2 mu_a mu_b + C1)(2 s_ab + C2) / ((mu_a^2 + mu_b^2 + C1)(s_a^2 + s_b^2 + C2)), with moments under a Gaussian
+    window of 11 x 11 pixels and sigma 1.5, C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2 (Wang et al. 2004). It is averaged
+    over the pixels whose window lies within the frame.
     Args: rendered, truth: uint8 (N, H, W, 3), RGB; H, W >= 11.
     Returns: -1..1; 1 for equal clips.
     Raises: ShapeError if the clips differ in shape, are empty, not uint8, or smaller than the window.
@@ -50,10 +50,10 @@ def ssim(rendered: np.ndarray, truth: np.ndarray) -> float:
 
 
 def mse_p(rendered: PoseSequence, truth: PoseSequence) -> float:
-    """Mean squared error of keypoint coordinates, each divided by its canvas's width or height.
+    """Return the mean squared error of keypoint coordinates, each divided by its canvas's width or height.
 
-    Over x and y of all keypoints that are usable in both poses of a frame, all frames together (the paper's MSE-P; it
-    does not say how coordinates are normalised, that is our own).
+    This is the paper's MSE-P: the mean over x and y of all keypoints that are usable in both poses of a frame, over all
+    frames together. The paper does not say how coordinates are normalised; that is our choice.
     Args: rendered: the poses found in the rendered clip. truth: the poses it was to follow. N frames each.
     Returns: 0 for equal poses; 1 is an error of the whole picture.
     Raises: PoseError if the sequences differ in length or share no keypoint in any frame.
@@ -73,7 +73,7 @@ def mse_p(rendered: PoseSequence, truth: PoseSequence) -> float:
 
 
 def _normalised(poses: PoseSequence) -> np.ndarray:
-    """Coordinates as shares of the canvas, pixel centres at half-integers of it: float64 (N, 134, 2)."""
+    """Return coordinates as fractions of the canvas, counted from its corner, not from a pixel centre: (N, 134, 2)."""
     height, width = poses.canvas
     return (poses.keypoints[..., :2].astype(np.float64) + 0.5) / (width, height)
 
@@ -95,7 +95,7 @@ def _ssim_frame(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _local_mean(image: np.ndarray) -> np.ndarray:
-    """Gaussian-weighted mean around every pixel whose window lies within the image: (H - 10, W - 10, 3)."""
+    """Return the Gaussian-weighted mean around every pixel whose window lies within the image: (H - 10, W - 10, 3)."""
     margin = _WINDOW_PX // 2
     blurred = cv2.GaussianBlur(image, (_WINDOW_PX, _WINDOW_PX), _SIGMA_PX)
     return blurred[margin : image.shape[0] - margin, margin : image.shape[1] - margin]

@@ -1,6 +1,6 @@
-"""The method's mathematics as pure functions of arrays and tensors; those on tensors are resolved on first use.
+"""The method's mathematics as pure functions of arrays and tensors. Functions of tensors are imported on first use.
 
-Layer 1: numpy and the keypoint layout on import; torch only once a name of `ddim.py`, `dpmpp.py` or `unipc.py` is asked for.
+Layer 1: imports numpy and the keypoint layout; torch only when a name of `ddim.py`, `dpmpp.py` or `unipc.py` is used.
 """
 
 from __future__ import annotations

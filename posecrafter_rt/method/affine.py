@@ -9,15 +9,15 @@ import numpy as np
 
 from posecrafter_rt.errors import ShapeError
 
-# Of a matrix's two singular values, the smaller over the larger. Below a hundredth, a landmark that is off by one pixel
-# along the thin direction moves the map's far end by a hundred: no map is better than such a one.
+# Least ratio of the smaller singular value to the larger. Below 1/100, a landmark that is off by one pixel along the
+# thin direction moves the map's far end by a hundred pixels. Then no map is better.
 MIN_CONDITION = 1e-2
-# Points spread over less than this, in pixels, are one point: nothing can be fitted to them.
+# Points that spread over fewer pixels count as one point, to which nothing can be fitted.
 MIN_SPREAD_PX = 1e-6
 
 
 def fit_affine(src: np.ndarray, dst: np.ndarray, *, weights: np.ndarray | None = None) -> np.ndarray | None:
-    """The affine map that carries `src` to `dst` best.
+    """Return the affine map that carries `src` to `dst` best.
 
     A = argmin sum_k w_k |A [x_k, y_k, 1]^T - [x'_k, y'_k]^T|^2   (Eq. 18-19)
     Both point sets are centred and brought to unit spread first, so that the normal equations are well conditioned
@@ -26,8 +26,8 @@ def fit_affine(src: np.ndarray, dst: np.ndarray, *, weights: np.ndarray | None =
         src: (K, 2) x, y; finite.
         dst: (K, 2) x, y; finite.
         weights: (K,) >= 0, or None for equal weights. Points of weight 0 count as absent.
-    Returns: float64 (2, 3), or None where no usable map exists: fewer than 3 points, points (nearly) on one line or
-        in one place, or a map whose linear part is (nearly) singular.
+    Returns: float64 (2, 3), or None if there is no usable map: fewer than 3 points, points (nearly) on one line or in
+        one place, or a map whose linear part is (nearly) singular.
     Raises: ShapeError for shapes that do not fit, numbers that are not finite, or a negative weight.
     """
     affine, _ = fit_affine_with_reason(src, dst, weights=weights)
@@ -37,7 +37,7 @@ def fit_affine(src: np.ndarray, dst: np.ndarray, *, weights: np.ndarray | None =
 def fit_affine_with_reason(
     src: np.ndarray, dst: np.ndarray, *, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray | None, str]:
-    """As `fit_affine`, with the reason for the absence of a map; the reason is empty where there is one."""
+    """As `fit_affine`, but also return why there is no map; the reason is empty if there is one."""
     src, dst, weights = _checked_points(src, dst, weights)
     if len(src) < 3:
         return None, f"{len(src)} usable landmarks, 3 are needed"
@@ -63,7 +63,7 @@ def fit_affine_with_reason(
 
 
 def _spread(centred: np.ndarray, weights: np.ndarray) -> float:
-    """Root of the weighted mean square distance from the centre."""
+    """Return the root of the weighted mean square distance from the centre."""
     return float(np.sqrt(weights @ (centred**2).sum(axis=1)))
 
 

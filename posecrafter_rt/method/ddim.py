@@ -21,8 +21,8 @@ Denoise = Callable[[Tensor, int, int], Tensor]
 """(latents, index into `timesteps(num_inference_steps)`, timestep) -> noise prediction, the shape of latents."""
 
 OnStep = Callable[[int, Tensor], Tensor]
-"""(index, latents before that step, which later ones overwrite) -> what is denoised in their place: these, or others of their shape
-in memory of their own."""
+"""(index, latents before that step) -> the latents to denoise: the given ones, or others of their shape in memory of
+their own. Later steps overwrite the given ones."""
 
 Coefficients = tuple[float, float]
 """One step is `c_latents * latents + c_prediction * noise_pred`."""
@@ -85,12 +85,12 @@ class DDIMSchedule:
 
     @property
     def learned(self) -> dict[str, Any]:
-        """The settings that a denoiser is trained by; the others only say where a sampler steps. Plain JSON values."""
+        """The settings that a denoiser was trained with, as JSON values. The others only set a sampler's timesteps."""
         return {name: getattr(self, name) for name in _LEARNED}
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
-        """The noise levels: float32 (num_train_timesteps,), 1 - share of noise variance, falling; on the CPU."""
+        """The noise levels: float32 (num_train_timesteps,), 1 - share of noise variance, decreasing; on the CPU."""
         return torch.cumprod(1.0 - self._betas(), dim=0)
 
     def _betas(self) -> Tensor:
@@ -109,11 +109,11 @@ class DDIMSchedule:
         return torch.tensor(betas, dtype=torch.float32)
 
     def timesteps(self, num_inference_steps: int) -> np.ndarray:
-        """The sampler's timesteps, noisiest first.
+        """Return the sampler's timesteps, noisiest first.
 
         Args: num_inference_steps: 1..num_train_timesteps.
         Returns: int64 (num_inference_steps,), descending, each in 0..num_train_timesteps - 1.
-        Raises: PoseCrafterError for a step count that the schedule cannot hold.
+        Raises: PoseCrafterError for a step count that the schedule does not allow.
         """
         count, total = num_inference_steps, self.num_train_timesteps
         if not 1 <= count <= total:
@@ -134,16 +134,16 @@ class DDIMSchedule:
         return table
 
     def sampling_pairs(self, num_inference_steps: int) -> np.ndarray:
-        """Timesteps (from, to) of every sampling step, in order: int64 (num_inference_steps, 2); `to` < 0 is clean."""
+        """Return timesteps (from, to) of each sampling step: int64 (num_inference_steps, 2); `to` < 0 is clean."""
         starts = self.timesteps(num_inference_steps)
         return np.stack([starts, starts - self.num_train_timesteps // num_inference_steps], axis=1)
 
     def inversion_pairs(self, num_inference_steps: int, substeps: int = 1, start_step: int = 0) -> np.ndarray:
-        """Timesteps (from, to) of every inversion step, in order: the sampling steps walked backwards.
+        """Return timesteps (from, to) of every inversion step, in order: the sampling steps walked backwards.
 
-        The model is asked at `to`, the noisier end, as diffusers' inverse scheduler and ControlVideo ask it.
+        The model is evaluated at `to`, the noisier end, as in diffusers' inverse scheduler and in ControlVideo.
         Args:
-            substeps: parts into which each of them is divided, as far as there are timesteps between.
+            substeps: parts into which each step is divided, as far as there are timesteps between its ends.
             start_step: the first step that sampling will do; the inversion ends there.
         Returns: int64 (steps, 2); `from` < 0 is clean; the last `to` is the timestep of `start_step`.
         Raises: PoseCrafterError for fewer than one substep, or a start outside 0..num_inference_steps - 1.
@@ -164,30 +164,30 @@ class DDIMSchedule:
         return np.concatenate(divided)
 
     def inversion_timesteps(self, num_inference_steps: int, substeps: int = 1, start_step: int = 0) -> np.ndarray:
-        """The timesteps at which the model is asked during the inversion, noisiest first: int64 (steps,)."""
+        """Return the timesteps at which the inversion evaluates the model, noisiest first: int64 (steps,)."""
         pairs = self.inversion_pairs(num_inference_steps, substeps, start_step)
         return pairs[::-1, 1].copy()  # torch takes no negative strides
 
     def sampling_coefficients(self, num_inference_steps: int) -> list[Coefficients]:
-        """What `ddim_step` needs for every sampling step, in order."""
+        """Return the coefficients that `ddim_step` needs for every sampling step, in order."""
         return [self._coefficients(*pair) for pair in self.sampling_pairs(num_inference_steps).tolist()]
 
     def inversion_coefficients(
         self, num_inference_steps: int, substeps: int = 1, start_step: int = 0
     ) -> list[Coefficients]:
-        """What `ddim_step` needs for every inversion step, in order."""
+        """Return the coefficients that `ddim_step` needs for every inversion step, in order."""
         pairs = self.inversion_pairs(num_inference_steps, substeps, start_step)
         return [self._coefficients(*pair) for pair in pairs.tolist()]
 
     def clean_coefficients(self, timestep: int) -> Coefficients:
-        """Of x_0, as the prediction at a timestep has it: c_latents * latents + c_prediction * noise_pred."""
+        """Return the coefficients of x_0 = c_latents * latents + c_prediction * noise_pred at a timestep."""
         return self._transfer(self.scales(timestep), (1.0, 0.0))
 
     def _coefficients(self, start: int, end: int) -> Coefficients:
         return self._transfer(self.scales(start), self.scales(end))
 
     def _transfer(self, scales: tuple[float, float], next_scales: tuple[float, float]) -> Coefficients:
-        """Of x' = sqrt(a') x_0 + sqrt(1 - a') eps, with x_0 and eps written out in the latents and the prediction."""
+        """Return those of x' = sqrt(a') x_0 + sqrt(1 - a') eps, with x_0 and eps in terms of latents and prediction."""
         (signal, noise), (next_signal, next_noise) = scales, next_scales
         if self.prediction_type == "epsilon":  # x_0 = (x - noise * eps) / signal
             return next_signal / signal, next_noise - next_signal * noise / signal
@@ -195,16 +195,16 @@ class DDIMSchedule:
         return next_signal * signal + next_noise * noise, next_noise * signal - next_signal * noise
 
     def scales(self, timestep: int) -> tuple[float, float]:
-        """(sqrt(a), sqrt(1 - a)) at a timestep; a negative one is the clean end."""
+        """Return (sqrt(a), sqrt(1 - a)) at a timestep; a negative one is the clean end."""
         level = 1.0 if timestep < 0 and self.set_alpha_to_one else float(self.alphas_cumprod[max(timestep, 0)])
         return math.sqrt(level), math.sqrt(1.0 - level)
 
 
 def ddim_step(latents: Tensor, noise_pred: Tensor, coefficients: Coefficients, *, out: Tensor | None = None) -> Tensor:
-    """One DDIM step, sampling or inversion: c_latents * latents + c_prediction * noise_pred.
+    """Do one step of sampling or inversion: c_latents * latents + c_prediction * noise_pred.
 
     Args: latents: any shape, fp32 or wider; noise_pred: the same shape, any float dtype; coefficients: Python floats;
-        out: **overwritten**, shape and dtype of latents, memory of neither of them.
+        out: **overwritten**, shape and dtype of latents, in memory of its own.
     Returns: out, or a new tensor of that kind.
     Raises: ShapeError if the shapes differ.
     """
@@ -230,14 +230,14 @@ def ddim_invert(
 ) -> Tensor:
     """Carry clean latents to the noise that sampling from `start_step` would turn into them (Eq. 4).
 
-    x_to = sqrt(a_to) x_0 + sqrt(1 - a_to) eps, with x_0 from x_from, and eps asked at (x_from, to).
+    x_to = sqrt(a_to) x_0 + sqrt(1 - a_to) eps, with x_0 from x_from, and eps predicted at (x_from, to).
     Args:
         denoise: the noise prediction; gets latents in their own dtype, and an index into `inversion_timesteps`.
-        latents: (f, 4, h, w), VAE-scaled, any float dtype. The arithmetic runs in fp32, or wider where they are wider.
+        latents: (f, 4, h, w), VAE-scaled, any float dtype. The arithmetic runs in fp32, or in a wider dtype of theirs.
         schedule: noise levels and timesteps.
         num_inference_steps: of the sampler that the noise is for.
         substeps, start_step: see `DDIMSchedule.inversion_pairs`; 1 and 0 are the paper's.
-        progress: called with (steps done, steps in all) after each.
+        progress: called with (steps done, total steps) after each step.
     Returns: the latents at the timestep of `start_step`, dtype and shape of latents, new tensor.
     Raises: PoseCrafterError for an impossible step count or start; ShapeError if the prediction has another shape.
     """
@@ -265,16 +265,16 @@ def ddim_sample(
 ) -> Tensor:
     """Denoise latents deterministically (DDIM, eta = 0).
 
-    x_to = sqrt(a_to) x_0 + sqrt(1 - a_to) eps, with x_0 from x_from, and eps asked at (x_from, from).
+    x_to = sqrt(a_to) x_0 + sqrt(1 - a_to) eps, with x_0 from x_from, and eps predicted at (x_from, from).
     Args:
         denoise: the noise prediction; gets latents in their own dtype.
         latents: (f, 4, h, w) at the noise level of `start_step`, any float dtype. Arithmetic as in `ddim_invert`.
         schedule: noise levels and timesteps.
         num_inference_steps: steps of the whole schedule.
         start_step: the first step to do, 0..num_inference_steps; steps before it count as done.
-        on_step: called before step i (counted from 0) with (i, latents in the arithmetic's dtype); what it returns is
-            denoised in their place, and it may edit them in place; later steps overwrite them. The latent edit at step tau
-            is the hook's doing at i = start_step + tau - 1.
+        on_step: called before step i (counted from 0) with (i, latents in the arithmetic's dtype). It returns the
+            latents to denoise, and may edit the given ones in place; later steps overwrite those. This hook does the
+            latent edit at step tau, at i = start_step + tau - 1.
     Returns: clean latents, dtype and shape of latents, new tensor.
     Raises: PoseCrafterError for an impossible step count or start; ShapeError if the prediction has another shape.
     """
@@ -299,10 +299,10 @@ def walk(
     start_step: int = 0,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """The loop of every sampler; see `ddim_sample`. Between two calls of `denoise` nothing is allocated, nor waited for.
+    """Run the loop of every sampler; see `ddim_sample`. Between calls of `denoise` it neither allocates nor waits.
 
-    Args: step: (index, latents before it in the arithmetic's dtype, noise prediction) -> latents after it; the memory of
-        those before is then the step's.
+    Args: step: (index, latents before it in the arithmetic's dtype, noise prediction) -> latents after it. It may keep
+        and overwrite the memory of the latents before it.
     """
     if not 0 <= start_step <= len(timesteps):
         raise PoseCrafterError(
@@ -311,19 +311,19 @@ def walk(
     denoise, state = _in_full_precision(denoise, latents)
     for index in range(start_step, len(timesteps)):
         edited = state if on_step is None else on_step(index, state)
-        if edited is not state:  # but the caller's, which no step may overwrite
+        if edited is not state:  # it is the caller's, so no step may overwrite it
             state.copy_(edited)
         state = step(index, state, denoise(state, index, timesteps[index]))
     return state.to(latents.dtype)
 
 
 def buffers(latents: Tensor, count: int) -> list[Tensor]:
-    """Memory for latents in the arithmetic's dtype; what it holds is not defined."""
+    """Allocate memory for latents in the arithmetic's dtype; the contents are undefined."""
     return [torch.empty_like(latents, dtype=_arithmetic_dtype(latents)) for _ in range(count)]
 
 
 def _in_full_precision(denoise: Denoise, latents: Tensor) -> tuple[Denoise, Tensor]:
-    """A copy of latents in the arithmetic's dtype, and `denoise` of such, which still gets them in their own."""
+    """Return a `denoise` that takes latents in the arithmetic's dtype and casts them back, and a copy in that dtype."""
     state = latents.to(_arithmetic_dtype(latents), copy=True)
     if state.dtype == latents.dtype:
         return denoise, state

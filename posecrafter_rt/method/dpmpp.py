@@ -1,4 +1,4 @@
-"""DPM-Solver++ (2M): the differential equation that DDIM follows, to second order and so in fewer steps.
+"""DPM-Solver++ (2M): solves DDIM's differential equation to second order, and so in fewer steps.
 
 Layer 1: torch, no networks, as `ddim`.
 """
@@ -16,22 +16,22 @@ from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method.ddim import Coefficients, DDIMSchedule, Denoise, OnStep, buffers, ddim_step, walk
 
 Terms = tuple[Coefficients, tuple[float, float, float]]
-"""Of one step: x_0 as `DDIMSchedule.clean_coefficients` has it; the weights of latents, x_0 and the x_0 before it.
+"""The terms of one step: x_0's `DDIMSchedule.clean_coefficients`; the weights of latents, x_0 and the previous x_0.
 
-The last is 0 where there is no x_0 before it.
+The last weight is 0 if there is no previous x_0.
 """
 
 
 @dataclass(frozen=True)
 class DPMSchedule(DDIMSchedule):
-    """The same noise levels in the timesteps of diffusers' `DPMSolverMultistepScheduler`.
+    """The same noise levels with the timesteps of diffusers' `DPMSolverMultistepScheduler`.
 
-    With leading and linspace spacing DDIM spends its last step at timestep 0 or 1, where nothing is left to do; here the
-    timesteps are those of one step more without the last, so that every one does its part.
+    With leading and linspace spacing, DDIM spends its last step at timestep 0 or 1, where nothing is left to do. Here
+    the timesteps are those of one step more, without the last, so that every step counts.
     """
 
     def timesteps(self, num_inference_steps: int) -> np.ndarray:
-        """As `DDIMSchedule.timesteps`; with leading and linspace spacing there is one step less at most."""
+        """As `DDIMSchedule.timesteps`; with leading and linspace spacing at most num_train_timesteps - 1 steps."""
         if self.timestep_spacing == "trailing":
             return super().timesteps(num_inference_steps)
         last = self.num_train_timesteps - 1
@@ -40,17 +40,17 @@ class DPMSchedule(DDIMSchedule):
         return super().timesteps(num_inference_steps + 1)[:-1]
 
     def sampling_pairs(self, num_inference_steps: int) -> np.ndarray:
-        """As `DDIMSchedule.sampling_pairs`, each step to the timestep of the next, the last to the clean end."""
+        """As `DDIMSchedule.sampling_pairs`, but a step ends at the next one's timestep, the last at the clean end."""
         starts = self.timesteps(num_inference_steps)
         return np.stack([starts, np.append(starts[1:], -1)], axis=1)
 
     def first_order_weights(self, start: int, end: int) -> tuple[float, float]:
-        """Of latents and x_0 in a step of first order: n'/n and s' - s n'/n, with s = sqrt(a), n = sqrt(1 - a)."""
+        """Return the weights of latents and x_0: n'/n and s' - s n'/n, with s = sqrt(a), n = sqrt(1 - a)."""
         (signal, noise), (next_signal, next_noise) = self.scales(start), self.scales(end)
         return next_noise / noise, next_signal - signal * next_noise / noise
 
     def log_ratio(self, timestep: int) -> float:
-        """l = log(s / n), half the logarithm of the signal-to-noise ratio."""
+        """Return l = log(s / n), half the logarithm of the signal-to-noise ratio."""
         signal, noise = self.scales(timestep)
         return math.log(signal / noise)
 
@@ -58,11 +58,11 @@ class DPMSchedule(DDIMSchedule):
 def dpmpp_terms(
     schedule: DPMSchedule, num_inference_steps: int, *, start_step: int = 0, restart_step: int | None = None
 ) -> list[Terms]:
-    """What every sampling step needs, in order.
+    """Return the terms of every sampling step, in order.
 
     With s = sqrt(a), n = sqrt(1 - a), l = log(s / n), from t to t' (Lu et al. 2022, Algorithm 2):
     x' = n'/n x + (s' - s n'/n) ((1 + q) x_0 - q x_0,before), q = (l' - l) / (2 (l - l_before)).
-    The first step that is done has no x_0 before it, and towards the clean end l' may be infinite: there q = 0, DDIM.
+    The first step that is done has no previous x_0, and at the clean end l' may be infinite: there q = 0, as in DDIM.
     Args: start_step, restart_step: see `dpmpp_sample`.
     """
     pairs = schedule.sampling_pairs(num_inference_steps).tolist()
@@ -76,16 +76,16 @@ def dpmpp_terms(
 
 
 def _extrapolation(schedule: DPMSchedule, *timesteps: int) -> float:
-    """q of the timesteps before, of and after a step."""
+    """Return q for the timesteps before, of and after a step."""
     before, here, after = map(schedule.log_ratio, timesteps)
     return (after - here) / (2 * (here - before))
 
 
 def dpmpp_step_(latents: Tensor, noise_pred: Tensor, before: Tensor, clean: Tensor, terms: Terms) -> Tensor:
-    """One step.
+    """Do one step in place.
 
-    Args: latents: **modified in place**; before: the `clean` of the step before, not read where that has no weight; clean:
-        **overwritten** by the x_0 of this step; all in one shape and dtype, and each in memory of its own.
+    Args: latents: **modified in place**; before: the `clean` of the previous step, not read if its weight is 0; clean:
+        **overwritten** by the x_0 of this step. All have one shape and dtype, and each has memory of its own.
     Returns: latents.
     """
     to_clean, (of_latents, of_clean, of_before) = terms
@@ -107,8 +107,8 @@ def dpmpp_sample(
 ) -> Tensor:
     """Denoise latents deterministically, as diffusers' `DPMSolverMultistepScheduler` does with `euler_at_final`.
 
-    Args: as `ddim_sample`. restart_step: a step before which `on_step` changes the latents, so that the x_0 before it is
-        no longer theirs; that step is of first order, as is the first that is done.
+    Args: as `ddim_sample`. restart_step: a step before which `on_step` changes the latents, so that the previous x_0 is
+        no longer theirs. That step is of first order, like the first one that is done.
     Returns, raises: as `ddim_sample`.
     """
     terms = dpmpp_terms(schedule, num_inference_steps, start_step=start_step, restart_step=restart_step)

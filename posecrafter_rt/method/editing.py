@@ -1,4 +1,4 @@
-"""Which rectangles of the inverted latent to warp where, per frame and region (method step 4).
+"""Plan which rectangles of the inverted latent are warped where, per frame and region (method step 4).
 
 Layer 1: numpy and the keypoint layout.
 """
@@ -65,7 +65,7 @@ class SkippedRegion(NamedTuple):
 
 
 class EditPlan(NamedTuple):
-    """What the warp-and-paste operator is to do, for N target frames and R regions."""
+    """The arguments of the warp-and-paste operator, for N target frames and R regions."""
 
     affines: np.ndarray  # float32 (N, R, 2, 3), reference -> target in latent pixels; identity where unedited
     rects: np.ndarray  # int32 (N, R, 4), x0, y0, x1, y1 in latent pixels, half open; all 0 where unedited
@@ -93,9 +93,9 @@ def plan_edits(
         vae_scale_factor: s, picture pixels per latent pixel.
         latent_size: (height, width) of the latent: the canvas over s, rounded down.
         regions: names from `REGIONS`; where they overlap, the later one is pasted over the earlier.
-    Returns: the plan. A region is left unedited, and the report says so, where fewer than 3 landmarks are usable in
-        both poses, the reference's lie nearly on one line, the map is nearly singular (the target's lie nearly on one
-        line), or the rectangle lies outside the latent.
+    Returns: the plan. A region is left unedited, and the report says so, if fewer than 3 landmarks are usable in both
+        poses, if the reference's lie nearly on one line, if the map is nearly singular (the target's lie nearly on one
+        line), or if the rectangle lies outside the latent.
     Raises:
         PoseError: a region that does not exist, or the same one twice.
         ShapeError: keypoints, canvas and latent whose shapes do not fit together.
@@ -121,7 +121,7 @@ def plan_edits(
 def _plan_region(
     reference: np.ndarray, target: np.ndarray, latent_size: tuple[int, int]
 ) -> tuple[np.ndarray | None, tuple[int, int, int, int], str]:
-    """The affine map and rectangle of one region, or None, an empty rectangle and the reason."""
+    """Return the affine map and rectangle of one region, or None, an empty rectangle and the reason."""
     seen = target[:, 2] >= CONFIDENCE_THRESHOLD
     shared = seen & (reference[:, 2] >= CONFIDENCE_THRESHOLD)
     affine, reason = fit_affine_with_reason(reference[shared, :2], target[shared, :2])
@@ -134,14 +134,14 @@ def _plan_region(
 
 
 def _to_latent(keypoints: np.ndarray, vae_scale_factor: int) -> np.ndarray:
-    """Picture pixels to latent pixels by pixel centres: u = (x + 0.5)/s - 0.5; confidences stay."""
+    """Convert picture pixels to latent pixels by pixel centres: u = (x + 0.5)/s - 0.5; confidences stay."""
     latent = keypoints.copy()
     latent[..., :2] = (latent[..., :2] + 0.5) / vae_scale_factor - 0.5
     return latent
 
 
 def _bounding_rect(points: np.ndarray, latent_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1: the whole pixels that bound the points, half open, clipped; x0 >= x1 or y0 >= y1 where empty."""
+    """Return x0, y0, x1, y1 of whole pixels around the points, half open, clipped; x0 >= x1 or y0 >= y1 if empty."""
     height, width = latent_size
     x0, y0 = np.maximum(np.floor(points.min(axis=0)), 0)
     x1, y1 = np.minimum(np.ceil(points.max(axis=0)) + 1, (width, height))

@@ -1,4 +1,4 @@
-"""Training noise that the frames of a clip share in part, as rendering shares one inverted latent among all frames.
+"""Training noise that the frames of a clip partly share, as all frames share one inverted latent in rendering.
 
 Layer 1: torch.
 """
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def shared_noise(latents: Tensor, probability: float, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise for G clips of F frames; some clips' frames have a random proportion of it in common.
+    """Return standard normal noise for G clips of F frames. In some clips, frames share a random proportion of it.
 
     sqrt(s) · common + sqrt(1 - s) · own, with s uniform in 0..1 with `probability`, else 0; every element is N(0, 1).
-    Args: latents: (G, F, C, h, w), only their shape and device count; probability: 0..1, of each clip.
+    Args: latents: (G, F, C, h, w), only for their shape and device; probability: 0..1, that a clip shares noise.
     Returns: (G, F, C, h, w) float32 on that device, drawn on the CPU so that a seed gives the same noise everywhere.
     """
     groups, frames = latents.shape[:2]

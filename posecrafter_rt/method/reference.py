@@ -1,4 +1,4 @@
-"""Which training frame to start from, and how near two pose sequences are (Eq. 5, 21).
+"""Choose the reference frame, and measure how near two pose sequences are (Eq. 5, 21).
 
 Layer 1: numpy and the keypoint layout.
 """
@@ -12,13 +12,13 @@ from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD, NUM_KEYPOINTS, 
 
 
 def pose_distances(train: PoseSequence, target: PoseSequence) -> np.ndarray:
-    """The distance of every training pose to every target pose.
+    """Return the distance of every training pose to every target pose.
 
     d_ij = sqrt(134 / |M_ij| * sum_{k in M_ij} |p_ik - p'_jk|^2), where M_ij holds the keypoints usable in both poses:
-    the Euclidean norm of Eq. 5, scaled to the full count where keypoints are missing.
+    the Euclidean norm of Eq. 5, scaled to the full count if keypoints are missing.
     Args:
         train: T poses.
-        target: N poses; scaled to the training canvas where theirs differs.
+        target: N poses; they are scaled to the training canvas.
     Returns: float64 (T, N) in pixels of the training canvas; infinity where a pair shares no keypoint.
     """
     train_points, train_usable = _points(train)
@@ -37,9 +37,9 @@ def pose_distances(train: PoseSequence, target: PoseSequence) -> np.ndarray:
 
 
 def select_reference(train: PoseSequence, target: PoseSequence) -> int:
-    """The training frame whose pose is nearest to all target poses together.
+    """Return the training frame whose pose is nearest to all target poses together.
 
-    r = argmin_i sum_j |p_i - p'_j|_2   (Eq. 5; missing keypoints as in `pose_distances`; the first of equals)
+    r = argmin_i sum_j |p_i - p'_j|_2   (Eq. 5; missing keypoints as in `pose_distances`; of equals, the first)
     A pair that shares no keypoint counts as if every keypoint were off by the canvas's diagonal; a training pose that
     shares none with any target is never taken.
     Args:
@@ -54,9 +54,9 @@ def select_reference(train: PoseSequence, target: PoseSequence) -> int:
 
 
 def medoid_reference(train: PoseSequence) -> int:
-    """The training frame nearest to all others: the reference where the target poses are not known yet.
+    """Return the training frame nearest to all others: the reference if the target poses are not known yet.
 
-    As `select_reference(train, train)`, but frames that show nobody have no say.
+    As `select_reference(train, train)`, but frames that show nobody are ignored.
     Returns: index into `train`.
     Raises: PoseError if no frame has a usable keypoint.
     """
@@ -71,7 +71,7 @@ def medoid_reference(train: PoseSequence) -> int:
 
 
 def video_sim(train: PoseSequence, target: PoseSequence) -> float:
-    """How well the training poses cover the target poses.
+    """Return how well the training poses cover the target poses.
 
     Sim = 1 - 1/N sum_j min_i d_ij / (sqrt(134) * diagonal): the mean over target poses of the distance to the nearest
     training pose, as a root-mean-square keypoint displacement in units of the training canvas's diagonal, taken from 1.
@@ -79,7 +79,7 @@ def video_sim(train: PoseSequence, target: PoseSequence) -> float:
     Args:
         train: T poses of the training video.
         target: N poses, on any canvas.
-    Returns: 1 where every target pose occurs in the training video, lower the farther they are (0.9: a tenth of the
+    Returns: 1 if every target pose occurs in the training video, less the farther they are (0.9: a tenth of the
         picture's diagonal on average); at most 1.
     Raises: PoseError naming the first target frame that shares no keypoint with any training pose.
     """
@@ -89,7 +89,7 @@ def video_sim(train: PoseSequence, target: PoseSequence) -> float:
 
 
 def _points(sequence: PoseSequence) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates float64 (N, 134, 2) and which of them are usable, bool (N, 134)."""
+    """Return coordinates, float64 (N, 134, 2), and which of them are usable, bool (N, 134)."""
     return sequence.keypoints[..., :2].astype(np.float64), sequence.keypoints[..., 2] >= CONFIDENCE_THRESHOLD
 
 
@@ -111,5 +111,5 @@ def _nearest_row(distances: np.ndarray, canvas: tuple[int, int]) -> int:
 
 
 def _farthest(canvas: tuple[int, int]) -> float:
-    """The distance of two poses whose every keypoint is off by the canvas's diagonal, in pixels."""
+    """Return the distance of two poses whose every keypoint is off by the canvas's diagonal, in pixels."""
     return float(np.hypot(*canvas) * np.sqrt(NUM_KEYPOINTS))

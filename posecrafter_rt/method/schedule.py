@@ -9,7 +9,7 @@ from posecrafter_rt.errors import VideoError
 
 
 def tuning_steps(num_frames: int) -> int:
-    """Optimiser steps for one-shot tuning on `num_frames` frames.
+    """Return the number of optimiser steps for one-shot tuning on `num_frames` frames.
 
     round(100 + (n - 8) * 1900 / 92), at least 1 (Eq. 20, rebuilt from its end points: 8 frames take 100 steps and
     100 frames 2000; 32 frames then take 596, which fits the 12 minutes that the paper reports).

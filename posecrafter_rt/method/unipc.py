@@ -15,14 +15,14 @@ from posecrafter_rt.method.ddim import Coefficients, Denoise, OnStep, buffers, d
 from posecrafter_rt.method.dpmpp import DPMSchedule
 
 Weights = tuple[float, float, float, float]
-"""Of latents, of x_0 there, of x_0 one timestep before, and of x_0 at the end of the step, which only a corrector has."""
+"""Weights of the latents, of x_0 there, of x_0 one timestep before, and of x_0 at the step's end (correctors only)."""
 
 
 class UniPCTerms(NamedTuple):
-    """Of one step.
+    """The terms of one step.
 
-    to_clean: x_0 as `DDIMSchedule.clean_coefficients` has it. corrector: of the step before, done again with the x_0 at its
-    end; None: there is none to correct. predictor: of this step.
+    to_clean: x_0's `DDIMSchedule.clean_coefficients`. corrector: the weights that redo the previous step with the x_0
+    at its end; None: there is none to correct. predictor: the weights of this step.
     """
 
     to_clean: Coefficients
@@ -33,13 +33,13 @@ class UniPCTerms(NamedTuple):
 def unipc_terms(
     schedule: DPMSchedule, num_inference_steps: int, *, start_step: int = 0, restart_step: int | None = None
 ) -> list[UniPCTerms]:
-    """What every sampling step needs, in order (Zhao et al. 2023, with B(h) = e^h - 1, predicting x_0).
+    """Return the terms of every sampling step, in order (Zhao et al. 2023, with B(h) = e^h - 1, predicting x_0).
 
-    With s = sqrt(a), n = sqrt(1 - a), l = log(s / n), h = l' - l from t to t', E = 1 - e^-h and r = (l_before - l) / h < 0:
-    x' = n'/n x + s' E (x_0 + d), where d is (x_0,before - x_0) / 2r in the predictor. The corrector has instead
+    From t to t': x' = n'/n x + s' E (x_0 + d), with s = sqrt(a), n = sqrt(1 - a), l = log(s / n), h = l' - l and
+    E = 1 - e^-h. In the predictor d is (x_0,before - x_0) / 2r, with r = (l_before - l) / h < 0. The corrector has
     d = p (x_0,before - x_0) / r + q (x_0' - x_0), with p + q = b_1 and r p + q = b_2 the integrals of the polynomial.
-    Without an x_0 before it a step has d = 0, and its corrector d = (x_0' - x_0) / 2. Towards the clean end h may be
-    infinite, and no prediction is made there: the last step is of first order and stays uncorrected.
+    A step without a previous x_0 has d = 0, and its corrector d = (x_0' - x_0) / 2. At the clean end h may be infinite,
+    and no prediction is made there, so the last step is of first order and is not corrected.
     Args: start_step, restart_step: see `unipc_sample`.
     """
     pairs = schedule.sampling_pairs(num_inference_steps).tolist()
@@ -76,7 +76,7 @@ def _corrector(schedule: DPMSchedule, before: int | None, start: int, end: int) 
 
 
 def _ratio(schedule: DPMSchedule, before: int, start: int, end: int) -> float:
-    """r of the timesteps before, of and after a step."""
+    """Return r for the timesteps before, of and after a step."""
     earlier, here, after = map(schedule.log_ratio, (before, start, end))
     return (earlier - here) / (after - here)
 
@@ -94,13 +94,14 @@ def unipc_sample(
 ) -> Tensor:
     """Denoise latents deterministically, as diffusers' `UniPCMultistepScheduler` does with order 2 and `bh2`.
 
-    Its timesteps are those of DPM-Solver++. A prediction is made before its latents are corrected, and serves both.
-    Args: as `ddim_sample`. restart_step: a step before which `on_step` changes the latents: nothing from before it is
-        theirs any longer, so it begins anew as the first step does.
+    Its timesteps are those of DPM-Solver++. One prediction, made before the latents are corrected, serves both the
+    correction and the next step.
+    Args: as `ddim_sample`. restart_step: a step before which `on_step` changes the latents. Nothing computed before is
+        theirs any longer, so it starts afresh like the first step.
     Returns, raises: as `ddim_sample`.
     """
     terms = unipc_terms(schedule, num_inference_steps, start_step=start_step, restart_step=restart_step)
-    # What the step before began with; x_0 at its beginning, one earlier, and where it ended.
+    # Of the previous step: the latents it began with; x_0 at its start, one step earlier, and at its end.
     origin, clean, before, predicted = buffers(latents, 4)
 
     def step(index: int, state: Tensor, noise_pred: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ def unipc_sample(
 
 
 def _combine(weights: Weights, latents: Tensor, cleans: tuple[Tensor, ...], *, out: Tensor) -> Tensor:
-    """out: may be `latents`; what has no weight is not read."""
+    """Return the weighted sum in `out`, which may be `latents`. Tensors of weight 0 are not read."""
     combined = torch.mul(latents, weights[0], out=out)
     for weight, clean in zip(weights[1:], cleans, strict=False):
         if weight:

@@ -1,6 +1,6 @@
-"""The forward of one residual and one transformer block for a clip, over diffusers' modules.
+"""The forward passes of a residual block and a transformer block for a clip, over diffusers' modules.
 
-Layer 3: diffusers' blocks hold the weights (and so keep their names); how a clip of frames passes through them is here.
+Layer 3: diffusers' blocks hold the weights and keep their names. This file says how a clip passes through them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ BlockForward = Callable[..., Tensor]  # (module, hidden_states, context) → hid
 
 @dataclass(frozen=True)
 class StreamMemory:
-    """What frames that come one by one attend to, and what later ones will attend to (METHOD: Streaming).
+    """The keys and values that a stream's frames attend to, and those that later frames will need (docs/streaming.md).
 
-    is_reference: bool (F,), True for frames that are the reference themselves: their own keys are the key frame's. None: none
-        is, and their own are not computed.
-    keyframe_kv: for each self-attention, in order, (F, h, w, 2C): the reference's keys and values at each frame's step.
-    temporal_kv: for each temporal attention (F, M, h, w, 2C): those of the reference and of past frames at that step.
-    window_mask: bool (F, M): which of them there are. A frame attends to itself besides.
-    new_keyframe_kv, new_temporal_kv: the frames' own, (F, h, w, 2C), appended layer by layer as a forward goes.
+    is_reference: bool (F,), True for frames that are the reference; their own keys and values are the key frame's.
+        None: no frame is the reference, and the frames' own key-frame keys and values are not computed.
+    keyframe_kv: per self-attention, in order, (F, h, w, 2C): the reference's keys and values at each frame's step.
+    temporal_kv: per temporal attention, (F, M, h, w, 2C): those of the reference and of past frames at that step.
+    window_mask: bool (F, M), True where there is such a frame. Each frame also attends to itself.
+    new_keyframe_kv, new_temporal_kv: the frames' own, (F, h, w, 2C). Each layer appends its own during a forward.
     """
 
     is_reference: Tensor | None
@@ -48,14 +48,14 @@ class StreamMemory:
 
 @dataclass(frozen=True)
 class ClipContext:
-    """What every block of one forward shares.
+    """The inputs that all blocks of one forward share.
 
-    groups: G, guidance passes or pipelined steps; the batch is (G·F) frames, group-major.
-    time_projections: (G or 1, T) packed per-resnet projections of the timestep embedding.
+    groups: G, the number of prompts (guidance passes); the batch is (G·F) frames, group-major.
+    time_projections: (G·F, G or 1, T) packed per-resnet projections of the timestep embedding.
     text_kv: (G, tokens, K) packed keys and values of every cross-attention.
-    norm_scope: over what the residual blocks' GroupNorm takes its statistics.
+    norm_scope: whether the residual blocks' GroupNorm takes its statistics per frame or over the clip.
     temporal_mask: bool (F, F), which frame attends to which; None: each to all.
-    memory: of a stream; None: the frames are a clip, attend to one another, and the first is the key frame.
+    memory: of a stream. None: the frames are a clip; they attend to one another, and the first is the key frame.
     """
 
     groups: int
@@ -67,7 +67,7 @@ class ClipContext:
 
 
 def assign_slices(resnets: Iterable[ResnetBlock2D], blocks: Iterable[BasicTransformerBlock]) -> tuple[int, int]:
-    """Give each resnet and each cross-attention its place in the packed tables; returns the tables' widths (T, K)."""
+    """Give each resnet and each cross-attention its slice of the packed tables; return the tables' widths (T, K)."""
     time_width = kv_width = 0
     for resnet in resnets:
         channels = resnet.time_emb_proj.out_features
@@ -81,11 +81,11 @@ def assign_slices(resnets: Iterable[ResnetBlock2D], blocks: Iterable[BasicTransf
 
 
 def do_in_parts(denoiser: nn.Module, tokens_at_once: int) -> None:
-    """Let blocks do so many tokens (positions of frames) at once, to take less memory: feed-forward, attention, convolutions.
+    """Limit how many tokens (positions of frames) feed-forward, attention and convolutions process at once.
 
-    Every token's result is its own, given its key frame's keys and values, the prompt's, or the other frames at its
-    position, and every frame's in a residual block with statistics per frame: so it is what it would be, to the rounding
-    of products of matrices of another shape.
+    This saves memory. Results change only by rounding, because the matrix products have other shapes. A token needs no
+    more than the keys and values of its key frame and prompt, and the other frames at its position. In a residual block
+    with statistics per frame, a frame needs no other frame.
     """
     for module in denoiser.modules():
         if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
@@ -93,12 +93,12 @@ def do_in_parts(denoiser: nn.Module, tokens_at_once: int) -> None:
 
 
 def frame_group_norm(norm: nn.GroupNorm, hidden_states: Tensor, *, silu: bool = False) -> Tensor:
-    """GroupNorm of (N, C, h, w) with statistics per frame, then SiLU where asked."""
+    """Apply GroupNorm to (N, C, h, w) with statistics per frame, then SiLU if `silu`."""
     return ops.group_norm(hidden_states, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu)
 
 
 def group_norm(norm: nn.GroupNorm, hidden_states: Tensor, context: ClipContext, *, silu: bool = False) -> Tensor:
-    """GroupNorm of (G·F, C, h, w), statistics per frame or over all frames of a clip together; SiLU where asked."""
+    """Apply GroupNorm to (G·F, C, h, w), with statistics per frame or over all frames of a clip; SiLU if `silu`."""
     if context.norm_scope == "frame":
         return frame_group_norm(norm, hidden_states, silu=silu)
     frames = hidden_states.shape[0] // context.groups
@@ -110,19 +110,19 @@ def group_norm(norm: nn.GroupNorm, hidden_states: Tensor, context: ClipContext, 
 
 
 def channels_last(module: nn.Module) -> nn.Module:
-    """Lay out convolution weights as CPUs and GPUs have them fastest, in place; returns the module."""
+    """Convert convolution weights to channels-last, the fastest layout on CPUs and GPUs, in place; return `module`."""
     return nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def per_frame(values: Tensor, num_frames: int) -> Tensor:
-    """(G·F, G or 1, …) → (G·F or 1, …): one entry for each frame, or for each frame of a group; a single one broadcasts."""
+    """(G·F, G or 1, …) → (G·F or 1, …): repeat an entry per group for each of its frames; a single entry broadcasts."""
     return (
         values if values.shape[0] in (num_frames, 1) else values.repeat_interleave(num_frames // values.shape[0], dim=0)
     )
 
 
 def resnet_forward(resnet: ResnetBlock2D, hidden_states: Tensor, context: ClipContext) -> Tensor:
-    """diffusers' ResnetBlock2D with the timestep projection read from the table. (G·F, C, h, w) → (G·F, C', h, w)."""
+    """Run diffusers' ResnetBlock2D with the timestep projection from the table. (G·F, C, h, w) → (G·F, C', h, w)."""
     at_once = _tokens_at_once(resnet)
     is_of_frames = context.norm_scope == "frame" and context.time_projections.shape[0] == 1
     if at_once is None or not is_of_frames:
@@ -144,9 +144,7 @@ def _resnet(resnet: ResnetBlock2D, hidden_states: Tensor, context: ClipContext) 
 def _keyframe(block: BasicTransformerBlock, hidden_states: Tensor, context: ClipContext) -> Tensor:
     attn, (_, tokens, channels) = block.attn1, hidden_states.shape
     if context.memory is None:
-        keyframe = hidden_states.reshape(context.groups, -1, tokens, channels)[
-            :, 0
-        ]  # K, V of one frame a group, not all
+        keyframe = hidden_states.reshape(context.groups, -1, tokens, channels)[:, 0]  # K and V of one frame per group
         k, v = attn.to_k(keyframe), attn.to_v(keyframe)
     else:
         k, v = _remembered_keyframe(attn, hidden_states, context.memory)
@@ -154,9 +152,9 @@ def _keyframe(block: BasicTransformerBlock, hidden_states: Tensor, context: Clip
 
 
 def _remembered_keyframe(attn: Attention, hidden_states: Tensor, memory: StreamMemory) -> tuple[Tensor, Tensor]:
-    """K and V (F, L, C) of each frame's key frame: the remembered ones, or the frame's own where it is the reference."""
+    """Return K and V (F, L, C) of each frame's key frame: the remembered ones, or its own if it is the reference."""
     if memory.is_reference is None:
-        (kept,) = memory.keyframe_kv  # of the one layer that runs so
+        (kept,) = memory.keyframe_kv  # `predict_shallow` runs one layer only
         k, v = kept.flatten(1, 2).chunk(2, dim=-1)
         return k, v
     own = torch.cat([attn.to_k(hidden_states), attn.to_v(hidden_states)], dim=-1)
@@ -181,7 +179,7 @@ def _temporal(block: BasicTransformerBlock, hidden_states: Tensor, context: Clip
 
 
 def _remembered_frames(k: Tensor, v: Tensor, memory: StreamMemory) -> tuple[Tensor, Tensor, Tensor]:
-    """K and V (F, M + 1, L, C) of what each frame attends to, itself last; and the mask of each (F, 1, M + 1)."""
+    """Return K and V (F, M + 1, L, C) of what each frame attends to, itself last, and the mask (F, 1, M + 1)."""
     own = torch.cat([k, v], dim=-1)  # (F, 1, L, 2C)
     kept = memory.temporal_kv[len(memory.new_temporal_kv)]  # (F, M, h, w, 2C)
     memory.new_temporal_kv.append(own.reshape(kept.shape[0], *kept.shape[2:]))
@@ -197,7 +195,7 @@ def _text(block: BasicTransformerBlock, hidden_states: Tensor, context: ClipCont
 
 
 def _attend(block: BasicTransformerBlock, attn: Attention, hidden_states: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Queries of (G·F, L, C) over keys and values (G, L', C) → (G·F, L, C), so many at a time as the block is told."""
+    """Attend from (G·F, L, C) to keys and values (G, L', C) → (G·F, L, C), in parts if the block has a token limit."""
 
     def attend(queries: Tensor) -> Tensor:
         return attn.to_out[0](keyframe_attention(attn.to_q(queries), k, v, attn.heads))
@@ -211,11 +209,11 @@ def _attend(block: BasicTransformerBlock, attn: Attention, hidden_states: Tensor
 
 
 def transformer_block_forward(block: BasicTransformerBlock, hidden_states: Tensor, context: ClipContext) -> Tensor:
-    """Key-frame, temporal and text attention, then the feed-forward. (G·F, L, C) → (G·F, L, C)."""
+    """Run key-frame, temporal and text attention, then the feed-forward. (G·F, L, C) → (G·F, L, C)."""
     normalised = block.norm1(hidden_states)
     out = hidden_states + _keyframe(block, normalised, context)
     if hasattr(block, "attn_temp"):  # in parallel with attn1, on the same input
-        at_once = _tokens_at_once(block) if context.memory is None else None  # a stream's frames are few
+        at_once = _tokens_at_once(block) if context.memory is None else None  # a stream has few frames
         temporal = partial(_temporal, block, context=context)
         out = out + _in_parts(temporal, normalised, 1, None if at_once is None else at_once // len(normalised))
     out = out + _text(block, block.norm2(out), context)
@@ -223,7 +221,7 @@ def transformer_block_forward(block: BasicTransformerBlock, hidden_states: Tenso
 
 
 def _feed_forward(block: BasicTransformerBlock, hidden_states: Tensor) -> Tensor:
-    """(G·F, L, C) → (G·F, L, C), so many tokens at a time that what is twelve times as wide inside stays small."""
+    """Run the feed-forward on parts of (G·F, L, C), so that its inner tensors, twelve times as wide, stay small."""
     at_once = _tokens_at_once(block, FEED_FORWARD_TOKENS)
     if at_once is None:
         return block.ff(hidden_states)
@@ -231,7 +229,7 @@ def _feed_forward(block: BasicTransformerBlock, hidden_states: Tensor) -> Tensor
 
 
 def _tokens_at_once(block: nn.Module, default: int | None = None) -> int | None:
-    """How many tokens a block was told to do at once; None: all, as in a graph that is traced and where gradients flow."""
+    """Return how many tokens a block may process at once; None: all, as while tracing and with gradients enabled."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     at_once: int | None = getattr(block, "tokens_at_once", default)
@@ -239,14 +237,14 @@ def _tokens_at_once(block: nn.Module, default: int | None = None) -> int | None:
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], tensor: Tensor, dim: int, at_once: int | None) -> Tensor:
-    """function(tensor), so many entries of a dimension at a time; None: all."""
+    """Return function(tensor), computed on at most `at_once` entries of a dimension at a time; None: on all at once."""
     if at_once is None or tensor.shape[dim] <= at_once:
         return function(tensor)
     return torch.cat([function(part) for part in tensor.split(max(1, at_once), dim)], dim)
 
 
 def transformer_forward(model: Transformer2DModel, hidden_states: Tensor, context: ClipContext) -> Tensor:
-    """diffusers' Transformer2DModel for a clip; its own GroupNorm is always per frame. (G·F, C, h, w) → same."""
+    """Run diffusers' Transformer2DModel on a clip; its own GroupNorm is always per frame. (G·F, C, h, w) → same."""
     frames, channels, height, width = hidden_states.shape
     tokens = frame_group_norm(model.norm, hidden_states)
     if not model.use_linear_projection:

@@ -1,6 +1,6 @@
 """The inflated ControlNet: pose pictures → residuals for the U-Net, with key-frame attention.
 
-Layer 3: no temporal attention here (METHOD: only the U-Net has it).
+Layer 3: only the U-Net has temporal attention.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from posecrafter_rt.models.unet import ClipDenoiser
 
 
 class VideoControlNet(ClipDenoiser):
-    """ControlNet 1.1 over a clip; the pose embedding is computed apart, once a pose."""
+    """ControlNet 1.1 over a clip. Pose embeddings are computed separately, once per pose."""
 
     controlnet_down_blocks: nn.ModuleList
 
@@ -39,11 +39,10 @@ class VideoControlNet(ClipDenoiser):
         *,
         memory: StreamMemory | None = None,
     ) -> tuple[list[Tensor], Tensor]:
-        """Residuals for the U-Net.
+        """Return the residuals for the U-Net.
 
-        Args: latents: (G·F, 4, h, w). time_projections, text_kv: as for `VideoUNet.forward`, of this network.
+        Args: latents: (G·F, 4, h, w). time_projections, text_kv, memory: as in `VideoUNet.predict`, for this network.
             pose_embeddings: (G·F, C, h, w) from `pose_embedding`. conditioning_scale: (1,) weight of the residuals.
-            memory: as for `VideoUNet.forward`, of this network.
         Returns: down_block_res_samples, mid_block_res_sample.
         """
         context = self._context(latents, time_projections, text_kv, memory)

@@ -1,6 +1,6 @@
-"""A model's modules without its weights: their configurations as JSON, and the modules again out of these.
+"""A model's modules without weights: write their configurations as JSON, and build empty modules from them.
 
-Layer 3: for engines that bring weights of their own, and for tracing, which needs none.
+Layer 3: for engines that bring their own weights, and for tracing, which needs none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from posecrafter_rt.models.unet import VideoUNet
 
 
 def describe_modules(model: PoseModel) -> str:
-    """The components' configurations as JSON, without the paths that they came from."""
+    """Return the components' configurations as JSON, without the paths that they came from."""
     text_encoder: Any = model.text_encoder.config.to_dict()
     configs = {name: describe_config(module) for name, module in model.modules().items() if name != "text_encoder"}
     configs["text_encoder"] = {key: value for key, value in text_encoder.items() if not key.startswith("_")}
@@ -30,9 +30,9 @@ def describe_modules(model: PoseModel) -> str:
 
 
 def empty_modules(description: str) -> dict[str, nn.Module]:
-    """The modules of `PoseModel.modules`, folded; all but the text encoder's weights are on the meta device.
+    """Build the modules of `PoseModel.modules`, folded. All but the text encoder are on the meta device.
 
-    Args: description: what `describe_modules` wrote.
+    Args: description: what `describe_modules` returned.
     """
     described = json.loads(description)
     configs, norm_scope = described["configs"], described["norm_scope"]
@@ -44,6 +44,6 @@ def empty_modules(description: str) -> dict[str, nn.Module]:
         vae = AutoencoderKL.from_config(configs["vae"])
         fold_vae(vae)
         small = {name: empty_small_decoder(configs[name]) for name in ("small_decoder",) if name in configs}
-    # Not on meta: it keeps its position indices in a buffer that no weight file holds. It is small.
+    # Not on the meta device: no weight file holds the buffer with its position indices. It is small.
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"]))
     return {"unet": unet, "controlnet": controlnet, "vae": vae, "text_encoder": text_encoder, **small}

@@ -1,6 +1,6 @@
-"""Pairs of linear maps as the one map that they are: what inference does with a tuned model's weights before anything else.
+"""Fold pairs of linear maps into one: the first thing that inference does with a tuned model's weights.
 
-Layer 3: exact but for rounding (METHOD: computed once); training and baselines keep the model as it is.
+Layer 3: exact except for rounding. Training and baselines keep the model unfolded.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from posecrafter_rt.models.unet import VideoUNet
 
 @torch.no_grad()
 def fold_denoiser(unet: VideoUNet) -> None:
-    """Fold a U-Net in place: `fold_temporal_output` and `fold_upsamplers`. What is folded stays as it is."""
+    """Fold a U-Net in place: `fold_temporal_output` and `fold_upsamplers`. Folding again changes nothing."""
     fold_temporal_output(unet)
     fold_upsamplers(unet)
 
 
 @torch.no_grad()
 def fold_vae(vae: AutoencoderKL) -> None:
-    """Fold a VAE in place: its decoder's `fold_upsamplers`, and `fuse_norms`."""
+    """Fold a VAE in place: `fold_upsamplers` on its decoder, then `fuse_norms`."""
     fold_upsamplers(vae.decoder)
     fuse_norms(vae)
 
 
 class NormSilu(nn.GroupNorm):
-    """GroupNorm and SiLU as one operation of ours, which on a GPU is one kernel. (N, C, h, w) → the same."""
+    """GroupNorm and SiLU as one call of `ops.group_norm`, which has a fast path on GPUs. (N, C, h, w) → the same."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return ops.group_norm(hidden_states, self.num_groups, self.weight, self.bias, self.eps, silu=True)
 
 
 def fuse_norms(vae: AutoencoderKL) -> None:
-    """Make each GroupNorm that a SiLU follows a `NormSilu` of the same parameters, and the SiLU nothing."""
+    """Replace each GroupNorm before a SiLU by a `NormSilu` with the same parameters, and the SiLU by an identity."""
 
     def fuse(module: nn.Module, activation: str, *norms: str) -> None:
         for name in norms:
@@ -56,7 +56,7 @@ def fuse_norms(vae: AutoencoderKL) -> None:
 
 
 def fold_temporal_output(unet: VideoUNet) -> None:
-    """Replace conv_temp ∘ attn_temp.to_out by the one linear map it is, `temporal_out`."""
+    """Replace conv_temp ∘ attn_temp.to_out by one linear map, `temporal_out`."""
     for block in unet.transformer_blocks():
         if not hasattr(block, "conv_temp"):
             continue
@@ -73,17 +73,17 @@ def fold_temporal_output(unet: VideoUNet) -> None:
 
 
 def fold_pair(conv_weight: Tensor, conv_bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of x ↦ conv(out(x)), multiplied in float32."""
+    """Return weight and bias of x ↦ conv(out(x)), multiplied in float32."""
     weight = conv_weight.float() @ out_weight.float()
     bias = conv_weight.float() @ out_bias.float() + conv_bias.float()
     return weight.to(conv_weight.dtype), bias.to(conv_bias.dtype)
 
 
 def fold_upsamplers(network: nn.Module) -> None:
-    """Replace nearest-neighbour doubling ∘ 3×3 convolution by the one transposed convolution it is.
+    """Replace nearest-neighbour doubling and the 3×3 convolution after it by one transposed convolution.
 
-    16 products an input pixel instead of 36, and the doubled picture is never written. An upsampler then always doubles,
-    whatever size it is asked for.
+    This takes 16 products per input pixel instead of 36, and the doubled picture is never written. A folded upsampler
+    always doubles, whatever output size it is given.
     """
     for module in network.modules():
         if isinstance(module, Upsample2D) and module.use_conv and not module.use_conv_transpose:
@@ -92,7 +92,7 @@ def fold_upsamplers(network: nn.Module) -> None:
 
 
 def fold_doubled(conv: nn.Conv2d) -> nn.ConvTranspose2d:
-    """What does to a picture what a 3×3 convolution of padding 1, with or without bias, does to it doubled."""
+    """Return the transposed convolution that equals doubling and then `conv` (3×3, padding 1, with or without bias)."""
     weight = fold_doubling(conv.weight)
     folded = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1, bias=conv.bias is not None,
                                 device=weight.device, dtype=weight.dtype)  # fmt: skip

@@ -1,6 +1,6 @@
-"""Base models from a diffusers folder, the hub, or single files, as one `PoseModel`; strict about every tensor.
+"""Load base models from a diffusers folder, the hub or single files as one `PoseModel`; strict about every tensor.
 
-Layer 3: the only place where names of upstream weight files are translated.
+Layer 3: also loads tuned tensors into a model, and reads ControlVideo's weight files.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ CONTROLNET_HINT = "give --controlnet lllyasviel/control_v11p_sd15_openpose, or a
 
 @dataclass
 class PoseModel:
-    """Everything of one base, as torch modules: in evaluation mode, no parameter requiring gradients.
+    """All networks of a base as torch modules, in evaluation mode and without gradients.
 
-    base_id, controlnet_id, vae_id: what `load_base` takes to find them again, from any working directory; None where
-    the base's own is used. base_hash: SHA-256 over the weights of all four networks. small_decoder: of a tuned person, or
-    one that was given; a base has none.
+    base_id, controlnet_id, vae_id: with these, `load_base` finds them again from any working directory; None: the
+    base's own is used. base_hash: SHA-256 over the weights of all four networks. small_decoder: that of a tuned person,
+    or one that the user gave; a base has none.
     """
 
     unet: VideoUNet
@@ -56,44 +56,44 @@ class PoseModel:
     small_decoder: nn.Module | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint's metadata says of its base: base, controlnet, vae, base_hash and `DDIMSchedule.learned`."""
+        """Return the entries of a checkpoint's metadata that name its base; `schedule` is `DDIMSchedule.learned`."""
         return {"base": self.base_id, "controlnet": self.controlnet_id, "vae": self.vae_id, "base_hash": self.base_hash,
                 "schedule": DDIMSchedule.from_config(self.scheduler_config).learned}  # fmt: skip
 
     def modules(self) -> dict[str, nn.Module]:
-        """The modules under the prefixes of their parameters' names."""
+        """Return the modules by the prefixes of their parameters' names."""
         names = ("unet", "controlnet", "vae", "text_encoder", "small_decoder")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def networks(self) -> dict[str, nn.Module]:
-        """Every network under its name in `spec`, sharing these modules' weights."""
+        """Return every network by its name in `spec`; they share these modules' weights."""
         return build_networks(**self.modules())  # type: ignore[arg-type]
 
     def architecture(self) -> Architecture:
-        """The sizes that fix every network's tensor shapes."""
+        """Return the sizes that fix every network's tensor shapes."""
         return describe_architecture(**self.modules())  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> PoseModel:
-        """Convert and move every module in place; returns self."""
+        """Convert and move every module in place; return self."""
         for module in self.modules().values():
-            # nn.Module's own: diffusers' override warns of a float32 list that its AutoencoderKL leaves empty
+            # nn.Module's own method: diffusers' override warns about a float32 list that AutoencoderKL leaves empty
             nn.Module.to(module, device=device, dtype=dtype)
         return self
 
     def fold(self) -> None:
-        """Fold what is one linear map (see `folding`), in place; for inference only."""
+        """Fold pairs of linear maps into one (see `folding`), in place; for inference only."""
         fold_denoiser(self.unet)
         fold_vae(self.vae)
         if self.small_decoder is not None:
             fold_small_decoder(self.small_decoder)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Prompts → input_ids int64 (prompts, tokens), padded and cut to the text encoder's length; what is cut is told."""
+        """Return input_ids int64 (prompts, tokens), padded or cut to the text encoder's length; log what is cut."""
         return tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings)
 
 
 def tokenize(tokenizer: CLIPTokenizerFast, prompts: list[str], num_tokens: int) -> Tensor:
-    """Prompts → input_ids int64 (prompts, num_tokens), padded and cut; what is cut is told."""
+    """Return input_ids int64 (prompts, num_tokens), padded or cut; log what is cut."""
     encoded = tokenizer(prompts, padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt")
     warn_of_cuts(prompts, encoded.encodings)
     return encoded.input_ids.to(torch.int64)
@@ -110,14 +110,14 @@ def load_base(
     """Load a Stable Diffusion 1.5 base, inflated to clips.
 
     Args:
-        base: "embedded"; a diffusers folder (unet, vae, text_encoder, tokenizer, scheduler, perhaps controlnet); a hub
-            id "owner/name"; or one file in Stable Diffusion's original layout (.safetensors; .ckpt, .pt, .pth and .bin
-            are read without running the code that a pickle may hold). A single file never touches the network.
-        controlnet, vae: likewise a folder, hub id or file, used instead of the base's own.
+        base: "embedded"; a diffusers folder (unet, vae, text_encoder, tokenizer, scheduler, optionally controlnet); a
+            hub id "owner/name"; or one file in Stable Diffusion's original layout (.safetensors; .ckpt, .pt, .pth and
+            .bin are read without running the code that a pickle may hold). A single file needs no network access.
+        controlnet, vae: a folder, hub id or file that is used instead of the base's own.
         norm_scope: overrides the base's own setting.
-        dtype: of all weights; they are converted one by one, so no second copy of the model is held.
-    Raises: ModelError: not found, incomplete, not of this kind, or a pickle that holds code; a hub that cannot be
-        reached; no ControlNet in the base and none given; an unknown norm_scope.
+        dtype: of all weights. They are converted one by one, so the model is never held twice.
+    Raises: ModelError if something is not found, incomplete, of another kind, or a pickle that holds code; if the hub
+        cannot be reached; if the base has no ControlNet and none is given; or if norm_scope is unknown.
     """
     found = locate_base(base)
     parts = {role: found.component(role) for role in ("unet", "vae", "text_encoder")}
@@ -156,7 +156,7 @@ def load_base(
 def _load_tokenizer(folder: Path) -> CLIPTokenizerFast:
     names = [["tokenizer.json"], ["vocab.json", "merges.txt"]]
     if not any(all((folder / name).is_file() for name in alternative) for alternative in names):
-        # transformers would make a tokenizer without words of it.
+        # transformers would build a tokenizer without a vocabulary from it.
         raise ModelError(f"{folder} has no vocab.json and merges.txt", hint="copy the base's tokenizer folder again")
     try:
         return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -186,7 +186,7 @@ def _check_fit(model: PoseModel) -> None:
 
 
 def named_parameters(model: PoseModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of all modules but the text encoder under their `unet.…`, `vae.…` and so on names, in a fixed order."""
+    """Yield names (`unet.…`, `vae.…`) and parameters of all modules but the text encoder, in a fixed order."""
     for prefix, module in model.modules().items():
         if prefix != "text_encoder":
             for name, parameter in module.named_parameters():
@@ -194,10 +194,10 @@ def named_parameters(model: PoseModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def apply_tensors(model: PoseModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tuned tensors into a model, in place, converted to its dtype; all of them or, on an error, none.
+    """Copy tuned tensors into a model in place, converted to its dtype. On an error nothing is copied.
 
-    Args: tensors: by `named_parameters`' names; trailing dimensions of 1 of 1×1 convolutions may be there or not.
-    Raises: CheckpointError for a name the model lacks or a shape that differs.
+    Args: tensors: by the names of `named_parameters`; a 1×1 convolution may have its trailing dimensions of 1 or not.
+    Raises: CheckpointError if the model lacks a name or has it in another shape.
     """
     parameters = dict(named_parameters(model))
     unknown = sorted(set(tensors) - set(parameters))
@@ -227,10 +227,10 @@ def load_controlvideo_weights(unet_path: str | Path, controlnet_path: str | Path
     """Read the weight files that ControlVideo's training writes, `N-unet.pt` and `N-controlnet.pt`.
 
     Each is a dictionary of tensors under diffusers' names: `attn1.to_out`, and in the U-Net `attn_temp` and `conv_temp`
-    (a 1×1 convolution: trailing dimensions of 1 are dropped). Whole state dicts will do too: what is not tuned is left
-    out. A `module.` that data-parallel training puts before the names is taken off.
+    (a 1×1 convolution: trailing dimensions of 1 are dropped). Whole state dicts work too: tensors that are not tuned
+    are left out. The prefix `module.`, which data-parallel training adds, is removed.
     Returns: tensors by `unet.…` and `controlnet.…` name, for `apply_tensors`.
-    Raises: CheckpointError: missing, unreadable, a pickle that holds code, or without a tuned tensor.
+    Raises: CheckpointError if a file is missing, unreadable, a pickle that holds code, or without a tuned tensor.
     """
     tensors: dict[str, Tensor] = {}
     for prefix, path in (("unet", Path(unet_path)), ("controlnet", Path(controlnet_path))):

@@ -1,4 +1,4 @@
-"""LoRA files: read under kohya-ss' or diffusers' names, checked against a model and fused into its weights.
+"""Read LoRA files with kohya-ss' or diffusers' names, check them against a model and fuse them into its weights.
 
 Layer 3: needs no peft. The names come from the model itself, so there is no table of blocks to keep up to date.
 """
@@ -28,7 +28,7 @@ HINT = "give a LoRA for Stable Diffusion 1.5, under kohya-ss' or diffusers' name
 _FACTOR = re.compile(r"(?P<layer>.+?)(?:[._]lora[._]|\.lora_linear_layer\.)(?P<side>down|up|A|B)\.weight")
 _ATTENTION = re.compile(r"\.(to_[qkv]|to_out)(\.0)?$")
 _PROJECTION = re.compile(r"\.(q|k|v|out)_proj$")
-_SETTINGS = "lora_adapter_metadata"  # under which diffusers keeps peft's configuration in a file's header
+_SETTINGS = "lora_adapter_metadata"  # diffusers keeps peft's configuration under this key in a file's header
 _OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr",
                 "lora_mid.": "LoCon with a Tucker core"}  # fmt: skip
 _UNKNOWN_SETTINGS = ("alpha_pattern", "use_rslora", "use_dora")  # each changes what is added to a weight
@@ -36,7 +36,7 @@ _UNKNOWN_SETTINGS = ("alpha_pattern", "use_rslora", "use_dora")  # each changes 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file to fuse, and how strongly. Raises: CheckpointError unless `scale` is finite."""
+    """A LoRA file to fuse, and its strength. Raises: CheckpointError unless `scale` is finite."""
 
     path: Path
     scale: float = 1.0
@@ -48,25 +48,25 @@ class Lora:
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """What is added to one weight. down: (rank, in, …); up: (out, rank, 1…); alpha: None means the rank."""
+    """The update of one weight. down: (rank, in, …); up: (out, rank, 1…); alpha: None means the rank."""
 
     down: Tensor
     up: Tensor
     alpha: float | None
 
     def fits(self, shape: torch.Size) -> bool:
-        """Whether it can be added to a weight of that shape; trailing 1s of 1×1 convolutions may be there or not."""
+        """Return whether it can be added to a weight of that shape. Trailing 1s of 1×1 convolutions are optional."""
         down, up = tuple(self.down.shape), tuple(self.up.shape)
         is_pair = min(len(down), len(up)) >= 2 and up[1] == down[0] > 0 and set(up[2:]) <= {1}
         return is_pair and _without_ones((up[0], *down[1:])) == _without_ones(tuple(shape))
 
     def is_finite(self) -> bool:
-        """Whether every number in it is one."""
+        """Return whether every number in it is finite."""
         factors = (factor.float() for factor in (self.down, self.up))
         return all(torch.isfinite(factor).all() for factor in factors) and math.isfinite(self.alpha or 0)
 
     def delta(self, scale: float) -> Tensor:
-        """scale · alpha / rank · up @ down, float32 (out, in · kernel height · kernel width)."""
+        """Return scale · alpha / rank · up @ down, float32 (out, in · kernel height · kernel width)."""
         rank = len(self.down)
         factor = scale * (rank if self.alpha is None else self.alpha) / rank
         return factor * (self.up.flatten(1).float() @ self.down.flatten(1).float())
@@ -74,22 +74,23 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file's content. layers: by the names that the file gives them."""
+    """A LoRA file's content. layers: by the names that the file uses."""
 
     lora: Lora
     sha256: str
     layers: dict[str, LoraLayer]
 
     def describe(self) -> dict[str, Any]:
-        """What an engine's manifest says of it: its name, hash and scale."""
+        """Return what an engine's manifest records: the file's name, its hash and the scale."""
         return {"file": self.lora.path.name, "sha256": self.sha256, "scale": float(self.lora.scale)}
 
 
 def read_lora(lora: Lora) -> LoraFile:
     """Read a LoRA file (.safetensors, or what torch.save wrote, without running the code that a pickle may hold).
 
-    Raises: CheckpointError: missing, truncated, a pickle that holds code; without a pair of factors, with a tensor that
-        is neither a factor nor an alpha, such as those of DoRA, LoHa and LoKr, or with a number that is not finite.
+    Raises: CheckpointError if the file is missing, truncated or a pickle that holds code; if it has no pair of factors,
+        a tensor that is neither a factor nor an alpha (as DoRA, LoHa and LoKr have), a setting of peft that is not
+        supported, or a number that is not finite.
     """
     tensors = read_weights(lora.path, CheckpointError)
     settings = _read_settings(lora.path)
@@ -121,11 +122,11 @@ def read_lora(lora: Lora) -> LoraFile:
 
 
 def fuse_loras(model: PoseModel, files: Sequence[LoraFile]) -> None:
-    """Add LoRAs to the U-Net and the text encoder, in place and in the order given: W += scale · alpha / rank · up @ down.
+    """Add LoRAs to the U-Net and the text encoder, in place and in order: W += scale · alpha / rank · up @ down.
 
-    In float32, before `PoseModel.fold`. A tuned attn1 gets it on top of what was tuned; the temporal layers, although
-    they began as copies of attn1, and the ControlNet get nothing.
-    Raises: CheckpointError, before anything is changed, for a layer that the model lacks or has in another shape.
+    Call this before `PoseModel.fold`. The update is computed in float32. A tuned attn1 gets it on top of its tuning.
+    The ControlNet and the temporal layers get nothing, although the latter began as copies of attn1.
+    Raises: CheckpointError, before anything is changed, if the model lacks a layer or has it in another shape.
     """
     weights = _weights(model)
     for file in files:
@@ -144,7 +145,7 @@ def fuse_loras(model: PoseModel, files: Sequence[LoraFile]) -> None:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """peft's configuration by `unet.…` and `text_encoder.…`, where the file says it."""
+    """Return peft's configuration, with keys `unet.…` and `text_encoder.…`; empty if the file has none."""
     if path.suffix.lower() != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
@@ -159,7 +160,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _weights(model: PoseModel) -> dict[str, Tensor]:
-    """What LoRAs may add to, by every name that a file may give it."""
+    """Return the weights that LoRAs may change, by every name that a file may use for them."""
     weights: dict[str, Tensor] = {}
     for role, network in (("unet", model.unet), ("text_encoder", model.text_encoder)):
         for path, module in network.named_modules():
@@ -176,7 +177,7 @@ def _names(role: str, path: str) -> Iterator[str]:
         yield f"lora_te_text_model_{path.replace('.', '_')}"
         return
     yield from (f"unet.{path}", f"lora_unet_{path.replace('.', '_')}")
-    if _ATTENTION.search(path):  # as diffusers trained attention processors, at first without the prefix
+    if _ATTENTION.search(path):  # diffusers' attention processors, at first without the prefix
         processor = _ATTENTION.sub(r".processor.\1", path)
         yield from (f"unet.{processor}", processor)
 

@@ -1,6 +1,6 @@
-"""Weights that stay in 16 bits under arithmetic in float32: half their memory where a processor has no faster use for 16 bits.
+"""Layers that store weights in 16 bits and compute in float32, which halves the memory that the weights take.
 
-Layer 3: a layer widens its weight when it is called, exactly, and lets go of what it widened.
+Layer 3: for processors where 16 bits are no faster. Each call widens the weight, which is exact, and frees the copy.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST = 1 << 16  # numbers of a weight that stays narrow: a smaller one is not worth widening at each call
+LEAST = 1 << 16  # elements; a smaller weight saves too little memory to be widened at each call
 
 
 class NarrowLinear(nn.Linear):
-    """A linear layer whose weight is widened to the type of its input."""
+    """A linear layer that widens its weight to the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype), self.bias)
 
 
 class NarrowConv2d(nn.Conv2d):
-    """A convolution whose weight is widened to the type of its input."""
+    """A convolution that widens its weight to the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight.to(input.dtype), self.bias)
 
 
 class NarrowConvTranspose2d(nn.ConvTranspose2d):
-    """A transposed convolution whose weight is widened to the type of its input."""
+    """A transposed convolution that widens its weight to the dtype of its input."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         assert isinstance(self.padding, tuple) and output_size is None
@@ -42,10 +42,10 @@ _NARROW: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def keep_narrow(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Let the large linear layers and convolutions of `module` keep their weights narrow, in place.
+    """Make the large linear layers and convolutions of `module` keep their weights in 16 bits, in place.
 
     Args: weights: by parameter name, in 16 bits.
-    Returns: the weights as `module` now takes them: those as they are, every other floating-point one in float32.
+    Returns: the weights that `module` now takes: those of these layers unchanged, other floating-point ones float32.
     """
     narrow = set()
     for name, layer in module.named_modules():

@@ -1,7 +1,7 @@
 """The networks as engines see them: modules whose forward takes and returns exactly what `spec` lists.
 
-Layer 3: the torch engine runs them, export traces them. Parameter names are `unet.…`, `controlnet.…`, `vae.…` and
-`text_encoder.…` in all of them, so one dictionary of tensors can be swapped into every network that holds some of it.
+Layer 3: the torch engine runs them, export traces them. In all of them parameter names begin with `unet.`,
+`controlnet.`, `vae.`, `text_encoder.` or `small_decoder.`, so one dictionary of tensors can be swapped into every one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TextEncoder(nn.Module):
 
 
 class PromptKV(nn.Module):
-    """encoder_hidden_states → every cross-attention's keys and values, packed, of the U-Net and of the ControlNet."""
+    """encoder_hidden_states → packed keys and values of every cross-attention, of the U-Net and of the ControlNet."""
 
     def __init__(self, unet: VideoUNet, controlnet: VideoControlNet) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class PromptKV(nn.Module):
 
 
 class TimeTables(nn.Module):
-    """timesteps (S,) → every resnet's projection of them, packed, of the U-Net and of the ControlNet."""
+    """timesteps (S,) → packed timestep projections of every resnet, of the U-Net and of the ControlNet."""
 
     def __init__(self, unet: VideoUNet, controlnet: VideoControlNet) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class SmallVaeDecoder(nn.Module):
 
 
 class ControlNetStep(nn.Module):
-    """One ControlNet evaluation on a clip, tables in, residuals out."""
+    """One ControlNet evaluation on a clip: it takes the tables and returns the residuals."""
 
     def __init__(self, controlnet: VideoControlNet) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class ControlNetStep(nn.Module):
 
 
 class UNetStep(nn.Module):
-    """One U-Net evaluation on a clip: tables and ControlNet residuals in, noise_pred out, and where asked deep_features."""
+    """One U-Net evaluation on a clip: tables and ControlNet residuals → noise_pred and, if enabled, deep_features."""
 
     def __init__(self, unet: VideoUNet) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class UNetStep(nn.Module):
 
 
 class UNetShallow(nn.Module):
-    """The U-Net's first and last layer on a clip: deep_features of an earlier step in, noise_pred out."""
+    """The U-Net's first and last layer on a clip: it takes deep_features of an earlier step and returns noise_pred."""
 
     def __init__(self, unet: VideoUNet) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class UNetShallow(nn.Module):
 
 
 class ControlNetStream(nn.Module):
-    """One ControlNet evaluation on frames of a stream: `ControlNetStep` with the reference's keys and values at hand."""
+    """`ControlNetStep` for frames of a stream: also takes the reference's keys and values and returns the frames'."""
 
     def __init__(self, controlnet: VideoControlNet) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class ControlNetStream(nn.Module):
         is_reference: Tensor,
         *keyframe_kv: Tensor,
     ) -> tuple[Tensor, ...]:
-        nothing = is_reference[:, None]  # it has no temporal attention, whose mask this would be
+        nothing = is_reference[:, None]  # in place of window_mask: the ControlNet has no temporal attention
         memory = StreamMemory(is_reference, nothing, keyframe_kv, ())
         down, mid = self.controlnet(
             latents, time_projections, text_kv, pose_embeddings, conditioning_scale, memory=memory
@@ -175,9 +175,9 @@ class ControlNetStream(nn.Module):
 
 
 class UNetStream(nn.Module):
-    """One U-Net evaluation on frames of a stream: `UNetStep` with keys and values of other frames in and its own out.
+    """`UNetStep` for frames of a stream: also takes keys and values of other frames and returns the frames' own.
 
-    tensors: the ControlNet residuals, the key-frame keys and values of each layer, then the temporal ones.
+    tensors: the ControlNet residuals, then each layer's key-frame keys and values, then the temporal ones.
     """
 
     def __init__(self, unet: VideoUNet) -> None:
@@ -203,10 +203,9 @@ class UNetStream(nn.Module):
 
 
 class UNetShallowStream(nn.Module):
-    """`UNetShallow` on frames of a stream.
+    """`UNetShallow` for frames of a stream, none of which is the reference.
 
-    None of them is the reference. attended: where the last layer attends, window_mask, and its keys and values, key-frame
-    and temporal.
+    attended: window_mask, then the last layer's key-frame and temporal keys and values; empty if it has no attention.
     """
 
     def __init__(self, unet: VideoUNet) -> None:
@@ -234,7 +233,7 @@ def build_networks(
     text_encoder: CLIPTextModel,
     small_decoder: nn.Module | None = None,
 ) -> dict[str, nn.Module]:
-    """Every network under its name in `spec.NETWORK_NAMES`, and of the others those that there are; they share weights."""
+    """Return every network by its name in `spec.ALL_NETWORKS`, the optional ones if they exist. They share weights."""
     factories: dict[str, Callable[[], nn.Module]] = {
         "text_encoder": lambda: TextEncoder(text_encoder),
         "prompt_kv": lambda: PromptKV(unet, controlnet),
@@ -262,7 +261,7 @@ def describe_architecture(
     text_encoder: CLIPTextModel,
     small_decoder: nn.Module | None = None,
 ) -> Architecture:
-    """Read the tensor sizes off the modules themselves."""
+    """Read the tensor sizes from the modules themselves."""
     residuals = residual_layers(controlnet)
     layers = attention_layers(unet)
     return Architecture(
@@ -286,7 +285,7 @@ def describe_architecture(
 
 
 def residual_layers(network: ClipDenoiser) -> list[tuple[int, int]]:
-    """(channels, downscale) of what `conv_in` and every layer of the down blocks give, in the order of a forward."""
+    """Return (channels, downscale) of the outputs of `conv_in` and every layer of the down blocks, in forward order."""
     layers, downscale = [(network.conv_in.out_channels, 1)], 1
     for block in network.down_blocks:
         layers += [(resnet.out_channels, downscale) for resnet in block.resnets]
@@ -297,7 +296,7 @@ def residual_layers(network: ClipDenoiser) -> list[tuple[int, int]]:
 
 
 def attention_layers(network: ClipDenoiser) -> list[tuple[int, int, bool]]:
-    """(channels, downscale, has temporal attention) of every transformer block, in the order of a forward."""
+    """Return (channels, downscale, has temporal attention) of every transformer block, in forward order."""
     layers, downscale = [], 1
 
     def add(block: Any) -> None:

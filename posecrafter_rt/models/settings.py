@@ -1,4 +1,4 @@
-"""What a base model recommends for its tuning: `posecrafter.json` beside its networks, else the paper's values.
+"""What a base recommends for tuning and rendering: `posecrafter.json` beside its networks, else the paper's values.
 
 Layer 3: plain data.
 """
@@ -19,17 +19,17 @@ SETTINGS_FILE = "posecrafter.json"
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """Defaults of a base; those of this class are PoseCrafter's for Stable Diffusion 1.5.
+    """Default settings of a base. The defaults of this class are PoseCrafter's for Stable Diffusion 1.5.
 
-    size: (height, width) in pixels. norm_scope: over what the residual blocks' GroupNorm takes its statistics.
-    prompt: of the tuned person. trainable: regular expressions; a parameter trains whose `unet.…` or `controlnet.…`
-    name one of them finds. steps: None follows Eq. 20. minibatch: frames of one training step.
-    learning_rate_decay: whether the learning rate falls during tuning. shared_noise: share of training steps in 0..1
-    whose frames have a part of their noise in common, as they do when rendering. timestep_exponent: the timesteps of
-    tuning are drawn with density proportional to t^exponent; 0 is uniform, more dwells on the noisy ones.
-    decoder_steps, decoder_learning_rate: of the autoencoder's decoder, tuned after the denoiser; the paper's is 0 steps.
-    small_decoder_steps, small_decoder_learning_rate: of a small decoder that is distilled from it; 0: there will be none.
-    inversion_substeps, strength: what `RenderOptions` leaves to the base.
+    size: (height, width) in pixels. norm_scope: whether the residual blocks' GroupNorm takes its statistics per frame
+    or over a clip. prompt: that of the tuned person. trainable: regular expressions; a parameter is trained if one of
+    them is found in its `unet.…` or `controlnet.…` name. steps: None follows Eq. 20. minibatch: frames per step.
+    learning_rate_decay: whether the learning rate falls during tuning. shared_noise: share (0..1) of training steps
+    whose frames have part of their noise in common, as frames have in rendering. timestep_exponent: tuning draws
+    timesteps with density proportional to t^exponent; 0 is uniform, larger values favour noisy timesteps.
+    decoder_steps, decoder_learning_rate: for the autoencoder's decoder, tuned after the denoiser; the paper: 0 steps.
+    small_decoder_steps, small_decoder_learning_rate: for a small decoder distilled from that; 0 steps: none is made.
+    inversion_substeps, strength: defaults of the options that `RenderOptions` leaves to the base.
     Raises: ModelError for a value out of range.
     """
 
@@ -88,7 +88,7 @@ class BaseSettings:
 
     @classmethod
     def from_json(cls, data: Any) -> BaseSettings:
-        """The inverse of `to_json`; what is absent takes its default. Raises: ModelError for what it does not know."""
+        """The inverse of `to_json`; absent settings take defaults. Raises: ModelError for unknown or wrong ones."""
         known = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or (unknown := sorted(set(data) - known)):
             wrong = ", ".join(unknown) if isinstance(data, dict) else type(data).__name__
@@ -103,7 +103,7 @@ class BaseSettings:
 
     @classmethod
     def load(cls, folder: Path) -> BaseSettings:
-        """Read `posecrafter.json` in `folder`, or take the defaults where there is none."""
+        """Read `posecrafter.json` in `folder`, or return the defaults if there is none."""
         path = folder / SETTINGS_FILE
         if not path.is_file():
             return cls()

@@ -1,6 +1,6 @@
-"""A decoder of a few convolutions in the VAE's place: ours, distilled from it (see `tuning_losses`), or one that is given.
+"""A decoder of a few convolutions in place of the VAE's: ours, distilled from it (see `tuning_losses`), or a given one.
 
-Layer 3. The full decoder costs as much as several denoising steps; on one person's pictures a small one comes close.
+Layer 3. The full decoder costs as much as several denoising steps. On one person's pictures a small one comes close.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from posecrafter_rt.models.folding import fold_doubled
 from posecrafter_rt.models.sources import hash_files, locate_component, reading
 from posecrafter_rt.models.weights import load_network
 
-CHANNELS, BLOCKS = (128, 64, 32), (3, 3, 2)  # of as many levels as the VAE doubles, counted from the picture
+CHANNELS, BLOCKS = (128, 64, 32), (3, 3, 2)  # per level; a VAE with fewer doublings uses the last ones
 
 
 class ResidualBlock(nn.Module):
@@ -38,8 +38,8 @@ class ResidualBlock(nn.Module):
 class SmallDecoder(ModelMixin, ConfigMixin):
     """Scaled latents (N, 4, h, w) → pixels (N, 3, H, W), about [-1, 1].
 
-    Each level is residual blocks, then a transposed convolution that doubles the picture, the last one into RGB: nothing
-    is convolved at full size. No norms: each frame and each place is by itself.
+    Each level has residual blocks, then a transposed convolution that doubles the picture. The last of these outputs
+    RGB, so nothing is convolved at full size. There are no norms, so a pixel depends only on the latents around it.
     Args: channels, blocks: of each level, from the latents on.
     """
 
@@ -63,8 +63,9 @@ class SmallDecoder(ModelMixin, ConfigMixin):
 
 
 def new_small_decoder(latent_channels: int, vae_scale_factor: int, generator: torch.Generator) -> SmallDecoder:
-    """An untrained one for a VAE, in float32 on the CPU; random as the generator has it, each block next to nothing.
+    """Create an untrained decoder for a VAE: float32, on the CPU, with random weights from `generator`.
 
+    Each residual block at first adds little to its input.
     Raises: ModelError for a VAE of factor 1, or above 8.
     """
     levels = round(math.log2(vae_scale_factor))
@@ -74,7 +75,7 @@ def new_small_decoder(latent_channels: int, vae_scale_factor: int, generator: to
     decoder = SmallDecoder(latent_channels, CHANNELS[-levels:], BLOCKS[-levels:])
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            # What torch draws by default, but from this generator: each output of a doubling sees a quarter of its taps.
+            # torch's default range, but from this generator. An output of a doubling sees a quarter of the 16 taps.
             taps = module.weight[0].numel() if isinstance(module, nn.Conv2d) else 4 * module.in_channels
             nn.init.uniform_(module.weight, -(taps**-0.5), taps**-0.5, generator=generator)
             assert module.bias is not None
@@ -86,16 +87,16 @@ def new_small_decoder(latent_channels: int, vae_scale_factor: int, generator: to
 
 
 def describe_config(module: nn.Module) -> dict[str, Any]:
-    """A diffusers module's configuration as JSON has it, without the paths that it came from."""
+    """Return a diffusers module's configuration in JSON's types, without the paths that it came from."""
     config: Any = module.config
     return {key: list(value) if isinstance(value, tuple) else value
             for key, value in config.items() if not key.startswith("_")}  # fmt: skip
 
 
 def empty_small_decoder(config: dict[str, Any]) -> nn.Module:
-    """A small decoder of this configuration, without weights (on the meta device), folded."""
+    """Build a small decoder of this configuration, folded and without weights (on the meta device)."""
     kind = AutoencoderTiny if "num_decoder_blocks" in config else SmallDecoder
-    config = {name: value for name, value in config.items() if name != "block_out_channels"}  # which it adds itself
+    config = {name: value for name, value in config.items() if name != "block_out_channels"}  # the class adds it itself
     with torch.device("meta"):
         module: nn.Module = kind.from_config(config)
         fold_small_decoder(module)
@@ -103,9 +104,9 @@ def empty_small_decoder(config: dict[str, Any]) -> nn.Module:
 
 
 def load_small_decoder(source: str, latent_channels: int, vae_scale_factor: int, dtype: torch.dtype) -> nn.Module:
-    """One that is given: a folder or hub id of diffusers' `AutoencoderTiny` (TAESD), or of a `SmallDecoder`.
+    """Load a given decoder: a folder or hub id of diffusers' `AutoencoderTiny` (TAESD) or of a `SmallDecoder`.
 
-    Raises: ModelError: not there, of another kind, or of another VAE's latents.
+    Raises: ModelError if it is not found, of another kind, or made for the latents of another VAE.
     """
     part = locate_component(source, "small_decoder")
     with reading(source):
@@ -124,13 +125,13 @@ def load_small_decoder(source: str, latent_channels: int, vae_scale_factor: int,
 
 
 def hash_small_decoder(source: str) -> str:
-    """SHA-256 over its weight files and configuration. Raises: ModelError where there are none."""
+    """Return the SHA-256 over a given decoder's weight files and configuration. Raises: ModelError if not found."""
     part = locate_component(source, "small_decoder")
     return hash_files({"small_decoder": part.files, "config": (part.config_folder / "config.json",)})
 
 
 def latents_of(module: nn.Module) -> tuple[int, int]:
-    """Channels of the latents that a small decoder reads, and how many times it enlarges them."""
+    """Return how many channels the latents that a small decoder reads have, and how many times it enlarges them."""
     config: Any = module.config
     if isinstance(module, AutoencoderTiny):
         return config["latent_channels"], config["upsampling_scaling_factor"] ** (len(config["num_decoder_blocks"]) - 1)
@@ -145,7 +146,7 @@ def decode_small(module: nn.Module, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fold_small_decoder(module: nn.Module) -> None:
-    """Fold an `AutoencoderTiny` in place: its doublings as in `folding.fold_upsamplers`, and away with its encoder."""
+    """Fold an `AutoencoderTiny` in place: its doublings as in `folding.fold_upsamplers`; remove its encoder."""
     if not isinstance(module, AutoencoderTiny):
         return
     module.encoder = nn.Identity()

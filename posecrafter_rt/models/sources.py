@@ -1,6 +1,6 @@
-"""Where the parts of a base model lie: `embedded`, a folder, a hub id or a file, resolved to paths and hashed.
+"""Find the parts of a base model: `embedded`, a folder, a hub id or a file, resolved to paths and hashed.
 
-Layer 3: finds files; opens them only to hash them, and to know our own.
+Layer 3: finds files. It opens them only to hash them and to recognise our own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EMBEDDED_FOLDER = Path(__file__).parents[1] / "embedded" / "base"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# The forms that a network's weights may have, as names of its whole file; the first that is there is taken.
+# The forms that a network's weights may have, as names of its whole file. The first that exists is used.
 _DIFFUSERS_FORMS = (
     ("diffusion_pytorch_model", "safetensors"), ("diffusion_pytorch_model.fp16", "safetensors"),
     ("diffusion_pytorch_model", "bin"), ("diffusion_pytorch_model.fp16", "bin"),
@@ -51,13 +51,13 @@ class Component:
 
     @property
     def is_single_file(self) -> bool:
-        """Whether the file has no configuration of its own, and perhaps the original layout."""
+        """Whether it is a file without a configuration of its own, perhaps in the original layout."""
         return self.location != self.config_folder
 
 
 @dataclass(frozen=True)
 class Base:
-    """A located base: a folder with one subfolder a network, or one file that holds several."""
+    """A located base: a folder with one subfolder per network, or one file that holds several."""
 
     base_id: str
     folder: Path | None
@@ -65,15 +65,15 @@ class Base:
     configs: Path
 
     def settings(self) -> BaseSettings:
-        """What it recommends; a single file has no settings of its own. Raises: ModelError."""
+        """Return the base's settings; a single file has none, so it takes the defaults. Raises: ModelError."""
         return BaseSettings() if self.folder is None else BaseSettings.load(self.folder)
 
     def has(self, role: str) -> bool:
-        """Whether a folder has this network; a single file has the U-Net, the VAE and the text encoder."""
+        """Return whether a folder has this network; always False for a single file, which has no ControlNet."""
         return self.folder is not None and (self.folder / role / "config.json").is_file()
 
     def component(self, role: str) -> Component:
-        """The files of one network. Raises: ModelError where they are missing."""
+        """Return the files of one network. Raises: ModelError if a folder lacks them."""
         if self.file is not None:
             return Component(role, (self.file,), self.file, self.configs / role)
         assert self.folder is not None
@@ -84,7 +84,7 @@ class Base:
 
 
 def locate_base(base: str) -> Base:
-    """Find a base. Raises: ModelError: not there, tuned already, or a hub that cannot be reached or lacks it."""
+    """Find a base. Raises: ModelError if it is not there or already tuned, or the hub lacks it or cannot be reached."""
     if base == "embedded":
         if not EMBEDDED_FOLDER.is_dir():
             message = "the embedded base is not part of this installation"
@@ -104,7 +104,7 @@ def locate_base(base: str) -> Base:
 
 
 def locate_component(source: str, role: str) -> Component:
-    """Find a network of its own: a folder (or its subfolder `role`), a file, or a hub id. Raises: as `locate_base`."""
+    """Find a single network: a folder (or its subfolder `role`), a file, or a hub id. Raises: as `locate_base`."""
     path = _path(source)
     if path.is_file():
         _check_suffix(path)
@@ -118,14 +118,14 @@ def locate_component(source: str, role: str) -> Component:
 
 
 def hash_files(parts: Mapping[str, tuple[Path, ...]]) -> str:
-    """SHA-256 over the contents of every network's weight files, whatever the files are called."""
+    """Return the SHA-256 over the contents of every network's weight files, whatever their names."""
     known = {path: sha256_file(path) for path in {path for paths in parts.values() for path in paths}}
     return sha256_json({role: [known[path] for path in paths] for role, paths in parts.items()})
 
 
 @contextmanager
 def reading(source: object) -> Iterator[None]:
-    """Turns what the libraries raise on broken files into one line."""
+    """Turn the errors that libraries raise on broken files into a ModelError of one line."""
     try:
         yield
     except KeyError as error:
@@ -135,13 +135,13 @@ def reading(source: object) -> Iterator[None]:
 
 
 def lasting_id(source: str) -> str:
-    """What finds the same base or network from any working directory: a path made absolute, or the name as it is."""
+    """Return an id that works from any working directory: a path made absolute, or any other name unchanged."""
     path = _path(source)
     return str(path.resolve()) if source != "embedded" and path.exists() else source
 
 
 def _path(source: str) -> Path:
-    """The path that a source may be; `~name` stays as it is where nobody is called so."""
+    """Return a source as a path; `~name` stays unchanged if there is no such user."""
     try:
         return Path(source).expanduser()
     except RuntimeError:
@@ -149,12 +149,12 @@ def _path(source: str) -> Path:
 
 
 def first_line(error: Exception) -> str:
-    """A library's message cut to something that fits into one of ours."""
+    """Return the first line of a library's message, cut to 200 characters so that it fits into one of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a path is a tuned checkpoint, or an engine, by what either begins with."""
+    """Return whether a path is an engine's folder or a tuned checkpoint, which begins with a mark of ours."""
     if path.is_dir():
         return (path / "manifest.json").is_file() and (path / "networks").is_dir()
     if not path.is_file():
@@ -178,13 +178,13 @@ def _folder_component(role: str, folder: Path) -> Component:
 
 
 def _patterns(role: str) -> list[tuple[str, str]]:
-    """The name of the whole file and a pattern of the shards' names, for each form."""
+    """Return, for each form, the name of the whole file and a pattern of the shards' names."""
     forms = _CLIP_FORMS if role == "text_encoder" else _DIFFUSERS_FORMS
     return [(f"{stem}.{suffix}", f"{stem}-?????-of-?????.{suffix}") for stem, suffix in forms]
 
 
 def _weight_files(role: str, folder: Path) -> tuple[Path, ...]:
-    """Those of the first form that is there; none where none is."""
+    """Return the files of the first form that exists; empty if none does."""
     for pattern in (pattern for form in _patterns(role) for pattern in form):
         if files := tuple(sorted(folder.glob(pattern))):
             return files
@@ -192,9 +192,9 @@ def _weight_files(role: str, folder: Path) -> tuple[Path, ...]:
 
 
 def _download(repo_id: str, roles: Mapping[str, str], kind: str) -> Path:
-    """Fetch from the hub what is needed and not yet cached; of each network the first form of its weights there is.
+    """Download from the hub what is needed and not yet cached: of each network, the first form of weights that exists.
 
-    Args: roles: the network that is looked for in each of the repository's folders; "" is the repository itself.
+    Args: roles: maps each folder of the repository to the network to look for there; "" is the repository itself.
     """
     if not _HUB_ID.fullmatch(repo_id) or Path(repo_id).suffix in WEIGHT_SUFFIXES:
         message = f"there is no {kind} at {repo_id}"

@@ -1,4 +1,4 @@
-"""A prompt's tokens without transformers, which takes longer to import than all else that a render needs.
+"""Tokenize prompts without transformers, which takes longer to import than everything else that a render needs.
 
 Layer 3: tokenizers and torch.
 """
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class PromptTokenizer:
-    """What `PoseModel.tokenize` does, from the files that `save_pretrained` writes of a model's tokenizer."""
+    """Does what `PoseModel.tokenize` does, from the files that `save_pretrained` writes for a model's tokenizer."""
 
     def __init__(self, folder: Path, num_tokens: int) -> None:
-        """Args: num_tokens: of the text encoder. Raises: ModelError for a folder without the tokenizer's files."""
+        """Args: num_tokens: length of the text encoder's input. Raises: ModelError if files are missing or broken."""
         try:
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
             self._tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -38,17 +38,17 @@ class PromptTokenizer:
             ) from error
 
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Prompts → input_ids int64 (prompts, num_tokens), with begin and end marked, padded and cut; what is cut is told."""
+        """Return input_ids int64 (prompts, num_tokens), with begin and end tokens, padded or cut; log what is cut."""
         all_encoded = self._tokenizer.encode_batch(prompts)
         warn_of_cuts(prompts, all_encoded)
         return torch.tensor([encoded.ids for encoded in all_encoded], dtype=torch.int64)
 
 
 def warn_of_cuts(prompts: Sequence[str], all_encoded: Sequence[Encoding]) -> None:
-    """Tell of each prompt that is longer than its tokens what is left out of it."""
+    """Log, for each prompt that was cut, the text that is left out."""
     for prompt, encoded in zip(prompts, all_encoded, strict=True):
         if encoded.overflowing:
-            (start, _), *_, (_, stop) = encoded.offsets[1:-1]  # of what is between the marks of begin and end
+            (start, _), *_, (_, stop) = encoded.offsets[1:-1]  # without the begin and end tokens
             left_out = prompt[:start].strip() or prompt[stop:].strip()  # some tokenizers cut on the left
             log.warning("the prompt has more than %d tokens and is cut; left out is: %s",
                         len(encoded.ids) - 2, left_out)  # fmt: skip

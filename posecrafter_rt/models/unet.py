@@ -38,11 +38,11 @@ UNSUPPORTED_OPTIONS = (
 )
 
 
-UpLayer = tuple[ResnetBlock2D, Any, Any]  # and its attention and upsampler, each or None
+UpLayer = tuple[ResnetBlock2D, Any, Any]  # a resnet, its attention or None, its upsampler or None
 
 
 class ClipDenoiser(nn.Module):
-    """What the U-Net and the ControlNet share: tables, down blocks and mid block over a clip.
+    """The parts that the U-Net and the ControlNet share: tables, down blocks and mid block over a clip.
 
     The children of the diffusers model become this module's children, so every parameter keeps its diffusers name.
     """
@@ -74,13 +74,13 @@ class ClipDenoiser(nn.Module):
         return (module for module in self.modules() if isinstance(module, BasicTransformerBlock))
 
     def time_projections(self, timesteps: Tensor) -> Tensor:
-        """All that depends on the timestep alone. timesteps: (S,) → (S, T), one row a timestep."""
-        dtype = self.conv_in.bias.dtype  # not that of a weight, which may be kept narrow
+        """Compute all that depends on the timestep alone. timesteps: (S,) → (S, T), one row per timestep."""
+        dtype = self.conv_in.bias.dtype  # not a weight's, which may be kept in 16 bits
         embedding = nn.functional.silu(self.time_embedding(self.time_proj(timesteps).to(dtype)))
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self.resnets()], dim=-1)
 
     def text_kv(self, encoder_hidden_states: Tensor) -> Tensor:
-        """All that depends on the prompt alone. (G, tokens, D) → (G, tokens, K): each layer's keys, then its values."""
+        """Compute all that depends on the prompt alone. (G, tokens, D) → (G, tokens, K), per layer keys then values."""
         return torch.cat(
             [project(encoder_hidden_states) for block in self.transformer_blocks()
              for project in (block.attn2.to_k, block.attn2.to_v)], dim=-1)  # fmt: skip
@@ -126,9 +126,9 @@ class ClipDenoiser(nn.Module):
 
 
 class VideoUNet(ClipDenoiser):
-    """SD 1.5's U-Net inflated to clips (METHOD: key-frame attention everywhere, temporal in its down and up blocks).
+    """SD 1.5's U-Net inflated to clips: key-frame attention everywhere, temporal attention in down and up blocks.
 
-    gives_deep_features: whether `predict` gives what `predict_shallow` takes.
+    gives_deep_features: whether `predict` also returns the features that `predict_shallow` takes.
     """
 
     gives_deep_features = False
@@ -145,7 +145,7 @@ class VideoUNet(ClipDenoiser):
                     _add_temporal_attention(transformer_block)
 
     def forward(self, *tensors: Any, **named: Any) -> Tensor:
-        """noise_pred (G·F, 4, h, w): the first of what `predict` gives."""
+        """Return noise_pred (G·F, 4, h, w), the first output of `predict`."""
         return self.predict(*tensors, **named)[0]
 
     def predict(
@@ -161,12 +161,13 @@ class VideoUNet(ClipDenoiser):
     ) -> tuple[Tensor, Tensor | None]:
         """Predict the noise of a clip; frame 0 of each group is its key frame.
 
-        Args: latents: (G·F, 4, h, w). time_projections: (G or 1, T) from `time_projections`. text_kv: (G, tokens, K).
+        Args: latents: (G·F, 4, h, w). time_projections: (G·F, G or 1, T), rows of `time_projections`.
+            text_kv: (G, tokens, K).
             down_block_additional_residuals, mid_block_additional_residual: what the ControlNet returned.
             temporal_mask: bool (F, F), which frame attends to which over time; None: each to all.
-            memory: what the frames of a stream attend to instead of one another; their own is added to it.
-        Returns: noise_pred (G·F, 4, h, w); deep_features (G·F, C, h, w), which the last layer read beside `conv_in`'s
-            output, or None where they are not asked for.
+            memory: what a stream's frames attend to instead of one another; their own keys and values are added to it.
+        Returns: noise_pred (G·F, 4, h, w); deep_features (G·F, C, h, w), the last layer's input beside `conv_in`'s
+            output, or None without `gives_deep_features`.
         """
         context = replace(self._context(latents, time_projections, text_kv, memory), temporal_mask=temporal_mask)
         samples = self._down(self.conv_in(latents), context)
@@ -194,12 +195,12 @@ class VideoUNet(ClipDenoiser):
         *,
         memory: StreamMemory | None = None,
     ) -> Tensor:
-        """Predict the noise by the first and the last layer alone; what all others gave comes from another step.
+        """Predict the noise with the first and last layer only; the others' features come from another step.
 
-        Features and residual of the same step give what `predict` does; those of an earlier step an approximation, the
-        cheapest of DeepCache's (Ma et al. 2024).
-        Args: as `predict` takes and gives them; down_block_additional_residual: the first of the ControlNet's. memory: of the
-            last layer alone.
+        With features and residual of the same step the result is that of `predict`. With those of an earlier step it is
+        an approximation, the cheapest variant of DeepCache (Ma et al. 2024).
+        Args: as in `predict`; deep_features: as it returned them. down_block_additional_residual: the first of the
+            ControlNet's. memory: of the last layer only.
         Returns: noise_pred (G·F, 4, h, w).
         """
         context = self._context(latents, time_projections, text_kv, memory)
@@ -208,7 +209,7 @@ class VideoUNet(ClipDenoiser):
 
     @property
     def deep_channels(self) -> int:
-        """Of deep_features."""
+        """Number of channels of deep_features."""
         channels: int = self._up_layers()[-1][0].in_channels - self.conv_in.out_channels
         return channels
 
@@ -221,7 +222,7 @@ class VideoUNet(ClipDenoiser):
         return layers
 
     def _up(self, layers: list[UpLayer], samples: list[Tensor], context: ClipContext) -> Tensor:
-        """Run some up layers. samples: what they read, the input last; taken out, so that nothing is held for longer."""
+        """Run some up layers. samples: their inputs, the main one last; each is removed when used, to free memory."""
         hidden_states = samples.pop()
         for resnet, attention, upsampler in layers:
             hidden_states = torch.cat([hidden_states, samples.pop()], dim=1)
@@ -238,7 +239,7 @@ class VideoUNet(ClipDenoiser):
 
 
 def _add_temporal_attention(block: BasicTransformerBlock) -> None:
-    """attn_temp starts as a copy of attn1, and conv_temp at zero: the inflated U-Net begins as the image U-Net."""
+    """Add attn_temp, a copy of attn1, and conv_temp, all zero: so the inflated U-Net starts as the image U-Net."""
     attn = block.attn1
     block.attn_temp = Attention(attn.to_q.in_features, heads=attn.heads, dim_head=attn.inner_dim // attn.heads)
     if not attn.to_q.weight.is_meta:

@@ -1,6 +1,6 @@
-"""Weight files as plain tensors, and networks filled with them, from diffusers' layout or the original one.
+"""Read weight files, in diffusers' layout or the original one, as plain tensors, and fill networks with them.
 
-Layer 3: the configuration that single files lack comes from `sd15/`; nothing is fetched, and no pickle's code is run.
+Layer 3: the configuration that single files lack comes from `sd15/`. Nothing is downloaded; no code of a pickle runs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _CONVERTERS: dict[type, Callable[..., dict[str, Tensor]]] = {
 }
 _V_PARAMETERIZATION = re.compile(r"^\s*parameterization:\s*[\"']?v[\"']?\s*(#.*)?$", re.MULTILINE)
 _TEXT_PREFIX = "cond_stage_model.transformer."
-# How diffusers called the VAE's attention before 0.18; the hub still holds such files.
+# diffusers' names for the VAE's attention before 0.18; the hub still holds such files.
 _LEGACY_ATTENTION = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.")
 
 
 def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError] = ModelError) -> dict[str, Tensor]:
-    """Read a weight file (safetensors, or what torch.save wrote) as tensors by name, mapped into memory.
+    """Read a weight file (safetensors, or what torch.save wrote) as tensors by name, memory-mapped if possible.
 
-    Raises: error_type: missing, truncated, without tensors, or a pickle that holds more than tensors.
+    Raises: error_type if the file is missing or truncated, or a pickle without tensors or with more than tensors.
     """
     if not path.is_file():
         raise error_type(f"there is no file {path}", hint="check the path")
@@ -54,7 +54,7 @@ def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError
     except UnpicklingError as error:
         raise error_type(f"{path} is damaged, or a pickle that could run code: it holds more than tensors",
                          hint="take the .safetensors form of these weights") from error  # fmt: skip
-    except Exception as error:  # on foreign bytes the restricted unpickler trips in any way: IndexError, AssertionError
+    except Exception as error:  # on foreign bytes the restricted unpickler raises almost anything, such as IndexError
         message = f"{path} is truncated or no weight file: {first_line(error)}"
         raise error_type(message, hint="fetch or copy it again") from error
     while isinstance(content, dict) and "state_dict" in content:
@@ -67,19 +67,19 @@ def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError
 
 
 def _begins_as_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do, with the length of a JSON object: of whatever name, as checkpoints of ours."""
+    """Return whether a file begins as safetensors do, with the length of a JSON object. Our .ckpt files do too."""
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
 
 
 def read_scheduler_config(base: Base) -> dict[str, Any]:
-    """diffusers' configuration of a base's noise schedule.
+    """Return diffusers' configuration of a base's noise schedule.
 
-    A single file has none, and is taken to predict the noise unless it says that it predicts v, in any way in use: an
-    original configuration of its name beside it (.yaml), a tensor called `v_pred`, or Model Spec's metadata.
-    Raises: ModelError: unreadable; what `DDIMSchedule` does not have; a single file whose schedule was rescaled, which a
-        tensor called `ztsnr` says.
+    A single file has none. It is taken to predict the noise, unless one of these says that it predicts v: an original
+    configuration of its name beside it (.yaml), a tensor called `v_pred`, or Model Spec's metadata.
+    Raises: ModelError if it is unreadable or has settings that `DDIMSchedule` lacks, or if a single file's schedule was
+        rescaled (then it has a tensor called `ztsnr`).
     """
     with reading(base.base_id):
         text = (base.configs / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
@@ -99,7 +99,7 @@ def read_scheduler_config(base: Base) -> dict[str, Any]:
 
 
 def load_network(cls: type, part: Component, dtype: torch.dtype) -> Any:
-    """A diffusers network from a folder or a single file, every tensor of it from there."""
+    """Load a diffusers network from a folder or a single file, which must hold every tensor of it."""
     weights = {_LEGACY_ATTENTION.sub(_modern, name): tensor for name, tensor in _read_all(part).items()}
     with reading(part.location):
         config = cls.load_config(part.config_folder, local_files_only=True)  # type: ignore[attr-defined]
@@ -113,7 +113,7 @@ def load_network(cls: type, part: Component, dtype: torch.dtype) -> Any:
 
 
 def load_text_encoder(part: Component, dtype: torch.dtype) -> CLIPTextModel:
-    """The CLIP text encoder of a folder or of a single file."""
+    """Load the CLIP text encoder from a folder or a single file."""
     weights = _read_all(part)
     if part.is_single_file:
         names = [name for name in weights if name.startswith(_TEXT_PREFIX)]
@@ -121,7 +121,7 @@ def load_text_encoder(part: Component, dtype: torch.dtype) -> CLIPTextModel:
     with reading(part.location):
         config = CLIPTextConfig.from_pretrained(part.config_folder, local_files_only=True)
         model: Any = CLIPTextModel(config)
-    # transformers 5.6 dropped the level `text_model`; files of either kind are met, under either version.
+    # transformers 5.6 dropped the level `text_model`. Files with and without it occur, under either version.
     expected = {name.removeprefix("text_model."): name for name in model.state_dict()}
     named = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
     fill(model, {expected[name]: tensor for name, tensor in named.items() if name in expected}, part, dtype)
@@ -129,7 +129,7 @@ def load_text_encoder(part: Component, dtype: torch.dtype) -> CLIPTextModel:
 
 
 def _read_header(path: Path) -> tuple[set[str], dict[str, str]]:
-    """The tensors' names, and the metadata that only .safetensors has."""
+    """Return the tensors' names, and the metadata, which only .safetensors files have."""
     if path.suffix.lower() != ".safetensors":
         return set(read_weights(path)), {}
     with safe_open(path, "pt") as file:
@@ -146,9 +146,9 @@ def _modern(match: re.Match[str]) -> str:
 
 
 def fill(model: torch.nn.Module, weights: Mapping[str, Tensor], part: Component, dtype: torch.dtype) -> None:
-    """Give a model (perhaps on the meta device) its weights, one by one in `dtype`.
+    """Give a model (perhaps on the meta device) its weights, converted one by one to `dtype`.
 
-    Raises: ModelError unless all of them are there in their shapes.
+    Raises: ModelError if a weight is missing or has another shape.
     """
     expected = model.state_dict()
     problems = [f"lacks {name}" for name in expected if name not in weights]
@@ -158,7 +158,7 @@ def fill(model: torch.nn.Module, weights: Mapping[str, Tensor], part: Component,
         more = f" ({len(problems)} tensors in all)" if len(problems) > 1 else ""
         raise ModelError(f"the {part.role} in {part.location} {problems[0]}{more}",
                          hint=f"use a Stable Diffusion 1.5 {part.role} that is complete")  # fmt: skip
-    # Copied, because what is only mapped from a file changes when the file does.
+    # Copied, because mapped memory would change with the file.
     converted = {
         name: weights[name].to(dtype if expected[name].is_floating_point() else expected[name].dtype, copy=True)
         for name in expected

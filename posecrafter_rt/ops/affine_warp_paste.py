@@ -21,8 +21,8 @@ def affine_warp_paste(
     """Copy a latent to N + 1 frames and edit the last N: warp the whole latent per region, paste its rectangle.
 
     out[0] = x_T; out[j][y, x] = x_T(A⁻¹·[x, y, 1]ᵀ) inside the region's rectangle, else x_T (paper Eq. 18-19).
-    Regions are pasted in order, each sampled from the unedited x_T; where the sample's centre falls outside
-    [0, w-1] × [0, h-1] the pixel keeps what it has. A singular or non-finite affine leaves its region unedited.
+    Regions are pasted in order, each sampled from the unedited x_T. If a sample's centre falls outside
+    [0, w-1] × [0, h-1], the pixel keeps its value. A singular or non-finite affine leaves its region unedited.
     Args:
         latent: x_T (C, h, w); fp32, fp16 or bf16.
         affines: (N, R, 2, 3) float, reference → target in latent pixels (centres at integers), as `cv2.warpAffine`
@@ -37,7 +37,7 @@ def affine_warp_paste(
     """
     _check(latent, 3, affines, rects, mode)
     affines, rects = _to_device(affines, rects, latent)
-    if is_traced_as_op(backend, latent):  # not always: to call an op as one, torch imports Dynamo, which takes seconds
+    if is_traced_as_op(backend, latent):  # only then: a call as an op makes torch import Dynamo, which takes seconds
         return _affine_warp_paste_op(latent, affines, rects, mode)
     chosen = choose_backend("affine_warp_paste", backend, latent, regions=affines.shape[1])
     return _run(latent, affines, rects, mode, chosen)

@@ -23,16 +23,16 @@ def group_norm(
     silu: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Normalise each frame and group of channels, scale and shift each channel, and apply SiLU where asked.
+    """Normalise each frame and group of channels, scale and shift each channel, then apply SiLU if `silu`.
 
     out[n, c] = act((x[n, c] - μ[n, g]) / √(σ²[n, g] + eps) · weight[c] + bias[c]), with μ and σ² over positions and
     the channels of c's group g, in float32; act: y · sigmoid(y) with `silu`, else y.
     Args:
         x: (N, C, h, w); fp32, fp16 or bf16; C divisible by num_groups. weight, bias: (C,), dtype of x.
-        backend: `triton` (CUDA, compute capability 8.0 or newer, no gradient, x dense in channels_last, which it reads
-            twice and writes once in that layout; rounded once) or `reference` (torch's group_norm, then silu); None:
-            the first that can run, but the reference wherever torch compiles or exports: Inductor fuses the plain
-            operations, and exporters translate them.
+        backend: `triton` (CUDA, compute capability 8.0 or newer, no gradient, x dense in channels_last; it reads x
+            twice, writes the result once in that layout, and rounds once) or `reference` (torch's group_norm, then
+            silu). None: the first that can run, but the reference while torch compiles or exports: Inductor fuses the
+            plain operations, and exporters translate them.
     Returns: (N, C, h, w), dtype of x, new tensor.
     Raises: ShapeError if the shapes do not fit together; BackendUnavailable if a named `backend` cannot run
         (message says why).

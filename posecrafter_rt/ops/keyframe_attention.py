@@ -22,9 +22,9 @@ def keyframe_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: 
         q: (G·F, L, C); k, v: (G, L', C); fp32, fp16 or bf16; C = heads · d, channels contiguous (rows may be strided:
             slices of one fused projection are read in place). G: guidance passes or stream steps.
         backend: `triton` (CUDA, compute capability 8.0 or newer, no gradient, d a multiple of 8: in 16 bits up to 160,
-            or 256 where a block has 227 KiB of shared memory, in fp32 up to 80; larger tiles spill registers),
-            `xformers` (CUDA, 16 bits, with a gradient; where it is installed) or `reference` (torch's fused attention
-            over the same unexpanded K and V); None: the first that can run.
+            or 256 if a block has 227 KiB of shared memory; in fp32 up to 80; larger tiles spill registers), `xformers`
+            (CUDA, 16 bits, with a gradient; if it is installed) or `reference` (torch's fused attention over the same
+            unexpanded K and V). None: the first that can run.
     Returns: (G·F, L, C), dtype of q, new tensor.
     Raises: ShapeError if the shapes do not fit together; BackendUnavailable if a named `backend` cannot run
         (message says why).

@@ -27,13 +27,13 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def missing_reason() -> str | None:
-    """Why the extension cannot be used at all, or None."""
+    """Return why the extension cannot be used at all, or None."""
     return _load()[1]
 
 
 @cache
 def cuda_missing_reason() -> str | None:
-    """Why the extension's CUDA path cannot be used, or None."""
+    """Return why the extension's CUDA path cannot be used, or None."""
     module, reason = _load()
     if module is None:
         return reason
@@ -42,15 +42,15 @@ def cuda_missing_reason() -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What the extension was built with (`cuda`, `openmp`, `cuda_archs`, `compiler`); empty without it."""
+    """Return what the extension was built with (`cuda`, `openmp`, `cuda_archs`, `compiler`); empty if it is missing."""
     module, _ = _load()
     return {} if module is None else dict(module.build_info())
 
 
 def paste(source: Tensor, out: Tensor, affines: Tensor, rects: Tensor, mode: str, *, copy: bool) -> None:
-    """Write the edited frames into `out`: its last N, after those that no edit belongs to.
+    """Write N edited frames as the last N frames of `out`. Frames before them have no edit.
 
-    The extension checks shapes, dtypes, devices and memory itself, from what DLPack says of each array.
+    The extension itself checks shapes, dtypes, devices and memory, as DLPack describes them.
     Args:
         source: (C, h, w), shared by all frames, or (F, C, h, w); contiguous. May be `out` on the CPU, not on CUDA.
         out: (F, C, h, w) contiguous, dtype and device of source, **written**.
@@ -60,7 +60,7 @@ def paste(source: Tensor, out: Tensor, affines: Tensor, rects: Tensor, mode: str
     """
     module, reason = _load()
     assert module is not None, reason
-    # The capsule itself: a tensor handed over as it is would make its own in Python, 6 µs each instead of 0.3.
+    # Capsules, because a tensor would make its own in Python: 6 µs each instead of 0.3.
     capsules = [to_dlpack(tensor) for tensor in (source, out, affines, rects)]
     if out.device.type == "cpu":
         threads = max(1, min(torch.get_num_threads(), out.nbytes // BYTES_PER_THREAD))

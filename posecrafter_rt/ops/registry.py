@@ -29,7 +29,7 @@ def _reference(*tensors: Tensor, **sizes: int) -> str | None:
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    """Whether autograd will ask for a gradient: only the reference gives one."""
+    """Return whether autograd will need a gradient with respect to one of these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
@@ -56,7 +56,7 @@ def _triton_missing() -> str | None:
 
 
 def _triton_tensors(*tensors: Tensor) -> str | None:
-    """What every Triton kernel asks of its tensors; the dtype of the first three."""
+    """Return why no Triton kernel can take these tensors, or None. The first three must have one dtype."""
     first = tensors[0]
     if any(tensor.device.type != "cuda" for tensor in tensors):
         return f"needs CUDA tensors, got {first.device.type}"
@@ -134,12 +134,12 @@ BACKENDS: dict[str, dict[str, Reason]] = {  # in order of preference
 
 
 def unsupported_reason(op: str, backend: str, *tensors: Tensor, **sizes: int) -> str | None:
-    """Why `backend` cannot run operator `op`, or None if it can.
+    """Return why `backend` cannot run operator `op`, or None if it can.
 
     Args:
         op, backend: a name of BACKENDS and one of its entries.
-        tensors: the operator's tensors; without them only the machine and the build are judged.
-        sizes: what tensors do not show: `heads` for the attentions, `regions` for affine_warp_paste.
+        tensors: the operator's tensors; without them only the machine and the build are checked.
+        sizes: numbers that the tensors do not show: `heads` for the attentions, `regions` for affine_warp_paste.
     Raises: BackendUnavailable for an unknown name.
     """
     if backend not in BACKENDS.get(op, {}):
@@ -149,7 +149,7 @@ def unsupported_reason(op: str, backend: str, *tensors: Tensor, **sizes: int) ->
 
 
 def choose_backend(op: str, backend: str | None, *tensors: Tensor, **sizes: int) -> str:
-    """The backend to run: the named one, or with None the first that can.
+    """Return the backend to run: the named one, or for None the first that can run.
 
     Raises: BackendUnavailable if a named backend cannot run these tensors (message says why).
     """

@@ -23,10 +23,10 @@ def temporal_attention(
     Args:
         q: (G, Fq, L, C); k, v: (G, Fk, L, C); fp32, fp16 or bf16; C = heads · d, channels contiguous (groups, frames
             and rows may be strided: slices of one fused projection or of a ring buffer are read in place).
-        mask: bool (Fq, Fk), or (G, Fq, Fk) where groups differ, True where a query frame may attend to a key frame; None:
-            everywhere. A query frame without any key yields 0. A causal window with an anchor is such a mask.
+        mask: bool (Fq, Fk), or (G, Fq, Fk) if groups differ; True where a query's frame may attend to a key's frame.
+            None: everywhere. A query frame without any key yields 0. A causal window with an anchor is such a mask.
         backend: `triton` (CUDA, compute capability 8.0 or newer, no gradient, d a multiple of 8 up to 160;
-            larger tiles spill registers) or `reference`; None: the first that can run.
+            larger tiles spill registers) or `reference`. None: the first that can run.
     Returns: (G, Fq, L, C), dtype of q, new contiguous tensor.
     Raises: ShapeError if the shapes do not fit together; BackendUnavailable if a named `backend` cannot run
         (message says why).

@@ -1,7 +1,7 @@
-"""Importing it registers what `dispatch.compiler_op` names, as `torch.ops.posecrafter.*`.
+"""When imported, register the functions of `dispatch.compiler_op` as `torch.ops.posecrafter.*`.
 
-Layer 2: by itself, since to register them torch imports Inductor, seconds and a hundred megabytes that only tracing is to
-cost.
+Layer 2: a module of its own, because registering makes torch import Inductor, which takes seconds and a hundred
+megabytes. Only tracing needs that.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from posecrafter_rt.ops.dispatch import COMPILER_OPS
 
 
 def _fake(q: Tensor, *others: Any) -> Tensor:
-    """What an attention gives as far as a tracer asks.
+    """Return an attention's output as a tracer needs it: shape, dtype and layout.
 
-    Its own arithmetic would tell, too, in seconds a network: every reshape of dimensions that are symbols is proved.
+    Tracing the arithmetic itself would do too, but takes seconds per network: each reshape of symbolic sizes is proved.
     """
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
@@ -26,7 +26,7 @@ def _fake(q: Tensor, *others: Any) -> Tensor:
 def _register() -> None:
     log = logging.getLogger("torch._library.triton")
     level = log.level
-    log.setLevel(logging.ERROR)  # torch warns at registration where Triton is absent; here that is no fault
+    log.setLevel(logging.ERROR)  # torch warns if Triton is absent, which is no fault here
     try:
         for name, function in COMPILER_OPS.items():
             torch.library.triton_op(f"posecrafter::{name}", mutates_args=())(function).register_fake(_fake)

@@ -1,4 +1,4 @@
-"""xformers' memory-efficient attention on CUDA: the one fast path here that has a gradient, for tuning.
+"""xformers' memory-efficient attention on CUDA: the only fast path here that has a gradient, for tuning.
 
 Layer 2: xformers is imported when it is first run.
 """

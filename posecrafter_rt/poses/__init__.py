@@ -1,4 +1,4 @@
 """Whole-body poses: the keypoint layout, OpenPose JSON, drawing, extraction.
 
-Layer 1: leaves; import what is needed from the modules.
+Layer 1: leaves; import directly from the modules.
 """

@@ -1,6 +1,6 @@
-"""The detector process: raw RGB frames on stdin, keypoints in the detector's own layout into a .npz.
+"""The detector process: reads raw RGB frames from stdin, writes keypoints in the detector's own layout to a .npz.
 
-Layer 1: run as a script, and under another interpreter too, so it imports nothing of the package.
+Layer 1: runs as a script, perhaps under another interpreter, so it imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-# What the parent reads on stderr: these at the start of a line, then the value; every other line is a log.
+# The parent reads stderr: a line that starts with one of these carries a value; every other line is a log.
 PROGRESS, DETECTOR, UNAVAILABLE, FAILED = "@progress", "@detector", "@unavailable", "@failed"
 DETECTORS = {"dwpose": "rtmlib", "mediapipe": "mediapipe"}
 DWPOSE_FILES = ("yolox_l.onnx", "dw-ll_ucoco_384.onnx")
-# The same network, as rtmlib's list of models has it. Of itself rtmlib would take RTMW, whose scores are on another scale:
-# SimCC peaks are scores, and its loss lets them go to about 10 (beta 1, label_beta 10) where DWPose's ends near 1.
+# The same network, from rtmlib's list of models. By default rtmlib would take RTMW, whose scores are on another scale:
+# scores are SimCC peaks, and RTMW's loss lets them reach about 10 (beta 1, label_beta 10), DWPose's only about 1.
 _DWPOSE_URL = (
     "https://download.openmmlab.com/mmpose/v1/projects/rtmposev1/onnx_sdk/"
     "rtmpose-l_simcc-ucoco_dw-ucoco_270e-384x288-2438fd99_20230728.zip"
@@ -37,7 +37,7 @@ class Unavailable(Exception):
 
 
 def make_dwpose(weights: str | None, device: str) -> Detect:
-    """DWPose (YOLOX finds people, a SimCC network their 133 points) through rtmlib on ONNX Runtime."""
+    """Make DWPose, through rtmlib on ONNX Runtime: YOLOX finds people, a SimCC network their 133 points."""
     rtmlib = _import("rtmlib")
     onnxruntime = _import("onnxruntime")
     if device.startswith("cuda") and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -53,18 +53,18 @@ def make_dwpose(weights: str | None, device: str) -> Detect:
         missing = [str(path) for path in paths if not path.is_file()]
         if missing:
             raise Unavailable(f"DWPose weights are missing: {', '.join(missing)}")
-        # By position: rtmlib renamed this argument. DWPose's YOLOX knows all 80 COCO classes.
+        # The third argument is positional because rtmlib renamed it. DWPose's YOLOX knows all 80 COCO classes.
         find_people = rtmlib.YOLOX(str(paths[0]), _YOLOX_SIZE, "multiclass", device=device)
         find_points, has_classes = rtmlib.RTMPose(str(paths[1]), _DWPOSE_SIZE, device=device), True
 
     def detect(picture: np.ndarray) -> np.ndarray:
-        # YOLOX was trained on BGR, the pose network on RGB (its mean and deviation are in that order).
+        # YOLOX was trained on BGR; the pose network on RGB (its mean and deviation are in that order).
         boxes = find_people(np.ascontiguousarray(picture[..., ::-1]))
         if has_classes:
             boxes, classes = boxes
             boxes = boxes[classes == _PERSON_CLASS]
         if len(boxes) == 0:
-            # Asked for no box, rtmlib would take the whole picture for a person.
+            # Given no boxes, rtmlib would take the whole picture for a person.
             return np.zeros((0, 133, 3), np.float32)
         points, scores = find_points(picture, boxes)
         return np.concatenate([points, scores[..., np.newaxis]], axis=-1)
@@ -73,13 +73,13 @@ def make_dwpose(weights: str | None, device: str) -> Detect:
 
 
 def make_mediapipe(weights: str | None, device: str) -> Detect:
-    """MediaPipe Holistic: one person, 33 pose + 468 face mesh + 21 + 21 hand points; it brings its own weights."""
+    """Make MediaPipe Holistic, with its own weights: one person, 33 pose + 468 face mesh + 21 + 21 hand points."""
     mediapipe = _import("mediapipe")
     if device != "cpu":
         raise Unavailable(f"device {device} was asked for, but MediaPipe runs on the CPU only")
     if not hasattr(mediapipe, "solutions"):
         raise Unavailable(f"MediaPipe {mediapipe.__version__} has no Holistic solution; 0.10.14 has")
-    # The middle pose model: the only one that is in the package and finds shoulders well.
+    # The middle pose model is the only one in the package that finds shoulders well.
     holistic = mediapipe.solutions.holistic.Holistic(model_complexity=1)
 
     def detect(picture: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ def make_mediapipe(weights: str | None, device: str) -> Detect:
         points = np.concatenate([body, face, *hands])
         is_outside = (points[:, :2] < 0).any(axis=1) | (points[:, :2] >= 1).any(axis=1)
         points[is_outside, 2] = 0
-        # Fractions count from the picture's corner, our pixels from the first one's centre.
+        # Fractions count from the picture's corner, our coordinates from the centre of the first pixel.
         points[:, 0] = points[:, 0] * picture.shape[1] - 0.5
         points[:, 1] = points[:, 1] * picture.shape[0] - 0.5
         return points[np.newaxis] if (points[:, 2] > 0).any() else np.zeros((0, len(points), 3), np.float32)
@@ -98,7 +98,7 @@ def make_mediapipe(weights: str | None, device: str) -> Detect:
 
 
 def _landmarks(part: Any, count: int) -> np.ndarray:
-    """(count, 3): x, y in fractions of the picture, and the visibility, which only the pose has: elsewhere it is 1."""
+    """Return (count, 3): x, y in fractions of the picture and the visibility, which is 1 for all but the pose."""
     if part is None:
         return np.zeros((count, 3), np.float32)
     rows = [(point.x, point.y, point.visibility if count == 33 else 1.0) for point in part.landmark]
@@ -115,9 +115,9 @@ def _import(name: str) -> Any:
 
 
 def make_detector(name: str, weights: str | None, device: str) -> tuple[str, Detect]:
-    """The named detector, or for `auto` the first that can run.
+    """Make the named detector, or for `auto` the first that can run; return its name, too.
 
-    Raises: Unavailable: it cannot run; for `auto` the reasons of all.
+    Raises: Unavailable if it cannot run; for `auto`, with the reasons of all.
     """
     makers = {"dwpose": make_dwpose, "mediapipe": make_mediapipe}
     if name != "auto":
@@ -158,7 +158,7 @@ def _tell(kind: str, value: object) -> None:
 
 
 def main() -> int:
-    """Parse the arguments, detect, report; returns the exit status."""
+    """Parse the arguments, detect, report; return the exit status."""
     parser = argparse.ArgumentParser(description="detect keypoints in raw frames (started by posecrafter_rt)")
     parser.add_argument("--detector", choices=["auto", *DETECTORS], required=True)
     parser.add_argument("--weights")
@@ -175,13 +175,13 @@ def main() -> int:
     except Unavailable as error:
         _tell(UNAVAILABLE, error)
         return 1
-    except Exception as error:  # the process boundary: the parent raises it again as its own error
+    except Exception as error:  # process boundary: the parent raises an error of its own from it
         _tell(FAILED, f"{type(error).__name__}: {error}")
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    # Python put this folder first, where modules of the package must not pass for top-level ones.
+    # Python put this folder first on the path, but the package's modules must not be found as top-level ones.
     sys.path.pop(0)
     raise SystemExit(main())

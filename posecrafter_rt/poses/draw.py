@@ -1,4 +1,4 @@
-"""Pose pictures: what ControlNet 1.1 openpose is conditioned on, in the manner of DWPose.
+"""Draw pose pictures as DWPose does: the condition of ControlNet 1.1 openpose.
 
 Layer 1: numpy and OpenCV.
 """
@@ -39,7 +39,7 @@ _FACE_DOT_COLOUR = (255, 255, 255)
 _FARTHEST_PX = 2**14
 _LARGEST_PICTURE_BYTES = (1 << 31) - 1  # OpenCV crashes on larger ones
 
-# Pairs of body points, in the order in which they are painted; limb i has the i-th colour, and so has joint i.
+# Pairs of body points, in the order in which they are painted; limb i and joint i both have the i-th colour.
 _LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10),
     (1, 11), (11, 12), (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
@@ -49,7 +49,7 @@ _COLOURS = (
     (0, 255, 0), (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255),
     (0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85),
 )  # fmt: skip
-# Limbs are painted before joints and never blended, so dimming the colour equals dimming the picture after the limbs.
+# Limbs are painted first and never blended, so dimming their colours equals dimming the picture before the joints.
 _LIMB_COLOURS = tuple(tuple(int(c * _LIMB_DIMMING) for c in colour) for colour in _COLOURS[: len(_LIMBS)])
 # Five fingers of four bones each; a finger's first bone starts at the wrist, point 0.
 _HAND_EDGES = tuple((0 if tip % 4 == 1 else tip - 1, tip) for tip in range(1, 21))
@@ -64,17 +64,17 @@ def draw_pose(
 ) -> np.ndarray:
     """Draw one pose on black, as DWPose does.
 
-    Sticks are ellipses of half-width 4 px in the joint colours times 0.6, joints discs of radius 4, hands a rainbow of
-    2 px lines under blue discs of radius 4, the face white discs of radius 3; feet are not drawn. Where the short side
-    of `size` is below 512 the drawing is made at the smallest whole multiple that is not, then averaged down, so that
-    small pictures keep sub-pixel positions.
+    Limbs are ellipses of half-width 4 px in the joint colours times 0.6; joints are discs of radius 4. Hands are 2 px
+    lines in rainbow colours under blue discs of radius 4; the face is white discs of radius 3. Feet are not drawn. If
+    the short side of `size` is below 512, the picture is drawn at the smallest whole multiple that reaches 512 and then
+    averaged down, so that small pictures keep sub-pixel positions.
     Args:
         keypoints: (134, 3): x, y in pixels of `canvas` (pixel centres at integers), confidence 0..1.
         canvas: (height, width) in pixels that the coordinates refer to.
         size: (height, width) of the picture in pixels; None takes the canvas.
-        threshold: points of lower confidence are left out, with every stick that ends there.
+        threshold: points of lower confidence are left out, with every limb that ends there.
     Returns: uint8 (H', W', 3), RGB, contiguous.
-    Raises: PoseError: wrong shape, non-finite coordinates, or a picture without area or too large to be drawn.
+    Raises: PoseError for a wrong shape, coordinates that are not finite, or a picture without area or too large.
     """
     keypoints = np.asarray(keypoints)
     if keypoints.shape != (NUM_KEYPOINTS, 3):
@@ -91,10 +91,10 @@ def draw_pose(
         )
     drawn = np.zeros((height * multiple, width * multiple, 3), np.uint8)
     scaled = scale_keypoints(keypoints, canvas, drawn.shape[:2])
-    # In place: a point thrown far out by a bad detection must not overflow.
+    # A bad detection may put a point far outside; it must not overflow OpenCV's coordinates.
     np.clip(scaled[:, :2], -_FARTHEST_PX, _FARTHEST_PX, out=scaled[:, :2])
     usable = ((scaled[:, 2] >= threshold) & (scaled[:, 2] > 0)).tolist()
-    # Nearest pixel centre, half up: what truncation does to coordinates measured from the picture's corner.
+    # Round to the nearest pixel centre, halves up: the same as truncating coordinates measured from the corner.
     pixels = list(map(tuple, np.floor(scaled[:, :2] + 0.5).astype(int).tolist()))
     _paint_body(drawn, list(map(tuple, scaled[BODY, :2].tolist())), usable[BODY], pixels[BODY])
     for hand in (LEFT_HAND, RIGHT_HAND):
@@ -133,7 +133,7 @@ def _paint_body(picture: np.ndarray, points: list[Point], usable: list[bool], pi
 
 
 def _stick(start: Point, end: Point) -> np.ndarray:
-    """The outline of a limb, int32 (n, 2): an ellipse between two joints, whole pixels and whole degrees."""
+    """Return the outline of a limb, int32 (n, 2): an ellipse between two joints, in whole pixels and degrees."""
     (x0, y0), (x1, y1) = start, end
     half_length = int(np.hypot(x1 - x0, y1 - y0) / 2)
     degrees = int(np.degrees(np.arctan2(y0 - y1, x0 - x1)))

@@ -1,6 +1,6 @@
-"""Keypoints from a video, by a detector in a process of its own.
+"""Extract keypoints from a video, with a detector in a separate process.
 
-Layer 1: numpy and `video_io`; the detectors' own packages clash with ours and with each other, hence the process.
+Layer 1: numpy and `video_io`. The process is needed because the detectors' packages clash with ours and each other's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
 from posecrafter_rt.poses.layouts import NUM_WHOLEBODY_POINTS, from_mediapipe, from_wholebody
 from posecrafter_rt.poses.tracking import follow_person
 
-# Detectors miss hands and faces in small pictures; 576 is what they were seen to need on 176 x 144 video.
+# Detectors miss hands and faces in small pictures; on 176 x 144 video they were seen to need 576.
 _DETECTION_SHORT_SIDE_PX = 576
 _NUM_LOG_LINES = 20
 _INSTALL_HINT = (
@@ -47,17 +47,17 @@ def extract_poses(  # noqa: PLR0913 - one keyword for each option of the command
     Args:
         video_path: any video that `video_io` reads.
         detector: `dwpose` (rtmlib), `mediapipe`, or `auto`: the first of the two that can run.
-        weights: folder with yolox_l.onnx and dw-ll_ucoco_384.onnx; None lets rtmlib download the same DWPose and its own
-            YOLOX. MediaPipe brings its own.
+        weights: folder with yolox_l.onnx and dw-ll_ucoco_384.onnx; None lets rtmlib download the same DWPose and its
+            own YOLOX. MediaPipe brings its own weights.
         device: `cpu` or `cuda` (DWPose only).
         python: interpreter whose environment has the detector; None takes this one.
-        person: which of several people in the first frame, counted from 0; None takes the largest.
+        person: which of several people in the first frame that shows any, counted from 0; None takes the largest.
         upscale: frames are enlarged this many times for detection; None takes the smallest whole number that brings the
-            short side to 576 pixels.
-        progress: called with (frames done, frames of the video as far as the file tells without being decoded).
+            short side to 576 pixels or more.
+        progress: called in another thread with (frames done, an estimate of the video's frames).
     Returns: one pose per frame, in pixels of the video; a frame where the person was not found is all zeros.
     Raises:
-        PoseError: nobody in any frame, or no such person.
+        PoseError: nobody is in any frame, there is no such person, or the detector failed while it ran.
         BackendUnavailable: the detector cannot run; the message says why.
         VideoError: the video cannot be read.
     """
@@ -83,7 +83,7 @@ def _detect(
     arguments: list[str],
     progress: Callable[[int, int], None] | None,
 ) -> list[np.ndarray]:
-    """Per frame the people in it, float32 (P, 134, 3). num_frames: about how many there are, for `progress`."""
+    """Return the people in each frame, float32 (P, 134, 3). num_frames: an estimate, for `progress`."""
     with tempfile.TemporaryDirectory(prefix="posecrafter-") as folder:
         output = Path(folder) / "keypoints.npz"
         command = [python, str(Path(worker.__file__)), *arguments, "--output", str(output)]
@@ -101,7 +101,7 @@ def _detect(
             process.wait()
         finally:
             process.kill()
-            with suppress(BrokenPipeError):  # what was not yet sent is of no use, and must not hide an interruption
+            with suppress(BrokenPipeError):  # unsent data is useless now, and must not hide an interruption
                 assert process.stdin is not None
                 process.stdin.close()
             process.wait()
@@ -121,7 +121,7 @@ def _feed(process: subprocess.Popen[bytes], frames: Iterable[np.ndarray]) -> Non
             process.stdin.write(np.ascontiguousarray(frame).data)
         process.stdin.close()
     except BrokenPipeError:
-        # The worker has ended; what it said on stderr tells why.
+        # The worker has ended; its stderr says why.
         return
 
 
@@ -155,7 +155,7 @@ class _Listener(threading.Thread):
             self._log = [*self._log, line][-_NUM_LOG_LINES:]
 
     def raise_for_status(self, status: int) -> None:
-        """Raises what the worker reported, or that it died."""
+        """Raise the error that the worker reported, or one that says that it died."""
         if worker.UNAVAILABLE in self._said:
             raise BackendUnavailable(f"no pose detector: {self._said[worker.UNAVAILABLE]}", hint=_INSTALL_HINT)
         if status == 0:

@@ -1,4 +1,4 @@
-"""Points that a detector missed for a few frames, from their neighbours in time.
+"""Fill in points that a detector missed for a few frames, from their neighbours in time.
 
 Layer 1: numpy; a pure function.
 """
@@ -11,10 +11,10 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 
 
 def fill_gaps(poses: PoseSequence, most: int) -> PoseSequence:
-    """Give each point that is missing for `most` frames at most a place on the straight way between where it was seen
-    before and after, and the lower of both confidences.
+    """Interpolate each point that is missing for at most `most` frames.
 
-    Longer gaps, and what is missing at either end, stay; so does every point that is there, bit for bit.
+    It moves in a straight line from where it was seen before to where it is seen after, with the lower confidence of
+    the two. Longer gaps and points missing at either end stay missing. Present points stay the same, bit for bit.
     """
     keypoints = poses.keypoints.copy()
     for point in range(keypoints.shape[1]):

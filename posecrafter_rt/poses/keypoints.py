@@ -30,7 +30,7 @@ _FEET_NAMES = ("left big toe", "left small toe", "left heel", "right big toe", "
 
 
 def keypoint_name(index: int) -> str:
-    """A keypoint's name for messages: `"left wrist"`, `"face 30"`, `"right hand 4"`."""
+    """Return a keypoint's name for messages: `"left wrist"`, `"face 30"`, `"right hand 4"`."""
     if index < BODY.stop:
         return _BODY_NAMES[index]
     if index < FEET.stop:
@@ -42,7 +42,7 @@ def keypoint_name(index: int) -> str:
 
 
 def scale_keypoints(keypoints: np.ndarray, canvas: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Carry keypoints from one canvas to another, pixel centres at integers.
+    """Scale keypoints from one canvas to another, pixel centres at integers.
 
     x' = (x + 0.5) * W' / W - 0.5, and y likewise; confidences stay; missing points stay (0, 0, 0).
     Args:
@@ -66,7 +66,7 @@ class PoseSequence:
         keypoints: (N, 134, 3): x, y in pixels of the canvas (pixel centres at integers) and confidence in 0..1.
             Copied to float32; points of confidence 0 are missing and get x = y = 0.
         canvas: (height, width) in pixels.
-        fps: frames per second, or None where unknown.
+        fps: frames per second, or None if unknown.
     Raises:
         PoseError: wrong shape, no frame, NaN or infinity, a confidence outside 0..1, an impossible canvas or fps.
     """
@@ -101,13 +101,13 @@ class PoseSequence:
         return len(self.keypoints)
 
     def __getitem__(self, index: slice | int | np.ndarray) -> PoseSequence:
-        """A sequence of the chosen frames; an int gives a sequence of one frame, an array of ints one of those frames."""
+        """Return a sequence of the chosen frames: a slice, the indices in an array, or the one frame of an int."""
         if isinstance(index, (slice, np.ndarray)):
             return PoseSequence(self.keypoints[index], self.canvas, self.fps)
         return PoseSequence(self.keypoints[index][np.newaxis], self.canvas, self.fps)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Each frame's keypoints, float32 (134, 3)."""
+        """Iterate over the frames' keypoints, float32 (134, 3)."""
         return iter(self.keypoints)
 
     @classmethod
@@ -120,7 +120,7 @@ class PoseSequence:
             path: file or folder.
             person: which of several people in the first frame, counted from 0; None takes the largest.
             canvas: (height, width) in pixels, for files that do not say.
-        Raises: PoseError: the file is missing, damaged, not a pose, or a frame shows nobody.
+        Raises: PoseError if the file is missing, damaged or not a pose, or if a frame does not show the person.
         """
         from posecrafter_rt.poses.openpose_json import read_openpose
 
@@ -139,13 +139,13 @@ class PoseSequence:
         write_openpose(self, path, force=force)
 
     def resized(self, height: int, width: int) -> PoseSequence:
-        """The same poses on a canvas of another size: x' = (x + 0.5) * W' / W - 0.5, y likewise."""
+        """Return the same poses on a canvas of another size: x' = (x + 0.5) * W' / W - 0.5, y likewise."""
         height, width = _checked_canvas((height, width))
         return PoseSequence(scale_keypoints(self.keypoints, self.canvas, (height, width)), (height, width), self.fps)
 
 
 def _check_values(keypoints: np.ndarray) -> None:
-    """Raises PoseError naming the first value that is not finite or the first confidence outside 0..1."""
+    """Raise PoseError that names the first value that is not finite, or the first confidence outside 0..1."""
     bad = np.argwhere(~np.isfinite(keypoints))
     if len(bad):
         frame, point, column = bad[0]

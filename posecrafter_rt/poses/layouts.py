@@ -1,4 +1,4 @@
-"""Other tools' keypoint layouts, carried over to the 134 points: BODY_25, COCO-WholeBody, MediaPipe Holistic.
+"""Convert other tools' keypoint layouts to the 134 points: BODY_25, COCO-WholeBody, MediaPipe Holistic.
 
 Layer 1: numpy only.
 """
@@ -11,12 +11,12 @@ from posecrafter_rt.poses.keypoints import BODY, FACE, FEET, LEFT_HAND, NUM_KEYP
 
 NECK, RIGHT_SHOULDER, LEFT_SHOULDER = 1, 2, 5
 
-# Where each of our 18 body points sits; BODY_25 has a mid hip (8) that we lack, and the feet from 19 on in our order.
+# The BODY_25 index of each of our 18 body points. BODY_25 also has a mid hip (8), and from 19 the feet in our order.
 BODY_25_BODY = (0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18)
 BODY_25_FEET = slice(19, 25)
 
 NUM_WHOLEBODY_POINTS = 133
-# COCO-17, with the left shoulder standing in for the neck, which is computed. Then 6 feet, 68 face, 21 + 21 hands.
+# COCO-17 indices; the neck is computed later, the left shoulder holds its place. Then 6 feet, 68 face, 21 + 21 hands.
 _WHOLEBODY_BODY = (0, 5, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 _WHOLEBODY_AFTER_BODY = slice(17, 133)
 
@@ -27,7 +27,7 @@ _MEDIAPIPE_FEET = {0: 31, 2: 29, 3: 32, 5: 30}
 _MEDIAPIPE_MESH_START = 33
 _MEDIAPIPE_LEFT_HAND = slice(501, 522)
 _MEDIAPIPE_RIGHT_HAND = slice(522, 543)
-# The face mesh's vertex nearest each iBUG point: jaw, brows, nose, eyes, outer lips, inner lips.
+# The face mesh's vertex nearest to each iBUG point: jaw, brows, nose, eyes, outer lips, inner lips.
 _MESH_TO_IBUG = (
     162, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 389,
     71, 63, 105, 66, 107, 336, 296, 334, 293, 301,
@@ -39,10 +39,10 @@ _MESH_TO_IBUG = (
 
 
 def from_wholebody(points: np.ndarray) -> np.ndarray:
-    """COCO-WholeBody, as DWPose and RTMPose give it, to our layout.
+    """Convert COCO-WholeBody, the layout of DWPose and RTMPose, to our layout.
 
-    The neck is the middle of the shoulders with the lower of their confidences.
-    Args: points: (P, 133, 3): x, y in pixels, confidence; one row a person.
+    The neck is the middle of the shoulders, with the lower of their confidences.
+    Args: points: (P, 133, 3): x, y in pixels, confidence; one row per person.
     Returns: float32 (P, 134, 3).
     """
     points = np.asarray(points, np.float32)
@@ -54,7 +54,7 @@ def from_wholebody(points: np.ndarray) -> np.ndarray:
 
 
 def from_mediapipe(points: np.ndarray) -> np.ndarray:
-    """MediaPipe Holistic to our layout; its small toes are missing.
+    """Convert MediaPipe Holistic to our layout; it has no small toes, so these are missing.
 
     Args: points: (P, 543, 3): 33 pose, 468 face mesh, 21 left hand, 21 right hand; x, y in pixels, confidence.
     Returns: float32 (P, 134, 3).

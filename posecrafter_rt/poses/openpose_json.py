@@ -1,4 +1,4 @@
-"""OpenPose JSON, read and written: one file of one or many frames, or a folder with a file per frame.
+"""Read and write OpenPose JSON: one file of one or many frames, or a folder with a file per frame.
 
 Layer 1: numpy only.
 """
@@ -40,8 +40,8 @@ _PARTS = {
     "hand_right_keypoints_2d": (RIGHT_HAND, (21,)),
     "foot_keypoints_2d": (FEET, (6,)),
 }
-# A file whose coordinates are mostly within this is in fractions of the canvas: a few points may lie far outside the picture,
-# and no pose in pixels is this small.
+# If most coordinates of a file are at most this, they are fractions of the canvas: a few points may lie far outside the
+# picture, and no pose in pixels is this small.
 _LARGEST_FRACTION = 2.0
 _SMALLEST_PIXEL_CANVAS = 16
 _LARGEST_NUMBER = 1e9
@@ -62,18 +62,20 @@ def read_openpose(
 ) -> PoseSequence:
     """Read poses of one person from OpenPose JSON.
 
-    Accepted: `{"people": [...]}`, a list of such frames, `{"frames": [...]}`, or a folder with one file per frame in
-    the order of the numbers in their names. 18 or 25 body, 68 or 70 face, 21 hand and 6 foot points; a part may be
-    null, empty or absent. Coordinates are pixels, or fractions of the canvas where most of them are that small. A point at
-    exactly (-1, -1) is missing, whatever its confidence: so DWPose and others mark it, in pixels and in fractions. In our own
-    files, which say that they are in pixels, it is a point beside the picture as any other.
+    Accepted are `{"people": [...]}`, a list of such frames, `{"frames": [...]}`, or a folder with one file per frame in
+    the order of the numbers in their names. A person has 18 or 25 body, 68 or 70 face, 21 hand and 6 foot points; a
+    part may be null, empty or absent. Coordinates are pixels, or fractions of the canvas if most of them are that
+    small. A point at exactly (-1, -1) is missing, whatever its confidence: DWPose and others mark missing points so, in
+    pixels and in fractions. In our own files, which say that they are in pixels, it is an ordinary point.
     Args:
         path: file or folder.
-        person: which of several people, counted from 0 in the first frame; None takes the largest.
+        person: which of several people, counted from 0 in the first frame that shows any; None takes the largest.
         canvas: (height, width) in pixels, for files that do not say (`canvas_height`, `canvas_width`).
         allow_missing: a frame without the person is all zeros instead of an error.
-    Returns: N frames on the first frame's canvas; frames on other canvases are scaled to it.
-    Raises: PoseError: missing or damaged file, NaN or infinity, no canvas, or a frame without the person.
+    Returns: N frames on the file's canvas, else the first canvas that a frame states, else `canvas`; frames on other
+        canvases are scaled to it.
+    Raises: PoseError if a file is missing or damaged, holds NaN or infinity, states no canvas, or has a frame without
+        the person.
     """
     path = Path(path)
     documents, header, places = _read_documents(path)
@@ -103,7 +105,7 @@ def read_openpose(
 def write_openpose(poses: PoseSequence, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write all frames to one JSON file, atomically; missing folders are made.
 
-    Every entry of `frames` is an OpenPose object; coordinates in pixels to 2 decimals, confidences to 3. A part
+    Every entry of `frames` is an OpenPose object. Coordinates are pixels with 2 decimals, confidences have 3. A part
     without any point is an empty list.
     Raises:
         OutputExists: the file is there and `force` is false.
@@ -130,13 +132,13 @@ def _person_entry(keypoints: np.ndarray) -> dict[str, list[float]]:
     entry = {}
     for key, (points, _) in _PARTS.items():
         part = rounded[points].ravel()
-        # 12.0 as 12: a quarter of the file is zeros of missing points.
+        # 12.0 is written as 12, because a quarter of the file is zeros of missing points.
         entry[key] = [int(value) if value == int(value) else value for value in part.tolist()] if part.any() else []
     return entry
 
 
 def _read_documents(path: Path) -> tuple[Sequence[Any], dict[str, Any], list[str]]:
-    """The frames' JSON objects, the object around them that may hold canvas and fps, and where each frame is, for messages."""
+    """Return the frames' JSON objects, the object around them (for canvas and fps), and each frame's place as text."""
     if path.is_dir():
         files = sorted((file for file in path.iterdir() if file.suffix.lower() == ".json" and file.name[0] != "."),
                        key=_natural_key)  # fmt: skip
@@ -176,7 +178,7 @@ def _load(path: Path) -> Any:
 
 
 def _natural_key(path: Path) -> list[tuple[int, str]]:
-    """frame_2 before frame_10: runs of digits compare as numbers."""
+    """Return a sort key by which frame_2 comes before frame_10: runs of digits compare as numbers."""
     return [(int(run), "") if run.isdecimal() else (-1, run) for run in re.split(r"(\d+)", path.stem)]
 
 
@@ -219,7 +221,7 @@ def _parse_person(entry: dict[str, Any], where: str, out: np.ndarray) -> None:
 
 
 def _point_name(key: str, points: slice, index: int) -> str:
-    """A point's name for messages; points that BODY_25 numbers otherwise, and pupils, go by their place in the file."""
+    """Return a point's name for messages; pupils, and body points that BODY_25 numbers differently, get their index."""
     num_same_in_all = 8 if key == "pose_keypoints_2d" else points.stop - points.start
     return keypoint_name(points.start + index) if index < num_same_in_all else f"{key} point {index}"
 
@@ -230,10 +232,10 @@ def _parse_point(values: list[Any], where: str, name: str) -> tuple[float, float
     for value, column in zip(values, ("x", "y", "confidence"), strict=True):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise PoseError(f"{where}, {name}: {column} is {value!r}", hint="expected a number")
-        # Written so that NaN fails it too.
+        # Written so that NaN fails, too.
         if not abs(value) <= _LARGEST_NUMBER:
             raise PoseError(f"{where}, {name}: {column} is {value!r:.20}", hint="write 0, 0, 0 for a missing point")
-    # Confidences are peaks of heat maps, which overshoot 1 a little.
+    # Confidences are peaks of heat maps, which can slightly exceed 1.
     confidence = min(max(float(values[2]), 0.0), 1.0)
     return (float(values[0]), float(values[1]), confidence) if confidence > 0 else (0.0, 0.0, 0.0)
 
@@ -262,7 +264,7 @@ def _parse_fps(document: dict[str, Any], where: str) -> float | None:
 
 def _is_normalised(frames: list[_Frame], canvas: tuple[int, int]) -> bool:
     points = np.concatenate([frame.people.reshape(-1, 3) for frame in frames])
-    # Some tools write a missing point as 0, 0 with a confidence.
+    # Some tools write a missing point as 0, 0 with a confidence above 0.
     coordinates = points[(points[:, 2] > 0) & points[:, :2].any(axis=1), :2]
     if coordinates.size == 0 or min(canvas) < _SMALLEST_PIXEL_CANVAS:
         return False

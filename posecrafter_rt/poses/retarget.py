@@ -28,22 +28,22 @@ from posecrafter_rt.poses.skeleton import (
     split,
 )
 
-# What a whole pose may be placed by, the steadiest first.
+# The parts that a whole pose may be placed by, the steadiest first.
 _ROOTS = {"neck": [NECK], "hips": [RIGHT_HIP, LEFT_HIP], "nose": [NOSE], "face": list(range(FACE.start, FACE.stop))}
-_USUALLY = 0.5  # the share of frames in which a root is preferred to those after it
+_USUALLY = 0.5  # the first root that is seen in this share of the frames is taken
 _SHORTEST_PX = 1.0
-# Two adults' bones differ by less, once their sizes are equal. What differs by more was seen end on by one of the two.
+# Once their sizes are equal, two adults' bones differ by less. A larger difference means that one was seen end on.
 _MOST_UNLIKE = 2.0
-# The palm's bones, of both hands: unlike a finger's, a fist does not shorten them.
+# The palm's bones of both hands: unlike a finger's, a fist does not shorten them.
 _PALM = [hand.start + point for hand in (LEFT_HAND, RIGHT_HAND) for point in (1, 5, 9, 13, 17)]
 
 
 class Ratios(NamedTuple):
     """How much larger the tuned person is than another, in pixels of both pictures.
 
-    body: of all bones together, and the face. bones: float64 (2, 134): the lengths of the bone from each keypoint to
-        the one that it hangs on, the tuned person's and the other's; 0 where either does not show it.
-    face: across and down it. hands: of both.
+    body: the ratio of all bones and the face together. bones: float64 (2, 134): the length of the bone from each
+        keypoint to its parent, the tuned person's and the other's; 0 where either does not show it.
+    face: the ratios across and down the face. hands: the ratio of both hands.
     """
 
     body: float
@@ -53,33 +53,33 @@ class Ratios(NamedTuple):
 
 
 class _Link(NamedTuple):
-    """How a joint hangs on the nearest one above it that is seen, in each of N frames."""
+    """How a joint hangs on the nearest ancestor that is seen, in each of N frames."""
 
-    source: np.ndarray  # (N, 2): where the one above is
+    source: np.ndarray  # (N, 2): where the ancestor is
     target: np.ndarray  # (N, 2): where it goes
-    ratio: np.ndarray  # (N,): of what lies between
+    ratio: np.ndarray  # (N,): of the lengths of the bones between
 
     def place(self, points: np.ndarray) -> np.ndarray:
-        """Where places (N, 2) of the joint go."""
+        """Return where places (N, 2) of the joint go."""
         return self.target + self.ratio[:, np.newaxis] * (points - self.source)
 
 
 def retarget(poses: PoseSequence, person: PoseSequence) -> PoseSequence:
     """Give a movement the proportions and the place of another person.
 
-    From the root outwards each joint keeps the direction that its bone has in `poses`, and the bone's length is
-    multiplied by the ratio of the two median lengths: a bone that is foreshortened stays so. The root's path is
-    multiplied by the ratio of the bodies and moved so that its median is that of `person`. The face with eyes and ears
-    is scaled about the nose, across and down by the medians of its own width and height; each hand about its wrist by
-    that of the palms. A bone whose ratio is more than twice, or less than half, that of the body was seen end on by one
-    of the two, and gets that limit; what either never shows gets the body's ratio.
-    Where a joint is missing, the next one hangs on the one before it; a root that is missing is found from the part
-    nearest to it, or between its neighbours. In the plane: nobody is turned.
+    From the root outwards each bone keeps its direction in `poses`, and its length is multiplied by the ratio of the
+    two median lengths, so a foreshortened bone stays so. The root's path is multiplied by the ratio of the bodies and
+    moved so that its median is that of `person`. The face with eyes and ears is scaled about the nose, across and down
+    by the ratios of its own median width and height; each hand is scaled about its wrist by the ratio of the palms.
+    A ratio of more than twice, or less than half, that of the body means that one of the two was seen end on; it is
+    clipped to that limit. What either never shows gets the body's ratio; a face first the head's, hands the forearms'.
+    If a joint is missing, the next one hangs on the one before it. A missing root is placed by another root that is
+    seen, at its usual distance, or else between its neighbours in time. All is in the plane: nobody is turned.
     Args:
         poses: N poses, the movement; any canvas.
         person: M poses of the tuned person, M at least 1: the more they move, the better their medians.
-    Returns: N poses on the canvas of `person`, at the rate of `poses`, with its confidences; what is missing stays so.
-    Raises: PoseError when the two show no bone and no face in common, or nothing to place them by.
+    Returns: N poses on the canvas of `person`, with the frame rate and confidences of `poses`; missing points stay so.
+    Raises: PoseError if the two have no bone and no face in common, or nothing to place them by.
     """
     ratios = find_ratios(poses, person)
     points, seen = split(poses.keypoints)
@@ -101,13 +101,13 @@ def retarget(poses: PoseSequence, person: PoseSequence) -> PoseSequence:
 
 
 def find_ratios(poses: PoseSequence, person: PoseSequence) -> Ratios:
-    """How much larger `person` is than who is seen in `poses`, part by part; see `retarget`.
+    """Return how much larger `person` is than the person in `poses`, part by part; see `retarget`.
 
-    Raises: PoseError when they show no bone and no face in common.
+    Raises: PoseError if they have no bone and no face in common.
     """
     measured = np.stack([np.concatenate([bone_lengths(shown.keypoints), _face_size(shown.keypoints)])
                          for shown in (person, poses)])  # fmt: skip
-    lengths = np.where((measured >= _SHORTEST_PX).all(axis=0), measured, 0.0)  # NaN is not
+    lengths = np.where((measured >= _SHORTEST_PX).all(axis=0), measured, 0.0)  # NaN compares false
     bones, face = lengths[:, : len(PARENTS)], lengths[:, len(PARENTS) :]
     whole = bones[:, : FEET.stop].sum(axis=1) + face.sum(axis=1)
     if whole[1] == 0:
@@ -124,7 +124,10 @@ def find_ratios(poses: PoseSequence, person: PoseSequence) -> Ratios:
 
 
 def _ratio(lengths: np.ndarray, body: float, unknown: float | None = None) -> np.ndarray:
-    """Our lengths over theirs, (2, ...), within what bodies differ by; `unknown`, else `body`, for 0 over 0."""
+    """Return our lengths over theirs, from (2, ...), clipped to what bodies differ by.
+
+    0 over 0 gives `unknown`, or `body` if that is None.
+    """
     ours, theirs = lengths
     ratio = np.full(np.shape(theirs), body if unknown is None else unknown)
     np.divide(ours, theirs, out=ratio, where=theirs > 0)
@@ -132,7 +135,7 @@ def _ratio(lengths: np.ndarray, body: float, unknown: float | None = None) -> np
 
 
 def _face_size(keypoints: np.ndarray) -> np.ndarray:
-    """Median width and height of the whole face along the head's axes, float64 (2,); NaN where no frame shows it."""
+    """Return the face's median width and height along the head's axes, float64 (2,); NaN if no frame shows it whole."""
     points, seen = split(keypoints)
     along = points[:, FACE] @ np.swapaxes(head_axes(keypoints), 1, 2)  # (N, 68, 2)
     is_whole = np.asarray(seen[:, FACE].all(axis=1))
@@ -140,7 +143,7 @@ def _face_size(keypoints: np.ndarray) -> np.ndarray:
 
 
 def _paths_of_root(poses: PoseSequence, person: PoseSequence, body: float) -> tuple[np.ndarray, np.ndarray]:
-    """Where the root of each pose is and where it goes, float64 (N, 2) each."""
+    """Return where the root of each pose is, and where it goes, float64 (N, 2) each."""
     places, seen = _roots(poses.keypoints)
     other_places, other_seen = _roots(person.keypoints)
     shares = np.minimum(seen.mean(axis=0), other_seen.mean(axis=0))
@@ -157,7 +160,7 @@ def _paths_of_root(poses: PoseSequence, person: PoseSequence, body: float) -> tu
 
 
 def _roots(keypoints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each of the possible roots is, float64 (N, 4, 2), and whether it is seen, bool (N, 4)."""
+    """Return where each possible root is, float64 (N, 4, 2), and whether it is seen, bool (N, 4)."""
     points, seen = split(keypoints)
     parts = _ROOTS.values()
     places = np.stack([points[:, part].mean(axis=1) for part in parts], axis=1)
@@ -165,9 +168,9 @@ def _roots(keypoints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _path(places: np.ndarray, seen: np.ndarray, root: int) -> np.ndarray:
-    """Where a root is in every frame, (N, 2): as seen, else at its usual distance from another, else between."""
+    """Return where a root is in every frame, (N, 2): as seen, else by another root, else between its neighbours."""
     path, is_known = places[:, root].copy(), seen[:, root].copy()
-    usual = shown_median(places[:, [root]] - places, seen[:, [root]] & seen)  # NaN where never seen together
+    usual = shown_median(places[:, [root]] - places, seen[:, [root]] & seen)  # NaN if never seen together
     for other in np.flatnonzero(~np.isnan(usual[:, 0])):
         stands_in = seen[:, other] & ~is_known
         path[stands_in] = places[stands_in, other] + usual[other]
@@ -178,8 +181,8 @@ def _path(places: np.ndarray, seen: np.ndarray, root: int) -> np.ndarray:
 def _hang(
     points: np.ndarray, seen: np.ndarray, root: tuple[np.ndarray, np.ndarray], ratios: Ratios
 ) -> dict[int, _Link]:
-    """How each joint hangs on those above it; over joints that are not seen the lengths of bones are added up."""
-    # Per joint: the nearest seen one from it upwards, where it goes, and the lengths (2, N) of the bones between.
+    """Return how each joint hangs on its ancestors; lengths of bones are summed over joints that are not seen."""
+    # Per joint: where the nearest seen joint is (itself or an ancestor), where that goes, lengths (2, N) in between.
     upwards = {-1: (*root, np.zeros((2, len(points))))}
     links = {}
     for joint in JOINTS:
@@ -196,9 +199,9 @@ def _hang(
 
 
 def _move_group(keypoints: np.ndarray, joint: int, group: list[int], link: _Link, linear: np.ndarray) -> np.ndarray:
-    """Carry points along with a joint and map them linearly about it, or about their middle where it is not seen.
+    """Move points with a joint and map them linearly about it, or about their own middle if it is not seen.
 
-    Args: keypoints: (N, 134, 3). link: of the joint. linear: (N, 2, 2).
+    Args: keypoints: (N, 134, 3). link: the joint's. linear: (N, 2, 2).
     Returns: float64 (N, points of the group, 2).
     """
     points = keypoints[:, group, :2].astype(np.float64)

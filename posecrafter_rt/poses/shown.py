@@ -1,4 +1,4 @@
-"""The part of a pose file that is worked on has to show the person.
+"""Check that the selected part of a pose file shows the person.
 
 Layer 1: numpy only.
 """
@@ -15,10 +15,10 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 
 
 def shown_poses(poses: PoseSequence, window: slice, source: Path | str) -> PoseSequence:
-    """Those poses of a sequence, read with `allow_missing`, that a range names: these have to show the person.
+    """Return the poses in a range of a sequence that was read with `allow_missing`: all of them must show the person.
 
-    Args: source: what the poses are of, for messages, in which frames go by their numbers in it.
-    Raises: PoseError where there is none, or some do not.
+    Args: source: what the poses are of, for messages; frames are numbered as in it.
+    Raises: PoseError if the range is empty, or if a pose in it does not show the person.
     """
     numbers = np.arange(len(poses))[window]
     if not len(numbers):
@@ -33,5 +33,5 @@ def shown_poses(poses: PoseSequence, window: slice, source: Path | str) -> PoseS
 
 
 def abridged(numbers: Sequence[int]) -> str:
-    """The first ten of some numbers: `3, 4, 5`."""
+    """Return the first ten numbers as text: `3, 4, 5`, with `, ...` if there are more."""
     return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")

@@ -1,4 +1,4 @@
-"""What hangs on what: the tree of joints, the lengths of bones, and which way the head is upright.
+"""The skeleton: the tree of joints, the lengths of bones, and the axes of the head.
 
 Layer 1: numpy only.
 """
@@ -18,9 +18,9 @@ _BODY_PARENTS = (
     NECK, -1, NECK, RIGHT_SHOULDER, RIGHT_ELBOW, NECK, LEFT_SHOULDER, LEFT_ELBOW,
     NECK, RIGHT_HIP, 9, NECK, LEFT_HIP, 12, NOSE, NOSE, RIGHT_EYE, LEFT_EYE,
 )  # fmt: skip
-# What moves with the head beside its nose and the 68 points of the face.
+# What moves with the head, besides the nose and the 68 points of the face.
 HEAD = (RIGHT_EYE, LEFT_EYE, RIGHT_EAR, LEFT_EAR)
-# Joints whose own bone says where they go, each after the one that it hangs on.
+# Joints that are placed by their own bone, each after its parent.
 JOINTS = (NECK, NOSE, *range(2, 14), *range(FEET.start, FEET.stop))
 
 # iBUG's numbers, within the face: the chin, the tip of the nose, the eyelids.
@@ -30,7 +30,7 @@ RIGHT_LIDS = slice(FACE.start + 36, FACE.start + 42)
 LEFT_LIDS = slice(FACE.start + 42, FACE.start + 48)
 
 _UPRIGHT = (0.0, 1.0)
-_SHORTEST_PX = 1e-3  # below this a line has no direction to speak of
+_SHORTEST_PX = 1e-3  # a shorter line has no reliable direction
 
 
 def _parent_of(index: int) -> int:
@@ -48,19 +48,19 @@ def _parent_of(index: int) -> int:
 
 
 PARENTS = tuple(_parent_of(index) for index in range(NUM_KEYPOINTS))
-"""The keypoint that each keypoint hangs on; the neck's is -1."""
+"""The parent of each keypoint: the keypoint that it hangs on. The neck's is -1."""
 
 
 def split(keypoints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places as float64 (N, P, 2), and where they are seen, with a confidence of 0.3 at least, as bool (N, P)."""
+    """Return places, float64 (N, P, 2), and whether they are seen (confidence of at least 0.3), bool (N, P)."""
     return keypoints[..., :2].astype(np.float64), keypoints[..., 2] >= CONFIDENCE_THRESHOLD
 
 
 def bone_lengths(keypoints: np.ndarray) -> np.ndarray:
-    """The median length, in the picture, of the bone from each keypoint to the one that it hangs on.
+    """Return the median length, in the picture, of the bone from each keypoint to its parent.
 
     Args: keypoints: (N, 134, 3): x, y in pixels, confidence.
-    Returns: float64 (134,) in pixels; NaN where no frame shows both ends with a confidence of 0.3, and for the neck.
+    Returns: float64 (134,) in pixels; NaN if no frame shows both ends with a confidence of 0.3, and for the neck.
     """
     points, seen = split(keypoints)
     parents = np.array(PARENTS)
@@ -69,12 +69,12 @@ def bone_lengths(keypoints: np.ndarray) -> np.ndarray:
 
 
 def head_axes(keypoints: np.ndarray) -> np.ndarray:
-    """The directions across and down a head that may be tilted, by the line from its eyes to its chin.
+    """Return the directions across and down a head that may be tilted, from the line between its eyes and its chin.
 
-    That line keeps its direction when the head turns, which the one between the eyes does not.
+    That line keeps its direction when the head turns; the line from eye to eye does not.
     Args: keypoints: (N, 134, 3).
     Returns: float64 (N, 2, 2): unit vectors across (to the picture's right in an upright head) and down. Frames that do
-        not show eyes and chin lie between their neighbours; where none does the head is upright.
+        not show eyes and chin are interpolated from their neighbours; if no frame does, the head counts as upright.
     """
     points, seen = split(keypoints)
     lids = slice(RIGHT_LIDS.start, LEFT_LIDS.stop)
@@ -84,7 +84,7 @@ def head_axes(keypoints: np.ndarray) -> np.ndarray:
         return np.tile(np.array([_UPRIGHT[::-1], _UPRIGHT]), (len(points), 1, 1))
     down[is_known] /= np.linalg.norm(down[is_known], axis=1, keepdims=True)
     down = fill_between(down, is_known)
-    # Two heads that are upside down to each other leave nothing between them.
+    # Interpolation between two opposite directions can give zero.
     down[np.linalg.norm(down, axis=1) <= _SHORTEST_PX] = _UPRIGHT
     down /= np.linalg.norm(down, axis=1, keepdims=True)
     across = np.stack([down[:, 1], -down[:, 0]], axis=1)
@@ -92,9 +92,9 @@ def head_axes(keypoints: np.ndarray) -> np.ndarray:
 
 
 def fill_between(values: np.ndarray, is_known: np.ndarray) -> np.ndarray:
-    """Put frames that are not known on the line between their known neighbours, or where the only neighbour is.
+    """Interpolate unknown frames linearly between their known neighbours; at the ends, repeat the nearest known one.
 
-    Args: values: (N, D). is_known: bool (N,), one at least.
+    Args: values: (N, D). is_known: bool (N,), at least one true.
     Returns: float64 (N, D), new array.
     """
     frames = np.arange(len(values))

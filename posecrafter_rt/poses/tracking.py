@@ -1,4 +1,4 @@
-"""Choosing one person among several, and following them from frame to frame.
+"""Choose one person among several, and follow them from frame to frame.
 
 Layer 1: numpy only.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from posecrafter_rt.errors import PoseError
 from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, NUM_KEYPOINTS
 
-# How far a person may move between two frames, in lengths of their own longer side, before it is somebody else.
+# How far a person may move between two frames, relative to the longer side of their box; beyond it is somebody else.
 _FARTHEST_STEP = 0.75
 
 
@@ -21,16 +21,17 @@ def follow_person(
 ) -> np.ndarray:
     """Pick one person in the first frame that has any, and follow them.
 
-    In each next frame the person continues as whoever is nearest: the mean distance over the body and face points that
-    both have. Where the frames ever show several people, somebody farther than 0.75 of the person's own size (more
-    after frames without them) is somebody else, so that the track ends rather than jumps.
+    In each following frame, the nearest person is the same one; nearness is the mean distance over the body and face
+    points that both have. If any frame shows several people, somebody farther away than 0.75 of the person's own size
+    (more after frames without them) is somebody else, so that the track ends rather than jumps.
     Args:
         frames: per frame the people in it, (P, 134, 3) with P >= 0: x, y in pixels of one canvas, confidence.
         source: what the frames come from, for messages.
         person: index among the people of the first frame that has any; None takes the largest.
         allow_missing: a frame without the person is all zeros instead of an error.
     Returns: float32 (N, 134, 3).
-    Raises: PoseError: nobody in any frame, no such person, or (unless allowed) a frame without the person.
+    Raises: PoseError if nobody is in any frame, if there is no such person, or (unless allowed) if a frame does not
+        show the person.
     """
     people = [frame[(frame[..., 2] > 0).any(axis=1)] if len(frame) else frame for frame in frames]
     counts = [len(frame) for frame in people]
@@ -79,7 +80,7 @@ def _usable(keypoints: np.ndarray) -> np.ndarray:
 
 
 def _extent(keypoints: np.ndarray) -> np.ndarray:
-    """Width and height in pixels of the box around the usable points, at least 1 each."""
+    """Return width and height in pixels of the box around the usable points, at least 1 each."""
     return np.maximum(np.ptp(keypoints[_usable(keypoints), :2], axis=0), 1.0)
 
 

@@ -1,6 +1,6 @@
-"""One segment ahead: it is sampled in a thread while the frames of the one before are decoded and taken.
+"""Sample the next segment in a thread while the frames of the one before are decoded and taken.
 
-Layer 5: what is sampled, and whether it may be, is `avatar`'s to say.
+Layer 5: `avatar` decides what is sampled, and whether it may be.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ THREAD = "posecrafter-ahead"
 
 log = logging.getLogger(__name__)
 
-Sampled = tuple[Tensor, SegmentReport]  # a segment's latents (F, 4, h, w), and its report
+Sampled = tuple[Tensor, SegmentReport]  # a segment's latents (F, 4, h, w) and its report
 
 
 class _Stopped(Exception):
-    """What is being sampled is no longer wanted."""
+    """Raised in the thread once its segment is no longer wanted."""
 
 
 class Ahead:
-    """At most one segment that is sampled in a thread. Its steps, its errors and itself come where the caller takes it, so
-    that all is seen in the order in which it would be without.
+    """Samples at most one segment in a thread. `take` reports its steps, raises its errors and returns the segment, so
+    the caller sees everything in the same order as if nothing were sampled ahead.
 
-    device: the networks'; on a GPU the thread has a stream of its own. None: nothing is sampled ahead.
+    device: of the networks; on a GPU the thread has a CUDA stream of its own. None: nothing is sampled ahead.
     """
 
     def __init__(self, device: torch.device | None) -> None:
         self.device, self._is_on = device, device is not None
         is_gpu = device is not None and device.type == "cuda"
-        # Of another priority than the engines' streams, so it is none of them: torch gives out a few for each, over and over.
+        # torch hands out a few streams per priority in turn. With a priority of its own, this is none of the engines'.
         self._stream = torch.cuda.Stream(device, priority=-1) if is_gpu else None
-        self._pool = ThreadPoolExecutor(1, THREAD)  # it has no thread yet
+        self._pool = ThreadPoolExecutor(1, THREAD)  # the thread starts with the first segment
         self._future: Future[Sampled] | None = None
-        self._steps: SimpleQueue[tuple[str, int, int] | None] = SimpleQueue()  # None: there are no more
+        self._steps: SimpleQueue[tuple[str, int, int] | None] = SimpleQueue()  # None marks the end
 
     def start(self, sample: Callable[[OnStep], Sampled]) -> None:
-        """Begin to sample in the thread, unless that has been given up; what was begun before must have been taken.
+        """Begin to sample a segment in the thread, unless that was given up. The one before must have been taken.
 
-        sample: tells its steps, and ends at the next of them once nobody wants it any more.
+        sample: reports each step to its argument, which raises once the segment is no longer wanted.
         """
         if self._is_on:
-            if self._stream is not None:  # what it reads may still be under way
+            if self._stream is not None:  # its inputs may still be being computed
                 self._stream.wait_stream(torch.cuda.current_stream(self.device))
             self._future = self._pool.submit(self._run, sample)
 
@@ -70,11 +70,11 @@ class Ahead:
         self._steps.put((stage, step, steps))
 
     def take(self, told: OnStep) -> Sampled | None:
-        """Wait for what was begun, telling its steps.
+        """Wait for the segment that was begun, and report its steps to `told`.
 
-        Returns: None where nothing was begun, and where memory ran out, which it might not have for one thing at a time:
-            then nothing more is sampled ahead.
-        Raises: whatever else `sample` raised.
+        Returns: None if nothing was begun, or if memory ran out. It may suffice for one thing at a time, so nothing
+            more is sampled ahead then.
+        Raises: any other error of `sample`.
         """
         if self._future is None:
             return None
@@ -89,11 +89,11 @@ class Ahead:
         if self._stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)
-            latents.record_stream(current)  # or the thread could be given its memory before it was read
+            latents.record_stream(current)  # else the thread could reuse its memory before it is read
         return latents, report
 
     def give_up(self) -> bool:
-        """Sample nothing ahead any more: stop what was begun, and forget it. Returns: whether something was."""
+        """Stop and forget the segment that was begun, and sample nothing more ahead. Returns: whether one was begun."""
         has_begun = self._stop()
         if has_begun:
             log.info("the rest of this render samples no segment while the one before is decoded")
@@ -105,10 +105,10 @@ class Ahead:
             return False
         wait([future])
         if self._stream is not None:
-            self._stream.synchronize()  # what it still reads may be let go of next
+            self._stream.synchronize()  # the caller may now free what it still reads
         return True
 
     def close(self) -> None:
-        """Stop what was begun, and end the thread."""
+        """Stop the segment that was begun, and end the thread."""
         self._stop()
         self._pool.shutdown()

@@ -1,4 +1,4 @@
-"""The inversion cache: one inverted latent a file, under a hash of exactly what it depends on.
+"""The inversion cache: one file per inverted latent, named by a hash of exactly what it depends on.
 
 Layer 5.
 """
@@ -27,10 +27,10 @@ def inversion_key(
     manifest: dict[str, Any], schedule: DDIMSchedule, options: RenderOptions, *, frame: int, prompt: str,
     precision: str, threads: Sequence[int],
 ) -> dict[str, Any]:  # fmt: skip
-    """All that an inversion depends on, and nothing else (METHOD), of an engine by its manifest.
+    """Return everything that an inversion depends on, and nothing else (METHOD).
 
-    Args: options: with nothing left to the base. frame: the training frame that is inverted; prompt: the source prompt;
-        precision: what it is done in; threads: how many it is done with where rounding depends on that, else none.
+    Args: manifest: of the engine. options: with nothing left to the base. frame: the training frame that is inverted.
+        prompt: the source prompt. precision: the inversion's. threads: how many, if rounding depends on it; else none.
     """
     assert options.inversion_substeps is not None
     steps = schedule.inversion_pairs(options.num_inference_steps, options.inversion_substeps, options.start_step)
@@ -50,11 +50,11 @@ class InversionCache:
         self.folder = folder
 
     def path(self, key: dict[str, Any]) -> Path:
-        """The file for a key of JSON values."""
+        """Return the file for a key of JSON values."""
         return self.folder / f"{sha256_json(key)}.safetensors"
 
     def load(self, key: dict[str, Any]) -> Tensor | None:
-        """The inverted latents (4, h, w) float32, or None when absent or damaged (then they are computed anew)."""
+        """Load inverted latents (4, h, w) float32; None if they are absent or damaged (they are then computed anew)."""
         try:
             with safe_open(self.path(key), "pt") as file:
                 inverted_latents, digest = file.get_tensor("inverted_latents"), (file.metadata() or {}).get("sha256")
@@ -63,7 +63,7 @@ class InversionCache:
         return inverted_latents if digest == _digest(inverted_latents) else None
 
     def save(self, key: dict[str, Any], inverted_latents: Tensor) -> None:
-        """Write atomically; where that fails, a later render computes it again."""
+        """Write atomically. If that fails, a warning is logged, and a later render computes the latents again."""
         try:
             self.folder.mkdir(exist_ok=True)
             with atomic_path(self.path(key)) as temporary:

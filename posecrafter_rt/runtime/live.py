@@ -1,4 +1,4 @@
-"""What a stream makes of the poses that it is given: nobody seen, the same pose again, a jump.
+"""How a stream treats the poses that it is given: nobody seen, the same pose again, a jump.
 
 Layer 5: numpy and a clock; no networks.
 """
@@ -15,17 +15,18 @@ import numpy as np
 from posecrafter_rt.errors import PoseError
 from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, NUM_KEYPOINTS
 
-MIN_SEEN = 3  # keypoints; fewer are nobody
+MIN_SEEN = 3  # keypoints; fewer count as nobody
 
 
 @dataclass(frozen=True)
 class LiveOptions:
-    """How a stream treats its poses; lengths are in shares of the canvas's diagonal.
+    """How a stream treats its poses. `still` and `jump` are fractions of the canvas's diagonal.
 
-    hold_s: when nobody is seen, the last pose stays for so many seconds; then, over ease_s, it becomes the reference's.
-    still: a pose no keypoint of which has moved farther than this since the last rendered one is that one again, and
-        nothing is computed, at most max_repeats times in a row; 0: every pose is rendered.
-    jump: where the keypoints have moved farther than this on average from one pose to the next, past frames are not
+    hold_s: when nobody is seen, the last pose is held for this many seconds. Over the next ease_s it moves to the
+        reference pose.
+    still: a pose is a repeat if it shows the same keypoints as the last rendered pose and none has moved farther than
+        this. Nothing is computed for a repeat, at most max_repeats times in a row. 0: every pose is rendered.
+    jump: if the keypoints have moved farther than this on average since the last rendered pose, past frames are not
         attended to: they would smear into the new place.
     """
 
@@ -37,7 +38,10 @@ class LiveOptions:
 
 
 class LivePose(NamedTuple):
-    """What is to be rendered: float32 (134, 3), and whether nobody was seen, nothing has changed, or it is elsewhere."""
+    """The pose to render, float32 (134, 3).
+
+    held: nobody was seen. is_repeat: nothing has moved since the last rendered pose. jumped: the person is elsewhere.
+    """
 
     pose: np.ndarray
     held: bool
@@ -46,9 +50,9 @@ class LivePose(NamedTuple):
 
 
 class PoseFollower:
-    """Turns the poses of one stream, as they come, into those that are rendered.
+    """Turns the poses of one stream, as they come, into the poses to render.
 
-    Args: reference_pose: (134, 3) on `canvas` (height, width); clock: seconds, only ever forward.
+    Args: reference_pose: (134, 3) on `canvas` (height, width). clock: returns seconds and never goes back.
     """
 
     def __init__(
@@ -61,15 +65,16 @@ class PoseFollower:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew: the next pose follows none."""
+        """Forget all poses: the next one counts as the first."""
         self._rendered: np.ndarray | None = None  # the pose of the newest frame
         self._seen: np.ndarray | None = None  # the newest pose that showed somebody
         self._seen_at = self.clock()
         self._repeats = 0
 
     def next(self, pose: np.ndarray | None) -> LivePose:
-        """What to render for a pose, float (134, 3) on the canvas; None or without keypoints: nobody is seen.
+        """Return what to render for a pose.
 
+        Args: pose: float (134, 3) on the canvas. None, or fewer than 3 keypoints seen: nobody is seen.
         Raises: PoseError for another shape, numbers that are not finite, and confidences outside 0 to 1.
         """
         pose = None if pose is None else _checked(pose)
@@ -89,7 +94,7 @@ class PoseFollower:
         return LivePose(pose, held, False, jumped)
 
     def _eased(self) -> np.ndarray:
-        """The last pose that was seen, or on its way from there to the reference's."""
+        """Return the last pose that was seen, later a pose on the way from there to the reference pose."""
         if self._seen is None:
             return self.reference_pose
         share = (self.clock() - self._seen_at - self.options.hold_s) / max(self.options.ease_s, 1e-6)
@@ -104,9 +109,9 @@ class PoseFollower:
 
 
 def ease(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
-    """A pose on its way to another, slow at both ends: `start` up to share 0, `end` from 1 on.
+    """Return a pose between two others, with slow movement at both ends: `start` up to share 0, `end` from share 1 on.
 
-    A keypoint that only one of them has stays with it and goes or comes half-way.
+    A keypoint that only one of them has does not move; it disappears or appears half-way.
     """
     share = min(max(share, 0.0), 1.0)
     weight = np.float32(share * share * (3 - 2 * share))
@@ -119,9 +124,9 @@ def ease(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
 
 
 def mean_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean distance in pixels of the body keypoints that both poses show, of all keypoints where they share none.
+    """Return the mean distance in pixels of the body keypoints that both poses show.
 
-    Infinite where they share nothing at all.
+    If they share no body keypoint, all keypoints count; if they share none at all, the distance is infinite.
     """
     shared = (first[:, 2] >= CONFIDENCE_THRESHOLD) & (second[:, 2] >= CONFIDENCE_THRESHOLD)
     body = np.zeros(NUM_KEYPOINTS, bool)

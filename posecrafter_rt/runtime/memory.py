@@ -1,4 +1,4 @@
-"""What a clip takes and what is free: how `segment="auto"` chooses, and what is said when memory does not suffice.
+"""How much memory a clip takes and how much is free: the choice of `segment="auto"`, and advice when memory runs out.
 
 Layer 5.
 """
@@ -19,15 +19,15 @@ from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.segments import SegmentChoice, least_segment
 from posecrafter_rt.spec import Architecture
 
-# The rest is for all that does not grow with a segment, and for what an allocator cannot use between two pieces.
+# The rest is for what does not grow with a segment, and for gaps that an allocator cannot use.
 USED_SHARE = 0.8
-# Segments of a clip have two lengths at most, and a backend may keep what it allocated for one beside the other's.
+# A clip's segments have at most two lengths, and a backend may keep the memory of one while it runs the other.
 KEPT_LENGTHS = 2
-# In the U-Net, whose peak is the render's, a transformer block of the widest level has so many times that level's channels
-# at once: 16 in the feed-forward (8, and 4 and 4 once gated), the rest around it.
+# The U-Net's peak is the render's. There a transformer block of the widest level holds this many times that level's
+# channels at once: 16 in the feed-forward (8, and 4 and 4 once gated), the rest around it.
 LEVEL_COPIES = 24
-# And so many where blocks go through their frames in parts: what they take in and give, and what the skips keep. Counted as
-# those: 6 in the embedded base, 9 in Stable Diffusion 1.5, where GroupNorm's statistics are per frame.
+# The same if blocks process their frames in parts: only their inputs, their outputs and what the skip connections keep.
+# Counted in this unit: 6 in the embedded base, 9 in Stable Diffusion 1.5, with GroupNorm's statistics per frame.
 COPIES_IN_PARTS = 10
 
 IN_SEGMENTS = "free some memory, or use +insertion or +editing, which can be rendered in segments"
@@ -36,7 +36,10 @@ log = logging.getLogger(__name__)
 
 
 class InParts(NamedTuple):
-    """Blocks that do `tokens_at_once`, which is exact to rounding: bytes of a frame, and of what a part takes besides."""
+    """What a clip takes if blocks process `tokens_at_once` tokens at a time, which is exact to rounding.
+
+    per_frame: bytes of a frame. of_part: bytes that the part being processed takes besides.
+    """
 
     tokens_at_once: int
     per_frame: int
@@ -44,12 +47,13 @@ class InParts(NamedTuple):
 
 
 class Room(NamedTuple):
-    """What there is to render in, in bytes.
+    """The memory that there is to render in, in bytes.
 
-    free: None where the system does not say. reserved: for networks that are not in memory yet, or in what counts as free.
-    per_frame: of a jointly rendered frame. most: frames that the engine takes at once, the inserted reference among them;
-        None: any number. lighter: says what to do where the networks alone hardly fit; None: nothing is known to help.
-    in_parts: what a clip takes then; None: the engine cannot.
+    free: None if the system does not say. reserved: for networks that are not in memory yet, or whose memory counts as
+        free. per_frame: of a jointly rendered frame.
+    most: how many frames the engine takes at once, the inserted reference included; None: any number.
+    lighter: returns advice for the case that the networks alone hardly fit; None: nothing is known to help.
+    in_parts: what a clip takes in parts; None: the engine cannot do that.
     """
 
     free: int | None
@@ -60,11 +64,14 @@ class Room(NamedTuple):
     in_parts: InParts | None = None
 
     def fitting(self, kept_lengths: int = 1) -> int:
-        """Frames that can be rendered jointly, by estimate; the inserted reference is not counted."""
+        """Estimate how many frames can be rendered jointly, not counting the inserted reference.
+
+        kept_lengths: for how many segment lengths the backend keeps memory.
+        """
         return max(0, int(self._usable() / (self.per_frame * kept_lengths)) - 1)
 
     def fitting_in_parts(self) -> int:
-        """The same where blocks go through them in parts, which the engine can."""
+        """Return the same if blocks process the frames in parts; `in_parts` must not be None."""
         assert self.in_parts is not None
         return max(0, int((self._usable() - self.in_parts.of_part) / self.in_parts.per_frame) - 1)
 
@@ -74,9 +81,9 @@ class Room(NamedTuple):
 
 
 def free_bytes(device_type: str) -> int | None:
-    """Memory of the device, `cuda` or `cpu`, that this process may still take; None where the system does not say."""
+    """Return the memory of `cuda` or `cpu` that this process may still take; None if the system does not say."""
     if device_type == "cuda":
-        segments = torch.cuda.memory_snapshot()  # torch's own; a CUDA graph's are for that graph alone
+        segments = torch.cuda.memory_snapshot()  # of torch's cache; a CUDA graph's pool serves that graph only
         cached = [segment["total_size"] - segment["allocated_size"] for segment in segments
                   if tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)]  # fmt: skip
         return torch.cuda.mem_get_info()[0] + sum(cached)
@@ -86,12 +93,13 @@ def free_bytes(device_type: str) -> int | None:
 def frame_bytes(
     arch: Architecture, size: tuple[int, int], groups: int, element_bytes: int = 4, copies: int = LEVEL_COPIES
 ) -> int:
-    """About what a frame takes in a joint render.
+    """Estimate how many bytes a frame takes in a joint render.
 
-    That is its pose embedding, which is float32, the ControlNet's residuals, the deep features where an engine has them,
-    and what the U-Net computes with them.
-    Args: size: (height, width) in pixels; groups: 2 with guidance, whose every pass has a copy of the embedding beside it;
-        element_bytes: of the type that runs inside; copies: of the widest level, `LEVEL_COPIES` or `COPIES_IN_PARTS`.
+    They hold its pose embedding (float32), the ControlNet residuals, the deep features if the engine has them, and what
+    the U-Net computes with them.
+    Args: size: (height, width) in pixels. groups: 2 with guidance; each pass then has a copy of the embedding, beside
+        the original. element_bytes: of the type that runs inside. copies: how many times the widest level counts,
+        `LEVEL_COPIES` or `COPIES_IN_PARTS`.
     """
     positions = size[0] // arch.vae_scale_factor * (size[1] // arch.vae_scale_factor)
     kept = (*arch.residuals, arch.mid_residual, (arch.deep_channels or 0, 1))
@@ -101,12 +109,12 @@ def frame_bytes(
 
 
 def choose_segment(room: Room, num_frames: int, overlap: int) -> SegmentChoice:
-    """The whole clip where it fits, at once or else in parts, which is exact; then the longest segments that do, or the
-    shortest that there are.
+    """Choose the whole clip if it fits, at once or else in parts, which is exact to rounding. Otherwise choose the
+    longest segments that fit, or the shortest possible ones.
 
-    None is longer than what the engine takes beside the inserted reference: where that is too little for `overlap`, they
-    share fewer frames.
-    Raises: PoseCrafterError where the system does not say what is free.
+    No segment is longer than the engine takes beside the inserted reference. If that is too short for `overlap`,
+    segments share fewer frames.
+    Raises: PoseCrafterError if the system does not say how much memory is free.
     """
     if room.free is None:
         raise PoseCrafterError("this system does not say how much memory is free", "give a number: --segment 48")
@@ -131,7 +139,7 @@ def choose_segment(room: Room, num_frames: int, overlap: int) -> SegmentChoice:
 
 
 def warn_unless_fits(room: Room, num_frames: int, options: RenderOptions) -> None:
-    """Say in one line if a clip, rendered jointly, will hardly fit; it is tried all the same, for this is an estimate."""
+    """Warn if a clip, rendered jointly, will hardly fit. It is tried all the same, because this is an estimate."""
     if room.free is not None and num_frames > room.fitting():
         advice = "render it in segments: --segment auto" if options.inserts else IN_SEGMENTS
         if room.lighter is not None and room.reserved > room.free * USED_SHARE:
@@ -153,8 +161,8 @@ def explained(options: RenderOptions) -> Iterator[None]:
 
 
 def let_go() -> None:
-    """Give back what is no longer used: tensors that an error's traceback held in a cycle, torch's cache on a GPU, and
-    the C library's.
+    """Free unused memory: tensors that an error's traceback held in a reference cycle, torch's cache on a GPU, and what
+    the C library keeps.
     """
     gc.collect()
     if torch.cuda.is_initialized():
@@ -163,7 +171,7 @@ def let_go() -> None:
 
 
 def _advice(options: RenderOptions) -> str:
-    """For where there are no shorter segments to go on with."""
+    """Return the advice for a render that cannot go on with shorter segments."""
     if not options.inserts:
         return IN_SEGMENTS
     return "free some memory and run the same command again, or build the engine with a smaller --size"

@@ -1,4 +1,4 @@
-"""What a render may be told.
+"""The options of a render.
 
 Layer 5.
 """
@@ -18,18 +18,19 @@ MODES = ("controlvideo", "+selection", "+insertion", "+editing")
 Resample = Literal["bilinear", "nearest", "unit_variance"]
 Sampler = Literal["ddim", "dpmpp", "unipc"]
 Decoder = Literal["full", "small"]
-LARGEST_SCALE = 1e30  # above it float32 may not hold the scale itself
+LARGEST_SCALE = 1e30  # float32 may not hold larger scales
 
 
 def is_whole(count: object) -> bool:
-    """Whether it is a whole number, of whatever library's types."""
+    """Return whether `count` is a whole number, of any library's type."""
     return isinstance(count, Integral)
 
 
 def checked_regions(regions: Iterable[str]) -> tuple[str, ...]:
-    """Regions as options keep them, by which caches find what was computed: a tuple, whatever they come in.
+    """Return regions as a tuple, whatever they come in: options are keys of caches.
 
-    Raises: PoseCrafterError for a region that does not exist or is named twice, and for one name alone, whose letters would be taken for some.
+    Raises: PoseCrafterError for a region that does not exist or is named twice, and for a string, whose letters would
+        be taken for regions.
     """
     if isinstance(regions, str):
         raise PoseCrafterError(f"regions are {regions!r}, one name", f"give several, or one as ({regions!r},)")
@@ -42,7 +43,7 @@ def checked_regions(regions: Iterable[str]) -> tuple[str, ...]:
 
 
 def make_numbers_plain(options: Any) -> None:
-    """Make numbers of whatever library's types Python's own, in place: options are hashed, and written as JSON."""
+    """Convert numbers of any library's types to Python's own, in place: options are hashed and written as JSON."""
     for name, value in vars(options).items():
         is_plain = any(type(value) is kind for kind in (bool, int, float))  # numpy's float64 is a float, too
         if isinstance(value, Real) and not is_plain:
@@ -51,33 +52,34 @@ def make_numbers_plain(options: Any) -> None:
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """Options of one render; the defaults are the paper's, but for what is left to the base.
+    """Options of one render. The defaults are the paper's, except for what is left to the base.
 
     mode: the method's four stages, each containing those before it: `controlvideo` (training frame 0 is the reference,
         nothing inserted or edited), `+selection` (Eq. 5), `+insertion`, `+editing` (PoseCrafter).
-    num_inference_steps: of sampling, and of the inversion.
+    num_inference_steps: steps of sampling and of the inversion.
     prompt: the target prompt; None: the prompt of tuning. The source prompt of the inversion is always that of tuning.
     guidance_scale: 1 needs no unconditional pass; 3 suits attribute edits by prompt.
     conditioning_scale: weight of the ControlNet residuals.
-    tau: the sampling step before which latents are edited, from 1, the first that is done.
+    tau: the sampling step before which latents are edited; 1 is the first that is done.
     resample: how the latent edit samples; regions: which keypoint groups it edits.
-    inversion_substeps: parts into which each step of the inversion is divided; 1 is the paper's. The inversion is of one
-        frame and cached, so a fine one costs little. None: what the base recommends.
-    strength: partial inversion: the share of the steps that is walked, in (0, 1]. Below 1 the reference is inverted only
-        to the step where sampling then starts, so less of it is lost and less time is spent; 1 is the paper's. None: what
+    inversion_substeps: parts into which each step of the inversion is divided; 1 is the paper's. The inversion covers
+        one frame and is cached, so many parts cost little. None: what the base recommends.
+    strength: partial inversion: the share of the steps that is done, in (0, 1]. Below 1 the reference is inverted only
+        to the step where sampling then starts. That loses less of it and takes less time. 1 is the paper's. None: what
         the base recommends.
-    sampler: `ddim`, the paper's, or one of second order, which needs fewer steps: `dpmpp`, DPM-Solver++, or `unipc`, UniPC.
-        The inversion is DDIM's in the sampler's timesteps, and ends where the sampler starts.
-    controlnet_every: steps of sampling after which the ControlNet's residuals are computed anew; between them the U-Net
-        gets those of the step before. 1 is exact.
-    unet_every: steps of sampling after which the whole U-Net runs; between them its first and last layer do, on what the
-        others gave before, and the ControlNet's residuals are kept. 1 is exact; more needs an engine that was not built without it.
-    decoder: of latents into pictures: `full`, the VAE's, or `small`, where the engine has one: an approximation.
-    segment: render at most so many frames jointly, each segment with the inserted reference as its key frame: memory then
+    sampler: `ddim`, the paper's, or one of second order, which needs fewer steps: `dpmpp` (DPM-Solver++) or `unipc`
+        (UniPC). The inversion is always DDIM. It uses the sampler's timesteps and ends where the sampler starts.
+    controlnet_every: compute the ControlNet residuals once in so many sampling steps; in between, the U-Net gets the
+        last ones again. 1 is exact.
+    unet_every: run the whole U-Net once in so many sampling steps. In between, only its first and last layer run, on
+        the last features of the others, and the ControlNet residuals are kept. 1 is exact. More needs an engine with
+        feature reuse, which engines have by default.
+    decoder: `full`, the VAE's, or `small`, an approximation, if the engine has one.
+    segment: the most frames to render jointly. Every segment has the inserted reference as its key frame. Memory then
         does not grow with the clip, but frames attend to their own segment only, which is an approximation. None: the
-        whole clip jointly, exact. A clip that fits into one segment is exact, too. `auto`: as many as free memory takes.
-    overlap: frames that neighbouring segments share, at most a third of a segment; their clean latents are blended. Some
-        share one more, so that all segments have one length.
+        whole clip jointly, exact. A clip that fits into one segment is exact, too. `auto`: as many as memory allows.
+    overlap: frames that neighbouring segments share, at most a third of a segment; their clean latents are blended.
+        Some neighbours share one more, so that all segments have one length.
     """
 
     mode: str = "+editing"
@@ -95,8 +97,8 @@ class RenderOptions:
     unet_every: int = 1
     decoder: Decoder = "full"
     segment: int | Literal["auto"] | None = None
-    # The ramp then goes from one segment to the next in five steps of a fifth, over 1/5 s of video at 25 frames/s, and
-    # each seam costs 4 frames that are rendered twice: a fifth more work in segments of 24, a thirtieth in those of 124.
+    # With 4, the blend goes from one segment to the next in five steps of 1/5, over 1/5 s of video at 25 frames/s. Each
+    # seam renders 4 frames twice: 1/5 more work in segments of 24 frames, 1/30 in segments of 124.
     overlap: int = 4
 
     def __post_init__(self) -> None:
@@ -123,7 +125,7 @@ class RenderOptions:
             raise PoseCrafterError(f"tau {self.tau} is not a sampling step", f"give 1 to {last}")
         if not 1 <= self.guidance_scale <= LARGEST_SCALE:
             raise PoseCrafterError(f"guidance scale {self.guidance_scale}", "give 1 (no guidance) or more, such as 3")
-        if not abs(self.conditioning_scale) <= LARGEST_SCALE:  # nor is NaN
+        if not abs(self.conditioning_scale) <= LARGEST_SCALE:  # NaN fails this, too
             raise PoseCrafterError(f"conditioning scale {self.conditioning_scale}", "give a number; 1 is the paper's")
         object.__setattr__(self, "regions", checked_regions(self.regions))
         self._check_segments()
@@ -141,18 +143,18 @@ class RenderOptions:
                                    "use +insertion or +editing, or no segments")  # fmt: skip
 
     def with_recommended(self, recommended: dict[str, Any]) -> RenderOptions:
-        """What was left to the base, taken from what it recommends: names of options and their values."""
+        """Return the options with what was left to the base filled in. recommended: its values by option name."""
         return replace(self, **{name: value for name, value in recommended.items() if getattr(self, name) is None})
 
     @property
     def start_step(self) -> int:
-        """The first step of sampling that is done, from 0; of options whose `strength` is given."""
+        """The first sampling step that is done, counted from 0; `strength` must be set."""
         assert self.strength is not None
         return self.num_inference_steps - max(1, round(self.num_inference_steps * self.strength))
 
     @property
     def groups(self) -> int:
-        """Passes of each step: 1, or 2 with guidance, the unconditional one first."""
+        """Passes per step: 1, or 2 with guidance, the unconditional one first."""
         return 1 if self.guidance_scale == 1 else 2
 
     @property

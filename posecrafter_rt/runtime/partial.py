@@ -1,4 +1,4 @@
-"""What is finished of a render, on the disk: what the same command goes on from after kill -9.
+"""The finished parts of a render on disk, from which the same command goes on after kill -9.
 
 Layer 5. A segment counts once state.json lists it with its hash; every file is written under a temporary name first.
 """
@@ -31,8 +31,8 @@ STATE = "state.json"
 class PartialRender:
     """The folder of one unfinished render; see `open_partial`.
 
-    hashes: of the files of its finished segments, in order. staged: whether all outputs lay in the folder, whole.
-    choice: what was chosen for segments of `auto`, which every run of the same render keeps to.
+    hashes: SHA-256 of the finished segments' files, in order. staged: whether all outputs were written to the folder.
+    choice: what was chosen for `segment="auto"`; every run of the same render keeps to it.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class PartialRender:
         self.choice = choice
 
     def fix(self, choice: SegmentChoice) -> None:
-        """Keep what was chosen for segments of `auto`; to be called before the first of them is saved."""
+        """Keep what was chosen for `segment="auto"`. Call this before the first segment is saved."""
         self.choice = choice
         self._write_state()
 
     def save(self, frames: Iterable[np.ndarray], carried: Tensor, report: SegmentReport) -> None:
-        """Add the next segment: its frames as PNG, what it carries to the one after, and its report.
+        """Add the next segment: its frames as PNG, what it carries over to the one after, and its report.
 
-        Raises: DiskFull, with what was finished before still there.
+        Raises: DiskFull; what was finished before is still there.
         """
         tensors = {f"frame{index:06d}": torch.from_numpy(encode_png(frame)) for index, frame in enumerate(frames)}
         path = self._path(len(self.hashes))
@@ -62,18 +62,18 @@ class PartialRender:
         self._write_state()
 
     def reports(self) -> list[SegmentReport]:
-        """The reports of the finished segments."""
+        """Return the reports of the finished segments."""
         return [SegmentReport(**json.loads(self._metadata(index)["report"])) for index in range(len(self.hashes))]
 
     def carried(self) -> Tensor | None:
-        """What the last finished segment carries to the next; None without one."""
+        """Return the latents that the last finished segment carries over to the next; None if none is finished."""
         if not self.hashes:
             return None
         with safe_open(self._path(len(self.hashes) - 1), "pt") as file:
             return file.get_tensor("carried")
 
     def frames(self) -> Iterator[np.ndarray]:
-        """The frames of all finished segments, (H, W, 3) uint8, read one at a time."""
+        """Yield the frames of all finished segments, (H, W, 3) uint8, read one at a time."""
         for index in range(len(self.hashes)):
             with safe_open(self._path(index), "pt") as file:
                 names = sorted(name for name in file.keys() if name != "carried")  # noqa: SIM118 - not a mapping
@@ -81,13 +81,13 @@ class PartialRender:
                     yield decode_png(file.get_tensor(name).numpy())
 
     def holds(self, outputs: Sequence[Path]) -> bool:
-        """Whether every output is finished: in the folder, or already moved from there to its place."""
+        """Return whether every output is finished: in the folder, or already moved from there to its place."""
         return self.staged and all((self.folder / path.name).exists() or path.exists() for path in outputs)
 
     def publish(self, outputs: Sequence[Path], *, force: bool = False) -> None:
-        """Move the outputs from the folder to their places and remove it; to be done again if it breaks off.
+        """Move the outputs from the folder to their places and remove the folder; if interrupted, call it again.
 
-        Raises: OutputExists if `force` is false and another program has made one meanwhile; all then stays in the folder.
+        Raises: OutputExists if `force` is false and another program has made one meanwhile; all then stay there.
         """
         self.staged = True
         self._write_state()
@@ -99,19 +99,19 @@ class PartialRender:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder with what is in it; the state last, so that what a kill leaves is known for ours."""
+        """Remove the folder and its files, the state last: after a kill the folder is still known as ours."""
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == STATE):
             path.unlink()
         self.folder.rmdir()
 
     def drop_unfinished(self) -> None:
-        """Forget segments from the first one on whose file is not the one that was written, and remove leftovers."""
+        """Forget all segments from the first whose file is missing or changed, and remove leftovers."""
         for index, expected in enumerate(self.hashes):
             path = self._path(index)
             if not path.is_file() or sha256_file(path) != expected:
                 del self.hashes[index:]
                 break
-        self.staged = False  # or else what is made anew would count as whole beside outputs of an earlier render
+        self.staged = False  # else `holds` could take an earlier render's outputs for those of this one
         kept = {STATE, *(self._path(index).name for index in range(len(self.hashes)))}
         for path in self.folder.iterdir():
             if path.name not in kept:
@@ -137,10 +137,10 @@ def open_partial(
 ) -> Iterator[PartialRender]:
     """Begin a render, or go on with the one that `folder` holds.
 
-    Args: fingerprint: of everything that its frames depend on. outputs: the files that it is for. force: throw away what
-        is finished of a render of another fingerprint.
-    Yields: the render, its finished segments verified. The folder stays when the block fails, unless nothing is finished.
-    Raises: OutputExists when the folder is of another render and `force` is false, or not of a render at all;
+    Args: fingerprint: a hash of everything that its frames depend on. outputs: the files that it is to make. force:
+        throw away the finished parts of a render with another fingerprint.
+    Yields: the render, its finished segments verified. If the block fails and something is finished, the folder stays.
+    Raises: OutputExists if the folder belongs to another render and `force` is false, or to no render at all;
         PoseCrafterError while another process is rendering into it.
     """
     with _locked(folder):
@@ -166,7 +166,7 @@ def open_partial(
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """What state.json says; None where there is none that can be read."""
+    """Read state.json; return None if it is missing or not a valid state."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -175,7 +175,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Only what a kill during the very first write leaves may lie in a folder without a state."""
+    """Raise OutputExists if a folder without a state holds more than a kill during the very first write leaves."""
     for path in folder.iterdir():
         if path.name != STATE and not path.name.startswith(f".{Path(STATE).stem}."):
             raise OutputExists(f"{folder} is there and holds no unfinished render",
@@ -184,7 +184,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it against other processes."""
+    """Make the folder and lock it against other processes."""
     with ExitStack() as held:
         try:
             held.enter_context(alone_at(folder, lambda: folder.mkdir(parents=True, exist_ok=True)))

@@ -1,4 +1,4 @@
-"""All that is computed once: tables and inversion for an avatar and prompt, pose embeddings and edits for a clip.
+"""Everything that is computed once: tables and inversion per avatar and prompt, pose embeddings and edits per clip.
 
 Layer 5.
 """
@@ -24,9 +24,9 @@ from posecrafter_rt.spec import SHALLOW_UNET, residual_names
 
 @dataclass(frozen=True)
 class Tables:
-    """What depends on (timesteps) or (prompt) alone.
+    """What depends only on the timesteps, or only on the prompt.
 
-    time_projections: name of the network → (steps, T); text_kv: name of the network → (G, tokens, K).
+    time_projections: network name → (steps, T). text_kv: network name → (G, tokens, K).
     """
 
     time_projections: dict[str, Tensor]
@@ -40,10 +40,10 @@ class Tables:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What depends on the avatar, its reference frame and the options alone: all segments of a render share it.
+    """What depends only on the avatar, its reference frame and the options. All segments of a render share it.
 
-    inverted_latents: (4, h, w); pose: (134, 3), the reference's on a canvas of the frame size; pose_embedding: its,
-    (1, C, h, w).
+    inverted_latents: (4, h, w). pose: (134, 3), the reference's, on a canvas of the frame size. pose_embedding: of that
+    pose, (1, C, h, w).
     """
 
     tables: Tables
@@ -54,9 +54,9 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Clip:
-    """What depends on the pose sequence, too.
+    """What depends on the pose sequence as well.
 
-    latents: (F, 4, h, w), frame 0 the key frame; pose_embeddings: (F, C, h, w); plan: the edits, None when unedited.
+    latents: (F, 4, h, w), frame 0 is the key frame. pose_embeddings: (F, C, h, w). plan: the edits; None without edits.
     """
 
     latents: Tensor
@@ -65,13 +65,13 @@ class Clip:
 
 
 def time_tables(engines: Mapping[str, Engine], timesteps: np.ndarray) -> dict[str, Tensor]:
-    """`Tables.time_projections` of `timesteps` (int64, noisiest first)."""
+    """Compute `Tables.time_projections` of `timesteps` (int64, noisiest first)."""
     tables = engines["time_tables"](timesteps=torch.from_numpy(timesteps))
     return {name: tables[f"{name}_time_projections"].clone() for name in ("unet", "controlnet")}
 
 
 def text_tables(engines: Mapping[str, Engine], input_ids: Tensor) -> dict[str, Tensor]:
-    """`Tables.text_kv`: keys and values of `input_ids` (G, tokens)."""
+    """Compute `Tables.text_kv`, the keys and values of `input_ids` (G, tokens)."""
     text = engines["text_encoder"](input_ids=input_ids)["encoder_hidden_states"]
     tables = engines["prompt_kv"](encoder_hidden_states=text)
     return {name: tables[f"{name}_text_kv"].clone() for name in ("unet", "controlnet")}
@@ -80,26 +80,27 @@ def text_tables(engines: Mapping[str, Engine], input_ids: Tensor) -> dict[str, T
 def embed_poses(
     engines: Mapping[str, Engine], poses: PoseSequence, size: tuple[int, int], before: Sequence[Tensor] = ()
 ) -> Tensor:
-    """Draw poses at `size` and embed them, one at a time as frames are decoded: (N, C, h, w), in this order in memory.
+    """Draw poses at `size` and embed them one at a time, as `decode` does with frames.
 
-    before: embeddings that are there already, put before the others.
+    before: embeddings (1, C, h, w) to put in front.
+    Returns: (len(before) + len(poses), C, h, w), contiguous.
     """
     pictures = torch.from_numpy(draw_poses(poses, size)).permute(0, 3, 1, 2)
     embed = engines["pose_embedding"]
     embeddings: Tensor | None = None
     for index, part in enumerate(pictures.split(1), start=len(before)):
         embedded = embed(controlnet_cond=part.to(embed.device).float().div_(255))["pose_embeddings"]
-        if embeddings is None:  # now that their size is known: none is held twice
+        if embeddings is None:  # made once their size is known, so that none is held twice
             embeddings = embedded.new_empty(len(before) + len(pictures), *embedded.shape[1:])
         embeddings[index] = embedded[0]
-    assert embeddings is not None  # there is no sequence of no poses
+    assert embeddings is not None  # a PoseSequence is never empty
     for index, embedded in enumerate(before):
         embeddings[index] = embedded[0]
     return embeddings
 
 
 def frame_latents(engines: Mapping[str, Engine], frame: np.ndarray) -> Tensor:
-    """Encode a frame (H, W, 3) uint8: (1, 4, h, w)."""
+    """Encode a frame, (H, W, 3) uint8, into latents (1, 4, h, w)."""
     pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
     return engines["vae_encoder"](pixels=pixels)["latents"].clone()
 
@@ -113,10 +114,10 @@ def invert_reference(
     options: RenderOptions,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Carry the reference frame to noise (Eq. 4): one frame, whatever the clip's length.
+    """Invert the reference frame to noise (Eq. 4). It is one frame, whatever the clip's length.
 
-    Args: latents: (1, 4, h, w), the frame's; pose_embedding: (1, C, h, w); tables: of the *source* prompt and the inversion's
-        timesteps; options: with nothing left to the base; progress: told (steps done, steps).
+    Args: latents: of the frame, (1, 4, h, w). pose_embedding: (1, C, h, w). tables: of the *source* prompt and the
+        inversion's timesteps. options: with nothing left to the base. progress: called with (steps done, steps).
     Returns: inverted_latents (4, h, w).
     """
     denoise = Denoiser(engines, tables, pose_embedding, options.conditioning_scale, 1.0)
@@ -128,7 +129,7 @@ def invert_reference(
 def prepare_clip(
     engines: Mapping[str, Engine], prepared: Prepared, target: PoseSequence, options: RenderOptions
 ) -> Clip:
-    """Insert, embed and edit: everything of a clip that no denoising step changes.
+    """Compute what no denoising step changes: insertion, pose embeddings and latent edit of a clip.
 
     Args: target: N poses on a canvas of the frame size.
     """
@@ -143,7 +144,7 @@ def prepare_clip(
 
 
 class EditOptions(Protocol):
-    """What of a render's or stream's options an edit reads."""
+    """The options of a render or stream that the latent edit reads."""
 
     @property
     def regions(self) -> tuple[str, ...]: ...
@@ -156,10 +157,11 @@ def edit_latents(
     inverted_latents: Tensor, reference_pose: np.ndarray, target: PoseSequence, options: EditOptions, *,
     is_late: bool = False,
 ) -> tuple[Tensor, EditPlan]:  # fmt: skip
-    """Initial latents (1 + N, 4, h, w), of the reference and of N targets, the targets' face and hands moved (method step 4).
+    """Make the initial latents of the reference and N targets, and move face and hands of the targets (method step 4).
 
-    Args: inverted_latents: (4, h, w); poses as `prepare_clip` takes them. is_late: only plan; each frame's own latents
-        are edited at a later step.
+    Args: inverted_latents: (4, h, w). reference_pose, target: on a canvas of the frame size. is_late: only plan; each
+        frame's own latents are edited at a later step.
+    Returns: latents (1 + N, 4, h, w), the reference first, and the plan.
     """
     latent_size = (inverted_latents.shape[-2], inverted_latents.shape[-1])
     plan = plan_edits(
@@ -173,9 +175,9 @@ def edit_latents(
 
 @dataclass(frozen=True)
 class Every:
-    """Calls of a `Denoiser` after which a network is computed anew; 1 is exact.
+    """How many calls of a `Denoiser` each network's result serves; 1 is exact.
 
-    Between whole evaluations of the U-Net its first and last layer run alone, and the ControlNet does not.
+    Between whole evaluations of the U-Net only its first and last layer run, and the ControlNet does not.
     """
 
     controlnet: int = 1
@@ -183,26 +185,26 @@ class Every:
 
 
 class Denoiser:
-    """ControlNet then U-Net on one clip: `denoise(latents, index, timestep) → noise_pred`.
+    """ControlNet, then U-Net, on one clip: `denoise(latents, index, timestep) → noise_pred`.
 
-    Beside the networks nothing is allocated after the first call, whose shape later ones keep.
+    After the first call nothing is allocated outside the networks. All calls must have the same shape.
     """
 
     def __init__(
         self, engines: Mapping[str, Engine], tables: Tables, pose_embeddings: Tensor, conditioning_scale: float,
         guidance_scale: float, every: Every = Every(),
     ) -> None:  # fmt: skip
-        """every: more than 1 for the U-Net needs engines that have its shallow form."""
+        """every: more than 1 for the U-Net needs engines with the shallow U-Net."""
         self.engines, self.every = engines, every
         self.tables, self.guidance_scale = tables, guidance_scale
         self.pose_embeddings = _for_groups(pose_embeddings, tables.groups)
         self.conditioning_scale = torch.full((1,), conditioning_scale, device=engines["controlnet"].device)
-        # Of guidance; its first step gives them their sizes.
+        # Buffers for guidance; its first step sizes them.
         self._batch, self._guided = (torch.empty(0, device=engines["unet"].device) for _ in range(2))
         self.forget()
 
     def forget(self) -> None:
-        """Compute everything anew in the next call: latents have become others."""
+        """Compute everything anew in the next call, because the latents were changed."""
         self._num_calls = self._num_calls_with_residuals = 0
         self._residuals: dict[str, Tensor] = {}
         self._deep: dict[str, Tensor] = {}
@@ -212,7 +214,11 @@ class Denoiser:
                 "text_kv": self.tables.text_kv[network]}  # fmt: skip
 
     def __call__(self, latents: Tensor, index: int, timestep: int) -> Tensor:
-        """latents: (F, 4, h, w) → noise_pred of the same shape, which the next call overwrites; index: into the timestep table."""
+        """Predict the noise.
+
+        Args: latents: (F, 4, h, w). index: into the timestep table.
+        Returns: noise_pred of the same shape; the next call overwrites it.
+        """
         batch = _for_groups(latents, self.tables.groups, self._batch)
         is_whole = self._num_calls % self.every.unet == 0
         noise_pred = self._predict(batch, index) if is_whole else self._predict_shallow(batch, index)
@@ -223,7 +229,7 @@ class Denoiser:
         return torch.sub(conditional, unconditional, out=self._guided).mul_(self.guidance_scale).add_(unconditional)
 
     def _predict(self, batch: Tensor, index: int) -> Tensor:
-        self._deep = {}  # before new ones are made, and so with the residuals
+        self._deep = {}  # freed before new ones are made, like the residuals below
         if self._num_calls >= self._num_calls_with_residuals:
             self._residuals = {}
             self._residuals = self.engines["controlnet"](
@@ -241,5 +247,5 @@ class Denoiser:
 
 
 def _for_groups(frames: Tensor, groups: int, out: Tensor | None = None) -> Tensor:
-    """(F, …) → (G·F, …), group-major, in `out` where it is given; the tensor itself for one group."""
+    """Repeat (F, …) to (G·F, …), group-major, in `out` if it is given; one group is the tensor itself."""
     return frames if groups == 1 else torch.cat([frames] * groups, out=out)

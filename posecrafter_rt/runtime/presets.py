@@ -1,7 +1,7 @@
-"""Named bundles of options of renders and of streams, and what of a render is an approximation.
+"""Named bundles of options for renders and streams, and which options make a render an approximation.
 
-Layer 5: plain data. What each preset costs and gives is measured: those of a render by `python -m bench.quality --presets`,
-see docs/presets.md, those of a stream by `bench.stream_quality` and `bench.latency`, see docs/streaming.md.
+Layer 5: plain data. What presets cost and give is measured: for renders by `python -m bench.quality --presets`
+(docs/presets.md), for streams by `bench.stream_quality` and `bench.latency` (docs/streaming.md).
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import Any
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.runtime.options import RenderOptions
 
-# The inversion walks the sampler's few and wide steps, in as many parts: it is of one frame, cached, and what is lost there
-# no sampler brings back. `balanced` needs an engine with feature reuse, which engines have unless it is declined.
+# The inversion follows the sampler's few wide steps, so each is divided into parts. That is cheap, because it covers
+# one frame and is cached, and no sampler brings back what the inversion loses. `balanced` needs an engine with feature
+# reuse, which engines have by default.
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
     "balanced": {"num_inference_steps": 25, "unet_every": 3, "inversion_substeps": 3},
     "fast": {"sampler": "dpmpp", "num_inference_steps": 4, "inversion_substeps": 5},
 }
-# Of a stream, whose defaults are `balanced`. To the joint render 2 steps with the full decoder are nearer than 4 with the small
-# one, so `quality` takes both. Features kept over steps, which a pipelined stream refuses, are in none: 4 steps with them are
-# no nearer than 2 whole ones, and take about as long.
+# For streams, whose defaults are `balanced`. 2 steps with the full decoder come nearer to the joint render than 4 with
+# the small one, so `quality` has 4 steps and the full decoder. No preset keeps features over steps: a pipelined stream
+# refuses that, and 4 steps with kept features come no nearer than 2 whole ones and take about as long.
 STREAM_PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"steps": 1},
     "balanced": {},
@@ -30,23 +31,23 @@ STREAM_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def bundle(preset: str, presets: Mapping[str, dict[str, Any]] = PRESETS) -> dict[str, Any]:
-    """The options of a preset by name. Raises: PoseCrafterError for a preset that is not there."""
+    """Return the options of a preset by name. Raises: PoseCrafterError for an unknown preset."""
     if preset not in presets:
         raise PoseCrafterError(f"unknown preset {preset!r}", f"choose one of {', '.join(presets)}")
     return presets[preset]
 
 
 def preset_options(preset: str, **given: Any) -> RenderOptions:
-    """The options of a preset, with those that are given in their place. Raises: PoseCrafterError for bad ones."""
+    """Return the options of a preset; those given override it. Raises: PoseCrafterError for bad options."""
     return RenderOptions(**{**bundle(preset), **given})
 
 
 def approximations(options: RenderOptions, segment: int | str | None, precision: str) -> dict[str, Any]:
-    """What a render leaves out of the paper's, as options and their values; empty when nothing.
+    """Return the options that make a render differ from the paper's, with their values; empty if none do.
 
-    Args: options: with nothing left to the base. segment: frames rendered jointly at most; None: all of the clip, which is
-        exact, whatever was asked for. precision: the engine's. int8 rounds what products are of; the others are types of
-        numbers.
+    Args: options: with nothing left to the base. segment: the most frames that were rendered jointly; None: the whole
+        clip, which is exact, whatever was asked for. precision: the engine's. Only int8 counts, because it rounds the
+        factors of products; the others are number types.
     """
     is_used = {
         "num_inference_steps": options.num_inference_steps < RenderOptions.num_inference_steps,

@@ -1,4 +1,4 @@
-"""The last few things that were computed, by what they were computed from.
+"""The last few computed values, by what they were computed from.
 
 Layer 5.
 """
@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Value]):
-    """At most `most` values; the one that was used longest ago goes first. Who still holds one that went keeps it."""
+    """Keeps at most `most` values and drops the least recently used first. Whoever holds a dropped one still has it."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -23,18 +23,18 @@ class Recent(Generic[Value]):
         return len(self._values)
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of a key, made where it is not kept."""
+        """Return the value of a key; make it if it is not kept."""
         if key not in self._values:
             if len(self) == self.most:
-                self._values.popitem(last=False)  # before a new one takes memory, too
+                self._values.popitem(last=False)  # dropped before the new one takes memory
             self._values[key] = make()
         self._values.move_to_end(key)
         return self._values[key]
 
     def forget(self, key: Hashable) -> None:
-        """Keep nothing of a key."""
+        """Drop the value of a key."""
         self._values.pop(key, None)
 
     def clear(self) -> None:
-        """Keep none."""
+        """Drop all values."""
         self._values.clear()

@@ -32,8 +32,9 @@ def render_clip(
     options: RenderOptions,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Denoise all frames of a clip jointly (method step 5), by the sampler whose schedule is given.
+    """Denoise all frames of a clip jointly (method step 5), with the sampler of `options`, whose schedule is given.
 
+    on_step: called with the index of each step before it.
     Returns: clean latents (F, 4, h, w), the inserted reference still at frame 0.
     """
     denoise = Denoiser(engines, tables, clip.pose_embeddings, options.conditioning_scale, options.guidance_scale,
@@ -41,7 +42,7 @@ def render_clip(
     plan, steps = clip.plan, options.num_inference_steps
     edit_step = None if plan is None or options.tau == 1 else options.start_step + options.tau - 1
     edits: tuple[Tensor, Tensor] | None = None
-    if plan is not None and edit_step is not None:  # as the operator reads them, so that the step moves nothing
+    if plan is not None and edit_step is not None:  # moved and converted now, so that no step does it
         affines, rects = torch.from_numpy(plan.affines), torch.from_numpy(plan.rects.astype(np.int64))
         device = clip.latents.device
         edits = affines.to(device, non_blocking=True), rects.to(device, non_blocking=True)
@@ -63,11 +64,11 @@ def render_clip(
 
 
 def blend(carried: Tensor | None, latents: Tensor) -> Tensor:
-    """Join a segment to the one before, in the frames that both rendered: linearly, with weights that sum to 1.
+    """Join a segment to the one before: blend the frames that both rendered linearly, with weights that sum to 1.
 
-    Args: carried: (o, 4, h, w), the earlier segment's clean latents of the shared frames; None: there is no earlier one.
-        latents: (F, 4, h, w), the later segment's, which begins with them.
-    Returns: (F, 4, h, w); `latents` itself where nothing is shared.
+    Args: carried: (o, 4, h, w), the earlier segment's clean latents of the shared frames; None: there is no earlier
+        one. latents: (F, 4, h, w), the later segment's, which begin with the shared frames.
+    Returns: (F, 4, h, w); `latents` itself if nothing is shared.
     """
     if carried is None or not len(carried):
         return latents
@@ -80,17 +81,17 @@ def blend(carried: Tensor | None, latents: Tensor) -> Tensor:
 def decode(engines: Mapping[str, Engine], latents: Tensor, decoder: Decoder = "full") -> Iterator[np.ndarray]:
     """Decode latents (N, 4, h, w); yields frames (H, W, 3) uint8 RGB.
 
-    One at a time: decoding takes several times the memory that denoising takes for a frame (0.8 GB at Stable Diffusion
-    1.5's 512²). And so a frame is, bit for bit, what it is among others.
-    Raises: NotFinite for a frame that is not: in its picture it could look like any other.
+    Frames are decoded one at a time, because decoding takes several times as much memory per frame as denoising (0.8 GB
+    at Stable Diffusion 1.5's 512²). This also makes a frame the same, bit for bit, whatever frames come with it.
+    Raises: NotFinite for a frame with values that are not finite; its picture could look like any other.
     """
     network = engines[DECODERS[decoder]]
     for part in latents.split(1):
         pixels = network(latents=part)["pixels"][0]
         with beside(network):
             is_finite = torch.isfinite(pixels).all()
-            levels = pixels.add(1).mul_(127.5).round_().clamp_(0, 255)  # in memory of its own, not the network's
+            levels = pixels.add(1).mul_(127.5).round_().clamp_(0, 255)  # a new tensor, not the network's own output
             frame = levels.to(torch.uint8).permute(1, 2, 0).cpu()
-        if not is_finite:  # asked only now, when a GPU has been waited for
+        if not is_finite:  # read only now, because `.cpu()` has already waited for the GPU
             raise NotFinite("a decoded frame is not finite", "build the engine with --precision fp32, or bf16")
         yield frame.numpy()

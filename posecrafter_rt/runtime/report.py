@@ -1,4 +1,4 @@
-"""What a render did: counts, reasons, times and memory, of a segment and of the whole.
+"""What a render did: counts, reasons, times and memory, per segment and in total.
 
 Layer 5.
 """
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 
 class _Peaks:
-    """The process's counters of peak memory. They begin anew with a stage that is alone: those that overlap, in several
-    threads, share them.
+    """The process's counters of peak memory. They restart when a stage begins while no other runs; stages that overlap
+    in several threads share them.
     """
 
     def __init__(self) -> None:
@@ -52,14 +52,14 @@ _peaks = _Peaks()
 
 @dataclass(kw_only=True)
 class SegmentReport:
-    """Of one segment.
+    """The report of one segment.
 
-    edited_regions, skipped_regions: of the frames that it settles; a skipped one is named by its frame in the clip, its
-    region and the reason. adjustments: what had to change on the way. threads: how many torch computed with, where an
-    engine's rounding depends on it; of a whole render each number once. seconds: wall time of each stage. rss_bytes:
-    the largest resident memory of the process during each stage, where the system can count it anew (Linux), else None.
-    gpu_bytes: the most that torch had allocated on the GPU during each; none without one. peak_rss_bytes, peak_gpu_bytes:
-    the largest of those; resident memory where none was counted is the largest since the process began.
+    edited_regions, skipped_regions: in the frames that it settles. A skipped region is given with its frame in the clip
+    and the reason. adjustments: what had to change on the way. threads: how many threads torch computed with, if the
+    engine's rounding depends on it; for a whole render each number once. seconds: wall time of each stage. rss_bytes:
+    the process's largest resident memory in each stage; None if the system cannot restart that count (Linux can).
+    gpu_bytes: the most that torch had allocated on the GPU in each stage; empty without a GPU. peak_rss_bytes,
+    peak_gpu_bytes: the largest of those. A stage without a count has the process's largest resident memory so far.
     """
 
     edited_regions: int = 0
@@ -74,9 +74,10 @@ class SegmentReport:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count a stage's time and memory; a GPU's work counts where it was asked for, so it is waited for.
+        """Measure a stage's time and memory. It waits for the GPU, so work counts in the stage that asked for it.
 
-        Of another thread's stages that overlap with it it has the memory, too, but not the work, which is in another stream.
+        If stages of another thread overlap, their memory counts here, too. Their GPU work does not: it is in another
+        stream.
         """
         with _peaks.shared():
             start = time.perf_counter()
@@ -93,7 +94,7 @@ class SegmentReport:
     def _take_in(
         self, seconds: Mapping[str, float], rss_bytes: Mapping[str, int | None], gpu_bytes: Mapping[str, int]
     ) -> None:
-        """Add what stages took of time and, where it is more, of memory."""
+        """Add stages' times, and keep the larger of their memory peaks and those that are here."""
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
         for name, resident in rss_bytes.items():
@@ -102,12 +103,12 @@ class SegmentReport:
             self.gpu_bytes[name] = max(self.gpu_bytes.get(name, 0), allocated)
 
     def adjust(self, adjustment: Adjustment) -> None:
-        """Note what has to change, and say so in one line."""
+        """Note what has to change, and log it in one line."""
         self.adjustments.append(adjustment)
         log.warning("%s", describe_adjustment(adjustment))
 
     def count_edits(self, plan: EditPlan, segment: Segment) -> None:
-        """Add the edits of the frames that a segment settles: those that it shares with the next are the next's."""
+        """Add the edits of the frames that a segment settles. Frames shared with the next segment count there."""
         num_settled = segment.settled - segment.start
         rects = plan.rects[:num_settled]
         self.edited_regions += int((rects[..., 2] > rects[..., 0]).sum())
@@ -118,19 +119,19 @@ class SegmentReport:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; seconds to the millisecond."""
+        """Return plain values, with seconds rounded to the millisecond."""
         return {**vars(self), "seconds": {name: round(value, 3) for name, value in self.seconds.items()}}
 
 
 @dataclass(kw_only=True)
 class RenderReport(SegmentReport):
-    """Of a whole render: the sums over its segments, the largest memory, and what they have in common.
+    """The report of a whole render: sums over its segments, the largest memory, and what they have in common.
 
-    segments: how many frames each of them rendered jointly; one: the clip was not split. overlaps: how many of those each
-    shared with the next. precision: that the engine was built in. segment_peaks: each one's largest resident memory.
-    num_resumed: how many of them an earlier, interrupted run had finished. segment_reason: how `segment="auto"` came to
-    the number in `options`. reference_index: which training frame was inverted. inversion_cached: whether it was read from
-    the cache.
+    precision: the one the engine was built in. segments: how many frames each segment rendered jointly; a single entry
+    means that the clip was not split. overlaps: how many of those each shared with the next. segment_peaks: each one's
+    largest resident memory. num_resumed: how many segments an earlier, interrupted run had finished. segment_reason:
+    how `segment="auto"` came to the number in `options`. reference_index: which training frame was inverted.
+    inversion_cached: whether the inversion was read from the cache.
     """
 
     options: RenderOptions
@@ -146,11 +147,11 @@ class RenderReport(SegmentReport):
 
     @property
     def num_segments(self) -> int:
-        """Of those that are done."""
+        """How many segments are done."""
         return len(self.segments)
 
     def add(self, part: SegmentReport, segment: Segment) -> None:
-        """Take in a segment and its report."""
+        """Add a segment and its report."""
         self.segments.append(segment.stop - segment.start)
         self.overlaps.append(segment.stop - segment.settled)
         self.segment_peaks.append(part.peak_rss_bytes)
@@ -163,11 +164,11 @@ class RenderReport(SegmentReport):
         self.peak_gpu_bytes = max(self.peak_gpu_bytes, part.peak_gpu_bytes)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for report.json.
+        """Return plain values, for report.json.
 
-        claims_byte_equality: whether another run with the same options gives the same bytes. It does not once memory
-        has decided how long segments are, or how much of one is computed at once, which is equal but for rounding, nor
-        where a render was gone on with by another number of threads.
+        claims_byte_equality: whether another run with the same options gives the same bytes. It does not if memory
+        decided how long segments are, or how much of one is computed at once (which only changes rounding), nor if a
+        render was resumed with another number of threads.
         """
         by_memory = any("segment" in adjustment or "tokens_at_once" in adjustment for adjustment in self.adjustments)
         shortened = [adjustment["segment"] for adjustment in self.adjustments if "segment" in adjustment]
@@ -180,7 +181,7 @@ class RenderReport(SegmentReport):
 
 
 def describe_adjustment(adjustment: Adjustment) -> str:
-    """One line."""
+    """Describe an adjustment in one line."""
     if "segment" in adjustment:
         change = f"segments of {adjustment['segment']} frames at most, {adjustment['overlap']} shared"
     elif "tokens_at_once" in adjustment:

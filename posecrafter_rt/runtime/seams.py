@@ -1,6 +1,6 @@
-"""The seams of a stretch of video that was rendered: its frames are drawn towards the real ones beside them.
+"""Hide the seams of a rendered stretch of video: draw its frames towards the real ones beside it.
 
-Layer 5: pictures alone.
+Layer 5: works on pictures alone.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-REACH = 48  # frames from a real one over which it acts; so many are held, whatever the stretch's length
-_STRANGE = 20.0  # mean difference in grey levels of what is another thing, not the same one in another place
-_SMALLEST_THING = 32  # in how many parts the picture's short side is divided where that difference is averaged
+REACH = 48  # how many frames away from a real frame it still acts; as many are held, however long the stretch
+_STRANGE = 20.0  # a mean difference of this many grey levels means another thing, not the same one moved
+_SMALLEST_THING = 32  # that difference is averaged over the picture's short side divided by this
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Anchor:
     rendered: np.ndarray
 
     def lack(self, frame: np.ndarray) -> np.ndarray:
-        """What a rendered frame most likely lacks: (H, W, 3) float32, in grey levels.
+        """Estimate what a rendered frame lacks: (H, W, 3) float32, in grey levels.
 
-        lack(p) = exp(-(d(p) / 20)²) · (real - rendered)(p + v(p)), with v the optical flow from `frame` to `rendered` and
-        d the difference between `frame` and `rendered` after it, averaged around p: what the render lacks at the anchor,
-        carried along with the picture's movement, and nothing where there is another thing than at the anchor.
+        lack(p) = exp(-(d(p) / 20)²) · (real - rendered)(p + v(p)), with v the optical flow from `frame` to `rendered`,
+        and d the difference between `frame` and `rendered` moved by it, averaged around p. This is what the render
+        lacks at the anchor, carried along with the picture's movement. It vanishes where the frame shows another thing.
         """
         grey, anchored = (cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in (frame, self.rendered))
         flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(grey, anchored, None)  # type: ignore[call-overload]
@@ -49,14 +49,14 @@ class Anchor:
 def draw_to_anchors(
     rendered: Iterable[np.ndarray], num_frames: int, before: np.ndarray | None, after: np.ndarray | None
 ) -> Iterator[np.ndarray]:
-    """The frames of a stretch, so changed that at its ends the picture goes on as it was.
+    """Yield the frames of a stretch, changed so that they join the real frames at its ends.
 
-    To frame i of n is added what it lacks by either `Anchor`, times 1 - d/(o + 1) or nothing; d = i + 1 or n - i, the
-    distance from it, o = min(n, REACH). The weights of both sum to 1 in a stretch that is no longer than REACH.
-    Args: rendered: (H, W, 3) uint8 each: the frame before the stretch, if `before` is given; `num_frames` of the stretch;
-        the frame after it, if `after` is. It is taken to its end. before, after: those frames as they are in the video,
-        of the same shape; None where the video begins or ends.
-    Yields: `num_frames` frames (H, W, 3) uint8; no more than REACH are held.
+    Frame i of n gets what it lacks by each `Anchor`, times 1 - d/(o + 1), or nothing if d > o. d = i + 1 or n - i is
+    its distance from the anchor, and o = min(n, REACH). In a stretch no longer than REACH the two weights sum to 1.
+    Args: rendered: (H, W, 3) uint8 each: the frame before the stretch, if `before` is given; the `num_frames` of the
+        stretch; the frame after it, if `after` is given. It is consumed to its end. before, after: those frames as they
+        are in the video, of the same shape; None where the video begins or ends.
+    Yields: `num_frames` frames (H, W, 3) uint8. At most REACH of them are held.
     """
     own = iter(rendered)
     first = None if before is None else Anchor(before, next(own))
@@ -71,7 +71,7 @@ def draw_to_anchors(
 
 
 def _add(frame: np.ndarray, anchors: list[tuple[Anchor | None, int]], reach: int) -> np.ndarray:
-    """A frame and what it lacks by each anchor, whose distance from it is in frames."""
+    """Return a frame with what it lacks by each anchor added. anchors: each with its distance in frames."""
     drawn = frame.astype(np.float32)
     for anchor, distance in anchors:
         if anchor is not None and distance <= reach:

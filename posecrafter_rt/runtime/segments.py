@@ -22,15 +22,15 @@ class Segment(NamedTuple):
     settled: int
 
 
-# What had to change while a render was under way, as its report has it: `frame`, the first one from which it holds,
-# `reason`, and either `segment` with `overlap`, `precision` or `tokens_at_once`.
+# What had to change during a render, for its report: `frame`, the first one for which it holds; `reason`; and `segment`
+# with `overlap`, or `precision`, or `tokens_at_once`.
 Adjustment = dict[str, Any]
 
 
 class SegmentChoice(NamedTuple):
-    """What `segment="auto"` became, with the overlap that such segments allow, and why, as the report says it.
+    """What `segment="auto"` became, the overlap that such segments allow, and the reason for the report.
 
-    tokens_at_once: of a block, where the whole clip fits only so; None: all.
+    tokens_at_once: how many tokens a block processes at a time, if the whole clip fits only so; None: all.
     """
 
     segment: int
@@ -39,18 +39,18 @@ class SegmentChoice(NamedTuple):
     tokens_at_once: int | None = None
 
     def adjustments(self) -> list[Adjustment]:
-        """What it changes that no option of a render says: free memory alone has decided it."""
+        """Return what it changes beyond the options of a render, because free memory decided it."""
         if self.tokens_at_once is None:
             return []
         return [{"frame": 0, "tokens_at_once": self.tokens_at_once, "reason": "the whole clip fits only so"}]
 
 
 def check_split(segment: int, overlap: int) -> None:
-    """Raises PoseCrafterError unless segments of at most `segment` frames can share `overlap` with each neighbour."""
+    """Raise PoseCrafterError unless segments of at most `segment` frames can share `overlap` with each neighbour."""
     if segment < 1:
         raise PoseCrafterError(f"segments of {segment} frames", "give 1 or more")
-    # Lengths are even, so a segment between two others has more than 2/3 of the length allowed; with at most a third
-    # shared on each side, no frame lies in three of them.
+    # Lengths are nearly equal, so a segment between two others has more than 2/3 of the allowed length. With at most a
+    # third shared on each side, no frame lies in three segments.
     if not 0 <= overlap <= segment // 3:
         raise PoseCrafterError(
             f"segments of {segment} frames cannot share {overlap} with each neighbour",
@@ -59,18 +59,18 @@ def check_split(segment: int, overlap: int) -> None:
 
 
 def least_segment(overlap: int) -> int:
-    """Frames of the shortest segments that can share `overlap` with each neighbour."""
+    """Return the length of the shortest segments that can share `overlap` frames with each neighbour."""
     return max(1, 3 * overlap)
 
 
 def split_clip(num_frames: int, segment: int | None, overlap: int) -> list[Segment]:
     """Cut a clip into the fewest segments of at most `segment` frames, all of one length if they share any.
 
-    So no segment has little to attend to, and networks that keep memory or code for each length they meet need it for
-    one. To that end the first seams may share a frame more; where that would put one into three segments, or where none
-    are shared, the first segments are longer by one instead.
-    Args: num_frames: 1 or more; segment: None: the whole clip is one. overlap: frames that neighbours share, at least.
-    Returns: the segments in order: each but the last ends `overlap` frames, or one more, after the next begins.
+    So no segment has few frames to attend to, and networks that keep memory or code per length need it for only one.
+    For this the first seams may share one frame more. If that would put a frame into three segments, or if none are
+    shared, the first segments are one frame longer instead.
+    Args: num_frames: 1 or more. segment: None: the whole clip is one. overlap: the fewest frames that neighbours share.
+    Returns: the segments in order. Each but the last ends `overlap` frames, or one more, after the next begins.
     Raises: PoseCrafterError for what `check_split` refuses.
     """
     return list(_cut(num_frames, segment, overlap))
@@ -79,7 +79,7 @@ def split_clip(num_frames: int, segment: int | None, overlap: int) -> list[Segme
 def _cut(num_frames: int, segment: int | None, overlap: int) -> Iterator[Segment]:
     count = _count_segments(num_frames, segment, overlap)
     shortest, longer = divmod(num_frames + (count - 1) * overlap, count)
-    wider = 0  # seams that share a frame more
+    wider = 0  # seams that share one frame more
     if overlap and longer and 2 * (overlap + 1) <= shortest + 1:
         wider, shortest, longer = count - longer, shortest + 1, 0
     start = 0
@@ -98,10 +98,10 @@ def _count_segments(num_frames: int, segment: int | None, overlap: int) -> int:
 
 
 class Split:
-    """The segments of a clip, one after another; where memory runs out, those that are left become shorter.
+    """The segments of a clip, one after another. If memory runs out, the remaining ones become shorter.
 
-    segment, overlap: what holds for the segments that are left; see `split_clip`. start: the first frame not settled.
-    Cutting what is left of a clip gives what is left of cutting the clip, so these three numbers are the whole state.
+    segment, overlap: for the remaining segments; see `split_clip`. start: the first frame that is not settled.
+    Cutting the rest of a clip gives the rest of its segments, so these three numbers are the whole state.
     """
 
     def __init__(self, num_frames: int, segment: int | None, overlap: int) -> None:
@@ -109,17 +109,17 @@ class Split:
         self.start = 0
 
     def num_left(self) -> int:
-        """How many segments are left."""
+        """Return how many segments are left."""
         num_frames = self.num_frames - self.start
         return _count_segments(num_frames, self.segment, self.overlap) if num_frames else 0
 
     def upcoming(self) -> Segment:
-        """The next of those that are left."""
+        """Return the next segment."""
         segment = next(_cut(self.num_frames - self.start, self.segment, self.overlap))
         return Segment(*(self.start + frame for frame in segment))
 
     def settle(self, adjustments: Iterable[Adjustment] = ()) -> Segment:
-        """Take the next segment as rendered. adjustments: made before or during it by another run, to be followed."""
+        """Count the next segment as rendered. adjustments: those that another run made before or during it."""
         self._follow(adjustments)
         segment = self.upcoming()
         self.start = segment.settled
@@ -132,8 +132,9 @@ class Split:
                 self.segment, self.overlap = adjustment["segment"], adjustment["overlap"]
 
     def shorten(self, reason: str) -> Adjustment | None:
-        """Make what is left half as long as the next segment is, sharing no more than that allows; None if none is left
-        or the next is of one frame.
+        """Halve the length of the remaining segments, counted from the next one's, and share no more than that allows.
+
+        Returns: None if no segment is left or the next one has a single frame.
         """
         length = self.upcoming().stop - self.start if self.num_left() else 0
         if length < 2:
@@ -144,5 +145,5 @@ class Split:
 
 
 def ramp(overlap: int) -> list[float]:
-    """Weights of the later segment in the frames that it shares: 1/(o+1), ..., o/(o+1); the earlier has the rest."""
+    """Return the later segment's weights in the shared frames: 1/(o+1), ..., o/(o+1). The earlier one has the rest."""
     return [(index + 1) / (overlap + 1) for index in range(overlap)]

@@ -1,6 +1,6 @@
 """The streaming loop: a pose in, a frame out, each in the same time and memory (METHOD: Streaming).
 
-Layer 5. `AvatarStream.step` is the loop; `StreamReference` is all that every stream of an avatar shares.
+Layer 5. `AvatarStream.step` is the loop; `StreamReference` is what all streams of an avatar share.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from posecrafter_rt.runtime.stream_options import StreamOptions
 
 
 class StepInfo(NamedTuple):
-    """How a stream met its newest pose; where it is pipelined, the frame of that pose is yet to come.
+    """How a stream treated its newest pose. If it is pipelined, the frame of that pose is yet to come.
 
-    held: nobody was seen. is_repeat: the pose was that of the frame before, which was given again; never where several
-    poses are on their way in a pipeline. reset: the pose was far from the one before, so its frame attends to no other
-    than the reference.
+    held: nobody was seen. is_repeat: nothing had moved, so the frame before was returned again; never while several
+    poses are on their way in a pipeline. reset: the pose was far from the one before, so its frame attends to no past
+    frame, only to the reference.
     """
 
     held: bool = False
@@ -40,10 +40,11 @@ class StepInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class StreamReference:
-    """What every stream of an avatar and its options shares: nobody writes to it.
+    """What all streams of an avatar with the same options share. Nobody writes to it.
 
-    decoder: of its frames. pose: (134, 3) on a canvas of the frame size; inverted_latents: (4, h, w); frame: (H, W, 3) uint8, the reference as
-    the stream renders it. memory: name of the network's tensor → (S, …), the reference's keys and values at every step.
+    pose: (134, 3) on a canvas of the frame size. inverted_latents: (4, h, w). frame: (H, W, 3) uint8, the reference as
+    the stream renders it. memory: `controlnet_stream`, `unet_stream` or `temporal` → tensor name → (S, …), the
+    reference's keys and values at every step. decoder: of frames.
     """
 
     pose: np.ndarray
@@ -55,12 +56,12 @@ class StreamReference:
 
 
 def _batch(frames: list[Tensor], out: Tensor) -> Tensor:
-    """Of one frame each, (1, …), in `out`; one alone is no copy."""
+    """Concatenate tensors of one frame each, (1, …), in `out`. A single one is returned itself, not copied."""
     return frames[0] if len(frames) == 1 else torch.cat(frames, out=out)
 
 
 def _keep(tensors: Mapping[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Copy them into those of the same names, which are made where there are none."""
+    """Copy tensors into `kept` by name; those that are not there yet are made."""
     for name, tensor in tensors.items():
         if name in kept:
             kept[name].copy_(tensor)
@@ -73,9 +74,9 @@ def sample_reference(
     engines: Mapping[str, Engine], sampling: Sampling, inverted_latents: Tensor, pose: np.ndarray, size: tuple[int, int],
     decoder: Decoder = "full",
 ) -> StreamReference:  # fmt: skip
-    """Denoise the reference alone, with its own pose, and keep its keys and values of every step and layer.
+    """Denoise the reference alone, with its own pose, and keep its keys and values at every step and layer.
 
-    Args: inverted_latents: (4, h, w) at the first step's noise; pose: (134, 3) on a canvas of `size`, that of frames.
+    Args: inverted_latents: (4, h, w) at the first step's noise level. pose: (134, 3) on a canvas of the frames' `size`.
     """
     denoise = StreamDenoiser(engines, sampling, 0)
     embedding = embed_poses(engines, PoseSequence(pose[None], size), size)
@@ -92,13 +93,13 @@ def sample_reference(
 
 
 def _cleans(inverted_latents: Tensor, sampling: Sampling) -> Tensor:
-    """(S, 4, h, w): room for x_0 of the last frame that was at each step."""
+    """Make room for the x_0 of the last frame at each step: (S, 4, h, w)."""
     return inverted_latents.new_zeros(len(sampling.terms), *inverted_latents.shape)
 
 
 @torch.inference_mode()
 def _step_(latents: Tensor, noise_pred: Tensor, cleans: Tensor, step: int, sampling: Sampling) -> None:
-    """Take a frame (1, 4, h, w) over a step, in place; at the first one there is no x_0 before it, and none is read."""
+    """Take a frame (1, 4, h, w) through a step, in place. The first step has no x_0 before it, and reads none."""
     before, clean = cleans[step - 1 : step], cleans[step : step + 1]
     dpmpp_step_(latents, noise_pred, before, clean, sampling.terms[step])
 
@@ -106,19 +107,19 @@ def _step_(latents: Tensor, noise_pred: Tensor, cleans: Tensor, step: int, sampl
 class AvatarStream:
     """One person following one source of poses; a context manager. Made by `Avatar.stream`.
 
-    Frames are denoised one after another; a pose's frame is what its `step` returns. With `is_pipelined` the last
-    `steps` poses are denoised at once, each one step further, in one call of the networks a frame; then `step` returns
-    the frame of the pose given `steps - 1` calls before, and the reference's frame until there is one.
-    last: how the newest pose was met. Streams of one avatar must not step at the same time.
+    Frames are denoised one after another, and `step` returns the frame of its pose. With `is_pipelined` the last
+    `steps` poses are denoised at once, each one step further, in one call of the networks per frame. Then `step`
+    returns the frame of the pose given `steps - 1` calls before, and the reference's frame until there is one.
+    last: how the newest pose was treated. Streams of one avatar must not step at the same time.
     """
 
     def __init__(
         self, engines: Mapping[str, Engine], reference: StreamReference, options: StreamOptions,
         widen: Callable[[StreamReference, Callable[[], None]], tuple[Mapping[str, Engine], StreamReference]] | None = None,
     ) -> None:  # fmt: skip
-        """widen: gives networks of a wider type, and the reference as they sample it, in place of one with which a frame was
-        not finite, or raises PoseCrafterError where there is none; before it loads them it calls what it is given, for memory
-        may not hold both. None: there are none.
+        """widen: takes the reference with which a frame was not finite, and a function. Returns networks of a wider
+        type and the reference as they sample it, or raises PoseCrafterError if there are none. Before it loads them it
+        calls the function, which frees this stream's memory: there may not be enough for both. None: there are none.
         """
         self.options, self._widen = options, widen
         self.size = (reference.frame.shape[0], reference.frame.shape[1])
@@ -127,28 +128,28 @@ class AvatarStream:
         self._begin(engines, reference)
 
     def _begin(self, engines: Mapping[str, Engine], reference: StreamReference) -> None:
-        """Go on with these networks, and nothing but the reference to attend to."""
+        """Go on with these networks; the next frame attends to the reference only."""
         self._denoiser = StreamDenoiser(engines, reference.sampling, self.options.window, reference.memory)
         self.engines, self.reference, self._frame = engines, reference, reference.frame
         self._flights: list[_Flight] = []
-        # All that steps write, made once; the first frame gives the last three their sizes.
+        # Everything that steps write to, made once; the first frame sizes the last three.
         self._cleans = _cleans(reference.inverted_latents, reference.sampling)
         self._latents, self._embeddings = (self._cleans.new_empty(0) for _ in range(2))
-        self._features: dict[str, Tensor] = {}  # of the last step that was whole, where the next one is not
+        self._features: dict[str, Tensor] = {}  # of the last whole step, for the shallow steps after it
         self._is_closed = False
 
     def step(self, pose: np.ndarray | None) -> np.ndarray:
-        """The next frame.
+        """Return the next frame.
 
-        Args: pose: float (134, 3) on a canvas of `size`; None or no keypoints: nobody is seen, and the last pose is
-            held, then eased to the reference's.
+        Args: pose: float (134, 3) on a canvas of `size`. None, or fewer than 3 keypoints seen: nobody is seen, and the
+            last pose is held, then eased to the reference pose.
         Returns: (H, W, 3) uint8 RGB, a new array.
-        Raises: PoseError for another shape, numbers that are not finite and confidences outside 0 to 1, which change
-            nothing; PoseCrafterError once the stream is closed. After any other error the stream is as after `reset`.
+        Raises: PoseError for another shape, numbers that are not finite and confidences outside 0 to 1; these change
+            nothing. PoseCrafterError once the stream is closed. After any other error the stream is as after `reset`.
 
-        A frame that is not finite in 16 or 8 bits is computed once more in float32, as the first one that follows the
-        reference, and so are all that come: a warning says so. What was on its way in a pipeline is lost. Where that cannot be
-        loaded the stream is closed.
+        If a frame is not finite in 16 or 8 bits, it is computed again in float32, as the first frame after the
+        reference. All later frames are computed in float32, too, and a warning says so. Frames on their way in a
+        pipeline are lost. If the float32 networks cannot be loaded, the stream is closed.
         """
         if self._is_closed:
             raise PoseCrafterError("this stream is closed", "open another: avatar.stream()")
@@ -158,18 +159,18 @@ class AvatarStream:
             try:
                 self._render(live.pose, live.jumped)
             except BaseException:
-                self.reset()  # some steps have remembered what others have not
+                self.reset()  # some steps have remembered the frame, others have not
                 raise
         return self._frame.copy()
 
     def _render(self, pose: np.ndarray, jumped: bool) -> None:
-        """Denoise, and decode what is done; once more, in a wider type, where that is not finite."""
-        while not self._has_rendered(pose, jumped):  # not in the handler, whose traceback holds the networks
+        """Denoise, and decode the frame that is done. If it is not finite, do so again in a wider type."""
+        while not self._has_rendered(pose, jumped):  # widened outside the handler, whose traceback holds the networks
             assert self._widen is not None
             self._begin(*self._widen(self.reference, self.close))
 
     def _has_rendered(self, pose: np.ndarray, jumped: bool) -> bool:
-        """False: what came is not finite, and there may be a wider type."""
+        """Render once. Return False if the frame is not finite and there may be a wider type."""
         try:
             with beside(self.engines["unet_stream"]):
                 self._render_once(pose, jumped)
@@ -186,13 +187,13 @@ class AvatarStream:
             self._frame = next(decode(self.engines, landed.latents, self.reference.decoder))
 
     def _take_off(self, pose: np.ndarray, starts_anew: bool) -> _Flight:
-        """Edited latents and the embedding of a pose: all that its denoising needs (method step 4)."""
+        """Edit latents for a pose and embed it, which is all that its denoising needs (method step 4)."""
         target = PoseSequence(pose[None], self.size)
         latents, _ = edit_latents(self.reference.inverted_latents, self.reference.pose, target, self.options)
         return _Flight(latents[1:], embed_poses(self.engines, target, self.size), starts_anew)
 
     def _fly(self, flight: _Flight) -> _Flight:
-        """All steps of one frame."""
+        """Do all steps of one frame."""
         if flight.starts_anew:
             self._denoiser.forget(slice(None))
         for index in range(self.options.steps):
@@ -200,8 +201,8 @@ class AvatarStream:
         return flight
 
     def _fly_along(self, flight: _Flight) -> _Flight | None:
-        """One step of every frame that is on its way, the newest at step 0; the one that is done, if one is."""
-        if not self._flights:  # a batch of one size from the start; nobody sees or attends to what fills it
+        """Do one step of every frame on its way, the newest at step 0. Return the frame that is done, if one is."""
+        if not self._flights:  # fillers keep the batch's size constant; nobody sees or attends to them
             self._flights = [replace(flight, latents=flight.latents.clone(), is_filler=True)
                              for _ in range(self.options.steps - 1)]  # fmt: skip
         self._flights.insert(0, flight)
@@ -214,7 +215,7 @@ class AvatarStream:
 
     @torch.inference_mode()
     def _advance(self, flights: list[_Flight], steps: slice, is_whole: bool = True) -> None:
-        """Take frames, one at each of `steps`, over that step; one frame alone where the networks are not whole."""
+        """Take frames, one at each of `steps`, through that step; one frame alone if the shallow U-Net does it."""
         latents = _batch([flight.latents for flight in flights], self._latents)
         if is_whole:
             embeddings = _batch([flight.embedding for flight in flights], self._embeddings)
@@ -227,12 +228,12 @@ class AvatarStream:
         self._denoiser.remember(
             predicted.memory["temporal"], [(row, step) for row, step in at if not flights[row].is_filler])  # fmt: skip
         sampling = self.reference.sampling
-        for row, step in reversed(at):  # each reads the x_0 that the one after it overwrites
+        for row, step in reversed(at):  # step s reads the x_0 that step s - 1 overwrites
             _step_(flights[row].latents, predicted.noise_pred[row : row + 1], self._cleans, step, sampling)
 
     @torch.inference_mode()
     def reset(self) -> None:
-        """Forget all poses and frames; the next frame is a first one."""
+        """Forget all poses and frames; the next frame counts as the first."""
         if self._is_closed:
             return
         self._denoiser.wipe()
@@ -241,7 +242,7 @@ class AvatarStream:
         self._frame, self._flights, self.last = self.reference.frame, [], StepInfo()
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Free the stream's memory."""
         if not self._is_closed:
             self._is_closed = True
             del self._denoiser, self._cleans, self._latents, self._embeddings, self._features
@@ -256,9 +257,9 @@ class AvatarStream:
 
 @dataclass
 class _Flight:
-    """A frame on its way: latents (1, 4, h, w), which steps overwrite, and its pose's embedding.
+    """A frame on its way: its latents (1, 4, h, w), which steps overwrite, and its pose's embedding.
 
-    starts_anew: it attends to no frame before it, nor does a later one to those. is_filler: it only makes up the number.
+    starts_anew: neither it nor a later frame attends to those before it. is_filler: it only fills the batch.
     """
 
     latents: Tensor

@@ -1,4 +1,4 @@
-"""What a stream may be told.
+"""The options of a stream.
 
 Layer 5.
 """
@@ -20,30 +20,31 @@ from posecrafter_rt.runtime.options import (
 )
 
 MAX_STEPS = 8
-MAX_WINDOW = 30  # with the reference and the frame itself 32, for which kernels have tiles of their own
+MAX_WINDOW = 30  # 32 with the reference and the frame itself; kernels have tiles of that size
 
 
 @dataclass(frozen=True)
 class StreamOptions:
     """Options of one stream.
 
-    steps: denoising steps of a frame, 1 to 8; window: past frames that a frame attends to beside the reference, 0 to 30.
-    is_pipelined: denoise the last `steps` poses at once: more frames a second on a GPU, each `steps - 1` frames later.
-    unet_every: steps of a frame after which the networks run whole; between them the U-Net's first and last layer do, on what
-        the others gave before, as in `RenderOptions`. 1: at every step. Not pipelined, where all steps are one call.
-    decoder: `full`, `small` (see `RenderOptions`), or None: small where the engine has one.
-    strength, inversion_substeps, prompt, conditioning_scale, resample, regions: see `RenderOptions`; strength None: what
-        the base recommends, prompt None: that of tuning.
-    live: how lost persons, still poses and jumps are met.
+    steps: denoising steps per frame, 1 to 8. window: past frames that a frame attends to beside the reference, 0 to 30.
+    is_pipelined: denoise the last `steps` poses at once. A GPU then gives more frames per second, but each comes
+        `steps - 1` frames later.
+    unet_every: run the networks whole only once in so many steps of a frame, as in `RenderOptions`. 1: at every step.
+        More is impossible if pipelined, because all steps are then one call.
+    decoder: `full` or `small` (see `RenderOptions`); None: `small` if the engine has one.
+    strength, inversion_substeps, prompt, conditioning_scale, resample, regions: see `RenderOptions`. strength None:
+        what the base recommends. prompt None: the prompt of tuning.
+    live: how lost persons, still poses and jumps are treated.
     """
 
     steps: int = 2
-    window: int = 2  # more of them cost memory and time, and were not seen to give anything (docs/streaming.md)
+    window: int = 2  # more cost memory and time, with no gain seen (docs/streaming.md)
     is_pipelined: bool = False
     unet_every: int = 1
     decoder: Decoder | None = None
     strength: float | None = None
-    inversion_substeps: int = 10  # of one frame, and cached
+    inversion_substeps: int = 10  # it covers one frame and is cached
     prompt: str | None = None
     conditioning_scale: float = 1.0
     resample: Resample = "bilinear"
@@ -63,9 +64,11 @@ class StreamOptions:
             raise PoseCrafterError(f"a stream that remembers {self.window} frames", f"give 0 to {MAX_WINDOW}")
 
     def as_render(self, recommended_strength: float, has_small_decoder: bool) -> RenderOptions:
-        """The render whose sampling does these very steps: their number counts what is done, not the whole schedule's.
+        """Return the render options whose sampling does exactly these steps.
 
-        Args: of the engine. Raises: PoseCrafterError for what `RenderOptions` refuses, and where no schedule has so many steps.
+        `steps` counts the steps that are done, not those of the whole schedule.
+        Args: recommended_strength: of the base. has_small_decoder: of the engine.
+        Raises: PoseCrafterError for what `RenderOptions` refuses, and if no schedule has that many steps.
         """
         strength = recommended_strength if self.strength is None else self.strength
         decoder = self.decoder or ("small" if has_small_decoder else "full")

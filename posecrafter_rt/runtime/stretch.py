@@ -1,6 +1,6 @@
-"""A stretch of a video that rendered frames take the place of; the video's other frames stay as they are.
+"""A stretch of a video that rendered frames replace; the video's other frames stay as they are.
 
-Layer 5: reads the video as a stream; how the frames are rendered is not its business.
+Layer 5: reads the video as a stream; does not know how frames are rendered.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from posecrafter_rt.video_io import stream_video, video_size
 class Stretch:
     """Frames [start, stop) of a video; see `open_stretch`.
 
-    video: a video or a folder of images. size: (height, width) that its frames are fitted to. fps: its own.
-    frames_sha256: of all its frames as fitted, 64 hexadecimal digits. before, after: the frames on either side, (H, W, 3)
+    video: a video or a folder of images. size: (height, width) that its frames are fitted to. fps: the video's.
+    frames_sha256: of all its fitted frames, 64 hexadecimal digits. before, after: the frames on either side, (H, W, 3)
         uint8; None where the video begins or ends.
     """
 
@@ -40,47 +40,47 @@ class Stretch:
 
     @property
     def rendered(self) -> slice:
-        """Which of the video's frames are to be rendered: the stretch, and those on either side, to compare with."""
+        """Which of the video's frames are to be rendered: the stretch, and the frame on either side to compare."""
         return slice(self.start - (self.before is not None), self.stop + (self.after is not None))
 
     @property
     def inside(self) -> slice:
-        """Which of the rendered ones are of the stretch."""
+        """Which of the rendered frames belong to the stretch."""
         first = self.start - self.rendered.start
         return slice(first, first + self.stop - self.start)
 
     def draw_to_neighbours(self, rendered: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Of the frames `self.rendered`, those of the stretch, drawn to the real frames on either side; see `seams`."""
+        """Yield the stretch out of the frames `self.rendered`, drawn towards the real frames beside it; see `seams`."""
         return draw_to_anchors(rendered, self.stop - self.start, self.before, self.after)
 
     def mend(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """The video with `frames`, stop - start of them, in place of the stretch: (H, W, 3) uint8, one at a time.
+        """Yield the video with `frames`, stop - start of them, in place of the stretch: (H, W, 3) uint8, one at a time.
 
-        The frames before the stretch come first, before one of `frames` is asked for; that is taken to its end.
-        Raises: VideoError when the video can no longer be read, or at the end when it is not what it was.
+        The frames before the stretch come first, before any of `frames` is asked for. `frames` is consumed to its end.
+        Raises: VideoError if the video can no longer be read, or at the end if it has changed.
         """
         digest = sha256()
         own = _hashed(stream_video(self.video, size=self.size)[0], digest.update)
         yield from islice(own, self.start)
         for frame in frames:
-            next(own, None)  # it gives way
+            next(own, None)  # the frame that is replaced
             yield frame
         yield from own
         if digest.hexdigest() != self.frames_sha256:
             raise VideoError(f"{self.video} was changed while it was mended", "run the same command again")
 
     def replaced(self) -> Iterator[np.ndarray]:
-        """The video's own frames in the stretch, (H, W, 3) uint8. Raises: as `mend`."""
+        """Yield the video's own frames of the stretch, (H, W, 3) uint8. Raises: VideoError if it cannot be read."""
         return stream_video(self.video, size=self.size, start=self.start, stop=self.stop)[0]
 
 
 def open_stretch(video: Path, window: slice, size: tuple[int, int], poses: PoseSequence) -> Stretch:
     """Read a video once from end to end, holding three frames, and check that a stretch of it can be rendered.
 
-    Args: window: the stretch; an open side is that of the video. size: (height, width) to fit its frames to, as those
-        that are tuned on. poses: of the video, one a frame.
-    Raises: VideoError when the video cannot be read or has no such frames; PoseError unless it has a frame for each pose,
-        of their canvas's shape.
+    Args: window: the stretch; an open side is that of the video. size: (height, width) to fit its frames to, as
+        training frames are. poses: of the video, one per frame.
+    Raises: VideoError if the video cannot be read or has no such frames; PoseError unless it has one frame per pose,
+        and frames of the shape of the poses' canvas.
     """
     check_canvas(video, video_size(video), poses.canvas)
     frames, fps = stream_video(video, size=size)
@@ -100,7 +100,7 @@ def open_stretch(video: Path, window: slice, size: tuple[int, int], poses: PoseS
 
 
 def _hashed(frames: Iterable[np.ndarray], update: Callable[[bytes], object]) -> Iterator[np.ndarray]:
-    """The same frames; a digest is updated with each as it passes."""
+    """Yield the same frames, and update a digest with each as it passes."""
     for frame in frames:
         update(frame.tobytes())
         yield frame

@@ -39,9 +39,9 @@ _STATUS: dict[type[PoseCrafterError], int] = {SessionsFull: 503, Busy: 429, TooL
 
 
 def create_app(avatar: Avatar, options: ServeOptions) -> FastAPI:
-    """The ASGI application of one avatar; it starts the engine's thread with the server, unless that runs already.
+    """Make the ASGI application of one avatar. It starts the engine's thread with the server, unless that already runs.
 
-    `app.state.service` is its `Service`: call its `start` before, to have what is wrong raised here and not by the server.
+    `app.state.service` is its `Service`. Call its `start` before, so that the server is not the one to raise errors.
     """
     service = Service(avatar, options)
     peers, reader = Peers(service), PoseReader()
@@ -142,7 +142,7 @@ def _add_live(app: FastAPI, service: Service, peers: Peers) -> None:
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:
-    """The client has left."""
+    """Answer a client that has left."""
     return Response(status_code=400)
 
 

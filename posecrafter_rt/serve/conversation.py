@@ -1,6 +1,6 @@
-"""What a client may say, whichever way it speaks: poses and commands, within size and rate.
+"""What a client may send: poses and commands, limited in size and rate.
 
-Layer 7: on the event loop; used for a WebSocket and for a data channel alike.
+Layer 7: on the event loop; used for WebSockets and data channels alike.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from posecrafter_rt.serve.security import POLICY_VIOLATION, TOO_BIG, TokenBucket
 from posecrafter_rt.serve.service import Service
 from posecrafter_rt.serve.session import Session, Waiting
 
-# Cameras give up to 60 poses a second; what comes faster is dropped, and what comes much faster is a flood.
+# (rate per second, burst). Cameras give up to 60 poses per second. Faster ones are dropped; a flood disconnects.
 POSE_RATE, FLOOD_RATE, COMMAND_RATE = (120.0, 120.0), (1000.0, 2000.0), (10.0, 40.0)
 
 
 class Disconnect(Exception):
-    """The client must go. error: what it is told; code: of the close."""
+    """The client must go. error: what it is told. code: of the close."""
 
     def __init__(self, error: ProtocolError, code: int) -> None:
         super().__init__(str(error))
@@ -35,7 +35,7 @@ class Conversation:
         )
 
     def hear(self, message: bytes | str) -> None:
-        """Act on a message. Raises: Disconnect for one that is none of ours, too long, or one too many."""
+        """Act on a message. Raises: Disconnect for one that is not in the protocol, too long, or one too many."""
         now_s = time.perf_counter()
         is_command = isinstance(message, str)
         num_bytes = len(message.encode() if isinstance(message, str) else message)

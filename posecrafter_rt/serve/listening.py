@@ -1,4 +1,4 @@
-"""The socket that a server listens at.
+"""The socket that a server listens on.
 
 Layer 7: sockets.
 """
@@ -10,15 +10,15 @@ import socket
 
 from posecrafter_rt.errors import PoseCrafterError
 
-# What waits in the kernel unsent is old when it comes: on a slow line a frame is then left out here instead.
+# What waits unsent in the kernel is old when it arrives. If little can wait, a slow line makes frames be skipped here.
 _UNSENT_BYTES = 16 * 1024
 _SEND_BUFFER_BYTES = 256 * 1024
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address; port 0 takes any that is free.
+    """Return a socket that listens on an address; port 0 takes any free port.
 
-    Raises: PoseCrafterError naming why it cannot.
+    Raises: PoseCrafterError that says why it cannot.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -26,7 +26,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise PoseCrafterError(f"there is no host {host!r}: {error.strerror}", "take 127.0.0.1") from error
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # What it accepts inherits these.
+    # Accepted connections inherit these.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)

@@ -1,4 +1,4 @@
-"""One place for each sender, and turns in the order in which they were filled: newest wins, nobody waits twice.
+"""One place per sender, taken in the order in which they were filled: the newest wins, nobody waits twice.
 
 Layer 7: between the event loop, which puts, and the worker, which takes.
 """
@@ -14,17 +14,17 @@ V = TypeVar("V")
 
 
 class Mailbox(Generic[K, V]):
-    """Values by key, one of each; and jobs, with which they alternate. Safe for threads."""
+    """One value per key, and jobs; `take` alternates between the two. Thread-safe."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._values: dict[K, V] = {}  # in the order of their turns: a dict keeps the place of a key that is there
+        self._values: dict[K, V] = {}  # in the order of their turns: a dict keeps a key's place when its value changes
         self._jobs: list[Callable[[], None]] = []
-        self._was_job = False  # what was taken last
+        self._was_job = False  # whether a job was taken last
         self._is_closed = False
 
     def put(self, key: K, value: V) -> V | None:
-        """Leave a value. Returns the one that it overtakes, whose turn it then has, or None."""
+        """Leave a value. Returns the one that it overtakes, whose turn it takes, or None."""
         with self._changed:
             overtaken = self._values.get(key)
             self._values[key] = value
@@ -32,13 +32,13 @@ class Mailbox(Generic[K, V]):
             return overtaken
 
     def put_if_free(self, key: K, value: V) -> None:
-        """Leave a value where the key has none."""
+        """Leave a value unless the key has one."""
         with self._changed:
             self._values.setdefault(key, value)
             self._changed.notify()
 
     def put_job(self, job: Callable[[], None]) -> bool:
-        """Leave something to do between two values. Returns False where it is closed: nobody will do it."""
+        """Leave a job to do between two values. Returns False if the mailbox is closed: nobody will do it."""
         with self._changed:
             if self._is_closed:
                 return False
@@ -47,14 +47,14 @@ class Mailbox(Generic[K, V]):
             return True
 
     def discard(self, key: K) -> None:
-        """Forget a key's value."""
+        """Remove a key's value."""
         with self._changed:
             self._values.pop(key, None)
 
     def take(self) -> Callable[[], None] | tuple[K, V] | None:
-        """Wait for the next job or value with its key; None once it is closed and every job is taken.
+        """Wait for the next job, or value with its key. Returns None once it is closed and every job is taken.
 
-        A job goes first, but after a job a value does: neither can keep the other waiting for more than one of its kind.
+        A job goes first, but after a job a value does, so each waits for at most one of the other kind.
         """
         with self._changed:
             while True:
@@ -71,7 +71,7 @@ class Mailbox(Generic[K, V]):
                 self._changed.wait()
 
     def close(self) -> None:
-        """End `take`, after the jobs that are there; values are left."""
+        """End `take` once the waiting jobs are taken; values are not taken any more."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Counts and times of a server, for Prometheus: no label names a session, so their number is fixed.
+"""Counts and times of a server, for Prometheus. No label names a session, so the number of metrics is fixed.
 
 Layer 7: prometheus_client with a registry of its own.
 """
@@ -14,7 +14,7 @@ _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0,
 
 
 class Metrics:
-    """Of one server. num_sessions: asked when the numbers are read."""
+    """The metrics of one server. num_sessions: called when the numbers are read."""
 
     def __init__(self, num_sessions: Callable[[], int]) -> None:
         self.registry = registry = CollectorRegistry()
@@ -45,5 +45,5 @@ class Metrics:
         )  # fmt: skip
 
     def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

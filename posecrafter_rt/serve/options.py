@@ -1,4 +1,4 @@
-"""What a server is started with, and the limits that hold for every client.
+"""The options of a server, and the limits that hold for every client.
 
 Layer 7: plain data.
 """
@@ -25,11 +25,13 @@ MAX_SESSIONS = 64
 class ServeOptions:
     """How an avatar is served.
 
-    stream: options of `Avatar.stream` by name. max_sessions: clients at a time.
-    token: what every request must bring, or None: nothing. allow_origins: pages of other hosts that may connect, such as
-        `https://example.org`. is_loopback: bound to this machine alone; requests must then name it as their host.
+    stream: options of `Avatar.stream` by name. max_sessions: the most clients at a time.
+    token: the secret that requests must bring; None: none. allow_origins: pages of other hosts that may connect, such
+        as `https://example.org`. is_loopback: the server is bound to this machine alone; without a token, requests must
+        then name this machine as their host.
     has_virtual_camera: the first session's frames go to a camera device.
-    Raises: PoseCrafterError for an impossible number of sessions, an empty token, a bad origin, or no token beyond loopback.
+    Raises: PoseCrafterError for an impossible number of sessions, an empty token, a bad origin, or no token beyond
+        loopback.
     """
 
     stream: Mapping[str, Any] = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""Clients by WebRTC: their offers, and the connections that come of them.
+"""WebRTC clients: their offers, and the connections that follow.
 
-Layer 7: aiortc is imported with the first offer; without it the WebSocket is there.
+Layer 7: aiortc is imported with the first offer; without it, clients can use the WebSocket.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Peers:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def answer(self, body: bytes) -> dict[str, str]:
-        """The answer to an offer, both as JSON objects of `sdp` and `type`; the answer also has `session`.
+        """Return the answer to an offer. Both are JSON objects with `sdp` and `type`; the answer also has `session`.
 
         Raises: BackendUnavailable without aiortc; ProtocolError for what is no offer; SessionsFull.
         """
@@ -45,14 +45,14 @@ class Peers:
         return answered.result()
 
     async def close(self) -> None:
-        """End all."""
+        """End all connections."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 def _serve_peer() -> Callable[[Service, str, asyncio.Future[dict[str, str]]], Coroutine[Any, Any, None]]:
-    """On another thread: aiortc and av take a second to import, in which the loop serves the others."""
+    """Import `serve_peer`. On another thread: aiortc and av take a second, in which the loop serves others."""
     from posecrafter_rt.serve.webrtc import serve_peer
 
     return serve_peer

@@ -1,4 +1,4 @@
-"""Frames as the bytes of a picture.
+"""Encode frames as the bytes of a picture.
 
 Layer 7: OpenCV.
 """
@@ -12,7 +12,7 @@ from posecrafter_rt.serve.protocol import JPEG
 
 
 def encode_picture(frame: np.ndarray, form: int, quality: int) -> bytes:
-    """A frame, uint8 (H, W, 3) RGB, as JPEG of a quality 1 to 100, or as raw rows."""
+    """Encode a frame, uint8 (H, W, 3) RGB, as JPEG of quality 1 to 100, or as raw rows."""
     if form != JPEG:
         return frame.tobytes()
     _, data = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])

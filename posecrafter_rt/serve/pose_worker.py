@@ -20,13 +20,13 @@ from posecrafter_rt.serve.protocol import MAX_CANVAS_PX
 
 MAX_FRAMES = 20_000
 MAX_FRAME_PX = 4096 * 2304
-MAX_ASPECT = 16  # a narrow picture is enlarged very much before detection
-_MAX_MORE_BYTES = 2 * 2**30  # of addresses: a small file may ask for very much
+MAX_ASPECT = 16  # a narrow picture is enlarged a lot before detection
+_MAX_MORE_BYTES = 2 * 2**30  # of address space: a small file may ask for a lot
 _STATM = Path("/proc/self/statm")
 
 
 def read_track(path: Path) -> PoseSequence:
-    """Poses of OpenPose JSON (`.json`) or of the person in a video.
+    """Read the poses of OpenPose JSON (`.json`) or of the person in a video.
 
     Raises: PoseError, VideoError, BackendUnavailable.
     """
@@ -47,7 +47,7 @@ def _read_json(path: Path) -> PoseSequence:
 
 
 def _read_video(path: Path) -> PoseSequence:
-    """Decoded twice: first within bounded memory, which a detector cannot have: it reserves far more than it uses."""
+    """Decode twice. Only the first pass has bounded memory, because a detector reserves far more than it uses."""
     from posecrafter_rt.poses.extract import extract_poses
     from posecrafter_rt.video_io import stream_video
 
@@ -68,9 +68,9 @@ def _read_video(path: Path) -> PoseSequence:
 
 @contextmanager
 def _bounded_memory() -> Iterator[None]:
-    """Let this process have 2 GiB more than it has, where the system tells how much that is: on Linux.
+    """Let this process take at most 2 GiB more than it has, if the system tells how much that is (Linux does).
 
-    Raises: PoseError where that is not enough.
+    Raises: PoseError if that is not enough.
     """
     if not _STATM.exists():
         yield
@@ -88,13 +88,13 @@ def _bounded_memory() -> Iterator[None]:
 
 
 def main(path: Path) -> int:
-    """Print the answer; returns the exit status."""
+    """Read the file, print the answer and return the exit status."""
     with suppress(AttributeError, OSError):
-        os.nice(10)  # whoever is being rendered goes first
+        os.nice(10)  # rendering goes first
     try:
         answer, status = pose_track(read_track(path)), 0
     except PoseCrafterError as error:
-        message = str(error).replace(str(path), "the file")  # where it lies here is nobody's business
+        message = str(error).replace(str(path), "the file")  # clients need not know where it lies
         answer, status = (
             {"message": message, "hint": error.hint},
             NO_DETECTOR if isinstance(error, BackendUnavailable) else 1,

@@ -1,4 +1,4 @@
-"""Pose files and videos that a client sends → a pose track; in a process of its own, so that rendering goes on.
+"""Turn a client's pose file or video into a pose track, in a process of its own so that rendering goes on.
 
 Layer 7: asyncio; `pose_worker.py` is the process.
 """
@@ -24,17 +24,17 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.options import MAX_POSE_FILE_BYTES, MAX_VIDEO_BYTES
 
 DEFAULT_FPS = 25.0
-NO_DETECTOR = 3  # the worker's exit status; 1 for what is wrong with the file
+NO_DETECTOR = 3  # exit status of the worker; 1 means that something is wrong with the file
 _TIMEOUT_S = 600.0
-_UPLOAD_TIMEOUT_S = 300.0  # as long as it comes, nobody else's is read
+_UPLOAD_TIMEOUT_S = 300.0  # no other file is read during an upload
 
 
 class TooLarge(PoseCrafterError):
-    """A body beyond its limit."""
+    """A body is larger than its limit."""
 
 
 class Left(Exception):
-    """Whoever wanted the poses is gone."""
+    """The client that wanted the poses has left."""
 
 
 class Busy(PoseCrafterError):
@@ -47,7 +47,7 @@ def has_pose_extraction() -> bool:
 
 
 def pose_track(poses: PoseSequence) -> dict[str, Any]:
-    """Poses as JSON: fps, canvas, num_frames, and keypoints as base64 of float32 (n, 134, 3), little-endian."""
+    """Return poses as JSON: fps, canvas, num_frames, and keypoints as base64 of float32 (n, 134, 3), little-endian."""
     return {"fps": poses.fps or DEFAULT_FPS, "canvas": list(poses.canvas), "num_frames": len(poses),
             "keypoints": base64.b64encode(poses.keypoints.astype("<f4").tobytes()).decode()}  # fmt: skip
 
@@ -59,12 +59,12 @@ class PoseReader:
         self._is_busy = False
 
     async def read(self, content_type: str, body: AsyncIterator[bytes], leave: Callable[[], Awaitable[None]]) -> bytes:
-        """The track of a body as JSON.
+        """Read a body, and return its track as JSON.
 
-        content_type: `application/json`, or `video/...`. leave: returns when the client has left; called after the body.
+        content_type: `application/json`, or `video/...`. leave: called after the body; returns when the client leaves.
 
-        Raises: PoseError for what is no pose file or shows nobody; VideoError's message as PoseError; TooLarge; Busy;
-            BackendUnavailable for a video where no detector is installed; Left.
+        Raises: PoseError for what is no pose file or shows nobody, and with a VideoError's message; TooLarge; Busy;
+            BackendUnavailable for a video if no detector is installed; Left.
         """
         kind = content_type.partition(";")[0].strip().lower()
         if kind == "application/json":
@@ -104,8 +104,8 @@ async def _save(body: AsyncIterator[bytes], path: Path, limit: int) -> None:
 
 
 async def _work(path: Path, leave: Callable[[], Awaitable[None]]) -> bytes:
-    """The worker's answer. Raises: PoseError or BackendUnavailable as it reports; Left."""
-    environment = temporary_files_in(path.parent)  # which goes with the request, also where the process is killed
+    """Run the worker and return its answer. Raises: PoseError or BackendUnavailable as it reports; Left."""
+    environment = temporary_files_in(path.parent)  # deleted with the request, even if the process is killed
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "posecrafter_rt.serve.pose_worker", str(path), stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, env=environment)  # fmt: skip

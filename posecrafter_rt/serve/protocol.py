@@ -17,7 +17,7 @@ from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS
 
 VERSION = 1
 POSE, FRAME = 1, 2
-NO_PICTURE, JPEG, RGB = 0, 1, 2  # formats of a frame; without a picture it goes by a WebRTC video track
+NO_PICTURE, JPEG, RGB = 0, 1, 2  # formats of a frame; the picture of NO_PICTURE goes by a WebRTC video track
 FORMATS = {"jpeg": JPEG, "rgb": RGB}
 HELD, REPEAT, RESET = 1, 2, 4  # flags of a frame
 FITS = ("person", "canvas")
@@ -30,7 +30,7 @@ FRAME_HEADER_BYTES = _FRAME.size
 
 
 class ProtocolError(PoseCrafterError):
-    """A message that is none of ours; the connection is then closed."""
+    """A message that is not in the protocol; the connection is then closed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class PoseMessage:
     """A client's pose.
 
     sequence: uint32, the client's count. sent_ms: by the client's clock. canvas: (height, width) in whole pixels.
-    keypoints: float32 (134, 3): x, y in pixels of the canvas, confidence; missing points are zeros. None: nobody is seen.
+    keypoints: float32 (134, 3): x, y in pixels of the canvas, confidence; zeros where missing. None: nobody is seen.
     """
 
     sequence: int
@@ -49,11 +49,11 @@ class PoseMessage:
 
 @dataclass(frozen=True)
 class FrameHeader:
-    """What goes before a picture; `sequence` and `sent_ms` are those of the pose that it shows.
+    """What precedes a picture; `sequence` and `sent_ms` are those of the pose that it shows.
 
     format: NO_PICTURE, JPEG or RGB. flags: HELD | REPEAT | RESET. size: (height, width).
     dropped: poses of this session so far that no frame was shown for.
-    wait_ms, render_ms: what the pose waited for its turn, and what the frame took.
+    wait_ms, render_ms: how long the pose waited for its turn, and how long the frame took.
     """
 
     format: int
@@ -66,13 +66,13 @@ class FrameHeader:
     render_ms: float
 
     def without_picture(self) -> FrameHeader:
-        """The same for a frame that goes by another way."""
+        """Return the header of a frame whose picture goes another way."""
         return replace(self, format=NO_PICTURE)
 
 
 @dataclass(frozen=True)
 class Configure:
-    """What a client wants from now on; None leaves it as it is."""
+    """What a client wants from now on; None leaves a setting as it is."""
 
     format: int | None = None
     quality: int | None = None
@@ -95,7 +95,7 @@ Command = Configure | Reset | Record
 
 
 def encode_pose(message: PoseMessage) -> bytes:
-    """A pose as bytes, little-endian: 24 and 12 for each keypoint."""
+    """Encode a pose, little-endian: 24 bytes, and 12 for each keypoint."""
     points = np.zeros((0, 3), "<f4") if message.keypoints is None else np.asarray(message.keypoints, "<f4")
     height, width = message.canvas
     head = _POSE.pack(POSE, VERSION, len(points), message.sequence, message.sent_ms, height, width)
@@ -103,7 +103,7 @@ def encode_pose(message: PoseMessage) -> bytes:
 
 
 def decode_pose(data: bytes) -> PoseMessage:
-    """A pose from bytes. Raises: ProtocolError naming what is wrong with them."""
+    """Decode a pose. Raises: ProtocolError that says what is wrong with the bytes."""
     if len(data) < _POSE.size:
         raise ProtocolError(f"a pose message of {len(data)} bytes", f"its header alone has {_POSE.size}")
     kind, version, count, sequence, sent_ms, height, width = _POSE.unpack_from(data)
@@ -123,7 +123,7 @@ def decode_pose(data: bytes) -> PoseMessage:
 
 
 def _checked(points: np.ndarray) -> np.ndarray:
-    """A copy, float32, zeros where missing."""
+    """Return a float32 copy with missing keypoints set to zero. Raises: ProtocolError."""
     points = points.astype(np.float32)
     # Written so that NaN fails it too.
     if not (np.abs(points[:, :2]) <= _MAX_COORDINATE).all():
@@ -135,13 +135,13 @@ def _checked(points: np.ndarray) -> np.ndarray:
 
 
 def encode_frame(header: FrameHeader, picture: bytes) -> bytes:
-    """A frame as bytes, little-endian: 32 and the picture."""
+    """Encode a frame, little-endian: 32 bytes, then the picture."""
     return _FRAME.pack(FRAME, VERSION, header.format, header.flags, header.sequence, header.sent_ms, *header.size,
                        header.dropped, header.wait_ms, header.render_ms) + picture  # fmt: skip
 
 
 def decode_frame(data: bytes) -> tuple[FrameHeader, bytes]:
-    """A frame from bytes. Raises: ProtocolError for another message, or raw rows of another size than they should be."""
+    """Decode a frame. Raises: ProtocolError for another message, or for raw rows of a wrong size."""
     if len(data) < _FRAME.size:
         raise ProtocolError(f"a frame message of {len(data)} bytes", f"its header alone has {_FRAME.size}")
     kind, version, form, flags, sequence, sent_ms, height, width, dropped, wait, render = _FRAME.unpack_from(data)
@@ -156,7 +156,7 @@ def decode_frame(data: bytes) -> tuple[FrameHeader, bytes]:
 
 
 def parse_command(text: str) -> Command:
-    """A client's JSON message. Raises: ProtocolError."""
+    """Parse a client's JSON message. Raises: ProtocolError."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -185,10 +185,10 @@ def _configure(value: dict[str, Any]) -> Configure:
 
 
 def close_reason(message: str) -> str:
-    """As much of a message as the close of a WebSocket can carry."""
+    """Return as much of a message as the close of a WebSocket can carry."""
     return message.encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
 
 
 def error_message(error: PoseCrafterError) -> dict[str, Any]:
-    """An error as it goes to a client."""
+    """Return an error as it is sent to a client."""
     return {"type": "error", "message": str(error), "hint": error.hint}

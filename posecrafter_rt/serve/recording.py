@@ -1,4 +1,4 @@
-"""Recordings of what clients are shown: mp4 files that live as long as the server.
+"""Recordings of what clients are shown: mp4 files that are deleted with the server.
 
 Layer 7: a thread for each recording.
 """
@@ -21,13 +21,13 @@ from posecrafter_rt.serve.sampling import SAMPLES_PER_SECOND, sample
 from posecrafter_rt.video_io import VideoWriter
 
 MAX_SECONDS = 600
-MAX_OF_CLIENT = 4  # finished; then the client's oldest goes
+MAX_OF_CLIENT = 4  # finished ones; then the client's oldest is deleted
 
 log = logging.getLogger(__name__)
 
 
 class Recording:
-    """One video in the making. on_end: told the error that ended it, or None; on the recording's thread."""
+    """One video in the making. on_end: called on the recording's thread with the error that ended it, or None."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Recording:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask it to end; `on_end` is told when the file is whole."""
+        """Ask it to end; `on_end` is called when the file is whole."""
         self._stopped.set()
 
     def join(self) -> None:
@@ -61,30 +61,30 @@ class Recording:
             error = failure
         except OSError as failure:
             error = PoseCrafterError(f"the recording failed: {failure.strerror}")
-        except Exception as failure:  # or whoever records would wait for its end for good
+        except Exception as failure:  # else the client would wait for its end forever
             log.exception("a recording failed")
             error = PoseCrafterError(f"the recording failed: {type(failure).__name__}")
         self._on_end(error)
 
 
 class Finished(NamedTuple):
-    """A video that is whole, and the client who made it."""
+    """A finished video, and the client who made it."""
 
     path: Path
     client: str
 
 
 class Recordings:
-    """All recordings of a server, in a temporary folder that goes with it. Begun and ended on one thread.
+    """All recordings of a server, in a temporary folder that is deleted with it. Begun and ended on one thread.
 
-    Four finished ones are kept for each client that is there, whatever the others do. Those of clients who have left stay
-    as long as there is room: four times `max_clients`, the clients at a time, in all; else their oldest go.
+    Four finished ones are kept for each connected client, whatever the others do. Those of clients who have left stay
+    until there are more than four times `max_clients` in all; then their oldest are deleted. max_clients: at a time.
     """
 
     def __init__(self, max_clients: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="posecrafter-recordings-")
         self._max_finished = MAX_OF_CLIENT * max_clients
-        self._clients: set[str] = set()  # who has recorded and is there
+        self._clients: set[str] = set()  # connected clients that have recorded
         self._running: dict[str, Recording] = {}
         self._finished: dict[str, Finished] = {}  # oldest first
         self._lock = threading.Lock()
@@ -92,7 +92,7 @@ class Recordings:
     def begin(
         self, client: str, latest: Callable[[], np.ndarray], on_end: Callable[[str, PoseCrafterError | None], None]
     ) -> str:
-        """Record what `latest` gives. Returns its name, which only this client is told; `on_end` is told it, too."""
+        """Record what `latest` returns. Returns a name that only this client gets; `on_end` is called with it, too."""
         name = secrets.token_urlsafe(16)
         path = Path(self._folder.name) / f"{name}.mp4"
         with self._lock:
@@ -101,25 +101,25 @@ class Recordings:
         return name
 
     def end(self, name: str) -> None:
-        """Finish one; nothing where it has ended."""
+        """Finish a recording; does nothing if it has ended."""
         with self._lock:
             recording = self._running.get(name)
         if recording is not None:
             recording.stop()
 
     def leave(self, client: str) -> None:
-        """A client is gone: what it has finished may make room for others, and what it has not is not kept."""
+        """Note that a client has left. Its finished recordings may make room for others; a running one is not kept."""
         with self._lock:
             self._clients.discard(client)
 
     def path(self, name: str) -> Path | None:
-        """A finished recording's file."""
+        """Return a finished recording's file, or None."""
         with self._lock:
             finished = self._finished.get(name)
         return None if finished is None else finished.path
 
     def close(self) -> None:
-        """End all and delete the files."""
+        """End all recordings and delete the files."""
         with self._lock:
             running = list(self._running.values())
         for recording in running:

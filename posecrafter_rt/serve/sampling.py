@@ -1,6 +1,6 @@
-"""A clock that shows the newest frame to something that wants so many a second: a recording, a camera.
+"""A clock for recordings and cameras, which want the newest frame at a fixed rate.
 
-Layer 7: a thread of its own, so that an encoder never holds up the engine.
+Layer 7: for a thread of its own, so that an encoder never holds up the engine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SAMPLES_PER_SECOND = 30
 
 
 def sample(count: int | None, tick: Callable[[], None], stopped: threading.Event) -> None:
-    """Call `tick` 30 times a second until stopped, or `count` times; late ticks are made up for."""
+    """Call `tick` 30 times per second until stopped, or `count` times. Late ticks are made up for."""
     begin_s, done = time.perf_counter(), 0
     while count is None or done < count:
         due_s = begin_s + done / SAMPLES_PER_SECOND

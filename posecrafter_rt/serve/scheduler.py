@@ -1,6 +1,6 @@
-"""The one thread that uses the engine: sessions in turns, and jobs between them.
+"""The one thread that uses the engine: sessions take turns, with jobs between them.
 
-Layer 7: knows nothing of sessions but that they take a turn.
+Layer 7: knows of sessions only that they take turns.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _log = logging.getLogger(__name__)
 
 
 class Scheduler(Generic[K, V]):
-    """Calls `turn(key, value)` for what was put, one at a time; an exception in one turn does not touch the next.
+    """Calls `turn(key, value)` for what was put, one at a time. An exception in one turn does not affect the next.
 
-    What a turn returns True for gets another one, unless something newer was put.
+    If a turn returns True, its value gets another turn, unless a newer one was put.
     """
 
     def __init__(self, turn: Callable[[K, V], bool]) -> None:
@@ -40,18 +40,21 @@ class Scheduler(Generic[K, V]):
         return self._mailbox.put(key, value)
 
     def discard(self, key: K) -> None:
-        """Take back what was put."""
+        """Take back the value that was put."""
         self._mailbox.discard(key)
 
     def call(self, job: Callable[[], R]) -> Future[R]:
-        """Do something on the engine's thread, soon: one turn may come before each job. Once stopped, the future is cancelled."""
+        """Run a job on the engine's thread soon: at most one turn comes before each job.
+
+        Once the scheduler is stopped, the future is cancelled.
+        """
         future: Future[R] = Future()
 
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(job())
-                except BaseException as error:  # whoever asked for it gets it
+                except BaseException as error:  # `call`'s caller gets it
                     future.set_exception(error)
 
         if not self._mailbox.put_job(run):
@@ -59,7 +62,7 @@ class Scheduler(Generic[K, V]):
         return future
 
     def stop(self) -> None:
-        """Do the jobs that are left, and end once the turn at work is over."""
+        """Do the remaining jobs, and end the thread after the current turn."""
         self._mailbox.close()
         if self._thread.ident is not None:
             self._thread.join()
@@ -72,5 +75,5 @@ class Scheduler(Generic[K, V]):
             try:
                 if self._turn(*item):
                     self._mailbox.put_if_free(*item)
-            except Exception:  # the thread's boundary: the others are served all the same
+            except Exception:  # the thread must survive, to serve the other sessions
                 _log.exception("a turn failed")

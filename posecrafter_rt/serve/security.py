@@ -1,4 +1,4 @@
-"""Who may speak to the server, and how much: token, host, origin, size and rate. Every answer gets strict headers.
+"""Who may use the server, and how much: token, host, origin, size and rate. Every answer gets strict headers.
 
 Layer 7: ASGI and arithmetic.
 """
@@ -20,7 +20,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 POLICY_VIOLATION, TOO_BIG, TRY_AGAIN_LATER = 1008, 1009, 1013  # close codes of a WebSocket
-PAGE_FOLDERS = ("assets", "tracker")  # the page's files; they hold no secret, and the page names them without the token
+PAGE_FOLDERS = ("assets", "tracker")  # the page's files: they hold no secret, and the page requests them without token
 _PAGE_FILES = tuple(f"/{folder}/" for folder in PAGE_FOLDERS)
 # Nothing from elsewhere; WebAssembly and workers are for tracking people in the browser.
 CONTENT_POLICY = (
@@ -38,7 +38,7 @@ HEADERS = {
 
 
 class Refusal(Exception):
-    """A request that is not answered. status: of HTTP; a WebSocket is closed with 1008."""
+    """A request that is refused. status: the HTTP status; a WebSocket is closed with 1008."""
 
     def __init__(self, status: int, message: str, hint: str) -> None:
         super().__init__(message)
@@ -46,14 +46,14 @@ class Refusal(Exception):
 
 
 class TokenBucket:
-    """Lets `rate` through a second, and `burst` at once."""
+    """Lets `rate` messages per second through, and `burst` at once."""
 
     def __init__(self, rate: float, burst: float) -> None:
         self._rate, self._burst = rate, burst
         self._level, self._at_s = burst, 0.0
 
     def take(self, now_s: float) -> bool:
-        """Whether one more may pass at this time; now_s only goes forward."""
+        """Return whether one more may pass at `now_s`, which never goes back."""
         self._level = min(self._burst, self._level + (now_s - self._at_s) * self._rate)
         self._at_s = now_s
         if self._level < 1:
@@ -63,11 +63,11 @@ class TokenBucket:
 
 
 def check_request(scope: Scope, options: ServeOptions) -> None:
-    """Raises Refusal unless a request may be answered.
+    """Raise Refusal unless a request may be answered.
 
-    Bound to this machine and without a token, its Host must be this machine: another name that leads here is a page that had
-    its address changed (DNS rebinding). An Origin, which browsers send, must be that host or one that is allowed. The token counts
-    in `Authorization: Bearer` and in `?token=`.
+    If the server is bound to this machine and has no token, Host must name this machine. Another name that leads here
+    belongs to a page that had its address changed (DNS rebinding). An Origin, which browsers send, must be that host or
+    an allowed one. The token is read from `Authorization: Bearer` or `?token=`; `/health` and page files need none.
     """
     headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
     host = headers.get("host", "")
@@ -88,7 +88,7 @@ def check_request(scope: Scope, options: ServeOptions) -> None:
 
 
 def _host_name(host: str) -> str:
-    """A Host header without its port; empty where it is none."""
+    """Return the name in a Host header, without the port; empty if there is none."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -96,7 +96,7 @@ def _host_name(host: str) -> str:
 
 
 class Guard:
-    """ASGI around an app: answers refusals itself, and adds headers to every answer."""
+    """ASGI middleware: answers refused requests itself, and adds headers to every answer."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], options: ServeOptions) -> None:
         self._app, self._options = app, options
@@ -116,7 +116,7 @@ class Guard:
 
 
 def _adding_headers(path: str, send: Send) -> Send:
-    """The page and its files may be kept if the server is asked each time whether they are current; nothing else may."""
+    """Add headers. Browsers may keep only the page and its files, and must ask each time whether they are current."""
     is_page = path == "/" or path.startswith(_PAGE_FILES)
 
     async def added(message: Message) -> None:
@@ -138,7 +138,7 @@ async def _refuse_request(refusal: Refusal, receive: Receive, send: Send) -> Non
 
 
 async def _refuse_socket(refusal: Refusal, receive: Receive, send: Send) -> None:
-    """Accepted first: a browser does not tell a page why it could not connect, but does tell a close code."""
+    """Accept, then close: a browser tells a page the close code, but not why it could not connect."""
     await receive()
     await send({"type": "websocket.accept"})
     text = json.dumps({"type": "error", "message": refusal.message, "hint": refusal.hint})

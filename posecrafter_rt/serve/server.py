@@ -1,4 +1,4 @@
-"""How an application of this package is run: uvicorn's settings, and connections that keep nothing waiting.
+"""How an application of this package runs: uvicorn's settings, and connections that keep nothing waiting.
 
 Layer 7: uvicorn.
 """
@@ -17,24 +17,24 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from posecrafter_rt.serve.options import MAX_MESSAGE_BYTES
 
 _SHUTDOWN_S = 5
-_HEAD_S = 10  # for the head of a request, from its first byte or the connection's begin
-_FAREWELL_S = 3  # for a client to take the last message; who does not read must not keep its connection, or the server
+_HEAD_S = 10  # for the head of a request, from its first byte or the start of the connection
+_FAREWELL_S = 3  # for a client to read the last message; one that does not read must not hold up the server
 
 
 class PromptSocket(WebSocketsSansIOProtocol):
-    """A WebSocket whose `send` returns once the system has taken all of the message.
+    """A WebSocket whose `send` returns once the system has taken the whole message.
 
-    uvicorn's own returns at once, keeps up to 64 KiB in memory, and waits before the next message is written: on a slow
-    line frames would grow old there, out of reach. It also waits without end for a client that does not read to go.
+    uvicorn's own returns at once, keeps up to 64 KiB in memory, and waits before it writes the next message. On a slow
+    line, frames would grow old there, out of reach. It also waits forever for a client to leave that does not read.
     """
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called when there is a client."""
+        """Called when a client has connected."""
         super().connection_made(transport)
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
 
     async def send(self, message: Any) -> None:
-        """Write a message, and wait until it is on its way."""
+        """Write a message, and wait until the system has taken it."""
         await super().send(message)
         await self.writable.wait()
 
@@ -53,21 +53,21 @@ class PromptSocket(WebSocketsSansIOProtocol):
 
 
 class PromptHttp(H11Protocol):
-    """HTTP that ends a connection on which a request's head takes too long to come.
+    """HTTP that ends a connection if a request's head takes too long to arrive.
 
-    uvicorn's own waits without end, for clients that nobody has asked for a token yet; it only ends what is silent after
-    an answer.
+    uvicorn's own waits forever, even for clients that have not shown a token yet. It only ends connections that are
+    silent after an answer.
     """
 
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called when there is a client."""
+        """Called when a client has connected."""
         super().connection_made(cast(asyncio.Transport, transport))
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
-        """Called with what has come."""
+        """Called with the bytes that have arrived."""
         super().data_received(data)
         self._watch_head()
 
@@ -89,12 +89,12 @@ class PromptHttp(H11Protocol):
 
     def _give_up(self) -> None:
         self._waiting = None
-        if self.transport.get_protocol() is self:  # or it has become a WebSocket
+        if self.transport.get_protocol() is self:  # else it has become a WebSocket
             self.transport.abort()
 
 
 class _BadText(logging.Filter):
-    """Leaves out what uvicorn logs, with a traceback, of text that is not UTF-8: the client is told, and sent away."""
+    """Drops what uvicorn logs, with a traceback, about text that is not UTF-8: the client is told and disconnected."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.exc_info is None or not isinstance(record.exc_info[1], UnicodeDecodeError)
@@ -104,10 +104,10 @@ _BAD_TEXT = _BadText()
 
 
 def server_config(application: FastAPI) -> uvicorn.Config:
-    """How uvicorn runs an application that `create_app` made."""
+    """Return uvicorn's configuration for an application that `create_app` made."""
     config = uvicorn.Config(
         application, log_level="warning", http=PromptHttp, ws=PromptSocket, ws_max_size=MAX_MESSAGE_BYTES,
         ws_per_message_deflate=False, timeout_graceful_shutdown=_SHUTDOWN_S,
     )  # fmt: skip
-    logging.getLogger("uvicorn.error").addFilter(_BAD_TEXT)  # which sets that up itself
+    logging.getLogger("uvicorn.error").addFilter(_BAD_TEXT)  # after Config, which sets up this logger
     return config

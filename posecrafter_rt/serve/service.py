@@ -1,6 +1,6 @@
 """A served avatar: its engine thread, its sessions, recordings and camera.
 
-Layer 7: on the event loop, but for what it hands to the engine's thread.
+Layer 7: on the event loop, except for what it hands to the engine's thread.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _log = logging.getLogger(__name__)
 
 
 class SessionsFull(PoseCrafterError):
-    """As many clients as are let in are there."""
+    """As many clients are connected as the server takes."""
 
 
 class Service:
-    """All that lives as long as the server. reference: (H, W, 3) uint8, what is shown before the first pose.
+    """Everything that lives as long as the server. reference: (H, W, 3) uint8, shown before the first pose.
 
-    watch: of the event loop; whoever runs the loop runs it.
+    watch: of the event loop; whoever runs the loop must run it.
     """
 
     def __init__(self, avatar: Avatar, options: ServeOptions) -> None:
@@ -51,7 +51,7 @@ class Service:
         self.metrics = Metrics(lambda: self.num_sessions)
         self.watch = LoopWatch()
         self.reference: np.ndarray = avatar.frames[0]
-        self.stream_options: StreamOptions | None = None  # known once the first stream is there
+        self.stream_options: StreamOptions | None = None  # known once there was a stream
         self._reference_pose = median_pose(avatar.poses.keypoints)
         self._scheduler: Scheduler[Session, Waiting] = Scheduler(lambda session, waiting: session.render(waiting))
         self._sessions: dict[str, Session] = {}  # in the order in which they came
@@ -66,11 +66,11 @@ class Service:
 
     @property
     def is_running(self) -> bool:
-        """Whether the engine's thread does its work."""
+        """Whether the engine's thread is alive."""
         return self._scheduler.is_running
 
     def start(self) -> None:
-        """Start the engine's thread and step once; nothing where that is done. Raises: PoseCrafterError."""
+        """Start the engine's thread and do a first step; does nothing if that was done. Raises: PoseCrafterError."""
         if self._recordings is not None:
             return
         if self.options.has_virtual_camera:
@@ -84,7 +84,7 @@ class Service:
             raise
 
     def stop(self) -> None:
-        """Bring the engine to rest, and delete the recordings; the sessions have ended."""
+        """Stop the engine's thread, and delete the recordings. The sessions must have ended."""
         if self._camera is not None:
             self._camera.close()
         self._scheduler.stop()
@@ -92,7 +92,7 @@ class Service:
             self._recordings.close()
 
     def offer(self, session: Session, waiting: Waiting) -> None:
-        """A pose of a session: it is rendered in its turn, unless a newer one comes before."""
+        """Take a session's pose; it is rendered in its turn, unless a newer one comes first."""
         self.metrics.received.inc()
         overtaken = self._scheduler.put(session, waiting)
         if overtaken is not None and not overtaken.is_stepped:
@@ -100,7 +100,7 @@ class Service:
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Session]:
-        """A new client's session, ended with the block. Raises: SessionsFull; PoseCrafterError from its stream."""
+        """Open a client's session; it ends with the block. Raises: SessionsFull; PoseCrafterError from its stream."""
         if self.num_sessions >= self.options.max_sessions:
             self.metrics.refused.inc()
             raise SessionsFull(
@@ -123,25 +123,25 @@ class Service:
             self._scheduler.call(resources.close)
 
     def record(self, session: Session, on: bool) -> None:
-        """Begin or end a session's recording; it is told when the recording has begun, and where it is when it ended."""
+        """Begin or end a session's recording. Its client is told when it begins, and where the file is when it ends."""
         assert self._recordings is not None
         if not on:
             self._recordings.end(self._recording_of.pop(session.id, ""))
-        elif not session.is_closed and session.id not in self._recording_of:  # a WebRTC peer is heard for a moment more
+        elif not session.is_closed and session.id not in self._recording_of:  # a WebRTC peer is heard a moment longer
             loop = asyncio.get_running_loop()
 
-            def on_end(name: str, error: PoseCrafterError | None) -> None:  # on the recording's thread, at once perhaps
+            def on_end(name: str, error: PoseCrafterError | None) -> None:  # on the recording's thread, perhaps at once
                 loop.call_soon_threadsafe(self._recorded, session, name, error)
 
             self._recording_of[session.id] = self._recordings.begin(session.id, lambda: session.latest, on_end)
             session.texts.put({"type": "recording", "on": True, "url": None})
 
     def recording(self, name: str) -> Path | None:
-        """The file of a finished recording."""
+        """Return the file of a finished recording, or None."""
         return None if self._recordings is None else self._recordings.path(name)
 
     def info(self) -> dict[str, Any]:
-        """What is served, as `/api/info` tells it."""
+        """Return what is served, as `/api/info` tells it."""
         manifest = self.avatar.folder.manifest
         return {
             "name": self.avatar.folder.path.name, "size": list(self.avatar.size), "prompt": self.avatar.prompt,
@@ -162,13 +162,13 @@ class Service:
         return {"type": "ready", "session": session.id, "size": list(self.avatar.size), **self._state()}
 
     def _open_stream(self) -> tuple[Stream, ExitStack]:
-        """A stream, and what frees it; on the engine's thread."""
+        """Open a stream, and return it with what frees it. On the engine's thread."""
         resources = ExitStack()
-        resources.callback(return_freed_memory)  # last: where clients come and go, it would add up
+        resources.callback(return_freed_memory)  # runs last; else freed memory adds up as clients come and go
         return resources.enter_context(self.avatar.stream(**self.options.stream)), resources
 
     def _warm_up(self) -> None:
-        """What a first step makes ready is ready before the first client; on the engine's thread."""
+        """Do a first step, so that what it sets up is ready before the first client. On the engine's thread."""
         with self.avatar.stream(**self.options.stream) as stream:
             self.stream_options = stream.options
             stream.step(self.avatar.poses.keypoints[0])
@@ -178,14 +178,14 @@ class Service:
             self._warn_if_slow(time.perf_counter() - started_s, stream.options)
 
     def _warn_if_slow(self, step_s: float, options: StreamOptions) -> None:
-        """Say so where even a client who is alone would hardly see a frame: none that is old is shown."""
+        """Warn if even a single client would hardly see a frame, because old frames are not shown."""
         num_steps = steps_in_flight(options)
         if num_steps * step_s > MAX_AGE_S:
             _log.warning("a frame comes %.1f s after its pose here, in turns of %.1f s, and none older than %g s is shown: %s",
                          num_steps * step_s, step_s, MAX_AGE_S, faster_hint(options))  # fmt: skip
 
     def _first_frame(self) -> np.ndarray:
-        """What the camera shows."""
+        """Return what the camera shows."""
         sessions = list(self._sessions.values())
         return sessions[0].latest if sessions else self.reference
 
@@ -194,12 +194,12 @@ class Service:
         session.is_closed = True
         self._scheduler.discard(session)
         if self._recordings is not None:
-            self._recordings.leave(session.id)  # first: what ends from here on nobody is told of
+            self._recordings.leave(session.id)  # first, so that a recording that ends from now on is not kept
         self.record(session, False)
 
     def _recorded(self, session: Session, name: str, error: PoseCrafterError | None) -> None:
-        """It has ended: on the event loop, as all that looks at `_recording_of`."""
-        if self._recording_of.get(session.id) == name:  # it has reached its greatest length
+        """Handle the end of a recording. On the event loop, like everything that uses `_recording_of`."""
+        if self._recording_of.get(session.id) == name:  # it ended by itself: at its greatest length, or by an error
             self._recording_of.pop(session.id, None)
         url = None if error is not None else f"/api/recordings/{name}.mp4"
         session.texts.put({"type": "recording", "on": False, "url": url})
@@ -208,7 +208,7 @@ class Service:
 
 
 async def _tell_stats(session: Session) -> None:
-    """Once a second, while frames are shown."""
+    """Send stats once per second while frames are shown."""
     while True:
         begin_s, num_before = time.perf_counter(), session.num_shown
         await asyncio.sleep(STATS_EVERY_S)

@@ -57,9 +57,9 @@ class Stream(Protocol):
 
 @dataclass(eq=False)
 class Waiting:
-    """A pose, and when it came, at the earliest where that is not known (`time.perf_counter`).
+    """A pose, and when it came by `time.perf_counter`; if that is not known, when it may have come at the earliest.
 
-    num_resets: of its session, when it came. is_stepped: the stream has it; from a pipelined one its frame may still come.
+    num_resets: of its session, when it came. is_stepped: the stream has had it; if pipelined, its frame may still come.
     """
 
     pose: PoseMessage
@@ -69,7 +69,7 @@ class Waiting:
 
 
 class Flight(NamedTuple):
-    """A step whose frame is to come, its pose, FrameHeader's flags and wait_ms; is_again: the pose was given before, too."""
+    """A step whose frame is still to come. flags, wait_ms: for its FrameHeader. is_again: the pose was given before."""
 
     waiting: Waiting
     flags: int
@@ -79,7 +79,7 @@ class Flight(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """A frame for the client: uint8 (H, W, 3) RGB; how it came about."""
+    """A frame for the client, uint8 (H, W, 3) RGB, its header, and when its pose arrived."""
 
     frame: np.ndarray
     header: FrameHeader
@@ -87,16 +87,17 @@ class Shown:
 
     @property
     def age_s(self) -> float:
-        """Since its pose arrived."""
+        """Seconds since its pose arrived."""
         return time.perf_counter() - self.arrived_s
 
 
 class Session:
     """The state of one client.
 
-    latest: the frame that it was shown last, (H, W, 3) uint8. format, quality: of the pictures that it wants.
-    frames, texts: what goes to it; whoever speaks to the client takes from both, and calls `count_shown` for what it sends.
-    num_resets: that the client asked for. num_dropped: poses so far that no frame was shown for.
+    latest: the newest frame made for it, (H, W, 3) uint8. format, quality: of the pictures that it wants.
+    frames, texts: what goes to it. Whoever talks to the client takes from both, and calls `count_shown` for each frame
+    that it sends.
+    num_resets: how many the client asked for. num_dropped: poses so far that no frame was shown for.
     """
 
     def __init__(self, stream: Stream, reference: np.ndarray, reference_pose: np.ndarray, metrics: Metrics) -> None:
@@ -131,7 +132,7 @@ class Session:
         self._count_dropped("stale")
 
     def _count_dropped(self, reason: str) -> None:
-        """From any thread."""
+        """May be called from any thread."""
         with self._count_lock:
             self.num_dropped += 1
         self._metrics.dropped.labels(reason).inc()
@@ -148,11 +149,11 @@ class Session:
             self._fits_person = wish.fit == "person"
 
     def reset(self) -> None:
-        """Forget the past frames and the person before the next pose that comes; those that wait are dropped."""
+        """Forget the past frames and the person before the next pose that comes; poses that wait are dropped."""
         self.num_resets += 1
 
     def stats(self, seconds: float, num_before: int) -> dict[str, Any]:
-        """The message about the last `seconds`, at whose begin `num_shown` was `num_before`."""
+        """Return the message about the last `seconds`, at whose start `num_shown` was `num_before`."""
         times = np.array(self._render_ms or [0.0])
         p50, p95 = np.percentile(times, [50, 95])
         return {"type": "stats", "fps": round((self.num_shown - num_before) / seconds, 2),
@@ -162,8 +163,8 @@ class Session:
     def render(self, waiting: Waiting) -> bool:
         """Take a turn: show the frame of a pose, or tell the client what went wrong.
 
-        Returns: whether a frame is still to come, as from a pipelined stream: it does with the next turns, of the same pose if
-            there is no other. Of one pose that is steps - 1 turns more; then the stream rests until another comes.
+        Returns: whether a frame is still to come from a pipelined stream. It comes with the next turns, which repeat
+            the pose if there is no other. One pose takes steps - 1 more turns; then the stream rests.
         """
         if self.is_closed:
             return False
@@ -196,7 +197,7 @@ class Session:
         return any(not flight.is_again for flight in self._flights)
 
     def _step(self, waiting: Waiting) -> np.ndarray:
-        """A pose that was given before is given to the stream as it was then: only a new one begins anew."""
+        """Give a pose to the stream. Only a new pose resets it first, never one that was given before."""
         if waiting.num_resets > self._num_resets_done or self._is_broken:
             self._num_resets_done, self._is_broken = waiting.num_resets, False
             self._stream.reset()
@@ -218,7 +219,7 @@ class Session:
         self._flights.clear()
 
     def _fit(self, waiting: Waiting) -> np.ndarray | None:
-        """The pose on the avatar's canvas, float32 (134, 3), or None."""
+        """Return the pose on the avatar's canvas, float32 (134, 3), or None."""
         pose = waiting.pose
         if pose.keypoints is None:
             return None
@@ -254,7 +255,7 @@ class Session:
         self._tell(error)
 
     def _tell(self, error: PoseCrafterError) -> None:
-        """At most once a second: a fault tends to come with every pose."""
+        """Tell the client, at most once per second: a fault tends to come with every pose."""
         now_s = time.perf_counter()
         if now_s - self._last_error_s >= _ERROR_EVERY_S:
             self._last_error_s = now_s
@@ -262,12 +263,12 @@ class Session:
 
 
 def steps_in_flight(options: StreamOptions) -> int:
-    """How many steps of its stream, its own among them, a pose's frame takes."""
+    """Return how many calls of the stream's `step` a pose's frame takes, its own included."""
     return options.steps if options.is_pipelined else 1
 
 
 def faster_hint(options: StreamOptions) -> str:
-    """What helps where frames come too late."""
+    """Return what helps if frames come too late."""
     if options.steps == 1:
         return "build the engine for a smaller --size"
     return "serve without --pipelined, or with fewer --steps" if options.is_pipelined else "serve with fewer --steps"

@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 class Newest(Generic[T]):
-    """One place; a value that is not taken in time is overtaken by the next. One taker, on the loop that made it.
+    """One place; a value that is not taken in time is replaced by the next. One taker, on the loop that made it.
 
-    on_overtaken: called for each of those, on the loop.
+    on_overtaken: called on the loop for each replaced value.
     """
 
     def __init__(self, on_overtaken: Callable[[], None]) -> None:
@@ -36,7 +36,7 @@ class Newest(Generic[T]):
         self._filled.set()
 
     async def take(self) -> T:
-        """Wait for a value that was not taken before."""
+        """Wait for a value and take it."""
         await self._filled.wait()
         self._filled.clear()
         value, self._value = self._value, None
@@ -45,7 +45,7 @@ class Newest(Generic[T]):
 
 
 class Texts(Generic[T]):
-    """A short line of messages; when it is full the oldest goes. One taker, on the loop that made it."""
+    """A short queue of messages; when it is full, the oldest is dropped. One taker, on the loop that made it."""
 
     def __init__(self, maxlen: int) -> None:
         self._loop = asyncio.get_running_loop()
@@ -61,7 +61,7 @@ class Texts(Generic[T]):
         self._filled.set()
 
     async def take(self) -> T:
-        """Wait for the next one."""
+        """Wait for the next message and take it."""
         await self._filled.wait()
         value = self._values.popleft()
         if not self._values:

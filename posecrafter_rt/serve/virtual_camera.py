@@ -19,10 +19,10 @@ _log = logging.getLogger(__name__)
 
 
 class VirtualCamera:
-    """Shows what `latest` gives, (H, W, 3) uint8, until closed.
+    """Shows the frames that `latest` returns, (H, W, 3) uint8, until closed.
 
     Args: size: (H, W).
-    Raises: BackendUnavailable: pyvirtualcam is not installed, or there is no device.
+    Raises: BackendUnavailable if pyvirtualcam is not installed or there is no device.
     """
 
     def __init__(self, size: tuple[int, int], latest: Callable[[], np.ndarray]) -> None:
@@ -37,7 +37,7 @@ class VirtualCamera:
         return str(self._camera.device)
 
     def close(self) -> None:
-        """End it."""
+        """Stop, and close the device."""
         self._stopped.set()
         self._thread.join()
 
@@ -45,7 +45,7 @@ class VirtualCamera:
         with self._camera as camera:
             try:
                 sample(None, lambda: camera.send(np.ascontiguousarray(self._latest())), self._stopped)
-            except (RuntimeError, OSError) as error:  # the device is gone; the server is not for it alone
+            except (RuntimeError, OSError) as error:  # the device is gone; the server goes on without it
                 _log.error("the virtual camera has ended: %s", error)
 
 

@@ -28,15 +28,15 @@ from posecrafter_rt.serve.session import Session, Shown
 
 CHANNEL = "poses"
 _CLOCK_HZ = 90_000  # of video in RTP
-_CONNECT_TIMEOUT_S = 4.0  # the page gives up a little later, and then finds its place free for the WebSocket
-_STILL_EVERY_S = 0.25  # the last frame again: whoever missed a packet, or the first frame, needs another
+_CONNECT_TIMEOUT_S = 4.0  # the page gives up a little later; its place is then free for its WebSocket
+_STILL_EVERY_S = 0.25  # then the last frame again, for a client that missed a packet or the first frame
 _LAST_WORD_S = 0.5  # for the message that says why a client must go
 _MAX_BUFFERED_BYTES = 16 * 1024
-_FULL_S = 0.05  # between two looks at a channel that has so much unsent
+_FULL_S = 0.05  # between two looks at a channel with that much unsent
 
 
 class AvatarTrack(MediaStreamTrack):
-    """A session's newest frame, each as it comes; what the encoder is too slow for is left out, never queued."""
+    """A session's newest frames, as they come. Frames that the encoder is too slow for are skipped, never queued."""
 
     kind = "video"
 
@@ -48,7 +48,7 @@ class AvatarTrack(MediaStreamTrack):
         self.channel: RTCDataChannel | None = None
 
     async def recv(self) -> av.VideoFrame:
-        """The next frame, with the time at which it is shown."""
+        """Return the next frame, with the time at which it is shown."""
         if self.readyState != "live":
             raise MediaStreamError
         if not self._is_first:
@@ -60,7 +60,7 @@ class AvatarTrack(MediaStreamTrack):
         return picture
 
     async def _wait_for_news(self) -> None:
-        """Take the next frame that is new enough; without any for a while the last one is sent again."""
+        """Take the next frame that is new enough. If none comes for a while, the last one is sent again."""
         with anyio.move_on_after(_STILL_EVERY_S):
             while (shown := await self._session.frames.take()).age_s > MAX_AGE_S:
                 self._session.count_stale()
@@ -68,7 +68,7 @@ class AvatarTrack(MediaStreamTrack):
             self._announce(shown)
 
     def _announce(self, shown: Shown) -> None:
-        """Which pose the next picture is of: a video track cannot say."""
+        """Tell the client which pose the next picture shows, because a video track cannot say."""
         self._session.count_shown(shown)
         channel = self.channel
         if channel is not None and channel.readyState == "open" and channel.bufferedAmount < _MAX_BUFFERED_BYTES:
@@ -76,14 +76,14 @@ class AvatarTrack(MediaStreamTrack):
 
 
 async def serve_peer(service: Service, sdp: str, answered: asyncio.Future[dict[str, str]]) -> None:
-    """Serve one client until it goes, or must go. answered: gets the answer to its offer.
+    """Serve one client until it leaves or must go. answered: gets the answer to its offer.
 
     Raises: ProtocolError for an offer that cannot be answered; SessionsFull.
     """
-    # No server for addresses: nothing outside is asked. Both ends then meet where they can reach one another as they are.
+    # No STUN or TURN server: nothing outside is asked, so the two ends must reach each other directly.
     peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
     try:
-        with _refusing():  # before it costs the engine's thread a stream
+        with _refusing():  # checked before the engine's thread opens a stream
             await peer.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
         if not any(transceiver.kind == "video" for transceiver in peer.getTransceivers()):
             raise ProtocolError("the offer has no video", "add a transceiver that receives video")
@@ -102,7 +102,7 @@ async def serve_peer(service: Service, sdp: str, answered: asyncio.Future[dict[s
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Raises: ProtocolError for whatever goes wrong with the text of an offer."""
+    """Turn whatever goes wrong with the text of an offer into ProtocolError."""
     try:
         yield
     except Exception as error:
@@ -117,14 +117,14 @@ class _Link:
     def __init__(self, service: Service, session: Session, peer: RTCPeerConnection, track: AvatarTrack) -> None:
         self._session, self._peer, self._track = session, peer, track
         self._conversation = Conversation(service, session)
-        self._channel: asyncio.Future[RTCDataChannel | None] = asyncio.get_running_loop().create_future()  # or its end
+        self._channel: asyncio.Future[RTCDataChannel | None] = asyncio.get_running_loop().create_future()  # None: ended
         self._ended = asyncio.Event()
         self._is_refused = False
         peer.on("connectionstatechange", self._on_state)
         peer.on("datachannel", self._on_channel)
 
     async def run(self) -> None:
-        """Returns when the client is gone, or never came."""
+        """Return when the client is gone, or if it never came."""
         channel = None
         with anyio.move_on_after(_CONNECT_TIMEOUT_S):
             channel = await self._channel
@@ -166,7 +166,7 @@ class _Link:
         while True:
             message = await self._session.texts.take()
             while channel.readyState == "open" and channel.bufferedAmount >= _MAX_BUFFERED_BYTES:
-                await asyncio.sleep(_FULL_S)  # answers must come; how many wait is bounded
+                await asyncio.sleep(_FULL_S)  # answers must arrive; `Texts` bounds how many wait
             _send(channel, message)
 
 

@@ -23,15 +23,15 @@ from posecrafter_rt.serve.service import Service, SessionsFull
 from posecrafter_rt.serve.session import Session
 
 _INTERNAL_ERROR = 1011
-_SEND_TIMEOUT_S = 20.0  # then nobody reads at the other end
+_SEND_TIMEOUT_S = 20.0  # after that, nobody reads at the other end
 
 
 class Gone(Exception):
-    """The client has left, whatever it was told or not."""
+    """The client has left, or no longer reads."""
 
 
 async def serve_socket(service: Service, socket: WebSocket) -> None:
-    """Serve one client until it goes, or must go."""
+    """Serve one client until it leaves or must go."""
     await socket.accept()
     try:
         async with service.session() as session:
@@ -45,7 +45,7 @@ async def serve_socket(service: Service, socket: WebSocket) -> None:
 
 
 async def _converse(service: Service, session: Session, socket: WebSocket) -> None:
-    """Returns when the client is gone. Raises: Disconnect."""
+    """Return when the client is gone. Raises: Disconnect."""
     line = asyncio.Lock()  # whoever holds it may send, and holds it until the message is on its way
     tasks = [asyncio.create_task(job) for job in (
         _hear(Conversation(service, session), socket), _show(session, socket, line), _tell(session, socket, line))]  # fmt: skip
@@ -90,7 +90,7 @@ async def _tell(session: Session, socket: WebSocket, line: asyncio.Lock) -> None
 
 
 async def _send(sending: Awaitable[None]) -> None:
-    """Raises: Gone where nobody is at the other end, or nobody reads."""
+    """Await a send. Raises: Gone if nobody is at the other end, or nobody reads."""
     try:
         with anyio.fail_after(_SEND_TIMEOUT_S):
             await sending
@@ -98,7 +98,7 @@ async def _send(sending: Awaitable[None]) -> None:
         WebSocketDisconnect,
         RuntimeError,
         TimeoutError,
-    ) as error:  # RuntimeError: another task has found out before
+    ) as error:  # RuntimeError: another task noticed it first
         raise Gone from error
 
 

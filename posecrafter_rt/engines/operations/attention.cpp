@@ -1,5 +1,5 @@
-// Attention of one head after the other, of large ones by parts of its rows: keys and values are packed, then follow as
-// many rows of scores as stay in a core's cache. Layer 4.
+// Attention head by head; heads with many rows are divided into parts. Keys and values are packed. Then come rows of
+// scores, as many at once as stay in a core's cache. Layer 4.
 #include "attention.h"
 
 #include <algorithm>
@@ -14,12 +14,13 @@ namespace posecrafter {
 
 namespace {
 
-constexpr int kFew = 12;               // keys that are not worth packing
-constexpr int kScores = 1 << 16;       // that are computed at once, in floats
-constexpr int kLeastRows = 4 * kRows;  // that are worth packing keys and values for
+constexpr int kFew = 12;               // the most keys that are not worth packing
+constexpr int kScores = 1 << 16;       // scores computed at once, in floats
+constexpr int kLeastRows = 4 * kRows;  // the fewest rows for which packing keys and values pays
 constexpr float kHidden = -1e30f;      // a score that weighs nothing, unless all are hidden
 
-// Where that of an index begins, among `count` rows of tokens that are `stride` floats apart.
+// Returns where the channels of head `index`, counted over (batch, places, heads), begin in tokens that are `stride`
+// floats apart. A batch has `count` rows.
 size_t first_of(const Attention& call, size_t stride, int count, int index) {
     const int head = index % call.heads, at = index / call.heads, place = at % call.places, batch = at / call.places;
     const size_t token = static_cast<size_t>(batch) * count * call.places + place;
@@ -39,7 +40,7 @@ public:
         first_ = call.out + first_of(call, channels, call.queries, index), stride_ = channels * call.places;
     }
 
-    // From `channel` on: a vector of it, or what there is of one.
+    // Writes a vector of channels from `channel` on, or as much of it as there is.
     void write(int row, int channel, Vector v) const {
         float* to = first_ + row * stride_ + channel;
         const int left = width_ - channel;
@@ -63,9 +64,9 @@ public:
           heads_(call.batch * call.places * call.heads),
           count_(round_up(call.keys, kPanel)),
           at_once_(std::min(count_, Products::kKeys)),
-          stride_(at_once_ + kLanes),  // else rows may all begin in one set of a cache
+          stride_(at_once_ + kLanes),  // the extra lanes spread rows over the sets of a cache
           scale_(kLog2E / std::sqrt(static_cast<float>(call.width))) {
-        const int even = threads / std::gcd(threads, heads_);  // as many for each thread
+        const int even = threads / std::gcd(threads, heads_);  // as many tasks for each thread
         parts_ = std::max(1, std::min(even, call.queries / kLeastRows));
     }
 
@@ -97,7 +98,7 @@ private:
         }
     }
 
-    // What some rows' values are summed to so far, panel by panel, by weights of which the largest is 1.
+    // The sums of some rows' weighted values so far, panel by panel. The largest weight of a row is 1.
     struct Means {
         Means(int rows, int width) : count(rows) {
             const size_t all = static_cast<size_t>(count) * round_up(width, kPanel);
@@ -108,7 +109,7 @@ private:
             std::fill_n(weights, count, 0.0f);
         }
 
-        // Sums of a panel by larger weights.
+        // Rescales the earlier sums of a panel to the largest score, and adds the new ones.
         void join(float* panel) const {
             for (int r = 0; r < count; ++r)
                 for (int at = r * kPanel; at < (r + 1) * kPanel; at += kLanes)
@@ -116,7 +117,7 @@ private:
         }
 
         int count;
-        float *sums, *added, *largest, *weights, *factors;  // added: to one panel; factors: of what was there before
+        float *sums, *added, *largest, *weights, *factors;  // added: new sums of one panel; factors: of earlier sums
     };
 
     void add(Means& means, Rows query, int keys, const float* packed_keys, const float* packed_values) const {
@@ -160,7 +161,7 @@ private:
     float scale_;
 };
 
-// Few keys at many places, a few products of whole tensors' rows: what they cost is to read them.
+// Attention to few keys at many places, or with a mask: a few products of rows, whose cost is reading them.
 class FewKeys {
 public:
     explicit FewKeys(const Attention& call)
@@ -176,7 +177,7 @@ public:
     }
 
 private:
-    // Where the rows of a head begin, one after the other.
+    // Pointers to the rows of a head.
     using Starts = const float**;
 
     void run_head(int index) const {
@@ -185,7 +186,7 @@ private:
         Starts keys = room.data(), values = keys + round_up(call_.keys, kFour), queries = values + call_.keys;
         find(keys, call_.key, call_.own_key, thread_keys, index);
         find(values, call_.value, call_.own_value, thread_values, index);
-        std::fill(keys + call_.keys, values, keys[0]);  // their scores are not read
+        std::fill(keys + call_.keys, values, keys[0]);  // padding, whose scores are not used
         find(queries, head_of(call_.query, call_, call_.queries, index), thread_query);
         const Output out(call_, index);
         const int batch = index / call_.heads / call_.places;
@@ -205,14 +206,14 @@ private:
         }
     }
 
-    // Those of a head, the last of `own` where there are these.
+    // Finds the rows of a head; `own`, if given, has the last one.
     void find(Starts starts, const Tokens& tokens, const Tokens& own, Scratch& scratch, int index) const {
         const int owned = own.first == nullptr ? 0 : 1;
         find(starts, head_of(tokens, call_, call_.keys - owned, index), scratch);
         if (owned > 0) starts[call_.keys - 1] = head_of(own, call_, 1, index).rows.first;
     }
 
-    // Rows that are read more than once are copied: all may begin in one set of a cache.
+    // Copies rows that are read more than once, because all may begin in one set of a cache.
     void find(Starts starts, const Head& from, Scratch& scratch) const {
         const bool copies = call_.queries > 1;
         float* to = copies ? scratch.take(static_cast<size_t>(from.count) * from.width) : nullptr;
@@ -222,7 +223,7 @@ private:
         }
     }
 
-    // Calls use(channel, read) for each vector of a row's channels, the last one perhaps of fewer.
+    // Calls use(channel, read) for each vector of a row's channels; the last one may have fewer.
     template <class Use>
     PC_INLINE void over_vectors(const Use& use) const {
         for (int k = 0; k < whole_; k += kLanes) use(k, [k](const float* row) { return load(row + k); });

@@ -1,6 +1,5 @@
-// How the products of attention are done: in floats, in bytes and words, or in pairs of 16-bit floats. Each packs the
-// keys and the values of one head, and computes the scores of rows of it, their weights and the means by these.
-// Layer 4.
+// How attention computes products: in floats, in bytes and words, or in pairs of 16-bit floats. Each format packs the
+// keys and values of one head, and computes the scores, weights and means of some of its rows. Layer 4.
 #pragma once
 
 #include <algorithm>
@@ -24,14 +23,14 @@ inline thread_local Scratch thread_query, thread_keys, thread_values, thread_sco
 
 constexpr int round_up(int count, int to) { return ceil_div(count, to) * to; }
 
-// One head's numbers at one place: rows of `width`.
+// One head's numbers at one place: `count` rows of `width` numbers.
 struct Head {
     Rows rows;
     int count, width;
 };
 
-// Scores, (count), of which those beyond `keys` are to weigh nothing, to weights, the largest of all so far 1. Returns
-// their sum.
+// Turns scores (count) into weights, of which 1 belongs to the largest score so far. Scores from `keys` on weigh
+// nothing. Updates `largest` and returns the sum of the weights.
 template <class Store>
 float weigh(float* scores, int keys, int count, float scale, float& largest, const Store& store_weights) {
     std::fill(scores + keys, scores + count, -INFINITY);
@@ -58,8 +57,8 @@ constexpr int kAnyKeys = INT_MAX / 2;
 
 struct InFloats {
     static constexpr int kBlock = kRows;    // rows that are best computed at once
-    static constexpr int kKeys = kAnyKeys;  // that a row is weighed for at once
-    static size_t keys_at(int key, int width) { return static_cast<size_t>(key) * width; }  // in what is packed
+    static constexpr int kKeys = kAnyKeys;  // keys that are weighed at once
+    static size_t keys_at(int key, int width) { return static_cast<size_t>(key) * width; }  // the offset in packed keys
     static size_t values_at(int key) { return static_cast<size_t>(key) * kPanel; }
 
     static size_t panel_floats(int keys) { return static_cast<size_t>(keys) * kPanel; }
@@ -113,7 +112,7 @@ struct InFloats {
             return weigh(scores, keys, count, scale, largest);
         }
 
-        // kVectors: of the panel's, that there are channels for.
+        // kVectors: how many of the panel's vectors have channels.
         template <int kVectors>
         void sum(Sums weights, int count, int keys, const float* panel, float* sums) const {
             multiply_deep_rows<kVectors>({weights.first, weights.stride}, count, panel, keys, sums, kPanel);
@@ -132,7 +131,7 @@ struct InBytes {
     static size_t key_floats(int keys, int width) { return ceil_div(keys, kPanel) * byte_panel(width); }
     static size_t value_floats(int keys, int width) { return ceil_div(width, kPanel) * panel_floats(keys); }
 
-    // As `pack_bytes`, each key rounded to the 127th part of its largest number.
+    // Packed like `pack_bytes`; each key is rounded to 1/127 of its largest magnitude.
     static void pack_keys(const Head& keys, float* packed) {
         const int vectors = ceil_div(keys.width, kLanes);
         for (int key = 0; key < round_up(keys.count, kPanel); ++key) {
@@ -157,7 +156,7 @@ struct InBytes {
         }
     }
 
-    // (panels, value_panel), each column rounded to the 511th part of its largest number.
+    // (panels, value_panel), each column rounded to 1/511 of its largest magnitude.
     static void pack_values(const Head& values, float* packed) {
         for (int channel = 0; channel < values.width; channel += kPanel, packed += panel_floats(values.count))
             for (int half = 0; half < kPanel; half += kLanes) pack_columns(values, channel + half, packed, half);
@@ -169,7 +168,7 @@ struct InBytes {
         for (int key = 0; key < values.count; ++key) {
             const Vector v = read(row(key), channel, values.width);
             most = larger(larger(v, -v), most);
-            none += v * 0.0f;  // NaN where one is not finite: comparisons pass over it
+            none += v * 0.0f;  // NaN if one is not finite, which comparisons miss
         }
         const Vector inverse = most > Vector{} ? kMostValue / most : Vector{};
         store(panel + half, most * (1.0f / kMostValue) + none);
@@ -197,7 +196,7 @@ struct InBytes {
             return weigh(scores, keys, count, scale, largest, [=](int i, Vector weights) {
                 const Integers whole = rounded(weights * kMostWeight);
                 store_words(to + i, whole);
-                return __builtin_convertvector(whole, Vector) + weights * 0.0f;  // NaN of what is not a number
+                return __builtin_convertvector(whole, Vector) + weights * 0.0f;  // keeps a NaN
             });
         }
 
@@ -214,10 +213,10 @@ struct InBytes {
 #endif
 
 #ifdef PC_HAS_TILES
-// In pairs of 16-bit floats.
+// Products of pairs of 16-bit floats.
 struct InPairs {
     static constexpr int kBlock = 2 * kTileRows;
-    static constexpr int kKeys = 512;  // with their values they stay in the cache while rows follow
+    static constexpr int kKeys = 512;  // they and their values stay in the cache while rows pass by
     static size_t keys_at(int key, int width) { return key / kPanel * pair_panel(width); }
     static size_t values_at(int key) { return pair_panel(key); }
 

@@ -1,10 +1,13 @@
-// The OpenVINO operation posecrafter::Attention: query, key and value → softmax(query · keyᵀ / √width) · value of each
-// of `heads` heads, `width` channels each. Tokens (N, n, C) attend to those of their picture, (N, m, C); tokens
-// (N, F, n, C) to the same ones in frames, (N, K, n, C): those for which an input after these, (N, K) and boolean, is
-// true where there is one; with the attribute has_own a last input (N, 1, n, C) is the last of the keys and values,
-// whose channels begin where the others' do. Inputs may be wider: query_at, key_at and value_at are where their
-// channels begin. With the attribute in_bytes products are in 8 and 16 bits, with in_halves those of pairs of 16-bit
-// floats where the processor has tiles. Layer 4.
+// The OpenVINO operation posecrafter::Attention: query, key, value → softmax(query · keyᵀ / √width) · value for each of
+// `heads` heads of `width` channels. Tokens (N, n, C) attend to those of their picture, (N, m, C); tokens (N, F, n, C)
+// attend to the same ones in other frames, (N, K, n, C). More inputs and attributes:
+// - a boolean mask (N, K): only keys for which it is true take part;
+// - has_own: after the mask, which is then (N, K + 1), an input (N, 1, n, C) that is the last key and value. Its
+//   channels begin where those of the others do;
+// - query_at, key_at, value_at: where the channels begin in wider inputs;
+// - in_bytes: products are in 8 and 16 bits;
+// - in_halves: products are of pairs of 16-bit floats, if the processor has tiles.
+// Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -48,7 +51,7 @@ public:
         }
         OPENVINO_ASSERT(!in_bytes_ || (kHasBytes && width_ % kFour == 0), "what eight bits do not serve");
         OPENVINO_ASSERT(!in_bytes_ || !in_halves_, "products in both 8 and 16 bits");
-        if (get_input_size() > 3)  // OpenVINO makes bytes of what is boolean
+        if (get_input_size() > 3)  // OpenVINO turns booleans into bytes
             OPENVINO_ASSERT(get_input_element_type(3).size() == 1 &&
                                 get_input_shape(3) == ov::Shape({key[0], key[1] + (has_own_ ? 1 : 0)}),
                             "a mask of other keys");

@@ -7,7 +7,7 @@
 namespace posecrafter {
 
 WeightScale weight_scale(const float* weights, int count, int most) {
-    float largest = 0, none = 0;  // NaN where one is not finite: comparisons pass over it
+    float largest = 0, none = 0;  // none: NaN if one is not finite, which comparisons miss
     for (int i = 0; i < count; ++i) largest = std::max(largest, std::abs(weights[i])), none += weights[i] * 0;
     const auto whole = static_cast<float>(most);
     return {largest / whole + none, largest > 0 && none == 0 ? whole / largest : 0};
@@ -35,7 +35,7 @@ Range range_of(const float* x, int count) {
             const Vector v = load(x + i + part * kLanes);
             low[part] = v < low[part] ? v : low[part];
             high[part] = v > high[part] ? v : high[part];
-            nothing += v * 0.0f;  // NaN where one is not finite: comparisons pass over it
+            nothing += v * 0.0f;  // NaN if one is not finite, which comparisons miss
         }
     Range range{std::min(x[0], least(low[1] < low[0] ? low[1] : low[0])),
                 std::max(x[0], most(high[1] > high[0] ? high[1] : high[0]))};

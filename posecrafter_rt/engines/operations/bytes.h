@@ -1,5 +1,5 @@
-// Numbers and weights in eight bits: rows of numbers from 0 to 255 and panels of weights from -127 to 127, whose
-// products are summed exactly in 32 bits. Layer 4.
+// Numbers and weights in eight bits: rows of numbers from 0 to 255 and panels of weights from -127 to 127. Sums of
+// their products are exact in 32 bits. Layer 4.
 #pragma once
 
 #include <cmath>
@@ -26,16 +26,16 @@ constexpr int kGroup = sizeof(uint32_t) / sizeof(Number);  // numbers of a row t
 constexpr int kFour = kGroup<uint8_t>;
 #ifdef __AMX_INT8__
 #define PC_HAS_TILES
-constexpr int kWhole = 64;  // that a tile takes: rows and weights end with zeros where they have fewer
+constexpr int kWhole = 64;  // numbers that a tile takes; shorter rows and weights are padded with zeros
 #else
 constexpr int kWhole = kFour;
 #endif
 
-// How many numbers are multiplied, of so many.
+// The count of numbers that are multiplied, padding included.
 constexpr int byte_depth(int numbers) { return ceil_div(numbers, kWhole) * kWhole; }
 
-// Rows of whole numbers: each is `segments` stretches of `depth` numbers, `pitch` apart, and stands for low + scale ·
-// number, row r's being `step · r` from the first.
+// Rows of integers. Each has `segments` stretches of `depth` numbers, `pitch` apart. A number stands for low + scale ·
+// number. Row r's scale and low are `step · r` after the first row's.
 template <class Number>
 struct ScaledRows {
     const Number* first;
@@ -54,28 +54,28 @@ struct ScaledRows {
 
 using ByteRows = ScaledRows<uint8_t>;
 
-// A panel of weights as `pack_bytes` writes it: what a byte of each column stands for, the columns' sums, and
-// (depth / 4, kPanel, 4) bytes. The floats that it takes, for so many numbers:
+// A panel of weights as `pack_bytes` writes it: each column's scale, each column's sum of what its bytes stand for,
+// then (depth / 4, kPanel, 4) bytes. Returns its size in floats for `numbers` numbers.
 constexpr size_t byte_panel(int numbers) {
     return 2 * kPanel + static_cast<size_t>(byte_depth(numbers)) * kPanel / sizeof(float);
 }
 
-// How a channel's weights are rounded: a weight is `step` times a whole number. NaN where one is not finite.
+// How a channel's weights are rounded: a weight is `step` times an integer. step is NaN if a weight is not finite.
 struct WeightScale {
     float step, inverse;
 
     int whole(float weight) const { return inverse > 0 ? static_cast<int>(std::lrint(weight * inverse)) : 0; }
 };
 
-// So that the largest is this whole number.
+// Returns the scale in which the largest magnitude is `most`.
 WeightScale weight_scale(const float* weights, int count, int most);
 
-// weight (out, in, taps) → packed (out / panel, byte_panel), in the order (taps, byte_depth(in)) of the rows' numbers.
+// Packs weight (out, in, taps) as (out / panel, byte_panel), in the order of the rows' numbers: (taps, byte_depth(in)).
 void pack_bytes(const float* weight, int in_channels, int taps, int out_channels, float* packed,
                 const Parallel& parallel);
 
-// A layer's weights (out, in, taps), and how they are packed: for each panel `floats` floats, first what a whole number
-// of each column stands for and the columns' sums, then whole numbers, of each tap `depth`.
+// A layer's weights (out, in, taps), and how they are packed. Each panel takes `floats` floats: its columns' scales and
+// sums, then integers, `depth` for each tap.
 struct Packing {
     const float* weight;
     int in_channels, taps, out_channels;
@@ -83,8 +83,8 @@ struct Packing {
     int depth;
 };
 
-// Rounds each column's weights by scale_of(weights, count) and calls put(whole numbers of its panel, column, k, whole)
-// for each.
+// Rounds each column's weights by scale_of(weights, count), and calls put(the panel's integers, column, k, whole) for
+// each.
 template <class Number, class ScaleOf, class Put>
 void pack_whole(const Packing& packing, float* packed, const Parallel& parallel, const ScaleOf& scale_of,
                 const Put& put) {
@@ -109,15 +109,15 @@ void pack_whole(const Packing& packing, float* packed, const Parallel& parallel,
     });
 }
 
-// The least and the most of some numbers, or NaN where one is not finite.
+// The least and the largest of some numbers, both NaN if one is not finite.
 struct Range {
     float low, high;
 };
 
 Range range_of(const float* x, int count);
 
-// Calls convert(r, row, inverse, zero) for each row of so many floats: its numbers times `inverse` plus `zero` are from
-// 0 to `most`, 0 standing for lows[r] and one for scales[r] more. NaN where a number is not finite.
+// Calls convert(r, row, inverse, zero) for each row of `numbers` floats. A number · inverse + zero is from 0 to `most`:
+// 0 stands for lows[r], and each step adds scales[r]. Both of these are NaN if a number is not finite.
 template <class Convert>
 void scale_rows(Rows rows, int count, int numbers, int most, float* scales, float* lows, const Convert& convert) {
     for (int r = 0; r < count; ++r) {
@@ -129,13 +129,13 @@ void scale_rows(Rows rows, int count, int numbers, int most, float* scales, floa
     }
 }
 
-// `count` rows of so many floats as bytes, each of one segment and with a scale of its own, in memory of this many
-// floats.
+// Converts `count` rows of `numbers` floats to bytes, in `memory` of byte_rows_floats floats. Each row has one segment
+// and its own scale.
 ByteRows rows_to_bytes(Rows rows, int count, int numbers, float* memory);
 
 size_t byte_rows_floats(int count, int numbers);
 
-// Bytes from one row to the next: apart in the sets of the innermost cache.
+// Bytes from one row to the next. One line more than needed keeps rows in different sets of the innermost cache.
 constexpr size_t byte_stride(int numbers) {
     constexpr int kLine = 64;
     return ceil_div(numbers, kLine) * kLine + kLine;
@@ -143,7 +143,7 @@ constexpr size_t byte_stride(int numbers) {
 
 using Integers = int __attribute__((vector_size(kLanes * sizeof(int))));
 
-// A vector's numbers as bytes: round(x · inverse + zero), from 0 to 255.
+// Stores a vector's numbers as bytes: round(x · inverse + zero), limited to 0 … 255.
 PC_INLINE void store_whole(uint8_t* to, Vector x, float inverse, float zero) {
     using Bytes = uint8_t __attribute__((vector_size(kLanes)));
     const Vector nothing{}, most = nothing + 255.0f;
@@ -154,8 +154,7 @@ PC_INLINE void store_whole(uint8_t* to, Vector x, float inverse, float zero) {
     std::memcpy(to, &bytes, sizeof bytes);
 }
 
-// What sums of a row's products with half a panel stand for: the panel's scales and sums there, the row's scale and
-// low.
+// Returns what sums of a row's products with half a panel stand for. scale, sum: that half's scales and sums.
 PC_INLINE Vector scaled(Vector sums, Vector scale, Vector sum, float row_scale, float row_low) {
     return sums * scale * row_scale + sum * row_low;
 }

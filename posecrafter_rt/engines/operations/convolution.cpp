@@ -1,4 +1,4 @@
-// A few frames after the other, each thread its own, so that what is read twice stays in its cache. Layer 4.
+// Convolves a few frames at a time, each thread its own, so that what is read twice stays in its cache. Layer 4.
 #include "convolution.h"
 
 #include "linear.h"
@@ -7,9 +7,9 @@ namespace posecrafter {
 
 namespace {
 
-constexpr int kLeastRows = 168, kLeastTileRows = 1024;  // that every weight is read for
+constexpr int kLeastRows = 168, kLeastTileRows = 1024;  // the fewest rows for which it pays to read all weights
 
-// Some frames from `first` on.
+// Convolves `frames` frames from `first` on.
 template <class Format>
 void convolve_frames(const WindowConvolution& call, int first, int frames, int threads, const Parallel& parallel) {
     const size_t plane = static_cast<size_t>(call.picture.height) * call.picture.width;
@@ -37,7 +37,7 @@ template <class Format>
 void convolve_windows(const WindowConvolution& call, int threads, const Parallel& parallel) {
     const int frames = call.picture.frames, size = call.window.out_height * call.window.out_width;
     if (frames == 0 || size == 0) return;
-    const bool is_even = frames % threads == 0 || frames >= 4 * threads;  // or nearly, between threads
+    const bool is_even = frames % threads == 0 || frames >= 4 * threads;  // or nearly so, between threads
     int parts = frames / ceil_div(Format::is_tiled() ? kLeastTileRows : kLeastRows, size);
     parts -= parts % threads;
     if (parts == 0 || !is_even) return convolve_frames<Format>(call, 0, frames, threads, parallel);

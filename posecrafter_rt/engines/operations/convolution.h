@@ -6,9 +6,9 @@
 
 namespace posecrafter {
 
-// out (frames, planes, out_height, out_width), compact, = the convolution of a picture by weights that
-// `pack_windows` packed, plus bias (out_channels) and where it is given a residual, as out. Out channels are a multiple
-// of a panel's; the first `planes` of them are written.
+// out (frames, planes, out_height, out_width), compact, = the convolution of a picture by weights from `pack_windows`,
+// plus bias (out_channels) and, if given, a residual with out's shape. out_channels is a multiple of a panel; only the
+// first `planes` channels are written.
 struct WindowConvolution {
     Picture picture;
     Window window;
@@ -17,7 +17,7 @@ struct WindowConvolution {
     int out_channels, planes;
 };
 
-// Format: Words, Digits or Bytes. threads: how many work at it at best.
+// Format: Words, Digits or Bytes. threads: the most threads that can work on it.
 template <class Format>
 void convolve_windows(const WindowConvolution& call, int threads, const Parallel& parallel);
 

@@ -1,14 +1,18 @@
 // The OpenVINO operation posecrafter::FusedConvolution: input (F, C, h, w), weight (out, C, 3, 3), bias (out elements)
-// → what the convolution with a padding of 1 gives; with the attribute planes the first ones of its channels. Input
-// channels that make no vector are zeros beyond their number, in tiles and without a norm. With a GroupNorm's weight
-// and bias (C) as two inputs more, and its groups and eps as attributes, it is of SiLU(GroupNorm(input)), of no groups
-// of SiLU(input · weight + bias); with the attribute times 2 it is of the input at twice its size, which in 16 or eight
-// bits is the weight (C, out, 4, 4) of a transposed convolution with a stride of 2. An input after these, as large as
-// the output, is added to it. With the attribute added_at an input more comes after the bias, of which the numbers from
-// there on are added to it. The attribute tile says how it is done: 2 or 4 by Winograd's filtering, in tiles of so many
-// outputs, with a stride of 1, those of 2 with the attribute in_halves by weights in 16 bits; 0 in eight bits, or with
-// in_halves in 16. Weights are constant: they are packed at the first call, or with the attribute holds_weights when
-// the node is made. Layer 4.
+// → the convolution with padding 1. More inputs and attributes:
+// - stride: 1 or 2;
+// - planes: the output has only the first `planes` channels;
+// - added_at: an input after the bias. Its numbers from added_at on are added to the bias;
+// - groups, eps: with a GroupNorm's weight and bias (C) as inputs, the convolution is of SiLU(GroupNorm(input)), or
+//   with groups 0 of SiLU(input · weight + bias);
+// - a last input as large as the output: it is added to the output;
+// - times 2: the convolution is of the input at twice its size. With tile 0 the weight is then (C, out, 4, 4), of a
+//   transposed convolution with stride 2;
+// - tile: 2 or 4 for Winograd's filtering in tiles of 2×2 or 4×4 outputs, with stride 1, where in_halves keeps the
+//   weights of tiles of 2×2 in 16 bits; 0 for products in eight bits, or with in_halves in 16;
+// - holds_weights: weights are packed when the node is made, not at the first call. They are constants.
+// With tiles and without a norm, C may be less than a vector; the weight is then padded with zeros to a vector.
+// Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -91,7 +95,7 @@ public:
     }
 
 private:
-    // The bias, and what is added to it.
+    // Returns the bias plus what is added to it, valid until this thread's next call.
     const float* bias(const ov::TensorVector& inputs) const {
         if (added_at_ < 0) return bias_.data();
         static thread_local Numbers sums;
@@ -210,7 +214,7 @@ private:
 
     size_t out_side(size_t side) const { return (side * times_ + stride_ - 1) / stride_; }
 
-    // Which input the norm's weight is, and how many there are without what is added to the bias.
+    // The index of the norm's weight, and the number of inputs without the one added to the bias.
     size_t norm_at() const { return added_at_ < 0 ? 3 : 4; }
     size_t num_inputs() const { return get_input_size() + 3 - norm_at(); }
 

@@ -1,4 +1,4 @@
-// Products in two digits of eight bits as linear maps and convolutions ask for them. Layer 4.
+// Products in two digits of eight bits, as linear maps and convolutions use them. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace posecrafter {
 
-// What they are made of, for `Job` and `PictureOf`, as `Bytes`.
+// Their types and functions, like those of `Bytes`.
 struct Digits {
     using Number = uint8_t;
     using Numbers = DigitRows;

@@ -32,7 +32,7 @@ DigitRows rows_to_digits(Rows rows, int count, int numbers, float* memory) {
     scale_rows(rows, count, numbers, kMostDigits, scales, lows,
                [=](int r, const float* row, float inverse, float zero) {
                    uint8_t* to = digits + r * stride;
-                   for (int i = 0; i < numbers; i += kLanes)  // beyond the row there is room
+                   for (int i = 0; i < numbers; i += kLanes)  // there is room beyond the row
                        store_digits(to + i, lower, read(row, i, numbers), inverse, zero);
                    std::fill(to + numbers, to + depth, uint8_t{0});
                    std::fill(to + lower + numbers, to + lower + depth, uint8_t{0});

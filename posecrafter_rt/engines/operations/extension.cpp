@@ -1,4 +1,4 @@
-// What OpenVINO finds in the library. Layer 4.
+// The operations that OpenVINO finds in the library. Layer 4.
 #include <memory>
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>

@@ -1,4 +1,4 @@
-// GroupNorm as a scale and a shift for each channel of each frame: one reading of the input for the mean, one for the
+// GroupNorm as a scale and a shift for each channel of each frame. Reads the input once for the mean and once for the
 // variance. Layer 4.
 #include "group_norm.h"
 
@@ -44,7 +44,7 @@ void group_norm_scales(const GroupNorm& norm, const Parallel& parallel) {
         }
         return;
     }
-    const int width = norm.channels / norm.groups;  // of a group, in channels
+    const int width = norm.channels / norm.groups;  // channels of a group
     const size_t count = width * norm.size;
     parallel(norm.frames * norm.groups, [&](int index) {
         const float* x = norm.input + index * count;

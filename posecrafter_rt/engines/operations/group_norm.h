@@ -1,4 +1,4 @@
-// GroupNorm of pictures as a scale and a shift for each channel of each frame, which whoever reads a picture applies.
+// GroupNorm of pictures as a scale and a shift for each channel of each frame, applied by whatever reads the picture.
 // Layer 4: knows neither Python nor any library's tensors or threads.
 #pragma once
 
@@ -8,13 +8,13 @@
 
 namespace posecrafter {
 
-// What planes are multiplied by, and what is added to that, (frames, channels); or nothing.
+// What planes are multiplied by, and what is then added, each (frames, channels); nullptr: nothing.
 struct PlaneScales {
     const float *scale, *shift;
 };
 
-// GroupNorm of an input as scale and shift, of no groups the weight and bias themselves. input (frames, channels,
-// size); weight and bias (channels).
+// GroupNorm of an input as scale and shift; with groups 0 they are the weight and bias themselves. input (frames,
+// channels, size); weight and bias (channels); scale and shift (frames, channels).
 struct GroupNorm {
     const float* input;
     const float* weight;

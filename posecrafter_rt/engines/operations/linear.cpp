@@ -53,21 +53,22 @@ void normalise(const LayerNorm& norm, const float* from, int channels, float* to
 }
 
 constexpr int kChunkRows = 12 * 14, kLeastRows = 4 * kRows;
-constexpr int kChunkFloats = 1 << 18;  // of a chunk's input, or of what is between two layers; of fewer bits more
-// By tiles products are so fast that to read weights is the work: chunks are as large as a core's second cache holds.
+constexpr int kChunkFloats = 1 << 18;  // of a chunk's input, or between two layers; more if narrower
+// With tiles, products are so fast that reading weights is the work, so a chunk fills a core's second-level cache.
 constexpr int kTileChunkBytes = 1 << 20;
-constexpr int kTileChunkRows = 2 * kChunkRows;  // whose sums are written at once
-// Rows so far apart that all begin in one set of the innermost cache are copied, as are those that come from planes.
+constexpr int kTileChunkRows = 2 * kChunkRows;  // rows whose sums are written at once
+// Rows this long, or multiples of it, all begin in one set of the innermost cache. They are copied, like rows from
+// planes or with a norm.
 constexpr int kWayFloats = 1024;
 
 thread_local Scratch thread_rows, thread_sums, thread_between, thread_numbers;
 
-// A chunk's tokens that lie in one frame.
+// Tokens of a chunk that lie in one frame.
 struct Run {
     int frame, begin, count;
 };
 
-// Calls use(run, first token within the chunk) for the runs of tokens from `first` on.
+// Calls use(run, its first token within the chunk) for each run of the tokens from `first` on.
 template <class Use>
 void for_runs(int size, int64_t first, int count, const Use& use) {
     for (int done = 0; done < count;) {
@@ -78,7 +79,8 @@ void for_runs(int size, int64_t first, int count, const Use& use) {
     }
 }
 
-// How products are computed: what they make of rows of floats, in float32 nothing, and one panel of sums over these.
+// How products are computed: `prepare` converts rows of floats (in float32 it does nothing), `sum` computes a panel of
+// sums.
 template <class Number>
 struct Products {
     using Own = Rows;
@@ -101,7 +103,7 @@ struct ProductsIn {
 
     struct Own {
         typename Format::Numbers rows;
-        const PictureOf<Format>* windows;  // or those, from `first` on
+        const PictureOf<Format>* windows;  // if given, they are the rows, from `first` on
         int64_t first;
     };
 
@@ -138,7 +140,7 @@ template <class Format>
 class Job {
     using In = Products<Format>;
     using Own = typename In::Own;
-    static constexpr int kNarrower = std::is_same_v<Own, Rows> ? 1 : In::kLighter;  // as rows are, or weights alone
+    static constexpr int kNarrower = std::is_same_v<Own, Rows> ? 1 : In::kLighter;  // how many times as narrow rows are
 
 public:
     Job(const Linear& call, int threads)
@@ -157,13 +159,13 @@ public:
         const int widest = std::max(row_numbers(), has_next() ? last_.in_channels : 0);
         const int fitting = std::min(kChunkRows, std::max(kLeastRows, kChunkFloats * kNarrower / widest));
         row_parts_ = static_cast<int>((rows_ + fitting - 1) / fitting);
-        // What is larger is divided, the rows or the weights; rows that a thread has written are still in its cache.
+        // Divides the larger of the two, rows or weights. Rows that a thread has written are still in its cache.
         const bool is_many = call.windows == nullptr && rows_ >= last_.out_channels / In::kLighter;
         if (has_next() || row_parts_ >= threads || (is_many && rows_ >= int64_t{threads} * kRows))
             row_parts_ = ceil_div(row_parts_, threads) * threads;
         row_parts_ = static_cast<int>(std::min<int64_t>(row_parts_, rows_));
         panel_parts_ = std::min(panels_, ceil_div(threads, row_parts_));
-        // Where panels do not divide evenly between threads, the rows of one do.
+        // If panels do not divide evenly between threads, the rows of each panel are divided.
         if (call.windows != nullptr && row_parts_ == 1 && panels_ % threads != 0)
             row_parts_ = threads, panel_parts_ = panels_;
         block_rows_ = static_cast<int>(rows_);
@@ -179,15 +181,15 @@ public:
     }
 
 private:
-    // How many numbers are read for a row: windows overlap.
+    // How many numbers are read for a row. Windows overlap, so a window needs only one pixel more.
     int row_numbers() const {
         return call_.windows == nullptr ? first_.in_channels : first_.in_channels / call_.windows->taps();
     }
 
-    // Every thread reads all weights for its rows, or all rows for its weights, which are more where a picture is
-    // small.
+    // Each thread reads all weights for its rows, or all rows for its weights. The latter if weights are more, as for a
+    // small picture.
     void divide_for_tiles(int threads) {
-        constexpr int kBytes = sizeof(float) / In::kLighter;  // of a number
+        constexpr int kBytes = sizeof(float) / In::kLighter;  // per number
         int64_t row_bytes = int64_t{row_numbers()} * kBytes;
         if (has_next()) row_bytes += first_.out_channels * (sizeof(float) + kBytes);
         const int64_t weight_bytes = int64_t{first_.in_channels} * first_.out_channels * kBytes;
@@ -198,7 +200,7 @@ private:
         block_rows_ = kTileChunkRows;
     }
 
-    // Rows of windows come in whole rows of the picture.
+    // Rounds down to whole rows of the picture, in which windows are computed.
     int64_t whole(int64_t row) const {
         return call_.windows == nullptr ? row : row / call_.windows->columns() * call_.windows->columns();
     }
@@ -217,7 +219,7 @@ private:
             }
     }
 
-    // Blocks are of nearly equal sizes.
+    // Returns where the block from `begin` on ends. Blocks are of nearly equal size.
     int block_end(int begin, int count) const {
         const int blocks = ceil_div(count - begin, block_rows_);
         const int64_t end = begin + (count - begin) / blocks;
@@ -242,7 +244,7 @@ private:
         return In::prepare(rows, count, first_.in_channels);
     }
 
-    // What the first layer gives, which stays with the thread.
+    // Returns the first layer's output, which stays with the thread.
     Own between(Own rows, int count, float* sums) const {
         const size_t stride = first_.out_channels + kLanes;
         float* to = thread_between.take(stride * count);
@@ -287,7 +289,7 @@ private:
         }
     }
 
-    // A panel of the gated layer's output, its biases among it. sums: of two panels.
+    // Computes a panel of the gated layer's output, with its biases. sums: room for two panels.
     void gated(const Own& rows, int count, int panel, float* sums, float* to, size_t stride) const {
         float* gates = sums + static_cast<size_t>(kPanel) * count;
         In::sum(first_, rows, count, panel, sums, Fetch::nothing(sums));
@@ -302,7 +304,7 @@ private:
         }
     }
 
-    // Where a panel's output goes, of a chunk from `first` on. In planes of several frames: in the first one.
+    // Where a panel's output goes, for a chunk from `first` on; with planes of several frames, in the first frame only.
     Fetch written(int64_t first, int panel) const {
         const size_t channels = last_.out_channels, channel = size_t(panel) * kPanel, plane = call_.size;
         const size_t planes_at = (first / plane * planes_ + channel) * plane + first % plane;
@@ -320,7 +322,7 @@ private:
         return {out, residual == nullptr ? out : residual + first * channels + channel, to.stride, to.stride, 16, true};
     }
 
-    // Where a panel's output goes of the first token, and how far it is from one to the next.
+    // Where the first token's output of a panel goes, and the distance from one token to the next.
     struct Place {
         float* first;
         size_t stride;
@@ -367,7 +369,7 @@ private:
     const Linear& call_;
     const Layer &first_, &last_;
     int64_t rows_;
-    int panels_, planes_, row_parts_, panel_parts_, block_rows_;  // block: whose sums are computed and written at once
+    int panels_, planes_, row_parts_, panel_parts_, block_rows_;  // block: rows whose sums are written at once
     bool copies_;
 };
 

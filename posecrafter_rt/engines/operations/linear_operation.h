@@ -1,12 +1,15 @@
 // The OpenVINO operation posecrafter::Linear: tokens (F, n, C) or planes (F, C, h, w), weight (out, C, …), bias (out) →
-// input · weightᵀ + bias, as tokens (F, h·w, out) or, with the attribute height, as planes of this height. With the
-// attribute is_gated the weight's rows are a value's and then a gate's, and it is value · GELU(gate), half as wide.
-// With two inputs more, the weight and bias of a layer after a gated one, it is what that one gives. An input after
-// these, as large as the output, is added to it. With the attribute eps a norm's weight and bias (C) follow the
-// input, which it is of: tokens' LayerNorm, planes' GroupNorm of the attribute groups. With the attribute widths there
-// are so many outputs, each of so many channels, and nothing is added to them. With the attribute in_bytes products are
-// in eight bits; with in_halves weights are in 16, products too where the processor has VNNI. Weights are constant:
-// they are packed at the first call, or with the attribute holds_weights when the node is made. Layer 4.
+// input · weightᵀ + bias as tokens (F, h·w, out). More inputs and attributes:
+// - height: the output is planes of this height;
+// - is_gated: the weight has a value's rows, then a gate's. The output is value · GELU(gate), half as wide;
+// - the weight and bias of a layer after a gated one: the output is that layer's;
+// - a last input as large as the output: it is added to the output;
+// - eps: a norm's weight and bias (C) follow the input. Tokens have a LayerNorm, planes a GroupNorm of `groups` groups;
+// - widths: one output for each, with so many channels; nothing is added to them;
+// - in_bytes: products are in eight bits;
+// - in_halves: weights are in 16 bits, and products too if the processor has VNNI;
+// - holds_weights: weights are packed when the node is made, not at the first call. They are constants.
+// Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -164,7 +167,7 @@ private:
 
     static bool has_next(size_t num_inputs) { return num_inputs >= 5; }
 
-    // Which input the first weight is, and how many there are without the norm's.
+    // The index of the first weight, and the number of inputs without the norm's.
     size_t weight_at() const { return eps_ > 0 ? 3 : 1; }
     size_t num_inputs() const { return get_input_size() + 1 - weight_at(); }
 

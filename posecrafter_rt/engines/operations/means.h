@@ -1,5 +1,5 @@
-// Means of values in integers of 16 bits: weights from 0 to 2¹⁴-1 times values of ten bits, summed exactly over so many
-// that 32 bits hold them. Layer 4.
+// Means of values in 16-bit integers: weights from 0 to 2¹⁴-1 times values of ten bits. Sums are exact over as many as
+// 32 bits hold. Layer 4.
 #pragma once
 
 #include <array>
@@ -15,9 +15,9 @@
 namespace posecrafter {
 
 constexpr int kMostWeight = (1 << 14) - 1, kMostValue = (1 << 9) - 1;
-constexpr int kPairs = 128;  // of weights that are summed at once: 2 · 128 · kMostWeight · kMostValue < 2³¹
+constexpr int kPairs = 128;  // pairs of weights summed at once: 2 · 128 · kMostWeight · kMostValue < 2³¹
 
-// A panel of values: what a number of each column stands for, then (pairs, kPanel, 2) words. The floats that it takes:
+// A panel of values: each column's scale, then (pairs, kPanel, 2) words. Returns its size in floats.
 constexpr size_t value_panel(int pairs) { return kPanel + static_cast<size_t>(pairs) * kPanel; }
 
 // Rows of weights, `stride` apart.
@@ -26,7 +26,7 @@ struct WeightRows {
     size_t stride;
 };
 
-// kCount rows of `pairs` pairs times the first kVectors vectors of a panel → out, rows of kPanel floats.
+// Multiplies kCount rows of `pairs` pairs by the first kVectors vectors of a panel. out has rows of kPanel floats.
 template <int kCount, int kVectors>
 void sum_values(WeightRows rows, const float* panel, int pairs, float* out) {
     constexpr int kStep = 2 * kLanes;
@@ -66,7 +66,7 @@ constexpr std::array<SumValues, kRows> value_sums(std::integer_sequence<int, kCo
 template <int kVectors>
 constexpr auto kSumValues = value_sums<kVectors>(std::make_integer_sequence<int, kRows>());
 
-// Any number of rows times one panel.
+// Multiplies any number of rows by one panel.
 template <int kVectors>
 void sum_value_rows(WeightRows rows, int count, const float* panel, int pairs, float* out) {
     for_blocks(count, [&](int begin, int some) {

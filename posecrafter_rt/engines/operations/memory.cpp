@@ -1,4 +1,4 @@
-// Memory in large pages, and of mapped files. Layer 4.
+// Memory in large pages, and the pages of mapped files. Layer 4.
 #include "memory.h"
 
 #include <algorithm>
@@ -27,7 +27,7 @@ float* allocate_floats(size_t count) {
 
 namespace {
 
-// A file's bytes, mapped to read: they can be read again at any time.
+// A file's bytes, mapped for reading: they can be read again at any time.
 struct Mapped {
     char* first;
     size_t bytes;
@@ -43,7 +43,7 @@ void let_go_of_packed(const void* weights) {
     const std::lock_guard<std::mutex> lock(mapped_mutex);
     for (const Mapped& mapped : all_mapped) {
         const char* const place = static_cast<const char*>(weights);
-        // All of it goes, for the system reads megabytes where one page is asked for.
+        // Releases the whole file, because the system reads megabytes when one page is asked for.
         if (place >= mapped.first && place < mapped.first + mapped.bytes)
             madvise(mapped.first, mapped.bytes, MADV_DONTNEED);
     }
@@ -52,8 +52,8 @@ void let_go_of_packed(const void* weights) {
 
 }  // namespace posecrafter
 
-// What openvino_operations.py calls before and after a network's first run: where the file lies that weights are packed
-// from. Nothing may have been written there.
+// openvino_operations.py calls these before and after a network's first run. They say where the file lies from which
+// weights are packed. Nothing may have been written there.
 extern "C" __attribute__((visibility("default"))) void posecrafter_pack_from(char* first, size_t bytes) {
     const std::lock_guard<std::mutex> lock(posecrafter::mapped_mutex);
     posecrafter::all_mapped.push_back({first, bytes});

@@ -1,4 +1,4 @@
-// Memory that the operations take. Layer 4.
+// Memory for the operations. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -7,15 +7,15 @@
 
 namespace posecrafter {
 
-// Memory for `count` floats, in large pages where the system has them, for products stream through weights. Released by
-// std::free. Throws std::bad_alloc.
+// Allocates `count` floats, in large pages if the system has them, because products stream through weights. Free it
+// with std::free. Throws std::bad_alloc.
 float* allocate_floats(size_t count);
 
-// Of weights that have been packed: lets go of the pages that they lie in, if those are a file's that was told of by
-// posecrafter_pack_from. Until the last are packed all would be in memory otherwise, beside what is made of them.
+// Releases the pages of the mapped file in which packed weights lie, if posecrafter_pack_from has announced that file.
+// Otherwise all its pages would stay in memory beside the packed weights until the last are packed.
 void let_go_of_packed(const void* weights);
 
-// Memory of one thread that grows to what its calls need, and stays: pages that are new at every call cost as much as a
+// Memory of one thread. It grows to what calls need, and stays, because new pages at every call cost as much as a
 // phase.
 class Scratch {
 public:

@@ -1,5 +1,5 @@
-// What the OpenVINO operations share: threads, and weights kept as a product reads them. Layer 4: compiled against the
-// OpenVINO that is installed, by openvino_operations.py.
+// What the OpenVINO operations share: threads and packed weights. Layer 4: openvino_operations.py compiles these files
+// against the installed OpenVINO.
 #pragma once
 
 #include <oneapi/tbb/parallel_for.h>
@@ -26,27 +26,28 @@
 
 namespace posecrafter {
 
-// OpenVINO's own threads: others would have to share the cores with them. A thread that waits here takes up no other
-// work, which might be another operation that wants its scratch.
+// Runs tasks on OpenVINO's own threads; other threads would compete with them for the cores. Isolated, so that a thread
+// that waits here cannot start another operation, which would use the same scratch memory.
 inline void parallel(int count, const std::function<void(int)>& task) {
     tbb::this_task_arena::isolate([&] { tbb::parallel_for(0, count, task, tbb::static_partitioner()); });
 }
 
 inline int num_threads() { return tbb::this_task_arena::max_concurrency(); }
 
-// What tells packed weights from others: a hash of their bytes, input and output channels, and how they are packed.
+// Identifies packed weights: a hash of the original bytes, the input and output channels, and the kind of packing.
 using WeightsKey = std::tuple<size_t, size_t, size_t, int>;
 
-constexpr int kInFloats = 0, kInFormat = 1, kDoubledInFormat = 3;  // how, besides Winograd's tiles of 2 and 4
+constexpr int kInFloats = 0, kInFormat = 1, kDoubledInFormat = 3;  // the kinds of packing; 2 and 4 are Winograd's tiles
 
-// A layer's weights as products read them, and their shape (out, in, …) as an input.
+// A layer's packed weights, and the shape of the constant that they were made from: (out, in, …), or (in, out, 4, 4) of
+// a transposed convolution.
 struct Weights {
     std::shared_ptr<float> packed;
     ov::Shape shape;
 };
 
-// A layer's weights (out, in, taps) as pack(to) writes them, in this many floats: one copy of a format for all input
-// shapes, while one of them is used.
+// Returns a layer's weights (out, in, taps) as pack(to) writes them, `floats` floats. All input shapes share one copy
+// per format, which is freed when nothing uses it any more.
 template <class Format>
 Weights packed_weights(const ov::Tensor& weight, size_t in, int kind, size_t floats,
                        const std::function<void(float*)>& pack) {
@@ -69,9 +70,9 @@ Weights packed_weights(const ov::Tensor& weight, size_t in, int kind, size_t flo
 
 using PackWeights = std::function<Weights(const ov::Tensor&)>;
 
-// Packs input `index` of an operation, a constant, and puts into its place where the packed ones are: what holds its
-// weights does not keep what they were made of, which of a large network is gigabytes. A number there is, for OpenVINO
-// takes nodes of equal inputs for one. A model with such a node cannot be saved.
+// Packs input `index` of an operation, a constant, and puts the address of the packed weights in its place. So the
+// model does not keep the original weights, which are gigabytes in a large network. The address also keeps nodes apart:
+// OpenVINO merges nodes whose inputs are equal. A model with such a node cannot be saved.
 inline Weights hold_weights(ov::Node& node, size_t index, const PackWeights& pack) {
     const auto constant = ov::as_type_ptr<ov::op::v0::Constant>(node.get_input_node_shared_ptr(index));
     OPENVINO_ASSERT(constant != nullptr, "only constant weights can be held");
@@ -81,7 +82,8 @@ inline Weights hold_weights(ov::Node& node, size_t index, const PackWeights& pac
     return weights;
 }
 
-// A constant's numbers, copied when weights are packed: what constants lie in, perhaps a file, is not read again.
+// A constant's numbers. They are copied when weights are packed, so that the constants' memory, perhaps a file, is not
+// read again.
 using Numbers = std::vector<float>;
 
 inline Numbers numbers(const ov::Tensor& constant) {
@@ -89,15 +91,15 @@ inline Numbers numbers(const ov::Tensor& constant) {
     return {first, first + constant.get_size()};
 }
 
-// A norm's constants.
+// The constants of a norm.
 struct Norm {
     Numbers weight, bias;
 };
 
-// What an operation's pictures (frames, channels, height, width) are multiplied by and added to by a GroupNorm; until
-// the thread's next call.
+// Returns a GroupNorm of pictures (frames, channels, height, width) as scales and shifts, which are valid until this
+// thread's next call.
 inline PlaneScales group_norm_of(const ov::Tensor& pictures, const Norm& norm, int64_t groups, double eps) {
-    static thread_local std::vector<float> scales;  // and shifts
+    static thread_local std::vector<float> scales;  // the scales, then the shifts
     const ov::Shape& shape = pictures.get_shape();
     const size_t count = shape[0] * shape[1];
     scales.resize(2 * count);
@@ -109,7 +111,8 @@ inline PlaneScales group_norm_of(const ov::Tensor& pictures, const Norm& norm, i
     return {scale, shift};
 }
 
-// The input that is added to the output: inputs are otherwise one and pairs of a weight and a bias.
+// Whether the last input is a residual, which is added to the output. Without one, inputs are a tensor and pairs of a
+// weight and a bias, so their number is odd.
 inline bool has_residual(size_t num_inputs) { return num_inputs % 2 == 0; }
 
 }  // namespace posecrafter

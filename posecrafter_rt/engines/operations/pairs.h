@@ -1,6 +1,6 @@
-// Products of floats as pairs of 16-bit ones (bfloat16), the second what the first leaves of a number, by the
-// processor's tiles (Intel AMX), summed in float32. Of a product that of both second ones is left out, 2⁻¹⁸ of it; a
-// pair loses 2⁻¹⁸ of a number. Layer 4.
+// Products of floats as pairs of 16-bit floats (bfloat16), with the processor's tiles (Intel AMX), summed in float32.
+// The second part of a pair is what the first leaves of a number; a pair loses 2⁻¹⁸ of the number. The product of both
+// second parts, 2⁻¹⁸ of the whole, is left out. Layer 4.
 #pragma once
 
 #include <algorithm>
@@ -19,11 +19,11 @@ namespace posecrafter {
 constexpr int kPairStep = kTileBytes / sizeof(uint16_t);  // numbers of a row that a tile takes
 constexpr int kTileFloats = kTileRows * kTileBytes / sizeof(float);
 constexpr size_t kPairTiles =
-    size_t{4} * kTileFloats;  // a panel's for a step: both halves' first ones, then the second ones
+    size_t{4} * kTileFloats;  // a panel's floats for a step: both halves' first parts, then their second parts
 
 constexpr int pair_depth(int numbers) { return ceil_div(numbers, kPairStep) * kPairStep; }
 
-// A panel of weights: for each step of a row's numbers four tiles, (step / 2, kLanes, 2). The floats that it takes:
+// A panel of weights has four tiles (step / 2, kLanes, 2) for each step of a row's numbers. Returns its size in floats.
 constexpr size_t pair_panel(int numbers) { return pair_depth(numbers) / kPairStep * kPairTiles; }
 
 PC_INLINE __m256i first_of_pair(Vector x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
@@ -31,20 +31,20 @@ PC_INLINE Vector float_of(__m256i half) {
     return reinterpret_cast<Vector>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// A vector's numbers, their second ones `lower` after the first.
+// Stores a vector's numbers: their first parts at `to`, their second parts `lower` after them.
 PC_INLINE void store_pair(uint16_t* to, size_t lower, Vector x) {
     const __m256i high = first_of_pair(x), low = first_of_pair(x - float_of(high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), high);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + lower), low);
 }
 
-// Rows of `depth` numbers, whole steps, each `stride` after the other; the second ones are `lower` after the first.
+// Rows of `depth` numbers, a multiple of kPairStep, `stride` apart; second parts are `lower` after the first.
 struct PairRows {
     uint16_t* first;
     size_t stride, lower;
     int depth;
 
-    // Of so many numbers, then zeros.
+    // Writes `numbers` numbers, then zeros.
     void write(int row, const float* from, int numbers) const {
         for (int i = 0; i < depth; i += kLanes) store_pair(first + row * stride + i, lower, read(from, i, numbers));
     }
@@ -52,13 +52,13 @@ struct PairRows {
 
 inline PairRows room_for_pairs(int count, int numbers, Scratch& scratch) {
     const int depth = pair_depth(numbers);
-    const size_t lower = depth + kPairStep;  // rows are apart in the sets of the innermost cache
+    const size_t lower = depth + kPairStep;  // the extra step keeps rows in different sets of the innermost cache
     return {reinterpret_cast<uint16_t*>(scratch.take(count * lower)), 2 * lower, lower, depth};
 }
 
-// Rows from `row` on, a vector of them, as columns of packed panels.
+// Packs kLanes rows from `row` on as columns of panels.
 inline void pack_pair_columns(const PairRows& rows, int row, float* packed) {
-    const size_t stride = rows.stride / 2;  // in pairs of numbers, which a float is as large as
+    const size_t stride = rows.stride / 2;  // in pairs of numbers, each as large as a float
     const auto* from = reinterpret_cast<const float*>(rows.first) + row * stride;
     float* to = packed + row / kPanel * pair_panel(rows.depth) + row % kPanel / kLanes * kTileFloats;
     for (int at = 0; at < rows.depth / 2; at += kColumns)
@@ -70,7 +70,7 @@ inline void pack_pair_columns(const PairRows& rows, int row, float* packed) {
         }
 }
 
-// `count` rows, those of a panel's numbers, from `column` on, of `columns`.
+// Packs `count` rows as the numbers of one panel: their columns from `column` on. The rows have `columns` columns.
 inline void pack_pairs_of_rows(Rows rows, int count, int column, int columns, float* packed) {
     const auto read_row = [&](int row, int at) {
         return row < count ? read(rows.first + row * rows.stride, at, columns) : Vector{};
@@ -89,7 +89,7 @@ inline void pack_pairs_of_rows(Rows rows, int count, int column, int columns, fl
         }
 }
 
-// Two groups of rows times a panel's first kVectors vectors → their sums.
+// Multiplies two groups of rows by a panel's first kVectors vectors and stores the sums.
 template <int kVectors>
 inline void multiply_pair_groups(const PairRows& rows, Groups groups, const float* panel, Sums out) {
     const uint16_t *upper = rows.first + groups.first * rows.stride, *lower = rows.first + groups.second * rows.stride;
@@ -121,12 +121,12 @@ inline void multiply_pair_groups(const PairRows& rows, Groups groups, const floa
     if (kVectors == 2) _tile_stored(3, second + kLanes, out_stride);
 }
 
-// Rows times a panel's first kVectors vectors, in pairs of groups as `multiply_tiles`.
+// Multiplies rows by a panel's first kVectors vectors, in pairs of groups like `multiply_tiles`.
 template <int kVectors>
 inline void multiply_pairs(const PairRows& rows, int count, const float* panel, Sums out) {
     const int pairs = ceil_div(count, 2 * kTileRows), height = ceil_div(count, 2 * pairs), last = count - height;
     shape_tiles(height);
-    std::atomic_signal_fence(std::memory_order_seq_cst);  // a compiler need not know that tiles read memory
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // the compiler may not know that tiles read memory
     for (int pair = 0; pair < pairs; ++pair) {
         const int first = std::min(2 * pair * height, last);
         multiply_pair_groups<kVectors>(rows, {first, std::min(first + height, last)}, panel, out);

@@ -1,4 +1,4 @@
-// What every operation here asks of whoever calls it: threads. Layer 4.
+// The threads that every operation here gets from its caller. Layer 4.
 #pragma once
 
 #include <functional>
@@ -8,7 +8,7 @@ namespace posecrafter {
 // Calls task(i) for every i in 0 … count-1 on whatever threads there are, and returns when all are done.
 using Parallel = std::function<void(int count, const std::function<void(int)>& task)>;
 
-// The thread that calls it does all, one after the other.
+// Runs all tasks on the calling thread, one after the other.
 inline void alone(int count, const std::function<void(int)>& task) {
     for (int i = 0; i < count; ++i) task(i);
 }

@@ -1,4 +1,4 @@
-// From pictures to windows in fewer bits: one reading for the norm and the range, one to convert. Layer 4.
+// Converts pictures to windows in fewer bits: one reading for the norm and the range, one to convert. Layer 4.
 #include "pictures.h"
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace posecrafter {
 namespace {
 
 constexpr int kBorder = 1;                 // of zeros around a picture
-constexpr float kLeastSilu = -0.2784646f;  // of all numbers, at -1.2784645
+constexpr float kLeastSilu = -0.2784646f;  // the least SiLU, at -1.2784645
 
 thread_local Scratch thread_pixels;  // of the thread that calls an operation
 
@@ -22,7 +22,7 @@ struct Moments {
 
 Range joined(Range a, Range b) { return {std::min(a.low, b.low), std::max(a.high, b.high)}; }
 
-// Adds a channel's numbers, of which it returns the range: in float over a stretch, in double over stretches.
+// Adds a channel's numbers and returns their range. Sums are in float over a stretch, in double over stretches.
 Range add(const float* x, size_t count, float centre, Moments& all) {
     constexpr size_t kStretch = 4096;
     const Vector first = Vector{} + x[0];
@@ -54,15 +54,15 @@ Range add(const float* x, size_t count, float centre, Moments& all) {
 
 float silu_of(float x) { return x / (1 + std::exp(-x)); }
 
-// What SiLU makes of all numbers between two.
+// The range of SiLU over a range of numbers.
 Range silu_of(Range range) {
     const float low = silu_of(range.low), high = silu_of(range.high);
     return {range.low < -1.2784645f && range.high > -1.2784645f ? kLeastSilu : std::min(low, high),
             std::max(low, high)};
 }
 
-// GroupNorm of one frame's group as a scale and a shift for each of its channels; returns the range of SiLU of it, NaN
-// where a number is not finite. groups: a channel each where the picture has none.
+// Computes the GroupNorm of one group of a frame as a scale and a shift for each channel. Returns the range of SiLU of
+// the result, NaN if a number is not finite. groups: one per channel if the picture has none.
 Range norm_group(const Picture& p, int groups, int index, float* scales, float* shifts) {
     const int width = p.channels / groups, first = index % groups * width;
     const size_t plane = static_cast<size_t>(p.height) * p.width, count = width * plane;
@@ -87,7 +87,7 @@ Range norm_group(const Picture& p, int groups, int index, float* scales, float* 
     return {range.low + none, range.high + none};
 }
 
-// Packed weights of one kind of output, of which a doubled picture has four, in floats.
+// Floats of the packed weights of one kind of output; a doubled picture has four kinds.
 template <class Format>
 size_t one_kind(int times, int depth, int out_channels) {
     return out_channels / kPanel * Format::panel(window_side(times) * window_side(times) * depth);
@@ -183,8 +183,8 @@ typename Format::Numbers PictureOf<Format>::windows(int frame, int top, int left
 }
 
 #ifdef PC_HAS_VNNI
-// Windows of all rows are multiplied together: a row may be short. Of a doubled picture those of even and odd rows and
-// columns are of weights of their own.
+// Multiplies the windows of all rows together, because a row may be short. In a doubled picture, even and odd rows and
+// columns have weights of their own.
 template <class Format>
 void PictureOf<Format>::sum_windows(int64_t first, int count, const float* weights, size_t kind, float* sums,
                                     const Fetch& next) const {
@@ -203,15 +203,15 @@ void PictureOf<Format>::sum_windows(int64_t first, int count, const float* weigh
             for (int x = side % 2, i = 0; x < columns; x += times, ++i, ++listed)
                 list[listed] = {own.first + i * own.stride, own.scale, own.low, to + x * kPanel};
         }
-        const Fetch other = times == 1 ? next : Fetch::nothing(sums);  // outputs are not one after the other
+        const Fetch other = times == 1 ? next : Fetch::nothing(sums);  // outputs do not follow each other
         if (listed > 0) multiply_listed<Format>(list, listed, windows(0, 0, 0), weights + side * kind, other);
     }
 }
 #endif
 
 #ifdef PC_HAS_TILES
-// Windows follow each other at one distance through all rows of a frame, but that between rows there are as many more
-// as the border is wide, which are computed, too: a tile has sixteen, and a row may be short.
+// Windows follow each other at one distance through all rows of a frame. Between rows lie as many more as the borders
+// are wide. These are computed too, because a tile has sixteen rows and a picture's row may be short.
 template <class Format>
 void PictureOf<Format>::sum_runs(int64_t first, int count, const float* weights, size_t kind, float* sums,
                                  const Fetch& next) const {
@@ -272,7 +272,7 @@ void pack_windows(const float* weight, int in_channels, int out_channels, int ti
         const int odd_row = kind / 2, odd_column = kind % 2;
         for (size_t map = 0; map < maps; ++map) {
             const float* taps = weight + (map % in_channels * out_channels + map / in_channels) * 16;
-            for (int tap = 0; tap < 4; ++tap)  // each of the two by two pixels meets every other row and column
+            for (int tap = 0; tap < 4; ++tap)  // each of the 2×2 pixels meets every other row and column
                 own[map * 4 + tap] = taps[(3 - tap / 2 * 2 - odd_row) * 4 + 3 - tap % 2 * 2 - odd_column];
         }
         Format::pack(own.data(), in_channels, 4, out_channels,

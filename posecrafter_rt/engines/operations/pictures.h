@@ -1,5 +1,5 @@
-// Pictures in 16 or eight bits, for convolutions: channels last, a border of zeros around. Layer 4: knows neither
-// Python nor any library's tensors or threads.
+// Pictures in 16 or eight bits, for convolutions: channels last, surrounded by a border of zeros. Layer 4: knows
+// neither Python nor any library's tensors or threads.
 #pragma once
 
 #include <algorithm>
@@ -15,23 +15,23 @@
 
 namespace posecrafter {
 
-// The input of a convolution (frames, channels, height, width), compact; channels are a multiple of a vector's floats.
-// Where weight and bias (channels) are given it is SiLU(GroupNorm(input)), of no groups SiLU(input · weight + bias).
+// A convolution's input (frames, channels, height, width), compact; channels are a multiple of a vector's floats. If
+// weight and bias (channels) are given, it is SiLU(GroupNorm(input)), or with groups 0 SiLU(input · weight + bias).
 struct Picture {
     const float* input;
     const float *weight, *bias;
     int frames, channels, height, width, groups;
     double eps;
 
-    // GroupNorm as a scale of each channel of each frame, and then their shifts; none where there is no norm.
+    // Room for GroupNorm's scale of each channel of each frame, then the shifts; empty if there is no norm.
     std::vector<float> room_for_norms() const {
         return std::vector<float>(weight == nullptr ? 0 : size_t{2} * frames * channels);
     }
 };
 
-// Which windows of a picture a 3×3 convolution with a padding of 1 is of. times 2: a transposed one of 4×4 with a
-// stride of 2, which doubles the picture. Then an output is of 2×2 pixels, and by which weights its row and column
-// tell, being even or odd. out_height and out_width: how many outputs there are.
+// The windows of a 3×3 convolution with padding 1. times 2: those of a transposed 4×4 convolution with stride 2, which
+// doubles the picture. Then each output reads 2×2 pixels, and its row and column, even or odd, decide which weights.
+// out_height and out_width: the size of the output.
 struct Window {
     int stride, times, out_height, out_width;
 };
@@ -42,13 +42,13 @@ constexpr int window_side(int times) { return times == 2 ? 2 : 3; }  // in pixel
 template <class Format>
 size_t packed_windows(int times, int in_channels, int out_channels);
 
-// weight (out, in, 3, 3) → packed as by the format's `pack`; of a doubled picture (in, out, 4, 4), a transposed
-// convolution's with a stride of 2, for each kind of output.
+// Packs weight (out, in, 3, 3) by the format's `pack`. For times 2 the weight is (in, out, 4, 4), a transposed
+// convolution's with stride 2, and is packed for each of the four kinds of outputs.
 template <class Format>
 void pack_windows(const float* weight, int in_channels, int out_channels, int times, float* packed,
                   const Parallel& parallel);
 
-// What is known of a picture's windows whatever its format.
+// The part of a picture's windows that does not depend on the format.
 class Windows {
 public:
     // Outputs in one row of a frame.
@@ -65,11 +65,11 @@ protected:
     int depth_, height_, width_;  // depth: numbers from one pixel to the next
 };
 
-// How the numbers of each frame are written: by one scale for each, in which zero is exact. A number is scale · (whole
-// number - zero).
+// How the numbers of frames are written: each frame has one scale, in which zero is exact. A number is scale · (integer
+// - zero).
 class ScaledFrames {
 protected:
-    // Returns the norms, see `Picture`. least, most: of whole numbers.
+    // Sets the scales and returns the norms, see `Picture`. least, most: the range of the integers.
     std::vector<float> prepare(const Picture& picture, int least, int most, const Parallel& parallel);
 
     float inverse(int frame) const { return scales_[frame] > 0 ? 1 / scales_[frame] : 0; }
@@ -85,13 +85,13 @@ private:
     void set_scales(const std::vector<Range>& ranges, int frames, int least, int most);
 };
 
-// As whole numbers, which a vector is stored as by store_whole.
+// Frames of integers, as store_whole stores them.
 template <class Number, int kLeast, int kMost>
 class WholeFrames : ScaledFrames {
 public:
     static constexpr int kPlanes = 1;
 
-    // plane: pixels of all frames, their borders among them, times numbers of each.
+    // plane, which only DigitFrames needs: the numbers of all pixels of all frames, borders included.
     std::vector<float> prepare(const Picture& picture, size_t, const Parallel& parallel) {
         return ScaledFrames::prepare(picture, kLeast, kMost, parallel);
     }
@@ -105,7 +105,7 @@ public:
 };
 
 #ifdef PC_HAS_TILES
-// In digits: a plane of high ones, then one of low ones.
+// Frames of digits: a plane of high digits, then one of low digits.
 class DigitFrames : ScaledFrames {
 public:
     static constexpr int kPlanes = 2;
@@ -153,7 +153,7 @@ class PictureOf : public Windows {
 public:
     PictureOf(const Picture& picture, Window window, const Parallel& parallel);
 
-    // Sums over windows of a panel of the weights, of outputs in whole rows from `first` on, counted over all frames.
+    // Computes a panel's sums over windows, for outputs in whole rows from `first` on, counted over all frames.
     void sum(int64_t first, int count, const Layer& layer, int panel, float* sums, const Fetch& next) const;
 
 private:

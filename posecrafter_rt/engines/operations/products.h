@@ -1,5 +1,5 @@
-// The innermost loop of every matrix product in float32: some rows times one panel of weights, which are floats or
-// halves, sums kept in registers. Layer 4.
+// The innermost loop of every float32 matrix product: some rows times one panel of weights (floats or halves), with
+// sums kept in registers. Layer 4.
 #pragma once
 
 #include <array>
@@ -11,16 +11,16 @@
 
 namespace posecrafter {
 
-constexpr int kPanel = 2 * kLanes;            // output channels of the innermost loop
-constexpr int kRows = kLanes == 16 ? 14 : 6;  // rows that it computes at once: what registers hold
+constexpr int kPanel = 2 * kLanes;            // output channels of the innermost loop: a panel
+constexpr int kRows = kLanes == 16 ? 14 : 6;  // rows that it computes at once: as many as registers hold
 
-// Where rows are, and how far each is from the next, in floats.
+// Where rows are, and the distance from one to the next, in floats.
 struct Rows {
     const float* first;
     size_t stride;
 };
 
-// Where sums go, a row of a panel each, and how far each is from the next, in floats.
+// Where sums go, a panel's for each row, and the distance from one row to the next, in floats.
 struct Sums {
     float* first;
     size_t stride;
@@ -28,16 +28,16 @@ struct Sums {
     Sums from(int row) const { return {first + row * stride, stride}; }
 };
 
-// What is written, or added to that, once a panel is done, to be fetched meanwhile: the lines of memory from `first` on
-// that are `step` apart, `lines` of them, a power of two, and where `is_wide` those after them. Row r's are `row · r`
-// on.
+// What is prefetched while a panel is multiplied: the memory that is written afterwards, and `other`, which is added to
+// it. That is `lines` cache lines (a power of two), `step` floats apart, and if `is_wide` also the line after each. Row
+// r begins `row · r` floats after `first`.
 struct Fetch {
     const float *first, *other;
     size_t step, row;
     int lines;
     bool is_wide;
 
-    // What is there, and in the cache.
+    // Nothing to prefetch: an address that exists and is in the cache.
     static Fetch nothing(const float* there) { return {there, there, 0, 0, 1, false}; }
 
     Fetch from(int index) const {
@@ -46,7 +46,8 @@ struct Fetch {
         return next;
     }
 
-    // Each once, k being 0, 1 … of every call: later ones would take lines from what a product streams through.
+    // Prefetches line k; each product counts k = 0, 1 … Each line is fetched once, because more fetches would compete
+    // with what the product streams through.
     PC_INLINE void fetch(int k) const {
         if (k >= kPanel) return;
         const size_t at = (k & (lines - 1)) * step + (is_wide && (k & lines) != 0 ? 64 / sizeof(float) : 0);
@@ -55,7 +56,8 @@ struct Fetch {
     }
 };
 
-// Calls use(begin, rows) for blocks of at most kRows rows, of nearly equal sizes: a short one leaves lanes idle.
+// Calls use(begin, rows) for blocks of at most kRows rows. Blocks are of nearly equal size, because a short one leaves
+// lanes idle.
 template <class Use>
 PC_INLINE void for_blocks(int count, const Use& use) {
     const int blocks = ceil_div(count, kRows);
@@ -65,16 +67,16 @@ PC_INLINE void for_blocks(int count, const Use& use) {
     }
 }
 
-// What is read next, to be fetched meanwhile: from where, and how much of it with each number of a row.
-// Panels come from memory, or a cache that all cores share, and are done with sooner than the next arrives.
+// What is read next and prefetched meanwhile: from where, and how much of it with each number of a row. Panels come
+// from memory, or from a cache that all cores share, and are used up before the next one would arrive by itself.
 template <class Number>
 struct Ahead {
     const Number* from;
     size_t step;
 };
 
-// kCount rows of `depth` numbers times the first kVectors vectors of a panel (depth, kPanel) → out, rows of as many;
-// kIsMore: added to what is there.
+// Multiplies kCount rows of `depth` numbers by the first kVectors vectors of a panel (depth, kPanel). out has kCount
+// rows of kVectors vectors. kIsMore: adds to what is there.
 template <int kCount, bool kIsMore, int kVectors, class Number>
 void multiply(Rows rows, const Number* panel, int depth, float* out, size_t out_stride, Ahead<Number> ahead) {
     Vector sums[kCount][kVectors] = {};
@@ -85,7 +87,7 @@ void multiply(Rows rows, const Number* panel, int depth, float* out, size_t out_
             for (int v = 0; v < kVectors; ++v) sums[r][v] = load(out + r * out_stride + v * kLanes);
     for (int k = 0; k < depth; ++k) {
         __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
-        __builtin_prefetch(rows.first + kCount * rows.stride + k * kCount);  // the rows after these, where they follow
+        __builtin_prefetch(rows.first + kCount * rows.stride + k * kCount);  // the next rows, if they follow
         Vector weights[kVectors];
         for (int v = 0; v < kVectors; ++v) weights[v] = load(panel + k * kPanel + v * kLanes);
 #pragma GCC unroll 14
@@ -109,11 +111,11 @@ constexpr std::array<Multiply<Number>, kRows> multiplies(std::integer_sequence<i
     return {multiply<kCounts + 1, kIsMore, kVectors, Number>...};
 }
 
-// By the number of rows, less one.
+// Indexed by the number of rows, minus one.
 template <bool kIsMore, int kVectors, class Number>
 constexpr auto kMultiply = multiplies<kIsMore, kVectors, Number>(std::make_integer_sequence<int, kRows>());
 
-// Any number of rows times one panel, which another follows.
+// Multiplies any number of rows by one panel, which another follows.
 template <bool kIsMore = false, int kVectors = 2, class Number>
 void multiply_rows(Rows rows, int count, const Number* panel, int depth, float* out, size_t out_stride) {
     const size_t step = ceil_div(kPanel, ceil_div(count, kRows));
@@ -125,9 +127,9 @@ void multiply_rows(Rows rows, int count, const Number* panel, int depth, float* 
     });
 }
 
-constexpr int kDepth = 512;  // that is multiplied at once, so that a panel stays in the innermost cache
+constexpr int kDepth = 512;  // numbers multiplied at once, so that a panel stays in the innermost cache
 
-// The same of any depth, which nothing follows.
+// The same for any depth; nothing need follow the panel.
 template <int kVectors = 2, class Number>
 void multiply_deep_rows(Rows rows, int count, const Number* panel, int depth, float* out, size_t out_stride) {
     for (int k = 0; k < depth; k += kDepth) {

@@ -1,5 +1,5 @@
-// Vectors as wide as the instructions that this is compiled for, sixteen floats or eight: what their operators do not
-// do, halves, columns of planes, transposed, and the functions SiLU and GELU. Layer 4.
+// Vectors as wide as the instructions that this is compiled for, sixteen floats or eight, and what their operators
+// lack: 16-bit halves, transposed columns of planes, and the functions SiLU and GELU. Layer 4.
 #pragma once
 
 #include <algorithm>
@@ -24,16 +24,16 @@ constexpr int kLanes = 8;
 #endif
 
 using Vector = float __attribute__((vector_size(kLanes * sizeof(float))));
-// No `using`: clang would overlook that it is aligned as a float is (llvm-project issue 68560).
+// Not `using`: with it, clang ignores the smaller alignment (llvm-project issue 68560).
 typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
 
-constexpr int kColumns = 8;  // of the squares that `transpose` turns over
+constexpr int kColumns = 8;  // the side of the squares that `transpose` transposes
 
 PC_INLINE Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 
 PC_INLINE void store(float* to, Vector v) { *reinterpret_cast<Unaligned*>(to) = v; }
 
-// A number in 16 bits, IEEE 754's binary16.
+// A 16-bit float, IEEE 754's binary16.
 struct Half {
     uint16_t bits;
 };
@@ -46,7 +46,7 @@ PC_INLINE Vector load(const Half* from) {
 #endif
 }
 
-// Rounded to the nearest, of two to the even one; infinite from 65520 on.
+// Rounds to nearest, ties to even. Numbers from 65520 on become infinite.
 PC_INLINE void store(Half* to, Vector v) {
 #ifdef __AVX512F__
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -55,12 +55,12 @@ PC_INLINE void store(Half* to, Vector v) {
 #endif
 }
 
-// Which of eight columns there are: the first `count`.
+// A mask of the first `count` of eight columns.
 PC_INLINE __m256i columns_of(int count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// The first `count` floats of a vector, zeros beyond.
+// Loads the first `count` floats of a vector; the others are zero.
 PC_INLINE Vector load_some(const float* from, int count) {
 #ifdef __AVX512F__
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), from);
@@ -69,8 +69,8 @@ PC_INLINE Vector load_some(const float* from, int count) {
 #endif
 }
 
-// Eight columns of kLanes planes as eight vectors, those of planes c and c + 8 in one of sixteen; and back. Of fewer
-// columns those beyond are zeros, or left alone.
+// Loads eight columns of kLanes planes as eight vectors; `store_columns` writes them back. With sixteen lanes, one
+// vector has the columns of planes c and c + 8. Columns from `count` on are loaded as zeros, and are not written.
 PC_INLINE void load_columns(const float* from, size_t plane, int count, Vector (&v)[kColumns]) {
     const __m256i some = columns_of(count);
     const auto eight = [=](const float* x) {
@@ -102,7 +102,7 @@ PC_INLINE void store_columns(const Vector (&v)[kColumns], int count, float* to, 
     }
 }
 
-// The squares of eight by eight that eight vectors hold, one or two beside each other.
+// Transposes the 8 × 8 square that eight vectors hold, or the two squares side by side.
 PC_INLINE void transpose(Vector (&v)[kColumns]) {
     Vector a[kColumns], b[kColumns];
 #ifdef __AVX512F__
@@ -129,13 +129,13 @@ PC_INLINE void transpose(Vector (&v)[kColumns]) {
 #undef PC_OF
 }
 
-// Some columns, eight at most, of kLanes planes as vectors over planes.
+// Reads up to eight columns of kLanes planes: one vector per column, one lane per plane.
 PC_INLINE void read_columns(const float* from, size_t plane, int count, Vector (&v)[kColumns]) {
     load_columns(from, plane, count, v);
     transpose(v);
 }
 
-// The same of the first `planes` of kLanes planes: there are no more; zeros in place of the others.
+// The same if only the first `planes` of kLanes planes exist; the other lanes are zero.
 inline void read_columns_of(int planes, const float* from, size_t plane, int count, Vector (&v)[kColumns]) {
     if (planes >= kLanes) return read_columns(from, plane, count, v);
     float all[kLanes * kColumns] = {};
@@ -143,7 +143,8 @@ inline void read_columns_of(int planes, const float* from, size_t plane, int cou
     read_columns(all, kColumns, count, v);
 }
 
-// The opposite: vectors that are `stride` apart, plus a bias and columns of a residual (nullptr: none), to columns.
+// The opposite: writes vectors that are `stride` apart, plus a bias and the columns of a residual (nullptr: none), as
+// columns.
 PC_INLINE void write_columns(const float* from, size_t stride, Vector bias, int count, const float* residual, float* to,
                              size_t plane) {
     Vector v[kColumns] = {};
@@ -157,7 +158,7 @@ PC_INLINE void write_columns(const float* from, size_t stride, Vector bias, int 
     store_columns(v, count, to, plane);
 }
 
-// The same of the first `planes` of kLanes planes: there are no more.
+// The same if only the first `planes` of kLanes planes exist.
 inline void write_columns_of(int planes, const float* from, size_t stride, Vector bias, int count,
                              const float* residual, float* to, size_t plane) {
     if (planes >= kLanes) return write_columns(from, stride, bias, count, residual, to, plane);
@@ -168,7 +169,7 @@ inline void write_columns_of(int planes, const float* from, size_t stride, Vecto
             to[c * plane + i] = all[c * kColumns + i] + (residual == nullptr ? 0 : residual[c * plane + i]);
 }
 
-// What is left of a vector's numbers when each half of them has met the other.
+// Reduces a vector to one number: joins its halves until one number is left.
 template <class Join>
 PC_INLINE float folded(Vector v, const Join& join) {
 #ifdef __AVX512F__
@@ -204,7 +205,7 @@ PC_INLINE Vector larger(Vector a, Vector b) {
 #endif
 }
 
-// 2 to the power of x to 2e-7, of x up to 127; of x below -126 it is that of -126.
+// 2^x to 2e-7, for x up to 127. For x below -126 it is 2^-126.
 PC_INLINE Vector power_of_two(Vector x) {
     const Vector zero{};
     x = larger(zero - 126, x);
@@ -232,7 +233,7 @@ PC_INLINE Vector power_of_two(Vector x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// A vector of a row of `width` numbers from `at` on, zeros where it ends.
+// Reads a vector of a row of `width` numbers from `at` on; lanes beyond the row are zero.
 PC_INLINE Vector read(const float* row, int at, int width) {
     if (at + kLanes <= width) return load(row + at);
     Vector v{};
@@ -265,7 +266,7 @@ PC_INLINE Vector gelu(Vector x) {
     tail = tail * t + 1.421413741f;
     tail = tail * t - 0.284496736f;
     const Vector power = z * z * -kLog2E,
-                 least = zero - 100;  // beyond, the tail's products have less than normal numbers
+                 least = zero - 100;  // below, the tail's products would be subnormal
     tail = (tail * t + 0.254829592f) * t * power_of_two(power < least ? least : power);  // 1 - erf(z)
     return x * 0.5f * (x < zero ? tail : 2 - tail);
 }

@@ -1,5 +1,5 @@
-// Products in eight bits, and in two digits of eight, by the processor's tiles (Intel AMX): up to 32 rows times a panel
-// at once. Those in eight bits are the same sums as by VNNI, bit for bit. Layer 4.
+// Products in eight bits, and in two digits of eight bits, with the processor's tiles (Intel AMX): up to 32 rows times
+// a panel at once. Sums of 8-bit products equal those of VNNI bit for bit. Layer 4.
 #pragma once
 
 #include <algorithm>
@@ -21,22 +21,23 @@ namespace posecrafter {
 constexpr int kTileRows = 16, kTileBytes = 64;
 static_assert(kWhole == kTileBytes, "a depth is of whole tiles");
 
-// Whether the system lets this process use tiles, which it must be asked for once: their 8 KiB are saved with a thread.
+// Whether the system lets this process use tiles. It must be asked once, because tiles add 8 KiB to a thread's saved
+// state.
 inline bool may_use_tiles() {
     constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     static const bool may = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
     return may;
 }
 
-// What a thread's tiles are shaped as, as the processor reads it.
+// The shapes of a thread's tiles, as the processor reads them.
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3 for sums, 4 and 5 for rows, 6 and 7 for weights. Another library may have shaped this thread's
-// otherwise.
+// Tiles 0 to 3 are for sums, 4 and 5 for rows, 6 and 7 for weights. Another library may have left other shapes in this
+// thread.
 inline void shape_tiles(int rows) {
     TileShapes wanted, current;
     for (int tile = 0; tile < 8; ++tile) {
@@ -47,29 +48,29 @@ inline void shape_tiles(int rows) {
     if (std::memcmp(&current, &wanted, sizeof wanted) != 0) _tile_loadconfig(&wanted);
 }
 
-// Which of `count` rows are wanted: of every `pitch` the first `used`, whose sums are `row_stride` floats from those of
-// the `pitch` before.
+// Which of `count` rows are wanted: the first `used` of every `pitch`. Their sums are `row_stride` floats after those
+// of the `pitch` rows before.
 struct TileRun {
     int count, used, pitch;
     size_t row_stride;
 };
 
-// Two groups of at most kTileRows rows that are multiplied together, from `first` and from `second` on.
+// Two groups of at most kTileRows rows that are multiplied together. They begin at `first` and `second`.
 struct Groups {
     int first, second;
 };
 
-constexpr int kGroupSums = 2 * kTileRows * kPanel;  // of both groups' rows
+constexpr int kGroupSums = 2 * kTileRows * kPanel;  // the sums of both groups
 
-// In how many parts of its columns a panel is multiplied: four tiles of sums are the whole of it, or of digits a half.
-// A deep panel of digits and the one after it would not fit a core's second cache either.
+// In how many parts of its columns a panel is multiplied. Four tiles of sums hold all of a panel of bytes, or half of a
+// panel of digits. Also, a deep panel of digits and the one after it would not fit a core's second-level cache.
 template <class Numbers>
 constexpr int kParts = 1;
 template <>
 constexpr int kParts<DigitRows> = 2;
 
-// What is fetched while products are computed, at each of their steps a part of it: what is written next, and to the
-// cache beyond the innermost the part of a panel that follows.
+// Prefetches while products are computed, a little at each step: the memory that is written next, and the part of a
+// panel that follows, into the second-level cache.
 class Meanwhile {
 public:
     Meanwhile(const ByteRows& rows, int pairs, const float* panel, const Fetch& next)
@@ -88,7 +89,7 @@ public:
 private:
     static constexpr size_t kLine = 64 / sizeof(float);
 
-    // floats: of a part.
+    // floats: the size of a part.
     Meanwhile(const ByteRows& rows, int pairs, const float* panel, size_t floats, const Fetch& next)
         : next_(next), ahead_(panel + floats) {
         const int steps = rows.segments * (rows.depth / kWhole);
@@ -107,8 +108,8 @@ PC_INLINE void zero_sums() {
     _tile_zero(3);
 }
 
-// Each group's two tiles of sums, `apart` from each other; the second's after those of rows that are in the first
-// alone.
+// Stores each group's two tiles of sums, `apart` from each other. Groups may share rows, so the second group's sums
+// begin after those of the rows that are only in the first.
 PC_INLINE void store_sums(Groups groups, int* sums, int apart) {
     constexpr size_t kStride = kPanel * sizeof(int);
     int* lower_sums = sums + (groups.second - groups.first) * kPanel;
@@ -118,9 +119,9 @@ PC_INLINE void store_sums(Groups groups, int* sums, int apart) {
     _tile_stored(3, lower_sums + apart, kStride);
 }
 
-// Both times a panel of bytes → their sums, as integers.
+// Multiplies both groups by a panel of bytes and stores the sums as integers.
 inline void multiply_groups(const ByteRows& rows, Groups groups, const float* panel, int, int* sums, Meanwhile& next) {
-    constexpr size_t kLine = kPanel * kFour;  // bytes of a panel that meet four numbers of a row
+    constexpr size_t kLine = kPanel * kFour;  // bytes of a panel for four numbers of a row
     const auto* weights = reinterpret_cast<const int8_t*>(panel + 2 * kPanel);
     const uint8_t *upper = rows.first + groups.first * rows.stride, *lower = rows.first + groups.second * rows.stride;
     zero_sums();
@@ -141,7 +142,8 @@ inline void multiply_groups(const ByteRows& rows, Groups groups, const float* pa
     store_sums(groups, sums, kLanes);
 }
 
-// The same of a half of a panel of digits: the products of high ones, then, kGroupSums after, of a high and a low one.
+// The same for half a panel of digits. Stores the sums of high × high and, kGroupSums later, of high × low plus low ×
+// high.
 inline void multiply_groups(const DigitRows& rows, Groups groups, const float* panel, int half, int* sums,
                             Meanwhile& next) {
     const size_t stride = rows.high.stride, depth = static_cast<size_t>(rows.high.segments) * rows.high.depth;
@@ -177,7 +179,7 @@ PC_INLINE Vector floats_of(const int* sums) {
     return __builtin_convertvector(own, Vector);
 }
 
-// A vector of the sums of rows as `multiply_groups` leaves them.
+// Returns a vector of a row's sums as `multiply_groups` stored them.
 PC_INLINE Vector sums_of(const ByteRows&, const int* sums) { return floats_of(sums); }
 PC_INLINE Vector sums_of(const DigitRows&, const int* sums) {
     return (floats_of(sums) * kDigit + floats_of(sums + kGroupSums)) * kDigit;
@@ -186,7 +188,7 @@ PC_INLINE Vector sums_of(const DigitRows&, const int* sums) {
 inline const ByteRows& scales_of(const ByteRows& rows) { return rows; }
 inline const ByteRows& scales_of(const DigitRows& rows) { return rows.high; }
 
-// Sums of `count` rows from `first` on to where they go, as what they stand for. panel: from the part's columns on.
+// Scales the sums of `count` rows from `first` on and writes them to `out`. panel: begins at the part's first column.
 template <class Numbers>
 void write_sums(const Numbers& numbers, int first, int count, const float* panel, const int* sums, Sums out) {
     constexpr int kVectors = 2 / kParts<Numbers>;
@@ -202,7 +204,7 @@ void write_sums(const Numbers& numbers, int first, int count, const float* panel
             store(to + v * kLanes, scaled(sums_of(numbers, sums + v * kLanes), scales[v], totals[v], *scale, *low));
 }
 
-// Those of a run that are wanted.
+// Writes the sums of rows `first` to `end` that the run wants.
 template <class Numbers>
 void write_run(const Numbers& numbers, int first, int end, const float* panel, const int* sums, const TileRun& run,
                Sums out) {
@@ -215,7 +217,8 @@ void write_run(const Numbers& numbers, int first, int end, const float* panel, c
     }
 }
 
-// Rows times one panel, which another follows, in pairs of groups of one size: the last may have rows of those before.
+// Multiplies rows by one panel, which another follows, in pairs of groups of one size. The last group may repeat rows
+// of the one before.
 template <class Numbers>
 void multiply_tiles(const Numbers& rows, TileRun run, const float* panel, Sums out, const Fetch& next) {
     const int pairs = ceil_div(run.count, 2 * kTileRows), height = ceil_div(run.count, 2 * pairs);
@@ -226,7 +229,7 @@ void multiply_tiles(const Numbers& rows, TileRun run, const float* panel, Sums o
     for (int task = 0; task < pairs * kParts<Numbers>; ++task) {
         const int pair = task % pairs, part = task / pairs, column = part * kPanel / kParts<Numbers>;
         const int first = std::min(2 * pair * height, last), second = std::min(first + height, last);
-        std::atomic_signal_fence(std::memory_order_seq_cst);  // a compiler need not know that tiles read memory
+        std::atomic_signal_fence(std::memory_order_seq_cst);  // the compiler may not know that tiles read memory
         multiply_groups(rows, {first, second}, panel, part, sums, meanwhile);
         std::atomic_signal_fence(std::memory_order_seq_cst);
         write_run(rows, first, second + height, panel + column, sums, run, {out.first + column, out.stride});

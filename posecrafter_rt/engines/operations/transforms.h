@@ -1,12 +1,12 @@
-// Winograd's transforms of F(2, 3), at the points 0, ±1 and infinity, and of F(4, 3), at 0, ±1, ±2 and infinity.
-// Layer 4. Of weights G, of inputs Bᵀ, of products Aᵀ: Lavin and Gray (2015), section 4.
+// Winograd's transforms of F(2, 3), at the points 0, ±1 and infinity, and of F(4, 3), at 0, ±1, ±2 and infinity: G of
+// weights, Bᵀ of inputs, Aᵀ of products. Lavin and Gray (2015), section 4. Layer 4.
 #pragma once
 
 #include "simd.h"
 
 namespace posecrafter {
 
-// (tile + 2) × 3, row by row.
+// G, (tile + 2) × 3, row by row.
 inline const double (*weight_transform(int tile))[3] {
     static const double two[4][3] = {{1, 0, 0}, {1. / 2, 1. / 2, 1. / 2}, {1. / 2, -1. / 2, 1. / 2}, {0, 0, 1}};
     static const double four[6][3] = {{1. / 4, 0, 0},

@@ -1,5 +1,5 @@
-// Products of whole numbers by the processor's VNNI, as many of each lane at once as 32 bits hold: four bytes, or two
-// words. Layer 4.
+// Products of integers with the processor's VNNI. Each lane takes as many numbers at once as 32 bits hold: four bytes,
+// or two 16-bit words. Layer 4.
 #pragma once
 
 #include <array>
@@ -15,7 +15,7 @@
 
 namespace posecrafter {
 
-// Adds to each lane the products of a row's numbers, bytes or words, and as many weights of its own.
+// Adds to each lane the products of a group of a row's numbers (bytes or words) and as many weights of that lane.
 template <class Number>
 PC_INLINE Integers dot(Integers sums, uint32_t group, const void* weights) {
 #ifdef __AVX512F__
@@ -31,7 +31,7 @@ PC_INLINE Integers dot(Integers sums, uint32_t group, const void* weights) {
 #endif
 }
 
-// A row: where its numbers are, what they stand for, and where its sums go.
+// A row: where its numbers are, the scale and the low that they stand for (see `ScaledRows`), and where its sums go.
 template <class Number>
 struct Row {
     const Number* first;
@@ -39,9 +39,9 @@ struct Row {
     float* to;
 };
 
-// What of rows and of a panel is multiplied before the rest: where it begins in either, its stretches, `pitch` apart in
-// a row, and whether it is the first, whose products go where others are added, or the last, with which sums are
-// scaled.
+// The part of a row and of a panel that is multiplied before the next part. It begins at in_row and in_panel, and has
+// `segments` stretches of `depth` numbers, which are `pitch` apart in the row. The first piece overwrites the sums,
+// later ones add to them, and the last one scales them.
 struct Piece {
     size_t in_row, in_panel;
     int depth, segments;
@@ -49,7 +49,7 @@ struct Piece {
     bool is_first, is_last;
 };
 
-// kCount rows times a piece of a panel.
+// Multiplies kCount rows by a piece of a panel.
 template <int kCount, class Number>
 void multiply_block(const Row<Number>* rows, const Piece& piece, const float* panel, Ahead<char> ahead,
                     const Fetch& next) {
@@ -95,8 +95,8 @@ constexpr std::array<MultiplyBlock<Number>, kRows> block_multiplies(std::integer
 template <class Number>
 constexpr auto kMultiplyBlock = block_multiplies<Number>(std::make_integer_sequence<int, kRows>());
 
-// Any number of rows times one panel, a piece after the other: it stays in the innermost cache while all rows pass by,
-// and what follows it is fetched meanwhile, for weights come from memory. shape: of the rows, of which it is one.
+// Multiplies any number of rows by one panel, piece by piece. A piece stays in the innermost cache while all rows pass
+// by. What follows it is prefetched meanwhile, because weights come from memory. shape: any one of the rows.
 template <class Format, class Number = typename Format::Number>
 void multiply_listed(const Row<Number>* rows, int count, const ScaledRows<Number>& shape, const float* panel,
                      const Fetch& next) {
@@ -120,7 +120,7 @@ Row<Number>* room_for_list(int count) {
     return reinterpret_cast<Row<Number>*>(thread_list.take(count * sizeof(Row<Number>) / sizeof(float)));
 }
 
-// The same of rows at one distance.
+// The same for rows at a constant distance.
 template <class Format, class Number = typename Format::Number>
 void multiply_by_vnni(const ScaledRows<Number>& rows, int count, const float* panel, Sums sums, const Fetch& next) {
     Row<Number>* list = room_for_list<Number>(count);

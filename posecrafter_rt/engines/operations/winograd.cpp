@@ -1,5 +1,5 @@
-// Winograd's filtering in three phases over chunks of tiles: pictures to matrices, one for each product, matrix
-// products, matrices to pictures. Layer 4. Vectors run over channels; planes are transposed to and from them in L1.
+// Winograd's filtering in three phases over chunks of tiles: pictures to matrices (one per product), matrix products,
+// matrices to pictures. Layer 4. Vectors run over channels; planes are transposed to and from them in L1.
 #include "winograd.h"
 
 #include <algorithm>
@@ -48,12 +48,12 @@ template void winograd_pack(const float*, int, int, int, Half*, const Parallel&)
 
 namespace {
 
-constexpr int kTaskTiles = 96;  // of one product, that one thread multiplies at a time
-// Both matrices of a chunk stay in a cache, unless one row of tiles fills it. Each chunk reads all weights, so it has
-// some tiles: where that cache is a core's own, fewer will do, and threads need not wait for each other.
+constexpr int kTaskTiles = 96;  // of one product, which a thread multiplies at a time
+// Both matrices of a chunk stay in a cache, unless one row of tiles fills it. A chunk reads all weights, so it has a
+// least number of tiles. Fewer will do if the cache is a core's own; then threads need not wait for each other.
 constexpr int kChunkFloats = 1 << 19, kLeastTiles = 96, kLeastOwnTiles = 24;
 
-// The lines of a row of patches, and which they are.
+// The lines of a row of patches, and which row they are of.
 struct Patches {
     Scratch memory;
     uint64_t call = 0;
@@ -61,19 +61,19 @@ struct Patches {
     int top = 0;
 };
 
-thread_local Scratch thread_matrices, thread_lines;  // of both tiles
+thread_local Scratch thread_matrices, thread_lines;  // for both sizes of tiles
 thread_local Patches thread_patches;
 std::atomic<uint64_t> num_calls{0};
 
-// What all threads of one call share. A row is a row of tiles of one frame; a chunk is some rows.
+// What all threads of one call share. A row is a row of tiles in one frame; a chunk is some rows.
 template <int kTile>
 struct Plan {
     static constexpr int kPatch = kTile + 2, kProducts = winograd_products(kTile);
 
     const Convolution& call;
     int tiles_wide, tiles_high, rows, chunk_rows;
-    bool is_own;                // whether a chunk is one thread's, and not done by all
-    int columns;                // of a line in a thread's scratch: the picture's, its padding, up to whole vectors
+    bool is_own;                // whether each chunk is one thread's, not shared by all
+    int columns;                // of a line in a thread's scratch: picture and padding, up to whole vectors
     size_t v_stride, m_stride;  // from one matrix to the next, in floats
 
     Plan(const Convolution& c, int threads) : call(c) {
@@ -87,13 +87,13 @@ struct Plan {
         chunk_rows = ceil_div(rows, chunks);
         columns = ceil_div(tiles_wide * kTile + 2, kColumns) * kColumns;
         const size_t chunk_tiles = static_cast<size_t>(chunk_rows) * tiles_wide;
-        v_stride = chunk_tiles * c.in_channels + kPanel;  // no power of two, lest all streams share a cache set
+        v_stride = chunk_tiles * c.in_channels + kPanel;  // no power of two: streams would share a cache set
         m_stride = chunk_tiles * c.out_channels + kPanel;
     }
 };
 
-// Lines, from `line` on, of a row of patches from top on of a vector's channels of one frame, of which there are
-// `planes`, zeros around, as (patch, columns, lanes).
+// Gathers lines from `line` on of a row of patches that begins at `top`, for a vector's channels of one frame, with
+// zeros around the picture. Only the first `planes` channels exist. Layout: (patch, columns, lanes).
 template <int kTile, bool kIsNormed>
 void gather(const Plan<kTile>& plan, size_t channel, int planes, int top, int line, float* lines) {
     const int height = plan.call.height, times = plan.call.times, width = plan.call.width / times;
@@ -123,7 +123,8 @@ void gather(const Plan<kTile>& plan, size_t channel, int planes, int top, int li
     }
 }
 
-// Bᵀ d B of a row of tiles and a vector's input channels. v: this row's first tile and channel in the first matrix.
+// Computes Bᵀ d B for a row of tiles and a vector's input channels. v: the row's first tile and channel in the first
+// matrix.
 template <int kTile>
 void rows_to_matrices(const Plan<kTile>& plan, const float* lines, float* v) {
     constexpr int kPatch = Plan<kTile>::kPatch;
@@ -144,7 +145,7 @@ void rows_to_matrices(const Plan<kTile>& plan, const float* lines, float* v) {
     }
 }
 
-// Aᵀ m A of a row of tiles and a vector's output channels, plus the bias, as (tile, columns, lanes).
+// Computes Aᵀ m A plus the bias for a row of tiles and a vector's output channels, as (tile, columns, lanes).
 template <int kTile>
 void matrices_to_rows(const Plan<kTile>& plan, const float* m, const float* biases, float* lines) {
     constexpr int kPatch = Plan<kTile>::kPatch;
@@ -167,8 +168,8 @@ void matrices_to_rows(const Plan<kTile>& plan, const float* m, const float* bias
     }
 }
 
-// (tile, columns, lanes) to lines from top on of a vector's first channels of one frame, without what lies beyond the
-// picture, plus those of the residual if there is one.
+// Writes (tile, columns, lanes) to the lines from `top` on of a vector's first channels in one frame, without what lies
+// beyond the picture, and adds the residual if there is one.
 template <int kTile>
 void scatter(const Plan<kTile>& plan, const float* lines, int top, int planes, size_t channel) {
     const int height = plan.call.height, width = plan.call.width;
@@ -183,8 +184,8 @@ void scatter(const Plan<kTile>& plan, const float* lines, int top, int planes, s
     }
 }
 
-// One call. In a chunk a task of the first and the last phase is a row of tiles of a vector's channels; of the second,
-// a part of a product.
+// One call. In the first and last phase of a chunk, a task is a row of tiles of a vector's channels; in the second, it
+// is a part of a product.
 template <int kTile, class Number>
 class Job {
 public:
@@ -214,7 +215,8 @@ private:
 
     size_t line() const { return static_cast<size_t>(plan_.columns) * kLanes; }
 
-    // How many lines this thread has gathered for the row of patches above, which it did last if all goes in order.
+    // Returns how many lines this thread has already gathered, for the row of patches above. If tasks go in order, that
+    // was its last row.
     int shared_lines(size_t channel, int top) const {
         Patches& last = thread_patches;
         const bool is_next = last.call == id_ && last.channel == channel && last.top + kTile == top;

@@ -1,4 +1,4 @@
-// Products in 16 bits as linear maps and convolutions ask for them. Layer 4.
+// Products in 16 bits, as linear maps and convolutions use them. Layer 4.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace posecrafter {
 
-// What they are made of, for `Job` and `PictureOf`, as `Bytes`.
+// Their types and functions, like those of `Bytes`.
 struct Words {
     using Number = int16_t;
     using Numbers = WordRows;
@@ -32,7 +32,7 @@ struct Words {
 
     static bool is_tiled() { return false; }
 
-    // Of which sums are exact.
+    // Pieces that are short enough for their sums to be exact.
     static int pieces(const Numbers& rows) { return rows.segments * ceil_div(rows.depth, kStretch); }
 
     static Piece piece(const Numbers& rows, int index) {

@@ -10,7 +10,7 @@ namespace posecrafter {
 
 namespace {
 
-// The most that as many weights as a stretch has add up to without their signs, wherever one begins.
+// Returns the largest sum of magnitudes over a stretch of weights, wherever it begins.
 double most_sum(const float* row, int in_channels, int taps) {
     double last[kStretch] = {}, sum = 0, most = 0;
     size_t at = 0;
@@ -24,7 +24,7 @@ double most_sum(const float* row, int in_channels, int taps) {
     return most;
 }
 
-// So that no sum of a stretch leaves 32 bits: each weight is rounded by half of one at most.
+// Returns a scale with which no sum of a stretch leaves 32 bits. Rounding changes each weight by at most half a step.
 WeightScale word_scale(const float* row, int in_channels, int taps) {
     constexpr double kFitting = kMostSum - kStretch / 2 - 1;
     const WeightScale widest = weight_scale(row, in_channels * taps, INT16_MAX);
@@ -33,7 +33,7 @@ WeightScale word_scale(const float* row, int in_channels, int taps) {
     return {static_cast<float>(most / kFitting), static_cast<float>(kFitting / most)};
 }
 
-// From one row to the next: apart in the sets of the innermost cache.
+// Words from one row to the next, chosen to keep rows in different sets of the innermost cache.
 size_t word_stride(int numbers) { return byte_stride(numbers * sizeof(int16_t)) / sizeof(int16_t); }
 
 }  // namespace
@@ -59,7 +59,7 @@ WordRows rows_to_words(Rows rows, int count, int numbers, float* memory) {
     auto* words = reinterpret_cast<int16_t*>(lows + count);
     scale_rows(rows, count, numbers, 2 * kMostNumber, scales, lows,
                [=](int r, const float* row, float inverse, float zero) {
-                   for (int i = 0; i < numbers; i += kLanes)  // beyond the row there is room
+                   for (int i = 0; i < numbers; i += kLanes)  // there is room beyond the row
                        store_whole(words + r * stride + i, read(row, i, numbers), inverse, zero - kMostNumber);
                    lows[r] += scales[r] * kMostNumber;
                });
