@@ -1,6 +1,7 @@
-"""What throughput.py compares: each loads a tuned person its own way and renders poses with a clock on every stage.
+"""The contenders of throughput.py: each loads a tuned person in its own way and renders poses, timing every stage.
 
-Bench: `run` is called in a process of its own for each run, which imports what its contender needs: rivals.py by those alone.
+Bench: throughput.py calls `run` in a process of its own for each run. That process imports only what its contender
+needs, so only the rivals import rivals.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 Render = Callable[[PoseSequence, int], tuple[np.ndarray, dict[str, float], int]]
-"""(target, num_inference_steps) → frames (N, H, W, 3) uint8, seconds by stage, the most that torch allocated on the GPU."""
+"""(target, num_inference_steps) → frames (N, H, W, 3) uint8, seconds by stage, peak bytes of torch on the GPU."""
 
 METHODS = {
     "exact": "exact",
@@ -30,15 +31,19 @@ METHODS = {
     "diffusers": "diffusers, frame by frame",
     "compile": "plain, torch.compile",
 }
-"""What the command line calls each, and what the tables do."""
+"""The name of each method on the command line, and its name in the tables."""
 WARM_UP_STEPS = {"cpu": 1, "cuda": 3}
-"""Of the render before the measured one. On a GPU a second step may still compile for, and a recorded graph replays from
-the third on."""
+"""Steps of the warm-up render, by device type. On a GPU the second step may still be compiled for, and a recorded graph
+replays only from the third step on."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. method: of METHODS' values; engine: what `exact` loads; precision: of the others' weights."""
+    """One run.
+
+    method: one of METHODS' values. engine: the engine that `exact` loads. precision: of the weights; for `exact` that
+    of its engine.
+    """
 
     method: str
     checkpoint: Path
@@ -50,7 +55,7 @@ class Job:
 
 
 def load_exact(job: Job) -> Render:
-    """This runtime; its inversion cache emptied before each render."""
+    """Load this runtime. Its inversion cache is emptied before each render."""
     assert job.engine is not None
     avatar = Avatar.load(job.engine)
 
@@ -58,25 +63,25 @@ def load_exact(job: Job) -> Render:
         forget_inversions(avatar)
         frames = avatar.render(target, num_inference_steps=num_inference_steps, inversion_substeps=1, strength=1.0)
         assert avatar.last_report is not None
-        return frames, avatar.last_report.seconds, avatar.last_report.peak_gpu_bytes  # it counts each stage anew
+        return frames, avatar.last_report.seconds, avatar.last_report.peak_gpu_bytes  # counted anew for each stage
 
     return render
 
 
 def load(job: Job) -> Render:
-    """A contender, ready to render."""
+    """Load a contender, ready to render."""
     if job.method == "exact":
         return load_exact(job)
-    from bench import rivals  # diffusers and what that imports, which `exact` may do without
+    from bench import rivals  # imports diffusers, which `exact` may do without
 
     return rivals.load(job)
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Load, warm up with a render of few steps, render; the frames go to `job.output`.
+    """Load a contender, warm it up with a render of few steps, time one render, and save its frames to `job.output`.
 
     Returns: startup_s (from the process's start: imports, loading and warm-up), seconds by stage, total_s, the process's
-        peak memory after loading and after all, and the most that torch held of the GPU's at once.
+        peak memory after loading and at the end, and the peak memory that torch allocated on the GPU.
     """
     render = load(job)
     loaded_peak = peak_rss_bytes()

@@ -1,10 +1,11 @@
-"""Times one denoising step (ControlNet + U-Net) by every engine that can run here, with its distance from PyTorch float32.
+"""Times one denoising step (ControlNet + U-Net) in every engine that can run here; compares it with PyTorch float32.
 
-Bench: `python -m bench.engines [--base embedded] [--size 128x160] [--frames 1 4 16] [--json FILE] [--quick]` takes every
-backend and precision, and what `bench.onnx_engines` has; each is built, and called, in processes of its own, in turns. One that
-fails at a number of frames keeps what was measured at those before. Writes results/engines-<base>-<size>-<device>.json and .md,
-or FILE and its .md; with --quick alone (two engines unless others are named, up to four frames) it only prints.
-`--base random-sd15` has the size of Stable Diffusion 1.5.
+Bench: `python -m bench.engines [--base embedded] [--size 128x160] [--frames 1 4 16] [--json FILE] [--quick]` measures
+every backend in every precision, and the engines of `bench.onnx_engines`. Each is built and run in processes of its
+own, in turns. An engine that fails at one number of frames keeps its results for the numbers before. Writes
+results/engines-<base>-<size>-<device>.json and .md, or FILE and its .md. --quick measures two engines unless others are
+named, at up to four frames, and only prints unless --json is given. `--base random-sd15` has the size of Stable
+Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from posecrafter_rt.models.loading import PoseModel, load_base
 from posecrafter_rt.spec import Architecture, network_specs
 
 REFERENCE = "torch fp32"
-QUICK = (REFERENCE, "openvino fp32")  # what takes minutes to build, as inductor does, only by name
-TARGET_SPEEDUP, TARGET_PSNR_DB = 5.0, 40.0  # of the fastest engine, against REFERENCE
+QUICK = (REFERENCE, "openvino fp32")  # engines that take minutes to build, such as inductor, run only if named
+TARGET_SPEEDUP, TARGET_PSNR_DB = 5.0, 40.0  # of the fastest engine, compared with REFERENCE
 ARCHITECTURE = "architecture.json"
-SO_FAR = "so-far.json"  # what `measure` has, if it ends before its end
+SO_FAR = "so-far.json"  # what `measure` has so far, in case its process dies
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One engine. name: of `ENGINES`, or a backend's and a precision; folder: of its networks and of its outputs."""
+    """One engine. name: a key of `ENGINES`, or a backend and a precision; folder: for its networks and its outputs."""
 
     name: str
     base: str
@@ -53,14 +54,14 @@ class Job:
 
 
 def candidates() -> list[str]:
-    """Every engine's name."""
+    """Return the name of every engine."""
     backends = [f"{name} {precision}" for name in reversed(names()) for precision in PRECISIONS
                 if ONLY_OF.get(precision, name) == name]  # fmt: skip
     return [*backends, *ENGINES]
 
 
 def unsupported_reason(name: str) -> str | None:
-    """Why an engine cannot run here, or None; of fp16 and int8 only after operations are compiled."""
+    """Return why an engine cannot run here, or None. OpenVINO in fp16 or int8 compiles its operations to find out."""
     if name in ENGINES:
         return None
     backend, precision = name.split()
@@ -68,7 +69,7 @@ def unsupported_reason(name: str) -> str | None:
 
 
 def build(job: Job) -> Row:
-    """Write an engine's networks; build_s: how long it took after the base was loaded; and its processes' peak memory."""
+    """Write an engine's networks. Returns: build_s, without loading the base, and the processes' peak memory."""
     model = load_base(job.base)
     model.fold()
     arch = replace(model.architecture(), size=job.size)
@@ -89,7 +90,7 @@ def write_networks(name: str, model: PoseModel, arch: Architecture, folder: Path
 
 
 def load_networks(name: str, arch: Architecture, folder: Path) -> dict[str, Network]:
-    """The networks by name; some are compiled at their first call."""
+    """Load the networks, by name; some are compiled at their first call."""
     if name in ENGINES:
         return ENGINES[name].load(folder, arch)
     backend, precision = name.split()
@@ -98,7 +99,11 @@ def load_networks(name: str, arch: Architecture, folder: Path) -> dict[str, Netw
 
 @torch.no_grad()
 def measure(job: Job, frame_counts: list[int], budget_s: float) -> Row:
-    """Milliseconds of a step, and of the first one, by frame count; outputs, and what there is so far, go to `job.folder`."""
+    """Time a step for each number of frames. Outputs, and the results so far, are written to `job.folder`.
+
+    Returns: load_s; peak_bytes; and by number of frames the timings of a step in ms, and first_s of the first one in
+    seconds.
+    """
     arch = Architecture.from_json(json.loads((job.folder / ARCHITECTURE).read_text()))
     (job.folder / "compiled").mkdir(exist_ok=True)
     start = time.perf_counter()
@@ -129,9 +134,9 @@ def measure(job: Job, frame_counts: list[int], budget_s: float) -> Row:
 
 
 def measure_apart(job: Job, frame_counts: list[int], budget_s: float) -> Row:
-    """`measure` in a process of its own. Where that ends early: the steps until then, and `failed`, why by the frame count."""
+    """Run `measure` in a process of its own. If it ends early: the steps until then, and `failed` with the reason."""
     so_far = job.folder / SO_FAR
-    so_far.unlink(missing_ok=True)  # of an earlier round
+    so_far.unlink(missing_ok=True)  # left by an earlier round
     row = in_own_process(measure, job, frame_counts, budget_s)
     if "error" not in row:
         return row
@@ -141,15 +146,15 @@ def measure_apart(job: Job, frame_counts: list[int], budget_s: float) -> Row:
 
 
 def psnr_db(output: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio over the reference's range."""
+    """Return the peak signal-to-noise ratio; the peak is the reference's range (max - min)."""
     error = (output.float() - reference).square().mean()
     span = reference.max() - reference.min()
     return float(10 * torch.log10(span.square() / error.clamp_min(1e-30)))
 
 
 def best_of(runs: list[Row]) -> Row:
-    """The run that came farthest with the least times, taken for each frame count on its own; an error if none has any."""
-    farthest = max(runs, key=lambda run: len(run["steps"]))  # the first of several
+    """Return the run with the most frame counts, each with the least time of all runs; an error if none has a time."""
+    farthest = max(runs, key=lambda run: len(run["steps"]))  # the first one in a tie
     failed = {frames: reason for run in runs for frames, reason in run.get("failed", {}).items()
               if frames not in farthest["steps"]}  # fmt: skip
     if not farthest["steps"]:
@@ -160,7 +165,7 @@ def best_of(runs: list[Row]) -> Row:
 
 
 def run(jobs: list[Job], frame_counts: list[int], budget_s: float, rounds: int) -> list[Row]:
-    """A row for each engine."""
+    """Build and measure all engines. Returns: a row for each."""
     rows = {job.name: in_own_process(build, job) for job in jobs}
     runs: dict[str, list[Row]] = {job.name: [] for job in jobs if "error" not in rows[job.name]}
     for _ in range(rounds):
@@ -180,7 +185,7 @@ def run(jobs: list[Job], frame_counts: list[int], budget_s: float, rounds: int) 
 
 
 def cell_of(reason: str) -> str:
-    """A failure in a cell: lack of memory, or the exception's name. The whole line stands below the table."""
+    """Describe a failure in a cell: lack of memory, or the exception's name. The full line is below the table."""
     kind, is_exception, _ = reason.partition(":")
     if OUT_OF_MEMORY.search(reason) or "Memory" in kind:
         return "out of memory"
@@ -188,7 +193,7 @@ def cell_of(reason: str) -> str:
 
 
 def time_cell(row: Row, base: Row, frames: str) -> str:
-    """A frame count's milliseconds, and how many times faster than `base` where that has some; else why there are none."""
+    """Return a frame count's milliseconds, with the speed-up over `base` if that has it; or why there are none."""
     if frames not in row["steps"]:
         reason = row.get("failed", {}).get(frames)
         return "–" if reason is None else cell_of(reason)
@@ -197,7 +202,7 @@ def time_cell(row: Row, base: Row, frames: str) -> str:
 
 
 def to_markdown(document: Row) -> str:
-    """A row for each engine, a column for each frame count; times relative to float32 PyTorch."""
+    """Format a row for each engine and a column for each frame count; times are also relative to float32 PyTorch."""
     setup, facts = document["setup"], document["machine"]
     (height, width), counts = setup["size"], [str(frames) for frames in setup["frame_counts"]]
     rows = [row for row in document["rows"] if "error" not in row]
@@ -225,7 +230,7 @@ def to_markdown(document: Row) -> str:
 
 
 def judged(rows: list[Row], base: Row, counts: list[str]) -> list[str]:
-    """The fastest engine of sufficient quality, and the target, at those frame counts that `base` has."""
+    """Name the fastest engine of sufficient quality and judge the target, over the frame counts that `base` has."""
     shared = [frames for frames in counts if frames in base]
     if not shared:
         return [f"None is judged: `{REFERENCE}` did not run."]
@@ -243,7 +248,7 @@ def judged(rows: list[Row], base: Row, counts: list[str]) -> list[str]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; --quick changes defaults, the rounds and the time for each engine."""
+    """Parse the command line. --quick changes the defaults, the rounds and the time for each engine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="embedded", help="as for `posecrafter-rt tune`, or random-sd15")
     parser.add_argument("--size", type=picture_size, default=(128, 160), help="HEIGHTxWIDTH in pixels")

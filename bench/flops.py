@@ -1,7 +1,7 @@
-"""Counts FLOPs of a base's networks on the meta device, where tensors have shapes only, and of whole algorithms.
+"""Counts the FLOPs of a base's networks and of whole algorithms on the meta device, where tensors have only shapes.
 
-Bench: imported by ledger.py and throughput.py. Counted are matrix products, convolutions and attentions, a multiply-add
-as 2; additions, activations and norms are not.
+Bench: imported by ledger.py, presets.py, stream_budget.py and throughput.py. Matrix products, convolutions and
+attentions are counted, a multiply-add as 2 FLOPs. Additions, activations and norms are not counted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from posecrafter_rt.spec import SHALLOW_UNET
 
 NUM_REGIONS = 3  # face and hands
 
-# Layers by what they are for; the first pattern that finds a layer's name takes it.
+# Layers by purpose. A layer belongs to the first part whose pattern matches its name.
 PARTS = {
     "pose embedding": r"controlnet_cond_embedding",
     "key-frame K and V": r"attn1\.to_[kv]",
@@ -46,17 +46,17 @@ PARTS = {
 
 
 def attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """Two products of every query with every key, from shapes (…, heads, n, d): exponentials not counted."""
+    """Count two products of every query with every key, from shapes (…, heads, n, d); exponentials are not counted."""
     return 2 * q[:-1].numel() * k[-2] * (q[-1] + v[-1])
 
 
 def keyframe_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """posecrafter::keyframe_attention, q (G·F, L, C), k, v (G, L', C): each query meets the L' keys of its group."""
+    """Count posecrafter::keyframe_attention: q (G·F, L, C), k, v (G, L', C): a query meets its group's L' keys."""
     return 4 * q.numel() * k[1]
 
 
 def temporal_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """posecrafter::temporal_attention, q (G, F, L, C), k, v (G, F', L, C): each query meets F' keys, masked or not."""
+    """Count posecrafter::temporal_attention: q (G, F, L, C), k, v (G, F', L, C): a query meets all F' keys."""
     return 4 * q.numel() * k[1]
 
 
@@ -68,14 +68,17 @@ FORMULAS = {
 
 
 def count_flops(call: Callable[[], Any]) -> int:
-    """FLOPs of a call, on any device."""
+    """Return the FLOPs of a call, on any device."""
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         call()
     return counter.get_total_flops()
 
 
 def layer_flops(layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
-    """FLOPs of one layer by hand: 2 · outputs · inputs that each reads, or of a transposed one inputs · outputs of each."""
+    """Count the FLOPs of one layer by hand: 2 · outputs · inputs per output.
+
+    For a transposed convolution: 2 · inputs · outputs per input.
+    """
     if isinstance(layer, nn.ConvTranspose2d):
         return 2 * inputs.numel() * layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1]
     if isinstance(layer, nn.Conv2d):
@@ -84,24 +87,24 @@ def layer_flops(layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
     return 2 * output.numel() * layer.in_features
 
 
-Layers = dict[str, nn.Module]  # linear and convolution layers by name, the network's first
+Layers = dict[str, nn.Module]  # linear and convolution layers by name; a name begins with the network's
 
 
 def layers_of(network: str, module: nn.Module, pattern: str = "") -> Layers:
-    """The layers of a module whose names a pattern finds."""
+    """Return the layers of a module whose names match a pattern."""
     return {f"{network}.{name}": layer for name, layer in module.named_modules()
             if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and re.search(pattern, name)}  # fmt: skip
 
 
 def part_of(name: str) -> str:
-    """What a layer is for."""
+    """Return the part that a layer belongs to."""
     other = f"other layers of the {name.split('.')[0]}"
     return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), other)
 
 
 @contextmanager
 def tally(layers: Layers) -> Iterator[Counter[str]]:
-    """Sum up by part what the layers compute meanwhile, by hand and not by torch's counter."""
+    """Sum up the FLOPs of these layers by part while the context is open, by hand and not by torch's counter."""
     parts: Counter[str] = Counter()
 
     def hook(name: str) -> Callable[..., None]:
@@ -120,14 +123,14 @@ def tally(layers: Layers) -> Iterator[Counter[str]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """FLOPs of one call, and by part; its attentions are the part that no layer accounts for."""
+    """FLOPs of one call, in all and by part. The attention products are the part that no layer accounts for."""
 
     flops: int
     parts: dict[str, int]
 
 
 def measure(layers: Layers, call: Callable[[], Any]) -> Measured:
-    """Count a call, and its layers by part."""
+    """Count the FLOPs of a call, and of its layers by part."""
     with tally(layers) as parts:
         flops = count_flops(call)
     return Measured(flops, {**parts, "attention products": flops - sum(parts.values())})
@@ -148,13 +151,13 @@ class Count:
 
     @property
     def total(self) -> int:
-        """FLOPs in all."""
+        """The FLOPs of all stages."""
         return sum(self.stages.values())
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One render: (height, width) in pixels, target frames N, denoising steps of each direction; guidance 1."""
+    """One render: (height, width) in pixels, N target frames, denoising steps in each direction; guidance scale 1."""
 
     size: tuple[int, int] = (512, 512)
     frames: int = 100
@@ -162,70 +165,70 @@ class Setup:
 
 
 class Counters:
-    """A base's networks on the meta device, plain and as the runtime has them, and what each algorithm calls."""
+    """A base's networks on the meta device, both plain and as the runtime has them, and the calls of each algorithm."""
 
     def __init__(self, configs: Path) -> None:
-        """configs: a folder with unet, controlnet, vae and text_encoder, each with its config.json."""
+        """configs: a folder with unet, controlnet, vae and text_encoder, each with a config.json."""
         parts = shapes_only(configs)
         with torch.device("meta"):
             self.unet = VideoUNet(parts["unet"]).eval()
             self.controlnet = VideoControlNet(parts["controlnet"]).eval()
         self.vae, self.text_encoder = parts["vae"].eval(), parts["text_encoder"].eval()
         self.arch = describe_architecture(self.unet, self.controlnet, self.vae, self.text_encoder)
-        model: Any = self  # has a PoseModel's four networks, and no weights
+        model: Any = self  # has the four networks of a PoseModel, without weights
         self.plain_networks = Networks.of(model)
         folded, vae = copy.deepcopy(self.unet), copy.deepcopy(self.vae)
         fold_denoiser(folded)
-        folded.gives_deep_features = True  # so that there are the layers that run between whole evaluations
+        folded.gives_deep_features = True  # adds the network that runs between whole evaluations
         fold_vae(vae)
         self.networks = build_networks(folded, self.controlnet, vae, self.text_encoder)
         self.plain_decoder = VaeDecoder(self.vae)
         self._measured: dict[tuple[Any, ...], Measured] = {}
         shared = layers_of("ControlNet", self.controlnet) | layers_of("text encoder", self.text_encoder)
         self.exact_layers = shared | layers_of("U-Net", folded) | layers_of("VAE", vae)
-        # The plain U-Net owns its image layers; its processors call the temporal ones, which stay the model's.
+        # The plain U-Net owns its image layers. Its processors call the temporal layers, which belong to the model.
         self.plain_layers = shared | layers_of("ControlNet", self.plain_networks.controlnet)
         self.plain_layers |= layers_of("VAE", self.vae)
         self.plain_layers |= layers_of("U-Net", self.plain_networks.unet)
         self.plain_layers |= layers_of("U-Net", self.unet, r"attn_temp|conv_temp")
 
     def small_decoder(self, setup: Setup) -> Measured:
-        """One frame decoded by a small decoder as tuning makes it."""
+        """Count decoding one frame with a small decoder as tuning makes it."""
         small = new_small_decoder(self.arch.latent_channels, self.arch.vae_scale_factor, torch.Generator()).to("meta")
         call = partial(small, self.latents(setup, 1))
         return self.measured(("small decoder", setup.size), layers_of("small decoder", small), call)
 
     def latents(self, setup: Setup, frames: int) -> Tensor:
-        """(frames, 4, h, w), on the meta device as everything here."""
+        """Return latents (frames, 4, h, w), on the meta device like everything here."""
         scale = self.arch.vae_scale_factor
         return torch.empty(frames, self.arch.latent_channels, *(side // scale for side in setup.size), device="meta")
 
     def pixels(self, setup: Setup, frames: int) -> Tensor:
-        """(frames, 3, H, W)."""
+        """Return pictures (frames, 3, H, W)."""
         return torch.empty(frames, 3, *setup.size, device="meta")
 
     def text(self) -> Tensor:
-        """(1, tokens, D)."""
+        """Return text embeddings (1, tokens, D)."""
         return torch.empty(1, self.arch.text_tokens, self.arch.text_channels, device="meta")
 
     def input_ids(self) -> Tensor:
-        """(1, tokens)."""
+        """Return token ids (1, tokens)."""
         return torch.empty(1, self.arch.text_tokens, dtype=torch.int64, device="meta")
 
     def measured(self, what: tuple[Any, ...], layers: Layers, call: Callable[[], Any]) -> Measured:
-        """Count a call, or recall what it came to."""
+        """Count a call, or return the cached count."""
         if what not in self._measured:
             self._measured[what] = measure(layers, call)
         return self._measured[what]
 
     def plain_step(self, setup: Setup, frames: int) -> Measured:
-        """One plain ControlNet and U-Net step of a clip."""
+        """Count one plain ControlNet and U-Net step of a clip."""
         latents, pictures = self.latents(setup, frames), self.pixels(setup, frames)
         call = partial(self.plain_networks.predict, latents, 500, self.text(), pictures)
         return self.measured(("plain step", setup.size, frames), self.plain_layers, call)
 
     def exact_step(self, setup: Setup, frames: int) -> Measured:
-        """One ControlNet and U-Net step of the runtime: tables in."""
+        """Count one ControlNet and U-Net step of the runtime, which takes precomputed tables and pose embeddings."""
         latents = self.latents(setup, frames)
         pose = torch.empty(frames, self.arch.pose_channels, *latents.shape[2:], device="meta")
         time_unet, time_controlnet = (torch.empty(1, width, device="meta") for width in self.arch.time_widths)
@@ -240,7 +243,7 @@ class Counters:
         return self.measured(("exact step", setup.size, frames), self.exact_layers, step)
 
     def shallow_step(self, setup: Setup, frames: int) -> Measured:
-        """The U-Net's first and last layer on features that are kept."""
+        """Count the U-Net's first and last layer, which run on kept features."""
         latents = self.latents(setup, frames)
         first, deep = (latents.new_empty(frames, channels, *latents.shape[2:])
                        for channels in (self.unet.conv_in.out_channels, self.unet.deep_channels))  # fmt: skip
@@ -249,7 +252,7 @@ class Counters:
         return self.network(SHALLOW_UNET, latents, time, text_kv, deep, first)
 
     def image_step(self, setup: Setup) -> dict[str, int]:
-        """FLOPs of diffusers' U-Net and ControlNet for one frame in one step, without temporal layers."""
+        """Return the FLOPs of diffusers' U-Net and ControlNet for one frame in one step, without temporal layers."""
         latents, pictures, text = self.latents(setup, 1), self.pixels(setup, 1), self.text()
         unet, controlnet = to_diffusers(self.unet, UNet2DConditionModel), self.plain_networks.controlnet
         return {
@@ -260,27 +263,27 @@ class Counters:
         }
 
     def network(self, name: str, *inputs: Tensor) -> Measured:
-        """One call of one of the runtime's networks."""
+        """Count one call of one of the runtime's networks."""
         shapes = tuple(tensor.shape for tensor in inputs)
         return self.measured((name, shapes), self.exact_layers, partial(self.networks[name], *inputs))
 
     def plain_decode(self, setup: Setup) -> Measured:
-        """Decoding one frame by diffusers' decoder as it is."""
+        """Count decoding one frame with diffusers' unchanged decoder."""
         latents = self.latents(setup, 1)
         return self.measured(("plain decode", setup.size), self.plain_layers, partial(self.plain_decoder, latents))
 
     def edit(self, setup: Setup) -> Measured:
-        """The latent edit of N frames, which no counter sees: 4 taps an element, as if every region were the whole latent."""
+        """Count the latent edit of N frames by hand: 4 taps per element, as if each region were the whole latent."""
         flops = 8 * setup.frames * NUM_REGIONS * self.latents(setup, 1).numel()
         return Measured(flops, {"latent edit": flops})
 
     def baseline(self, setup: Setup, inverted: int, sampled: int, edits: bool) -> Count:
-        """A baseline of plain.py that inverts, and samples and decodes, so many frames.
+        """Count a baseline of plain.py that inverts `inverted` frames, and samples and decodes `sampled` frames.
 
-        Its VAE's encoder and text encoder are the runtime's: diffusers' modules, called by themselves.
+        Its VAE encoder and text encoder are counted as the runtime's networks: both call diffusers' modules.
         """
         count, steps = Count(), setup.num_inference_steps
-        count.add("text", 2, self.network("text_encoder", self.input_ids()))  # for inversion, and for sampling
+        count.add("text", 2, self.network("text_encoder", self.input_ids()))  # once for inversion, once for sampling
         count.add("encode", inverted, self.network("vae_encoder", self.pixels(setup, 1)))
         count.add("invert", steps, self.plain_step(setup, inverted))
         if edits:
@@ -290,15 +293,15 @@ class Counters:
         return count
 
     def plain(self, setup: Setup) -> Count:
-        """ControlVideo's algorithm: all frames inverted, nothing inserted."""
+        """Count ControlVideo's algorithm: all frames are inverted, nothing is inserted."""
         return self.baseline(setup, setup.frames, setup.frames, edits=False)
 
     def published(self, setup: Setup) -> Count:
-        """PoseCrafter's: one frame inverted, the reference inserted and decoded along."""
+        """Count PoseCrafter's algorithm: one frame is inverted; the reference is inserted and decoded."""
         return self.baseline(setup, 1, setup.frames + 1, edits=True)
 
     def exact(self, setup: Setup) -> Count:
-        """This runtime, without anything cached from an earlier render; source and target prompt are the same."""
+        """Count this runtime with nothing cached from an earlier render. Source and target prompt are the same."""
         count, steps = Count(), setup.num_inference_steps
         count.add("text", 1, self.network("text_encoder", self.input_ids()))
         count.add("text", 1, self.network("prompt_kv", self.text()))

@@ -1,4 +1,4 @@
-"""The demonstration's footage for benchmarks: its clip, and a checkpoint and an engine of the person in it.
+"""The people that benchmarks tune on: the person in the demonstration's footage, and drawn people.
 
 Bench: imported by islands.py, quality.py, segments.py, stream_quality.py and stretch.py.
 """
@@ -17,17 +17,17 @@ from posecrafter_rt.embedded.people import sample_clip
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.tuning import TuneOptions, base_size, load_clip, resolve_precision, tune
 
-DRAWN_SEED = 2405  # beside which a person's own number stands
+DRAWN_SEED = 2405  # combined with each person's own number
 
 
 def load_footage() -> tuple[np.ndarray, PoseSequence]:
-    """All 120 frames (N, H, W, 3) uint8 at the embedded base's size, and their poses."""
+    """Return all 120 frames (N, H, W, 3) uint8 at the embedded base's size, and their poses."""
     return load_clip(video_path(), load_poses(), base_size("embedded"), slice(None))
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A person of whom some frames are tuned on, and others are the truth; frames (N, H, W, 3) uint8."""
+    """A person, with the frames and poses to tune on and those to compare with; frames (N, H, W, 3) uint8."""
 
     name: str
     tuned: tuple[np.ndarray, PoseSequence]
@@ -35,14 +35,14 @@ class Subject:
 
 
 def filmed_person(stride: int = 1) -> Subject:
-    """The person of the demonstration, and every `stride`-th of the frames that it renders."""
+    """Return the demonstration's person, with every `stride`-th of the frames that the demonstration renders."""
     frames, poses = load_footage()
     window = slice(TARGET.start, TARGET.stop, stride)
     return Subject("the demonstration's footage", (frames[TUNING], poses[TUNING]), (frames[window], poses[window]))
 
 
 def drawn_person(seed: int, num_unseen: int = 8) -> Subject:
-    """A person drawn as those that the embedded base learned from are, by a seed that its training does not use."""
+    """Draw a person like those that the embedded base learned from, with a seed that its training does not use."""
     rng = np.random.default_rng([DRAWN_SEED, seed])
     frames, keypoints, _ = sample_clip(rng, FRAMES + num_unseen, base_size("embedded"))
     poses = PoseSequence(keypoints, (frames.shape[1], frames.shape[2]))
@@ -50,7 +50,7 @@ def drawn_person(seed: int, num_unseen: int = 8) -> Subject:
 
 
 def engine_options(is_quick: bool) -> BuildOptions:
-    """What `auto` takes; where it should be quick `torch`, which is built in a second."""
+    """Return the default options (backend `auto`); if `is_quick`, `torch`, which is built in a second."""
     return BuildOptions("torch") if is_quick else BuildOptions()
 
 
@@ -60,9 +60,9 @@ HARDLY = {"steps": 10, "decoder_steps": 10, "small_decoder_steps": 10}
 def tune_person(
     output: Path, given: Path | None = None, *, subject: Subject | None = None, is_quick: bool = False, **changes: Any
 ) -> Path:
-    """A checkpoint, tuned as the demonstration tunes, hardly if `is_quick`; `given` where there is one.
+    """Tune as the demonstration does, with few steps if `is_quick`; return the checkpoint, or `given` if there is one.
 
-    Args: subject: who is tuned on; None: the person of the demonstration. changes: of `TuneOptions`.
+    Args: subject: the person to tune on; None: the demonstration's person. changes: to `TuneOptions`.
     """
     if given is not None:
         return given

@@ -1,8 +1,9 @@
-"""Segments whose noise predictions are merged at every step, after ControlVideo's mode for long videos.
+"""Renders segments whose noise predictions are merged at every step, as in ControlVideo's mode for long videos.
 
-Bench: what `segments.py` compares this runtime's segments with, which are rendered one after the other and blended once
-clean. Here all of them take every step together, so nothing of a clip is done before all of it is, and no frame streams.
-That paper (Zhao et al. 2023) merges short videos and a video of key frames; which frames those are, and the weights, are ours.
+Bench: `segments.py` compares this with the runtime's segments, which are rendered one after the other and blended once
+they are clean. Here all segments take every step together, so no frame is finished before the whole clip is.
+ControlVideo (Zhao et al. 2023) merges short videos and a video of key frames; which frames are key frames, and the
+weights, are our choice.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from posecrafter_rt.runtime.report import RenderReport
 from posecrafter_rt.runtime.segments import ramp, split_clip
 
 Window = tuple[np.ndarray, np.ndarray]
-"""Frames that are predicted jointly, int64 (F,), and what each one's prediction weighs, float64 (F,)."""
+"""Frames that are predicted jointly, int64 (F,), and the weight of each one's prediction, float64 (F,)."""
 
 
 def windows(num_frames: int, segment: int, overlap: int, *, with_key_frames: bool) -> list[Window]:
-    """The segments of `split_clip`, with the weights of `blend`; with_key_frames: and a video of each one's middle frame.
+    """Return the segments of `split_clip` with the weights of `ramp`; with_key_frames adds their middle frames.
 
     A frame's weights sum to 1. A key frame takes half from the key frames' video and half from its own segments.
     """
@@ -52,14 +53,14 @@ def windows(num_frames: int, segment: int, overlap: int, *, with_key_frames: boo
 
 
 class Fused:
-    """One noise prediction (1 + N, 4, h, w), the reference's first, of those of windows that all begin with the reference."""
+    """Merges predictions of windows that all begin with the reference: (1 + N, 4, h, w), the reference's first."""
 
     def __init__(
         self, parts: Sequence[Window], denoiser: Callable[[Tensor], Denoiser], device: torch.device | str = "cpu"
     ) -> None:
-        """denoiser: of a window's frames, counted with the reference as frame 0."""
+        """denoiser: makes the denoiser for a window's frames; frame 0 is the reference."""
         self.frames = [torch.from_numpy(np.concatenate([[0], 1 + frames])).to(device) for frames, _ in parts]
-        # The reference lies in all windows, in each with the same weight.
+        # The reference is in all windows, with the same weight in each.
         self.weights = [torch.from_numpy(np.concatenate([[1 / len(parts)], weights])).float().reshape(-1, 1, 1, 1).to(device)
                         for _, weights in parts]  # fmt: skip
         self.denoisers = [denoiser(frames) for frames in self.frames]
@@ -68,13 +69,16 @@ class Fused:
         total = torch.zeros_like(latents)
         for frames, weights, denoise in zip(self.frames, self.weights, self.denoisers, strict=True):
             total.index_add_(0, frames, denoise(latents[frames], index, timestep) * weights)
-            denoise.forget()  # else the residuals of all windows would be held at once
+            denoise.forget()  # otherwise the residuals of all windows would be kept at once
         return total
 
 
 @torch.no_grad()
 def render_fused(avatar: Avatar, poses: PoseSequence, options: RenderOptions, *, with_key_frames: bool) -> np.ndarray:
-    """Frames (N, H, W, 3) uint8 of a clip in windows of `options.segment` and `overlap`."""
+    """Render a clip in windows of `options.segment` frames that share `options.overlap`: frames (N, H, W, 3) uint8.
+
+    Raises: ValueError unless the sampler is DDIM, `segment` is a number, and `tau` and the `_every` options are 1.
+    """
     options, target = avatar.resolve(options), transform_keypoints(poses, avatar.size)
     is_plain = options.tau == options.unet_every == options.controlnet_every == 1
     if options.sampler != "ddim" or not isinstance(options.segment, int) or not is_plain:

@@ -1,7 +1,7 @@
-"""What each fusion around the attentions saves, by counting bytes, and which are kept.
+"""Counts the bytes that each fusion around the attentions saves, and says which fusions are kept.
 
 Bench: `python -m bench.fusions [--json FILE] [--quick]` prints the table of docs/operators.md and writes results/fusions.json
-and .md, or FILE and its .md; a count, nothing is run or timed.
+and .md, or FILE and its .md. It only counts; nothing is run or timed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from bench.report import add_output_arguments, publish
 from bench.workloads import FRAMES, LEVELS
 
 ELEMENT_BYTES = 2
-CALLS = 5  # of each attention, at each of the first three levels, in one step of SD 1.5's U-Net: 2 down, 3 up
+CALLS = 5  # calls of each attention in one step of SD 1.5's U-Net, at each of the first three levels: 2 down, 3 up
 TEMPORAL_LEVELS = LEVELS[:3]
-ROWS = 64  # of a program's tile: positions × query frames
-SUM_COLUMNS = REGISTERS // 2 // ROWS  # fp32 sums of a tile's output rows that half of the registers hold
+ROWS = 64  # rows of a program's tile: positions × query frames
+SUM_COLUMNS = REGISTERS // 2 // ROWS  # columns of fp32 sums that fit in half of the registers, for a tile's rows
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """One candidate. saved: bytes that a call no longer moves, from (clip, frame, channels): the bytes of an (F, L, C)
-    and of an (L, C) tensor, and C. Every tensor that a kernel reads or writes counts once, weights not at all."""
+    """One candidate.
+
+    saved: the bytes that a call no longer moves, as a function of (clip, frame, channels): the bytes of an (F, L, C)
+    tensor, those of an (L, C) tensor, and C. Every tensor that a kernel reads or writes counts once; weights do not
+    count.
+    """
 
     name: str
     saved: Callable[[int, int, int], int]
@@ -33,8 +37,11 @@ class Fusion:
 
 
 def out_projection_saved(clip: int, frame: int, channels: int) -> int:
-    """The attention's result is neither written nor read, but q, k, v are read once more for each slice of the output
-    beyond the first: a row of the product needs all heads, and its C sums do not fit the registers at once."""
+    """Return the bytes that are saved if the attention kernel also projects the output; negative if it moves more.
+
+    The attention's result is then neither written nor read. But a row of the product needs all heads, and its C sums do
+    not fit in the registers at once, so q, k and v are read once more for each slice of the output after the first.
+    """
     slices = -(-channels // SUM_COLUMNS)
     return 2 * clip - 3 * clip * (slices - 1)
 
@@ -79,13 +86,13 @@ FUSIONS = (
 
 
 def saved_bytes(fusion: Fusion, frames: int, tokens: int, channels: int) -> int:
-    """Bytes that the fusion saves in one call over a clip; negative where it moves more."""
+    """Return the bytes that the fusion saves in one call over a clip; negative if it moves more."""
     frame = tokens * channels * ELEMENT_BYTES
     return fusion.saved(frames * frame, frame, channels)
 
 
 def count() -> list[dict[str, Any]]:
-    """A row for each fusion and number of frames: bytes a call at each level, and a step's sum over those with a gain."""
+    """Return a row per fusion and number of frames: bytes per call at each level, and per step at levels that gain."""
     rows = []
     for fusion in FUSIONS:
         for frames in FRAMES:
@@ -96,7 +103,7 @@ def count() -> list[dict[str, Any]]:
 
 
 def table() -> str:
-    """The Markdown table, in MB."""
+    """Return the Markdown table, in MB."""
     levels = [f"{tokens} × {channels}" for tokens, channels in TEMPORAL_LEVELS]
     header = ("fusion", "F", *levels, "a step", "kept")
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 2) + "---|"]

@@ -1,7 +1,7 @@
 """What the GPUs of the tables can do, and how many blocks of a kernel fit on one of their multiprocessors.
 
-Bench: data from NVIDIA's published architecture papers and the CUDA programming guide's table of limits; the L2's
-bandwidth, which NVIDIA does not state, is rounded from public micro-benchmarks.
+Bench: the data are from NVIDIA's published architecture papers and the CUDA programming guide's table of limits. NVIDIA
+does not state the L2 bandwidth; it is rounded from public micro-benchmarks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card. tensor_flops: dense 16-bit products, fp32 sums; shared_bytes: of a multiprocessor and of a block."""
+    """One card. tensor_flops: dense 16-bit products with fp32 sums. shared_bytes: per multiprocessor."""
 
     name: str
     capability: int
@@ -27,7 +27,7 @@ class Gpu:
     max_blocks: int
 
     def flops(self, element_bytes: int) -> float:
-        """Peak of the attention kernels' products: 16-bit, or fp32 as three tf32 products."""
+        """Return the peak FLOP/s of the attention kernels' products: 16-bit, or fp32 as three tf32 products."""
         return self.tensor_flops if element_bytes == 2 else self.tf32_flops / 3
 
 
@@ -36,14 +36,14 @@ GPUS = (
     Gpu("RTX 4090", 89, 128, 2.52e9, 1008e9, 5e12, 165e12, 82.6e12, 100 << 10, 99 << 10, 48, 24),
     Gpu("H100 SXM", 90, 132, 1.83e9, 3350e9, 5.5e12, 989e12, 494e12, 228 << 10, 227 << 10, 64, 32),
 )
-# By what NVIDIA's driver has in their names; an H200 is an H100 with more memory.
+# By a part of the name that NVIDIA's driver reports. An H200 is an H100 with more memory.
 NAMES = {"RTX 3090": "RTX 3090", "RTX 4090": "RTX 4090", "H100 80GB HBM3": "H100 SXM", "H200": "H100 SXM"}
-REGISTERS = 65536  # of a multiprocessor; handed out to warps in units of 256
+REGISTERS = 65536  # per multiprocessor; allocated to warps in units of 256
 SHARED_RESERVED = 1024  # the system's share of a block's shared memory
 
 
 def blocks_per_multiprocessor(gpu: Gpu, num_warps: int, registers: int, shared_bytes: int) -> int:
-    """Resident blocks: the least of what warps, registers, shared memory and the block limit allow; 0 if none fits."""
+    """Return how many blocks fit: the least that warps, registers, shared memory and the block limit allow, or 0."""
     if shared_bytes > gpu.shared_bytes_per_block:
         return 0
     registers_per_warp = -(-registers * 32 // 256) * 256
@@ -56,11 +56,11 @@ def blocks_per_multiprocessor(gpu: Gpu, num_warps: int, registers: int, shared_b
 
 
 def roofline_s(gpu: Gpu, num_bytes: float, num_flops: float, element_bytes: int) -> float:
-    """The time that memory or the tensor cores take at their peaks, whichever is longer."""
+    """Return the time that memory or the tensor cores take at their peaks, whichever is longer."""
     return max(num_bytes / gpu.memory_bytes_per_s, num_flops / gpu.flops(element_bytes))
 
 
 def tensor_peak(name: str) -> float | None:
-    """16-bit FLOPs a second that a card's specification names, by the name that its driver gives, if it is listed."""
+    """Return a card's specified 16-bit FLOP/s, given the name that its driver reports; None if it is not listed."""
     known = next((ours for theirs, ours in NAMES.items() if theirs in name), None)
     return next((gpu.tensor_flops for gpu in GPUS if gpu.name == known), None)

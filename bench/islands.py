@@ -1,11 +1,11 @@
-"""What must stay in float32 where all else has 16 bits: each part is put into 16 bits in turn, and whole renders are compared.
+"""Finds what must stay in float32 if all else has 16 bits: puts one part at a time into 16 bits and compares renders.
 
 Bench: `python -m bench.islands [--json FILE] [--quick] [--checkpoint demo/tuned.ckpt]` renders some of the demonstration's
 unseen frames and writes results/islands.json and .md, or FILE and its .md. Every operation is computed in float32 and its
-result rounded, as by units that multiply in 16 bits and sum in float32, which needs no such units; weights are rounded once.
-It differs from graphs of `export/strong_types.py` in little: scale and bias of a norm belong to it here, LayerNorm's are rounded,
-attention's scores and weights are not unless they are named. With --quick alone it only prints: two frames in two steps after
-10 of tuning.
+result is rounded, like units that multiply in 16 bits and sum in float32; no such hardware is needed. Weights are
+rounded once. There are small differences from the graphs of `export/strong_types.py`: here a norm includes its scale
+and bias, LayerNorm's scale and bias are rounded, and attention's scores and weights are not rounded unless they are
+named. --quick renders two frames in two steps after 10 steps of tuning, and only prints unless --json is given.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ AUTOENCODER = ("vae_encoder", "vae_decoder")
 
 
 def standardise(x: Tensor, dims: tuple[int, ...], eps: float, rounded: Round) -> Tensor:
-    """(x - mean) / sqrt(variance + eps), each step but its sums rounded."""
+    """Return (x - mean) / sqrt(variance + eps), with every step but the sums rounded."""
     centred = rounded(x - rounded(x.mean(dims, keepdim=True)))
     variance = rounded(rounded(centred * centred).mean(dims, keepdim=True))
     return rounded(centred * rounded(rounded(variance + eps).rsqrt()))
@@ -55,7 +55,7 @@ def standardise(x: Tensor, dims: tuple[int, ...], eps: float, rounded: Round) ->
 def group_norm(
     rounded: Round, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, *_: bool
 ) -> Tensor:
-    """`aten.group_norm`."""
+    """Compute `aten.group_norm` with rounded steps."""
     own = standardise(x.reshape(len(x), groups, -1), (-1,), eps, rounded).reshape(x.shape)
     scale, shift = (channels.reshape(-1, *(1,) * (x.ndim - 2)) for channels in (weight, bias))
     return rounded(own * scale) + shift
@@ -64,12 +64,12 @@ def group_norm(
 def layer_norm(
     rounded: Round, x: Tensor, shape: list[int], weight: Tensor, bias: Tensor, eps: float = 1e-5, *_: bool
 ) -> Tensor:
-    """`aten.layer_norm`."""
+    """Compute `aten.layer_norm` with rounded steps."""
     return rounded(standardise(x, tuple(range(-len(shape), 0)), eps, rounded) * weight) + bias
 
 
 def attention(rounded: Round, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`aten.scaled_dot_product_attention`, its scores and weights rounded. mask: bool, or added to the scores."""
+    """Compute `aten.scaled_dot_product_attention`, rounding scores and weights. mask: bool, or added to the scores."""
     scores = rounded(rounded(q * q.shape[-1] ** -0.5) @ k.mT)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
@@ -85,10 +85,10 @@ NORMS_AND_SOFTMAX: dict[str, tuple[Any, Callable[..., Tensor]]] = {
 
 
 class Rounded(TorchDispatchMode):
-    """Rounds what every operation on float32 gives to `dtype`; the insides of those named in `low`, too; in inference mode,
-    where torch does not take them apart itself.
+    """Rounds the result of every operation on float32 to `dtype`, and every step within the operations named in `low`.
 
-    largest: the greatest magnitude that was finite, before it was rounded. num_low: how many operations were of those named.
+    It needs inference mode, in which torch does not split those operations itself.
+    largest: the largest finite magnitude before rounding. num_low: how many of the operations named in `low` ran.
     """
 
     def __init__(self, dtype: torch.dtype, low: tuple[str, ...] = ()) -> None:
@@ -103,12 +103,12 @@ class Rounded(TorchDispatchMode):
             result = self.low[func](self.rounded, *args, **kwargs)
         else:
             result = func(*args, **kwargs)
-        if func.is_view and func.overloadpacket is not aten.to:  # by its schema that is one
+        if func.is_view and func.overloadpacket is not aten.to:  # by its schema `to` is a view, too
             return result
         return tree_map_only(Tensor, self._in_place if func._schema.is_mutable else self.rounded, result)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """x, of the values that the type has."""
+        """Round float32 x to values that the type can hold; return other tensors unchanged."""
         if x.dtype != torch.float32 or not x.numel():
             return x
         self.largest = max(self.largest, float(x.abs().nan_to_num(0, 0, 0).max()))
@@ -119,12 +119,12 @@ class Rounded(TorchDispatchMode):
 
 
 def rounded_to(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """x of any floating-point type, of the values that `dtype` has."""
+    """Round x, of any floating-point type, to values that `dtype` can hold."""
     return x.to(dtype).to(x.dtype)
 
 
 class InSixteenBits:
-    """A network whose weights, inputs and operations are rounded by a `Rounded`."""
+    """A network whose weights, inputs and operations are rounded by a `Rounded`, or only its weights."""
 
     has_own_threads = False
 
@@ -145,7 +145,7 @@ class InSixteenBits:
 
 
 class Variant(NamedTuple):
-    """What is put into 16 bits: networks, and of norms and softmax those whose insides are, too; or no more than weights."""
+    """What is put into 16 bits: the networks, and the steps within the norms and softmax in `low`; or only weights."""
 
     networks: tuple[str, ...]
     low: tuple[str, ...] = ()
@@ -156,7 +156,7 @@ IN_FLOAT32 = Variant(())
 
 
 def variants(precision: str) -> dict[str, Variant]:
-    """What is compared. "as built" is near to what engines in that type compute."""
+    """Return what is compared, by name. "as built" is close to what engines in that type compute."""
     built = DENOISERS if precision == "fp16" else (*DENOISERS, *AUTOENCODER)
     return {
         "weights alone": Variant(built, weights_alone=True),
@@ -171,9 +171,9 @@ def variants(precision: str) -> dict[str, Variant]:
 def render(
     path: Path, target: PoseSequence, steps: int, mode: Rounded | None = None, variant: Variant = IN_FLOAT32
 ) -> np.ndarray:
-    """Frames (N, H, W, 3) uint8 of an engine in float32 in which a variant computes by `mode`; all inverted anew.
+    """Render with a float32 engine in which `mode` rounds the networks of a variant; the inversion is computed anew.
 
-    Raises: PoseCrafterError where they are not finite.
+    Returns: frames (N, H, W, 3) uint8. Raises: PoseCrafterError if they are not finite.
     """
     with Avatar.load(path) as avatar:
         forget_inversions(avatar)
@@ -181,12 +181,12 @@ def render(
             assert mode is not None
             avatar.engines[name] = InSixteenBits(avatar.engines[name], mode, weights_alone=variant.weights_alone)
         frames = avatar.render(target, num_inference_steps=steps)
-        assert avatar.last_report is not None and not avatar.last_report.adjustments  # else others were loaded
+        assert avatar.last_report is not None and not avatar.last_report.adjustments  # else other networks were loaded
     return frames
 
 
 def compare(path: Path, target: PoseSequence, truth: np.ndarray, steps: int) -> list[Row]:
-    """A row for float32, and one for each variant of each type."""
+    """Return a row for float32, and one for each variant of each type."""
     exact = render(path, target, steps)
     rows: list[Row] = [{"precision": "fp32", "variant": "", **scores(exact, truth)}]
     for precision, dtype in DTYPES.items():
@@ -207,7 +207,7 @@ def compare(path: Path, target: PoseSequence, truth: np.ndarray, steps: int) -> 
 
 
 def markdown(document: Row) -> str:
-    """The results as a table."""
+    """Format the results as a table."""
     lines = [f"{document['num_frames']} unseen frames of the demonstration's footage, {document['steps']} steps; every operation "
              "computed in float32 and rounded. As built: norms and softmax are rounded only in what they give, as are the networks "
              "that engines in that type have in 16 bits (weights by component, those that make prompt and time tables among them). "
@@ -224,7 +224,7 @@ def markdown(document: Row) -> str:
 
 
 def run(steps: int, stride: int, given: Path | None, is_quick: bool) -> Row:
-    """Tune unless a checkpoint is given, build, compare."""
+    """Tune unless a checkpoint is given, build an engine, compare."""
     truth, target = filmed_person(stride).unseen
     with tempfile.TemporaryDirectory(prefix="islands-") as folder:
         checkpoint = tune_person(Path(folder) / "tuned.ckpt", given, is_quick=is_quick)

@@ -1,4 +1,4 @@
-"""What the times of kernel_tune.py say: which tile a row of the launch table should have, and the tables for people.
+"""Chooses the tile of each row of the launch table from the times of kernel_tune.py, and formats those for people.
 
 Bench: imported by kernel_tune.py; needs no GPU.
 """
@@ -16,7 +16,7 @@ from bench.report import table
 from bench.workloads import Attention
 from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig
 
-GAIN = 1.03  # less is not worth a change of the table
+GAIN = 1.03  # a smaller gain is not worth a change of the table
 
 Record = dict[str, Any]
 
@@ -26,12 +26,12 @@ def make_tile(op: str, values: dict[str, Any]) -> Tile:
 
 
 def final(record: Record) -> list[Record]:
-    """The candidates that were timed twice, the fastest first."""
+    """Return the candidates that were timed a second time, the fastest first."""
     return sorted((one for one in record["candidates"] if "ms" in one), key=lambda one: sum(one["ms"]))
 
 
 def faster(record: Record) -> list[tuple[Tile, float]]:
-    """The tiles that are worth a change of the table, with what they gain over its own, the fastest first."""
+    """Return the tiles that are worth a change of the table, with their speed-up over its tile, the fastest first."""
     timed = final(record)
     current = next((one for one in timed if one["tile"] == record["current"]), None)
     if current is None:
@@ -41,7 +41,7 @@ def faster(record: Record) -> list[tuple[Tile, float]]:
 
 
 def settle(document: Record, others: list[OtherTriton]) -> Table:
-    """The table with every measured row's fastest tile that gains enough and spills under no Triton."""
+    """Return the table; each measured row has its fastest tile that gains enough and spills under no Triton."""
     entries = json.loads(TABLE.read_text())
     for record in document["rows"]:
         key = record["key"]
@@ -57,7 +57,7 @@ def settle(document: Record, others: list[OtherTriton]) -> Table:
 
 
 def words(tile: dict[str, Any]) -> str:
-    """`64×128 w4 s2`; temporal `4×(16×16) w2 s1`."""
+    """Describe a tile: `64×128 w4 s2`, or a temporal one: `4×(16×16) w2 s1`."""
     if "block_m" in tile:
         blocks = f"{tile['block_m']}×{tile['block_n']}"
     else:
@@ -66,7 +66,7 @@ def words(tile: dict[str, Any]) -> str:
 
 
 def markdown(document: Record) -> str:
-    """The results as a table: a line a problem, and one for all of a row's."""
+    """Format the results as a table: a line per problem, and one for the sum of a row's problems."""
     peaks = document["peaks"]
     lines = [f"# Tiles of the attention kernels on {document['machine'].get('gpu', 'cpu')}", "",
              "Milliseconds, medians, L2 flushed. Roofline: the bytes at a copy's speed, or the FLOPs at a matrix product's, "
@@ -86,7 +86,7 @@ def markdown(document: Record) -> str:
 
 
 def record_cells(record: Record, peaks: dict[str, float]) -> list[tuple[str, ...]]:
-    """A row's lines of the table."""
+    """Return a row's lines of the table."""
     timed = final(record)
     current = next((one for one in timed if one["tile"] == record["current"]), None)
     if current is None:

@@ -1,7 +1,8 @@
-"""Whether a tile spills no register wherever the table would use it, under this interpreter's Triton or another's.
+"""Checks that a tile spills no register wherever the table would use it, under this interpreter's Triton or another's.
 
-Bench: bench/kernel_search.py starts `python -m bench.kernel_fits` in an environment that holds another Triton; a line
-of JSON on standard input is a tile, a line of standard output is the answer.
+Bench: bench/kernel_search.py and bench/kernel_tune.py start `python -m bench.kernel_fits` in an environment with
+another Triton. It reads one question per line of standard input, as JSON, and writes one answer per line of standard
+output.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from posecrafter_rt.kernels.configs import TemporalConfig, TileConfig
 
 REPRESENTATIVES = {48: 40, 80: 80, 160: 160, 256: 256}
 DTYPES = {2: (torch.float16, torch.bfloat16), 4: (torch.float32,)}
-TARGETS = {86: (86, 89), 90: (90,)}  # what a row of the table serves
+TARGETS = {86: (86, 89), 90: (90,)}  # the capabilities that a row of the table serves
 
 
 @dataclass(frozen=True)
 class Use:
-    """A row of the table but its tile: where the tile would be used."""
+    """A row of the table without its tile: where the tile would be used."""
 
     op: str
     capabilities: tuple[int, ...]
@@ -34,7 +35,7 @@ class Use:
 
 
 def fits(use: Use, tile: TileConfig | TemporalConfig) -> bool:
-    """True where every variant of the kernel compiles, and none spills."""
+    """Return whether every variant of the kernel compiles and none spills."""
     targets = tuple(target for capability in use.capabilities for target in TARGETS[capability])
     head_size = REPRESENTATIVES[use.head_class]
     try:
@@ -53,7 +54,7 @@ def fits(use: Use, tile: TileConfig | TemporalConfig) -> bool:
 
 
 class OtherTriton:
-    """The same question to the Triton of another environment. Close it when done."""
+    """Asks the Triton of another environment the same question. Close it when done."""
 
     def __init__(self, python: str) -> None:
         self._worker = subprocess.Popen(

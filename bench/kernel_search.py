@@ -1,8 +1,9 @@
-"""Chooses kernels/configs.json without a GPU: compile every candidate tile, model its time, keep the best.
+"""Chooses kernels/configs.json without a GPU: compiles every candidate tile, models its time, keeps the best.
 
-Bench: `python -m bench.kernel_search [PYTHON...]` rewrites the table (a quarter of an hour; needs Triton). Whether a
-tile spills depends on Triton's version: each PYTHON is the interpreter of an environment with another one, and a tile
-must fit under all. The model ranks, it does not predict: where a GPU is present, bench/kernels.py measures.
+Bench: `python -m bench.kernel_search [PYTHON...]` rewrites the table; it takes a quarter of an hour and needs Triton.
+Whether a tile spills depends on Triton's version. Each PYTHON is the interpreter of an environment with another
+version, and a tile must fit under all of them. The model only ranks tiles; it does not predict times. On a GPU,
+bench/kernels.py measures them.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from bench.kernel_fits import DTYPES, REPRESENTATIVES, OtherTriton, Use, fits
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig, split_head
 
-HEAD_CLASSES = {2: (48, 80, 160, 256), 4: (48, 80, 160)}  # by element size; a head takes the first that holds it
+HEAD_CLASSES = {2: (48, 80, 160, 256), 4: (48, 80, 160)}  # by element size; a head takes the first class that holds it
 CHUNKED = {2: (), 4: (80, 160)}  # temporal classes by element size that spill unless scores are summed in chunks
 CHUNK = 16
-FRAME_CLASSES = {16: 9, 32: 32, 256: 101}  # and a typical clip of each
-EXP_PER_CYCLE = 16  # of a multiprocessor's special function units
+FRAME_CLASSES = {16: 9, 32: 32, 256: 101}  # the longest clip of a class: a typical one
+EXP_PER_CYCLE = 16  # by a multiprocessor's special function units
 ALU_PER_CYCLE = 128
 ALU_PER_SCORE = 6  # scale, maximum, shift, sum, conversion, rescaling
 SHARED_BYTES_PER_CYCLE = 128
 MEMORY_LATENCY_S = 700e-9
-EXPOSED_CYCLES = {1: 600, 2: 100, 3: 0}  # of a tile's loads, by pipeline stages; other resident blocks fill them
+EXPOSED_CYCLES = {1: 600, 2: 100, 3: 0}  # waiting for a tile's loads, by pipeline stages; other resident blocks fill it
 BLOCK_CYCLES = 150  # a multiprocessor's cost of starting a block
 
 Trial = tuple[float, Any, Compiled]  # modelled cost, tile, machine code
@@ -40,12 +41,12 @@ def padded(head_size: int) -> int:
 
 
 def overlap(gpu: Gpu, blocks: int, num_warps: int) -> float:
-    """How much of the lesser resources hides behind the busiest: three warps a scheduler are taken to hide all."""
+    """Return how much of the other resources the busiest one hides; we assume all at three warps per scheduler."""
     return min(1.0, blocks * num_warps / 12)
 
 
 def keyframe_cost(gpu: Gpu, config: TileConfig, built: Compiled, head_size: int, element_bytes: int) -> float:
-    """Modelled cycles of one multiprocessor for each score, lower is better; infinite where a limit is broken."""
+    """Return the modelled cycles of one multiprocessor per score, lower is better; infinite if a limit is broken."""
     blocks = blocks_per_multiprocessor(gpu, built.num_warps, built.registers, built.shared_bytes)
     if blocks == 0 or built.spill_bytes:
         return float("inf")
@@ -63,7 +64,7 @@ def keyframe_cost(gpu: Gpu, config: TileConfig, built: Compiled, head_size: int,
 def temporal_cost(
     gpu: Gpu, config: TemporalConfig, built: Compiled, head_size: int, frames: int, element_bytes: int
 ) -> float:
-    """Modelled seconds × 10⁹ of the card for one position and head; infinite where a limit is broken."""
+    """Return the modelled seconds × 10⁹ of the card for one position and head; infinite if a limit is broken."""
     blocks = blocks_per_multiprocessor(gpu, built.num_warps, built.registers, built.shared_bytes)
     if blocks == 0 or built.spill_bytes:
         return float("inf")
@@ -84,12 +85,12 @@ def temporal_cost(
 
 
 def keyframe_candidates(head_class: int, element_bytes: int) -> Iterator[TileConfig]:
-    is_large = element_bytes == 4 or head_class > 160  # few of these fit at all: small tiles too
+    is_large = element_bytes == 4 or head_class > 160  # few of these fit at all, so small tiles are tried, too
     block_ms, block_ns = ((32, 64), (16, 32)) if is_large else ((64, 128), (32, 64, 128))
     for block_m, block_n, stages in itertools.product(block_ms, block_ns, (1, 2) if is_large else (2, 3)):
         for warps in (2, 4, 8):
             accumulators = block_m * padded(head_class) / (warps * 32)
-            # Fewer rows a warp would split the head between warps, each exchange of which the model does not count.
+            # Fewer rows per warp would split the head between warps, and the model does not count their exchanges.
             tile_bytes = stages * 2 * block_n * padded(head_class) * element_bytes
             if block_m / warps in (16, 32) and accumulators <= 128 and tile_bytes <= 128 << 10:
                 yield TileConfig(block_m, block_n, warps, stages)
@@ -109,7 +110,7 @@ def temporal_candidates(frames: int, head_class: int, element_bytes: int) -> Ite
 
 
 def chunked_candidates(frames: int, head_class: int) -> Iterator[TemporalConfig]:
-    """Few tiles of such heads fit, and none of more queries: one row of the table serves all clips."""
+    """Yield tiles for heads in chunks. Few fit, none with more queries, so one row of the table serves all clips."""
     for num_rows, warps in itertools.product((16, 32, 64), (1, 2, 4, 8)):
         accumulators = num_rows * padded(head_class) / (warps * 32)
         if frames == 256 and num_rows / warps in (8, 16, 32) and accumulators <= 128:
@@ -117,7 +118,7 @@ def chunked_candidates(frames: int, head_class: int) -> Iterator[TemporalConfig]
 
 
 def attempt(build: Any, *arguments: Any) -> Compiled | None:
-    """Compile, or None where Triton refuses the tile (shared memory, an unsupported layout)."""
+    """Compile; return None if Triton refuses the tile (shared memory, an unsupported layout)."""
     try:
         return build(*arguments)
     except Exception as error:  # the compiler raises many kinds; a refused tile is no candidate
@@ -126,7 +127,7 @@ def attempt(build: Any, *arguments: Any) -> Compiled | None:
 
 
 def best(rows: list[Trial], what: object, use: Use, others: list[OtherTriton]) -> Any | None:
-    """The cheapest configuration that fits everywhere, or None: the operator then refuses such heads."""
+    """Return the cheapest configuration that fits everywhere, or None; then the operator refuses such heads."""
     for cost, config, built in sorted(rows, key=lambda row: row[0]):
         if cost < float("inf") and fits(use, config) and all(other.fits(use, config) for other in others):
             print(what, config, built.registers, built.shared_bytes, f"{cost:.4f}", flush=True)
@@ -136,7 +137,7 @@ def best(rows: list[Trial], what: object, use: Use, others: list[OtherTriton]) -
 
 
 def try_tile(gpu: Gpu, use: Use, frames: int, tile: TileConfig | TemporalConfig) -> Trial | None:
-    """A tile with its modelled cost and machine code, or None where it is refused. frames: of a clip (temporal)."""
+    """Return a tile with its modelled cost and machine code, or None if it is refused. frames: of a clip (temporal)."""
     head_size, dtype = REPRESENTATIVES[use.head_class], DTYPES[use.element_bytes][0]
     build = compile_keyframe if isinstance(tile, TileConfig) else compile_temporal
     built = attempt(build, gpu.capability, dtype, head_size, tile)
@@ -148,7 +149,7 @@ def try_tile(gpu: Gpu, use: Use, frames: int, tile: TileConfig | TemporalConfig)
 
 
 def search_keyframe(gpu: Gpu, element_bytes: int, head_class: int, others: list[OtherTriton]) -> Iterator[Any]:
-    """The table's row for one GPU, element size and head class, if a tile fits."""
+    """Yield the table's row for one GPU, element size and head class, if a tile fits."""
     key = {"capability": gpu.capability, "element_bytes": element_bytes, "max_head_size": head_class}
     use = Use("keyframe_attention", (gpu.capability,), element_bytes, head_class)
     trials = [try_tile(gpu, use, 0, tile) for tile in keyframe_candidates(head_class, element_bytes)]
@@ -157,7 +158,7 @@ def search_keyframe(gpu: Gpu, element_bytes: int, head_class: int, others: list[
 
 
 def search_temporal(gpu: Gpu, element_bytes: int, head_class: int, others: list[OtherTriton]) -> Iterator[Any]:
-    """The table's rows for one GPU, element size and head class: one a class of frames."""
+    """Yield the table's rows for one GPU, element size and head class: one per class of frames."""
     key = {"capability": gpu.capability, "element_bytes": element_bytes, "max_head_size": head_class}
     use = Use("temporal_attention", (86, 90), element_bytes, head_class)  # one row serves both architectures
     for frames, typical in FRAME_CLASSES.items():
@@ -169,12 +170,12 @@ def search_temporal(gpu: Gpu, element_bytes: int, head_class: int, others: list[
 
 
 def search(others: list[OtherTriton]) -> Table:
-    """The whole table."""
+    """Return the whole table."""
     table: Table = {"keyframe_attention": [], "temporal_attention": []}
     small, large = (next(gpu for gpu in GPUS if gpu.capability == capability) for capability in (86, 90))
     for element_bytes, classes in HEAD_CLASSES.items():
         for head_class in classes:
-            # sm_89 takes sm_86's rows: the same instructions and limits.
+            # sm_89 uses the rows of sm_86: it has the same instructions and limits.
             for gpu in (small, large):
                 table["keyframe_attention"] += search_keyframe(gpu, element_bytes, head_class, others)
             for row in search_temporal(small, element_bytes, head_class, others):
@@ -183,7 +184,7 @@ def search(others: list[OtherTriton]) -> Table:
 
 
 def write_table(table: Table) -> None:
-    """Replace kernels/configs.json, a row a line."""
+    """Replace kernels/configs.json; each row is one line."""
     lines = {op: ",\n  ".join(json.dumps(row) for row in rows) for op, rows in table.items()}
     TABLE.write_text("{\n" + ",\n".join(f' "{op}": [\n  {rows}\n ]' for op, rows in lines.items()) + "\n}\n")
 

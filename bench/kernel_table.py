@@ -1,7 +1,8 @@
-"""The Triton kernels as compiled for three GPUs: registers, spills, shared memory, occupancy, roofline time.
+"""Lists the Triton kernels as compiled for three GPUs: registers, spills, shared memory, occupancy, roofline time.
 
-Bench: `python -m bench.kernel_table [--json FILE] [--quick]` writes results/kernel_table.json and .md, or FILE and its .md; needs Triton, no GPU. The times are
-bounds, not measurements. Exits 1 if a configuration spills or does not fit.
+Bench: `python -m bench.kernel_table [--json FILE] [--quick]` writes results/kernel_table.json and .md, or FILE and its
+.md. It needs Triton, but no GPU. The times are bounds, not measurements. Exits with 1 if a configuration spills or does
+not fit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ HEADER = ("GPU", "op", "F", "L", "C", "tile", "warps", "stages", "registers", "s
 
 
 def compile_for(gpu: Gpu, problem: Attention) -> tuple[str, TileConfig | TemporalConfig, Compiled]:
-    """The table's tile for a problem, in words, and what it compiles to."""
+    """Return the table's tile for a problem, as text and as it is, and what it compiles to."""
     capability = divmod(gpu.capability, 10)
     if problem.op == "keyframe_attention":
         tile = keyframe_config(capability, DTYPE, problem.head_size)

@@ -1,6 +1,6 @@
-"""One attention problem and one tile on a device: launched, compared with fp64, timed.
+"""Launches one attention problem with one tile on a device, compares it with fp64, and times it.
 
-Bench: imported by kernel_tune.py, which asks it in the timing process and in the processes that compile.
+Bench: kernel_tune.py uses it in the timing process and in the processes that compile.
 """
 
 from __future__ import annotations
@@ -20,29 +20,31 @@ from posecrafter_rt.ops.reference import keyframe_attention_ref, temporal_attent
 
 Tile = TileConfig | TemporalConfig
 Inputs = tuple[Tensor, Tensor, Tensor]  # q, k, v
-FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of an error, as tests/kernels/test_gpu.py
-COMPARED = 64  # positions at either end of a frame or clip that fp64 works out
+# Added to the allowed error, as in tests/kernels/test_gpu.py.
+FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+COMPARED = 64  # positions at each end of a frame that are compared with fp64
 WARM_TOKENS = 64
 
 
 def launch(inputs: Inputs, tile: Tile) -> Tensor:
-    """Run the Triton kernel in this tile."""
+    """Run the Triton kernel with this tile."""
     if isinstance(tile, TileConfig):
         return keyframe_attention.launch(*inputs, HEADS, config=tile)
     return temporal_attention.launch(*inputs, HEADS, None, config=tile)
 
 
 def reference(problem: Attention, inputs: Inputs) -> Tensor:
-    """The operator's reference, torch's fused attention."""
+    """Run the operator's reference, torch's fused attention."""
     if problem.op == "keyframe_attention":
         return keyframe_attention_ref(*inputs, HEADS)
     return temporal_attention_ref(*inputs, HEADS)
 
 
 def warm(problem: Attention, dtype: torch.dtype, tile: Tile) -> str:
-    """Compile what a launch would, into Triton's cache on disk, by launching. Returns: an error's line, or empty.
+    """Launch a tile, so that its code is compiled into Triton's cache on disk. Returns: an error's first line, or "".
 
-    Few positions suffice: machine code depends on types, and on which integers 16 divides, as it divides the levels'.
+    Few positions suffice: machine code depends on types and on which integers 16 divides, and 16 divides all levels'
+    sizes.
     """
     try:
         few = replace(problem, tokens=min(problem.tokens, WARM_TOKENS))
@@ -55,7 +57,7 @@ def warm(problem: Attention, dtype: torch.dtype, tile: Tile) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """A problem's random inputs on a device, and what its results are judged by."""
+    """A problem's random inputs on a device, and what its results are compared with."""
 
     problem: Attention
     dtype: torch.dtype
@@ -66,12 +68,12 @@ class Trial:
         return attention_inputs(self.problem, self.dtype, self.device)
 
     def ends(self, tensor: Tensor) -> Tensor:
-        """The first and last positions of every frame, where blocks begin and end."""
+        """Return the first and last positions of every frame, where blocks begin and end."""
         return torch.cat([tensor[..., :COMPARED, :], tensor[..., -COMPARED:, :]], -2)
 
     @cached_property
     def judged(self) -> tuple[Tensor, float]:
-        """The exact result at both ends, and the error allowed to it: twice that of the reference in this dtype."""
+        """Return the exact result at both ends, and the allowed error: twice that of the reference, plus FLOOR."""
         q, k, v = self.inputs
         q = self.ends(q)
         if self.problem.op == "temporal_attention":
@@ -81,7 +83,7 @@ class Trial:
         return exact, 2 * error + FLOOR[self.dtype]
 
     def fault(self, tile: Tile) -> str:
-        """What is wrong with a tile's result, or empty."""
+        """Return what is wrong with a tile's result, or an empty string."""
         exact, allowed = self.judged
         torch.full_like(self.inputs[0], float("nan"))  # freed: the launch most likely gets this memory for its output
         out = launch(self.inputs, tile)
@@ -91,7 +93,7 @@ class Trial:
         return "" if error <= allowed else f"error {error:.2g} where {allowed:.2g} is allowed"
 
     def time_ms(self, tile: Tile, budget_s: float) -> float:
-        """A launch's median, L2 flushed before each."""
+        """Return the median time of a launch; L2 is flushed before each."""
         return time_call(lambda: launch(self.inputs, tile), budget_s=budget_s).median_ms
 
     def reference_ms(self, budget_s: float) -> float:

@@ -1,10 +1,11 @@
-"""Times the tiles of the Triton attention kernels on the GPU that is there, and mends the table where another is faster.
+"""Times the tiles of the Triton attention kernels on this GPU, and updates the table where another tile is faster.
 
 Bench: `python -m bench.kernel_tune [--json FILE] [--budget-s N]` ranks kernel_search's candidates by its model, compiles
-the best in one process a core, times them at SD 1.5's shapes, 16-bit heads before fp32's, and writes
-results/kernel-tune-<device>.json and .md, or FILE and its .md. `--write [PYTHON...]` then puts into kernels/configs.json
-what is faster by more than 3 % and spills under no Triton, as kernel_search does; with `--from FILE` it takes the times
-of an earlier run, which needs no GPU.
+the best in one process per core, times them at SD 1.5's shapes, 16-bit heads before fp32's, and writes
+results/kernel-tune-<device>.json and .md, or FILE and its .md. `--write [PYTHON...]` then puts those tiles into
+kernels/configs.json that are more than 3 % faster and spill under no Triton; each PYTHON is the interpreter of an
+environment with another Triton, as for kernel_search. With `--from FILE` it takes the times of an earlier run, which
+needs no GPU.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ from posecrafter_rt.kernels.configs import TABLE, table_capability
 KEYFRAME_FRAMES = 16
 TEXT_TOKENS = 77
 CLIPS = (9, 17, 32, 101)
-KEPT = 12  # candidates of a row that are timed, beside the table's
-FINALISTS = 4  # that are timed again, in turns with the table's
+KEPT = 12  # candidates per row that are timed, beside the table's tile
+FINALISTS = 4  # candidates that are timed again, in turns with the table's tile
 ROUNDS = 3
-TRIAL_S = 0.03  # of one timing
-STALL_S = 40.0  # no job of all processes takes as long: whatever is missing died with its process
-RANK_SHARE, WARM_SHARE = 0.35, 0.5  # of the time left, at most
-ROUND_S = 15.0  # less is not worth a round
+TRIAL_S = 0.03  # budget of one timing
+STALL_S = 40.0  # if no job ends for so long, the missing ones died with their processes
+RANK_SHARE, WARM_SHARE = 0.35, 0.5  # at most, of the time left
+ROUND_S = 15.0  # with less time left, a round is not started
 KEYS = ("capability", "element_bytes", "max_head_size", "max_frames")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. key: the columns that find it; cases: the problems of SD 1.5 that it serves."""
+    """A row of the table. key: the columns that identify it; cases: the problems of SD 1.5 that it serves."""
 
     use: Use
     key: tuple[tuple[str, int], ...]
@@ -71,7 +72,7 @@ class Row:
 
     @property
     def kernels(self) -> list[Attention]:
-        """A case for each machine code: of what differs between a row's cases, it sees whether 16 divides the keys."""
+        """One case for each machine code, which within a row depends only on whether 16 divides the number of keys."""
         return list({case.num_keys % 16 == 0: case for case in self.cases}.values())
 
     def candidates(self) -> list[Tile]:
@@ -81,7 +82,7 @@ class Row:
 
 
 def find_cases(op: str, head_class: int, shorter: int, max_frames: int) -> tuple[Attention, ...]:
-    """SD 1.5's attentions with a head of the class, over clips longer than `shorter` frames (temporal)."""
+    """Return SD 1.5's attentions with a head of this class; temporal ones over clips longer than `shorter` frames."""
     levels = [level for level in LEVELS if level[1] // HEADS == REPRESENTATIVES[head_class]]
     if op == "keyframe_attention":
         keys = [(tokens, channels, keys) for tokens, channels in levels for keys in (tokens, TEXT_TOKENS)]
@@ -91,7 +92,7 @@ def find_cases(op: str, head_class: int, shorter: int, max_frames: int) -> tuple
 
 
 def read_rows(capability: int, element_bytes: int) -> list[Row]:
-    """The table's rows for one of its capabilities that SD 1.5 uses."""
+    """Return the table's rows that SD 1.5 uses, for one of the table's capabilities."""
     rows = []
     for op, entries in json.loads(TABLE.read_text()).items():
         entries = [e for e in entries if (e["capability"], e["element_bytes"]) == (capability, element_bytes)]
@@ -108,12 +109,12 @@ def read_rows(capability: int, element_bytes: int) -> list[Row]:
 
 
 def in_time(until: float, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """A job of the pool; what is still in the queue when its time is over does nothing."""
+    """Run a job of the pool; a job that is still queued when its time is over does nothing."""
     return function(*arguments) if time.monotonic() < until else None
 
 
 def gather(pool: Any, until: float, function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[Any]:
-    """The jobs' results in their order; None for those that time or a crash of their process left undone."""
+    """Return the jobs' results in order; None for jobs that ran out of time or whose process crashed."""
     waiting = [pool.apply_async(in_time, (until, function, job)) for job in jobs]
     done, last = 0, time.monotonic()
     while done < len(jobs) and time.monotonic() < until:
@@ -128,7 +129,7 @@ def gather(pool: Any, until: float, function: Callable[..., Any], jobs: list[tup
 
 
 def result_of(job: Any) -> Any:
-    """A finished job's result; None, and a line, where it raised: the others count all the same."""
+    """Return a finished job's result. If it raised, warn and return None, because the other jobs still count."""
     try:
         return job.get()
     except Exception as error:
@@ -137,13 +138,13 @@ def result_of(job: Any) -> Any:
 
 
 def rank(gpu: Gpu, use: Use, frames: int, tile: Tile) -> float:
-    """A tile's modelled cost; infinite where it spills, does not fit or is refused."""
+    """Return a tile's modelled cost; infinite if it spills, does not fit or is refused."""
     trial = try_tile(gpu, use, frames, tile)
     return float("inf") if trial is None else trial[0]
 
 
 def rank_rows(pool: Any, until: float, gpu: Gpu, rows: list[Row]) -> dict[Row, list[tuple[Tile, float]]]:
-    """Each row's tiles to time, with the model's cost: the table's, then the cheapest."""
+    """Return each row's tiles to time, with their modelled cost: the table's tile, then the cheapest."""
     jobs = [(row, tile) for row in rows for tile in row.candidates()]
     clips = {row: FRAME_CLASSES.get(row.max_frames, 0) for row in rows}
     costs = gather(pool, until, rank, [(gpu, row.use, clips[row], tile) for row, tile in jobs])
@@ -158,7 +159,7 @@ def rank_rows(pool: Any, until: float, gpu: Gpu, rows: list[Row]) -> dict[Row, l
 
 
 def warm_rows(pool: Any, until: float, ranked: dict[Row, list[tuple[Tile, float]]]) -> dict[Row, list[Record]]:
-    """Compile what is to be timed, every row's first tiles first → each row's candidates, as they are reported."""
+    """Compile the tiles to time, beginning with every row's first tile. Returns: each row's candidates, as reported."""
     depths = range(max(len(tiles) for tiles in ranked.values()))
     pairs = [(row, *tiles[depth]) for depth in depths for row, tiles in ranked.items() if depth < len(tiles)]
     jobs = [(row, tile, case) for row, tile, _ in pairs for case in row.kernels]
@@ -173,7 +174,7 @@ def warm_rows(pool: Any, until: float, ranked: dict[Row, list[tuple[Tile, float]
 
 
 def time_row(row: Row, candidates: list[Record], device: str, deadline: float) -> Record:
-    """Check and time a row's candidates, the best again in turns with the table's; adds their times to them."""
+    """Check and time a row's candidates, the best again in turns with the table's tile; add the times to them."""
     trials = [Trial(case, row.dtype, device) for case in row.cases]
     for candidate in candidates:
         if not candidate["dropped"]:
@@ -197,7 +198,7 @@ def time_row(row: Row, candidates: list[Record], device: str, deadline: float) -
 
 
 def time_once(candidate: Record, tile: Tile, trials: list[Trial], deadline: float) -> None:
-    """Add a candidate's first times, or why it has none: no time is left, or a result is wrong."""
+    """Add a candidate's first times, or why it has none: no time was left, or a result is wrong."""
     if time.monotonic() > deadline:
         candidate["dropped"] = "no time left"
         return
@@ -210,7 +211,7 @@ def time_once(candidate: Record, tile: Tile, trials: list[Trial], deadline: floa
 
 
 def measure(pool: Any, capability: tuple[int, int], device: str, deadline: float) -> Record:
-    """Every row's candidates' times, 16 bits first, for as long as the deadline allows."""
+    """Time the candidates of every row, 16-bit rows first, until the deadline."""
     of_table = table_capability(capability)
     gpus = {gpu.capability: gpu for gpu in GPUS}
     gpu = gpus.get(capability[0] * 10 + capability[1], gpus[of_table])
@@ -232,7 +233,7 @@ def measure(pool: Any, capability: tuple[int, int], device: str, deadline: float
                 continue
             try:
                 document["rows"].append(time_row(row, candidates[row], device, deadline))
-            except Exception as error:  # after a fault of CUDA nothing more runs here: what is measured is reported
+            except Exception as error:  # after a CUDA fault nothing more runs here: report what was measured
                 document["error"] = f"{row.name}: {error}"
             say(row.name, deadline)
     return document
@@ -243,14 +244,14 @@ def say(what: str, deadline: float) -> None:
 
 
 def measure_here(budget_s: float) -> Record:
-    """`measure` on this machine's GPU, with a process a core."""
+    """Run `measure` on this machine's GPU, with one process per core."""
     deadline = time.monotonic() + budget_s
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         return measure(pool, torch.cuda.get_device_capability(), "cuda", deadline)
 
 
 def main() -> int:
-    """Measure or read, print and write. Returns 1 if a result was wrong or the GPU failed."""
+    """Measure or read, print and write. Returns 1 if a result was wrong, or the GPU failed or is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_output_arguments(parser, "twenty seconds")
     parser.add_argument("--budget-s", type=float, default=140.0, help="seconds to measure for")

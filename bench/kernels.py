@@ -1,7 +1,7 @@
-"""Times the three operators against what one would write without them, on whatever device is there.
+"""Times the three operators against the code that one would write without them, on the GPU if there is one.
 
-Bench: `python -m bench.kernels` writes results/kernels-<device>.json and .md. Rooflines are this machine's own,
-measured: the time that the bytes or the FLOPs would take at the peak of a copy or of a matrix product.
+Bench: `python -m bench.kernels` writes results/kernels-<device>.json and .md. Rooflines are from this machine's
+measured peaks: the time that the bytes or the FLOPs would take at the speed of a copy or of a matrix product.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def expanded_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Key-frame attention as image models' code has it: K and V repeated for every frame, then SDPA."""
+    """Compute key-frame attention as image models do: repeat K and V for every frame, then call SDPA."""
     frames, tokens, channels = q.shape
     k, v = (tensor.repeat_interleave(frames // tensor.shape[0], 0) for tensor in (k, v))
     out = scaled_dot_product_attention(*(split_heads(tensor, HEADS) for tensor in (q, k, v)))
@@ -37,7 +37,7 @@ def expanded_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def transposed_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Temporal attention as image models' code has it: positions first, SDPA, and back; with one group, without copies."""
+    """Compute temporal attention like image models: positions first, SDPA, back. One group's q, k, v are not copied."""
     groups, frames, tokens, channels = q.shape
     moved = [t.transpose(1, 2).reshape(groups * tokens, -1, channels) for t in (q, k, v)]
     out = scaled_dot_product_attention(*(split_heads(tensor, HEADS) for tensor in moved))
@@ -46,7 +46,7 @@ def transposed_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by xformers' memory-efficient attention, K and V repeated."""
+    """Compute key-frame attention with xformers' memory-efficient attention; K and V are repeated."""
     from xformers.ops import memory_efficient_attention
 
     frames, tokens, channels = q.shape
@@ -56,7 +56,7 @@ def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_inputs(problem: Attention, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """One group's random q, k and v, contiguous."""
+    """Return random q, k and v of one group, contiguous."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -71,14 +71,14 @@ def attention_inputs(problem: Attention, dtype: torch.dtype, device: str) -> tup
 
 
 def attention_calls(problem: Attention, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Tensor]]:
-    """The contenders for one problem; ours is named by the backend that it takes."""
+    """Return the contenders for one problem; ours is named after the backend that it takes."""
     q, k, v = attention_inputs(problem, dtype, device)
     if problem.op == "keyframe_attention":
         calls = {
             f"ours ({chosen(problem.op, q, k, v)})": lambda: keyframe_attention(q, k, v, HEADS),
             "torch SDPA, K and V expanded": lambda: expanded_sdpa(q, k, v),
         }
-        if device == "cuda":  # where ours is not that
+        if device == "cuda":  # on a CPU ours is the same
             calls["torch SDPA, one K and V"] = lambda: keyframe_attention(q, k, v, HEADS, backend="reference")
         if device == "cuda" and find_spec("xformers") and dtype != torch.float32:
             calls["xformers, K and V expanded"] = lambda: xformers_attention(q, k, v)
@@ -90,12 +90,12 @@ def attention_calls(problem: Attention, dtype: torch.dtype, device: str) -> dict
 
 
 def chosen(op: str, *tensors: Tensor) -> str:
-    """The backend that `None` takes for these tensors."""
+    """Return the backend that `None` takes for these tensors."""
     return next(name for name in BACKENDS[op] if unsupported_reason(op, name, *tensors, heads=HEADS) is None)
 
 
 def cv2_loop(latent: np.ndarray, affines: np.ndarray, rects: np.ndarray) -> np.ndarray:
-    """The method's step 4 as one would write it: cv2.warpAffine for each frame, region and channel, then the paste."""
+    """Do the method's step 4 as one would write it: cv2.warpAffine per frame, region and channel, then the paste."""
     out = np.repeat(latent[None], len(affines) + 1, 0)
     for frame, frame_affines, frame_rects in zip(out[1:], affines, rects, strict=True):
         for affine, (x0, y0, x1, y1) in zip(frame_affines, frame_rects, strict=True):
@@ -106,7 +106,7 @@ def cv2_loop(latent: np.ndarray, affines: np.ndarray, rects: np.ndarray) -> np.n
 
 
 def paste_problem(num_frames: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A face and two hands that move a little on a 4 × 64 × 64 latent."""
+    """Return a face and two hands that move a little on a 4 × 64 × 64 latent: latent, affines, rects."""
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(4, 64, 64, generator=generator)
     noise = torch.randn(num_frames, 3, 2, 3, generator=generator)
@@ -116,7 +116,7 @@ def paste_problem(num_frames: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def bench_paste(device: str, budget_s: float, peaks: dict[str, float]) -> list[Row]:
-    """affine_warp_paste at N = 100 against the cv2 loop, in this process and on the same data."""
+    """Time affine_warp_paste at N = 100 against the cv2 loop, in this process and on the same data."""
     latent, affines, rects = paste_problem(100)
     arrays = latent.numpy(), affines.numpy(), rects.numpy()
     on_device = [tensor.to(device) for tensor in (latent, affines, rects)]
@@ -138,7 +138,7 @@ def bench_paste(device: str, budget_s: float, peaks: dict[str, float]) -> list[R
 
 
 def rows(what: Row, timings: dict[str, Timing], num_bytes: int, flops: int, peaks: dict[str, float]) -> list[Row]:
-    """One result a contender, with its share of the measured roofline."""
+    """Return one result per contender, with its share of the measured roofline."""
     ideal_ms = 1e3 * max(num_bytes / peaks["bytes_per_s"], flops / peaks[what["dtype"]])
     cost = {"bytes": num_bytes, "flops": flops, "roofline_ms": round(ideal_ms, 4)}
     shares = {name: round(100 * ideal_ms / timing.median_ms, 1) for name, timing in timings.items()}
@@ -149,7 +149,7 @@ def rows(what: Row, timings: dict[str, Timing], num_bytes: int, flops: int, peak
 
 
 def measure_peaks(device: str, dtypes: list[torch.dtype], budget_s: float) -> dict[str, float]:
-    """Bytes a second of a large copy (read and write counted), and FLOPs a second of a matrix product in each dtype."""
+    """Measure bytes per second of a large copy (reads and writes), and FLOP/s of a matrix product in each dtype."""
     size = 8192 if device == "cuda" else 1024
     source = torch.ones((1 << 30 if device == "cuda" else 1 << 26) // 4, device=device)
     target = torch.empty_like(source)
@@ -158,16 +158,16 @@ def measure_peaks(device: str, dtypes: list[torch.dtype], budget_s: float) -> di
     for dtype in dict.fromkeys([torch.float32, *dtypes]):
         a = torch.randn(size, size, device=device).to(dtype)
         multiplied = time_call(lambda a=a: a @ a, budget_s=budget_s)
-        # A processor that lacks a type multiplies it slower than float32, which it may be converted to.
+        # A processor without this type multiplies it more slowly than float32, but can convert it to float32.
         peak = max(2e3 * size**3 / multiplied.min_ms, peaks.get("float32", 0.0))
         peaks[str(dtype).removeprefix("torch.")] = peak
     return peaks
 
 
 def measure_peak(precision: str) -> Row:
-    """FLOPs a second of a large matrix product at its fastest, on the device that engines take; of int8 that in float32.
+    """Measure the FLOP/s of a large matrix product at its fastest, on the engines' device; for int8 in float32.
 
-    torch's product of 8 bits was no faster than float32's on a processor with AVX-512 VNNI (2.13).
+    torch 2.13 multiplied 8-bit matrices no faster than float32 ones on a processor with AVX-512 VNNI.
     """
     dtype = TORCH_DTYPES.get(precision, torch.float32)
     peaks = measure_peaks(torch_device().type, [dtype], budget_s=0.5)
@@ -175,7 +175,7 @@ def measure_peak(precision: str) -> Row:
 
 
 def markdown(document: Row) -> str:
-    """The results as a table."""
+    """Format the results as a table."""
     facts = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     peaks = ", ".join(f"{key} {value:.3g}" for key, value in document["peaks"].items())
     lines = [f"# Operators on {document['device']}", "", f"Machine: {facts}", "", f"Measured peaks: {peaks} (FLOP/s)."]

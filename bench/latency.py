@@ -1,10 +1,10 @@
-"""From a pose to its frame: how long it takes, how evenly frames come and what is lost, in one process and by a server.
+"""Measures how long a pose takes to become a frame, how evenly frames come, and what is lost; also through a server.
 
 Bench: `python -m bench.latency [ENGINE | --checkpoint demo/tuned.ckpt] [--json FILE] [--quick]` plays the
-demonstration's poses by a camera's clock to `Avatar.stream` and to `posecrafter-rt serve`, and writes
-results/latency-<device>.json and .md, or FILE and its .md; with --quick alone (few seconds each, one server) it only
-prints. Where a server's packages are missing it is left out. On a GPU `--base random-sd15 --size 512x512 --rate 60` has
-the size of Stable Diffusion 1.5.
+demonstration's poses at a camera's pace to `Avatar.stream` and to `posecrafter-rt serve`, and writes
+results/latency-<device>.json and .md, or FILE and its .md. --quick takes a few seconds for each and starts one server;
+it only prints unless --json is given. If a server's packages are missing, the servers are left out. On a GPU `--base
+random-sd15 --size 512x512 --rate 60` has the size of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 class Targets(NamedTuple):
-    """What is to be reached at so many steps; nothing may be overdue."""
+    """What a stream of so many steps should reach; no frame may be overdue. of: a description of the case."""
 
     of: str
     steps: int
@@ -40,7 +40,7 @@ class Targets(NamedTuple):
     first_frame_s: float = 1.0
 
     def judge(self, row: Row) -> dict[str, tuple[str, bool]]:
-        """Target → what was measured, and whether that meets it."""
+        """Return, by target, what was measured and whether that meets it."""
         p95, first = row["latency_ms"]["p95"], row["first_frame_s"]
         return {
             f"at least {self.fps:g} frames/s": (f"{row['fps']:.1f}", row["fps"] >= self.fps),
@@ -51,7 +51,7 @@ class Targets(NamedTuple):
 
 
 def targets_for(size: list[int], facts: Row) -> Targets | None:
-    """Those that are set for a size on this machine."""
+    """Return the targets for a size on this machine, if there are any."""
     gpu = facts.get("gpu")
     if size == [128, 160] and gpu is None:
         return Targets("the embedded base at 128×160 on two cores", 4, 20, 150)
@@ -62,7 +62,7 @@ def targets_for(size: list[int], facts: Row) -> Targets | None:
 
 
 def benchmark(engine: Path, options: argparse.Namespace) -> Row:
-    """Measure every way of streaming, then the server, once the networks of this process are gone."""
+    """Measure every way of streaming in this process, unload its networks, then measure the servers."""
     rows: list[Row] = []
     plain = {"window": options.window, "decoder": options.decoder}
     streams = []
@@ -97,14 +97,14 @@ def benchmark(engine: Path, options: argparse.Namespace) -> Row:
 
 
 def name_of(row: Row) -> str:
-    """How a table calls it."""
+    """Return a row's name in the tables."""
     steps = f"{row['steps']} step{'s' * (row['steps'] > 1)}"
     every = f", U-Net every {row['unet_every']}" if row.get("unet_every", 1) > 1 else ""
     return f"{row['way']}, {steps}" + every + (", pipelined" if row["is_pipelined"] else "")
 
 
 def markdown(document: Row) -> str:
-    """The results as tables."""
+    """Format the results as tables."""
     setup, facts = document["setup"], document["machine"]
     rows = [row for row in document["rows"] if "error" not in row]
     size = "×".join(map(str, setup["size"]))
@@ -152,7 +152,7 @@ def markdown(document: Row) -> str:
 
 
 def judged(document: Row, rows: list[Row]) -> list[str]:
-    """Targets against what was measured."""
+    """Compare the targets with what was measured."""
     targets = targets_for(document["setup"]["size"], document["machine"])
     rows = [row for row in rows if targets is not None and row["steps"] == targets.steps]
     if targets is None or not rows:
@@ -164,7 +164,7 @@ def judged(document: Row, rows: list[Row]) -> list[str]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; --quick changes the seconds, and how many servers are started."""
+    """Parse the command line. --quick changes the seconds, and how many servers are started."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])

@@ -1,7 +1,8 @@
-"""The FLOP ledger: what ControlVideo's algorithm, PoseCrafter as published and this runtime compute, by identity.
+"""The FLOP ledger: what ControlVideo, PoseCrafter as published and this runtime compute, and what each identity saves.
 
-Bench: `python -m bench.ledger [--json FILE] [--quick]`, seconds and no weights. Writes results/ledger.json and .md, or FILE
-and its .md; with --quick alone (the embedded base, 8 frames, 10 steps) it only prints.
+Bench: `python -m bench.ledger [--json FILE] [--quick]` takes seconds and needs no weights. Writes results/ledger.json
+and .md, or FILE and its .md. --quick takes the embedded base, 8 frames and 10 steps, and only prints unless --json is
+given.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from posecrafter_rt.models.sources import EMBEDDED_FOLDER, SD15_FOLDER
 SHARE_OF_PEAK = 0.5
 QUICK = Setup((128, 160), 8, 10)
 
-# Estimates from before the networks were counted, at SD 1.5, 512², N = 100, 50 steps: PFLOP, and GFLOP of a frame.
+# Estimates made before the networks were counted, for SD 1.5, 512², N = 100, 50 steps: PFLOP, and GFLOP per frame.
 ESTIMATES = {
     "plain": 12.0, "published": 6.14, "exact": 5.80, "U-Net, images alone": 803, "ControlNet": 283,
     "pose embedding": 14.7, "temporal projections": 63, "key-frame K and V": 36, "VAE decoder": 2515,
@@ -28,7 +29,7 @@ ESTIMATES = {
 
 
 def network_flops(counters: Counters, setup: Setup) -> dict[str, int]:
-    """FLOPs of every network, and of what is notable in it: of one frame in one step where nothing else is said."""
+    """Return the FLOPs of every network and its notable parts, per frame and step unless the name says otherwise."""
     frames = setup.frames + 1
     latents, pictures = counters.latents(setup, 1), counters.pixels(setup, 1)
     image_step = counters.image_step(setup)
@@ -38,7 +39,7 @@ def network_flops(counters: Counters, setup: Setup) -> dict[str, int]:
         "ControlNet": image_step["ControlNet"],
         "pose embedding": step.parts["pose embedding"],
         "temporal projections": step.parts["temporal q, k, v"] + step.parts["temporal output"],
-        # All else is linear in frames; here every frame meets every other.
+        # All else is linear in the number of frames; here every frame meets every other.
         "temporal attention products": (clip.flops - frames * step.flops) // (frames - 1),
         "key-frame K and V": step.parts["key-frame K and V"],
         "text K and V": step.parts["text K and V"],
@@ -63,16 +64,16 @@ SAVED_PARTS = {
 
 
 def published_to_exact(counters: Counters, setup: Setup, published: Count, exact: Count) -> dict[str, int]:
-    """What each identity of METHOD saves of `published`: layers counted by hand, so that the sum is a check."""
+    """Return what each identity of METHOD saves of `published`. Layers are counted by hand, so the sum is a check."""
     saved = {what: published.parts[part] - exact.parts[part] for what, part in SAVED_PARTS.items()}
     saved["one encoding of one prompt"] = counters.network("text_encoder", counters.input_ids()).flops
     decoded = counters.plain_decode(setup)
-    saved["the inserted frame is not decoded"] = decoded.flops - decoded.parts["doubling"]  # which is counted already
+    saved["the inserted frame is not decoded"] = decoded.flops - decoded.parts["doubling"]  # doubling is counted above
     return saved
 
 
 def plain_to_published(counters: Counters, setup: Setup) -> dict[str, int]:
-    """What one inversion saves of `plain`, and what the inserted frame costs."""
+    """Return what inverting only one frame saves of `plain`, and what the inserted frame costs."""
     step, steps = counters.plain_step, setup.num_inference_steps
     encoded = counters.network("vae_encoder", counters.pixels(setup, 1)).flops
     decoded = counters.plain_decode(setup).flops
@@ -86,7 +87,7 @@ def plain_to_published(counters: Counters, setup: Setup) -> dict[str, int]:
 
 
 def make_ledger(configs: Path, setup: Setup) -> dict[str, Any]:
-    """The whole ledger as plain numbers, all of them FLOPs unless they say otherwise."""
+    """Return the whole ledger as plain numbers, in FLOPs unless a name says otherwise."""
     counters = Counters(configs)
     counts = {"plain": counters.plain(setup), "published": counters.published(setup), "exact": counters.exact(setup)}
     return {
@@ -109,14 +110,14 @@ def make_ledger(configs: Path, setup: Setup) -> dict[str, Any]:
 
 
 def estimate(name: str, value: float, is_real_size: bool) -> tuple[str, str]:
-    """An earlier estimate, and how far the count is from it."""
+    """Return an earlier estimate and how far the count is from it, or two empty strings."""
     if not is_real_size or name not in ESTIMATES:
         return "", ""
     return f"{ESTIMATES[name]:g}", f"{100 * (value / ESTIMATES[name] - 1):+.1f} %"
 
 
 def markdown(ledger: dict[str, Any], base: str) -> str:
-    """The ledger as tables."""
+    """Format the ledger as tables."""
     setup, algorithms = ledger["setup"], ledger["algorithms"]
     is_real_size = base == "SD 1.5" and setup["frames"] == 100
     totals = {name: algorithm["total"] for name, algorithm in algorithms.items()}

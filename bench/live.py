@@ -1,4 +1,4 @@
-"""One live run: poses by a camera's clock, to a stream in this process or to a server, and what was shown when.
+"""One live run: sends poses at a camera's pace to a stream in this process or to a server, and records what is shown.
 
 Bench: imported by latency.py.
 """
@@ -35,18 +35,18 @@ from posecrafter_rt.serve.mailbox import Mailbox
 from posecrafter_rt.serve.protocol import REPEAT, PoseMessage, decode_frame, encode_pose
 from posecrafter_rt.spec import SHALLOW_STREAM, STREAM_NETWORKS
 
-SLACK_S = 0.001  # a camera's thread may be held up between reading its clock and leaving the pose
+SLACK_S = 0.001  # a camera's thread may be delayed between reading its clock and leaving the pose
 MIN_FRAMES = 4
-LAST_FRAME_S = 1.0  # how long to wait for one more
+LAST_FRAME_S = 1.0  # how long to wait for another frame
 BUDGET_FRAMES = 20
 Row = dict[str, Any]
 
 
 class Shown(NamedTuple):
-    """A frame.
+    """A frame that was shown.
 
-    number: of its pose. at_s: when it was there as an array. is_repeat: nothing was computed for it. took_s: the step
-    that gave it.
+    number: of its pose. at_s: when it was available as an array. is_repeat: nothing was computed for it. took_s:
+    seconds of the step that made it.
     """
 
     number: int
@@ -56,32 +56,31 @@ class Shown(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What was seen of one run. offered: when each pose was there, in seconds of the clock of `Shown.at_s`."""
+    """What was seen of one run. offered: when each pose was available, in seconds of the same clock as `Shown.at_s`."""
 
     offered: list[float]
     shown: list[Shown]
 
 
 class RunFailed(Exception):
-    """Next to nothing was shown, or the server did not start."""
+    """Almost nothing was shown, or the server did not start or broke off."""
 
 
 def percentiles(seconds: np.ndarray, *ranks: int) -> dict[str, float]:
-    """In milliseconds, by name: p50 and the like; 100 is `max`."""
+    """Return percentiles in milliseconds by name, such as `p50`; 100 is `max`."""
     values = np.percentile(seconds, ranks) * 1e3
     return {"max" if rank == 100 else f"p{rank}": round(float(value), 2)
             for rank, value in zip(ranks, values, strict=True)}  # fmt: skip
 
 
 def summarise(trace: Trace) -> Row:
-    """The figures of a run, times in milliseconds.
+    """Summarise a run; times are in milliseconds.
 
-    latency: from the moment that a pose is there to the moment that its frame is. jitter: how intervals between frames
-    change from one to the next. dropped: poses between the first and the last shown that have no frame. behind: by how
-    much a frame's pose is older than the newest, when the frame comes. overdue: frames that come later after the pose
-    that follows theirs than a frame takes, which is what has passed since the frame before. frame: the step that gave
-    it, of a server as it says.
-    Raises: RunFailed where next to nothing was shown.
+    latency: from when a pose is available to when its frame is. jitter: how much the intervals between frames change
+    from one to the next. dropped: poses between the first and the last shown one that have no frame. behind: how much
+    older a frame's pose is than the newest pose when the frame comes. overdue: frames that come longer after the next
+    pose than after the frame before. frame: the step that made the frame; for a server, as the server reports it.
+    Raises: RunFailed if fewer than MIN_FRAMES frames were shown.
     """
     if len(trace.shown) < MIN_FRAMES:
         raise RunFailed(f"{len(trace.shown)} frames were shown in all")
@@ -106,19 +105,19 @@ def summarise(trace: Trace) -> Row:
 
 @dataclass(frozen=True)
 class Camera:
-    """Poses on the avatar's canvas, played there and back, so that none jumps, at a rate and for so long."""
+    """Poses on the avatar's canvas, played back and forth so that none jumps: `rate` per second, for `seconds`."""
 
     poses: PoseSequence
     rate: float
     seconds: float
 
     def pose(self, number: int) -> np.ndarray:
-        """(134, 3)."""
+        """Return pose number `number`: (134, 3)."""
         last = len(self.poses) - 1
         return self.poses.keypoints[last - abs(number % (2 * last) - last)]
 
     def play(self, offer: Callable[[], None]) -> None:
-        """Call `offer` by the clock; what comes late is made up for."""
+        """Call `offer` at the camera's rate; after a delay it catches up."""
         start = time.perf_counter()
         for number in range(max(1, round(self.rate * self.seconds))):
             time.sleep(max(0.0, start + number / self.rate - time.perf_counter()))
@@ -126,12 +125,12 @@ class Camera:
 
 
 def num_behind(options: StreamOptions) -> int:
-    """How many calls after its own a pose's frame comes."""
+    """Return how many calls later a pose's frame comes."""
     return options.steps - 1 if options.is_pipelined else 0
 
 
 def follow(stream: AvatarStream, camera: Camera) -> Trace:
-    """A thread offers poses, the newest wins; this one takes them and steps."""
+    """Stream live: another thread offers poses, of which the newest wins; this thread takes them and steps."""
     mailbox: Mailbox[str, int] = Mailbox()
     trace = Trace([], [])
 
@@ -159,10 +158,10 @@ def follow(stream: AvatarStream, camera: Camera) -> Trace:
 
 
 def measure_stream(avatar: Avatar, options: StreamOptions, camera: Camera) -> Row:
-    """One way of streaming in this process.
+    """Measure one way of streaming in this process.
 
-    open_s: from opening the first stream of these options, which samples the reference, to its first frame;
-    first_frame_s: the same of a later one.
+    open_s: from opening the first stream with these options, which samples the reference, to its first frame.
+    first_frame_s: the same for a later stream.
     """
     seconds = []
     for _ in range(2):
@@ -180,7 +179,7 @@ def measure_stream(avatar: Avatar, options: StreamOptions, camera: Camera) -> Ro
 
 
 class Watched:
-    """An engine whose calls are a stage."""
+    """An engine whose calls are timed as a stage."""
 
     def __init__(self, engine: Engine, stages: Stages, name: str) -> None:
         self.engine, self.spec, self.device, self.stages, self.name = engine, engine.spec, engine.device, stages, name
@@ -195,9 +194,9 @@ class Watched:
 
 
 def measure_stages(stream: AvatarStream, camera: Camera) -> dict[str, float]:
-    """Mean milliseconds of a frame by stage, frame after frame without a camera; a GPU is waited for at each end.
+    """Return the mean milliseconds of a frame by stage, without a camera; it waits for the GPU at each stage's end.
 
-    The pose's embedding includes drawing it; what comes back from decoding is the picture.
+    Embedding a pose includes drawing it, and decoding includes the conversion to a picture.
     """
     stages = Stages()
     names = {**{network: network.removesuffix("_stream") for network in STREAM_NETWORKS}, SHALLOW_STREAM: "unet"}
@@ -210,7 +209,7 @@ def measure_stages(stream: AvatarStream, camera: Camera) -> dict[str, float]:
         def call(*arguments: Any) -> Any:
             with stages(name):
                 made = function(*arguments)
-                return iter(list(made)) if isinstance(made, Iterator) else made  # which is made when it is taken
+                return iter(list(made)) if isinstance(made, Iterator) else made  # a generator runs only when it is read
 
         return call
 
@@ -219,7 +218,7 @@ def measure_stages(stream: AvatarStream, camera: Camera) -> dict[str, float]:
         for name in ("edit_latents", "embed_poses", "decode"):
             patches.enter_context(patch.object(stream_module, name, timed(name)))
         for number in range(BUDGET_FRAMES + 2 * stream.options.steps):
-            if number == 2 * stream.options.steps:  # warm, and every place of a pipeline taken
+            if number == 2 * stream.options.steps:  # warm, and the pipeline is full
                 stages.seconds.clear()
                 begin = time.perf_counter()
             watched.step(camera.pose(number))
@@ -233,9 +232,9 @@ def measure_stages(stream: AvatarStream, camera: Camera) -> dict[str, float]:
 
 @contextmanager
 def serving(engine: Path, options: StreamOptions) -> Iterator[tuple[str, float]]:
-    """A server as a process of its own: the address of its WebSocket, and seconds from its start to there.
+    """Run a server in a process of its own. Yields: the address of its WebSocket, and the seconds until it serves.
 
-    Args: options: of which it takes what its command names. Raises: RunFailed with what it said.
+    Args: options: those that `serve` has as command-line options are used. Raises: RunFailed with the server's message.
     """
     begin = time.perf_counter()
     command = [sys.executable, "-m", "posecrafter_rt", "serve", str(engine), "--port", "0", "--json",
@@ -246,7 +245,7 @@ def serving(engine: Path, options: StreamOptions) -> Iterator[tuple[str, float]]
         command, stdout=subprocess.PIPE, stderr=log, text=True) as server:  # fmt: skip
         try:
             assert server.stdout is not None
-            line = server.stdout.readline()  # comes when it serves; or it ends, and nothing comes
+            line = server.stdout.readline()  # printed once it serves; empty if it ends
             if not line:
                 server.wait()
                 log.seek(0)
@@ -259,7 +258,7 @@ def serving(engine: Path, options: StreamOptions) -> Iterator[tuple[str, float]]
 
 
 class Client:
-    """One client of a server. offered: when each pose was there, by number."""
+    """One client of a server. offered: when each pose was available, by number."""
 
     def __init__(self, socket: Any, camera: Camera) -> None:
         self.socket, self.camera = socket, camera
@@ -273,7 +272,7 @@ class Client:
         self.socket.send(encode_pose(message))
 
     def next_frame(self, timeout_s: float) -> Shown | None:
-        """The next frame, decoded; None where none comes in time. What the server has to say goes to stderr."""
+        """Return the next frame, decoded, or None if none comes in time. The server's errors are printed to stderr."""
         until = time.perf_counter() + timeout_s
         while (left := until - time.perf_counter()) > 0:
             try:
@@ -293,10 +292,10 @@ class Client:
 
 
 def measure_serve(engine: Path, options: StreamOptions, camera: Camera) -> Row:
-    """A server (see `serving`) with one client, on loopback.
+    """Measure a server (see `serving`) with one client, over loopback.
 
     start_s: from starting the process to serving; first_frame_s: from connecting to the first frame.
-    Raises: RunFailed.
+    Raises: RunFailed also if the package websockets is missing, or the connection ends.
     """
     try:
         from websockets.exceptions import WebSocketException

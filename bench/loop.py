@@ -1,7 +1,8 @@
-"""What a render costs outside its networks: the sampler's arithmetic, the latent editing, and all that Python does between.
+"""Measures what a render costs outside its networks: the sampler's arithmetic and the Python code in between.
 
-Bench: `python -m bench.loop [ENGINE] [--json FILE] [--quick]` writes results/loop-<device>.json and .md, or FILE and its .md;
-with --quick alone (few frames, one round) it only prints. `--base random-sd15` has the size of Stable Diffusion 1.5.
+Bench: `python -m bench.loop [ENGINE] [--json FILE] [--quick]` writes results/loop-<device>.json and .md, or FILE and
+its .md. --quick takes few frames and one round, and only prints unless --json is given. `--base random-sd15` has the
+size of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TARGET_SHARE = 0.03  # of the denoising loop's time
 
 
 class Clocked:
-    """An engine with a clock on its calls; a GPU is waited for after each."""
+    """An engine that times its calls; it waits for the GPU after each."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.spec, self.device = engine, engine.spec, engine.device
@@ -44,9 +45,9 @@ class Clocked:
 
 
 def measure(path: Path, num_frames: int, num_inference_steps: int, rounds: int) -> Row:
-    """Of `rounds` renders the median by the share outside the networks: seconds of its denoising, and of the networks in it.
+    """Time `rounds` renders and return the one with the median share outside the networks, in seconds of its denoising.
 
-    The inversion is cached, so the denoisers run in the denoising alone; a render before it has compiled everything.
+    The inversion is cached, so the denoisers run only while denoising. A render before has compiled everything.
     """
     rows = []
     with Avatar.load(path) as avatar:
@@ -66,12 +67,12 @@ def measure(path: Path, num_frames: int, num_inference_steps: int, rounds: int) 
 
 
 def median_round(rows: list[Row]) -> Row:
-    """The round whose share is the median; of an even number the greater of the two."""
+    """Return the round with the median share; of an even number of rounds, the greater of the middle two."""
     return sorted(rows, key=lambda row: row["share"])[len(rows) // 2]
 
 
 def markdown(document: Row) -> str:
-    """The results as a table."""
+    """Format the results as a table."""
     setup, facts = document["setup"], document["machine"]
     height, width = setup["size"]
     lines = [f"# The denoising loop: {setup['base']}, {height}x{width}, {setup['backend']} {setup['precision']}", "",

@@ -1,5 +1,4 @@
-"""Engines that the package does not use, to compare its own with: ONNX Runtime, OpenVINO with free shapes, and with
-weights in 8 bits.
+"""Engines that the package does not use, for comparison: ONNX Runtime, OpenVINO with free shapes or with 8-bit weights.
 
 Bench: imported by engines.py.
 """
@@ -29,7 +28,7 @@ STATIC = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
 
 
 class OnnxRuntime:
-    """ONNX Runtime on the CPU. is_static: a session for each shape; int8: weights and activations of products in 8 bits."""
+    """ONNX Runtime on the CPU. is_static: one session per shape; int8: products have 8-bit weights and activations."""
 
     def __init__(self, is_static: bool = False, int8: bool = False) -> None:
         self.is_static, self.int8 = is_static, int8
@@ -68,10 +67,10 @@ class OnnxRuntime:
 
 
 class FreeOpenVino:
-    """OpenVINO with one compiled model for all shapes, as `engines.openvino` does not have it: it fails silently there."""
+    """OpenVINO with one compiled model for all shapes. `engines.openvino` avoids that: results can be garbage."""
 
     def build(self, model: PoseModel, arch: Architecture, folder: Path) -> None:
-        """As the backend does."""
+        """Write the networks as the backend does."""
         OpenVinoBackend().build(model, arch, folder, "fp32", lambda stage: None)
 
     def load(self, folder: Path, arch: Architecture) -> dict[str, Network]:
@@ -95,9 +94,9 @@ class FreeOpenVino:
 
 
 class EightBitOpenVino(FreeOpenVino):
-    """OpenVINO in float32 with the weights of products in 8 bits, each row by its own scale; weights alone, no activations.
+    """OpenVINO in float32, with 8-bit weights of products, one scale per row; activations are not quantised.
 
-    Compiled for each shape at its first call.
+    It is compiled for each shape at its first call.
     """
 
     def _compiler(self, core: openvino.Core, path: Path) -> Callable[[Mapping[str, Tensor]], Any]:
@@ -116,7 +115,7 @@ class EightBitOpenVino(FreeOpenVino):
 
 
 def quantise_products(model: openvino.Model) -> int:
-    """Replace the constant matrices of a model's products by 8 bits times a scale for each row; returns how many."""
+    """Replace the constant matrices of a model's products by 8-bit values times a scale per row. Returns: how many."""
     matrices = [node.input_value(1).get_node() for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
     constants = [node for node in matrices if node.get_type_name() == "Constant" and len(node.shape) == 2]
     for node in constants:
@@ -137,13 +136,13 @@ ENGINES: Mapping[str, OnnxRuntime | FreeOpenVino] = {
 
 
 def free_sizes(spec: NetworkSpec, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    """What the free dimensions are in these inputs."""
+    """Return the sizes of the free dimensions in these inputs."""
     return {dim: size for tensor in spec.inputs for dim, size in zip(tensor.dims, inputs[tensor.name].shape, strict=True)
             if isinstance(dim, str)}  # fmt: skip
 
 
 def new_session(path: Path, sizes: Mapping[str, int]) -> Any:
-    """A session on as many threads as torch has, its free dimensions fixed to these."""
+    """Create a session with as many threads as torch has, its free dimensions fixed to `sizes`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()

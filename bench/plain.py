@@ -1,7 +1,8 @@
-"""The baselines: ControlVideo's algorithm run plainly, and PoseCrafter as published; diffusers' modules, eager.
+"""The baselines: ControlVideo's algorithm run plainly, and PoseCrafter as published, on eager diffusers modules.
 
-Bench: what throughput.py times and ledger.py counts. Same weights and same mathematics as the runtime, written anew on
-diffusers' own forward passes: a clip is their batch, key-frame and temporal attention an attention processor.
+Bench: throughput.py times them and ledger.py counts them. They use the same weights and mathematics as the runtime, but
+are written separately on diffusers' own forward passes: a clip is the batch, and an attention processor does key-frame
+and temporal attention.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from posecrafter_rt.ops import affine_warp_paste
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
 
-FRAMES_PER_DECODE = 4  # ControlVideo's
+FRAMES_PER_DECODE = 4  # as in ControlVideo
 
 
 class KeyframeProcessor:
-    """Self-attention to frame 0 and temporal attention beside it, as published: K and V projected for every frame.
+    """Self-attention to frame 0 with temporal attention beside it, as published: K and V are projected for every frame.
 
-    temporal: the block's attn_temp and conv_temp, or None where it has none. diffusers' block adds what attn1 returns
-    to its residual stream and gives it norm1's output, which is just what temporal attention reads and adds.
+    temporal: the block's attn_temp and conv_temp, or None if it has none. diffusers' block passes norm1's output to
+    attn1 and adds its result to the residual stream. Temporal attention reads the same and is added to the same.
     """
 
     def __init__(self, temporal: tuple[Attention, nn.Linear] | None) -> None:
@@ -65,14 +66,14 @@ class KeyframeProcessor:
 
 
 class ClipGroupNorm(nn.GroupNorm):
-    """GroupNorm of (F, C, h, w) over the clip as one 5-D tensor, as ControlVideo's residual blocks have it."""
+    """GroupNorm of (F, C, h, w) over the clip as one 5-D tensor, as in ControlVideo's residual blocks."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states.transpose(0, 1)[None])[0].transpose(0, 1)
 
 
 def to_diffusers(module: ClipDenoiser, cls: type) -> Any:
-    """The diffusers network that a U-Net or ControlNet of ours was inflated from, on the same weight tensors."""
+    """Return the diffusers network that our U-Net or ControlNet was inflated from, on the same weight tensors."""
     with torch.device("meta"):
         image_model = cls.from_config(dict(module.config))  # type: ignore[attr-defined]
     tensors = module.state_dict()
@@ -81,7 +82,10 @@ def to_diffusers(module: ClipDenoiser, cls: type) -> Any:
 
 
 def inflate(module: ClipDenoiser, cls: type) -> Any:
-    """As `to_diffusers`, with the clip's attention and the network's GroupNorm scope put into diffusers' blocks."""
+    """Do `to_diffusers`, and put the clip's attention and the network's GroupNorm scope into diffusers' blocks.
+
+    Raises: ModelError for a folded model.
+    """
     ours = dict(module.named_modules())
     if any(hasattr(block, "temporal_out") for block in ours.values()):
         raise ModelError("the model is folded, and the published algorithm is not", "load it again")
@@ -109,28 +113,28 @@ class Networks:
 
     @classmethod
     def of(cls, model: PoseModel) -> Networks:
-        """Those of an unfolded model, on its weights. Raises: ModelError for a folded one."""
+        """Return those of an unfolded model, on its weights. Raises: ModelError for a folded one."""
         unet, controlnet = inflate(model.unet, UNet2DConditionModel), inflate(model.controlnet, ControlNetModel)
         return cls(unet, controlnet, model.vae, model.text_encoder)
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
-        """(1, tokens) → (1, tokens, D)."""
+        """Encode a prompt: (1, tokens) → (1, tokens, D)."""
         return self.text_encoder(input_ids).last_hidden_state
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(F, 3, H, W) in [-1, 1] → latents (F, 4, h, w), the posterior's mode."""
+        """Encode pixels (F, 3, H, W) in [-1, 1] → latents (F, 4, h, w), the posterior's mode."""
         return self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(F, 4, h, w) → pixels (F, 3, H, W), about [-1, 1]."""
+        """Decode latents (F, 4, h, w) → pixels (F, 3, H, W), about [-1, 1]."""
         return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
     def predict(
         self, latents: Tensor, timestep: Tensor | int, text: Tensor, pictures: Tensor, scale: float = 1.0
     ) -> Tensor:
-        """One step's noise prediction, everything computed anew: pose embedding, text K and V, timestep projections.
+        """Predict the noise of one step, computing everything anew: pose embedding, text K and V, timestep projections.
 
-        Args: latents (F, 4, h, w); text: (1, tokens, D); pictures: (F, 3, H, W) in [0, 1]; scale: of the residuals.
+        Args: latents: (F, 4, h, w); text: (1, tokens, D); pictures: (F, 3, H, W) in [0, 1]; scale: of the residuals.
         """
         text = text.expand(len(latents), -1, -1)
         down, mid = self.controlnet(latents, timestep, encoder_hidden_states=text, controlnet_cond=pictures,
@@ -141,7 +145,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Rendered:
-    """frames: (N, H, W, 3) uint8. latents: (F, 4, h, w) float32, an inserted frame still at 0. seconds: by stage."""
+    """frames: (N, H, W, 3) uint8. latents: (F, 4, h, w) float32, with an inserted frame, at 0. seconds: by stage."""
 
     frames: np.ndarray
     latents: Tensor
@@ -149,9 +153,9 @@ class Rendered:
 
 
 class Baseline:
-    """A tuned person, rendered the plain ways. Runs where the model's weights are, in their dtype; no guidance.
+    """Renders a tuned person in the plain ways, on the device and in the dtype of the model's weights; no guidance.
 
-    prompt: that of tuning; None: the base's. networks: for a variant, such as compiled ones; None: the model's own.
+    prompt: that of tuning; None: the base's. networks: a variant, such as compiled ones; None: the model's own.
     """
 
     def __init__(self, model: PoseModel, prompt: str | None = None, networks: Networks | None = None) -> None:
@@ -165,13 +169,13 @@ class Baseline:
     def plain(
         self, frames: np.ndarray, poses: PoseSequence, target: PoseSequence, num_inference_steps: int = 50
     ) -> Rendered:
-        """ControlVideo's algorithm as METHOD's mode `controlvideo`: training frame 0 is the reference.
+        """Run ControlVideo's algorithm as METHOD's mode `controlvideo`: training frame 0 is the reference.
 
-        Inverts as many frames as it renders, jointly. They are copies of one frame, because METHOD starts every frame
-        from the reference's latent and a training clip need not be as long as the target; ControlVideo's own use
-        inverts the source video's different frames, at the same cost and with another result.
+        It inverts as many frames as it renders, jointly. They are copies of one frame, because METHOD starts every
+        frame from the reference's latent, and a training clip need not be as long as the target. ControlVideo itself
+        inverts the different frames of the source video, at the same cost and with another result.
         Args: frames: (n, H, W, 3) uint8; poses: their n poses; target: N poses on any canvas.
-            num_inference_steps: of each direction.
+            num_inference_steps: in each direction.
         """
         stages, copies = Stages(), [0] * len(target)
         target = transform_keypoints(target, frames.shape[1:3])
@@ -194,9 +198,9 @@ class Baseline:
     def published(
         self, frames: np.ndarray, poses: PoseSequence, target: PoseSequence, num_inference_steps: int = 50
     ) -> Rendered:
-        """PoseCrafter as its paper has it (mode `+editing`): one frame inverted, everything else as in `plain`.
+        """Run PoseCrafter as in its paper (mode `+editing`): one frame is inverted; everything else is as in `plain`.
 
-        Args: as for `plain`. The inserted reference is decoded with the others, then dropped.
+        The inserted reference is decoded with the others, then dropped. Args: as for `plain`.
         """
         stages = Stages()
         target = transform_keypoints(target, frames.shape[1:3])
@@ -217,16 +221,16 @@ class Baseline:
         return Rendered(rendered, latents.cpu(), stages.seconds)
 
     def encode_prompt(self) -> Tensor:
-        """The tuning prompt: (1, tokens, D)."""
+        """Encode the tuning prompt: (1, tokens, D)."""
         return self.networks.encode_text(self.model.tokenize([self.prompt]).to(self.device))
 
     def draw(self, poses: PoseSequence) -> Tensor:
-        """Pose pictures (N, 3, H, W) in [0, 1]."""
+        """Draw pose pictures (N, 3, H, W) in [0, 1]."""
         pictures = torch.from_numpy(draw_poses(poses, poses.canvas)).permute(0, 3, 1, 2)
         return pictures.to(self.device, self.dtype).div(255)
 
     def invert(self, frames: np.ndarray, poses: PoseSequence, text: Tensor, num_inference_steps: int) -> Tensor:
-        """F frames of a clip with their F poses, jointly: (F, 4, h, w) float32."""
+        """Invert F frames of a clip with their F poses, jointly: (F, 4, h, w) float32."""
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).to(self.device)
         pixels = pixels.float().div(127.5).sub(1).to(self.dtype)
         latents = torch.cat([self.networks.encode(part) for part in pixels.split(FRAMES_PER_DECODE)]).float()
@@ -234,27 +238,27 @@ class Baseline:
         return ddim_invert(self.denoiser(pictures, text), latents, self.schedule, num_inference_steps)
 
     def sample(self, noise: Tensor, pictures: Tensor, text: Tensor, num_inference_steps: int) -> Tensor:
-        """All frames of a clip jointly: (F, 4, h, w) float32."""
+        """Sample all frames of a clip jointly: (F, 4, h, w) float32."""
         return ddim_sample(self.denoiser(pictures, text), noise, self.schedule, num_inference_steps)
 
     def denoiser(self, pictures: Tensor, text: Tensor) -> Any:
-        """What `ddim_invert` and `ddim_sample` call; their latents stay float32."""
+        """Return the function that `ddim_invert` and `ddim_sample` call; their latents stay float32."""
 
         def denoise(latents: Tensor, index: int, timestep: int) -> Tensor:
-            at = torch.tensor(timestep, device=self.device)  # a number would be compiled in, anew for each step
+            at = torch.tensor(timestep, device=self.device)  # a number would be compiled in, again for each step
             return self.networks.predict(latents.to(self.dtype), at, text, pictures).float()
 
         return denoise
 
     def edit(self, noise: Tensor, reference_pose: np.ndarray, target: PoseSequence) -> Tensor:
-        """Latent editing (method step 4), the inserted frame untouched: (4, h, w) → (N + 1, 4, h, w)."""
+        """Edit the latents (method step 4), but not the inserted frame's: (4, h, w) → (N + 1, 4, h, w)."""
         height, width = noise.shape[-2:]
         plan = plan_edits(reference_pose, target.keypoints, canvas=target.canvas, latent_size=(height, width),
                           vae_scale_factor=target.canvas[0] // height)  # fmt: skip
         return affine_warp_paste(noise, torch.from_numpy(plan.affines), torch.from_numpy(plan.rects))
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Frames (H, W, 3) uint8."""
+        """Decode to frames (H, W, 3) uint8."""
         for part in latents.to(self.dtype).split(FRAMES_PER_DECODE):
             pixels = self.networks.decode(part).float()
             frames = pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,6 +1,6 @@
-"""Pictures of results, as small SVG files.
+"""Draws results as small SVG files.
 
-Bench: imported by the scripts here.
+Bench: imported by throughput.py.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 WIDTH_PX, NAMES_PX, LABELS_PX, ROW_PX, BAR_PX, TEXT_PX = 760, 240, 90, 26, 16, 13
-TEXT = "#7a7a7a"  # as far from white as from the dark pages' black: contrast 4.3 to either
-COLOURS = ("#cc79a7", "#e69f00", "#0084cc", "#009e73")  # told apart by colour-blind readers, too
+TEXT = "#7a7a7a"  # contrast 4.3 both to white and to the black of dark pages
+COLOURS = ("#cc79a7", "#e69f00", "#0084cc", "#009e73")  # colour-blind readers can tell them apart
 
 
 class Bar(NamedTuple):
-    """One row. parts: lengths by name, drawn one after another; label: what is written at its end."""
+    """One row. parts: lengths by name, drawn one after another; label: the text at its end."""
 
     name: str
     parts: Mapping[str, float]
@@ -23,9 +23,9 @@ class Bar(NamedTuple):
 
 
 def stacked_bars(title: str, bars: Sequence[Bar]) -> str:
-    """Horizontal bars over one scale that begins at 0, with a legend of their parts.
+    """Draw horizontal bars over one scale that begins at 0, with a legend of their parts.
 
-    Args: bars: from top to bottom; of four kinds of parts together at most. One without parts has its label only.
+    Args: bars: from top to bottom, with at most four kinds of parts in all. A bar without parts has only its label.
     Returns: the text of an SVG file.
     """
     kinds = list(dict.fromkeys(kind for bar in bars for kind in bar.parts))

@@ -1,8 +1,8 @@
-"""What each preset takes, stage by stage, for a long clip: time and memory, not quality (that is `quality.py --presets`).
+"""Measures the time and memory of each preset for a long clip, stage by stage; `quality.py --presets` measures quality.
 
-Bench: `python -m bench.presets [ENGINE] [--json FILE] [--quick]` writes results/presets-<device>.json and .md, or FILE and its .md, after
-every row; with --quick alone (the embedded base, 4 frames, the engine `torch` unless another is named, two presets) it only
-prints. `--base random-sd15` has the size of Stable Diffusion 1.5.
+Bench: `python -m bench.presets [ENGINE] [--json FILE] [--quick]` writes results/presets-<device>.json and .md, or FILE
+and its .md, after every row. --quick takes 4 frames, two presets, and the engine `torch` unless
+another is named; it only prints unless --json is given. `--base random-sd15` has the size of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from posecrafter_rt.runtime.options import RenderOptions
 
 Row = dict[str, Any]
 STAGES = ("prepare", "invert", "denoise", "decode")
-# The cheapest first, for what is cut off leaves its rows; and `exact` before what finds its inversion.
+# The cheapest first, because a run that is cut off keeps its rows; `exact` before the one that uses its cached
+# inversion.
 WAYS: dict[str, dict[str, Any]] = {
     "fast, small decoder": {"preset": "fast", "decoder": "small"},
     "fast": {"preset": "fast"},
@@ -45,12 +46,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "exact, inversion cached": {"preset": "exact"},
 }
 QUICK_WAYS = ("fast", "exact")
-# What is to be reached on a card at 512 × 512 with 100 frames, in seconds.
+# Goals in seconds for 100 frames at 512 × 512, by card.
 TARGETS = {"RTX 3090": {"exact": 115, "balanced": 40, "fast": 12}, "H100": {"exact": 12, "balanced": 4, "fast": 1.5}}
 
 
 def measure(engine: Path, way: str, num_frames: int) -> Row:
-    """One render, after one of few steps, so that nothing is compiled in it; in a process of its own."""
+    """Measure one render after a short one, so that it compiles nothing. Called in a process of its own."""
     with Avatar.load(engine) as avatar:
         target = moving_person(num_frames, avatar.size, phase=1.0)
         options = avatar.resolve(**WAYS[way])
@@ -67,9 +68,10 @@ def measure(engine: Path, way: str, num_frames: int) -> Row:
 
 
 def time_render(avatar: Avatar, target: PoseSequence, options: RenderOptions, is_cached: bool) -> float:
-    """Seconds of a render that inverts, or of one that does not: where nothing is cached of it yet, its first is not taken.
+    """Return the seconds of a render that inverts, or of one that finds its inversion cached.
 
-    The whole target is rendered for that: by all of its poses the reference is chosen (Eq. 5) whose inversion is kept.
+    If nothing is cached yet, another render comes first. It has the whole target, because all of the target's poses
+    choose the reference (Eq. 5) that is inverted.
     """
     if not is_cached:
         forget_inversions(avatar)
@@ -84,14 +86,14 @@ def time_render(avatar: Avatar, target: PoseSequence, options: RenderOptions, is
 
 
 def count_inversion(avatar: Avatar, options: RenderOptions) -> int:
-    """Network evaluations of the inversion."""
+    """Return the number of network evaluations of the inversion."""
     schedule, substeps = avatar.schedules[options.sampler], options.inversion_substeps
     assert substeps is not None
     return len(schedule.inversion_timesteps(options.num_inference_steps, substeps, options.start_step))
 
 
 def count_flops_of(counters: Counters, setup: Setup, row: Row) -> int:
-    """What a render computed, as the ledger counts; text and timestep tables are left out, which are next to nothing."""
+    """Return the FLOPs of a render as the ledger counts; text and timestep tables are left out as negligible."""
     frame, picture = counters.latents(setup, 1), counters.pixels(setup, 1)
     poses = (setup.frames + 1) * counters.network("pose_embedding", picture).flops
     inverted = row["inverted"] * counters.exact_step(setup, 1).flops
@@ -108,7 +110,7 @@ def count_flops_of(counters: Counters, setup: Setup, row: Row) -> int:
 
 
 def find_peak(precision: str) -> Row:
-    """FLOPs a second that are 100 %: measured, or by the specification where that fails; None for an unknown card."""
+    """Return the FLOP/s that are 100 %: measured, or the specification's if that fails, or None for an unknown card."""
     measured = in_own_process(measure_peak, precision)
     if "error" not in measured:
         kind = "the engine's type" if precision in TORCH_DTYPES else "float32"
@@ -119,7 +121,7 @@ def find_peak(precision: str) -> Row:
 
 
 def markdown(document: Row) -> str:
-    """The results as a table."""
+    """Format the results as a table."""
     setup, facts = document["setup"], document["machine"]
     rows = {way: row for way, row in document["rows"].items() if "error" not in row}
     size = "×".join(map(str, setup["size"]))
@@ -147,7 +149,7 @@ def markdown(document: Row) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; --quick changes defaults only."""
+    """Parse the command line. --quick only changes defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser)
     parser.add_argument("--frames", type=int)
@@ -160,7 +162,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def benchmark(options: argparse.Namespace, folder: Path) -> tuple[str, Row]:
-    """Measure in the order of the ways; every row is in the result's files, where it has any, before the next begins.
+    """Measure the ways in order. Each row is written to the result's files, if it has any, before the next begins.
 
     Returns: the result's name, and the result.
     """

@@ -1,6 +1,7 @@
-"""A process of its own for each run, so that what it imports, the memory it takes and the time it needs are its own.
+"""Runs each measurement in a process of its own, so that its imports, memory and time are its own.
 
-Bench: `in_own_process` is called by whatever measures whole renders, builds or engines; `answer` is the other end of it.
+Bench: `in_own_process` is called by everything that measures whole renders, builds or engines; `answer` is its other
+end.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 STARTED = time.perf_counter()
-"""When this process imported this module: in one of `in_own_process`, right after Python itself."""
+"""When this process imported this module. In a process of `in_own_process` that is right after Python has started."""
 CHILD = "import pickle, sys; sys.path = pickle.load(sys.stdin.buffer); from bench.processes import answer; answer()"
 
 
 def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Call `function` in a fresh process, which imports what it needs and no more; a run that dies is reported, not fatal.
+    """Call `function` in a fresh process, which imports only what it needs. If that process dies, it is only reported.
 
-    Returns: what it returned, or {"error": one line}.
+    Returns: what the function returned, or {"error": one line}.
     """
-    spec = sys.modules["__main__"].__spec__  # of `python -m bench.x`, whose functions are there __main__'s
+    spec = sys.modules["__main__"].__spec__  # with `python -m bench.x`, functions belong to __main__
     with tempfile.TemporaryDirectory(prefix="run-") as folder:
         result = Path(folder) / "result"
         asked = [sys.path, (None if spec is None else spec.name, result), (function, arguments)]
@@ -36,7 +37,7 @@ def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> 
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds what was __main__'s in the asking process by its module's name, importing that only where it is asked for."""
+    """Looks up names of the asking process's __main__ under its real module name, and imports that only when needed."""
 
     main: str
 
@@ -52,8 +53,8 @@ def answer() -> None:
     try:
         function, arguments = unpickler.load()
         returned = function(*arguments)
-    except Exception as error:  # to a line here: many a compiler's exception cannot be sent to another process
+    except Exception as error:  # as one line: many compilers' exceptions cannot be sent to another process
         returned = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     complete = result.with_name("complete")
     complete.write_bytes(pickle.dumps(returned))
-    complete.rename(result)  # a process that dies in writing has not answered
+    complete.rename(result)  # a process that dies while writing has not answered

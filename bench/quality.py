@@ -1,11 +1,11 @@
-"""How near the demonstration's render comes to the truth: by mode and option, and by what was tuned.
+"""Measures how close the demonstration's render comes to the truth, by mode and option, and by what was tuned.
 
 Bench: `python -m bench.quality [--stride N] [--checkpoint demo/tuned.ckpt] [--json FILE] [--quick]` tunes on the
-demonstration's eight frames, renders frames 46-119, or every N-th of them, by every variant and writes results/quality.json
-and .md, or FILE and its .md. About an hour on two cores. With --presets it renders by the presets alone, in turns, and writes
-results/presets.json and .md: how near each comes to the truth and to the exact render, and how much sooner it is done; with
-`--people N` also N people who are drawn, each tuned anew. With --reuse it renders so with the U-Net run whole at every
-step, every second and so on, and writes results/reuse.json and .md.
+demonstration's eight frames, renders frames 46-119, or every N-th of them, in every variant, and writes
+results/quality.json and .md, or FILE and its .md. It takes about an hour on two cores. With --presets it renders only
+with the presets, in turns, and writes results/presets.json and .md: how close each comes to the truth and to the exact
+render, and how much faster it is. `--people N` adds N drawn people, each tuned anew. With --reuse it does the same with
+the whole U-Net run at every step, every second step and so on, and writes results/reuse.json and .md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REUSED = {50: (2, 3, 5), 25: (1, 2, 3), 15: (1, 2, 3), 9: (1, 2, 3), 4: (1, 2)} 
 TUNED, OWN_DECODER, CLIP_SCOPE = "as the demonstration tunes", "the base's own decoder", "norm_scope clip"
 
 
-# What else is priced beside the presets.
+# What is measured beside the presets.
 CHANGED: dict[str, dict[str, dict[str, Any]]] = {
     "balanced": {"every other step whole": {"unet_every": 2}, "dpmpp": {"sampler": "dpmpp"},
                  "9 steps of dpmpp": {"sampler": "dpmpp", "num_inference_steps": 9, "inversion_substeps": 10, "unet_every": 1},
@@ -47,12 +47,12 @@ CHANGED: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def render_variants(steps: int) -> dict[str, RenderOptions]:
-    """What is compared: each of the options alone against the defaults."""
+    """Return what is compared: each option alone against the defaults."""
     variants = {f"mode {mode}": RenderOptions(mode, steps) for mode in MODES}
     for resample in ("nearest", "unit_variance"):
         variants[f"resample {resample}"] = RenderOptions(num_inference_steps=steps, resample=resample)  # type: ignore[arg-type]
     for tau in (2, 4, 8):
-        if tau <= steps // 5:  # within what any sensible strength leaves
+        if tau <= steps // 5:  # within the steps that any sensible strength leaves
             variants[f"tau {tau}"] = RenderOptions(num_inference_steps=steps, tau=tau)
     variants["inversion substeps 1"] = RenderOptions(num_inference_steps=steps, inversion_substeps=1)
     for strength in (1.0, 0.8, 0.6, 0.4, 0.2):
@@ -70,7 +70,7 @@ def render_variants(steps: int) -> dict[str, RenderOptions]:
 def measure(
     avatar: Avatar, target: PoseSequence, truth: np.ndarray, variants: dict[str, RenderOptions]
 ) -> dict[str, dict[str, float]]:
-    """PSNR and SSIM of every variant, and of the frame that Eq. 5 selects, repeated."""
+    """Measure PSNR and SSIM of every variant, and of the frame that Eq. 5 selects, repeated."""
     results = {}
     for name, options in variants.items():
         frames = avatar.render(target, options)
@@ -83,7 +83,7 @@ def measure(
 
 
 def timed_variants(is_reuse: bool) -> dict[str, RenderOptions]:
-    """What is compared in quality and time, the exact render first: the presets, or steps with features kept over some."""
+    """Return what is compared in quality and time, the exact render first: presets, or renders that keep features."""
     variants = {name: preset_options(name) for name in PRESETS}
     for preset, changed in CHANGED.items():
         variants |= {f"{preset}, {name}": preset_options(preset, **changes) for name, changes in changed.items()}
@@ -100,14 +100,14 @@ def timed_variants(is_reuse: bool) -> dict[str, RenderOptions]:
 def measure_timed(
     avatar: Avatar, target: PoseSequence, truth: np.ndarray, rounds: int, variants: dict[str, RenderOptions]
 ) -> dict[str, dict[str, Any]]:
-    """Render every variant, in turns so that the machine's load falls on all alike; the least time of each counts.
+    """Render every variant, in turns, so that the machine's load affects all alike; the least time of each counts.
 
     Returns: by variant: psnr and ssim to the truth, psnr_to_exact, seconds of a render that has to invert the reference
-        and of one that finds that done, and what its report names as approximated.
+        and of one that finds it inverted, and the approximations that its report names.
     """
     results: dict[str, dict[str, Any]] = {name: {"seconds": [], "seconds_inverted": []} for name in variants}
     frames = {}
-    # So that no time below is that of compiling.
+    # So that no time below includes compiling.
     for decoder in dict.fromkeys(options.decoder for options in variants.values()):
         avatar.render(target, num_inference_steps=4, unet_every=2, decoder=decoder)
     for _ in range(rounds):
@@ -129,7 +129,7 @@ def measure_timed(
 
 
 def make_checkpoints(folder: Path, given: Path | None, is_quick: bool) -> Iterator[tuple[str, Path]]:
-    """The tunings that are compared, by name; `given` in place of the first."""
+    """Yield the tunings to compare, by name; `given` replaces the first."""
     checkpoint = tune_person(folder / "tuned.ckpt", given, is_quick=is_quick)
     yield TUNED, checkpoint
     tuned = Checkpoint.load(checkpoint)
@@ -143,7 +143,7 @@ def make_checkpoints(folder: Path, given: Path | None, is_quick: bool) -> Iterat
 def run_timed(
     subject: Subject, given: Path | None, rounds: int, is_reuse: bool, is_quick: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Render a person by every preset, or with features kept over steps: what rendered it, and the variants."""
+    """Render a person with every preset, or with features kept over steps. Returns: the engine, and the variants."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = tune_person(Path(folder) / "tuned.ckpt", given, subject=subject, is_quick=is_quick)
         built = build_engine(checkpoint, Path(folder) / "tuned.engine", engine_options(is_quick)).folder
@@ -156,7 +156,7 @@ def run_timed(
 
 
 def run(subject: Subject, steps: int, given: Path | None, is_quick: bool) -> dict[str, Any]:
-    """Render every variant with what the demonstration tunes, and the modes with the others."""
+    """Render every variant with the demonstration's tuning, and the modes with the other tunings."""
     frames, poses = subject.unseen
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +172,7 @@ def run(subject: Subject, steps: int, given: Path | None, is_quick: bool) -> dic
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """One table for each tuning."""
+    """Format one table for each tuning."""
     lines = [
         f"{result['num_frames']} unseen frames of the demonstration's footage, {result['steps']} steps unless a row "
         f"says otherwise, mode `+editing` unless it says otherwise; {result['machine']['processor']}.",
@@ -185,7 +185,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 
 def timed_to_markdown(result: dict[str, Any]) -> str:
-    """One table for each person: a row for each variant."""
+    """Format one table for each person, with a row for each variant."""
     header = ("variant and what it approximates", "PSNR dB", "SSIM", "PSNR to exact dB", "s", "times faster",
               "times faster, inverted before")  # fmt: skip
     lines = [f"Unseen frames, PSNR and SSIM to the truth; the least of {result['rounds']} times, taken in turns; "

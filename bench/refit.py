@@ -1,9 +1,9 @@
-"""What a second identity costs: its engine built anew, beside what the first one left in the caches, and by `--refit`.
+"""Measures what a second identity costs: building its engine anew, after the first filled the caches, and by `--refit`.
 
-Bench: `python -m bench.refit [--base embedded] [--size HxW] [--backend NAME …] [--json FILE] [--quick]` takes every
+Bench: `python -m bench.refit [--base embedded] [--size HxW] [--backend NAME …] [--json FILE] [--quick]` measures every
 backend that can run here, each build in a process of its own, and writes results/refit-<base>-<device>.json and .md, or
-FILE and its .md; with --quick alone (one round, `torch` unless others are named) it only prints. `--base random-sd15` has
-the size of Stable Diffusion 1.5.
+FILE and its .md. --quick takes one round, and `torch` unless others are named; it only prints unless --json is given.
+`--base random-sd15` has the size of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from posecrafter_rt.tuning_losses import decoder_parameters
 
 Row = dict[str, Any]
 TARGET_S = 5.0  # of a refit
-QUICK = "torch"  # the others take most of a minute, or minutes, to build the first
+QUICK = "torch"  # the others need most of a minute, or minutes, to build the first
 WAYS = {"first_s": "first, nothing cached", "anew_s": "second, anew", "refit_s": "second, refitted"}
 
 
 def make_identities(base: str, size: tuple[int, int] | None, paths: list[Path]) -> Row:
-    """Write checkpoints that differ in all that tuning this base changes; tuned: how many numbers that is."""
+    """Write checkpoints that differ in everything that tuning this base changes. tuned: how many numbers these are."""
     if base == "random-sd15":
         base = str(write_random_base(paths[0].with_name(base)))
     blank = untrained_checkpoint(base, size)
@@ -57,7 +57,7 @@ def make_identities(base: str, size: tuple[int, int] | None, paths: list[Path]) 
 
 
 def build(checkpoint: Path, engine: Path, options: BuildOptions, cache: Path) -> Row:
-    """Seconds of one build, the base's loading in it, and the peak memory of its processes. cache: for all that it keeps."""
+    """Time one build, including loading the base, and its processes' peak memory. cache: folder for what it keeps."""
     os.environ.update(POSECRAFTER_CACHE=str(cache), TORCHINDUCTOR_CACHE_DIR=str(cache / "torch"))
     start = time.perf_counter()
     with watched_peak() as peak_bytes:
@@ -67,7 +67,7 @@ def build(checkpoint: Path, engine: Path, options: BuildOptions, cache: Path) ->
 
 
 def measure(backend: str, identities: list[Path], folder: Path, rounds: int) -> Row:
-    """A backend in the precision that `auto` takes: the first identity's build, medians of `rounds` of the second's."""
+    """Time a backend in the precision of `auto`: the first identity's build, medians of `rounds` of the second's."""
     precision = choose_precision("auto", backend)
     row: Row = {"backend": backend, "precision": precision}
     options, source = BuildOptions(backend, precision), folder / "first.engine"
@@ -89,12 +89,12 @@ def measure(backend: str, identities: list[Path], folder: Path, rounds: int) -> 
 
 
 def candidates() -> dict[str, str | None]:
-    """Every backend, and why it cannot run here."""
+    """Return every backend, and why it cannot run here, if so."""
     return {name: get_backend(name).unsupported_reason(choose_precision("auto", name)) for name in names()}
 
 
 def markdown(document: Row) -> str:
-    """The results as a table, and what there is none of."""
+    """Format the results as a table, and list what failed or cannot run here."""
     setup, facts = document["setup"], document["machine"]
     size, device = "×".join(map(str, setup["size"])), facts.get("gpu", facts["processor"])
     lines = [f"# A second identity's engine: {setup['base']}, {size}, {setup['tuned']:,} tuned numbers", "",
@@ -115,7 +115,7 @@ def markdown(document: Row) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """The command line; --quick changes defaults only."""
+    """Parse the command line. --quick only changes defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
     parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")

@@ -1,4 +1,4 @@
-"""How every benchmark reports: a Markdown table, and a JSON file with its Markdown and its picture beside it.
+"""How every benchmark reports: as a Markdown table, and as a JSON file with its Markdown and its picture beside it.
 
 Bench: imported by the scripts here.
 """
@@ -16,18 +16,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table's lines and an empty one; all columns but the first to the right."""
+    """Return a Markdown table's lines and an empty line; all columns but the first are right-aligned."""
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def quality_cell(row: dict[str, Any], key: str) -> str:
-    """What a table says of a `psnr_unless_equal`; nothing where there is none."""
+    """Format a `psnr_unless_equal` for a table: "same" for None, and nothing if the row has none."""
     return "" if key not in row else "same" if row[key] is None else f"{row[key]:.1f}"
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
-    """--json and --quick, which every benchmark has. quick: what it then does less of, a minute and a half at most."""
+    """Add --json and --quick, which every benchmark has. quick: what it reduces, to a minute and a half at most."""
     parser.add_argument(
         "--json", type=Path, help="write here, and tables and pictures beside it, instead of to bench/results"
     )
@@ -35,7 +35,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a document, and the folder that it goes to."""
+    """Write a document, and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -49,7 +49,7 @@ def write_report(path: Path, document: Any, markdown: str, picture: str | None =
 
 
 def result_path(name: str, path: Path | None, is_quick: bool) -> Path | None:
-    """Where a result goes: to `path` if one was given, else to results/, where a quick run writes nothing (None)."""
+    """Return where a result goes: `path` if one was given, else results/, where a quick run writes nothing (None)."""
     return path or (None if is_quick else RESULTS / f"{name}.json")
 
 
@@ -64,11 +64,11 @@ def publish(
 
 
 def name_by_device(name: str, machine: dict[str, Any]) -> str:
-    """A result's name with that of the device it was measured on: ("kernels", `timing.machine()`) → "kernels-cpu"."""
+    """Add the device's name to a result's name: ("kernels", `timing.machine()`) → "kernels-cpu"."""
     return f"{name}-" + re.sub(r"[^a-z0-9]+", "-", machine.get("gpu", "cpu").lower()).strip("-")
 
 
 def picture_size(text: str) -> tuple[int, int]:
-    """`512x768` → (512, 768), height first. Raises: ValueError, which argparse turns into its usual line."""
+    """Parse `512x768` → (512, 768), height first. Raises: ValueError, which argparse turns into its usual line."""
     height, width = map(int, text.split("x"))
     return height, width

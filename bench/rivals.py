@@ -31,24 +31,24 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 
 
 def gpu_peak_bytes() -> int:
-    """The most that torch has had allocated on the GPU; 0 without one."""
+    """Return the most that torch has had allocated on the GPU; 0 without one."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
 
 
 def load_model(tuned: Checkpoint, job: Job) -> PoseModel:
-    """The tuned networks in the job's precision, on the GPU where there is one."""
+    """Load the tuned networks in the job's precision, on the GPU if there is one."""
     return tuned.load_model(dtype=TORCH_DTYPES[job.precision]).to(device=torch_device())
 
 
 def compile_denoisers(networks: Networks, backend: str | Callable[..., Any] = "inductor") -> Networks:
-    """The same networks, what runs at every step under torch.compile."""
+    """Return the same networks, with those that run at every step under torch.compile."""
     compiled: dict[str, Any] = {name: torch.compile(getattr(networks, name), backend=backend)
                                 for name in ("unet", "controlnet")}  # fmt: skip
     return replace(networks, **compiled)
 
 
 def load_baseline(job: Job) -> Render:
-    """ControlVideo's algorithm, or PoseCrafter as published."""
+    """Load ControlVideo's algorithm, or PoseCrafter as published."""
     tuned = Checkpoint.load(job.checkpoint)
     baseline = Baseline(load_model(tuned, job), tuned.metadata["prompt"])
     if job.method == METHODS["compile"]:
@@ -63,7 +63,7 @@ def load_baseline(job: Job) -> Render:
 
 
 def load_diffusers(job: Job) -> Render:
-    """diffusers' own pipeline on the tuned image networks, one frame after another from one noise: no clip, no person."""
+    """Load diffusers' pipeline with the tuned image networks. It renders each frame alone, from the same noise."""
     tuned = Checkpoint.load(job.checkpoint)
     model = load_model(tuned, job)
     pipeline: Any = StableDiffusionControlNetPipeline(
@@ -93,5 +93,5 @@ def load_diffusers(job: Job) -> Render:
 
 
 def load(job: Job) -> Render:
-    """The rival of the job's method, ready to render."""
+    """Load the rival for the job's method, ready to render."""
     return load_diffusers(job) if job.method == METHODS["diffusers"] else load_baseline(job)

@@ -1,6 +1,7 @@
-"""What the long benchmarks share: a stage clock, poses that nobody drew, and how near two clips are.
+"""What the long benchmarks share: a stage clock, synthetic poses, and how close two clips are.
 
-Bench: imported by whatever renders; imports no more than a render does, whose memory is measured.
+Bench: imported by everything that renders. It imports no more than a render does, because that one's memory is
+measured.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
 
 
 def wait_for_gpu() -> None:
-    """Return when the GPU has done all that it was asked for; at once where none is used."""
+    """Wait until the GPU has finished its work; return at once if none is used."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 class Stages:
-    """Wall seconds by stage, in the order of their first use; waits for a GPU before it reads the clock."""
+    """Wall-clock seconds by stage, in the order of first use. It waits for a GPU before it reads the clock."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -38,15 +39,16 @@ class Stages:
 
 
 def forget_inversions(avatar: Avatar) -> None:
-    """Empty an engine's inversion cache: the next render inverts its reference anew."""
+    """Empty an engine's inversion cache, so that the next render inverts its reference anew."""
     for file in avatar.folder.inversions.glob("*"):
         file.unlink()
 
 
 def moving_person(num_frames: int, size: tuple[int, int], phase: float = 0.0) -> PoseSequence:
-    """A whole body that sways, turns its head and waves: smooth, deterministic, every keypoint seen.
+    """Return poses of a body that sways while its parts grow and shrink: smooth, deterministic, every keypoint seen.
 
-    Args: size: (height, width) in pixels. phase: where in the movement it begins, in radians.
+    Args: size: (height, width) in pixels. phase: where in the movement it begins, in seconds; there are 25 frames a
+    second.
     """
     rng = np.random.default_rng(0)
     height, width = size
@@ -64,12 +66,12 @@ def moving_person(num_frames: int, size: tuple[int, int], phase: float = 0.0) ->
 
 
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 clips in dB; infinity where they are equal."""
+    """Return the peak signal-to-noise ratio of two uint8 clips in dB; infinity if they are equal."""
     error = float(np.mean((first.astype(np.float64) - second) ** 2))
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
 def psnr_unless_equal(first: np.ndarray, second: np.ndarray) -> float | None:
-    """`psnr`, or None where they are equal: JSON has no infinity."""
+    """Return `psnr`, or None if the clips are equal, because JSON has no infinity."""
     quality = psnr(first, second)
     return quality if np.isfinite(quality) else None

@@ -1,9 +1,9 @@
-"""What a render costs against the number of frames, the size and the steps: seconds, memory, and the log-log slopes.
+"""Measures how a render's cost grows with the frames, the size and the steps: seconds, memory, and log-log slopes.
 
-Bench: `python -m bench.scaling [--backend torch] [--json FILE] [--quick]` renders by the embedded base in float32, jointly and
-in segments, and writes results/scaling.json and .md, of another engine scaling-<backend>, or FILE and its .md; with --quick
-alone it only prints. --axes measures some alone. Each point is the fastest of its repetitions, a long one the only one, in
-a process of its own, after a warm-up of one frame.
+Bench: `python -m bench.scaling [--backend torch] [--json FILE] [--quick]` renders with the embedded base in float32,
+jointly and in segments, and writes results/scaling.json and .md (scaling-<backend> for another backend), or FILE and
+its .md. --quick only prints unless --json is given. --axes measures only some axes. Each point has a process of its own
+and a warm-up of one frame. It is the fastest of its repetitions; long renders are not repeated.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from posecrafter_rt.runtime.options import RenderOptions
 AXES = {"frames": "frames", "segments": "frames, in segments", "pixels": "pixels", "steps": "steps"}  # by argument
 TARGET_SLOPE = 1.0
 TARGET_GROWTH = 0.03
-BUDGET_S = 15.0  # no render is repeated after so many seconds of them
+BUDGET_S = 15.0  # after so many seconds of renders, none is repeated
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is rendered. Along each axis the others stay at `num_frames`, the base's size and `steps`.
+    """What is rendered. Along each axis the other quantities stay at `num_frames`, the base's size and `steps`.
 
-    frames: of joint renders; long: of renders in segments of `segment`; sides: picture sides over the base's.
+    frames: of joint renders; long: of renders in segments of `segment` frames; sides: picture sides relative to the
+    base's.
     """
 
     frames: tuple[int, ...] = (1, 4, 16, 64, 256)
@@ -56,9 +57,9 @@ QUICK = Plan((1, 4), (8, 16), (0.5, 1.0), (1, 4), 4, 2, 8, 1)
 
 
 def measure(engine: Path, num_frames: int, options: RenderOptions, repeats: int) -> Row:
-    """Render a moving person, the inversion computed each time: seconds by stage of the fastest, and the peak memory.
+    """Render a moving person, inverting each time. Returns: seconds by stage of the fastest render, and peak memory.
 
-    growth: of a render in more than two segments, how much larger memory was in any later one than in the second.
+    growth: for a render in more than two segments, how much larger the memory of any later one was than the second's.
     """
     runs: list[dict[str, float]] = []
     with Avatar.load(engine) as avatar:
@@ -77,7 +78,7 @@ def measure(engine: Path, num_frames: int, options: RenderOptions, repeats: int)
 
 
 def build(folder: Path, side: float, backend: str) -> Row:
-    """An engine of the embedded base in float32, its sides times `side`, in `folder`."""
+    """Build an engine of the embedded base in float32 in `folder`; its picture sides are multiplied by `side`."""
     checkpoint = folder / "tuned.ckpt"
     if not checkpoint.exists():
         untrained_checkpoint("embedded").save(checkpoint)
@@ -88,7 +89,7 @@ def build(folder: Path, side: float, backend: str) -> Row:
 
 
 def measure_axes(plan: Plan, folder: Path, backend: str, axes: Collection[str] = AXES) -> dict[str, list[Row]]:
-    """Every point of these of AXES; `at` is where it lies."""
+    """Measure every point of these AXES; `at` is where a point lies."""
     engines: dict[float, Row] = {}  # by side
 
     def point(axis: str, at: float, side: float, num_frames: int, steps: int, segment: int | None = None) -> Row:
@@ -121,7 +122,7 @@ def measure_axes(plan: Plan, folder: Path, backend: str, axes: Collection[str] =
 
 
 def slope(rows: Sequence[Row], quantity: str = "total_s") -> float | None:
-    """Least squares of log(quantity) over log(at); None with fewer than two points that succeeded."""
+    """Return the least-squares slope of log(quantity) over log(at); None with fewer than two points that succeeded."""
     points = [(row["at"], row[quantity]) for row in rows if "error" not in row]
     if len(points) < 2:
         return None
@@ -130,18 +131,18 @@ def slope(rows: Sequence[Row], quantity: str = "total_s") -> float | None:
 
 
 def summarise(axes: dict[str, list[Row]]) -> dict[str, Row]:
-    """For each axis the slope over all points, and between the last two, where what is paid once weighs least."""
+    """Return for each axis the slope over all points, and between the last two, where fixed costs weigh least."""
     return {axis: {"slope": slope(rows), "last_slope": slope(rows[-2:]), "memory_slope": slope(rows[-2:], "peak_bytes")}
             for axis, rows in axes.items()}  # fmt: skip
 
 
 def judged(growth: float) -> str:
-    """How much memory grew, and whether that is little enough."""
+    """Format how much memory grew, and whether that meets the target."""
     return f"{growth:+.1%}: {'met' if abs(growth) <= TARGET_GROWTH else 'missed'}"
 
 
 def markdown(document: Row) -> str:
-    """The results as tables."""
+    """Format the results as tables."""
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.2f}"

@@ -1,9 +1,10 @@
-"""What segments cost in quality: a tuned person's clip in segments, against the same rendered jointly and the truth, and
-against segments that are merged at every step, as in ControlVideo's mode for long videos (`fused.py`).
+"""Measures what segments cost in quality, compared with the joint render, the truth, and segments merged at every step.
 
 Bench: `python -m bench.segments [--json FILE] [--quick] [--checkpoint demo/tuned.ckpt]` renders frames 46-119 of the
-demonstration's footage and writes results/segments.json and .md, or FILE and its .md; without a checkpoint it tunes as the
-demonstration does. With --quick alone it only prints: 24 frames in 4 steps after 10 of tuning, which say nothing of quality.
+demonstration's footage and writes results/segments.json and .md, or FILE and its .md. Merging at every step follows
+ControlVideo's mode for long videos (`fused.py`). Without a checkpoint it tunes as the demonstration does. --quick
+renders 24 frames in 4 steps after 10 steps of tuning, which says nothing about quality; it only prints unless --json is
+given.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.segments import split_clip
 
-SPLITS = ((12, 4), (16, 4), (24, 4), (24, 0), (48, 4))  # frames of a segment, and shared with each neighbour
+SPLITS = ((12, 4), (16, 4), (24, 4), (24, 0), (48, 4))  # frames per segment, and frames shared with each neighbour
 ONCE, EVERY_STEP, WITH_KEY_FRAMES = "once", "at every step", "at every step, with key frames"
 QUICK_FRAMES, QUICK_STEPS, QUICK_SPLITS = 24, 4, ((8, 2), (16, 4))
 Row = dict[str, Any]
 
 
 def seam_frames(num_frames: int, segment: int, overlap: int) -> list[int]:
-    """The frames that two segments share, and the two on either side of each seam."""
+    """Return the frames that two segments share, and the frame on either side of each seam."""
     near = [range(part.settled - 1, part.settled + overlap + 1)
             for part in split_clip(num_frames, segment, overlap)[:-1]]  # fmt: skip
     return sorted({frame for frames in near for frame in frames if frame < num_frames})
 
 
 def jumps(frames: np.ndarray, truth: np.ndarray, at: list[int]) -> float:
-    """Mean change from one frame to the next over that of the truth, at these frames: 1 is as lively as the truth."""
+    """Return the mean change to each of these frames, relative to the truth's: 1 is as lively as the truth."""
 
     def change(clip: np.ndarray) -> float:
         return float(np.mean([np.abs(clip[i].astype(int) - clip[i - 1]).mean() for i in at if i > 0]))
@@ -53,7 +54,7 @@ def jumps(frames: np.ndarray, truth: np.ndarray, at: list[int]) -> float:
 
 
 def render(avatar: Avatar, target: PoseSequence, options: RenderOptions, merged: str) -> tuple[np.ndarray, float]:
-    """Frames, and the seconds that they take where all shapes of the networks are ready and the reference is inverted."""
+    """Return frames, and the seconds that they take once all network shapes are ready and the inversion is cached."""
     few_steps = replace(options, num_inference_steps=1)
     for now in (few_steps, options) if avatar.last_report else (few_steps, options, options):  # the first one inverts
         start = time.perf_counter()
@@ -67,7 +68,7 @@ def render(avatar: Avatar, target: PoseSequence, options: RenderOptions, merged:
 
 
 def compare(avatar: Avatar, target: PoseSequence, truth: np.ndarray, steps: int, splits: Any) -> list[Row]:
-    """A row for the joint render, and one for each split and each way to merge it, where there is something to merge."""
+    """Return a row for the joint render, and one for each split and each way to merge it, if anything is merged."""
     rows, exact = [], None
     ways = [(segment, overlap, merged) for segment, overlap in splits for merged in (ONCE, EVERY_STEP, WITH_KEY_FRAMES)
             if merged == ONCE or (overlap and segment < len(target))]  # fmt: skip
@@ -89,7 +90,7 @@ def compare(avatar: Avatar, target: PoseSequence, truth: np.ndarray, steps: int,
 
 
 def markdown(document: Row) -> str:
-    """The results as a table."""
+    """Format the results as a table."""
     lines = [f"{document['num_frames']} unseen frames of the demonstration's footage, {document['steps']} steps, "
              f"{document['engine']}; {document['machine']['processor']}. Merged once: clean latents are blended, as this runtime "
              "does. Merged at every step: all segments' noise predictions are; with key frames: half and half with those of a "
@@ -112,7 +113,7 @@ def markdown(document: Row) -> str:
 
 
 def run(steps: int, num_frames: int | None, splits: Any, given: Path | None, is_quick: bool) -> Row:
-    """Tune unless a checkpoint is given, build, compare."""
+    """Tune unless a checkpoint is given, build an engine, compare."""
     frames, poses = load_footage()
     target, truth = poses[TARGET][:num_frames], frames[TARGET][:num_frames]
     with tempfile.TemporaryDirectory(prefix="segments-") as folder:

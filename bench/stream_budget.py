@@ -1,7 +1,7 @@
-"""What a stream takes and computes on paper: bytes of its memory, FLOPs of a frame, what those would come to on GPUs.
+"""Computes on paper what a stream needs: bytes of memory, FLOPs of a frame, and the time that these would take on GPUs.
 
-Bench: `python -m bench.stream_budget [--json FILE] [--quick]`, a minute at most and no weights. Writes results/stream_budget.json
-and .md, or FILE and its .md. Nothing in it is timed.
+Bench: `python -m bench.stream_budget [--json FILE] [--quick]` takes a minute at most and needs no weights. Writes
+results/stream_budget.json and .md, or FILE and its .md. Nothing in it is timed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from posecrafter_rt.models.sources import EMBEDDED_FOLDER, SD15_FOLDER
 from posecrafter_rt.runtime.options import Decoder
 from posecrafter_rt.spec import STREAM_NETWORKS, Architecture, network_specs
 
-# Folder of the configurations, (height, width), and bytes of a kept number in the engines that are usual for it.
+# Folder of the configurations, (height, width), and bytes per cached number in the engines that the base usually has.
 BASES = {
     "the embedded base": (EMBEDDED_FOLDER, (128, 160), 4),
     "Stable Diffusion 1.5": (SD15_FOLDER, (512, 512), 2),
@@ -35,10 +35,10 @@ Row = dict[str, Any]
 
 
 def memory_bytes(arch: Architecture, steps: int, window: int, element_bytes: int) -> dict[str, int]:
-    """What streams keep: `stream`, each its own keys and values of temporal attention; `avatar`, all of them as one.
+    """Return the bytes that streams keep. stream: keys and values of one's temporal attention. avatar: shared by all.
 
-    The latter are the reference's keys and values of every step: of key-frame attention in both networks, and of
-    temporal attention, from which each stream's first slot is copied. arch: with a size.
+    What they share are the reference's keys and values of every step: those of key-frame attention in both networks,
+    and those of temporal attention, from which each stream's first slot is copied. arch: must have a size.
     """
     specs = network_specs(arch)
     kept = [tensor for name in STREAM_NETWORKS for tensor in specs[name].inputs if "_kv_" in tensor.name]
@@ -52,7 +52,7 @@ def memory_bytes(arch: Architecture, steps: int, window: int, element_bytes: int
 
 
 def step_flops(counters: Counters, size: tuple[int, int], window: int) -> dict[str, int]:
-    """FLOPs of the two networks for one frame at one step, by name."""
+    """Return the FLOPs of the two networks for one frame at one step, by name."""
     specs = network_specs(replace(counters.arch, size=size))
     flops = {}
     for name in STREAM_NETWORKS:
@@ -64,7 +64,7 @@ def step_flops(counters: Counters, size: tuple[int, int], window: int) -> dict[s
 
 
 def frame_flops(counters: Counters, size: tuple[int, int], steps: int, window: int, decoder: Decoder) -> dict[str, int]:
-    """FLOPs of a frame, by stage."""
+    """Return the FLOPs of a frame, by stage."""
     setup = Setup(size, frames=1)
     full = counters.network("vae_decoder", counters.latents(setup, 1))
     return {
@@ -76,7 +76,7 @@ def frame_flops(counters: Counters, size: tuple[int, int], steps: int, window: i
 
 
 def count_base(configs: Path, size: tuple[int, int], element_bytes: int) -> Row:
-    """Memory by steps and window, FLOPs of a frame by steps, and seconds on GPUs at a share of their peak."""
+    """Return memory by steps and window, FLOPs of a frame by steps, and seconds on GPUs at a share of their peak."""
     counters = Counters(configs)
     arch = replace(counters.arch, size=size)
     memory = [{"steps": steps, "window": window, **memory_bytes(arch, steps, window, element_bytes)}
@@ -91,7 +91,7 @@ def count_base(configs: Path, size: tuple[int, int], element_bytes: int) -> Row:
 
 
 def markdown(document: Row) -> str:
-    """The results as tables."""
+    """Format the results as tables."""
     lines = ["# A stream on paper", "",
              "Counted on shapes by `python -m bench.stream_budget`; nothing here was timed.", "",
              "## Memory (MB)", "",

@@ -1,9 +1,10 @@
-"""What a stream costs in quality, by steps, window and decoder: against the truth and against the joint render of its poses.
+"""Measures a stream's quality by steps, window and decoder, compared with the truth and with the joint render.
 
 Bench: `python -m bench.stream_quality [ENGINE | --checkpoint demo/tuned.ckpt] [--json FILE] [--quick]` streams frames
-46-119 of the demonstration's footage and writes results/stream_quality.json and .md, or FILE and its .md; without one
-it tunes as the demonstration does. `--precision int8` builds that, and writes results/stream_quality-int8.json and .md.
-With --quick alone it only prints: 16 frames, fewer streams, a render of 20 steps.
+46-119 of the demonstration's footage and writes results/stream_quality.json and .md, or FILE and its .md. Without an
+engine or a checkpoint it tunes as the demonstration does. `--precision int8` builds an int8 engine and writes
+results/stream_quality-int8.json and .md. --quick takes 16 frames, fewer streams and a joint render of 20 steps; it only
+prints unless --json is given.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ Row = dict[str, Any]
 def stream_clip(
     avatar: Avatar, target: PoseSequence, options: StreamOptions, calibration: PoseSequence | None = None
 ) -> tuple[np.ndarray, Row]:
-    """Frames (N, H, W, 3) of a stream that is given every pose, and how they came about.
+    """Stream every pose. Returns: frames (N, H, W, 3), and notes on the run.
 
-    ms: the median of a frame's time, the first one's apart, which may wait for what a backend makes ready.
+    ms: the median time of a frame, without the first one, which may wait for what a backend prepares.
     """
     frames, seconds, notes = [], [], []
     with avatar.stream(options, calibration=calibration) as stream:
@@ -58,7 +59,7 @@ def stream_clip(
 
 
 def grade(frames: np.ndarray, truth: np.ndarray, offline: np.ndarray) -> Row:
-    """Nearness to both clips. change: of neighbouring frames, over the truth's: 1 is as lively, more may flicker."""
+    """Compare with both clips. change: of neighbouring frames, over the truth's: 1 is as lively, more may flicker."""
     to_offline = {f"{name}_to_offline": value for name, value in scores(frames, offline).items()}
     change = jumps(frames, truth, list(range(1, len(truth))))
     return {**scores(frames, truth), **to_offline, "change": round(change, 3)}
@@ -67,9 +68,9 @@ def grade(frames: np.ndarray, truth: np.ndarray, offline: np.ndarray) -> Row:
 def compare(
     avatar: Avatar, target: PoseSequence, truth: np.ndarray, streams: list[StreamOptions], offline_steps: int
 ) -> list[Row]:
-    """A row for the joint render, one for its reference frame repeated, and two for each stream.
+    """Return a row for the joint render, one for its reference frame repeated, and two for each stream.
 
-    The second of the two knows the poses that will come when it chooses its reference (Eq. 5), as the render does.
+    The second of the two chooses its reference by the poses that will come (Eq. 5), as the render does.
     """
     begin = time.perf_counter()
     offline = avatar.render(target, num_inference_steps=offline_steps)
@@ -97,7 +98,7 @@ def run(
     engine: Path | None, checkpoint: Path | None, streams: list[StreamOptions], num_frames: int | None,
     offline_steps: int, is_quick: bool, precision: str = "auto",
 ) -> Row:  # fmt: skip
-    """Tune and build what is not given, and compare. precision: of an engine that is built."""
+    """Tune and build what is not given, and compare. precision: of an engine that is built here."""
     frames, poses = load_footage()
     target, truth = poses[TARGET][:num_frames], frames[TARGET][:num_frames]
     with tempfile.TemporaryDirectory(prefix="stream-quality-") as folder:
@@ -113,7 +114,7 @@ def run(
 
 
 def name_of(row: Row) -> str:
-    """How a table calls it."""
+    """Return a row's name in the table."""
     if row["what"] != "stream":
         return row["what"]
     steps = f"{row['steps']} step{'s' * (row['steps'] > 1)}"
@@ -123,7 +124,7 @@ def name_of(row: Row) -> str:
 
 
 def markdown(document: Row) -> str:
-    """The results as one table."""
+    """Format the results as one table."""
     facts, engine = document["machine"], document["engine"]
     commit = f", commit {facts['commit']}" if "commit" in facts else ""
     lines = [
@@ -147,7 +148,7 @@ def markdown(document: Row) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", type=Path, nargs="?", help="an engine of what `make demo` tunes")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")

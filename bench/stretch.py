@@ -1,8 +1,8 @@
-"""What `render --replace` leaves of the seams, and how near the mended frames come to the true ones.
+"""Measures the seams that `render --replace` leaves, and how close the replaced frames come to the true ones.
 
-Bench: `python -m bench.stretch [ENGINE | --checkpoint demo/tuned.ckpt] [--json FILE] [--preset NAME]` mends stretches of the
-demonstration's footage and writes results/stretch.json and .md, or FILE and its .md; without one it tunes as the
-demonstration does.
+Bench: `python -m bench.stretch [ENGINE | --checkpoint demo/tuned.ckpt] [--json FILE] [--preset NAME]` replaces
+stretches of the demonstration's footage and writes results/stretch.json and .md, or FILE and its .md. Without an engine
+or a checkpoint it tunes as the demonstration does.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Row = dict[str, Any]
 
 
 def change(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean difference of two pictures or clips, in grey levels."""
+    """Return the mean difference of two pictures or clips, in grey levels."""
     return float(np.abs(first.astype(int) - second).mean())
 
 
 def face_psnr(frames: np.ndarray, truth: np.ndarray, poses: PoseSequence) -> float:
-    """PSNR in dB within the rectangles around the face's keypoints, where a person moves most."""
+    """Return the PSNR in dB within the rectangles around the face's keypoints, where a person moves most."""
     cut: list[list[np.ndarray]] = [[], []]
     for index, keypoints in enumerate(poses):
         points = keypoints[FACE][keypoints[FACE, 2] >= CONFIDENCE_THRESHOLD, :2]
@@ -46,7 +46,7 @@ def face_psnr(frames: np.ndarray, truth: np.ndarray, poses: PoseSequence) -> flo
 
 
 def grade(mended: np.ndarray, footage: np.ndarray, poses: PoseSequence, start: int, stop: int) -> Row:
-    """Nearness to the truth; the change from frame to frame at both seams, and within."""
+    """Return how close frames are to the truth, and their change from frame to frame at both seams and within."""
     truth = footage[start:stop]
     seams = (change(mended[0], footage[start - 1]), change(mended[-1], footage[stop]))
     row: Row = {"seam": float(np.mean(seams)), "inside": change(mended[1:], mended[:-1])}
@@ -56,7 +56,7 @@ def grade(mended: np.ndarray, footage: np.ndarray, poses: PoseSequence, start: i
 
 
 def compare(avatar: Avatar, footage: np.ndarray, poses: PoseSequence, start: int, stop: int, preset: str) -> list[Row]:
-    """Of one stretch: its true frames, a crossfade of the frames beside it, its render, and that drawn to those frames."""
+    """Grade a stretch's true frames, a crossfade of the frames beside it, its render, and this drawn to them."""
     before, after = footage[start - 1], footage[stop]
     rendered = avatar.render(poses[start - 1 : stop + 1], preset=preset)
     shares = (np.arange(1, stop - start + 1) / (stop - start + 1))[:, None, None, None]
@@ -75,7 +75,7 @@ def compare(avatar: Avatar, footage: np.ndarray, poses: PoseSequence, start: int
 
 
 def markdown(document: Row) -> str:
-    """The results as a table."""
+    """Format the results as a table."""
     lines = [f"Frames of the demonstration's footage that were not tuned on, preset {document['preset']}, {document['engine']}; "
              f"{document['machine']['processor']}. Change: mean difference of neighbouring frames in grey levels, at the "
              "two seams and within the stretch.", ""]  # fmt: skip

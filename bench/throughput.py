@@ -1,9 +1,10 @@
-"""This runtime against the published algorithms and against diffusers' pipeline, end to end, in one run, in turns.
+"""Compares this runtime with the published algorithms and with diffusers' pipeline, end to end, in one run, in turns.
 
-Bench: `python -m bench.throughput [--json FILE] [--quick]` writes results/throughput-<device>.json, .md and .svg, or FILE and
-those beside it; with --quick alone (the embedded base, 4 frames, 2 steps, one round) it only prints. All contenders run on
-the GPU where torch sees one, else on the CPU, where `taskset` limits the cores of all alike. `--base random-sd15` has the size of
-Stable Diffusion 1.5, on random weights: on a CPU with `--size 256x256 --frames 4 --steps 2`.
+Bench: `python -m bench.throughput [--json FILE] [--quick]` writes results/throughput-<base>-<device>.json, .md and
+.svg, or FILE and those beside it. --quick takes 4 frames, 2 steps and one round, and only prints unless --json is
+given. All contenders run on the GPU if torch sees one, else on the CPU, where `taskset` limits the cores of all alike.
+`--base random-sd15` has the size of Stable Diffusion 1.5 and random weights. On a CPU, give it
+`--size 256x256 --frames 4 --steps 2`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ Row = dict[str, Any]
 
 
 def make_checkpoint(base: str, size: tuple[int, int] | None, path: Path) -> Row:
-    """Write an untrained checkpoint; called in a process of its own, so that the base does not stay in memory."""
+    """Write an untrained checkpoint. Called in a process of its own, so that the base does not stay in memory."""
     if base == "random-sd15":
         base = str(write_random_base(path.with_name("random-sd15")))
     untrained_checkpoint(base, size).save(path)
@@ -64,7 +65,7 @@ def make_checkpoint(base: str, size: tuple[int, int] | None, path: Path) -> Row:
 
 
 def find_checkpoint(options: argparse.Namespace, folder: Path) -> Path:
-    """The one that was given, or an untrained one over the base, made unless `folder` has it from an earlier run."""
+    """Return the given checkpoint, or an untrained one over the base, which is made unless `folder` has it already."""
     if options.checkpoint is not None:
         return options.checkpoint
     size = "" if options.size is None else "-{}x{}".format(*options.size)
@@ -77,14 +78,14 @@ def find_checkpoint(options: argparse.Namespace, folder: Path) -> Path:
 
 
 def build(checkpoint: Path, folder: Path, backend: str, precision: str) -> Row:
-    """Build an engine; build_s: how long it took, 0 where it was there."""
+    """Build an engine. build_s: how long it took, 0 if it was there already."""
     start = time.perf_counter()
     result = build_engine(checkpoint, folder, BuildOptions(backend, precision))
     return {"build_s": 0.0 if result.was_current else time.perf_counter() - start}
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `find_engine` reads."""
+    """Add the arguments that `find_engine` reads."""
     parser.add_argument("engine", type=Path, nargs="?", help="an engine; else one is built")
     parser.add_argument("--checkpoint", type=Path, help="a tuned one, instead of an untrained one over --base")
     parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
@@ -95,13 +96,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find_engine(options: argparse.Namespace, folder: Path) -> Path:
-    """The engine that was given, or one built of the checkpoint, or of an untrained one over the base."""
+    """Return the given engine, or build one from the checkpoint or from an untrained one over the base."""
     if options.engine is not None:
         engine: Path = options.engine
         return engine
     checkpoint, backend = find_checkpoint(options, folder), options.backend
     if options.quick and backend == "auto" and options.precision not in ONLY_OF:
-        backend = "torch"  # a second, where building what `auto` takes may be most of a quick run
+        backend = "torch"  # built in a second; what `auto` takes may need most of a quick run
     engine = folder / f"{checkpoint.stem}-{backend}-{options.precision}.engine"
     built = in_own_process(build, checkpoint, engine, backend, options.precision)
     if "error" in built:
@@ -110,15 +111,15 @@ def find_engine(options: argparse.Namespace, folder: Path) -> Path:
 
 
 def setup_of(manifest: Row) -> Row:
-    """What a result says of the engine that was measured."""
+    """Return what a result says of the engine that was measured."""
     return {"base": Path(manifest["base"]).name, **{name: manifest[name] for name in ("size", "backend", "precision")}}
 
 
 def make_contenders(job: Job, methods: list[str], engines: list[str], folder: Path) -> dict[str, Row]:
-    """Contenders by name, each with its job; engines are built now, in `folder`.
+    """Return the contenders by name, each with its job; engines are built now, in `folder`.
 
-    Args: job: what all have in common; its precision is that of all but `exact`. methods: of METHODS' values. engines:
-        `backend:precision` of `exact`, either may be auto.
+    Args: job: what all have in common; its precision is that of all but `exact`. methods: some of METHODS' values.
+        engines: `backend:precision` of `exact`; either may be auto.
     """
     contenders: dict[str, Row] = {}
     for engine in engines if "exact" in methods else []:
@@ -143,7 +144,7 @@ def make_contenders(job: Job, methods: list[str], engines: list[str], folder: Pa
 
 
 def median(runs: list[Row]) -> Row:
-    """The medians over runs of everything that a run measured."""
+    """Return the medians over runs of everything that a run measured."""
     stages = list(dict.fromkeys(stage for one in runs for stage in one["seconds"]))
     seconds = {stage: statistics.median(one["seconds"].get(stage, 0.0) for one in runs) for stage in stages}
     names = ("startup_s", "total_s", "loaded_peak_bytes", "peak_bytes", "peak_gpu_bytes")
@@ -151,9 +152,9 @@ def median(runs: list[Row]) -> Row:
 
 
 def extrapolate(method: str, row: Row, frames: int, num_inference_steps: int) -> float:
-    """Seconds that 100 frames in 50 steps would take, were all stages linear in both: an estimate, marked as such.
+    """Estimate the seconds that 100 frames in 50 steps would take if all stages were linear in both.
 
-    Plain inverts every frame; the others one, and they render one frame more, the reference.
+    `plain` inverts every frame, `exact` and `published` one; those two also sample one frame more, the reference.
     """
     seconds, steps = row["seconds"], FULL_STEPS / num_inference_steps
     is_clip_of_its_own = not method.startswith(("exact", "published"))
@@ -164,7 +165,7 @@ def extrapolate(method: str, row: Row, frames: int, num_inference_steps: int) ->
 
 
 def flops_of(counters: Counters, method: str, setup: Setup) -> int:
-    """What one render computes."""
+    """Return the FLOPs of one render."""
     if method in ("exact", "published"):
         count = counters.exact(setup) if method == "exact" else counters.published(setup)
         return count.total
@@ -177,7 +178,7 @@ def flops_of(counters: Counters, method: str, setup: Setup) -> int:
 
 
 def measure(contenders: dict[str, Row], rounds: int) -> dict[str, list[Row]]:
-    """Run all in turns, each time in a fresh process, so that a drift of the machine's load falls on all alike."""
+    """Run all in turns, each time in a fresh process, so that a drift of the machine's load affects all alike."""
     runs: dict[str, list[Row]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name, contender in contenders.items():
@@ -189,7 +190,7 @@ def measure(contenders: dict[str, Row], rounds: int) -> dict[str, list[Row]]:
 
 
 def summarise(contenders: dict[str, Row], runs: dict[str, list[Row]], counters: Counters, setup: Setup) -> list[Row]:
-    """One row a contender."""
+    """Return one row per contender."""
     peaks: dict[str, float] = {}
     rows: list[Row] = []
     reference = None
@@ -218,14 +219,14 @@ def summarise(contenders: dict[str, Row], runs: dict[str, list[Row]], counters: 
 
 
 def _peaks(rows: list[Row]) -> dict[str, float]:
-    """What contenders' memory is compared by: the GPU's where one is used, but for what torch does not allocate there."""
+    """Return the peak memory to compare: the GPU's if one is used, but not that of engines that bypass torch there."""
     counter = "peak_gpu_bytes" if any(row["peak_gpu_bytes"] for row in rows) else "peak_bytes"
     return {row["contender"]: row[counter] for row in rows
             if row[counter] and not row["contender"].startswith("exact, tensorrt")}  # fmt: skip
 
 
 def _ratios(rows: list[Row]) -> list[str]:
-    """Times and memory over those of `exact`, where it ran."""
+    """Compare times and memory with those of `exact`, if it ran."""
     exact = [row for row in rows if row["contender"].startswith("exact")]
     if not exact:
         return []
@@ -240,7 +241,7 @@ def _ratios(rows: list[Row]) -> list[str]:
 
 
 def judged(rows: list[Row], precision: str) -> list[str]:
-    """Every engine of `exact` that is near enough against its targets, and whether one of them meets speed and memory both."""
+    """Judge every engine of `exact` that is close enough, and whether one meets both speed and memory targets."""
     near = [row for row in rows if row["contender"].startswith("exact")
             and (row["psnr_db"] is None or row["psnr_db"] >= TARGET_PSNR_DB)]  # fmt: skip
     engines = {"any type": near, "the same type": [row for row in near if row["contender"].endswith(precision)]}
@@ -269,24 +270,24 @@ def judged(rows: list[Row], precision: str) -> list[str]:
 
 
 def _who(contenders: list[str], uncounted: Set[str] = frozenset()) -> str:
-    """Who meets a target; it is missed where nobody's memory is left uncounted."""
+    """Say who meets a target. If nobody does, it is missed, unless somebody's memory was not counted."""
     return f"met by {' and '.join(contenders)}" if contenders else NOT_COUNTED if uncounted else "**missed**"
 
 
 def absent(rows: list[Row]) -> list[str]:
-    """The methods that a result has no row of; a row's name ends with its precision, or its engine and that's."""
+    """Return the methods without a row. A row's name ends with its precision, or with its engine and precision."""
     present = [row["contender"].rpartition(", ")[0] for row in rows]
     return [method for method in METHODS.values() if method not in present]
 
 
 def headline(setup: Row) -> str:
-    """What was rendered."""
+    """Say what was rendered."""
     size = "×".join(map(str, setup["size"]))
     return f"{setup['frames']} frames at {size}, {setup['steps']} steps, {setup['base']}"
 
 
 def picture(document: Row) -> str:
-    """Seconds by contender and stage."""
+    """Draw the seconds by contender and stage."""
     bars = []
     for row in document["rows"]:
         parts = {stage: row["seconds"].get(stage, 0.0) for stage in STAGES} if "error" not in row else {}
@@ -295,7 +296,7 @@ def picture(document: Row) -> str:
 
 
 def markdown(document: Row) -> str:
-    """The results as tables."""
+    """Format the results as tables."""
     setup, rows = document["setup"], [row for row in document["rows"] if "error" not in row]
     frames, steps = setup["frames"], setup["steps"]
     facts = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
@@ -337,7 +338,7 @@ def result_name(facts: Row) -> str:
 
 
 def benchmark(options: argparse.Namespace, folder: Path) -> Row:
-    """Make what is missing, measure, and sum up. What is cut off in summing up leaves the runs in the result's file."""
+    """Make what is missing, measure, sum up. If summing up is cut off, the result's file still has the runs."""
     checkpoint = find_checkpoint(options, folder)
     tuned = Checkpoint.load(checkpoint)
     size = (tuned.frames.shape[1], tuned.frames.shape[2])
@@ -361,7 +362,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> Row:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; --quick changes defaults only."""
+    """Parse the command line. --quick only changes defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_output_arguments(parser, "4 frames, 2 steps, one round, the engine `torch`")
     parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")

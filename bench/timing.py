@@ -1,6 +1,6 @@
-"""The one timing helper: warm-up, many repetitions, median and spread; cold caches and events on a GPU.
+"""The one timing helper: warm-up, many repetitions, median and spread; on a GPU with cold caches and events.
 
-Bench: imported by every script here; `python -m bench.timing` prints what it costs to time nothing.
+Bench: imported by the scripts here that measure; `python -m bench.timing` prints what it costs to time nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call over `repeats` calls."""
+    """Milliseconds of one call, from `repeats` calls."""
 
     median_ms: float
     p95_ms: float
@@ -31,22 +31,23 @@ class Timing:
     repeats: int
 
     def to_json(self) -> dict[str, float | int]:
-        """Plain numbers, rounded to what a clock can tell."""
+        """Return plain numbers, rounded to what a clock can resolve."""
         return {name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 def summarise(times_ms: list[float]) -> Timing:
-    """Median, 95th percentile and minimum of repeated calls."""
+    """Return the median, 95th percentile and minimum of repeated calls."""
     ordered = sorted(times_ms)
     p95 = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
     return Timing(statistics.median(ordered), p95, ordered[0], len(ordered))
 
 
 def time_call(call: Callable[[], Any], *, budget_s: float = 1.0, min_repeats: int = 5, is_cold: bool = True) -> Timing:
-    """Time `call` on the device that torch's CUDA says is there, else on the CPU.
+    """Time `call` on the GPU if torch sees one, else on the CPU.
 
     Args:
-        budget_s: about how long to measure for; at least `min_repeats` calls are made, after a tenth as warm-up.
+        budget_s: about how long to measure; at least `min_repeats` calls count, on a GPU about 200 at most.
+            Warm-up calls do not count: the first tenth on the CPU, four calls on a GPU.
         is_cold: on a GPU, flush L2 before every call, as a network's other layers would.
     """
     if torch.cuda.is_available():
@@ -55,7 +56,10 @@ def time_call(call: Callable[[], Any], *, budget_s: float = 1.0, min_repeats: in
 
 
 def compare(calls: dict[str, Callable[[], Any]], **options: Any) -> dict[str, Timing]:
-    """Time several calls in turns, so that a drift of the machine's load falls on all alike."""
+    """Time several calls, on the CPU in turns, so that a drift of the machine's load affects all alike.
+
+    On a GPU they are timed one after another, each for a quarter of `budget_s`.
+    """
     rounds = 4
     options["budget_s"] = options.get("budget_s", 1.0) / rounds
     if torch.cuda.is_available():
@@ -78,7 +82,7 @@ def _sample_cpu(call: Callable[[], Any], budget_s: float, min_repeats: int) -> l
 
 
 def time_on_cpu(call: Callable[[], Any], budget_s: float, min_repeats: int) -> Timing:
-    """Time a call by the wall clock: on the CPU, whether or not a GPU is there."""
+    """Time a call on the CPU by the wall clock, whether or not there is a GPU."""
     return summarise(_sample_cpu(call, budget_s, min_repeats))
 
 
@@ -103,7 +107,10 @@ def _time_cuda(call: Callable[[], Any], budget_s: float, min_repeats: int, is_co
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were taken on: processor, threads, load, versions, commit, and the GPU with its driver and clocks; all as it is now."""
+    """Describe what the numbers were measured on, as it is now.
+
+    Processor, threads, load, versions, commit, and the GPU with its driver and clocks.
+    """
     info: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -129,10 +136,10 @@ def _processor() -> str:
 
 
 def _commit() -> dict[str, str]:
-    """The code's commit, with `+` where tracked files differ from it; nothing where git or the repository is absent."""
+    """Return the code's commit, with `+` if tracked files differ from it; nothing without git or a repository."""
     if not (ROOT / ".git").exists():  # a source archive may lie in somebody else's repository
         return {}
-    # No locks: a benchmark must not hold up whoever commits meanwhile.
+    # No locks: a benchmark must not block a commit that somebody makes meanwhile.
     command = ["git", "--no-optional-locks", "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
         output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

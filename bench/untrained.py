@@ -1,6 +1,6 @@
-"""Bases and checkpoints that nobody trained: they cost what real ones cost, where the real ones cannot be had.
+"""Untrained bases and checkpoints, for when the real ones are not available: they cost the same.
 
-Bench: imported by whatever measures without --checkpoint, and by tests.
+Bench: imported by everything that measures without --checkpoint, and by tests.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from posecrafter_rt.models.sources import SD15_FOLDER
 
 
 def untrained_checkpoint(base: str, size: tuple[int, int] | None = None, num_frames: int = 8) -> Checkpoint:
-    """A checkpoint whose temporal attention acts although nothing was tuned, with a small decoder: costs what a tuned one costs.
+    """Make a checkpoint with active temporal attention and a small decoder. It costs what a tuned one costs.
 
-    That attention begins as a copy of the key-frame attention, whose products an engine could take for its own: here its rows
-    are in another order.
+    Temporal attention begins as a copy of the key-frame attention, and an engine could use that one's products for
+    both. So its rows are in another order here.
 
     Args: base: as `load_base` takes it. size: (height, width); None: the base's own.
     """
@@ -44,7 +44,7 @@ def untrained_checkpoint(base: str, size: tuple[int, int] | None = None, num_fra
     small = new_small_decoder(arch.latent_channels, arch.vae_scale_factor, generator)
     tensors |= {f"small_decoder.{name}": parameter.detach() for name, parameter in small.named_parameters()}
     frames = np.random.default_rng(0).integers(0, 256, (num_frames, *(side // 8 for side in size), 3), np.uint8)
-    frames = frames.repeat(8, axis=1).repeat(8, axis=2)  # patches: pure noise is no picture to a VAE
+    frames = frames.repeat(8, axis=1).repeat(8, axis=2)  # patches, because pure noise is no picture to a VAE
     metadata = {**model.identity(), "prompt": model.settings.prompt, "size": list(size),
                 "norm_scope": model.unet.norm_scope, "seed": 0, "steps": 0,
                 "small_decoder": describe_config(small)}  # fmt: skip
@@ -52,7 +52,7 @@ def untrained_checkpoint(base: str, size: tuple[int, int] | None = None, num_fra
 
 
 def shapes_only(configs: Path) -> dict[str, Any]:
-    """The four networks of a base on the meta device, from the config.json of each in its folder of `configs`."""
+    """Return the four networks of a base on the meta device, from each one's config.json in a folder of `configs`."""
     classes = {"unet": UNet2DConditionModel, "controlnet": ControlNetModel, "vae": AutoencoderKL}
     with torch.device("meta"):
         networks = {name: cls.from_config(json.loads((configs / name / "config.json").read_text()))
@@ -61,9 +61,9 @@ def shapes_only(configs: Path) -> dict[str, Any]:
 
 
 def write_random_base(folder: Path) -> Path:
-    """A base of Stable Diffusion 1.5's configuration and random weights in fp16, 3 GB: it costs what the real one costs.
+    """Write a base of Stable Diffusion 1.5's configuration with random fp16 weights (3 GB). It costs the same.
 
-    Returns: the folder. One that is complete already is kept.
+    Returns: the folder. A folder that is complete already is kept.
     """
     if (folder / "complete").exists():
         return folder
@@ -77,7 +77,7 @@ def write_random_base(folder: Path) -> Path:
 
 
 def _random(model: nn.Module, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Norms as the identity, small weights: activations stay finite, also in 16 bits. Drawn where the generator is."""
+    """Draw small weights where the generator is, with norms as identity: activations stay finite, also in 16 bits."""
     tensors = {}
     for name, tensor in model.named_parameters():
         if tensor.ndim == 1:

@@ -1,6 +1,6 @@
-"""The attention and paste problems of SD 1.5 at 512², and the bytes and FLOPs that each must cost.
+"""The attention and paste problems of SD 1.5 at 512², and the bytes and FLOPs that each costs at least.
 
-Bench: shared by kernels.py, kernel_table.py and fusions.py.
+Bench: shared by kernels.py, fusions.py and the kernel_*.py scripts.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Attention:
 
     @property
     def flops(self) -> int:
-        """Two products of 2 · d FLOPs for each query, key and head; exponentials not counted."""
+        """Count two products of 2 · d FLOPs for each query, key and head; exponentials are not counted."""
         return 4 * self.frames * self.tokens * self.num_keys * self.channels
 
     def num_bytes(self, element_bytes: int) -> int:
-        """Each input read once, the output written once."""
+        """Count each input as read once and the output as written once."""
         queries = self.frames * self.tokens
         keys = self.num_keys if self.op == "keyframe_attention" else self.num_keys * self.tokens
         return 2 * (queries + keys) * self.channels * element_bytes
 
 
 def attentions(frames: int, scale: int = 1) -> list[Attention]:
-    """Every distinct attention of one U-Net step over a clip; scale divides the positions (4: half the size)."""
+    """Return every distinct attention of one U-Net step over a clip. scale divides the positions (4: half the size)."""
     levels = [(tokens // scale, channels) for tokens, channels in LEVELS]
     keyframe = [Attention("keyframe_attention", frames, t, channels, t) for t, channels in levels]
     temporal = [Attention("temporal_attention", frames, t, channels, frames) for t, channels in levels[:3]]
@@ -47,5 +47,5 @@ def attentions(frames: int, scale: int = 1) -> list[Attention]:
 
 
 def paste_bytes(frames: int, channels: int, pixels: int, pasted: int, element_bytes: int) -> int:
-    """affine_warp_paste: all frames written once, the source read once, four taps read for each pasted element."""
+    """Count affine_warp_paste: all frames written once, the source read once, four taps read per pasted element."""
     return ((frames + 1) * channels * pixels + channels * pixels + 4 * pasted * channels) * element_bytes

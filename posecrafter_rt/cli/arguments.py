@@ -1,6 +1,6 @@
-"""What options of several commands share; values that are more than a word: sizes, segments, frame ranges, LoRAs.
+"""Options that several commands share, and parsers of their values: sizes, segments, frame ranges, LoRAs.
 
-Layer 8: a value that says nothing is bad usage (exit code 2).
+Layer 8: a value that cannot be parsed is bad usage (exit code 2).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """`512x768` → (512, 768), height first; None stays None."""
+    """Parse `512x768` → (512, 768), height first; None stays None."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", text)
@@ -26,7 +26,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_segment(text: str | None) -> int | Literal["auto"] | None:
-    """`48` → 48; `auto` and None stay."""
+    """Parse `48` → 48; `auto` and None stay as they are."""
     if text is None or text == "auto":
         return text  # type: ignore[return-value]
     if not re.fullmatch(r"-?\d{1,9}", text):
@@ -35,7 +35,7 @@ def parse_segment(text: str | None) -> int | Literal["auto"] | None:
 
 
 def parse_range(text: str | None) -> slice:
-    """`46:120` → frames 46 to 119; either side may be absent; None is all frames."""
+    """Parse `46:120` → frames 46 to 119; either side may be missing; None means all frames."""
     if text is None:
         return slice(None)
     match = re.fullmatch(r"(\d{0,9}):(\d{0,9})", text)
@@ -48,7 +48,7 @@ def parse_range(text: str | None) -> slice:
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """`style.safetensors:0.8` → that file and 0.8; without a scale 1. A file of the whole name is taken as it is."""
+    """Parse `style.safetensors:0.8` → that file and 0.8, or 1 without a scale. An existing file's name has no scale."""
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).is_file():
         return Path(text), 1.0

@@ -1,6 +1,6 @@
-"""What `doctor` looks at: one function a section, each giving findings with the command that mends what is missing.
+"""What `doctor` checks: one function per section. Each returns findings, with the command that mends what is missing.
 
-Layer 8: imports inside the functions, so that one broken package does not hide the state of the others.
+Layer 8: imports are inside the functions, so that one broken package does not hide the state of the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 Status = Literal["ok", "absent", "failed"]
 
-# Distribution → what it is for. That of pyproject.toml, which a test holds against it; an extra's are optional.
+# Distribution → what it is for. They are those of pyproject.toml, which a test checks; those of extras are optional.
 CORE = {
     "torch": "tuning, and the engine `torch`",
     "diffusers": "the networks",
@@ -52,9 +52,9 @@ OPTIONAL = {
     "aiortc": ("serve", "`serve` over WebRTC"),
     "pyvirtualcam": ("camera", "`serve --virtual-camera`"),
 }
-# Where an extra is not what installs a distribution best: rtmlib would bring further builds of OpenCV, which overwrite ours.
+# Distributions not to install by their extra: rtmlib would bring further builds of OpenCV, which overwrite ours.
 MENDS = {"rtmlib": "pip install --no-deps rtmlib"}
-# Modules of a distribution that another distribution may provide as well.
+# Other distributions that provide the same module.
 SAME_MODULE = {
     "opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
     "onnxruntime": ("onnxruntime-gpu",),
@@ -77,7 +77,7 @@ MIN_FREE_BYTES = 2_000_000_000
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. status: `absent` is missing but not needed; `failed` is needed. mend: a command."""
+    """One thing that was checked. status: `absent` is missing but not needed, `failed` is needed. mend: a command."""
 
     name: str
     status: Status
@@ -86,7 +86,7 @@ class Finding:
 
 
 def run_checks() -> dict[str, list[Finding]]:
-    """All sections in order. A section that cannot even be looked at is one failed finding."""
+    """Check all sections in order. A section that cannot be checked is one failed finding."""
     sections: dict[str, list[Finding]] = {}
     for title, check in SECTIONS.items():
         try:
@@ -97,12 +97,12 @@ def run_checks() -> dict[str, list[Finding]]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message without its paragraphs."""
+    """Return the first line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_machine() -> list[Finding]:
-    """Python, processor, memory."""
+    """Check Python, processor and memory."""
     from posecrafter_rt.machine import cpu_features, cpu_gains_by_bf16, cpu_name, usable_cores
 
     num_cores = usable_cores()
@@ -119,7 +119,7 @@ def check_machine() -> list[Finding]:
 
 
 def check_devices() -> list[Finding]:
-    """torch, and the GPUs that it can use."""
+    """Check torch, and the GPUs that it can use."""
     import torch
 
     cuda = torch.version.cuda
@@ -142,7 +142,7 @@ def check_devices() -> list[Finding]:
 
 
 def check_engines() -> list[Finding]:
-    """Every backend with the precisions that it can run here, and what `auto` takes."""
+    """Check every backend, with the precisions that it can run here, and what `auto` takes."""
     from posecrafter_rt import engines
 
     findings = []
@@ -164,7 +164,7 @@ def check_engines() -> list[Finding]:
 
 
 def check_operators() -> list[Finding]:
-    """Every operator's backends, the operations of `openvino`, which may be compiled for it, and the native extension."""
+    """Check every operator's backends, the operations of `openvino` (compiling them), and the native extension."""
     from posecrafter_rt.engines import openvino_operations
     from posecrafter_rt.ops import BACKENDS, native, unsupported_reason
 
@@ -188,7 +188,7 @@ def check_operators() -> list[Finding]:
 
 
 def check_video() -> list[Finding]:
-    """Whether PyAV can write what `render` writes."""
+    """Check whether PyAV can write what `render` writes."""
     import av
 
     try:
@@ -200,7 +200,7 @@ def check_video() -> list[Finding]:
 
 
 def check_packages() -> list[Finding]:
-    """Core and optional distributions with their versions."""
+    """Check core and optional distributions, with their versions."""
     findings = []
     for name, purpose in CORE.items():
         found = installed(name)
@@ -214,7 +214,7 @@ def check_packages() -> list[Finding]:
 
 
 def installed(distribution: str) -> str | None:
-    """The version of a distribution, or of another that provides the same module; None if neither is installed."""
+    """Return the version of a distribution, or of another that provides the same module; None if none is installed."""
     for name in (distribution, *SAME_MODULE.get(distribution, ())):
         try:
             return version(name) if name == distribution else f"{version(name)} ({name})"
@@ -224,7 +224,7 @@ def installed(distribution: str) -> str | None:
 
 
 def check_storage() -> list[Finding]:
-    """The embedded base, and room in the cache."""
+    """Check the embedded base, and the room in the cache."""
     from posecrafter_rt.cli.output import size_of
     from posecrafter_rt.config import cache_dir
 

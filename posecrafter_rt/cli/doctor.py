@@ -39,7 +39,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
 
 
 def print_findings(sections: dict[str, list[Finding]]) -> None:
-    """Each section as a table; under a finding the command that mends it."""
+    """Print each section as a table; below a finding, the command that mends it."""
     for title, findings in sections.items():
         print_heading(title)
         rows: list[tuple[str | Text, ...]] = []

@@ -1,4 +1,4 @@
-"""`posecrafter-rt eval`: how near a rendered video is to the true one, and to the poses that it was to follow.
+"""`posecrafter-rt eval`: how close a rendered video is to the true one, and to the poses that it should follow.
 
 Layer 8: arguments, one call, the printed result.
 """
@@ -49,7 +49,7 @@ def evaluate(
     from posecrafter_rt.video_io import video_size
 
     height, width = video_size(rendered)
-    # Before both videos are measured.
+    # Poses come first: their errors should show before both videos are measured.
     target = None if poses is None else shown_poses(
         read_openpose(poses, allow_missing=True, canvas=video_size(truth)), window, poses)  # fmt: skip
     found = (
@@ -73,7 +73,10 @@ def evaluate(
 
 
 def _count_pairs(rendered: Path, truth: Path, window: slice) -> int:
-    """How many frames both have. Decoding them for it takes a fraction of the measuring, which a difference would waste."""
+    """Return how many frames both have. Counting is quick; measuring would be wasted on videos of different lengths.
+
+    Raises: VideoError if the lengths differ.
+    """
     from posecrafter_rt.video_io import stream_video
 
     num_frames = sum(1 for _ in stream_video(rendered)[0])
@@ -87,7 +90,7 @@ def _count_pairs(rendered: Path, truth: Path, window: slice) -> int:
 
 
 def _measure(rendered: Path, truth: Path, size: tuple[int, int], window: slice) -> dict[str, float]:
-    """PSNR and SSIM, the means over the frames, of which one pair is in memory at a time."""
+    """Return the means of PSNR and SSIM over the frames; one pair is in memory at a time."""
     from posecrafter_rt.evaluate.metrics import psnr, ssim
     from posecrafter_rt.video_io import stream_video
 

@@ -18,7 +18,7 @@ from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 
 app = typer.Typer()
 
-# For the program, or in tables of their own; --json has them.
+# Not shown, or shown in tables of their own; --json has them.
 _LONG = ("files", "architecture", "scheduler", "networks", "network_details")
 
 
@@ -41,17 +41,17 @@ def inspect(
 
 
 def describe_engine(path: Path) -> dict[str, Any]:
-    """The manifest, sizes of files and caches, and under `problem` the error that `open_folder` raises, if any.
+    """Return the manifest, sizes of files and caches, and as `problem` the error that `open_folder` raises, if any.
 
-    network_details: of an intact engine of this version of the package; another version's networks are its own.
-    Raises: EngineFolderError where the manifest itself is not the one that was written: what it says is nothing to show.
+    network_details: only for an intact engine of this version of the package; another version's networks may differ.
+    Raises: EngineFolderError if the manifest was altered, because then what it says is not to be shown.
     """
     from posecrafter_rt.engines.description import describe_networks
     from posecrafter_rt.engines.folder import MUTABLE, is_sealed, open_folder, read_manifest
 
     manifest = read_manifest(path)
     if not is_sealed(manifest):
-        open_folder(path)  # says so
+        open_folder(path)  # raises the error
     record: dict[str, Any] = {"engine": str(path), **manifest}
     record["files"] = {
         name: (path / name).stat().st_size if (path / name).is_file() else None for name in manifest["files"]
@@ -71,7 +71,7 @@ def describe_engine(path: Path) -> dict[str, Any]:
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, and how much it holds."""
+    """Return what a checkpoint says about itself, and how much it holds."""
     from posecrafter_rt.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.load(path)
@@ -87,7 +87,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def print_record(record: dict[str, Any]) -> None:
-    """The record as rows of name and value, and an engine's networks and files below."""
+    """Print the record as rows of name and value, and an engine's networks and files below."""
     print_table(flatten({name: value for name, value in record.items() if name not in _LONG}))
     if "network_details" in record:
         print_networks(record["network_details"])
@@ -97,7 +97,7 @@ def print_record(record: dict[str, Any]) -> None:
 
 
 def print_networks(networks: Mapping[str, Mapping[str, Any]]) -> None:
-    """A line for each network; of its inputs and outputs the first."""
+    """Print a line for each network, with the first of its inputs and of its outputs."""
     noted = [name for name in ("plugins", "error") if any(name in network for network in networks.values())]
     rows = []
     for name, network in networks.items():
@@ -111,14 +111,14 @@ def print_networks(networks: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def show_tensors(tensors: Mapping[str, Mapping[str, Any]], limits: Mapping[str, list[int]]) -> str:
-    """The first of several tensors with its shape, `latents frames≤64×4×16×20, 15 more`."""
+    """Format the first of several tensors with its shape: `latents frames≤64×4×16×20, 15 more`."""
     (name, first), *others = tensors.items()
     shape = "×".join(f"{dim}≤{limits[dim][1]}" if dim in limits else str(dim) for dim in first["shape"])
     return f"{name} {shape}" + (f", {len(others)} more" if others else "")
 
 
 def flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested names joined by a space, values for reading: `versions torch`, `2.13.0`."""
+    """Yield nested names, joined by a space, and readable values: `versions torch`, `2.13.0`."""
     for name, value in record.items():
         title = f"{prefix}{name}".replace("_", " ")
         if isinstance(value, dict):

@@ -18,7 +18,7 @@ from typer.main import get_group
 from posecrafter_rt import __version__
 from posecrafter_rt.errors import DiskFull, OutOfMemory, PoseCrafterError, out_of_memory
 
-# Each is a module of this folder (`-` becomes `_`) with a Typer called `app`: of one command, or of several.
+# Each is a module of this folder (`-` becomes `_`) with a Typer called `app` that has one command or several.
 COMMANDS = {
     "demo": "The whole path on real footage: tune, build, render, measure.",
     "poses": "Keypoints: extract, preview, retarget, edit.",
@@ -31,11 +31,11 @@ COMMANDS = {
     "doctor": "What this machine can run, and how to fix what it cannot.",
 }
 INTERRUPTED = 130
-GOES_ON = "posecrafter_rt.goes_on"  # in a context's `meta`: whether what is done so far will not be done again
+GOES_ON = "posecrafter_rt.goes_on"  # in a context's `meta`: whether the same command would go on, not start over
 
 
 class Commands(TyperGroup):
-    """The commands by name; each module is imported when it is called, and errors end here."""
+    """The commands by name. A module is imported when its command is called, and errors end here."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         for argument in args:
@@ -44,7 +44,7 @@ class Commands(TyperGroup):
             except UnicodeEncodeError:  # neither safetensors nor a terminal takes such a name
                 ctx.fail(f"{argument!r} is not UTF-8; give the file another name")
         options = args[: args.index("--")] if "--" in args else args
-        if "--debug" in options:  # wherever it stands: one adds it to the command that failed
+        if "--debug" in options:  # in any place: people add it to the command that failed
             args = ["--debug", *(option for option in options if option != "--debug"), *args[len(options) :]]
         return super().parse_args(ctx, args)
 
@@ -64,23 +64,24 @@ class Commands(TyperGroup):
             fail(f"interrupted; run the same command again to {purpose}", label=None, code=INTERRUPTED)
         except BrokenPipeError:
             raise
-        except Exception as error:  # OpenCV has a kind of its own
+        except Exception as error:  # OpenCV has a class of its own
             known = explain(error)
             if known is None:
                 raise
             message, hint = str(known), known.hint
-        fail(message, hint)  # only here, for memory may have run out, and an error holds all that it passed through
+        fail(message, hint)  # only here: a handled error keeps all its frames, and memory may have run out
 
 
 def load_command(name: str) -> Any:
-    """The Click command of a module's `app`: the one it has, or the group of all."""
+    """Return the Click command of a module's `app`: its only command, or the group of all."""
     group = get_group(import_module(f"posecrafter_rt.cli.{name.replace('-', '_')}").app)
     return next(iter(group.commands.values())) if len(group.commands) == 1 else group
 
 
 def explain(error: Exception) -> PoseCrafterError | None:
-    """The line for memory that ran out, or for a file-system error that names a file or a full disk; None for any other,
-    which is a bug of ours.
+    """Return the error to show if memory ran out or the file system failed; None for any other, which is our bug.
+
+    A file-system error counts only if it names a file, or if the disk is full.
     """
     free_some = "free some memory and run the same command again"
     if not isinstance(error, OSError):
@@ -109,12 +110,12 @@ def _print(title: str, style: str, text: str) -> None:
         from rich.text import Text
 
         Console(stderr=True, highlight=False, soft_wrap=True).print(Text(title, style), Text(text), sep="")
-    except MemoryError:  # there is less left than that takes
+    except MemoryError:  # even this needs more memory than is left
         print(title, text, sep="", file=sys.stderr)
 
 
 def print_version(wanted: bool) -> None:
-    """The callback of --version."""
+    """Print the version; this is the callback of --version."""
     if wanted:
         print(f"posecrafter-rt {__version__}")
         raise typer.Exit

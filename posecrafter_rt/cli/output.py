@@ -1,4 +1,4 @@
-"""How commands print: results on standard output, as a table for people or JSON for machines.
+"""How commands print: their results go to standard output, as a table for people or JSON for machines.
 
 Layer 8.
 """
@@ -35,7 +35,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(rows: Iterable[tuple[str | Text, ...]], header: tuple[str, ...] | None = None) -> None:
-    """Print rows in aligned columns without lines; text is taken as it is, never as markup. Neither rows nor header: nothing."""
+    """Print rows in aligned columns without lines, if there are rows or a header; text is never taken as markup."""
     rows = list(rows)
     if not rows and header is None:
         return
@@ -56,7 +56,7 @@ def print_heading(text: str) -> None:
 
 
 def size_of(num_bytes: int) -> str:
-    """Bytes for people: `812 B`, `3.4 MB`, `1.2 GB` (powers of 1000)."""
+    """Format bytes for people: `812 B`, `3.4 MB`, `1.2 GB` (powers of 1000)."""
     value = float(num_bytes)
     for unit in ("B", "kB", "MB"):
         if value < 1000:
@@ -67,7 +67,7 @@ def size_of(num_bytes: int) -> str:
 
 @contextmanager
 def step_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar with time left on standard error; yields a function of (step, steps, note)."""
+    """Show a progress bar with time left on standard error; yields a function of (step, steps, note)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -81,7 +81,7 @@ def step_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 class _TimeLeft(ProgressColumn):
-    """The time until `ends`, a moment of the monotonic clock; nothing where that is None, or past."""
+    """Shows the time until `ends`, a moment of the monotonic clock; nothing if that is None or past."""
 
     def render(self, task: Task) -> Text:
         ends = task.fields["ends"]
@@ -91,7 +91,7 @@ class _TimeLeft(ProgressColumn):
 
 @contextmanager
 def stages(title: str) -> Iterator[Callable[[str, float | None], None]]:
-    """The stage at work on standard error, with a bar and the time left where it is known; one line where it is not at first.
+    """Show the current stage on standard error, with a bar and the time left if known; if not known at first, say so.
 
     Yields a function of the next stage's name and of the seconds left then, or None.
     """
@@ -120,7 +120,7 @@ def stages(title: str) -> Iterator[Callable[[str, float | None], None]]:
 
 
 def duration_of(seconds: float) -> str:
-    """Seconds for people: `5 s`, `3 min`, `1 h 20 min`."""
+    """Format seconds for people: `5 s`, `3 min`, `1 h 20 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

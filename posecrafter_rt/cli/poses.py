@@ -1,4 +1,4 @@
-"""`posecrafter-rt poses`: keypoints from a video, pictures of them, another person's fitted to the tuned one, edits.
+"""`posecrafter-rt poses`: extracts keypoints from a video, draws them, fits another person's to the tuned one, edits.
 
 Layer 8: arguments, one call, the printed result.
 """
@@ -96,18 +96,18 @@ def preview(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.video_io import stream_video, video_size
 
     picture_size = parse_size(canvas) or (video_size(video) if video else None)
-    # A preview is where one looks for the frames that lack the person.
+    # People look at a preview to find the frames that lack the person.
     poses = read_openpose(poses_path, person=person, canvas=picture_size, allow_missing=True)
     height, width = parse_size(size) or _preview_size(poses.canvas)
     frames = None
     if video:
         from posecrafter_rt.framing import transform_keypoints
 
-        if output.suffix.lower() == ".mp4":  # decoding takes a fraction of the drawing, which would be for nothing
+        if output.suffix.lower() == ".mp4":  # decoding is fast; drawing for a short video would be wasted
             for _ in _one_a_pose(stream_video(video, stop=len(poses))[0], video, len(poses)):
                 pass
         frames = _one_a_pose(stream_video(video, size=(height, width), stop=len(poses))[0], video, len(poses))
-        # Cut around the centre as the frames are, so that both still show the same place.
+        # Cut around the centre like the frames, so that both still show the same place.
         poses = transform_keypoints(poses, (height, width))
     fps = fps or poses.fps or _FALLBACK_FPS
     if output.suffix.lower() == ".png":
@@ -230,7 +230,7 @@ def _parse_wave(text: str) -> _Edit:
 
 
 def _parse_edit(text: str, name: str, example: str) -> tuple[str, slice]:
-    """`20@30:60` → `20` and frames 30 to 59."""
+    """Parse `20@30:60` → `20` and frames 30 to 59."""
     value, at, frames = text.partition("@")
     if not at:
         raise typer.BadParameter(f"{text!r} does not say which frames; write {name}@START:END, such as {example}@30:60")
@@ -238,7 +238,7 @@ def _parse_edit(text: str, name: str, example: str) -> tuple[str, slice]:
 
 
 def _poses_of(path: Path) -> PoseSequence:
-    """Who was tuned: from a pose file, a folder of them, a tuned.ckpt or an engine folder."""
+    """Return the poses of who was tuned, from a pose file, a folder of them, a tuned.ckpt or an engine folder."""
     if path.is_dir():
         from posecrafter_rt.engine_training import read_training
         from posecrafter_rt.engines.folder import MANIFEST, open_folder
@@ -255,7 +255,7 @@ def _poses_of(path: Path) -> PoseSequence:
 
 
 def _share_outside(poses: PoseSequence) -> float:
-    """Which part of the usable points lies outside the canvas."""
+    """Return the share of the usable points that lies outside the canvas."""
     usable = poses.keypoints[poses.keypoints[..., 2] >= CONFIDENCE_THRESHOLD, :2]
     height, width = poses.canvas
     is_outside = ((usable < -0.5) | (usable > (width - 0.5, height - 0.5))).any(axis=1)
@@ -293,7 +293,7 @@ def _preview_size(canvas: tuple[int, int]) -> tuple[int, int]:
 
 
 def _one_a_pose(frames: Iterator[np.ndarray], video: Path, num_frames: int) -> Iterator[np.ndarray]:
-    """A video's first frames as they are decoded. Raises: PoseError at the end of a shorter one."""
+    """Yield a video's frames as they are decoded. Raises: PoseError at the end if they were fewer than `num_frames`."""
     count = 0
     for frame in frames:
         count += 1

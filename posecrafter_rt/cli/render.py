@@ -137,11 +137,11 @@ def render(  # noqa: PLR0913 - one argument for each option
 
 
 def _segments_row(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was rendered, whatever was asked for, if the clip was split."""
+    """Describe the segments that were rendered, which may not be those asked for, if the clip was split."""
     resumed, reason = report["num_resumed"], report["segment_reason"]
     if report["num_segments"] == 1:
         return [("segments", f"none: {reason}")] if reason else []
-    overlaps = report["overlaps"][:-1]  # after the last one nothing comes
+    overlaps = report["overlaps"][:-1]  # nothing comes after the last one
     shared = " to ".join(map(str, sorted({min(overlaps), max(overlaps)})))
     text = f"{report['num_segments']} of {max(report['segments'])} frames at most, {shared} shared"
     notes = [text, *([reason] if reason else []), *([f"{resumed} from an interrupted run"] if resumed else [])]

@@ -122,7 +122,7 @@ def _app_maker() -> Callable[..., FastAPI]:
 
 
 def _url(host: str, port: int, token: str | None) -> str:
-    """Where the page is. Listening at all addresses, this machine goes by its name."""
+    """Return the page's address. If the server listens at all addresses, it has this machine's name."""
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
     shown = f"[{host}]" if ":" in host else host
@@ -130,7 +130,7 @@ def _url(host: str, port: int, token: str | None) -> str:
 
 
 def _run(application: FastAPI, listener: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Serve until interrupted or terminated. Raises: PoseCrafterError when the avatar cannot be streamed."""
+    """Serve until interrupted or terminated. Raises: PoseCrafterError if the avatar cannot be streamed."""
     import uvicorn
 
     from posecrafter_rt.serve.server import server_config
@@ -138,7 +138,7 @@ def _run(application: FastAPI, listener: socket.socket, on_ready: Callable[[], N
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            # Later collections pass over what is there now, which lives as long as the server: each took 90 ms, two frames.
+            # Later collections skip what is there now, which lives as long as the server: each took 90 ms, two frames.
             gc.collect()
             gc.freeze()
             if self.started:
@@ -146,12 +146,12 @@ def _run(application: FastAPI, listener: socket.socket, on_ready: Callable[[], N
 
     before = signal.signal(
         signal.SIGTERM, signal.default_int_handler
-    )  # what uvicorn raises once more when it has ended
+    )  # uvicorn raises the signal again when it has ended
     try:
         application.state.service.start()
         Server(server_config(application)).run(sockets=[listener])
     except KeyboardInterrupt:
-        return  # the way to end it
+        return  # this is how a server is ended
     finally:
         gc.unfreeze()
         signal.signal(signal.SIGTERM, before)

@@ -84,9 +84,9 @@ def tune(  # noqa: PLR0913 - one argument for each option
         small_decoder_steps=small_decoder_steps, learning_rate=learning_rate, prompt=prompt, norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]
         gradient_checkpointing=gradient_checkpointing, controlvideo_weights=controlvideo_weights)  # fmt: skip
     all_poses = read_openpose(poses, allow_missing=True, canvas=video_size(video))
-    shown_poses(all_poses, window, poses)  # as load_clip asks once more: before a base is downloaded
+    shown_poses(all_poses, window, poses)  # load_clip checks this again; this is before a base is downloaded
     found = locate_base(base)
-    read_scheduler_config(found)  # refuses what is not supported before the whole video is decoded
+    read_scheduler_config(found)  # refuses an unsupported one before the whole video is decoded
     clip, clip_poses = load_clip(video, all_poses, picture_size or found.settings().size, window, frames)
     ctx.meta[GOES_ON] = resume
     with step_progress("tuning") as on_step:

@@ -54,12 +54,12 @@ SCHEDULER: dict[str, Any] = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "prediction_type": "v_prediction",  # weighs the noisy steps, where the pose is decided, more than the noise does
+    "prediction_type": "v_prediction",  # weighs the noisy steps, which decide the pose, more than predicting noise does
     "timestep_spacing": "leading",
 }
 
-# Chosen by measurement on the demonstration's footage: a model this small has room to learn a person with all it has, also
-# the person's colours with its decoder; and it is weakest where the noise is strongest, so renders start below that.
+# Chosen by measurement on the demonstration's footage. A model this small learns a person with all its weights, and the
+# person's colours with its decoder. It is weakest where the noise is strongest, so renders start below that.
 SETTINGS = BaseSettings(
     size=SIZE, trainable=(".",), learning_rate=3e-4, steps=200, learning_rate_decay=True, shared_noise=0.5,
     decoder_steps=100, small_decoder_steps=400, inversion_substeps=5, strength=0.6,

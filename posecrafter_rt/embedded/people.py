@@ -1,6 +1,6 @@
 """Procedural pictures of people with exact keypoints, for pretraining a small pose-conditioned network.
 
-Layer 1 (embedded recipe): numpy and cv2 only. `sample_clip` is the entry; all is deterministic from the generator.
+Layer 1 (embedded recipe): numpy and cv2 only. `sample_clip` is the entry. The generator determines everything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Person", "Pose", "caption", "render", "sample_clip", "sample_poses"]
 def sample_clip(
     rng: np.random.Generator, n: int, size: tuple[int, int] = (128, 160)
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """One person before one background in n loosely related poses.
+    """Draw one person in front of one background in n loosely related poses.
 
     Returns: frames (n, H, W, 3) uint8 RGB; keypoints (n, 134, 3) float32, pixels of the frames; a caption.
     """
@@ -65,7 +65,7 @@ def _background(person: Person, pose: Pose, size: tuple[int, int]) -> np.ndarray
     if person.window is not None:
         view, mask = person.window
         room = view.shape[1] - source.shape[1]
-        start = int(abs((pose.window_pan + room) % (2 * room) - room))  # to and fro
+        start = int(abs((pose.window_pan + room) % (2 * room) - room))  # back and forth
         weight = mask[..., None]
         outside = view[:, start : start + source.shape[1]]
         source = (source * (1 - weight) + outside * weight).astype(np.uint8)
@@ -110,7 +110,7 @@ def _draw_forearms(canvas: np.ndarray, person: Person, joints: dict[str, np.ndar
 
 
 def _paints(person: Person) -> tuple[np.ndarray, np.ndarray]:
-    """Skin, and what the sleeves are made of: the jacket's texture is that of its front."""
+    """Return the skin colour and the sleeves' paint: for a jacket its colour, because its texture shows its front."""
     return person.head.skin, person.cloth if person.body.jacket is None else person.body.jacket
 
 
@@ -138,7 +138,7 @@ def _draw_head(
 
 
 def _soften(canvas: np.ndarray, pixels: np.ndarray, scale: float) -> None:
-    """Blur the facets of the head mesh together."""
+    """Blur the head mesh, so that its facets merge."""
     flat = pixels.reshape(-1, 2)
     box = clip_box(flat, canvas.shape, 2)
     if box is None or scale < 1.5:

@@ -58,7 +58,7 @@ _FAN = np.array([-0.75, -0.16, 0.0, 0.13, 0.28])
 
 
 def hand_points(wrist: np.ndarray, angle: float, scale: float, mirror: float, arm: ArmPose) -> np.ndarray:
-    """21 hand points in pixels; the hand points along (sin angle, cos angle) `mirror` +1 puts the thumb at -x."""
+    """Return 21 points in pixels. The hand points along (sin angle, cos angle); `mirror` +1 puts the thumb at -x."""
     points = np.zeros((21, 2))
     for finger in range(5):
         place = _ROOTS[finger].copy()
@@ -79,7 +79,7 @@ def hand_points(wrist: np.ndarray, angle: float, scale: float, mirror: float, ar
 
 
 def draw_hand(image: np.ndarray, points: np.ndarray, skin: np.ndarray, scale: float, light: Light) -> None:
-    """Palm and fingers through 21 points."""
+    """Draw palm and fingers through 21 points."""
     tone = light.shade(np.array([0.0, 0.0, 1.0]))
     colour = skin * tone
     wrist = points[0]
@@ -120,7 +120,7 @@ def _arm_joints(shoulder: np.ndarray, side: float, arm: ArmPose, scale: float) -
 
 
 def skeleton(shape: BodyShape, pose: BodyPose, neck: np.ndarray, scale: float) -> dict[str, np.ndarray]:
-    """All joints in pixels, from the neck point (COCO neck: between the shoulders)."""
+    """Return all joints in pixels, given the neck point (COCO neck: between the shoulders)."""
     across = np.array([np.cos(pose.lean), np.sin(pose.lean)])
     down = np.array([-np.sin(pose.lean), np.cos(pose.lean)])
     half = shape.shoulder * np.cos(pose.yaw) * scale
@@ -181,7 +181,7 @@ def draw_legs(image: np.ndarray, joints: dict[str, np.ndarray], shape: BodyShape
 def draw_torso(
     image: np.ndarray, joints: dict[str, np.ndarray], shape: BodyShape, cloth: np.ndarray, scale: float, light: Light
 ) -> None:
-    """The shirt: cloth texture on a smooth outline, shaded as if inflated."""
+    """Draw the shirt: cloth texture on a smooth outline, shaded as if inflated."""
     neck, across, down, right, left = joints["frame"]
     hips = 0.5 * (joints["right_leg"][0] + joints["left_leg"][0])
     hip_half = 0.5 * (joints["left_leg"][0] - joints["right_leg"][0]) + across * 6.5 * scale * shape.girth
@@ -220,7 +220,7 @@ def draw_neck(
     scale: float,
     light: Light,
 ) -> None:
-    """Neck and collar; `top` is the pixel under the jaw where the neck meets the head."""
+    """Draw neck and collar; `top` is the pixel under the jaw where the neck meets the head."""
     neck, across, down, _, _ = joints["frame"]
     base = neck - down * 3.5 * scale
     half = 5.35 * scale * (0.9 + 0.1 * shape.girth)
@@ -262,7 +262,7 @@ def draw_upper_arm(
     scale: float,
     light: Light,
 ) -> None:
-    """Shoulder to elbow; `paints` are the skin colour (3,) and the sleeve's cloth (T, T, 3)."""
+    """Draw an arm from shoulder to elbow; `paints` are the skin colour (3,) and the sleeve's cloth (T, T, 3)."""
     skin, cloth = paints
     girth = shape.girth * scale
     bone = np.stack([0.94 * chain[0] + 0.06 * chain[1], chain[1]])
@@ -282,7 +282,7 @@ def draw_forearm(
     scale: float,
     light: Light,
 ) -> None:
-    """Elbow to finger tips; `paints` are the skin colour (3,) and the sleeve's cloth (T, T, 3)."""
+    """Draw an arm from elbow to finger tips; `paints` are the skin colour (3,) and the sleeve's cloth (T, T, 3)."""
     skin, cloth = paints
     girth = shape.girth * scale
     if chain[1:, 1].min() < image.shape[0] + 20 * scale:

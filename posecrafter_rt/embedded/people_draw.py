@@ -1,7 +1,7 @@
 """Drawing primitives of the procedural people: shaded quads, limbs, smooth outlines, soft fills.
 
-Layer 1 (embedded recipe): numpy and cv2 only. All images are uint8 RGB and drawn into in place; points are pixels of
-that image with pixel centres at integers.
+Layer 1 (embedded recipe): numpy and cv2 only. All images are uint8 RGB and are drawn into in place. Points are
+pixels of that image, with pixel centres at integers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Light:
     tint: np.ndarray = field(default_factory=lambda: np.ones(3))
 
     def shade(self, normals: np.ndarray) -> np.ndarray:
-        """(..., 3) unit normals to (..., 3) colour factors; the light wraps a little round the edge."""
+        """Return colour factors (..., 3) for unit normals (..., 3); the light wraps a little around the edge."""
         lambert = np.clip((normals @ self.direction + 0.25) / 1.25, 0.0, 1.0)
         return (self.ambient + self.key * lambert)[..., None] * (1 + (self.tint - 1) * lambert[..., None])
 
@@ -36,7 +36,7 @@ def to_fixed(points: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _spline(num_points: int, steps: int, closed: bool) -> np.ndarray:
-    """Catmull-Rom weights (M, num_points)."""
+    """Return Catmull-Rom weights (M, num_points)."""
     segments = num_points if closed else num_points - 1
     weights = np.zeros((segments * steps + (not closed), num_points))
     for i in range(segments):
@@ -58,7 +58,7 @@ def _spline(num_points: int, steps: int, closed: bool) -> np.ndarray:
 
 
 def smooth(points: np.ndarray, steps: int = 4, closed: bool = True) -> np.ndarray:
-    """A smooth curve through (N, 2) points."""
+    """Return a smooth curve through (N, 2) points."""
     return _spline(len(points), steps, closed) @ points
 
 
@@ -94,7 +94,7 @@ def stroke(image: np.ndarray, line: np.ndarray, colour: np.ndarray, width: float
 
 
 def clip_box(points: np.ndarray, shape: tuple[int, ...], margin: int) -> tuple[int, int, int, int] | None:
-    """Bounding box (x0, y0, x1, y1) of points within an image, or None if it is empty."""
+    """Return the bounding box (x0, y0, x1, y1) of points within an image, or None if it is empty."""
     low = np.floor(points.min(0)).astype(int) - margin
     high = np.ceil(points.max(0)).astype(int) + margin + 1
     x0, y0 = max(int(low[0]), 0), max(int(low[1]), 0)
@@ -135,7 +135,7 @@ def paint_quads(image: np.ndarray, quads: np.ndarray, colours: np.ndarray, depth
 
 
 def limb(image: np.ndarray, joints: np.ndarray, widths: np.ndarray, paint: np.ndarray, light: Light) -> None:
-    """A rounded limb through (N, 2) joints with (N,) half widths; `paint` is a colour (3,) or a cloth (T, T, 3)."""
+    """Draw a rounded limb through (N, 2) joints with (N,) half widths; `paint` is a colour (3,) or cloth (T, T, 3)."""
     curve, radius = smooth(joints, 4, closed=False), smooth(np.asarray(widths, float)[:, None], 4, closed=False)
     tangent = np.gradient(curve, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True) + 1e-6
@@ -190,7 +190,7 @@ def pillow(image: np.ndarray, outline: np.ndarray, paint: np.ndarray, light: Lig
 
 
 def _inflate(outline: np.ndarray, size: tuple[int, int], thickness: float, light: Light) -> np.ndarray:
-    """Colour factors (H, W, 3) of a pillow with this outline, worked out at a fraction of the size."""
+    """Return colour factors (H, W, 3) of a pillow with this outline, computed at a fraction of the size."""
     step, pad = (4 if thickness > 16 else 2), 8
     shape = (size[0] // step + 1 + 2 * pad, size[1] // step + 1 + 2 * pad)
     mask = np.zeros(shape, np.float32)

@@ -1,6 +1,6 @@
 """Eyes, brows, nostrils, mouth, ears and glasses, drawn over a shaded head from its 68 projected landmarks.
 
-Layer 1 (embedded recipe): numpy and cv2 only. All draw in place into a uint8 RGB image; `scale` is pixels per cm.
+Layer 1 (embedded recipe): numpy and cv2 only. Functions draw in place into a uint8 RGB image; `scale` is pixels per cm.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _eye(
 def _eyeball(
     image: np.ndarray, lids: np.ndarray, shape: HeadShape, pose: HeadPose, project: Projector, tone: np.ndarray
 ) -> None:
-    """White, iris, pupil, glint and the lid's shadow, clipped to the opening between the lids."""
+    """Draw white, iris, pupil, glint and the lid's shadow, clipped to the opening between the lids."""
     scale, outline = project.scale, smooth(lids, 4)
     box = clip_box(outline, image.shape, 3)
     if box is None:
@@ -189,7 +189,7 @@ def _mouth(
 
 
 def _mouth_inside(image: np.ndarray, mouth: np.ndarray, inner: np.ndarray, scale: float, tone: np.ndarray) -> None:
-    """Dark cavity, teeth and tongue between the lips of an open mouth."""
+    """Draw the dark cavity, teeth and tongue between the lips of an open mouth."""
     box = clip_box(inner, image.shape, 3)
     if box is None:
         return
@@ -213,7 +213,7 @@ def _mouth_inside(image: np.ndarray, mouth: np.ndarray, inner: np.ndarray, scale
 
 
 def draw_ear(image: np.ndarray, shape: HeadShape, project: Projector, side: float, light: Light) -> None:
-    """One ear; side -1 is the person's right. Draw the far one before the head and the near one after it."""
+    """Draw one ear; side -1 is the person's right. Draw the far ear before the head and the near one after it."""
     angle = np.linspace(0, 2 * np.pi, 12, endpoint=False)
     up, out = np.cos(angle), np.sin(angle)
     half = 1.45 - 0.35 * np.clip(-up, 0, 1)

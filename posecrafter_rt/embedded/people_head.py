@@ -1,4 +1,4 @@
-"""Procedural 3-D head: a shaded mesh with 68 exact landmarks, and the eyes, brows, nose and mouth drawn on it.
+"""Procedural 3-D head: a shaded mesh with 68 exact landmarks, on which `people_face` draws eyes, brows, nose and mouth.
 
 Layer 1 (embedded recipe): numpy and cv2 only. Units are centimetres around the point between the eyes, x to the
 person's left, y down, z towards the camera; `Projector` turns them into pixels.
@@ -64,7 +64,7 @@ class HeadPose:
 
 
 class Projector:
-    """Head centimetres to pixels: rotate, then weak perspective. z of the result points to the camera."""
+    """Turns head centimetres into pixels: rotation, then perspective. z of the result points to the camera."""
 
     def __init__(self, pose: HeadPose, origin: tuple[float, float], scale: float, distance_cm: float = 75.0) -> None:
         cy, sy = np.cos(pose.yaw), np.sin(pose.yaw)
@@ -74,14 +74,14 @@ class Projector:
         nod = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
         tilt = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
         self.rotation = (tilt @ nod @ turn).astype(np.float32)
-        # the head turns about the top of the neck, not about the eyes
+        # the head turns around the top of the neck, not around the eyes
         self.pivot = np.array([0.0, 7.0, -2.0], np.float32)
         self.origin = np.array(origin, np.float32)
         self.scale = scale
         self.distance = distance_cm
 
     def __call__(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(..., 3) centimetres to ((..., 2) pixels, (..., 3) rotated centimetres)."""
+        """Project (..., 3) centimetres to ((..., 2) pixels, (..., 3) rotated centimetres)."""
         turned = (points - self.pivot) @ self.rotation.T + self.pivot
         factor = self.scale * self.distance / (self.distance - turned[..., 2:3])
         return turned[..., :2] * factor + self.origin, turned
@@ -97,7 +97,7 @@ def _grid(rows: int, half_columns: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rings(shape: HeadShape, y: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    """Skull points at heights y and longitudes theta (broadcast), before nose and sockets: (..., 3)."""
+    """Return skull points at heights y and longitudes theta (broadcast), without nose and sockets: (..., 3)."""
     jaw = np.where(y > 3.0, 1.0 + (shape.jaw - 1.0) * np.clip((y - 3.0) / 5.0, 0.0, 1.0), 1.0)
     half_width = np.interp(y, _ROW_Y, _ROW_HALF_WIDTH) * shape.width * jaw
     front, back = np.interp(y, _ROW_Y, _ROW_FRONT), np.interp(y, _ROW_Y, _ROW_BACK)
@@ -108,7 +108,7 @@ def _rings(shape: HeadShape, y: np.ndarray, theta: np.ndarray) -> np.ndarray:
 
 
 def _relief(shape: HeadShape, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Depth that nose, sockets, cheeks, lips and chin add to the front of the skull."""
+    """Return the depth that nose, sockets, cheeks, lips and chin add to the front of the skull."""
 
     def bump(cx: float, cy: float, sx: float, sy: float) -> np.ndarray:
         return np.exp(-(((x - cx) / sx) ** 2) - ((y - cy) / sy) ** 2)
@@ -126,7 +126,7 @@ def _relief(shape: HeadShape, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _jaw_drop(pose: HeadPose, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Downward shift that opening the mouth gives to the lower face."""
+    """Return how far the lower face moves down when the mouth opens."""
     weight = np.clip((y - 6.8) / 3.2, 0.0, 1.0) * np.clip((z + 2.0) / 8.0, 0.0, 1.0)
     return 1.9 * pose.mouth_open * weight
 
@@ -190,7 +190,7 @@ def _mouth_xy(shape: HeadShape, pose: HeadPose) -> np.ndarray:
 
 
 def landmarks(shape: HeadShape, pose: HeadPose, project: Projector) -> tuple[np.ndarray, np.ndarray]:
-    """The 68 iBUG landmarks.
+    """Compute the 68 iBUG landmarks.
 
     Returns: (68, 2) float pixels; (68,) bool, False where the head itself hides the point. Jaw points of the side
     turned away slide onto the visible contour, as 2-D face detectors label them.
@@ -323,7 +323,7 @@ class HeadMesh:
 
 
 def curtain(shape: HeadShape, length_cm: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Long hair: a sheet round the back and sides of the head. Returns points (R, C, 3) and albedo (R, C, 3)."""
+    """Make long hair: a sheet around the back and sides of the head. Returns: points and albedo, (R, C, 3) each."""
     rng = np.random.default_rng(seed)
     theta = np.linspace(1.15, 2 * np.pi - 1.15, 30)
     v = np.linspace(0.0, 1.0, 12)[:, None]

@@ -82,7 +82,7 @@ class Person:
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Person:
-        """A random person. Deterministic from the generator's state."""
+        """Draw a random person, which the generator's state determines."""
         head, words, woman = _sample_head(rng)
         body = _sample_body(rng, words, woman)
         angle, height = rng.uniform(-1.3, 1.3), rng.uniform(-0.9, 0.15)
@@ -147,7 +147,7 @@ def _lip_colour(rng: np.random.Generator, skin: np.ndarray, painted: bool) -> np
 
 
 def _sample_head(rng: np.random.Generator) -> tuple[HeadShape, dict[str, str], bool]:
-    """Face, caption words, and whether it is a woman's."""
+    """Return the face, the words of the caption, and whether it is a woman's face."""
     woman = rng.random() < 0.45
     tone = rng.uniform(0, len(_SKINS) - 1) if rng.random() < 0.5 else rng.uniform(0, 3.5)
     skin = _SKINS[int(tone)] * (1 - tone % 1) + _SKINS[min(int(tone) + 1, len(_SKINS) - 1)] * (tone % 1)
@@ -216,7 +216,7 @@ def _sample_body(rng: np.random.Generator, words: dict[str, str], woman: bool) -
 
 
 def caption(person: Person) -> str:
-    """A short English description; half of the people are just "a person"."""
+    """Return a short English description; for half of the people it is just "a person"."""
     words = person.words
     if words.get("plain"):
         return "a person"
@@ -226,7 +226,7 @@ def caption(person: Person) -> str:
 
 
 def _track(rng: np.random.Generator, n: int, sigma: float, centre: float = 0.0, loose: float = 0.4) -> np.ndarray:
-    """n values about `centre`: a slow wave plus an independent part, standard deviation about `sigma`."""
+    """Return n values around `centre`: a slow wave plus an independent part, with standard deviation about `sigma`."""
     t = np.linspace(0.0, 2 * np.pi, n, endpoint=False)
     wave = np.sin(t * rng.uniform(0.5, 1.5) + rng.uniform(0, 6.3)) + 0.6 * np.sin(
         t * rng.uniform(1.5, 4) + rng.uniform(0, 6.3)
@@ -235,7 +235,7 @@ def _track(rng: np.random.Generator, n: int, sigma: float, centre: float = 0.0, 
 
 
 def _framing(rng: np.random.Generator, framing: str) -> tuple[float, np.ndarray]:
-    """Scale (units per cm) and eye position."""
+    """Return the scale (units per cm) and the position of the eyes."""
     if framing == "full":
         scale = rng.uniform(0.56, 0.71)
         return scale, np.array([rng.uniform(35, 125), 5 + 13 * scale + rng.uniform(0, 115 - 165 * scale + 6)])
@@ -246,7 +246,7 @@ def _framing(rng: np.random.Generator, framing: str) -> tuple[float, np.ndarray]
 
 
 def sample_poses(rng: np.random.Generator, person: Person, n: int, *, framing: str | None = None) -> list[Pose]:
-    """A loosely related set of n poses of one person in one framing.
+    """Draw n loosely related poses of one person in one framing.
 
     Args:
         framing: "portrait", "half", "full", or None to draw one (65, 20, 15 %).

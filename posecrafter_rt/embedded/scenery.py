@@ -1,6 +1,6 @@
 """Procedural backgrounds, cloth and camera effects for the synthetic people.
 
-Layer 1 (embedded recipe): numpy and cv2 only. Deterministic from the generator that is passed in.
+Layer 1 (embedded recipe): numpy and cv2 only. The generator that is passed in determines everything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 def octaves(
     rng: np.random.Generator, height: int, width: int, start: int = 3, levels: int = 5, gain: float = 0.6
 ) -> np.ndarray:
-    """Multi-octave value noise, float32 (height, width), roughly -1..1."""
+    """Return multi-octave value noise, float32 (height, width), roughly -1..1."""
     total, weight = np.zeros((height, width), np.float32), 1.0
     for level in range(levels):
         cells = start * 2**level
@@ -23,7 +23,7 @@ def octaves(
 
 
 def random_colour(rng: np.random.Generator, low: float = 20, high: float = 230, saturation: float = 0.5) -> np.ndarray:
-    """A colour, float (3,), that is rarely garish."""
+    """Draw a colour, float (3,), that is rarely garish."""
     value = rng.uniform(low, high)
     return np.clip(value * (1 + saturation * rng.uniform(-1, 1, 3)), 5, 250)
 
@@ -75,7 +75,7 @@ def _curves(rng: np.random.Generator, image: np.ndarray, count: int) -> None:
 
 
 def outdoors(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """What a window shows: sky, a bumpy line of trees or houses, ground; float32 RGB."""
+    """Paint what a window shows: sky, a bumpy line of trees or houses, ground; float32 RGB."""
     image = np.empty((height, width, 3), np.float32)
     y = np.arange(height, dtype=np.float32)[:, None]
     skyline = height * rng.uniform(0.25, 0.6) + height * 0.12 * octaves(rng, width // 2, width, 3, 5, 0.5)[4][None]
@@ -94,7 +94,7 @@ def outdoors(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def make_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A still background, uint8 RGB (height, width, 3): room-like, textured, blurred or plain."""
+    """Paint a still background, uint8 RGB (height, width, 3): room-like, textured, blurred or plain."""
     image = _gradient(rng, height, width)
     kind = rng.choice(["plain", "texture", "room", "room", "blurred", "outdoors"])
     if kind == "outdoors":
@@ -114,7 +114,7 @@ def make_background(rng: np.random.Generator, height: int, width: int) -> np.nda
 
 
 def window_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A car-window-like region, float32 (height, width) 0..1 with soft edges."""
+    """Return a region like a car window, float32 (height, width) 0..1 with soft edges."""
     mask = np.zeros((height, width), np.float32)
     left = rng.uniform(-0.1, 0.55) * width
     size = np.array([rng.uniform(0.3, 0.8) * width, rng.uniform(0.3, 0.7) * height])
@@ -132,7 +132,7 @@ def window_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def make_cloth(rng: np.random.Generator, colour: np.ndarray, size: int = 192) -> np.ndarray:
-    """A cloth texture, uint8 RGB (size, size, 3): plain, striped, checked, or printed, with soft folds."""
+    """Paint a cloth texture, uint8 RGB (size, size, 3): plain, striped, checked, or printed, with soft folds."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     image = np.repeat(np.repeat(colour[None, None].astype(np.float32), size, 0), size, 1)
     second = random_colour(rng)
@@ -163,9 +163,9 @@ def _fold(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def make_suit(rng: np.random.Generator, jacket: np.ndarray, shirt: np.ndarray, size: int = 192) -> np.ndarray:
-    """A cloth like `make_cloth`'s with a jacket's lapels about a shirt front with a tie or a bow tie.
+    """Paint a cloth like `make_cloth`'s, with a jacket's lapels around a shirt front with a tie or a bow tie.
 
-    Drawn for a torso whose neck point lies at the middle of row 20 and that is 3.3 texels per centimetre.
+    It is for a torso whose neck point lies at the middle of row 20, at 3.3 texels per centimetre.
     """
     image = np.empty((size, size, 3), np.uint8)
     image[:] = np.clip(jacket, 0, 255)

@@ -75,14 +75,14 @@ WORDS = [
 
 
 def _byte_alphabet() -> list[str]:
-    """The 256 printable stand-ins for bytes that GPT-2's and CLIP's byte-level BPE use."""
+    """Return the 256 printable stand-ins for bytes that GPT-2's and CLIP's byte-level BPE use."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Write vocab.json, merges.txt and the settings; words outside the list fall apart into bytes, as in CLIP."""
+    """Write vocab.json, merges.txt and the settings; words outside the list are split into bytes, as in CLIP."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = _byte_alphabet()
     vocabulary = alphabet + [character + "</w>" for character in alphabet]
@@ -105,7 +105,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIPTextModel of two layers over the small vocabulary."""
+    """Build a CLIPTextModel of two layers over the small vocabulary."""
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
     return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TEXT, **ids))

@@ -1,6 +1,6 @@
 """Train the embedded base from nothing: `python -m posecrafter_rt.embedded.train OUTPUT`.
 
-Layer 4, training only: draws people, trains the autoencoder, then the denoiser, and writes an SD-format folder.
+Layer 4, training only. It draws people, trains the autoencoder, then the denoiser, and writes an SD-format folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from posecrafter_rt.tensor_file import save_tensors
 
 
 def log(message: str) -> None:
-    """Progress goes to standard error, with the time of day."""
+    """Print progress to standard error, with the time of day."""
     print(time.strftime("%H:%M:%S"), message, file=sys.stderr, flush=True)
 
 
@@ -55,7 +55,7 @@ def save_base(folder: Path, denoiser: Denoiser, vae: AutoencoderKL, settings: Ba
 
 
 def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that an earlier run left in `path`; else those that `make` gives, left there."""
+    """Return the tensors that an earlier run left in `path`; else make them and write them there."""
     if not path.exists():
         with atomic_path(path) as temporary:
             save_tensors(make(), temporary)
@@ -71,7 +71,7 @@ def draw(num_clips: int, seed: int) -> dict[str, Tensor]:
 def first_stages(
     output: Path, tokenizer: CLIPTokenizer, num_clips: int, seconds: float, seed: int
 ) -> tuple[AutoencoderKL, Corpus]:
-    """Draw the people, train the autoencoder for `seconds`, encode the people; or take what an earlier run left."""
+    """Draw the people, train the autoencoder for `seconds`, encode the people; or use what an earlier run left."""
     drawn = Clips.from_tensors(kept(output / "clips.safetensors", lambda: draw(num_clips, seed)))
     if not (output / "vae" / "config.json").exists():
         train_vae(drawn, load_photographs(), seconds, seed, log).save_pretrained(output / "vae")

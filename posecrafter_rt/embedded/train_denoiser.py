@@ -1,6 +1,6 @@
-"""Recipe, stage 2: U-Net, ControlNet and text encoder together, on drawn clips of one person each.
+"""Recipe, stage 2: trains U-Net, ControlNet and text encoder together, on drawn clips of one person each.
 
-Layer 4, training only. The first frame of a clip is its key frame, exactly as in tuning and rendering, so the base
+Layer 4, training only. The first frame of a clip is its key frame, as in tuning and rendering, so the base
 learns to carry a person's appearance from the key frame to other poses; temporal attention does not exist yet.
 """
 
@@ -30,13 +30,15 @@ from posecrafter_rt.poses.draw import draw_pose
 CLIPS_PER_STEP, FRAMES_PER_CLIP = 4, 4
 LEARNING_RATE = 1e-3
 EMA_DECAY = 0.999
-SHARED_NOISE = 0.5  # renders start every frame from copies of one noise; half of the clips train that way
+SHARED_NOISE = 0.5  # a render starts every frame from one noise; in half of the clips frames share some
 
 
 @dataclass
 class Corpus:
-    """All that the denoiser trains on: latents (clips, n, 4, h, w) bf16, pose pictures (clips, n, H, W, 3) uint8,
-    input_ids (clips, 77)."""
+    """All that the denoiser trains on.
+
+    latents: (clips, n, 4, h, w) bf16; pose_pictures: (clips, n, H, W, 3) uint8; input_ids: (clips, 77).
+    """
 
     latents: Tensor
     pose_pictures: Tensor
@@ -64,7 +66,7 @@ def encode_corpus(clips: Clips, vae: AutoencoderKL, tokenizer: CLIPTokenizer, lo
 
 
 class Denoiser(nn.Module):
-    """The three networks that stage 2 trains, as image models inside clip models."""
+    """The networks that stage 2 trains: the text encoder, and clip models around an image U-Net and ControlNet."""
 
     def __init__(self, text_encoder: CLIPTextModel, norm_scope: NormScope) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class Denoiser(nn.Module):
         self.controlnet = VideoControlNet(self.image_controlnet, norm_scope)
 
     def start_from(self, base: str) -> None:
-        """Take the weights of an earlier run's base, as `load_base` finds it. Raises: as `load_base`."""
+        """Load the weights of an earlier run's base, which `load_base` finds. Raises: what `load_base` raises."""
         model = load_base(base)
         for module, trained in ((self.image_unet, model.unet), (self.image_controlnet, model.controlnet),
                                 (self.text_encoder, model.text_encoder)):  # fmt: skip
@@ -110,7 +112,7 @@ def train_denoiser(
     log: Callable[[str], None],
     snapshot: Callable[[Denoiser], None],
 ) -> Denoiser:
-    """Train for `seconds` of wall time; returns the averaged weights. `snapshot` is called every ten minutes."""
+    """Train for `seconds` of wall time; return the averaged weights. `snapshot` is called every ten minutes."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     channels_last(denoiser)

@@ -1,4 +1,4 @@
-"""Recipe, stage 1: the autoencoder, on crops of drawn people and photographs.
+"""Recipe, stage 1: trains the autoencoder, on crops of drawn people and photographs.
 
 Layer 4, training only.
 """
@@ -29,12 +29,12 @@ EMA_DECAY = 0.998
 
 
 def mixed_precision() -> torch.autocast:
-    """bf16 where the processor gains by it; elsewhere torch's bf16 convolutions take up to ten times as long as float32."""
+    """Return bf16 autocast if the processor gains by it; else bf16 convolutions take up to ten times float32's time."""
     return torch.autocast("cpu", torch.bfloat16, enabled=cpu_gains_by_bf16())
 
 
 def to_pixels(frames: np.ndarray) -> Tensor:
-    """(b, H, W, 3) uint8 → (b, 3, H, W) float32 in [-1, 1], channels last in memory."""
+    """Convert (b, H, W, 3) uint8 → (b, 3, H, W) float32 in [-1, 1], channels last in memory."""
     return torch.from_numpy(frames).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
@@ -55,7 +55,7 @@ def _batches(clips: Clips, pictures: list[np.ndarray], seed: int) -> Iterator[Te
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """Absolute and squared error of the pixels, absolute error of their gradients (contours)."""
+    """Return the weighted absolute and squared error of the pixels and absolute error of their gradients (contours)."""
     error = decoded - pixels
     gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + 4 * F.mse_loss(decoded, pixels) + 0.5 * gradients
@@ -64,7 +64,7 @@ def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
 def train_vae(
     clips: Clips, pictures: list[np.ndarray], seconds: float, seed: int, log: Callable[[str], None]
 ) -> AutoencoderKL:
-    """Train for `seconds` of wall time; returns the averaged weights with `scaling_factor` measured on the clips."""
+    """Train for `seconds` of wall time; return the averaged weights with `scaling_factor` measured on the clips."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(**VAE)
     channels_last(vae)
@@ -97,6 +97,6 @@ def train_vae(
 
 @torch.no_grad()
 def _scaling_factor(vae: AutoencoderKL, clips: Clips) -> float:
-    """1 / standard deviation of the latents, so that the diffusion sees unit variance."""
+    """Return 1 / standard deviation of the latents, so that the diffusion sees unit variance."""
     sample = clips.frames[:: max(1, len(clips.frames) // 64), 0]
     return round(1 / vae.encode(to_pixels(sample)).latent_dist.mode().std().item(), 5)
