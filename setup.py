@@ -56,9 +56,12 @@ def find_nvcc() -> str | None:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Return those of CUDA_ARCHS that this nvcc knows."""
+    """Return those of CUDA_ARCHS that this nvcc knows. Raises: BuildError if there are none."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known.split()]
+    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known.split()]
+    if not archs:
+        raise BuildError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHS)}")
+    return archs
 
 
 def gencode(archs: list[str]) -> list[str]:
@@ -80,7 +83,7 @@ def cuda_library_dir(nvcc: str) -> str:
 
 
 class BuildNative(build_ext):
-    """Compile the extension, with CUDA if there is an nvcc. Without a compiler the package still installs."""
+    """Compile the extension, with CUDA if there is an nvcc that works. Without a compiler the package still installs."""
 
     def run(self) -> None:
         try:
@@ -100,7 +103,12 @@ class BuildNative(build_ext):
         ext.extra_link_args = self.openmp() if is_unix else []
         nvcc = find_nvcc() if is_unix else None
         if nvcc is not None:
-            self.add_cuda(ext, nvcc)
+            try:
+                self.add_cuda(ext, nvcc)
+            except Exception as error:  # such as a host compiler that is too new for this nvcc
+                if os.environ.get("POSECRAFTER_CUDA") == "1":
+                    raise
+                print(f"posecrafter-rt: built without CUDA ({error})", file=sys.stderr)
         super().build_extension(ext)
 
     def openmp(self) -> list[str]:
@@ -113,15 +121,19 @@ class BuildNative(build_ext):
         return ["-fopenmp"] if taken else []
 
     def add_cuda(self, ext: Extension, nvcc: str) -> None:
-        """Compile the .cu file with nvcc, and link its object and the static CUDA runtime into the extension."""
+        """Compile the .cu file with nvcc, and link its object and the static CUDA runtime into the extension.
+
+        If that fails, the extension is unchanged.
+        """
         archs = cuda_archs(nvcc)
         target = Path(self.build_temp) / "affine_warp_paste_cuda.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         self.spawn([nvcc, *NVCC_FLAGS, *gencode(archs), "-c", "csrc/affine_warp_paste.cu", "-o", str(target)])
+        library_dir = cuda_library_dir(nvcc)
         names = " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"])
         ext.define_macros += [("POSECRAFTER_CUDA", None), ("POSECRAFTER_CUDA_ARCHS", f'"{names}"')]
         ext.extra_objects.append(str(target))
-        ext.library_dirs.append(cuda_library_dir(nvcc))
+        ext.library_dirs.append(library_dir)
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
 

@@ -37,8 +37,8 @@ PARTS = {  # each with its limit in seconds on an H100
     "tests": (("pytest", "-q", "-n", "4", "-k", "not tensorrt", *TESTS), 150),
     "refits": (("pytest", "-q", "-n", "2", "-k", "torch", *OF_BACKENDS), 40),
     "inductor": (("pytest", "-q", "tests/engines/test_inductor.py"), 60),
-    # about fifty contenders at a quarter of 1.2 s, a few peaks, and each kernel's first compilation
-    "operators": (("bench.kernels", "--budget-s", "1.2"), 110),
+    # about fifty contenders at 0.3 s, a few peaks, and each kernel's first compilation
+    "operators": (("bench.kernels", "--budget-s", "0.3"), 110),
     "presets": (("bench.presets", *SD15_TORCH), 240),
     "renders": (("bench.throughput", *SD15, "--frames", "16", "--steps", "20", "--rounds", "1", "--engines", "torch:fp16"), 190),
     "streams": (("bench.latency", *SD15_TORCH, "--steps", "2", "--rate", "60", "--seconds", "5"), 200),

@@ -40,7 +40,7 @@ def padded(head_size: int) -> int:
     return sum(split_head(head_size))
 
 
-def overlap(gpu: Gpu, blocks: int, num_warps: int) -> float:
+def overlap(blocks: int, num_warps: int) -> float:
     """Return how much of the other resources the busiest one hides; we assume all at three warps per scheduler."""
     return min(1.0, blocks * num_warps / 12)
 
@@ -55,7 +55,7 @@ def keyframe_cost(gpu: Gpu, config: TileConfig, built: Compiled, head_size: int,
     readers = 1 if gpu.capability >= 90 else config.num_warps  # a warp group reads shared operands together
     shared = 2 * padded(head_size) * element_bytes * readers / (config.block_m * SHARED_BYTES_PER_CYCLE)
     parts = sorted((tensor, scalar, shared))
-    hidden = overlap(gpu, blocks, built.num_warps)
+    hidden = overlap(blocks, built.num_warps)
     fill = config.block_n / (config.block_n + 8)  # a tile's fixed cost: barriers, row maxima, rescaling
     exposed = EXPOSED_CYCLES[config.num_stages] / (blocks * config.block_m * config.block_n)
     return (parts[2] + (1 - hidden) * (parts[0] + parts[1])) / fill + exposed
@@ -80,7 +80,7 @@ def temporal_cost(
     scalar = score_cycles / (gpu.multiprocessors * gpu.clock_hz)
     starts = queries / config.block_q / config.block_p * BLOCK_CYCLES / (gpu.multiprocessors * gpu.clock_hz)
     parts = sorted((tensor, memory, scalar))
-    hidden = overlap(gpu, blocks, built.num_warps)
+    hidden = overlap(blocks, built.num_warps)
     return (parts[2] + (1 - hidden) * (parts[0] + parts[1]) + starts) * 1e9
 
 

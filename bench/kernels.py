@@ -21,7 +21,6 @@ from bench.report import add_output_arguments, name_by_device, publish
 from bench.timing import Timing, compare, machine, time_call, time_on_cpu
 from bench.workloads import HEADS, Attention, attentions, paste_bytes
 from posecrafter_rt.engines.base import TORCH_DTYPES
-from posecrafter_rt.engines.device import torch_device
 from posecrafter_rt.ops import BACKENDS, affine_warp_paste, keyframe_attention, temporal_attention, unsupported_reason
 from posecrafter_rt.ops.reference import split_heads
 
@@ -153,24 +152,25 @@ def measure_peaks(device: str, dtypes: list[torch.dtype], budget_s: float) -> di
     size = 8192 if device == "cuda" else 1024
     source = torch.ones((1 << 30 if device == "cuda" else 1 << 26) // 4, device=device)
     target = torch.empty_like(source)
-    copied = time_call(lambda: target.copy_(source), budget_s=budget_s)
+    timed = time_call if device == "cuda" else time_on_cpu  # even if there is a GPU
+    copied = timed(lambda: target.copy_(source), budget_s=budget_s)
     peaks = {"bytes_per_s": 2e3 * source.nbytes / copied.min_ms}
     for dtype in dict.fromkeys([torch.float32, *dtypes]):
         a = torch.randn(size, size, device=device).to(dtype)
-        multiplied = time_call(lambda a=a: a @ a, budget_s=budget_s)
+        multiplied = timed(lambda a=a: a @ a, budget_s=budget_s)
         # A processor without this type multiplies it more slowly than float32, but can convert it to float32.
         peak = max(2e3 * size**3 / multiplied.min_ms, peaks.get("float32", 0.0))
         peaks[str(dtype).removeprefix("torch.")] = peak
     return peaks
 
 
-def measure_peak(precision: str) -> Row:
-    """Measure the FLOP/s of a large matrix product at its fastest, on the engines' device; for int8 in float32.
+def measure_peak(precision: str, device: str) -> Row:
+    """Measure the FLOP/s of a large matrix product at its fastest, on "cuda" or "cpu"; for int8 in float32.
 
     torch 2.13 multiplied 8-bit matrices no faster than float32 ones on a processor with AVX-512 VNNI.
     """
     dtype = TORCH_DTYPES.get(precision, torch.float32)
-    peaks = measure_peaks(torch_device().type, [dtype], budget_s=0.5)
+    peaks = measure_peaks(device, [dtype], budget_s=0.5)
     return {"flops_per_s": peaks[str(dtype).removeprefix("torch.")]}
 
 

@@ -109,13 +109,16 @@ def count_flops_of(counters: Counters, setup: Setup, row: Row) -> int:
     return poses + inverted + sampled + setup.frames * decoded
 
 
-def find_peak(precision: str) -> Row:
-    """Return the FLOP/s that are 100 %: measured, or the specification's if that fails, or None for an unknown card."""
-    measured = in_own_process(measure_peak, precision)
+def find_peak(precision: str, device: str) -> Row:
+    """Return the FLOP/s that are 100 %: measured, or the specification's if that fails, or None for an unknown card.
+
+    Args: device: the type of the device that the engine runs on, "cuda" or "cpu".
+    """
+    measured = in_own_process(measure_peak, precision, device)
     if "error" not in measured:
         kind = "the engine's type" if precision in TORCH_DTYPES else "float32"
         return {"peak_flops_per_s": measured["flops_per_s"], "peak_of": f"a large matrix product in {kind}"}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
     peak = None if precision == "fp32" else tensor_peak(name)
     return {"peak_flops_per_s": peak, "peak_of": f"the card's specification (not measured: {measured['error']})"}
 
@@ -170,7 +173,8 @@ def benchmark(options: argparse.Namespace, folder: Path) -> tuple[str, Row]:
     manifest, facts = read_manifest(engine), machine()
     setup = {"frames": options.frames, **setup_of(manifest)}
     rows: dict[str, Row] = {}
-    document = {"setup": setup, "machine": facts, **find_peak(manifest["precision"]), "rows": rows}
+    peak = find_peak(manifest["precision"], manifest["device"]["type"])
+    document = {"setup": setup, "machine": facts, **peak, "rows": rows}
     name = name_by_device("presets", facts)
     path = result_path(name, options.json, options.quick)
     counters, counted = Counters(locate_base(manifest["base"]).configs), Setup(tuple(manifest["size"]), options.frames)

@@ -44,6 +44,7 @@ from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines import ONLY_OF, choose_backend, choose_precision
 from posecrafter_rt.engines.base import TORCH_DTYPES
 from posecrafter_rt.engines.device import torch_device
+from posecrafter_rt.engines.folder import read_manifest
 from posecrafter_rt.errors import BackendUnavailable
 from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -172,8 +173,7 @@ def flops_of(counters: Counters, method: str, setup: Setup) -> int:
     if method.startswith("plain"):
         return counters.plain(setup).total
     step = sum(counters.image_step(setup).values())
-    latents = counters.latents(setup, 1)
-    once = counters.network("text_encoder", counters.input_ids()).flops + counters.network("vae_decoder", latents).flops
+    once = counters.network("text_encoder", counters.input_ids()).flops + counters.plain_decode(setup).flops
     return setup.frames * (setup.num_inference_steps * step + once)
 
 
@@ -189,9 +189,14 @@ def measure(contenders: dict[str, Row], rounds: int) -> dict[str, list[Row]]:
     return runs
 
 
+def device_of(job: Job) -> str:
+    """Return the type of the device that a contender runs on: an `openvino` engine never runs on a GPU."""
+    return torch_device().type if job.engine is None else str(read_manifest(job.engine)["device"]["type"])
+
+
 def summarise(contenders: dict[str, Row], runs: dict[str, list[Row]], counters: Counters, setup: Setup) -> list[Row]:
     """Return one row per contender."""
-    peaks: dict[str, float] = {}
+    peaks: dict[tuple[str, str], float] = {}
     rows: list[Row] = []
     reference = None
     for name, contender in contenders.items():
@@ -201,8 +206,9 @@ def summarise(contenders: dict[str, Row], runs: dict[str, list[Row]], counters: 
             rows.append({"contender": name, "error": failed})
             continue
         row = median(runs[name])
-        if job.precision not in peaks:
-            peaks[job.precision] = in_own_process(measure_peak, job.precision).get("flops_per_s", float("nan"))
+        of = (job.precision, device_of(job))
+        if of not in peaks:
+            peaks[of] = in_own_process(measure_peak, *of).get("flops_per_s", float("nan"))
         frames = np.load(job.output)
         if reference is None and job.method == "exact":
             reference = frames
@@ -210,7 +216,7 @@ def summarise(contenders: dict[str, Row], runs: dict[str, list[Row]], counters: 
         total = row["total_s"]
         row |= {"contender": name, "build_s": contender.get("build_s"), "frames_per_s": setup.frames / total,
                 "s_per_100_frames": 100 * total / setup.frames, "flops": flops, "flops_per_s": flops / total,
-                "percent_of_peak": 100 * flops / total / peaks[job.precision],
+                "percent_of_peak": 100 * flops / total / peaks[of],
                 "extrapolated_s": extrapolate(job.method, row, setup.frames, setup.num_inference_steps)}  # fmt: skip
         if reference is not None and job.method in ("exact", "published"):
             row["psnr_db"] = psnr_unless_equal(reference, frames)

@@ -58,16 +58,16 @@ def time_call(call: Callable[[], Any], *, budget_s: float = 1.0, min_repeats: in
 def compare(calls: dict[str, Callable[[], Any]], **options: Any) -> dict[str, Timing]:
     """Time several calls, on the CPU in turns, so that a drift of the machine's load affects all alike.
 
-    On a GPU they are timed one after another, each for a quarter of `budget_s`.
+    On a GPU they are timed one after another. Args: options: as of `time_call`; `budget_s` is that of each call.
     """
-    rounds = 4
-    options["budget_s"] = options.get("budget_s", 1.0) / rounds
     if torch.cuda.is_available():
         return {name: time_call(call, **options) for name, call in calls.items()}
+    rounds = 4
+    budget_s = options.get("budget_s", 1.0) / rounds
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            samples[name] += _sample_cpu(call, options["budget_s"], options.get("min_repeats", 5))
+            samples[name] += _sample_cpu(call, budget_s, options.get("min_repeats", 5))
     return {name: summarise(times) for name, times in samples.items()}
 
 
@@ -81,7 +81,7 @@ def _sample_cpu(call: Callable[[], Any], budget_s: float, min_repeats: int) -> l
     return times[max(1, len(times) // 10) :]  # the first tenth warms up
 
 
-def time_on_cpu(call: Callable[[], Any], budget_s: float, min_repeats: int) -> Timing:
+def time_on_cpu(call: Callable[[], Any], budget_s: float, min_repeats: int = 5) -> Timing:
     """Time a call on the CPU by the wall clock, whether or not there is a GPU."""
     return summarise(_sample_cpu(call, budget_s, min_repeats))
 
@@ -123,7 +123,7 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         info |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
-        info |= _driver()
+        info |= _driver(properties)
     return info
 
 
@@ -148,9 +148,12 @@ def _commit() -> dict[str, str]:
     return {"commit": output.strip()}
 
 
-def _driver() -> dict[str, str]:
+def _driver(properties: Any) -> dict[str, str]:
+    # By UUID, because CUDA_VISIBLE_DEVICES renumbers the cards for torch but not for nvidia-smi.
+    uuid = getattr(properties, "uuid", None)  # not every build of torch tells
+    card = "0" if uuid is None else f"GPU-{uuid}"
     names = ("driver_version", "clocks.sm", "clocks.mem", "power.limit")
-    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={card}"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

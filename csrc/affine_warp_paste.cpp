@@ -3,6 +3,7 @@
 #include "affine_warp_paste.h"
 
 #include <algorithm>
+#include <new>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(POSECRAFTER_PORTABLE)
@@ -143,6 +144,7 @@ void run(const Params& p, int threads) {
     const bool is_shared = p.source_stride == 0 && p.regions > 0 && p.frames > p.lead;
     std::vector<float> shared;
     if (is_shared) widen(static_cast<const T*>(p.source), size, &shared);
+    bool is_out_of_memory = false;
 #pragma omp parallel num_threads(threads) if (threads > 1 && p.frames > 1)
     {
         std::vector<float> scratch;
@@ -151,9 +153,15 @@ void run(const Params& p, int threads) {
             const T* source = static_cast<const T*>(p.source) + index * p.source_stride;
             T* frame = static_cast<T*>(p.out) + index * size;
             if (p.copy) std::memcpy(frame, source, size * sizeof(T));  // the paste below finds these lines in cache
-            edit_frame(p, index, is_shared ? shared.data() : nullptr, &scratch, paste);
+            try {
+                edit_frame(p, index, is_shared ? shared.data() : nullptr, &scratch, paste);
+            } catch (const std::bad_alloc&) {  // no exception may leave the parallel region
+#pragma omp atomic write
+                is_out_of_memory = true;
+            }
         }
     }
+    if (is_out_of_memory) throw std::bad_alloc();
 }
 
 }  // namespace

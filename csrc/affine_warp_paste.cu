@@ -2,12 +2,16 @@
 // Layer 2: the arithmetic is in affine_warp_paste.h; here are the launch, the vector stores and the region table.
 #include <cuda_runtime.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "affine_warp_paste.h"
 
 namespace posecrafter {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocks = 65535;  // of a frame: the most along a grid's y
 
 template <typename T, int kVector>
 struct alignas(sizeof(T) * kVector) Pack {
@@ -73,6 +77,22 @@ __global__ void __launch_bounds__(kThreads) affine_warp_paste_kernel(const Param
     }
 }
 
+// A thread's pixels: those in 16 bytes, or one where rows or addresses are not aligned to that.
+int pixels_per_thread(const Params& p) {
+    const int vector = p.dtype == DType::fp32 ? 4 : 8;
+    const bool is_aligned = p.width % vector == 0 && reinterpret_cast<uintptr_t>(p.source) % 16 == 0 &&
+                            reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+    return is_aligned ? vector : 1;
+}
+
+void check_pixels(const Params& p) {
+    const int64_t pixels = static_cast<int64_t>(p.height) * p.width;
+    const int64_t most = kMaxBlocks * kThreads * pixels_per_thread(p);
+    if (pixels > most)
+        throw std::invalid_argument("height × width = " + std::to_string(pixels) + " exceeds " + std::to_string(most) +
+                                    ", the most on CUDA");
+}
+
 template <Mode mode, typename T, int kVector>
 void launch(const Params& p, cudaStream_t stream) {
     const int64_t vectors = static_cast<int64_t>(p.height) * p.width / kVector;
@@ -83,9 +103,7 @@ void launch(const Params& p, cudaStream_t stream) {
 template <Mode mode, typename T>
 void launch_by_alignment(const Params& p, cudaStream_t stream) {
     constexpr int kVector = 16 / sizeof(T);
-    const bool is_aligned = p.width % kVector == 0 && reinterpret_cast<uintptr_t>(p.source) % 16 == 0 &&
-                            reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-    is_aligned ? launch<mode, T, kVector>(p, stream) : launch<mode, T, 1>(p, stream);
+    pixels_per_thread(p) == kVector ? launch<mode, T, kVector>(p, stream) : launch<mode, T, 1>(p, stream);
 }
 
 template <typename T>
@@ -100,6 +118,7 @@ const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr :
 }  // namespace
 
 const char* affine_warp_paste_cuda(const Params& params, int device, void* stream) {
+    check_pixels(params);
     int previous = device;
     cudaError_t error = cudaGetDevice(&previous);
     if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);

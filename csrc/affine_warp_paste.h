@@ -186,11 +186,12 @@ PC_HD float blend(const T* plane, const Taps& taps) {
     return upper + lower;
 }
 
+// Throws bad_alloc if there is no memory for a frame's source as floats; some frames may be written then.
 void affine_warp_paste_cpu(const Params& params, int threads);
 
 #ifdef POSECRAFTER_CUDA
 // Enqueues the work on `stream` (a cudaStream_t) of a device, and leaves the thread's current device as it was. Returns
-// nullptr, or CUDA's error message.
+// nullptr, or CUDA's error message. Throws invalid_argument for a frame of more pixels than one grid covers.
 const char* affine_warp_paste_cuda(const Params& params, int device, void* stream);
 const char* cuda_device_error();  // nullptr if a device can be used
 #endif

@@ -88,10 +88,13 @@ class BlobCache:
             with atomic_path(self.path(key)) as temporary, temporary.open("wb") as file:
                 file.write(blob)
                 file.write(hashlib.sha256(blob).digest())
-            self._prune()
         except (PoseCrafterError, OSError) as error:
             log.warning("not kept for the next time: %s", error)
             return False
+        try:
+            self._prune()
+        except OSError as error:
+            log.warning("old files are not removed: %s", error)
         return True
 
     def _prune(self) -> None:

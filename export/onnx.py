@@ -16,6 +16,7 @@ from onnxscript import optimizer
 from torch import nn
 from torch.export import ExportedProgram
 
+from posecrafter_rt.errors import first_line
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.functions import OPSET, add_functions, translation_table
 from posecrafter_rt.export.graphs import attach_weights, detach_weights, from_bytes, graph_key, to_bytes
@@ -69,7 +70,7 @@ def _trace(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> ir.Model
     try:
         model = _translate_as_it_is(trace(module, spec, arch), spec)
     except torch.onnx.OnnxExporterError as error:  # other diffusers or transformers may use untranslated operators
-        log.info("%s is traced twice: %s", spec.name, str(error.__cause__ or error).splitlines()[0])
+        log.info("%s is traced twice: %s", spec.name, first_line(error.__cause__ or error))
         model = _run_exporter(trace(module, spec, arch), spec)  # again, because the first try has changed its program
     _simplify(model, {name for name, _ in module.named_parameters()})
     add_functions(model)

@@ -30,8 +30,11 @@ def default_cases(arch: Architecture) -> list[dict[str, int]]:
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
-    """Return max |result − expected| / max |expected|; infinite if shapes differ or `result` is not finite."""
-    if result.shape != expected.shape or not bool(result.isfinite().all()):
+    """Return max |result − expected| / max |expected|; infinite if shapes differ or either is not finite.
+
+    Even where both are NaN: such an output proves nothing.
+    """
+    if result.shape != expected.shape or not all(bool(tensor.isfinite().all()) for tensor in (result, expected)):
         return float("inf")
     return float((result.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30))
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
-from posecrafter_rt.errors import CheckpointError, PoseError
+from posecrafter_rt.errors import CheckpointError, PoseError, first_line
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.loading import PoseModel, apply_tensors, load_base
 from posecrafter_rt.models.small_decoder import empty_small_decoder
@@ -180,7 +180,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise CheckpointError(message, hint="use the release that wrote it, or tune again")
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or no checkpoint: {str(error).splitlines()[0]}",
+        raise CheckpointError(f"{path} is truncated or no checkpoint: {first_line(error)}",
                               hint="copy it again, or make one: posecrafter-rt tune") from error  # fmt: skip
 
 

@@ -76,6 +76,11 @@ class DiskFull(PoseCrafterError):
     """A write failed for lack of space; nothing half-written is left behind."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none, cut so that it fits into one of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def last_line(error: BaseException) -> str:
     """Return the last line of an error's message, or its type if it has none: libraries name source files first."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]

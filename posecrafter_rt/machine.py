@@ -21,16 +21,22 @@ from pathlib import Path, PurePosixPath
 
 
 @cache
-def _cpuinfo() -> dict[str, str]:
-    """Return the first processor's entries of /proc/cpuinfo."""
-    first = _text(Path("/proc/cpuinfo")).split("\n\n")[0]
+def _cpuinfo(root: Path = Path("/")) -> dict[str, str]:
+    """Return the first processor's entries of /proc/cpuinfo. root: the folder that holds proc."""
+    first = _text(root / "proc/cpuinfo").split("\n\n")[0]
     pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def cpu_name() -> str:
-    """Return the processor's name, or its architecture if the system does not say."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+def cpu_name(root: Path = Path("/")) -> str:
+    """Return the processor's name, or its architecture if the system does not say. root: the folder that holds proc.
+
+    Of an Arm processor Linux tells only the numbers of its maker and its model, as in "Arm 0x41 0xd40".
+    """
+    told = _cpuinfo(root)
+    if "model name" not in told and "CPU part" in told:
+        return f"Arm {told.get('CPU implementer')} {told['CPU part']}"
+    return told.get("model name") or platform.processor() or platform.machine()
 
 
 def cpu_device() -> dict[str, str]:
@@ -105,13 +111,13 @@ def watched_peak() -> Iterator[Callable[[], int]]:
 
     The sum is sampled, on Linux only; elsewhere child processes are not counted. It is at least `peak_rss_bytes`.
     """
-    most, has_ended = 0, threading.Event()
+    most, has_ended, lock = 0, threading.Event(), threading.Lock()
 
     def sample() -> None:
         nonlocal most
         held = _held_bytes()
-        if held > most:  # compare only after reading: two threads sample, and the later one must not lower the peak
-            most = held
+        with lock:  # two threads sample, and the later one must not lower the peak
+            most = max(most, held)
 
     def watch() -> None:
         while not has_ended.wait(SAMPLE_SECONDS):

@@ -313,10 +313,10 @@ def _autocast(options: TuneOptions, keep_range: bool = False) -> AbstractContext
 def resolve_precision(device: str, precision: str) -> tuple[str, str]:
     """Replace `auto` by what this machine trains fastest with, and check both; return (device, precision).
 
-    Device `auto`: CUDA if there is a GPU, else the CPU. Precision `auto`: bf16 if the GPU supports it or the CPU is
+    Device `auto`: CUDA if there is a GPU, else the CPU. Precision `auto`: bf16 if the GPU multiplies it or the CPU is
     faster with it; otherwise fp16 on a GPU, fp32 on a CPU.
-    Raises: BackendUnavailable if CUDA is asked for but no GPU answers; PoseCrafterError for an unknown device or
-        precision.
+    Raises: BackendUnavailable if CUDA is asked for but no GPU answers, or not that one; PoseCrafterError for an unknown
+        device or precision.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -324,8 +324,12 @@ def resolve_precision(device: str, precision: str) -> tuple[str, str]:
         raise PoseCrafterError(f"unknown device {device!r}", "choose auto, cpu or cuda")
     if device != "cpu" and not torch.cuda.is_available():
         raise BackendUnavailable(f"device {device!r} was asked for, but no NVIDIA GPU answers", "use --device cpu")
+    if device != "cpu" and int(device[len("cuda:") :] or 0) >= (num_gpus := torch.cuda.device_count()):
+        raise BackendUnavailable(f"device {device!r} was asked for, but the last GPU is cuda:{num_gpus - 1}",
+                                 "choose one that `posecrafter-rt doctor` lists")  # fmt: skip
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if device != "cpu" else cpu_gains_by_bf16()
+        # Not `is_bf16_supported`, which is true of GPUs that only emulate bf16, too, and asks only the current one.
+        native = torch.cuda.get_device_capability(device) >= (8, 0) if device != "cpu" else cpu_gains_by_bf16()
         precision = "bf16" if native else "fp16" if device != "cpu" else "fp32"
     if precision not in PRECISIONS:
         raise PoseCrafterError(f"unknown precision {precision!r}", f"choose one of auto, {', '.join(PRECISIONS)}")

@@ -46,8 +46,6 @@ def decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
             stream = container.streams.video[0]
             stream.thread_type = "SLICE"  # frame threads would hide the error of a file that breaks off
             for count, frame in enumerate(container.decode(stream), start=1):
-                if stop is not None and count > stop:
-                    return
                 if frame.is_corrupt:
                     raise _damaged(path, count - 1, "its data are not whole")
                 if count > start:
@@ -56,6 +54,8 @@ def decode(path: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
                     if picture.shape != shape:
                         raise _changed_size(path, count - 1, shape, picture.shape)
                     yield picture
+                if count == stop:  # before the next frame is decoded, which may be damaged
+                    return
     except FFmpegError as failure:
         if isinstance(failure, MemoryError):  # the file may be intact
             raise

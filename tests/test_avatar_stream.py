@@ -145,12 +145,13 @@ def test_a_stream_whose_frames_float16_does_not_hold_goes_on_in_float32(
             stream.step(first)
         assert one.reference is another.reference and fp16_avatar.networks.precision == "fp16"
         is_too_large.append(True)
-        frames = [[stream.step(pose) for pose in poses] for stream in (one, another)]
+        seen = [[(stream.step(pose), stream.last.lost) for pose in poses] for stream in (one, another)]
+    assert [[is_lost for _, is_lost in of_stream] for of_stream in seen] == [[is_pipelined, False]] * 2
     assert caplog.text.count("networks in fp32: a frame of a stream was not finite in fp16") == 1
     with fp16_avatar.stream(**options) as later:
         assert one.reference is another.reference is later.reference and fp16_avatar.networks.precision == "fp32"
         expected = [later.step(pose) for pose in poses]
-    assert np.array_equal(frames, [expected, expected])
+    assert np.array_equal([[frame for frame, _ in of_stream] for of_stream in seen], [expected, expected])
 
 
 @pytest.mark.parametrize("can_load", [True, False])

@@ -21,6 +21,7 @@ from posecrafter_rt.machine import (
     counted_peak_bytes,
     cpu_gains_by_bf16,
     cpu_has_bf16,
+    cpu_name,
     one_openmp_thread,
     peak_rss_bytes,
     release_mapped,
@@ -79,6 +80,30 @@ def test_a_system_that_says_nothing(tmp_path: Path) -> None:
 def test_this_system() -> None:
     available = available_bytes()
     assert available is not None and 0 < available < 1 << 50
+
+
+# A Raspberry Pi 5's: Arm's Linux tells no model's name.
+ARM_CPUINFO = """processor\t: 0
+BogoMIPS\t: 108.00
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x4
+CPU part\t: 0xd0b
+CPU revision\t: 1
+
+processor\t: 1
+BogoMIPS\t: 108.00
+"""
+
+
+@pytest.mark.parametrize(("cpuinfo", "name"), [
+    (ARM_CPUINFO, "Arm 0x41 0xd0b"), (ARM_CPUINFO.replace("0xd0b", "0xd40"), "Arm 0x41 0xd40"),
+    ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 7B13\n", "AMD EPYC 7B13"),
+    ("", platform.processor() or platform.machine()),
+])  # fmt: skip
+def test_every_model_of_processor_has_its_own_name(tmp_path: Path, cpuinfo: str, name: str) -> None:
+    assert cpu_name(system(tmp_path, "", {"proc/cpuinfo": cpuinfo})) == name
 
 
 def resident_bytes() -> int:

@@ -74,6 +74,9 @@ def test_frames_a_second_are_what_was_measured() -> None:
     whole, kept = ([fps(name, every) for name in names] for every in (1, 4))
     expected = f"a Xeon with AVX-512: {whole[0]}, in int8 {whole[1]}; with features kept over all four {kept[0]} and {kept[1]}."
     assert expected in readme()
+    older = [fps("latency-int8-zen4-cpu", every, way, 1) for every in (1, 2) for way in ("stream", "serve")]
+    expected = "a Zen 4 in int8: {}, through the server {}; with features kept over two of them {} and {};"
+    assert expected.format(*older) in readme()
     newest = {way: fps("latency-int8-zen5-cpu", 1, way, 1) for way in ("stream", "serve")}
     assert f"a Zen 5 in int8: {newest['stream']}, through the server {newest['serve']};" in readme()
     assert f"kept over two of them {fps('latency-int8-zen5-cpu', 2)}, as fast as poses come" in readme()

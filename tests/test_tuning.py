@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from posecrafter_rt.checkpoint import Checkpoint
-from posecrafter_rt.errors import CheckpointError, OutputExists, PoseCrafterError, PoseError
+from posecrafter_rt.errors import BackendUnavailable, CheckpointError, OutputExists, PoseCrafterError, PoseError
 from posecrafter_rt.models.loading import load_base, named_parameters
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.tuning import (
@@ -435,6 +435,31 @@ def test_an_empty_prompt_is_one(clip, options, tmp_path: Path) -> None:
 def test_unknown_devices_are_refused() -> None:
     with pytest.raises(PoseCrafterError, match="unknown device 'tpu'"):
         resolve_precision("tpu", "fp32")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says with a T4 and an A100, both of which hold bf16, but only the second multiplies it."""
+    capabilities = {"cuda": (7, 5), "cuda:0": (7, 5), "cuda:1": (8, 0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("auto", ("cuda", "fp16")), ("cuda", ("cuda", "fp16")), ("cuda:0", ("cuda:0", "fp16")),
+     ("cuda:1", ("cuda:1", "bf16"))],
+)  # fmt: skip
+def test_a_gpu_that_only_emulates_bf16_tunes_in_fp16(two_gpus: None, device: str, expected: tuple[str, str]) -> None:
+    assert resolve_precision(device, "auto") == expected
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_the_last_that_is(two_gpus: None) -> None:
+    with pytest.raises(BackendUnavailable, match=r"'cuda:2' was asked for, but the last GPU is cuda:1") as caught:
+        resolve_precision("cuda:2", "fp32")
+    assert "doctor" in (caught.value.hint or "")
 
 
 def test_a_clip_of_another_shape_than_its_poses_is_refused(clip, tmp_path: Path) -> None:

@@ -249,4 +249,18 @@ def test_a_video_that_breaks_off_names_the_frame_reached(tmp_path, share):
         read_video(tmp_path / "a.mp4")
     assert_one_line(caught)
     frame = int(str(caught.value).split("at frame ")[1].split(":")[0])
-    assert 0 <= frame < 20
+    assert 0 < frame < 20
+    assert f"read only the frames before {frame}" in caught.value.hint
+    assert len(read_video(tmp_path / "a.mp4", stop=frame)) == frame
+
+
+def test_the_size_is_told_of_a_video_whose_second_frame_cannot_be_read(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (6, 64, 96, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", noise, 25)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        fourth = list(container.demux(video=0))[3]  # the decoder, which reorders frames, holds the second until then
+        half = fourth.pos + fourth.size // 2
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:half])
+    with pytest.raises(VideoError, match=r"a\.mp4 is damaged or breaks off at frame 1:"):
+        read_video(tmp_path / "a.mp4")
+    assert video_size(tmp_path / "a.mp4") == (64, 96)

@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, get_args
 
+from posecrafter_rt.errors import first_line
+
 Status = Literal["ok", "absent", "failed"]
 
 # Distribution → what it is for. They are those of pyproject.toml, which a test checks; those of extras are optional.
@@ -94,11 +96,6 @@ def run_checks() -> dict[str, list[Finding]]:
         except (ImportError, OSError, RuntimeError) as error:
             sections[title] = [Finding(title, "failed", first_line(error), REINSTALL)]
     return sections
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_machine() -> list[Finding]:

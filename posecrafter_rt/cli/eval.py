@@ -14,7 +14,8 @@ import typer
 
 from posecrafter_rt.cli.arguments import AsJson, parse_range
 from posecrafter_rt.cli.output import print_json, print_table
-from posecrafter_rt.errors import VideoError
+from posecrafter_rt.errors import PoseError, VideoError
+from posecrafter_rt.poses.keypoints import PoseSequence
 
 app = typer.Typer()
 
@@ -56,6 +57,7 @@ def evaluate(
         None if rendered_poses is None else read_openpose(rendered_poses, allow_missing=True, canvas=(height, width))
     )
     num_frames = _count_pairs(rendered, truth, window)
+    _check_lengths(num_frames, target, found)
     result = {"frames": num_frames, "height": height, "width": width}
     scores = _measure(rendered, truth, (height, width), window)
     if target is not None:
@@ -87,6 +89,16 @@ def _count_pairs(rendered: Path, truth: Path, window: slice) -> int:
             hint="name the frames of the true video that were rendered: --range START:END",
         )
     return num_frames
+
+
+def _check_lengths(num_frames: int, target: PoseSequence | None, found: PoseSequence | None) -> None:
+    """Raise PoseError unless the poses that are given are as many as the frames."""
+    for name, given in (("true", target), ("rendered", found)):
+        if given is not None and len(given) != num_frames:
+            raise PoseError(
+                f"there are {len(given)} {name} poses for {num_frames} frames",
+                hint="give one pose for each frame that is compared",
+            )
 
 
 def _measure(rendered: Path, truth: Path, size: tuple[int, int], window: slice) -> dict[str, float]:

@@ -91,7 +91,7 @@ def preview(  # noqa: PLR0913 - one argument for each option
     if output.suffix.lower() not in (".mp4", ".png"):
         raise typer.BadParameter(f"{output.name} is neither .mp4 nor .png", param_hint="--output")
     refuse_overwrite(output, force)
-    refuse_sources(output, poses_path, *((video,) if video else ()))
+    refuse_sources(output, poses_path, *((video, *video.glob("*.png")) if video else ()))
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.video_io import stream_video, video_size
 
@@ -136,6 +136,7 @@ def retarget(
 ) -> None:
     """Fit the movement in POSES to the proportions and the place of the person who was tuned."""
     refuse_overwrite(output, force)
+    refuse_sources(output, poses_path, *poses_path.glob("*.json"), to, *to.rglob("*"))  # both may be folders
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.poses.retarget import find_ratios
     from posecrafter_rt.poses.retarget import retarget as fit_movement
@@ -187,6 +188,7 @@ def edit(  # noqa: PLR0913 - one argument for each option
     if not edits and canvas is None and not fill:
         raise typer.BadParameter("nothing to edit: give --turn-head, --blink, --wave or --fill, or a --canvas")
     refuse_overwrite(output, force)
+    refuse_sources(output, poses_path, *poses_path.glob("*.json"))  # it may be a folder
     from posecrafter_rt.poses.openpose_json import read_openpose
 
     poses = original = read_openpose(poses_path, person=person, canvas=parse_size(canvas), allow_missing=True)

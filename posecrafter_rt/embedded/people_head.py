@@ -258,7 +258,6 @@ class HeadMesh:
         rng = np.random.default_rng(shape.texture_seed)
         self.hair_mask = self._hair_mask(theta, points, rng)
         self.albedo = self._albedo(points, front, rng)
-        self.gloss = np.where(self.hair_mask > 0.5, 0.10, 0.16) * (shape.hair_style != "cap")
         outward = points - np.array([0.0, -1.0, -0.5])
         outward /= np.linalg.norm(outward, axis=-1, keepdims=True) + 1e-6
         lump = 1.0 + 0.25 * cv2.GaussianBlur(rng.standard_normal(self.hair_mask.shape), (0, 0), 2.0) * 3

@@ -73,8 +73,11 @@ def first_stages(
 ) -> tuple[AutoencoderKL, Corpus]:
     """Draw the people, train the autoencoder for `seconds`, encode the people; or use what an earlier run left."""
     drawn = Clips.from_tensors(kept(output / "clips.safetensors", lambda: draw(num_clips, seed)))
-    if not (output / "vae" / "config.json").exists():
-        train_vae(drawn, load_photographs(), seconds, seed, log).save_pretrained(output / "vae")
+    if not (output / "vae").exists():
+        # Renamed when it is whole: diffusers writes the config before the weights.
+        unfinished = output / ".vae.part"
+        train_vae(drawn, load_photographs(), seconds, seed, log).save_pretrained(unfinished)
+        unfinished.rename(output / "vae")
     vae = AutoencoderKL.from_pretrained(output / "vae").eval()
     channels_last(vae)
     corpus = kept(output / "corpus.safetensors", lambda: vars(encode_corpus(drawn, vae, tokenizer, log)))

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from posecrafter_rt.errors import first_line
+
 KEPT_SHAPES = 4  # a clip's, the reference's, and those of a second clip
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ class Recorder:
             with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                 outputs = list(self.network(memory))
         except RuntimeError as error:
-            log.warning("%s runs without a CUDA graph: %s", self.name, (str(error).splitlines() or [""])[0])
+            log.warning("%s runs without a CUDA graph: %s", self.name, first_line(error))
             self._records = False
             return None
         return Recording(graph, memory, outputs)

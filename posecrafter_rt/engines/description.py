@@ -1,7 +1,7 @@
 """What each network of an engine folder is: its precision, its tensors, how many weights it has and where they lie.
 
 Layer 4: read from the files. No backend is loaded, except that for `openvino` in fp16 the precision of the autoencoder
-depends on the operations compiled for this processor.
+depends on the operations compiled for this processor if it has VNNI.
 """
 
 from __future__ import annotations

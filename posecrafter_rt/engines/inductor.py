@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from posecrafter_rt.atomic import sha256_json
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import (
     TORCH_DTYPES,
@@ -59,6 +60,13 @@ OPTIONS = {
 }
 # What compiled code may use of a processor. Virtual machines with the same processor name can differ in them.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
+# The beginnings of the flags that -march=native lets a compiler generate code for, on x86 and Arm. Other flags do not
+# matter, and an update of Linux may add some: the engine must not be refused then.
+COMPILED_FOR = (
+    "3dnow", "abm", "adx", "aes", "amx", "apx", "asimd", "atomics", "avx", "bf16", "bmi", "crc32", "cx16", "f16c",
+    "fcma", "flagm", "fma", "fp", "frint", "gfni", "i8mm", "jscvt", "lahf", "lrcpc", "mops", "movbe", "movdir",
+    "pclmul", "pmull", "pni", "popcnt", "sha", "sme", "sse", "ssse", "sve", "tbm", "vaes", "vpclmul", "xop",
+)  # fmt: skip
 
 
 class InductorEngine:
@@ -106,11 +114,16 @@ class InductorBackend:
     libraries = ("torch", "triton")
 
     def device(self) -> dict[str, str]:
-        """Return the GPU with its compute capability and driver, or the processor with its instruction sets."""
+        """Return the GPU with its compute capability and driver, or the processor with its instruction sets.
+
+        Only the best known of these are named; a hash stands for all.
+        """
         device = describe_compiled_device()
         if device["type"] == "cpu":
-            found = [name for name in INSTRUCTION_SETS if name in cpu_features()]
-            device["name"] += f" ({' '.join(found) or 'baseline'})"
+            features = cpu_features()
+            flags = sha256_json(sorted(name for name in features if name.startswith(COMPILED_FOR)))[:8]
+            found = [name for name in INSTRUCTION_SETS if name in features]
+            device["name"] += f", flags {flags} ({' '.join(found) or 'baseline'})"
         return device
 
     def unsupported_reason(self, precision: Precision) -> str | None:

@@ -45,8 +45,8 @@ from posecrafter_rt.engines.openvino_operations import (
 )
 from posecrafter_rt.engines.openvino_request import Request
 from posecrafter_rt.engines.openvino_streams import following, leave_out_reference
-from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, read_graphs, write_graphs
-from posecrafter_rt.errors import EngineFolderError, last_line
+from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, in_stored_type, read_graphs, write_graphs
+from posecrafter_rt.errors import CheckpointError, EngineFolderError, last_line
 from posecrafter_rt.export.blob_cache import BlobCache, MappedBlob, graph_cache
 from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16, release_mapped, return_freed_memory
 from posecrafter_rt.spec import IS_REFERENCE, RUN_ONCE, Architecture, NetworkSpec, network_specs
@@ -222,7 +222,8 @@ class OpenVinoEngine:
         shapes = {name: tuple(node.shape) for name, node in constants(self._open()).items()}
         fitting = fitting_weights(shapes, tensors)
         if fitting:
-            self._swapped |= {name: tensor.detach().float().numpy().copy() for name, tensor in fitting.items()}
+            self._swapped |= {name: in_stored_type(name, tensor, torch.float32, CheckpointError).numpy().copy()
+                              for name, tensor in fitting.items()}  # fmt: skip
             self._requests.clear()
         return set(fitting)
 
@@ -272,6 +273,7 @@ class OpenVinoBackend:
         """Write every network as IR in float32, and the files' digests; compiling a network chooses the precision.
 
         Traced graphs are kept in the user's cache, so another checkpoint of the same architecture is built in seconds.
+        Raises: EngineFolderError if a weight is beyond float32's range.
         """
         import openvino
 
@@ -284,12 +286,13 @@ class OpenVinoBackend:
         for name, network in model.networks().items():
             progress(f"exporting {name}")
             onnx_path, path = folder / f"{name}.onnx", folder / f"{name}.xml"
+            arrays = {key: in_stored_type(key, parameter, torch.float32).numpy()
+                      for key, parameter in network.named_parameters()}  # fmt: skip
             exported = export_network(network, specs[name], arch, inline=True, graphs=cache)
             save_model(exported, onnx_path)
             written = constants(save_ir(core, onnx_path, path))
             for file in folder.glob(f"{name}.onnx*"):  # perhaps with weights beside it
                 file.unlink()
-            arrays = {key: parameter.detach().numpy() for key, parameter in network.named_parameters()}
             is_refittable = all(key in written and same_bits(written[key].data, arrays[key])
                                 for key in exported.graph.initializers if key in arrays)  # fmt: skip
             graphs[name] = graph_digest(network, specs[name], arch) if is_refittable else None
@@ -314,7 +317,8 @@ class OpenVinoBackend:
             arrays = {key: parameter.detach().numpy() for key, parameter in network.named_parameters()}
             ir_path = source / f"{name}.xml"
             stored = {key: node.data for key, node in constants(core.read_model(ir_path)).items() if key in arrays}
-            changed = {key: arrays[key] for key, data in stored.items() if not same_bits(data, arrays[key])}
+            changed = {key: in_stored_type(key, torch.from_numpy(arrays[key]), torch.float32).numpy()
+                       for key, data in stored.items() if not same_bits(data, arrays[key])}  # fmt: skip
             if changed:
                 save_ir(core, ir_path, folder / ir_path.name, changed)
             else:

@@ -159,8 +159,12 @@ def operations(precision: Precision = "fp32") -> Operations | None:
 
 
 def network_precision(name: str, precision: Precision) -> Precision:
-    """As `inner_precision`, except that integers, which have a scale for each row, cannot leave float16's range."""
-    available = operations(precision) if precision == "fp16" and name in BEYOND_FP16 else None
+    """As `inner_precision`, except that integers, which have a scale for each row, cannot leave float16's range.
+
+    May compile, as `missing_reason` does, but not for a processor without products of integers.
+    """
+    may_differ = precision == "fp16" and name in BEYOND_FP16 and any(vectors.has_vnni for vectors in _fitting())
+    available = operations(precision) if may_differ else None
     has_vnni = available is not None and available.vectors.has_vnni
     return precision if has_vnni else inner_precision(name, precision)
 
@@ -312,7 +316,10 @@ def _refusal(*arguments: Any, given: str = "") -> str | None:
     compiler = config.compiler() or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "")
     if not compiler:
         raise OperationsError("no C++ compiler was found: install g++, or name one in CXX")
-    command = [*shlex.split(compiler), *map(str, arguments)]
+    try:
+        command = [*shlex.split(compiler), *map(str, arguments)]
+    except ValueError as error:
+        raise OperationsError(f"the command in CXX, {compiler}, cannot be run: {error}") from error
     try:
         result = subprocess.run(
             command, input=given, capture_output=True, text=True, errors="replace", timeout=COMPILE_S

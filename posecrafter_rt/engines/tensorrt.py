@@ -45,7 +45,7 @@ from posecrafter_rt.engines.tensorrt_build import build_plan, profile_shapes, pr
 from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_logger
 from posecrafter_rt.engines.tensorrt_plugins import PLUGIN_OPS, register_plugins
 from posecrafter_rt.engines.tensorrt_runtime import TensorRTEngine, Workspace, refit
-from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.errors import EngineFolderError, first_line
 from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
 from posecrafter_rt.export.shapes import random_inputs, split_dim
 from posecrafter_rt.export.verify import relative_error
@@ -104,7 +104,7 @@ class TensorRTBackend:
         try:
             version = _version()
         except (ImportError, OSError) as error:
-            return f"tensorrt cannot be loaded: {str(error).splitlines()[0]}"
+            return f"tensorrt cannot be loaded: {first_line(error)}"
         if tuple(int(part) for part in version.split(".")[:2]) < MIN_VERSION:
             return f"tensorrt {version} is too old: pip install {INSTALL['tensorrt']}"
         return None

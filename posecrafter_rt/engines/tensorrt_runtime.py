@@ -21,7 +21,7 @@ from posecrafter_rt.engines.base import InputChecker, fitting_weights
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.refit import WIDER, in_stored_type
 from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_logger, torch_dtype, trt_dtype
-from posecrafter_rt.errors import CheckpointError, PoseCrafterError, ShapeError
+from posecrafter_rt.errors import CheckpointError, PoseCrafterError, ShapeError, first_line
 from posecrafter_rt.export.shapes import resolve_shape, split_dim
 from posecrafter_rt.spec import NetworkSpec
 
@@ -185,7 +185,7 @@ class Slot:
             with torch.cuda.graph(graph, stream=self.workspace.stream, capture_error_mode="thread_local"):
                 self._enqueue()
         except (RuntimeError, PoseCrafterError) as error:
-            log.warning("%s runs without a CUDA graph: %s", self.spec.name, str(error).splitlines()[0])
+            log.warning("%s runs without a CUDA graph: %s", self.spec.name, first_line(error))
             self.records = False
             return None
         return graph

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizerFast
 
-from posecrafter_rt.errors import CheckpointError, ModelError
+from posecrafter_rt.errors import CheckpointError, ModelError, first_line
 from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.models.blocks import NormScope
 from posecrafter_rt.models.controlnet import VideoControlNet
@@ -24,7 +24,7 @@ from posecrafter_rt.models.folding import fold_denoiser, fold_vae
 from posecrafter_rt.models.networks import build_networks, describe_architecture
 from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.small_decoder import fold_small_decoder
-from posecrafter_rt.models.sources import first_line, hash_files, lasting_id, locate_base, locate_component
+from posecrafter_rt.models.sources import hash_files, lasting_id, locate_base, locate_component
 from posecrafter_rt.models.tokenizer import warn_of_cuts
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.models.weights import load_network, load_text_encoder, read_scheduler_config, read_weights

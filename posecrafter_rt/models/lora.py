@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.errors import CheckpointError
 from posecrafter_rt.models.loading import PoseModel
-from posecrafter_rt.models.weights import read_weights
+from posecrafter_rt.models.weights import is_safetensors, read_weights
 
 HINT = "give a LoRA for Stable Diffusion 1.5, under kohya-ss' or diffusers' names"
 
@@ -146,7 +146,7 @@ def fuse_loras(model: PoseModel, files: Sequence[LoraFile]) -> None:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """Return peft's configuration, with keys `unet.…` and `text_encoder.…`; empty if the file has none."""
-    if path.suffix.lower() != ".safetensors":
+    if not is_safetensors(path):
         return {}
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(_SETTINGS, "{}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from posecrafter_rt.errors import ModelError
 from posecrafter_rt.models.folding import fold_doubled
-from posecrafter_rt.models.sources import hash_files, locate_component, reading
+from posecrafter_rt.models.sources import Component, hash_files, locate_component, reading
 from posecrafter_rt.models.weights import load_network
 
 CHANNELS, BLOCKS = (128, 64, 32), (3, 3, 2)  # per level; a VAE with fewer doublings uses the last ones
@@ -106,9 +106,9 @@ def empty_small_decoder(config: dict[str, Any]) -> nn.Module:
 def load_small_decoder(source: str, latent_channels: int, vae_scale_factor: int, dtype: torch.dtype) -> nn.Module:
     """Load a given decoder: a folder or hub id of diffusers' `AutoencoderTiny` (TAESD) or of a `SmallDecoder`.
 
-    Raises: ModelError if it is not found, of another kind, or made for the latents of another VAE.
+    Raises: ModelError if it is not found, a single file, of another kind, or made for the latents of another VAE.
     """
-    part = locate_component(source, "small_decoder")
+    part = _locate(source)
     with reading(source):
         name = SmallDecoder.load_config(part.config_folder, local_files_only=True).get("_class_name")
     kind = {"AutoencoderTiny": AutoencoderTiny, "SmallDecoder": SmallDecoder}.get(name)
@@ -125,8 +125,11 @@ def load_small_decoder(source: str, latent_channels: int, vae_scale_factor: int,
 
 
 def hash_small_decoder(source: str) -> str:
-    """Return the SHA-256 over a given decoder's weight files and configuration. Raises: ModelError if not found."""
-    part = locate_component(source, "small_decoder")
+    """Return the SHA-256 over a given decoder's weight files and configuration.
+
+    Raises: ModelError if it is not found or a single file.
+    """
+    part = _locate(source)
     return hash_files({"small_decoder": part.files, "config": (part.config_folder / "config.json",)})
 
 
@@ -154,3 +157,11 @@ def fold_small_decoder(module: nn.Module) -> None:
     for index, layer in enumerate(layers):
         if isinstance(layer, nn.Upsample):
             layers[index], layers[index + 1] = nn.Identity(), fold_doubled(layers[index + 1])
+
+
+def _locate(source: str) -> Component:
+    part = locate_component(source, "small_decoder")
+    if part.is_single_file:
+        raise ModelError(f"{source} is a single file, without the config.json that says which small decoder it holds",
+                         hint="give a folder or hub id in diffusers' layout, such as madebyollin/taesd")  # fmt: skip
+    return part

@@ -16,7 +16,7 @@ from pickle import UnpicklingError
 from safetensors import SafetensorError
 
 from posecrafter_rt.atomic import sha256_file, sha256_json
-from posecrafter_rt.errors import ModelError
+from posecrafter_rt.errors import ModelError, first_line
 from posecrafter_rt.models.settings import SETTINGS_FILE, BaseSettings
 
 SD15_FOLDER = Path(__file__).parent / "sd15"  # configuration and tokenizer files for single files, which have none
@@ -146,11 +146,6 @@ def _path(source: str) -> Path:
         return Path(source).expanduser()
     except RuntimeError:
         return Path(source)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a library's message, cut to 200 characters so that it fits into one of ours."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def _is_ours(path: Path) -> bool:

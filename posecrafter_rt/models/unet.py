@@ -163,21 +163,23 @@ class VideoUNet(ClipDenoiser):
 
         Args: latents: (G·F, 4, h, w). time_projections: (G·F, G or 1, T), rows of `time_projections`.
             text_kv: (G, tokens, K).
-            down_block_additional_residuals, mid_block_additional_residual: what the ControlNet returned.
+            down_block_additional_residuals, mid_block_additional_residual: what the ControlNet returned; or neither.
             temporal_mask: bool (F, F), which frame attends to which over time; None: each to all.
             memory: what a stream's frames attend to instead of one another; their own keys and values are added to it.
         Returns: noise_pred (G·F, 4, h, w); deep_features (G·F, C, h, w), the last layer's input beside `conv_in`'s
             output, or None without `gives_deep_features`.
+        Raises: ShapeError for some of the residuals without the others.
         """
         context = replace(self._context(latents, time_projections, text_kv, memory), temporal_mask=temporal_mask)
         samples = self._down(self.conv_in(latents), context)
         samples.append(self._mid(samples[-1], context))
-        if mid_block_additional_residual is not None:
-            residuals = (*down_block_additional_residuals, mid_block_additional_residual)
-            for index, residual in zip(
-                range(len(samples)), residuals, strict=True
-            ):  # each sum takes its summand's place
-                samples[index] = samples[index] + residual
+        mid = () if mid_block_additional_residual is None else (mid_block_additional_residual,)
+        residuals = (*down_block_additional_residuals, *mid)
+        if residuals and len(residuals) != len(samples):
+            raise ShapeError(f"{len(residuals)} residuals of a ControlNet instead of {len(samples)}",
+                             "give all that it returned, or none")  # fmt: skip
+        for index, residual in enumerate(residuals):  # each sum takes its summand's place
+            samples[index] = samples[index] + residual
         layers, deep_features = self._up_layers(), None
         if self.gives_deep_features:
             deep_features = self._up(layers[:-1], samples, context)

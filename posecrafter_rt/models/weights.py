@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from posecrafter_rt.errors import CheckpointError, ModelError
+from posecrafter_rt.errors import CheckpointError, ModelError, first_line
 from posecrafter_rt.method import DDIMSchedule
-from posecrafter_rt.models.sources import Base, Component, first_line, reading
+from posecrafter_rt.models.sources import Base, Component, reading
 
 _CONVERTERS: dict[type, Callable[..., dict[str, Tensor]]] = {
     UNet2DConditionModel: convert_ldm_unet_checkpoint,
@@ -48,7 +48,7 @@ def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError
     if not path.is_file():
         raise error_type(f"there is no file {path}", hint="check the path")
     try:
-        if path.suffix.lower() == ".safetensors" or _begins_as_safetensors(path):
+        if is_safetensors(path):
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
@@ -66,8 +66,13 @@ def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError
     return tensors
 
 
-def _begins_as_safetensors(path: Path) -> bool:
-    """Return whether a file begins as safetensors do, with the length of a JSON object. Our .ckpt files do too."""
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is called .safetensors, or begins as they do, with the length of a JSON object.
+
+    Our .ckpt files do, and so do files that were renamed.
+    """
+    if path.suffix.lower() == ".safetensors":
+        return True
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
@@ -129,8 +134,8 @@ def load_text_encoder(part: Component, dtype: torch.dtype) -> CLIPTextModel:
 
 
 def _read_header(path: Path) -> tuple[set[str], dict[str, str]]:
-    """Return the tensors' names, and the metadata, which only .safetensors files have."""
-    if path.suffix.lower() != ".safetensors":
+    """Return the tensors' names, and the metadata, which only safetensors have."""
+    if not is_safetensors(path):
         return set(read_weights(path)), {}
     with safe_open(path, "pt") as file:
         return set(file.keys()), file.metadata() or {}

@@ -86,9 +86,10 @@ def _check(latent: Tensor, ndim: int, affines: Tensor, rects: Tensor, mode: str)
 
 
 def _to_device(affines: Tensor, rects: Tensor, latent: Tensor) -> tuple[Tensor, Tensor]:
+    on_stream = latent.is_cuda  # a kernel waits for the copies; the CPU would read them before they are complete
     return (
-        affines.to(latent.device, torch.float32, non_blocking=True).contiguous(),
-        rects.to(latent.device, torch.int64, non_blocking=True).contiguous(),
+        affines.to(latent.device, torch.float32, non_blocking=on_stream).contiguous(),
+        rects.to(latent.device, torch.int64, non_blocking=on_stream).contiguous(),
     )
 
 

@@ -54,7 +54,8 @@ def extract_poses(  # noqa: PLR0913 - one keyword for each option of the command
         person: which of several people in the first frame that shows any, counted from 0; None takes the largest.
         upscale: frames are enlarged this many times for detection; None takes the smallest whole number that brings the
             short side to 576 pixels or more.
-        progress: called in another thread with (frames done, an estimate of the video's frames).
+        progress: called in another thread with (frames done, an estimate of the video's frames). What it raises ends
+            the detector, and is raised here.
     Returns: one pose per frame, in pixels of the video; a frame where the person was not found is all zeros.
     Raises:
         PoseError: nobody is in any frame, there is no such person, or the detector failed while it ran.
@@ -132,30 +133,41 @@ class _Listener(threading.Thread):
         self, process: subprocess.Popen[bytes], num_frames: int, progress: Callable[[int, int], None] | None
     ) -> None:
         super().__init__(daemon=True)
-        self._stream = process.stderr
+        self._process = process
         self._num_frames = num_frames
         self._progress = progress
         self._said: dict[str, str] = {}
         self._log: list[str] = []
+        self._failure: BaseException | None = None  # of `progress`
 
     def run(self) -> None:
-        assert self._stream is not None
-        with self._stream as stream:
+        assert self._process.stderr is not None
+        with self._process.stderr as stream:
             for line in stream:
                 self._hear(line.decode("utf-8", errors="replace").rstrip())
 
     def _hear(self, line: str) -> None:
         kind, _, value = line.partition(" ")
         if kind == worker.PROGRESS:
-            if self._progress is not None:
-                self._progress(int(value), max(int(value), self._num_frames))
+            self._report(int(value))
         elif kind in (worker.DETECTOR, worker.UNAVAILABLE, worker.FAILED):
             self._said[kind] = value
         elif line:
             self._log = [*self._log, line][-_NUM_LOG_LINES:]
 
+    def _report(self, num_done: int) -> None:
+        if self._progress is None or self._failure is not None:
+            return
+        try:
+            self._progress(num_done, max(num_done, self._num_frames))
+        except BaseException as failure:  # nobody would see it in this thread: `raise_for_status` raises it
+            self._failure = failure
+            self._process.kill()
+
     def raise_for_status(self, status: int) -> None:
-        """Raise the error that the worker reported, or one that says that it died."""
+        """Raise what `progress` raised, the error that the worker reported, or one that says that it died."""
+        if self._failure is not None:
+            raise self._failure
         if worker.UNAVAILABLE in self._said:
             raise BackendUnavailable(f"no pose detector: {self._said[worker.UNAVAILABLE]}", hint=_INSTALL_HINT)
         if status == 0:

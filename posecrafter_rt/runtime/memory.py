@@ -83,9 +83,10 @@ class Room(NamedTuple):
 def free_bytes(device_type: str) -> int | None:
     """Return the memory of `cuda` or `cpu` that this process may still take; None if the system does not say."""
     if device_type == "cuda":
-        segments = torch.cuda.memory_snapshot()  # of torch's cache; a CUDA graph's pool serves that graph only
+        # Segments of torch's cache on any GPU. A CUDA graph's pool serves that graph only.
+        segments, here = torch.cuda.memory_snapshot(), torch.cuda.current_device()
         cached = [segment["total_size"] - segment["allocated_size"] for segment in segments
-                  if tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)]  # fmt: skip
+                  if segment["device"] == here and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)]  # fmt: skip
         return torch.cuda.mem_get_info()[0] + sum(cached)
     return available_bytes()
 

@@ -30,12 +30,13 @@ class StepInfo(NamedTuple):
 
     held: nobody was seen. is_repeat: nothing had moved, so the frame before was returned again; never while several
     poses are on their way in a pipeline. reset: the pose was far from the one before, so its frame attends to no past
-    frame, only to the reference.
+    frame, only to the reference. lost: the stream went on in float32, and the frames on their way in a pipeline are lost.
     """
 
     held: bool = False
     is_repeat: bool = False
     reset: bool = False
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ class AvatarStream:
         while not self._has_rendered(pose, jumped):  # widened outside the handler, whose traceback holds the networks
             assert self._widen is not None
             self._begin(*self._widen(self.reference, self.close))
+            self.last = self.last._replace(lost=self.options.is_pipelined)
 
     def _has_rendered(self, pose: np.ndarray, jumped: bool) -> bool:
         """Render once. Return False if the frame is not finite and there may be a wider type."""

@@ -53,7 +53,7 @@ class Service:
         self.reference: np.ndarray = avatar.frames[0]
         self.stream_options: StreamOptions | None = None  # known once there was a stream
         self._reference_pose = median_pose(avatar.poses.keypoints)
-        self._scheduler: Scheduler[Session, Waiting] = Scheduler(lambda session, waiting: session.render(waiting))
+        self._scheduler: Scheduler[Session, Waiting] = Scheduler(self._turn)
         self._sessions: dict[str, Session] = {}  # in the order in which they came
         self._num_opening = 0
         self._recordings: Recordings | None = None
@@ -71,7 +71,7 @@ class Service:
 
     def start(self) -> None:
         """Start the engine's thread and do a first step; does nothing if that was done. Raises: PoseCrafterError."""
-        if self._recordings is not None:
+        if self.is_running:
             return
         if self.options.has_virtual_camera:
             self._camera = VirtualCamera(self.avatar.size, self._first_frame)
@@ -161,6 +161,16 @@ class Service:
     def _ready(self, session: Session) -> dict[str, Any]:
         return {"type": "ready", "session": session.id, "size": list(self.avatar.size), **self._state()}
 
+    def _turn(self, session: Session, waiting: Waiting) -> bool:
+        """Take a session's turn; see `Session.render`. On the engine's thread.
+
+        On a CPU the next step keeps all cores busy, and a frame would take two to five times as long to leave.
+        """
+        is_more = session.render(waiting)
+        if self.avatar.folder.manifest["device"]["type"] == "cpu":
+            session.wait_until_left()
+        return is_more
+
     def _open_stream(self) -> tuple[Stream, ExitStack]:
         """Open a stream, and return it with what frees it. On the engine's thread."""
         resources = ExitStack()
@@ -202,7 +212,8 @@ class Service:
         if self._recording_of.get(session.id) == name:  # it ended by itself: at its greatest length, or by an error
             self._recording_of.pop(session.id, None)
         url = None if error is not None else f"/api/recordings/{name}.mp4"
-        session.texts.put({"type": "recording", "on": False, "url": url})
+        is_on = session.id in self._recording_of  # the client may have begun another meanwhile
+        session.texts.put({"type": "recording", "on": is_on, "url": url})
         if error is not None:
             session.texts.put(error_message(error))
 

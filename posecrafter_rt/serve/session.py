@@ -10,6 +10,8 @@ import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _KEPT_TIMES = 256
 _KEPT_TEXTS = 32
 _ERROR_EVERY_S = 1.0
+LEAVING_SHARE = 0.04  # of a frame's own time; on a CPU a frame of 128×160 leaves within 1 ms
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +45,8 @@ class StepInfo(Protocol):
     def is_repeat(self) -> bool: ...
     @property
     def reset(self) -> bool: ...
+    @property
+    def lost(self) -> bool: ...
 
 
 class Stream(Protocol):
@@ -60,12 +65,14 @@ class Waiting:
     """A pose, and when it came by `time.perf_counter`; if that is not known, when it may have come at the earliest.
 
     num_resets: of its session, when it came. is_stepped: the stream has had it; if pipelined, its frame may still come.
+    fitted: the pose that the stream then had, (134, 3) on the avatar's canvas; None if nobody is seen.
     """
 
     pose: PoseMessage
     arrived_s: float
     num_resets: int
     is_stepped: bool = False
+    fitted: np.ndarray | None = None
 
 
 class Flight(NamedTuple):
@@ -95,8 +102,7 @@ class Session:
     """The state of one client.
 
     latest: the newest frame made for it, (H, W, 3) uint8. format, quality: of the pictures that it wants.
-    frames, texts: what goes to it. Whoever talks to the client takes from both, and calls `count_shown` for each frame
-    that it sends.
+    frames, texts: what goes to it. Whoever talks to the client takes from both, and sends each frame within `sending`.
     num_resets: how many the client asked for. num_dropped: poses so far that no frame was shown for.
     """
 
@@ -115,6 +121,8 @@ class Session:
         self._num_resets_done = self.num_resets = 0
         self._is_broken = self.is_closed = False
         self.num_dropped = self.num_shown = 0
+        self._has_left = threading.Event()
+        self._has_left.set()
         self._count_lock = threading.Lock()
         self._render_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
         self._last_error_s = float("-inf")
@@ -137,10 +145,20 @@ class Session:
             self.num_dropped += 1
         self._metrics.dropped.labels(reason).inc()
 
-    def count_shown(self, shown: Shown) -> None:
-        """A frame is on its way to the client."""
+    @contextmanager
+    def sending(self, shown: Shown) -> Iterator[None]:
+        """Count a frame as shown; the block sends it. Its end lets `wait_until_left` return."""
         self.num_shown += 1
         self._metrics.age.observe(shown.age_s)
+        try:
+            yield
+        finally:
+            self._has_left.set()
+
+    def wait_until_left(self) -> None:
+        """Wait until the newest frame is sent, for LEAVING_SHARE of the time that it took at most."""
+        if self._render_ms:
+            self._has_left.wait(LEAVING_SHARE * self._render_ms[-1] / 1000)
 
     def configure(self, wish: Configure) -> None:
         """Follow what the client wants from the next frame on."""
@@ -203,8 +221,12 @@ class Session:
             self._stream.reset()
             self._person.reset()
             self._forget_flights()
-        frame = self._stream.step(self._fit(waiting))
+        if not waiting.is_stepped:
+            waiting.fitted = self._fit(waiting)
+        frame = self._stream.step(waiting.fitted)
         waiting.is_stepped = True
+        if self._stream.last.lost:
+            self._forget_flights()
         return frame
 
     def _count_step(self, last: StepInfo, render_ms: float) -> None:
@@ -239,6 +261,7 @@ class Session:
         self.latest = frame
         header = FrameHeader(self.format, flight.flags, pose.sequence, pose.sent_ms, frame.shape[:2], self.num_dropped,
                              flight.wait_ms, render_ms)  # fmt: skip
+        self._has_left.clear()
         self.frames.put(Shown(frame, header, arrived_s))
 
     def _drop_stale(self, why: str) -> None:

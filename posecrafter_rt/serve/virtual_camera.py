@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from posecrafter_rt.errors import BackendUnavailable
+from posecrafter_rt.errors import BackendUnavailable, first_line
 from posecrafter_rt.serve.sampling import SAMPLES_PER_SECOND, sample
 
 _log = logging.getLogger(__name__)
@@ -60,6 +60,6 @@ def _open_camera(size: tuple[int, int]) -> Any:
         return pyvirtualcam.Camera(width=size[1], height=size[0], fps=SAMPLES_PER_SECOND)
     except RuntimeError as error:
         raise BackendUnavailable(
-            f"there is no virtual camera: {str(error).strip().splitlines()[0]}",
+            f"there is no virtual camera: {first_line(error)}",
             "Linux: sudo modprobe v4l2loopback exclusive_caps=1; macOS and Windows: install OBS and start its camera once",
         ) from error

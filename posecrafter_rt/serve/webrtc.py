@@ -69,10 +69,10 @@ class AvatarTrack(MediaStreamTrack):
 
     def _announce(self, shown: Shown) -> None:
         """Tell the client which pose the next picture shows, because a video track cannot say."""
-        self._session.count_shown(shown)
         channel = self.channel
-        if channel is not None and channel.readyState == "open" and channel.bufferedAmount < _MAX_BUFFERED_BYTES:
-            channel.send(encode_frame(shown.header.without_picture(), b""))
+        with self._session.sending(shown):
+            if channel is not None and channel.readyState == "open" and channel.bufferedAmount < _MAX_BUFFERED_BYTES:
+                channel.send(encode_frame(shown.header.without_picture(), b""))
 
 
 async def serve_peer(service: Service, sdp: str, answered: asyncio.Future[dict[str, str]]) -> None:

@@ -78,8 +78,8 @@ async def _show(session: Session, socket: WebSocket, line: asyncio.Lock) -> None
             if shown.age_s > MAX_AGE_S:  # a slow line held up what was sent before
                 session.count_stale()
                 continue
-            session.count_shown(shown)
-            await _send(socket.send_bytes(encode_frame(shown.header, picture)))
+            with session.sending(shown):
+                await _send(socket.send_bytes(encode_frame(shown.header, picture)))
 
 
 async def _tell(session: Session, socket: WebSocket, line: asyncio.Lock) -> None:

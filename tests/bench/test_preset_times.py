@@ -12,6 +12,7 @@ from bench import presets
 from bench.flops import Counters, Setup
 from bench.presets import STAGES, WAYS, benchmark, count_flops_of, find_peak, markdown, measure, parse
 from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.engines.folder import read_manifest
 from posecrafter_rt.runtime.presets import PRESETS, preset_options
 
 
@@ -56,10 +57,11 @@ def test_goals_are_a_cards_at_one_size_and_length() -> None:
 def test_every_row_is_in_the_result_before_the_next_begins(
     tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, begun = tmp_path / "presets.json", []
+    path, begun, peaks = tmp_path / "presets.json", [], []
 
     def in_own_process(function: Any, *arguments: Any) -> dict[str, Any]:
         if function is presets.measure_peak:
+            peaks.append(arguments)
             return {"flops_per_s": 1e12}
         begun.append(arguments[1])
         if len(begun) > 1:
@@ -71,6 +73,8 @@ def test_every_row_is_in_the_result_before_the_next_begins(
     with pytest.raises(KeyboardInterrupt):
         benchmark(parse(words), tmp_path)
     assert begun == ["fast", "exact"]
+    manifest = read_manifest(tiny_engine)
+    assert peaks == [(manifest["precision"], manifest["device"]["type"])]
     left = json.loads(path.read_text())
     assert list(left["rows"]) == begun[:1] and left["setup"]["frames"] == 2
     assert set(left["setup"]) == {"frames", "base", "size", "backend", "precision"}
@@ -107,8 +111,9 @@ def test_where_no_peak_is_measured_the_cards_specification_serves(monkeypatch: p
     monkeypatch.setattr(presets.torch.cuda, "is_available", lambda: True)
     for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA GeForce RTX 3090", 71e12), ("NVIDIA H100 PCIe", None)):
         monkeypatch.setattr(presets.torch.cuda, "get_device_name", lambda name=name: name)
-        found = find_peak("bf16")
+        found = find_peak("bf16", "cuda")
         assert found["peak_flops_per_s"] == peak and "specification (not measured: no memory)" in found["peak_of"]
+    assert find_peak("bf16", "cpu")["peak_flops_per_s"] is None  # an engine on the processor of that machine
     unknown = markdown({**document("NVIDIA H100 PCIe"), **found})
     assert "| 200 |  | 1000 | 2000 |" in unknown and "specification" in unknown
 
@@ -116,4 +121,4 @@ def test_where_no_peak_is_measured_the_cards_specification_serves(monkeypatch: p
 @pytest.mark.parametrize(("precision", "kind"), [("bf16", "the engine's type"), ("int8", "float32")])
 def test_a_measured_peak_says_of_what_it_is(monkeypatch: pytest.MonkeyPatch, precision: str, kind: str) -> None:
     monkeypatch.setattr(presets, "in_own_process", lambda *arguments: {"flops_per_s": 1e9})
-    assert find_peak(precision) == {"peak_flops_per_s": 1e9, "peak_of": f"a large matrix product in {kind}"}
+    assert find_peak(precision, "cpu") == {"peak_flops_per_s": 1e9, "peak_of": f"a large matrix product in {kind}"}

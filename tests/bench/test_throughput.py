@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from bench import footage, kernels, rivals, throughput, untrained
 from bench.contenders import Job, run
-from bench.flops import Counters, Setup
+from bench.flops import Counters, Setup, count_flops
 from bench.processes import in_own_process
 from bench.report import name_by_device
 from bench.runs import moving_person, psnr
@@ -37,6 +37,7 @@ from bench.throughput import (
 from bench.untrained import untrained_checkpoint, write_random_base
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.engines.folder import building
 from posecrafter_rt.models.loading import load_base
 from posecrafter_rt.models.sources import SD15_FOLDER
 
@@ -264,6 +265,12 @@ def test_diffusers_pipeline_computes_less_than_a_clip(tiny_base: Path) -> None:
     assert flops_of(counters, "plain, torch.compile", setup) == flops_of(counters, "plain", setup)
 
 
+def test_diffusers_pipeline_computes_just_what_is_counted(job: Job, tiny_base: Path) -> None:
+    render = rivals.load_diffusers(job)
+    flops = flops_of(Counters(tiny_base), "diffusers, frame by frame", Setup(SIZE, 1, STEPS))
+    assert count_flops(lambda: render(job.target[:1], STEPS)) == flops
+
+
 def test_quick_changes_defaults_and_nothing_that_was_asked_for() -> None:
     assert parse(["--quick"]).frames < parse([]).frames
     options = parse(["--quick", "--frames", "7", "--size", "64x96"])
@@ -312,8 +319,38 @@ def test_what_is_done_in_8_bits_is_held_against_the_peak_of_float32(monkeypatch:
         return {"float32": 1e9, "bfloat16": 2e9}
 
     monkeypatch.setattr(kernels, "measure_peaks", peaks)
-    found = [kernels.measure_peak(precision)["flops_per_s"] for precision in ("fp32", "bf16", "int8")]
+    found = [kernels.measure_peak(precision, "cpu")["flops_per_s"] for precision in ("fp32", "bf16", "int8")]
     assert found == [1e9, 2e9, 1e9] and asked == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_an_engine_on_the_processor_is_held_against_the_processors_peak(
+    job: Job, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with a GPU, which the other contenders use."""
+    peaks = {"cpu": 1e9, "cuda": 1e12}
+    monkeypatch.setattr(throughput, "torch_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(throughput, "in_own_process", lambda function, *of: {"flops_per_s": peaks[of[-1]]})
+    with building(tmp_path / "openvino.engine", {"device": {"type": "cpu", "name": "a processor"}}) as staging:
+        (staging / "network").touch()
+    output = tmp_path / "frames.npy"
+    np.save(output, np.zeros((FRAMES, *SIZE, 3), np.uint8))
+    contenders = {
+        "exact": {"job": replace(job, engine=tmp_path / "openvino.engine", output=output)},
+        "plain": {"job": replace(job, method="plain", engine=None, output=output)},
+    }
+    run = {"startup_s": 1.0, "total_s": 2.0, "loaded_peak_bytes": 1, "peak_bytes": 1, "peak_gpu_bytes": 0,
+           "seconds": {"denoise": 2.0}}  # fmt: skip
+    exact, plain = summarise(
+        contenders, dict.fromkeys(contenders, [run]), Counters(tiny_base), Setup(SIZE, FRAMES, STEPS)
+    )
+    assert exact["percent_of_peak"] == pytest.approx(100 * exact["flops_per_s"] / 1e9)
+    assert plain["percent_of_peak"] == pytest.approx(100 * plain["flops_per_s"] / 1e12)
+
+
+def test_a_processors_peak_is_measured_without_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("bench.timing._time_cuda", None)
+    assert kernels.measure_peaks("cpu", [], 0.01)["float32"] > 0
 
 
 def test_results_are_named_by_the_base_and_the_device() -> None:

@@ -1,15 +1,19 @@
-"""What a result says of the machine and the code that it was measured with."""
+"""What a result says of the machine and the code that it was measured with, and for how long a call is timed."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from bench import timing
-from bench.timing import machine
+from bench.timing import compare, machine
 
 
 def git(folder: Path, *words: str) -> str:
@@ -55,3 +59,34 @@ def test_without_git_no_commit_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(tmp_path))
     facts = machine()
     assert "commit" not in facts and "processor" in facts
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_each_call_is_measured_for_its_budget(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the processor in four turns, on a GPU at once."""
+    spent: dict[str, list[float]] = {"one": [], "two": []}
+
+    def timed(name: str, budget_s: float, *options: Any) -> list[float]:
+        spent[name].append(budget_s)
+        return [1.0]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(timing, "_sample_cpu", timed)
+    monkeypatch.setattr(timing, "_time_cuda", timed)
+    compare({name: name for name in spent}, budget_s=2.0)  # type: ignore[misc]
+    assert spent == dict.fromkeys(spent, [2.0] if has_gpu else [0.5] * 4)
+
+
+@pytest.mark.parametrize(("properties", "card"), [
+    (SimpleNamespace(uuid="7ab1-c2"), "GPU-7ab1-c2"), (SimpleNamespace(), "0"),
+])  # fmt: skip
+def test_the_driver_is_asked_for_the_card_that_torch_uses(
+    properties: Any, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It numbers all cards, torch those of CUDA_VISIBLE_DEVICES."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\nfor word; do :; done\necho "$word, 1980 MHz, 2619 MHz, 700 W"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = timing._driver(properties)
+    assert found["driver_version"] == f"--id={card}" and found["power.limit"] == "700 W"

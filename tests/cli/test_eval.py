@@ -150,6 +150,27 @@ def test_poses_that_do_not_fit_are_refused(clips: tuple[Path, Path], tmp_path: P
     assert run(*clips, "--range", "1:4", "--rendered-poses", poses).exit_code == 2
 
 
+@pytest.mark.parametrize(("true", "rendered", "told"), [
+    (3, 2, "there are 2 rendered poses for 3 frames"), (5, None, "there are 5 true poses for 3 frames"),
+    (5, 5, "there are 5 true poses for 3 frames"),
+])  # fmt: skip
+def test_poses_of_another_length_are_told_before_anything_is_measured(
+    clips: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    true: int,
+    rendered: int | None,
+    told: str,
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.cli.eval._measure", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr("posecrafter_rt.poses.extract.extract_poses", lambda *arguments: pytest.fail("extracted"))
+    options: list[object] = ["--poses", pose_file(tmp_path / "true.json", true, (32, 48))]
+    if rendered is not None:
+        options += ["--rendered-poses", pose_file(tmp_path / "rendered.json", rendered, (32, 48))]
+    result = run(clips[0], clips[0], *options)
+    assert result.exit_code == 1 and told in " ".join(result.stderr.split())
+
+
 def test_a_missing_pose_file_is_told_before_anything_is_measured(
     clips: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

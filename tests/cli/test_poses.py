@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 from posecrafter_rt.cli.poses import app
 from posecrafter_rt.errors import OutputExists, PoseError
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
-from posecrafter_rt.video_io import read_video, write_video
+from posecrafter_rt.video_io import read_video, write_png, write_video
 from tests.cli.conftest import PeakBytes
 
 # One person, whose 33 pose points are where the picture is bright; nobody in a dark picture.
@@ -255,6 +255,15 @@ def test_the_video_that_is_read_is_not_replaced_even_by_force(poses: Path, tmp_p
     given = [clip] if command == "extract" else [poses, "--video", clip]
     result = run(command, *given, "-o", clip, "--force")
     assert isinstance(result.exception, OutputExists) and clip.read_bytes() == before
+
+
+def test_a_preview_replaces_no_image_of_the_folder_that_is_read(poses: Path, tmp_path: Path) -> None:
+    for index in range(5):
+        write_png(tmp_path / "images" / f"{index}.png", np.full((48, 64, 3), 200, np.uint8))
+    output = tmp_path / "images" / "0.png"
+    before = output.read_bytes()
+    result = run("preview", poses, "--video", tmp_path / "images", "-o", output, "--force")
+    assert isinstance(result.exception, OutputExists) and output.read_bytes() == before
 
 
 # A real process: handlers as at a terminal, which a job in the background does not inherit.

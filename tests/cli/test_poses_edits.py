@@ -105,15 +105,20 @@ def test_retarget_says_how_much_lies_outside(me: Path, tmp_path: Path) -> None:
     assert "outside the picture: 100% of the usable points" in result.stdout
 
 
-def test_retarget_takes_a_checkpoint_or_an_engine(dance: Path, tmp_path: Path) -> None:
+def write_tuned(folder: Path) -> PoseSequence:
+    """Somebody's poses, in a tuned.ckpt and in a me.engine."""
     tuned = somebody(4)
     frames = np.zeros((4, *tuned.canvas, 3), np.uint8)
     metadata = {name: None for name in REQUIRED_METADATA}
-    Checkpoint({}, frames, tuned, metadata).save(tmp_path / "tuned.ckpt")
-    with building(tmp_path / "me.engine", {}) as staging:
+    Checkpoint({}, frames, tuned, metadata).save(folder / "tuned.ckpt")
+    with building(folder / "me.engine", {}) as staging:
         tensors = {"frames": torch.from_numpy(frames), "keypoints": torch.from_numpy(tuned.keypoints)}
         save_file(tensors, staging / REFERENCE_FILE)
-    expected = retarget(PoseSequence.load(dance), tuned)
+    return tuned
+
+
+def test_retarget_takes_a_checkpoint_or_an_engine(dance: Path, tmp_path: Path) -> None:
+    expected = retarget(PoseSequence.load(dance), write_tuned(tmp_path))
     for name in ("tuned.ckpt", "me.engine"):
         output = tmp_path / f"{name}.json"
         result = run("retarget", dance, "--to", tmp_path / name, "-o", output)
@@ -219,6 +224,29 @@ def test_edit_refusals(me: Path, tmp_path: Path) -> None:
     assert isinstance(run("edit", me, "-o", output, "--blink", "2:5").exception, OutputExists)
     assert output.read_text() == "mine"
     assert run("edit", me, "-o", output, "--blink", "2:5", "--force").exit_code == 0
+
+
+def test_what_is_read_is_not_replaced_even_by_force(me: Path, dance: Path, tmp_path: Path) -> None:
+    write_tuned(tmp_path)
+    folder, tuned, engine = tmp_path / "frames", tmp_path / "tuned.ckpt", tmp_path / "me.engine"
+    folder.mkdir()
+    frame = json.loads(me.read_text())["frames"][0]
+    (folder / "0.json").write_text(json.dumps(frame | {"canvas_width": 120, "canvas_height": 100}))
+    for given, output in (
+        (("edit", me, "--fill", 1), me),
+        (("edit", folder, "--fill", 1), folder / "0.json"),
+        (("retarget", dance, "--to", me), dance),
+        (("retarget", dance, "--to", me), me),
+        (("retarget", folder, "--to", me), folder / "0.json"),
+        (("retarget", dance, "--to", folder), folder / "0.json"),
+        (("retarget", dance, "--to", tuned), tuned),
+        (("retarget", dance, "--to", engine), engine / REFERENCE_FILE),
+    ):
+        before = output.read_bytes()
+        result = run(*given, "-o", output, "--force")
+        assert isinstance(result.exception, OutputExists), given
+        assert "is itself what it would be made from" in str(result.exception) and output.read_bytes() == before
+        assert run(*given, "-o", tmp_path / "new.json", "--force").exit_code == 0
 
 
 def test_frames_without_the_person_stay_without(tmp_path: Path, me: Path) -> None:

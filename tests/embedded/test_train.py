@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from posecrafter_rt.embedded import corpus, train, train_denoiser, train_vae
-from posecrafter_rt.embedded.architecture import SETTINGS
+from posecrafter_rt.embedded.architecture import SETTINGS, SIZE
 from posecrafter_rt.embedded.corpus import Clips, draw_clips
+from posecrafter_rt.embedded.text import write_tokenizer
 from posecrafter_rt.errors import ModelError
 from posecrafter_rt.models.loading import load_base, named_parameters
+from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS
 
 SECONDS = 2 / 60  # of each training stage, in minutes
 
@@ -58,6 +60,25 @@ def test_the_recipe_runs_keeps_its_stages_and_goes_on_from_a_base(
     embedded, further = load_base("embedded"), load_base(str(tmp_path))
     distance = (further.unet.conv_in.weight - embedded.unet.conv_in.weight).abs().max()
     assert 0 < distance < 0.05  # a step or two away from it, not anew
+
+
+def test_an_autoencoder_that_was_saved_in_part_is_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_photographs", list)
+    monkeypatch.setattr(train_vae, "BATCH", 2)
+    blank = Clips(np.zeros((1, 1, *SIZE, 3), np.uint8), np.zeros((1, 1, NUM_KEYPOINTS, 3), np.float32), ["nobody"])
+    train.kept(tmp_path / "clips.safetensors", blank.to_tensors)
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("safetensors.torch.save_file", interrupted)  # when diffusers has written the config
+        train.first_stages(tmp_path, tokenizer, 1, 1e-9, 0)
+    assert list(tmp_path.rglob("config.json"))
+    train.first_stages(tmp_path, tokenizer, 1, 1e-9, 0)
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").is_file()
 
 
 def test_an_unknown_scope_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import gc
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from posecrafter_rt.engines.base import BEYOND_FP16, FULL_PRECISION, Precision
 from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.openvino import KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
-from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.errors import CheckpointError, EngineFolderError
 from posecrafter_rt.export.blob_cache import MappedBlob
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
@@ -270,6 +271,31 @@ def test_swapped_weights_are_never_taken_from_the_cache(
     assert torch.equal(first(again(**inputs)), before)
 
 
+def test_weights_that_float32_does_not_hold_are_refused(
+    make_tiny_model: Callable[..., PoseModel], plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
+) -> None:
+    """Where they are swapped, built or refitted; a swap that is refused changes nothing."""
+    name, inputs = "controlnet.conv_in.bias", draw(plain_model, "controlnet", 2)
+    engine = load(plain_model, openvino_networks, tmp_path / "compiled")["controlnet"]
+    before = first(engine(**inputs)).clone()
+    weights = dict(plain_model.networks()["controlnet"].named_parameters())
+    others = {"controlnet.conv_in.weight": torch.zeros_like(weights["controlnet.conv_in.weight"])}
+    with pytest.raises(CheckpointError, match=rf"^{name} does not fit torch\.float32$"):
+        engine.swap_weights({**others, name: torch.full_like(weights[name], 1e39, dtype=torch.float64)})
+    assert torch.equal(first(engine(**inputs)), before)
+
+    model = make_tiny_model()
+    model.fold()
+    model.controlnet.conv_in.bias.data[0] = torch.nan
+    arch, backend = replace(model.architecture(), size=(32, 32)), OpenVinoBackend()
+    for number, write in enumerate((backend.build, partial(backend.refit, openvino_networks))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(EngineFolderError, match=rf"^{name} does not fit torch\.float32$"):
+            write(model=model, arch=arch, folder=folder, precision="fp32", progress=lambda stage: None)
+        assert not list(folder.glob("controlnet.*"))
+
+
 @pytest.mark.parametrize(("large_bytes", "available", "kept"), [
     (1 << 28, 0, KEPT_SHAPES), (0, 1 << 40, KEPT_SHAPES), (0, 0, 1),
 ])  # fmt: skip
@@ -352,15 +378,21 @@ def test_a_folder_without_its_networks_is_refused(plain_model: PoseModel, tmp_pa
 
 
 def test_operations_are_not_compiled_to_say_what_other_precisions_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def asked() -> None:
+    def asked(*vectors: object) -> None:
         raise AssertionError("they were compiled")
 
     for module in (backend_module, operations):
         monkeypatch.setattr(module, "missing_reason", asked)
+    monkeypatch.setattr(operations, "_built", asked)
     for precision in ("fp32", "bf16"):
         OpenVinoBackend().unsupported_reason(precision)
     monkeypatch.setattr(operations, "cpu_features", lambda: {"avx2", "fma"})
     assert OpenVinoBackend().unsupported_reason("int8") == "this processor has no VNNI; use fp32"
+    monkeypatch.setattr(operations, "cpu_features", lambda: {"avx2", "fma", "f16c"})
+    assert {name: operations.network_precision(name, "fp16") for name in ("unet", "vae_decoder")} == {
+        "unet": "fp16",
+        "vae_decoder": "fp32",
+    }
 
 
 @pytest.mark.parametrize(("free", "number"), [(10, errno.ENOSPC), (10**12, None)])

@@ -18,6 +18,7 @@ import torch
 from openvino import opset13 as op
 from torch import Tensor
 
+from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.engines.openvino_attention import use_attention
 from posecrafter_rt.export.verify import relative_error
@@ -199,6 +200,16 @@ def test_it_is_attention(build: Build, shape: Shape, lanes: int) -> None:
     )
     found = run(model, *given)[0]
     assert relative_error(found.reshape(drawn(shape)[0].shape), reference(drawn(shape), shape)) < EXACT
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_frames_own_key_that_is_not_given_is_missed(number: int, operation: None) -> None:
+    available = operations.operations()
+    assert available is not None
+    inputs = [op.parameter(shape, np.float32).output(0) for shape in ([1, 2, 3, 8], *[[1, 4, 3, 8]] * 2)]
+    mask = op.parameter([1, 5], np.bool_).output(0)
+    with pytest.raises(RuntimeError, match="no query, key and value"):
+        available.factory.create("Attention", [*inputs, mask][:number], {"heads": 1, "width": 8, "has_own": True})
 
 
 MASKED = [Shape(1, 1, 5, 12, 2, 64), Shape(3, 1, 1, 4, 1, 8), Shape(2, 3, 7, 5, 3, 20), Shape(1, 1, 32, 6, 2, 40)]

@@ -132,6 +132,7 @@ def layers(lanes: int) -> list[list[Any]]:
 @pytest.mark.parametrize(("compiler", "reason"), [
     ("false", "false refuses them: exit status 1"),
     ("no-such-compiler", "no-such-compiler cannot be run"),
+    ('g++ "', 'the command in CXX, g++ ", cannot be run: No closing quotation'),
 ])  # fmt: skip
 @pytest.mark.skipif(not operations._fitting(), reason="this processor is not asked for a compiler")
 def test_without_a_compiler_all_is_openvinos(

@@ -50,6 +50,21 @@ def test_a_weight_beyond_the_stored_type_is_refused_before_the_plan_is_changed(m
     assert did == [("w", torch.float16), ("merged", torch.float16), "refitted"]
 
 
+def test_a_recording_that_fails_without_a_message_is_named_and_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    slot: Any = Slot.__new__(Slot)
+    slot.spec, slot.records = SimpleNamespace(name="unet"), True
+    slot.workspace = SimpleNamespace(stream=SimpleNamespace(synchronize=lambda: None))
+    assert slot._record() is None and not slot.records
+    assert "unet runs without a CUDA graph: RuntimeError" in caplog.text
+
+
 @pytest.mark.parametrize("num_bytes", [0, 7])
 def test_a_network_without_inner_memory_is_bound_to_none(num_bytes: int) -> None:
     bound: list[tuple[int, int]] = []

@@ -89,3 +89,15 @@ def test_a_folder_that_cannot_be_written_is_only_a_warning(tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING, "posecrafter_rt"):
         BlobCache(tmp_path / "file").save({}, b"x")
     assert "not kept" in caplog.text
+
+
+def test_what_was_written_is_kept_although_an_old_file_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(blob_cache, "MAX_FILES", 1)
+    (tmp_path / "folder.blob").mkdir()  # which `unlink` refuses
+    os.utime(tmp_path / "folder.blob", (0, 0))
+    cache = BlobCache(tmp_path)
+    with caplog.at_level(logging.WARNING, "posecrafter_rt"):
+        assert cache.save({}, b"x")
+    assert cache.load({}) == b"x" and "folder.blob" in caplog.text and "not kept" not in caplog.text

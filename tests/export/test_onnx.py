@@ -228,3 +228,7 @@ def test_relative_error() -> None:
     assert verify.relative_error(torch.zeros(3), expected) == float("inf")
     assert verify.relative_error(torch.tensor([1.0, float("nan")]), expected) == float("inf")
     assert verify.relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    for value in (float("nan"), float("inf")):  # on both sides, too: such an output proves nothing
+        broken = torch.tensor([value, -4.0])
+        assert verify.relative_error(expected, broken) == float("inf")
+        assert verify.relative_error(broken, broken) == float("inf")

@@ -187,6 +187,21 @@ def test_a_scaling_of_another_kind_is_refused(
     refused(lambda: read_lora(Lora(path)), f"needs {next(iter(setting))}, which is not supported")
 
 
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
+def test_the_header_counts_whatever_the_file_is_called(
+    tiny_factors: Factors, write: Callable[..., Path], suffix: str
+) -> None:
+    tensors = tensors_of(tiny_factors, peft)
+    for name, value in (("lora_alpha", 6), ("use_dora", True)):
+        path = write(tensors, {"lora_adapter_metadata": json.dumps({f"unet.{name}": value})})
+        renamed = path.rename(path.with_suffix(suffix))
+        if name == "lora_alpha":
+            layers = read_lora(Lora(renamed)).layers.items()
+            assert {layer.alpha for place, layer in layers if place.startswith("unet.")} == {6}
+        else:
+            refused(lambda renamed=renamed: read_lora(Lora(renamed)), "needs unet.use_dora, which is not supported")
+
+
 def refused(act: Callable[[], object], match: str) -> None:
     with pytest.raises(CheckpointError, match=match) as caught:
         act()

@@ -91,6 +91,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         load_small_decoder(str(tmp_path / "nowhere"), 4, 2, torch.float32)
 
 
+def test_a_single_file_is_refused_because_it_does_not_say_what_it_holds(tmp_path: Path) -> None:
+    tiny_taesd().save_pretrained(tmp_path)
+    file = str(tmp_path / "diffusion_pytorch_model.safetensors")
+    for read in (lambda: load_small_decoder(file, 4, 2, torch.float32), lambda: hash_small_decoder(file)):
+        with pytest.raises(
+            ModelError, match=r"model\.safetensors is a single file, .* small decoder it holds$"
+        ) as caught:
+            read()
+        assert "a folder or hub id" in str(caught.value.hint)
+
+
 def test_a_model_with_one_has_one_network_more(tiny_model) -> None:
     without = tiny_model.networks()
     tiny_model.small_decoder = new_small_decoder(4, tiny_model.architecture().vae_scale_factor, drawn(0))

@@ -202,6 +202,21 @@ def test_frames_that_do_not_divide_into_groups(tiny_model, clip) -> None:
         unet(inputs["latents"], unet.time_projections(torch.tensor([1])), unet.text_kv(text))
 
 
+@torch.no_grad()
+def test_residuals_are_those_of_a_whole_controlnet_or_none(tiny_model, clip) -> None:
+    unet, inputs = tiny_model.unet, clip(1)
+    latents, text_kv = inputs["latents"], unet.text_kv(inputs["encoder_hidden_states"])
+    time_projections = unet.time_projections(torch.tensor([1]))
+    *down, mid = tiny_model.networks()["controlnet"](
+        latents, tiny_model.controlnet.time_projections(torch.tensor([1])),
+        tiny_model.controlnet.text_kv(inputs["encoder_hidden_states"]),
+        tiny_model.controlnet.pose_embedding(inputs["controlnet_cond"]), torch.ones(1))  # fmt: skip
+    assert unet(latents, time_projections, text_kv, down, mid).shape == latents.shape
+    for given in ((down,), ((), mid), (down[1:], mid), ([*down, mid], mid)):
+        with pytest.raises(ShapeError, match=rf"\d+ residuals .* of {len(down) + 1}$"):
+            unet(latents, time_projections, text_kv, *given)
+
+
 def test_a_network_of_another_kind_is_refused() -> None:
     with torch.device("meta"):
         other = UNet2DConditionModel(

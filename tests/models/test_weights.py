@@ -89,10 +89,13 @@ def test_a_file_that_says_it_predicts_v_is_believed(
 ) -> None:
     paths = [tmp_path / "model.v1.safetensors", tmp_path / "model.v1.ckpt"]
     save_file({tensor: torch.zeros(0)}, paths[0], metadata)
-    torch.save({"state_dict": {tensor: torch.zeros(0)}}, paths[1])
+    if metadata is None:
+        torch.save({"state_dict": {tensor: torch.zeros(0)}}, paths[1])
+    else:  # which only safetensors hold, under whatever name
+        save_file({tensor: torch.zeros(0)}, paths[1], metadata)
     if yaml is not None:
         (tmp_path / "model.v1.yaml").write_text(yaml)
-    for path in paths if metadata is None else paths[:1]:  # only .safetensors holds metadata
+    for path in paths:
         config = read_scheduler_config(sources.locate_base(str(path)))
         assert DDIMSchedule.from_config(config).prediction_type == prediction_type
 

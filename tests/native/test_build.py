@@ -52,6 +52,44 @@ def test_without_a_compiler_the_build_succeeds_and_says_so_in_one_line(tmp_path:
     assert not list(tmp_path.rglob("_native*"))
 
 
+@pytest.mark.skipif(os.name != "posix" or shutil.which("g++") is None, reason="no g++ on PATH")
+@pytest.mark.parametrize(
+    ("arch", "reason"),  # which nvcc knows; it compiles nothing, as with a host compiler that is too new for it
+    [("compute_90", "nvcc' failed with exit code 1"), ("compute_20", "nvcc knows none of the architectures 80, 86,")],
+    ids=["fails", "knows no target"],
+)
+def test_where_nvcc_fails_the_extension_is_built_without_cuda_and_one_line_says_so(
+    arch: str, reason: str, tmp_path: Path, setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    pytest.importorskip("pybind11")
+    import setuptools
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").write_text(f'#!/bin/sh\n[ "$1" = --list-gpu-arch ] && echo {arch}\n')
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("POSECRAFTER_CUDA", raising=False)
+    source = tmp_path / "small.cpp"
+    source.write_text('#ifdef POSECRAFTER_CUDA\n#error\n#endif\nextern "C" void* PyInit_small() { return nullptr; }\n')
+
+    def build() -> None:
+        extension = setuptools.Extension("small", [str(source)], language="c++")
+        command = setup_module.BuildNative(setuptools.Distribution({"ext_modules": [extension]}))
+        command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+        command.ensure_finalized()
+        command.run()
+
+    build()
+    assert list((tmp_path / "lib").glob("small*"))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("posecrafter-rt:")]
+    assert len(said) == 1 and "built without CUDA" in said[0] and reason in said[0]
+    monkeypatch.setenv("POSECRAFTER_CUDA", "1")
+    shutil.rmtree(tmp_path / "lib")  # so that it is built again
+    with pytest.raises(Exception, match=reason):
+        build()
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 def test_nvcc_compiles_and_links_every_target(tmp_path: Path, setup_module: ModuleType) -> None:
     nvcc = shutil.which("nvcc")

@@ -342,3 +342,12 @@ def test_exporters_on_cuda_are_told_the_stream_and_devices_must_agree(stream: in
     assert streams == [told] * 4
     with pytest.raises(ValueError, match=r"source: want memory of one CUDA device; it is float32 .* on cpu"):
         _native.affine_warp_paste_cuda(*arrays.values(), stream=stream)
+
+
+@pytest.mark.skipif(not native.build_info().get("cuda"), reason="the extension is built without CUDA")
+def test_more_pixels_than_the_cuda_path_takes_are_refused() -> None:
+    arrays, width = problem(), 65535 * 256 + 1  # odd, so that a thread owns one pixel
+    arrays["source"], arrays["out"] = (np.zeros((n, 1, 1, width), np.float16) for n in (2, 2))
+    exported = [Exported(array, device_type=CUDA) for array in arrays.values()]
+    with pytest.raises(ValueError, match="height × width = 16776961 exceeds 16776960"):
+        _native.affine_warp_paste_cuda(*(each.capsule() for each in exported))

@@ -5,6 +5,9 @@ Tests of posecrafter_rt/ops/affine_warp_paste.py, native.py and csrc/.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import cv2
 import numpy as np
 import pytest
@@ -83,6 +86,39 @@ def test_every_sixteen_bit_value_survives_the_native_conversions(dtype: torch.dt
     out = affine_warp_paste(values, affines, rects, "nearest", backend="native")[1]
     assert torch.equal(out.isnan(), values.isnan())
     assert torch.equal(out.nan_to_num().view(torch.int16), values.nan_to_num().view(torch.int16))
+
+
+# Edits two frames in place where there is no memory for their pixels as floats. Prints what came of it.
+STARVED = """
+import resource, sys
+import numpy as np
+from posecrafter_rt import _native
+
+def edit(size):
+    latents = np.zeros((2, 1, size, size), np.float16)
+    affines, rects = np.tile(np.eye(2, 3, dtype=np.float32), (2, 1, 1, 1)), np.tile(np.int64([0, 0, 4, 4]), (2, 1, 1))
+    yield
+    yield _native.affine_warp_paste_cpu(latents, latents, affines, rects, copy=False, threads=int(sys.argv[1]))
+
+list(edit(8))  # now the threads have their stacks
+large = edit(4096)
+next(large)
+with open("/proc/self/statm") as file:
+    held = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (1 << 22), resource.RLIM_INFINITY))
+try:
+    print(next(large))
+except MemoryError:
+    print("MemoryError")
+"""
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's memory is limited as on Linux")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_too_little_memory_is_an_error_and_not_the_end_of_the_process(threads: int) -> None:
+    ran = subprocess.run([sys.executable, "-c", STARVED, str(threads)], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "MemoryError\n"), ran.stderr
 
 
 @pytest.mark.parametrize("mode", MODES)

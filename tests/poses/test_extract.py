@@ -145,6 +145,32 @@ def test_a_failing_detector_is_reported(video: list, tmp_path: Path) -> None:
         extract_poses("clip.mp4", detector="mediapipe", python=python)
 
 
+@pytest.mark.parametrize("num_frames", [1, 100_000])  # it has ended already, or would go on for minutes
+def test_what_progress_raises_is_raised_and_ends_the_detector(
+    video: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_frames: int
+) -> None:
+    num_sent = 0
+    calls: list[int] = []
+
+    def frames(count: int) -> Iterator[np.ndarray]:
+        nonlocal num_sent
+        for number in range(1, count + 1):
+            num_sent = number
+            yield np.full((48, 64, 3), RED, np.uint8)
+
+    def progress(done: int, total: int) -> None:
+        calls.append(done)
+        raise BrokenPipeError("the terminal is gone")
+
+    monkeypatch.setattr(
+        "posecrafter_rt.video_io.stream_video", lambda path, *, stop=num_frames, **_: (frames(stop), 25.0)
+    )
+    python = interpreter(tmp_path, {"mediapipe": MEDIAPIPE})
+    with pytest.raises(BrokenPipeError, match="the terminal is gone"):
+        extract_poses("clip.mp4", detector="mediapipe", python=python, progress=progress)
+    assert calls == [1] and (num_sent == 1 or num_sent < num_frames)
+
+
 @pytest.mark.parametrize(
     ("modules", "options", "message"),
     [

@@ -262,6 +262,17 @@ def test_other_errors_pass() -> None:
         assert caught.value is error
 
 
+def test_what_torch_holds_on_another_gpu_or_for_a_recording_is_not_free_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [
+        {"device": device, "segment_pool_id": pool, "total_size": total * MB, "allocated_size": MB}
+        for device, pool, total in ((0, (0, 0), 101), (1, (0, 0), 21), (1, (0, 7), 401), (1, (0, 0), 3))
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000 * MB, 2000 * MB))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert free_bytes("cuda") == 1022 * MB
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 def test_what_torch_holds_and_does_not_use_is_free() -> None:

@@ -56,7 +56,7 @@ class DrawnStream:
         time.sleep(self.owner.seconds)
         delay = self.options.steps - 1 if self.options.is_pipelined else 0
         is_repeat = not delay and pose is not None and self.past is not None and np.array_equal(pose, self.past)
-        self.last = SimpleNamespace(held=pose is None, is_repeat=is_repeat, reset=False)
+        self.last = SimpleNamespace(held=pose is None, is_repeat=is_repeat, reset=False, lost=False)
         if pose is not None and pose[0, 0] < -500:
             raise RuntimeError("a step that fails")
         self.past = self.past if pose is None else pose
@@ -80,7 +80,7 @@ class DrawnAvatar:
     num_resets: int = 0
     steps: list[tuple[int, int]] = field(default_factory=list)
     folder: Any = field(default_factory=lambda: SimpleNamespace(
-        path=Path("drawn.engine"), manifest={"backend": "torch", "precision": "fp32", "device": {"name": "pencil"}}))  # fmt: skip
+        path=Path("drawn.engine"), manifest={"backend": "torch", "precision": "fp32", "device": {"type": "cpu", "name": "pencil"}}))  # fmt: skip
 
     def __post_init__(self) -> None:
         self.poses = PoseSequence(np.stack([make_pose(), make_pose(2)]), SIZE, 25.0)

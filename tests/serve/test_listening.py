@@ -25,6 +25,13 @@ def test_a_port_in_use_is_told() -> None:
     assert refused.value.hint
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 70])
+def test_a_host_that_is_no_name_is_told(host: str) -> None:
+    with pytest.raises(PoseCrafterError, match="there is no host") as refused:
+        listen(host, 0)
+    assert refused.value.hint
+
+
 def test_an_address_of_another_machine_is_told() -> None:
     with pytest.raises(PoseCrafterError, match="cannot listen at 192.0.2.99"):
         listen("192.0.2.99", 0)

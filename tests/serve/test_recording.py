@@ -151,6 +151,26 @@ def test_a_client_records_and_downloads(serve: Callable[..., Running]) -> None:
         assert told(client)["on"]
 
 
+def test_one_that_ends_while_another_runs_says_that_one_is_on(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end, making = Recordings.end, []
+
+    def end_late(recordings: Recordings, name: str) -> None:
+        if name:
+            making.append(name)
+
+    server = serve()
+    with connect(server.url("/ws", "ws")) as client, monkeypatch.context() as patch:
+        patch.setattr(Recordings, "end", end_late)
+        for on in ("true", "false", "true"):
+            client.send(f'{{"type": "record", "on": {on}}}')
+        assert [told(client)["on"], told(client)["on"]] == [True, True]
+        end(server.app.state.service._recordings, making[0])
+        message = told(client)
+        assert message["on"] is True and making[0] in message["url"]
+
+
 def test_a_recording_that_fails_at_once_has_begun_and_ended(
     serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:

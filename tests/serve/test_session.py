@@ -328,6 +328,78 @@ def test_a_client_who_sends_no_more_takes_no_more_turns_than_its_last_frame_need
     asyncio.run(check())
 
 
+@pipelined
+async def test_a_pose_that_is_given_again_counts_once_for_the_person(client: Client) -> None:
+    waiting, counts = client.waiting(make_pose()), []
+    for _ in range(2):
+        await client.turn(waiting)
+        counts.append(len(client.session._person._samples))
+    assert counts == [1, 1]
+
+
+def test_frames_that_a_stream_has_lost_are_not_shown() -> None:
+    """A pipelined stream that goes on in float32 gives the reference until its next frame."""
+
+    async def check() -> None:
+        client = Client(partial(LateStream, steps=3))
+        client.session.configure(Configure(fit="canvas"))
+        poses = [client.waiting(make_pose(shift)) for shift in range(4)]
+        for waiting in poses[:2]:
+            await client.turn(waiting)
+        step = client.stream.step
+
+        def lose(pose: np.ndarray | None) -> np.ndarray:
+            client.stream.flights.clear()
+            frame = step(pose)
+            client.stream.last.lost = True
+            return frame
+
+        client.stream.step = lose  # type: ignore[method-assign]
+        await client.turn(poses[2])
+        client.stream.step = step  # type: ignore[method-assign]
+        assert client.session.num_dropped == 2
+        while await client.turn(poses[3]):
+            pass
+        await asyncio.sleep(0)
+        shown = await client.frame()
+        assert (
+            np.array_equal(shown.frame, draw_pose(make_pose(3), SIZE)) and client.session.num_dropped == 3
+        )  # overtaken
+
+    asyncio.run(check())
+
+
+def service_turn(client: Client, device: str, pose: np.ndarray | None) -> asyncio.Task[bool]:
+    """A turn of a service whose engine is for a device; its step takes half a second of the clock."""
+    client.avatar.folder.manifest["device"]["type"] = device
+    client.avatar.seconds = 0.5
+    service = Service(client.avatar, ServeOptions())  # its thread does not run
+    return asyncio.create_task(asyncio.to_thread(service._turn, client.session, client.waiting(pose)))
+
+
+def test_on_a_cpu_the_next_turn_waits_until_a_frame_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "LEAVING_SHARE", 1000.0)
+
+    async def check() -> None:
+        client = Client()
+        turn = service_turn(client, "cpu", make_pose())
+        with client.session.sending(await client.frame()):
+            await asyncio.sleep(0.05)
+            assert not turn.done()
+        assert not await asyncio.wait_for(turn, 100)
+        await asyncio.wait_for(asyncio.to_thread(client.session.wait_until_left), 100)  # nothing is on its way
+        turn = service_turn(client, "cuda", make_pose(1))
+        assert not await asyncio.wait_for(turn, 100)
+
+    asyncio.run(check())
+
+
+@on_loop
+async def test_a_frame_that_nobody_sends_holds_up_the_next_turn_for_a_short_while(client: Client) -> None:
+    assert not await service_turn(client, "cpu", make_pose())
+    await client.frame()
+
+
 @on_loop
 async def test_counts_from_two_threads_are_all_kept(client: Client) -> None:
     class Interrupted(int):
@@ -367,7 +439,8 @@ async def test_counts_and_wishes(client: Client) -> None:
     assert (session.format, session.quality, session.num_dropped) == (RGB, 40, 2)
     for shift in range(5):
         await client.render(make_pose(shift))
-        session.count_shown(await client.frame())
+        with session.sending(await client.frame()):
+            pass
     stats = session.stats(0.5, 1)
     assert stats["fps"] == 8 and stats["dropped"] == 2 and stats["render_ms_p50"] == stats["render_ms_p95"] == 10
     assert session.stats(1.0, 5)["fps"] == 0

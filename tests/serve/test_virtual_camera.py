@@ -61,6 +61,15 @@ def test_a_server_with_a_camera_starts_and_ends() -> None:
         time.sleep(0.3)
 
 
+def test_a_camera_that_fails_without_a_message_is_refused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**options: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setitem(sys.modules, "pyvirtualcam", SimpleNamespace(Camera=fails))
+    with pytest.raises(BackendUnavailable, match=r"^there is no virtual camera: RuntimeError$"):
+        make_camera()
+
+
 class RecordingCamera:
     """Called as `pyvirtualcam.Camera` is; keeps the last frame, and fails when the device is lost."""
 

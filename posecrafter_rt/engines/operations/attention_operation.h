@@ -40,7 +40,8 @@ public:
     }
 
     void validate_and_infer_types() override {
-        OPENVINO_ASSERT(get_input_size() == 3 || get_input_size() == (has_own_ ? 5 : 4), "no query, key and value");
+        const size_t inputs = get_input_size();
+        OPENVINO_ASSERT(has_own_ ? inputs == 5 : inputs == 3 || inputs == 4, "no query, key and value");
         const ov::Shape &query = get_input_shape(0), &key = get_input_shape(1), &value = get_input_shape(2);
         OPENVINO_ASSERT(heads_ > 0 && width_ > 0 && (query.size() == 3 || query.size() == 4), "no tokens of heads");
         OPENVINO_ASSERT(key.size() == query.size() && value.size() == query.size() && key[1] > 0, "no keys of these");
@@ -51,7 +52,7 @@ public:
         }
         OPENVINO_ASSERT(!in_bytes_ || (kHasBytes && width_ % kFour == 0), "what eight bits do not serve");
         OPENVINO_ASSERT(!in_bytes_ || !in_halves_, "products in both 8 and 16 bits");
-        if (get_input_size() > 3)  // OpenVINO turns booleans into bytes
+        if (inputs > 3)  // OpenVINO turns booleans into bytes
             OPENVINO_ASSERT(get_input_element_type(3).size() == 1 &&
                                 get_input_shape(3) == ov::Shape({key[0], key[1] + (has_own_ ? 1 : 0)}),
                             "a mask of other keys");

@@ -62,5 +62,6 @@ extern "C" __attribute__((visibility("default"))) void posecrafter_pack_from(cha
 extern "C" __attribute__((visibility("default"))) void posecrafter_packed_from(const char* first) {
     const std::lock_guard<std::mutex> lock(posecrafter::mapped_mutex);
     auto& all = posecrafter::all_mapped;
-    all.erase(std::find_if(all.begin(), all.end(), [=](const auto& mapped) { return mapped.first == first; }));
+    const auto found = std::find_if(all.begin(), all.end(), [=](const auto& mapped) { return mapped.first == first; });
+    if (found != all.end()) all.erase(found);
 }
