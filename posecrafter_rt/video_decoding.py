@@ -109,7 +109,7 @@ def _upright(frame: av.VideoFrame) -> np.ndarray:
 def _damaged(path: Path, frame: int, reason: str) -> VideoError:
     return VideoError(
         f"{path} is damaged or breaks off at frame {frame}: {reason}",
-        hint=f"copy the file again, or read only the frames before {frame}",
+        hint="copy the file again" + (f", or read only the frames before {frame}" if frame else ""),
     )
 
 

@@ -254,6 +254,18 @@ def test_a_video_that_breaks_off_names_the_frame_reached(tmp_path, share):
     assert len(read_video(tmp_path / "a.mp4", stop=frame)) == frame
 
 
+def test_of_a_video_that_is_damaged_from_the_start_nothing_is_offered(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 64, 96, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", noise, 25)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    first = data.index(b"mdat") + 600  # behind what describes the stream
+    data[first : first + 3400] = bytes(3400)
+    (tmp_path / "a.mp4").write_bytes(data)
+    with pytest.raises(VideoError, match="breaks off at frame 0") as caught:
+        read_video(tmp_path / "a.mp4")
+    assert caught.value.hint == "copy the file again"
+
+
 def test_the_size_is_told_of_a_video_whose_second_frame_cannot_be_read(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (6, 64, 96, 3), dtype=np.uint8)
     write_video(tmp_path / "a.mp4", noise, 25)
