@@ -151,14 +151,16 @@ def _commit() -> dict[str, str]:
 def _driver(properties: Any) -> dict[str, str]:
     # By UUID, because CUDA_VISIBLE_DEVICES renumbers the cards for torch but not for nvidia-smi.
     uuid = getattr(properties, "uuid", None)  # not every build of torch tells
-    card = "0" if uuid is None else f"GPU-{uuid}"
+    cards = ["0"] if uuid is None else [f"GPU-{uuid}", "0"]  # of a part of a card (MIG) it is the part's
     names = ("driver_version", "clocks.sm", "clocks.mem", "power.limit")
-    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={card}"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return dict(zip(names, (value.strip() for value in output.split(",")), strict=False))
+    for card in cards:
+        command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={card}"]
+        try:
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return dict(zip(names, (value.strip() for value in output.split(",")), strict=False))
+    return {}
 
 
 if __name__ == "__main__":

@@ -91,9 +91,10 @@ def preview(  # noqa: PLR0913 - one argument for each option
     if output.suffix.lower() not in (".mp4", ".png"):
         raise typer.BadParameter(f"{output.name} is neither .mp4 nor .png", param_hint="--output")
     refuse_overwrite(output, force)
-    refuse_sources(output, poses_path, *((video, *video.glob("*.png")) if video else ()))
     from posecrafter_rt.poses.openpose_json import read_openpose
-    from posecrafter_rt.video_io import stream_video, video_size
+    from posecrafter_rt.video_io import IMAGE_SUFFIXES, stream_video, video_size
+
+    refuse_sources(output, poses_path, *((video, *_files(video, *IMAGE_SUFFIXES)) if video else ()))
 
     picture_size = parse_size(canvas) or (video_size(video) if video else None)
     # People look at a preview to find the frames that lack the person.
@@ -118,6 +119,11 @@ def preview(  # noqa: PLR0913 - one argument for each option
     typer.echo(json.dumps(record) if as_json else f"{output}: {len(poses)} poses, drawn at {width} x {height}")
 
 
+def _files(folder: Path, *suffixes: str) -> list[Path]:
+    """Return the files that are read if a folder is given; none if it is a file."""
+    return [file for file in folder.iterdir() if file.suffix.lower() in suffixes] if folder.is_dir() else []
+
+
 @app.command()
 def retarget(
     poses_path: Annotated[
@@ -136,7 +142,7 @@ def retarget(
 ) -> None:
     """Fit the movement in POSES to the proportions and the place of the person who was tuned."""
     refuse_overwrite(output, force)
-    refuse_sources(output, poses_path, *poses_path.glob("*.json"), to, *to.rglob("*"))  # both may be folders
+    refuse_sources(output, poses_path, *_files(poses_path, ".json"), to, *_files(to, ".json", ".safetensors"))
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.poses.retarget import find_ratios
     from posecrafter_rt.poses.retarget import retarget as fit_movement
@@ -188,7 +194,7 @@ def edit(  # noqa: PLR0913 - one argument for each option
     if not edits and canvas is None and not fill:
         raise typer.BadParameter("nothing to edit: give --turn-head, --blink, --wave or --fill, or a --canvas")
     refuse_overwrite(output, force)
-    refuse_sources(output, poses_path, *poses_path.glob("*.json"))  # it may be a folder
+    refuse_sources(output, poses_path, *_files(poses_path, ".json"))
     from posecrafter_rt.poses.openpose_json import read_openpose
 
     poses = original = read_openpose(poses_path, person=person, canvas=parse_size(canvas), allow_missing=True)

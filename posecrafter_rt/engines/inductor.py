@@ -63,8 +63,8 @@ INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp1
 # The beginnings of the flags that -march=native lets a compiler generate code for, on x86 and Arm. Other flags do not
 # matter, and an update of Linux may add some: the engine must not be refused then.
 COMPILED_FOR = (
-    "3dnow", "abm", "adx", "aes", "amx", "apx", "asimd", "atomics", "avx", "bf16", "bmi", "crc32", "cx16", "f16c",
-    "fcma", "flagm", "fma", "fp", "frint", "gfni", "i8mm", "jscvt", "lahf", "lrcpc", "mops", "movbe", "movdir",
+    "3dnow", "abm", "adx", "aes", "amx", "apx", "asimd", "atomics", "avx", "bf16", "bmi", "cmpccxadd", "crc32", "cssc", "cx16", "f16c",
+    "fcma", "flagm", "fma", "fp", "frint", "gfni", "i8mm", "ilrcpc", "jscvt", "lahf", "lrcpc", "mops", "movbe", "movdir",
     "pclmul", "pmull", "pni", "popcnt", "sha", "sme", "sse", "ssse", "sve", "tbm", "vaes", "vpclmul", "xop",
 )  # fmt: skip
 

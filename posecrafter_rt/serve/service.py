@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from posecrafter_rt.runtime.stream_options import StreamOptions
 
 STATS_EVERY_S = 1.0
+LEAVING_SHARE = 0.04  # of a turn's time: the most that a frame may take to leave before the next turn begins
 _log = logging.getLogger(__name__)
 
 
@@ -70,9 +71,11 @@ class Service:
         return self._scheduler.is_running
 
     def start(self) -> None:
-        """Start the engine's thread and do a first step; does nothing if that was done. Raises: PoseCrafterError."""
+        """Start the engine's thread and do a first step; does nothing if it runs. Raises: PoseCrafterError."""
         if self.is_running:
             return
+        if self._recordings is not None:
+            raise PoseCrafterError("this service has ended", "make another")
         if self.options.has_virtual_camera:
             self._camera = VirtualCamera(self.avatar.size, self._first_frame)
         self._recordings = Recordings(self.options.max_sessions)
@@ -166,9 +169,10 @@ class Service:
 
         On a CPU the next step keeps all cores busy, and a frame would take two to five times as long to leave.
         """
+        started_s = time.perf_counter()
         is_more = session.render(waiting)
         if self.avatar.folder.manifest["device"]["type"] == "cpu":
-            session.wait_until_left()
+            session.wait_until_left(LEAVING_SHARE * (time.perf_counter() - started_s))
         return is_more
 
     def _open_stream(self) -> tuple[Stream, ExitStack]:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _KEPT_TIMES = 256
 _KEPT_TEXTS = 32
 _ERROR_EVERY_S = 1.0
-LEAVING_SHARE = 0.04  # of a frame's own time; on a CPU a frame of 128×160 leaves within 1 ms
 _log = logging.getLogger(__name__)
 
 
@@ -121,6 +120,7 @@ class Session:
         self._num_resets_done = self.num_resets = 0
         self._is_broken = self.is_closed = False
         self.num_dropped = self.num_shown = 0
+        self._leaving: Shown | None = None
         self._has_left = threading.Event()
         self._has_left.set()
         self._count_lock = threading.Lock()
@@ -128,7 +128,7 @@ class Session:
         self._last_error_s = float("-inf")
 
     def count_overtaken(self) -> None:
-        """A pose was overtaken by a newer one, or by a reset, before its frame was on its way to the client."""
+        """A pose was overtaken by a newer one or by a reset, or its stream went on in float32, before its frame was sent."""
         self._count_dropped("overtaken")
 
     def count_limited(self) -> None:
@@ -153,12 +153,12 @@ class Session:
         try:
             yield
         finally:
-            self._has_left.set()
+            if shown is self._leaving:  # not an older one that a slow line held up
+                self._has_left.set()
 
-    def wait_until_left(self) -> None:
-        """Wait until the newest frame is sent, for LEAVING_SHARE of the time that it took at most."""
-        if self._render_ms:
-            self._has_left.wait(LEAVING_SHARE * self._render_ms[-1] / 1000)
+    def wait_until_left(self, most_s: float) -> None:
+        """Wait until the newest frame is sent, for `most_s` at most."""
+        self._has_left.wait(most_s)
 
     def configure(self, wish: Configure) -> None:
         """Follow what the client wants from the next frame on."""
@@ -207,7 +207,7 @@ class Session:
         if not is_again:
             self._count_step(last, render_ms)
         flags = HELD * last.held | REPEAT * last.is_repeat | RESET * last.reset
-        self._flights.append(Flight(waiting, flags, wait_s * 1000, is_again))
+        self._flights.append(Flight(waiting, flags, wait_s * 1000, is_again and not last.lost))
         if len(self._flights) > self._delay:
             landed = self._flights.popleft()
             if not landed.is_again:
@@ -226,7 +226,7 @@ class Session:
         frame = self._stream.step(waiting.fitted)
         waiting.is_stepped = True
         if self._stream.last.lost:
-            self._forget_flights()
+            self._forget_flights(but=waiting)
         return frame
 
     def _count_step(self, last: StepInfo, render_ms: float) -> None:
@@ -234,9 +234,10 @@ class Session:
         self._metrics.render.observe(render_ms / 1000)
         self._metrics.frames.labels("repeat" if last.is_repeat else "held" if last.held else "rendered").inc()
 
-    def _forget_flights(self) -> None:
+    def _forget_flights(self, but: Waiting | None = None) -> None:
+        """Drop the frames that are still to come. but: a pose that is being stepped again, so its frame comes later."""
         for flight in self._flights:
-            if not flight.is_again:
+            if not flight.is_again and flight.waiting is not but:
                 self.count_overtaken()
         self._flights.clear()
 
@@ -261,8 +262,9 @@ class Session:
         self.latest = frame
         header = FrameHeader(self.format, flight.flags, pose.sequence, pose.sent_ms, frame.shape[:2], self.num_dropped,
                              flight.wait_ms, render_ms)  # fmt: skip
+        self._leaving = Shown(frame, header, arrived_s)
         self._has_left.clear()
-        self.frames.put(Shown(frame, header, arrived_s))
+        self.frames.put(self._leaving)
 
     def _drop_stale(self, why: str) -> None:
         self.count_stale()

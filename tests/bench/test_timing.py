@@ -90,3 +90,5 @@ def test_the_driver_is_asked_for_the_card_that_torch_uses(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     found = timing._driver(properties)
     assert found["driver_version"] == f"--id={card}" and found["power.limit"] == "700 W"
+    program.write_text('#!/bin/sh\nfor word; do :; done\ntest "$word" = --id=0 && echo 580.65\n')
+    assert timing._driver(properties) == {"driver_version": "580.65"}  # part of a card has a number of its own

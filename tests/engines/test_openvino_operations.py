@@ -248,6 +248,16 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+def compile_only(
+    compiled: str, sources: Path, objects: dict[str, Path], monkeypatch: pytest.MonkeyPatch, compiler: str = "g++"
+) -> None:
+    """Compile the operations from a folder that has one source and all headers; the others are linked as they are."""
+    others = [str(path) for name, path in objects.items() if name != compiled]
+    monkeypatch.setattr(operations, "SOURCES", sources)
+    monkeypatch.setattr(operations, "FLAGS", PLAIN_FLAGS)
+    monkeypatch.setenv("CXX", " ".join([compiler, *others]))
+
+
 WRONG_IN_BYTES = [
     ("bytes.cpp", "row[i * taps + tap]", "row[i + tap * in]"),  # the order of weights
     ("bytes.cpp", "static_cast<float>(sum) * scale.step", "static_cast<float>(sum)"),  # what zero counts
@@ -345,21 +355,26 @@ def test_what_compiles_but_is_wrong_is_not_kept(
         num_found += text.count(right)
         (sources / file.name).write_text(text.replace(right, wrong), encoding="utf-8")
     assert num_found > 0
-    others = [str(path) for name, path in objects.items() if name != compiled]
-    monkeypatch.setattr(operations, "SOURCES", sources)
-    monkeypatch.setattr(operations, "FLAGS", PLAIN_FLAGS)
-    monkeypatch.setenv("CXX", " ".join(["g++", *others]))
+    compile_only(compiled, sources, objects, monkeypatch)
     monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / "cache"))
     assert "do not give" in str(operations.missing_reason())
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
 def test_what_cannot_be_loaded_is_compiled_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: None, forgotten: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    objects: dict[str, Path],
+    forgotten: None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
-    monkeypatch.setenv("CXX", "env LC_ALL=C g++")  # a compiler may have arguments
-    monkeypatch.setattr(operations, "FLAGS", PLAIN_FLAGS)
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for file in (*operations.SOURCES.glob("*.h"), operations.SOURCES / "memory.cpp"):
+        shutil.copy(file, sources)
+    compile_only("memory.cpp", sources, objects, monkeypatch, "env LC_ALL=C g++")  # a compiler may have arguments
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / "cache"))
+    operations._built.cache_clear()
     assert operations.missing_reason() is None
     (library,) = tmp_path.rglob("*.so")
     whole = library.read_bytes()

@@ -20,12 +20,14 @@ import pytest
 from websockets.sync.client import connect
 
 from posecrafter_rt import video_io
-from posecrafter_rt.errors import PoseError, VideoError
+from posecrafter_rt.errors import PoseCrafterError, PoseError, VideoError
 from posecrafter_rt.poses import extract as extract_module
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve import app as app_module
 from posecrafter_rt.serve import pose_worker, poses_api
+from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import MAX_CANVAS_PX, PoseMessage, decode_pose, encode_pose
+from posecrafter_rt.serve.service import Service
 from posecrafter_rt.video_io import write_video
 from tests.serve.drawn import SIZE, DrawnAvatar, Running, make_pose, pose_bytes, wait_until
 
@@ -39,6 +41,16 @@ def decoded(track: dict) -> np.ndarray:
 
 def post(server: Running, content: bytes, kind: str = "application/json", **options: object) -> httpx.Response:
     return httpx.post(server.url("/api/poses"), content=content, headers={"content-type": kind}, timeout=300, **options)
+
+
+def test_a_service_starts_once(avatar: DrawnAvatar) -> None:
+    service = Service(avatar, ServeOptions())
+    for _ in range(2):
+        service.start()
+    assert service.is_running and len(avatar.steps) == 2  # of one warm-up
+    service.stop()
+    with pytest.raises(PoseCrafterError, match="has ended"):
+        service.start()
 
 
 def test_health_and_info(serve: Serve) -> None:

@@ -18,6 +18,7 @@ from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.poses.draw import draw_pose
 from posecrafter_rt.poses.fit import median_pose
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve import service as service_module
 from posecrafter_rt.serve import session as session_module
 from posecrafter_rt.serve.metrics import Metrics
 from posecrafter_rt.serve.options import ServeOptions
@@ -337,66 +338,96 @@ async def test_a_pose_that_is_given_again_counts_once_for_the_person(client: Cli
     assert counts == [1, 1]
 
 
-def test_frames_that_a_stream_has_lost_are_not_shown() -> None:
-    """A pipelined stream that goes on in float32 gives the reference until its next frame."""
+class LosingStream(LateStream):
+    """Of three steps; goes on in float32 in the step for which `is_losing` is set."""
+
+    is_losing = False
+
+    def __init__(self, owner: DrawnAvatar) -> None:
+        super().__init__(owner, steps=3)
+
+    def step(self, pose: np.ndarray | None) -> np.ndarray:
+        if self.is_losing:
+            self.flights.clear()
+        frame = super().step(pose)
+        self.last.lost, self.is_losing = self.is_losing, False
+        return frame
+
+
+@pytest.mark.parametrize("lost_at", [2, 3])
+def test_frames_that_a_stream_has_lost_are_not_shown(lost_at: int) -> None:
+    """But that of the newest pose is, whether the stream lost it or never had it before."""
 
     async def check() -> None:
-        client = Client(partial(LateStream, steps=3))
+        client = Client(LosingStream)
         client.session.configure(Configure(fit="canvas"))
-        poses = [client.waiting(make_pose(shift)) for shift in range(4)]
-        for waiting in poses[:2]:
-            await client.turn(waiting)
-        step = client.stream.step
-
-        def lose(pose: np.ndarray | None) -> np.ndarray:
-            client.stream.flights.clear()
-            frame = step(pose)
-            client.stream.last.lost = True
-            return frame
-
-        client.stream.step = lose  # type: ignore[method-assign]
-        await client.turn(poses[2])
-        client.stream.step = step  # type: ignore[method-assign]
-        assert client.session.num_dropped == 2
-        while await client.turn(poses[3]):
-            pass
+        poses = [client.waiting(make_pose(shift)) for shift in range(3)]
+        turns, is_more = [*poses, *[poses[-1]] * 10], True
+        for number, waiting in enumerate(turns):
+            client.stream.is_losing = number == lost_at
+            is_more = await client.turn(waiting)
+            if number >= lost_at and not is_more:
+                break
         await asyncio.sleep(0)
-        shown = await client.frame()
-        assert (
-            np.array_equal(shown.frame, draw_pose(make_pose(3), SIZE)) and client.session.num_dropped == 3
-        )  # overtaken
+        assert not is_more and client.session.num_dropped == 2
+        assert np.array_equal((await client.frame()).frame, draw_pose(make_pose(2), SIZE))
 
     asyncio.run(check())
 
 
-def service_turn(client: Client, device: str, pose: np.ndarray | None) -> asyncio.Task[bool]:
-    """A turn of a service whose engine is for a device; its step takes half a second of the clock."""
+def service_turn(client: Client, device: str, shift: float = 0.0) -> asyncio.Future[bool]:
+    """A turn of a service whose engine is for a device; it must end."""
     client.avatar.folder.manifest["device"]["type"] = device
-    client.avatar.seconds = 0.5
     service = Service(client.avatar, ServeOptions())  # its thread does not run
-    return asyncio.create_task(asyncio.to_thread(service._turn, client.session, client.waiting(pose)))
+    turn = asyncio.to_thread(service._turn, client.session, client.waiting(make_pose(shift)))
+    return asyncio.ensure_future(asyncio.wait_for(turn, 100))
 
 
-def test_on_a_cpu_the_next_turn_waits_until_a_frame_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "LEAVING_SHARE", 1000.0)
+@pytest.fixture
+def waits_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "LEAVING_SHARE", 1e9)
 
+
+def test_on_a_cpu_the_next_turn_waits_until_a_frame_is_sent(waits_for_long: None) -> None:
     async def check() -> None:
         client = Client()
-        turn = service_turn(client, "cpu", make_pose())
+        turn = service_turn(client, "cpu")
         with client.session.sending(await client.frame()):
             await asyncio.sleep(0.05)
             assert not turn.done()
-        assert not await asyncio.wait_for(turn, 100)
-        await asyncio.wait_for(asyncio.to_thread(client.session.wait_until_left), 100)  # nothing is on its way
-        turn = service_turn(client, "cuda", make_pose(1))
-        assert not await asyncio.wait_for(turn, 100)
+        assert not await turn
+        client.session.is_closed = True  # then there is no frame to wait for
+        assert not await service_turn(client, "cpu", 1)
+
+    asyncio.run(check())
+
+
+def test_on_a_gpu_it_does_not(waits_for_long: None) -> None:
+    async def check() -> None:
+        assert not await service_turn(Client(), "cuda")
+
+    asyncio.run(check())
+
+
+def test_a_frame_on_a_slow_line_is_not_taken_for_the_one_after_it(waits_for_long: None) -> None:
+    async def check() -> None:
+        client = Client()
+        await client.render(make_pose())
+        with client.session.sending(await client.frame()):
+            turn = service_turn(client, "cpu", 1)
+            newer = await client.frame()
+        await asyncio.sleep(0.05)
+        assert not turn.done()
+        with client.session.sending(newer):
+            pass
+        assert not await turn
 
     asyncio.run(check())
 
 
 @on_loop
 async def test_a_frame_that_nobody_sends_holds_up_the_next_turn_for_a_short_while(client: Client) -> None:
-    assert not await service_turn(client, "cpu", make_pose())
+    assert not await service_turn(client, "cpu")
     await client.frame()
 
 
