@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+
 from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError, PoseError, VideoError
-from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.poses.keypoints import PoseSequence, keypoint_name
 from posecrafter_rt.serve.poses_api import NO_DETECTOR, pose_track
-from posecrafter_rt.serve.protocol import MAX_CANVAS_PX
+from posecrafter_rt.serve.protocol import MAX_CANVAS_PX, MAX_COORDINATE
 
 MAX_FRAMES = 20_000
 MAX_FRAME_PX = 4096 * 2304
@@ -36,6 +38,13 @@ def read_track(path: Path) -> PoseSequence:
     if max(poses.canvas) > MAX_CANVAS_PX:
         height, width = poses.canvas
         raise PoseError(f"a canvas of {width}x{height} pixels is too large", f"{MAX_CANVAS_PX} a side at most")
+    far = np.argwhere(np.abs(poses.keypoints[..., :2]) > MAX_COORDINATE)
+    if len(far):
+        frame, keypoint, _ = far[0].tolist()
+        raise PoseError(
+            f"frame {frame}: the {keypoint_name(keypoint)} is too far from the picture",
+            f"coordinates are {MAX_COORDINATE:g} at most",
+        )
     return poses
 
 

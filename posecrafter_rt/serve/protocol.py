@@ -22,7 +22,7 @@ FORMATS = {"jpeg": JPEG, "rgb": RGB}
 HELD, REPEAT, RESET = 1, 2, 4  # flags of a frame
 FITS = ("person", "canvas")
 MAX_CANVAS_PX = 16384
-_MAX_COORDINATE = 1e6
+MAX_COORDINATE = 1e6
 _MAX_REASON_BYTES = 123
 _POSE = struct.Struct("<BBHIdff")
 _FRAME = struct.Struct("<BBBBIdHHIff")
@@ -126,8 +126,8 @@ def _checked(points: np.ndarray) -> np.ndarray:
     """Return a float32 copy with missing keypoints set to zero. Raises: ProtocolError."""
     points = points.astype(np.float32)
     # Written so that NaN fails it too.
-    if not (np.abs(points[:, :2]) <= _MAX_COORDINATE).all():
-        raise ProtocolError("a keypoint lies nowhere", f"send finite coordinates up to {_MAX_COORDINATE:g}")
+    if not (np.abs(points[:, :2]) <= MAX_COORDINATE).all():
+        raise ProtocolError("a keypoint lies nowhere", f"send finite coordinates up to {MAX_COORDINATE:g}")
     if not ((points[:, 2] >= 0) & (points[:, 2] <= 1)).all():
         raise ProtocolError("a confidence is not within 0 to 1", "send 0 for a missing keypoint")
     points[points[:, 2] == 0] = 0

@@ -20,7 +20,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 POLICY_VIOLATION, TOO_BIG, TRY_AGAIN_LATER = 1008, 1009, 1013  # close codes of a WebSocket
-PAGE_FOLDERS = ("assets", "tracker")  # the page's files: they hold no secret, and the page requests them without token
+PAGE_FOLDERS = ("assets", "tracker")  # the page's files, which it requests without token
 _PAGE_FILES = tuple(f"/{folder}/" for folder in PAGE_FOLDERS)
 # Nothing from elsewhere; WebAssembly and workers are for tracking people in the browser.
 CONTENT_POLICY = (
@@ -67,7 +67,8 @@ def check_request(scope: Scope, options: ServeOptions) -> None:
 
     If the server is bound to this machine and has no token, Host must name this machine. Another name that leads here
     belongs to a page that had its address changed (DNS rebinding). An Origin, which browsers send, must be that host or
-    an allowed one. The token is read from `Authorization: Bearer` or `?token=`; `/health` and page files need none.
+    an allowed one. The token is read from `Authorization: Bearer` or `?token=`. `/health` needs none, nor do the page and
+    its files: they hold no secret, and the page asks for a token that is missing or wrong.
     """
     headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
     host = headers.get("host", "")
@@ -76,7 +77,7 @@ def check_request(scope: Scope, options: ServeOptions) -> None:
     origin = headers.get("origin")
     if origin is not None and origin.partition("://")[2] != host and origin not in options.allow_origins:
         raise Refusal(403, f"pages of {origin!r:.80} may not use this server", "serve with --allow-origin to let them")
-    if options.token is None or scope["path"] == "/health" or scope["path"].startswith(_PAGE_FILES):
+    if options.token is None or scope["path"] == "/health" or _is_page(scope["path"]):
         return
     scheme, _, given = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
@@ -85,6 +86,10 @@ def check_request(scope: Scope, options: ServeOptions) -> None:
         raise Refusal(
             401, "the token is missing or wrong", "add ?token=... to the address, or Authorization: Bearer ..."
         )
+
+
+def _is_page(path: str) -> bool:
+    return path == "/" or path.startswith(_PAGE_FILES)
 
 
 def _host_name(host: str) -> str:
@@ -117,7 +122,7 @@ class Guard:
 
 def _adding_headers(path: str, send: Send) -> Send:
     """Add headers. Browsers may keep only the page and its files, and must ask each time whether they are current."""
-    is_page = path == "/" or path.startswith(_PAGE_FILES)
+    is_page = _is_page(path)
 
     async def added(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -26,7 +26,7 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve import app as app_module
 from posecrafter_rt.serve import pose_worker, poses_api
 from posecrafter_rt.serve.options import ServeOptions
-from posecrafter_rt.serve.protocol import MAX_CANVAS_PX, PoseMessage, decode_pose, encode_pose
+from posecrafter_rt.serve.protocol import MAX_CANVAS_PX, MAX_COORDINATE, PoseMessage, decode_pose, encode_pose
 from posecrafter_rt.serve.service import Service
 from posecrafter_rt.video_io import write_video
 from tests.serve.drawn import SIZE, DrawnAvatar, Running, make_pose, pose_bytes, wait_until
@@ -241,6 +241,18 @@ def test_a_canvas_that_no_pose_message_may_have_is_refused(tmp_path: Path) -> No
     decode_pose(encode_pose(PoseMessage(1, 0.0, track.canvas, track.keypoints[0])))
     with pytest.raises(PoseError, match="16385x64 pixels is too large"):
         pose_worker.read_track(tmp_path / f"{MAX_CANVAS_PX + 1}.json")
+
+
+def test_a_keypoint_that_no_pose_message_may_have_is_refused(tmp_path: Path) -> None:
+    """Else the file is read, and the connection ends where that pose is played."""
+    poses = np.stack([make_pose(), make_pose()])
+    for x in (-MAX_COORDINATE, 2 * MAX_COORDINATE):
+        poses[1, 0, 0] = x
+        PoseSequence(poses, SIZE).save(tmp_path / f"{x:g}.json")
+    track = pose_worker.read_track(tmp_path / f"{-MAX_COORDINATE:g}.json")
+    decode_pose(encode_pose(PoseMessage(1, 0.0, track.canvas, track.keypoints[1])))
+    with pytest.raises(PoseError, match="frame 1: the nose is too far from the picture"):
+        pose_worker.read_track(tmp_path / f"{2 * MAX_COORDINATE:g}.json")
 
 
 def test_reading_goes_on_beside_rendering(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

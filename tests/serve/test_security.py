@@ -64,7 +64,7 @@ def test_pages_that_are_named_may() -> None:
         check_request(request(origin="http://a.example"), allowed)
 
 
-@pytest.mark.parametrize("path", ["/", "/ws", "/api/info", "/metrics", "/healthy", "/trackers/x"])
+@pytest.mark.parametrize("path", ["/ws", "/api/info", "/metrics", "/healthy", "/trackers/x", "//"])
 def test_the_token_is_needed(path: str) -> None:
     wrong = ({}, {"query": "token=wrong"}, {"query": "token="}, {"query": "token=%C3%A9"}, {"authorization": "Bearer "},
              {"authorization": f"Basic {OPEN.token}"}, {"authorization": "Bearer é"})  # fmt: skip
@@ -82,7 +82,7 @@ def test_the_token_opens(given: dict[str, str]) -> None:
     check_request(request("/ws", host="studio.example", **given), OPEN)
 
 
-@pytest.mark.parametrize("path", ["/health", "/assets/main.js", "/tracker/holistic.js"])
+@pytest.mark.parametrize("path", ["/health", "/", "/assets/main.js", "/tracker/holistic.js"])
 def test_what_holds_no_secret_needs_none(path: str) -> None:
     check_request(request(path), OPEN)
 

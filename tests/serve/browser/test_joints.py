@@ -9,7 +9,7 @@ import pytest
 
 from posecrafter_rt.poses.keypoints import PoseSequence
 from tests.serve.browser.pages import LivePage
-from tests.serve.browser.test_page import PHONE, assert_shows, person
+from tests.serve.browser.walker import PHONE, assert_shows, person
 from tests.serve.drawn import SIZE, DrawnAvatar, Running
 
 pytestmark = pytest.mark.browser
@@ -93,4 +93,33 @@ def test_joints_follow_the_mouse_and_the_arrow_keys(serve: Serve, open_page: Ope
     page.wait_for_text("#joint-place", "nose at {:.0f}, {:.0f}".format(*nodded[NOSE]))
     assert_shows(page, nodded)
     page.page.get_by_role("button", name="Start over").click()
+    assert_shows(page, START)
+
+
+def test_only_the_first_finger_and_the_main_button_hold_a_joint(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url(), **PHONE)
+    page.wait_for_link("Live")
+    page.choose("Joints")
+    assert_shows(page, START)
+    page.page.locator("#pose").scroll_into_view_if_needed()
+    finger, at = page.page.context.new_cdp_session(page.page), on_canvas(page)
+    place = page.page.text_content("#joint-place")
+
+    def touch(kind: str, *places: tuple[float, float]) -> None:
+        points = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(places)]
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    x, y = map(float, START[NECK, :2])
+    far = at(1, 1)  # of every joint
+    touch("touchStart", far)
+    touch("touchStart", far, at(x, y))
+    touch("touchMove", far, at(x + 6, y + 4))
+    touch("touchMove", at(3, 1), at(x + 6, y + 4))
+    touch("touchEnd")
+    page.page.mouse.move(*at(x, y))
+    page.page.mouse.down(button="right")
+    page.page.mouse.move(*at(x + 6, y + 4), steps=4)
+    page.page.mouse.up(button="right")
+    page.page.wait_for_timeout(300)
+    assert page.page.text_content("#joint-place") == place
     assert_shows(page, START)

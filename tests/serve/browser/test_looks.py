@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.serve.browser.pages import LivePage
-from tests.serve.browser.test_page import PHONE, STILL
+from tests.serve.browser.walker import PHONE, STILL
 from tests.serve.drawn import Running
 
 pytestmark = pytest.mark.browser

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aioice.ice
-import av
-import cv2
 import numpy as np
 import pytest
-from websockets.sync.client import connect
 
 from posecrafter_rt.poses.draw import draw_pose
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve import options, session, webrtc
-from posecrafter_rt.serve.options import ServeOptions
-from posecrafter_rt.serve.pictures import encode_picture
-from posecrafter_rt.serve.protocol import JPEG, decode_pose
+from posecrafter_rt.serve.protocol import decode_pose
 from tests.serve.browser.pages import LivePage
-from tests.serve.drawn import SIZE, DrawnAvatar, Running, running
+from tests.serve.browser.walker import STILL, assert_shows, pause_demo, person, walking_avatar
+from tests.serve.drawn import SIZE, DrawnAvatar, Running
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Route
@@ -30,52 +25,14 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 Serve = Callable[..., Running]
 OpenPage = Callable[..., LivePage]
-STILL = {"reduced_motion": "reduce"}  # where nothing has to move: without a GPU, moving takes a core
 OPENING_MS = 6000  # after which a page gives up WebRTC
 PATIENT = f"""const set = window.setTimeout;
 window.setTimeout = (use, ms, ...given) => set(use, ms === {OPENING_MS} ? 90000 : ms, ...given);"""
-PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, **STILL}
-
-
-def person(x: float = 0.0, y: float = 0.0) -> np.ndarray:
-    """Somebody who stands upright, moved by some pixels: body and left hand, float32 (134, 3)."""
-    body = [(24, 12), (24, 20), (18, 20), (15, 28), (13, 36), (30, 20), (33, 28), (35, 36), (20, 36), (20, 46), (20, 56),
-            (28, 36), (28, 46), (28, 56), (23, 10), (25, 10), (21, 11), (27, 11)]  # fmt: skip
-    pose = np.zeros((134, 3), np.float32)
-    pose[:18] = [(px + x, py + y, 1) for px, py in body]
-    pose[92:113] = [(35 + x + finger % 4, 37 + y + finger // 4, 1) for finger in range(21)]
-    return pose
 
 
 @pytest.fixture
 def avatar() -> DrawnAvatar:
-    """Walks to the right in five poses."""
-    avatar = DrawnAvatar()
-    avatar.poses = PoseSequence(np.stack([person(x) for x in range(-4, 6, 2)]), SIZE, 25.0)
-    return avatar
-
-
-def drawn(pose: np.ndarray) -> np.ndarray:
-    """What the server sends of this pose, int (H, W, 3)."""
-    data = np.frombuffer(encode_picture(draw_pose(pose, SIZE), JPEG, 85), np.uint8)
-    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB).astype(int)
-
-
-def assert_shows(page: LivePage, pose: np.ndarray) -> None:
-    """Wait until the avatar is this pose's drawing; half a pixel beside it is 2 to 3 levels away."""
-    expected = drawn(pose)
-
-    def is_shown() -> bool:
-        pixels = page.pixels()  # of another size before the first frame
-        return pixels.shape == expected.shape and np.abs(pixels - expected).mean() < 0.5
-
-    page.wait_until(is_shown)
-
-
-def pause_demo(page: LivePage, index: int) -> None:
-    page.wait_for_link("Live")
-    page.page.get_by_role("button", name="Pause").click()
-    page.page.get_by_label("Position").fill(str(index))
+    return walking_avatar()
 
 
 def test_the_page_opens_and_says_what_it_shows(serve: Serve, open_page: OpenPage) -> None:
@@ -103,37 +60,6 @@ def test_the_demo_plays_by_itself_and_the_avatar_follows(
     assert_shows(page, avatar.poses.keypoints[0])
     page.page.keyboard.press("Space")
     page.wait_until(lambda: page.count_looks() > 2)
-
-
-def test_a_pose_file_drives_the_avatar(serve: Serve, open_page: OpenPage, tmp_path: Path) -> None:
-    poses = PoseSequence(np.stack([person(y=-5), person(y=5)]), SIZE, 5.0)
-    poses.save(tmp_path / "walk.json")
-    page = open_page(serve().url())
-    page.wait_for_link("Live")
-    page.choose("File")
-    page.page.get_by_label("Fit the person").uncheck()
-    page.page.set_input_files("#file", tmp_path / "walk.json")
-    page.wait_for_text("#file-status", "walk.json: 2 poses")
-    page.page.get_by_role("button", name="Pause").click()
-    for index in (1, 0):
-        page.page.get_by_label("Position").fill(str(index))
-        assert_shows(page, poses.keypoints[index])
-
-
-def test_a_file_may_be_dropped_anywhere_and_a_bad_one_is_refused_with_the_reason(
-    serve: Serve, open_page: OpenPage, tmp_path: Path
-) -> None:
-    PoseSequence(person(3)[np.newaxis], SIZE).save(tmp_path / "still.json")
-    page = open_page(serve().url(), is_lost=True)  # browsers complain of answers that refuse
-    page.wait_for_link("Live")
-    for text in ((tmp_path / "still.json").read_text(), '{"shoes": 2}'):
-        transfer = page.page.evaluate_handle(
-            "text => { const t = new DataTransfer(); t.items.add(new File([text], 'still.json')); return t; }", text
-        )
-        page.page.dispatch_event("body", "drop", {"dataTransfer": transfer})
-        page.wait_for_text("#file-status", "still.json: 1 pose" if "people" in text else "people")
-    assert page.page.get_by_role("radio", name="File").is_checked()
-    assert "is-error" in (page.page.get_attribute("#file-status", "class") or "")
 
 
 def test_nobody_is_told_and_the_pose_is_shown_over_the_avatar_if_wanted(
@@ -182,69 +108,19 @@ def test_the_pose_over_the_avatar_lies_where_the_avatar_does_or_is_not_shown(
     page.wait_until(is_in_place)
 
 
-def test_a_recording_can_be_saved(serve: Serve, open_page: OpenPage, tmp_path: Path) -> None:
+def test_what_was_chosen_is_not_shown_of_a_page_that_begins_anew(serve: Serve, open_page: OpenPage) -> None:
+    """Browsers fill in what forms held when one comes back to them."""
     page = open_page(serve().url())
     page.wait_for_link("Live")
-    page.page.get_by_role("button", name="Record").click()
-    page.wait_for_text("#record-label", re.compile(r"Stop 0:(0[1-9]|[1-5]\d)"))
-    page.page.get_by_role("button", name="Stop").click()
-    with page.page.expect_download() as download:
-        page.page.get_by_role("link", name="Save recording").click()
-    download.value.save_as(tmp_path / "avatar.mp4")
-    with av.open(str(tmp_path / "avatar.mp4")) as video:
-        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
-    assert len(frames) > 5 and frames[0].shape == (*SIZE, 3)
-
-
-def test_the_page_comes_back_when_the_server_does(open_page: OpenPage, avatar: DrawnAvatar) -> None:
-    with running(avatar, ServeOptions()) as server:
-        page = open_page(server.url(), is_lost=True)
-        page.wait_for_link("Live")
-    page.wait_for_link("Reconnecting")
-    page.wait_for_text("#notice-title", "The server does not answer")
-    avatar.poses = PoseSequence(avatar.poses.keypoints + np.float32([0, 3, 0]), SIZE, 25.0)
-    with running(avatar, ServeOptions(), port=server.port):
-        page.wait_for_link("Live")
-        assert not page.page.is_visible("#notice")
-        page.wait_until(lambda: page.count_looks() > 2)
-
-
-def test_another_avatar_behind_the_same_address_is_taken_up(open_page: OpenPage, avatar: DrawnAvatar) -> None:
-    with running(avatar, ServeOptions()) as server:
-        page = open_page(server.url(), is_lost=True)
-        page.wait_for_text("#name", "drawn")
-        page.wait_for_link("Live")
-    avatar.folder.path = Path("painted.engine")
-    with running(avatar, ServeOptions(), port=server.port):
-        page.wait_for_text("#name", "painted")
-        page.wait_for_link("Live")
-
-
-def test_over_the_cap_the_page_says_so_and_gets_in_once_there_is_room(serve: Serve, open_page: OpenPage) -> None:
-    server = serve(max_sessions=1)
-    with connect(server.url("/ws", "ws")) as other:
-        assert json.loads(other.recv(timeout=60))["type"] == "ready"
-        page = open_page(server.url(), **STILL)
-        page.wait_for_link("Full")
-        page.wait_for_text("#notice-title", "The avatar is busy")
-        page.wait_for_text("#notice-text", "No place is free, of 1.")
-    page.page.evaluate(
-        "document.getElementById('retry').click()"
-    )  # which a page that has tried by itself no longer shows
+    page.page.get_by_label("Show pose").check()
+    page.choose("Webcam")
+    page.page.get_by_label("Connection").select_option("webrtc")
+    page.page.goto("about:blank")
+    page.page.go_back()
     page.wait_for_link("Live")
-
-
-def test_a_token_is_asked_for_when_it_is_wrong(open_page: OpenPage, avatar: DrawnAvatar) -> None:
-    with running(avatar, ServeOptions(token="open sesame")) as server:
-        page = open_page(server.url("/?token=open+sesame"), is_lost=True)
-        page.wait_for_link("Live")
-        page.wait_until(lambda: page.count_looks() > 2)
-    with running(avatar, ServeOptions(token="another"), port=server.port):
-        page.wait_for_link("Refused")
-        page.wait_for_text("#notice-title", "A token is needed")
-        page.page.get_by_label("Token").fill("another")
-        page.page.keyboard.press("Enter")
-        page.wait_for_link("Live")
+    assert page.page.get_by_role("radio", name="Demo").is_checked()
+    assert not page.page.get_by_label("Show pose").is_checked()
+    assert page.page.get_by_label("Connection").input_value() == "websocket"
 
 
 def test_webrtc_shows_the_avatar(
@@ -294,7 +170,7 @@ def test_where_webrtc_does_not_come_about_the_websocket_takes_over(serve: Serve,
     page.wait_until(lambda: page.page.get_by_label("Connection").input_value() == "websocket")
     page.wait_for_link("Live")
     page.wait_until(lambda: page.count_looks() > 2)
-    assert any("WebRTC did not connect" in note for note in page.page.evaluate("notes"))
+    assert "WebRTC did not connect, so the page uses the WebSocket: no aiortc." in page.page.evaluate("notes")
 
 
 def test_who_wants_less_motion_is_not_moved_at(serve: Serve, open_page: OpenPage, avatar: DrawnAvatar) -> None:

@@ -24,7 +24,7 @@ from posecrafter_rt.serve.poses_api import pose_track
 from posecrafter_rt.serve.protocol import PoseMessage, decode_pose
 from posecrafter_rt.video_io import read_video
 from tests.serve.browser.pages import LivePage
-from tests.serve.browser.test_page import PHONE, STILL, assert_shows
+from tests.serve.browser.walker import PHONE, STILL, assert_shows
 from tests.serve.drawn import SIZE, Running
 
 pytestmark = pytest.mark.browser

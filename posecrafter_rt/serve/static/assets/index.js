@@ -253,6 +253,10 @@ var Playback = class {
 	}
 };
 // src/api.ts
+/** A server that was told to leave off a file needs a moment for that. */
+var BUSY_MS = 1e3;
+/** Shorter than the time between two of the page's looks at the server, so that no two of them are under way. */
+var INFO_TIMEOUT_MS = 4e3;
 /** What the server did not want to do, in its words. */
 var Refusal = class extends Error {
 	hint;
@@ -273,8 +277,9 @@ function address(path) {
 	if (token !== null) url.searchParams.set("token", token);
 	return url;
 }
+/** What is served. A server that stands still counts as one that is not there. */
 async function fetchInfo() {
-	return await (await request("api/info")).json();
+	return await (await request("api/info", { signal: AbortSignal.timeout(INFO_TIMEOUT_MS) })).json();
 }
 /** The poses that the avatar was tuned on. */
 async function fetchPoses() {
@@ -286,10 +291,15 @@ async function fetchReference() {
 }
 /** The poses in a pose file or a video; finding them in a video, of whatever kind, takes the server a while. */
 async function readPoses(file, type, signal) {
-	return decodeTrack(await (await request("api/poses", {
+	const send = () => request("api/poses", {
 		body: file,
 		type,
 		signal
+	});
+	return decodeTrack(await (await send().catch(async (error) => {
+		if (!(error instanceof Refusal && error.status === 429)) throw error;
+		await new Promise((resolve) => setTimeout(resolve, BUSY_MS));
+		return send();
 	})).json());
 }
 /** Hand over an offer of a WebRTC connection; returns the answer. */
@@ -299,12 +309,17 @@ async function exchangeOffer(offer) {
 		type: "application/json"
 	})).json();
 }
-async function request(path, post) {
-	const response = await fetch(address(path), post === void 0 ? {} : {
+async function request(path, { body, type, signal } = {}) {
+	const post = body === void 0 ? {} : {
 		method: "POST",
-		body: post.body,
-		headers: { "Content-Type": post.type },
-		signal: post.signal ?? null
+		body,
+		headers: { "Content-Type": type ?? "" }
+	};
+	const response = await fetch(address(path), {
+		...post,
+		signal: signal ?? null
+	}).catch((error) => {
+		throw error instanceof TypeError ? /* @__PURE__ */ new Error("The server did not answer. Try again when it is back") : error;
 	});
 	if (!response.ok) throw await refusal(response);
 	return response;
@@ -388,11 +403,23 @@ function parseServerMessage(text) {
 var BAD_REQUEST = 1008;
 var FULL = 1013;
 var ABNORMAL = 1006;
-/** Gathering addresses or opening the channel does not take longer where it works at all. */
+/** Gathering addresses or opening either connection does not take longer where it works at all. */
 var GATHERING_MS = 1500;
 var OPENING_MS = 6e3;
+/** What may still wait to be sent when a pose comes: commands, but no other pose. */
+var MOST_WAITING_BYTES = 1024;
 function openTransport(way, events) {
-	return way === "websocket" ? openWebSocket(events) : openWebRtc(events);
+	if (way === "websocket") return openWebSocket(events);
+	try {
+		return openWebRtc(events);
+	} catch (error) {
+		console.info("no WebRTC:", error);
+		queueMicrotask(() => events.onClose(ABNORMAL, "this browser has none, or does not allow it"));
+		return {
+			send: () => {},
+			close: () => {}
+		};
+	}
 }
 function openWebSocket(events) {
 	const url = address("ws");
@@ -400,15 +427,25 @@ function openWebSocket(events) {
 	const socket = new WebSocket(url);
 	socket.binaryType = "arraybuffer";
 	socket.onmessage = ({ data }) => typeof data === "string" ? events.onText(data) : events.onBytes(data);
-	socket.onclose = ({ code, reason }) => events.onClose(code, reason);
+	socket.onclose = ({ code, reason }) => {
+		clearTimeout(timer);
+		events.onClose(code, reason);
+	};
+	const close = () => {
+		clearTimeout(timer);
+		socket.onmessage = socket.onclose = null;
+		socket.close();
+	};
+	const timer = setTimeout(() => {
+		close();
+		events.onClose(ABNORMAL, "");
+	}, OPENING_MS);
+	socket.onopen = () => clearTimeout(timer);
 	return {
 		send: (data) => {
 			if (socket.readyState === WebSocket.OPEN) socket.send(data);
 		},
-		close: () => {
-			socket.onmessage = socket.onclose = null;
-			socket.close();
-		}
+		close
 	};
 }
 function openWebRtc(events) {
@@ -426,7 +463,7 @@ function openWebRtc(events) {
 		end();
 		events.onClose(code, reason);
 	};
-	const timer = setTimeout(() => fail(ABNORMAL, "WebRTC did not connect"), OPENING_MS);
+	const timer = setTimeout(() => fail(ABNORMAL, "the server was not reached that way"), OPENING_MS);
 	channel.onopen = () => clearTimeout(timer);
 	channel.onclose = () => fail(ABNORMAL, "the data channel closed");
 	channel.onmessage = ({ data }) => typeof data === "string" ? events.onText(data) : events.onBytes(data);
@@ -437,7 +474,7 @@ function openWebRtc(events) {
 	negotiate(peer).catch((error) => fail(closeCode(error), error instanceof Error ? error.message : ""));
 	return {
 		send: (data) => {
-			if (channel.readyState !== "open" || typeof data !== "string" && channel.bufferedAmount > 0) return;
+			if (channel.readyState !== "open" || typeof data !== "string" && channel.bufferedAmount > MOST_WAITING_BYTES) return;
 			channel.send(data);
 		},
 		close: end
@@ -502,6 +539,17 @@ var Connection = class {
 		});
 		this.transport = transport;
 	}
+	/** The server no longer answers, though the connection has not ended: connect anew. */
+	giveUp() {
+		if (!this.isLive) return;
+		this.isLive = false;
+		this.transport?.close();
+		this.events.onVideo(null);
+		this.retry({
+			kind: "gone",
+			retryInMs: retryDelayMs(this.attempt++)
+		});
+	}
 	sendBytes(bytes) {
 		if (this.isLive) this.transport?.send(bytes);
 	}
@@ -534,10 +582,19 @@ var Connection = class {
 			message,
 			retryInMs: FULL_RETRY_MS
 		});
+		if (code === 1011 && !wasLive && message !== "") {
+			const hint = this.lastError?.hint ?? null;
+			return this.retry({
+				kind: "broken",
+				message,
+				hint,
+				retryInMs: retryDelayMs(this.attempt++)
+			});
+		}
 		const answer = wasLive && code !== 1008 ? "gone" : await askServer();
 		if (!isCurrent()) return;
 		if (this.way === "webrtc" && !wasLive && answer === "here" && code !== 1008) {
-			this.events.onFallback();
+			this.events.onFallback(message);
 			return this.open("websocket");
 		}
 		if (code !== 1008 && !(answer instanceof Refusal)) return this.retry({
@@ -574,6 +631,16 @@ function byId(id, kind) {
 	if (!(element instanceof kind)) throw new Error(`the page has no ${kind.name} with the id ${id}`);
 	return element;
 }
+/** Let a button take clicks, or refuse them for now. Unlike `disabled` this leaves it the keyboard's focus. */
+function setEnabled(button, isEnabled) {
+	button.ariaDisabled = String(!isEnabled);
+}
+/** Do this whenever a button is clicked, except while it is not enabled. */
+function onClick(button, act) {
+	button.onclick = () => {
+		if (button.ariaDisabled !== "true") act();
+	};
+}
 /** Calls back with every frame of the display until it is stopped. */
 var FrameLoop = class {
 	callback;
@@ -597,31 +664,61 @@ var FrameLoop = class {
 function setText(element, text) {
 	if (element.textContent !== text) element.textContent = text;
 }
+// src/pulse.ts
+/** A single request may fail for other reasons. */
+var MOST_MISSED = 2;
+var Pulse = class {
+	onLost;
+	missed = 0;
+	/** onLost: called when so many requests in a row had no answer, and nothing else came meanwhile. */
+	constructor(onLost) {
+		this.onLost = onLost;
+	}
+	/** Something came from the server. */
+	beat() {
+		this.missed = 0;
+	}
+	/** A request had no answer. */
+	miss() {
+		this.missed++;
+		if (this.missed < MOST_MISSED) return;
+		this.missed = 0;
+		this.onLost();
+	}
+};
 // src/recorder.ts
 var Recorder = class {
+	note;
 	button = byId("record", HTMLButtonElement);
 	label = byId("record-label", HTMLSpanElement);
 	link = byId("recording", HTMLAnchorElement);
+	isOn = false;
 	startedMs = 0;
 	timer;
-	constructor(ask) {
-		this.button.onclick = () => {
-			this.button.disabled = true;
-			ask(this.button.ariaPressed !== "true");
-		};
+	constructor(ask, note) {
+		this.note = note;
+		onClick(this.button, () => {
+			setEnabled(this.button, false);
+			ask(!this.isOn);
+		});
 	}
-	/** The connection is there or not; a recording ends with it. */
+	/** The connection is there or not; a recording ends with it, and is not kept. */
 	setLive(isLive) {
-		this.button.disabled = !isLive;
+		setEnabled(this.button, isLive);
+		if (this.isOn) this.note("The recording is lost, for the connection ended while it ran");
 		this.setOn(false);
 	}
+	/** A recording runs or not; the url is of one that has ended, even while the next one runs. */
 	onState({ on, url }) {
-		this.button.disabled = false;
+		setEnabled(this.button, true);
 		this.setOn(on);
-		this.link.hidden = url === null;
-		if (url !== null) this.link.href = address(url).href;
+		if (url === null) return;
+		this.link.href = address(url).href;
+		this.link.hidden = false;
 	}
 	setOn(isOn) {
+		if (isOn === this.isOn) return;
+		this.isOn = isOn;
 		clearInterval(this.timer);
 		this.button.ariaPressed = String(isOn);
 		this.label.textContent = isOn ? "Stop 0:00" : "Record";
@@ -715,6 +812,10 @@ var Pacer = class {
 		this.inFlight = inFlight;
 		this.overtaken = 0;
 		this.gapMs = 0;
+		this.forget();
+	}
+	/** What comes next is of another source, for which the server is reset: no earlier pose is sent, or awaited, any more. */
+	forget() {
 		this.underWay = [];
 		this.waiting = null;
 	}
@@ -776,6 +877,7 @@ var Screen = class {
 	/** The pose whose frame was shown last. */
 	shown = null;
 	isLive = false;
+	isHeld = false;
 	droppedByServer = 0;
 	/** The pose that was announced last: its frame is the video track's next picture, or soon follows. */
 	onVideoTrack = null;
@@ -794,7 +896,18 @@ var Screen = class {
 	/** The avatar shall take this pose. */
 	drive(pose) {
 		this.newest = pose;
-		if (this.isLive) this.pacer.offer(pose);
+		if (this.isLive && !this.isHeld) this.pacer.offer(pose);
+	}
+	/** The source changes: none of its poses so far is sent any more, and the next ones wait until `release`. */
+	hold() {
+		this.isHeld = true;
+		this.newest = null;
+		this.pacer.forget();
+	}
+	/** The server knows of the change. */
+	release() {
+		this.isHeld = false;
+		if (this.isLive && this.newest !== null) this.pacer.offer(this.newest);
 	}
 	/**
 	* A connection is there whose server works at so many poses at once, or (null) none is. Over a new one nothing is under
@@ -806,7 +919,7 @@ var Screen = class {
 		this.meter.clear();
 		this.gate.late = 0;
 		this.droppedByServer = 0;
-		if (this.isLive && this.newest !== null) this.pacer.offer(this.newest);
+		if (this.isLive && !this.isHeld && this.newest !== null) this.pacer.offer(this.newest);
 	}
 	async onFrame(frame) {
 		const sent = this.pacer.acknowledge(frame.sequence, frame.waitMs, frame.renderMs);
@@ -852,7 +965,7 @@ var Screen = class {
 	}
 	/** The last pose of all, as of a paused clip, is not left without its frame because that was too late, or lost. */
 	persist() {
-		if (this.isLive && this.newest !== null && this.newest !== this.shown) this.pacer.offerAgain(this.newest);
+		if (this.isLive && !this.isHeld && this.newest !== null && this.newest !== this.shown) this.pacer.offerAgain(this.newest);
 	}
 	showFigures() {
 		const read = this.meter.read(performance.now());
@@ -862,6 +975,15 @@ var Screen = class {
 		dropped.textContent = String(this.pacer.overtaken + this.gate.late + this.droppedByServer);
 	}
 };
+// src/settle.ts
+/** A function that calls back once it has not been called for so long. */
+function whenSettled(callback, quietMs) {
+	let timer;
+	return () => {
+		clearTimeout(timer);
+		timer = setTimeout(callback, quietMs);
+	};
+}
 // src/landmarks.ts
 /** Where each body point sits among the 33; the left shoulder stands in for the neck, which is computed. */
 var MEDIAPIPE_BODY = [
@@ -1267,7 +1389,10 @@ var FilePicker = class {
 	}
 	close() {
 		this.panel.hidden = true;
-		this.reading?.abort();
+		if (this.reading === null) return;
+		this.reading.abort();
+		this.reading = null;
+		this.status.textContent = "";
 	}
 	/** Whether the server finds poses in videos; it is asked only where people say so, for it is sent the pictures. */
 	setServerReadsVideos(does) {
@@ -1310,16 +1435,17 @@ var FilePicker = class {
 	/** Read a file in one way or another, unless the next one comes first. */
 	async read(file, way) {
 		this.reading?.abort();
-		const { signal } = this.reading = new AbortController();
+		const reading = this.reading = new AbortController();
 		this.file = file;
 		this.events.onFile();
 		this.status.classList.remove("is-error");
 		this.help.hidden = true;
 		try {
-			await way(file, signal);
+			await way(file, reading.signal);
 		} catch (error) {
-			if (!signal.aborted) this.fail(error);
+			if (!reading.signal.aborted) this.fail(error);
 		}
+		if (this.reading === reading) this.reading = null;
 	}
 	async readPoses(file, type, signal) {
 		this.status.textContent = `Reading the poses of ${file.name}`;
@@ -1513,12 +1639,17 @@ var JointEditor = class {
 	start = null;
 	pose = null;
 	isActive = false;
+	/** The pointer that holds the selected joint. Fingers are captured by themselves, so that alone tells nothing. */
+	holder = null;
 	constructor(view, emit) {
 		this.view = view;
 		this.emit = emit;
 		const { canvas } = view;
 		canvas.onpointerdown = (event) => this.grab(event);
 		canvas.onpointermove = (event) => this.drag(event);
+		canvas.onlostpointercapture = (event) => {
+			if (event.pointerId === this.holder) this.holder = null;
+		};
 		canvas.onkeydown = (event) => this.onKey(event);
 		this.choice.onchange = () => this.select(this.selected);
 		byId("joints-reset", HTMLButtonElement).onclick = () => this.reset();
@@ -1565,6 +1696,7 @@ var JointEditor = class {
 		this.tellPlace();
 	}
 	grab(event) {
+		if (!event.isPrimary || event.button !== 0) return;
 		if (!this.isActive || this.pose === null || this.view.placement === null) return;
 		const { x, y } = toPicture(this.view.placement, event.offsetX, event.offsetY);
 		const reach = REACH_PX[event.pointerType] ?? REACH_PX.mouse;
@@ -1572,10 +1704,11 @@ var JointEditor = class {
 		if (joint === null) return;
 		this.select(joint);
 		this.view.canvas.setPointerCapture(event.pointerId);
+		this.holder = event.pointerId;
 	}
 	drag(event) {
 		if (!this.isActive || this.pose === null || this.view.placement === null) return;
-		if (!this.view.canvas.hasPointerCapture(event.pointerId)) return;
+		if (event.pointerId !== this.holder) return;
 		const { x, y } = toPicture(this.view.placement, event.offsetX, event.offsetY);
 		this.move(x, y);
 	}
@@ -1688,6 +1821,7 @@ var Webcam = class {
 	view;
 	tracker;
 	emit;
+	onChange;
 	panel = byId("webcam-panel", HTMLDivElement);
 	button = byId("camera", HTMLButtonElement);
 	mirror = byId("mirror", HTMLInputElement);
@@ -1695,12 +1829,15 @@ var Webcam = class {
 	video = document.createElement("video");
 	loop = new FrameLoop(() => void this.track());
 	stream = null;
-	constructor(view, tracker, emit) {
+	/** onChange: the person stands elsewhere, or is another, from the next pose on. */
+	constructor(view, tracker, emit, onChange) {
 		this.view = view;
 		this.tracker = tracker;
 		this.emit = emit;
+		this.onChange = onChange;
 		this.video.muted = this.video.playsInline = true;
-		this.button.onclick = () => void (this.stream === null ? this.begin() : this.end());
+		onClick(this.button, () => void (this.stream === null ? this.begin() : this.end()));
+		this.mirror.onchange = onChange;
 	}
 	open() {
 		this.panel.hidden = false;
@@ -1710,13 +1847,14 @@ var Webcam = class {
 		this.end();
 	}
 	async begin() {
-		this.button.disabled = true;
+		setEnabled(this.button, false);
 		let stream = null;
 		try {
 			this.status.textContent = "Waiting for the camera";
 			stream = await openCamera();
 			if (this.panel.hidden) return stop(stream);
 			this.stream = this.video.srcObject = stream;
+			this.watch(stream);
 			await this.video.play();
 			if (this.stream !== stream) return;
 			this.status.textContent = "Loading the tracker";
@@ -1724,14 +1862,23 @@ var Webcam = class {
 			if (this.stream !== stream) return;
 			this.status.textContent = "Looking for you";
 			this.button.textContent = "Stop camera";
+			this.onChange();
 			this.loop.start();
 		} catch (error) {
 			if (this.stream !== stream) return;
 			this.end();
 			this.status.textContent = reason(error);
 		} finally {
-			this.button.disabled = false;
+			setEnabled(this.button, true);
 		}
+	}
+	/** Notice where a camera ends by itself: it was unplugged, or the browser took it away. */
+	watch(stream) {
+		for (const track of stream.getTracks()) track.onended = () => {
+			if (this.stream !== stream) return;
+			this.end();
+			this.status.textContent = "The camera has stopped. Check that it is plugged in and allowed, then start it again";
+		};
 	}
 	end() {
 		this.loop.stop();
@@ -1745,9 +1892,10 @@ var Webcam = class {
 	async track() {
 		if (this.video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) return;
 		const { stream } = this;
+		const isMirrored = this.mirror.checked;
 		try {
-			const found = await this.tracker.find(this.video, this.mirror.checked);
-			if (found === null || stream === null || this.stream !== stream) return;
+			const found = await this.tracker.find(this.video, isMirrored);
+			if (found === null || stream === null || this.stream !== stream || this.mirror.checked !== isMirrored) return;
 			this.view.setBackdrop(found.picture);
 			setText(this.status, found.pose.points === null ? "Nobody is in the picture" : "Following you");
 			this.emit(found.pose);
@@ -1802,7 +1950,7 @@ var Sources = class {
 		const tracker = new Tracker();
 		const emit = (pose) => this.emit(pose);
 		this.editor = new JointEditor(view, emit);
-		this.webcam = new Webcam(view, tracker, emit);
+		this.webcam = new Webcam(view, tracker, emit, onChange);
 		this.video = new TrackedVideo(view, tracker, {
 			onPose: (pose) => {
 				this.files.showPerson(pose.points !== null);
@@ -2125,13 +2273,16 @@ var Status = class {
 			case "gone":
 				this.pill.textContent = "Reconnecting";
 				return this.say("The server does not answer", "The page connects again by itself as soon as it is back.");
+			case "broken":
+				this.pill.textContent = "Reconnecting";
+				return this.say("The server cannot show the avatar", sentences(state.message, state.hint, "The page tries again by itself."));
 			case "full":
 				this.pill.textContent = "Full";
-				return this.say("The avatar is busy", `${sentence(state.message)} The page tries again by itself.`);
+				return this.say("The avatar is busy", sentences(state.message, "The page tries again by itself."));
 			case "refused":
 				this.pill.textContent = "Refused";
 				if (state.wantsToken) return this.say("A token is needed", sentence(state.message));
-				return this.say("The server refused", `${sentence(state.message)} ${sentence(state.hint ?? "")}`);
+				return this.say("The server refused", sentences(state.message, state.hint));
 		}
 	}
 	/** Whether the avatar holds still because nobody is seen. */
@@ -2141,14 +2292,18 @@ var Status = class {
 	/** Say something in passing; it stays for a while. */
 	note(text) {
 		clearTimeout(this.noteTimer);
-		this.noteLine.textContent = sentence(text);
+		setText(this.noteLine, sentence(text));
 		this.noteTimer = setTimeout(() => this.noteLine.textContent = "", NOTE_MS);
 	}
 	say(title, text) {
-		this.title.textContent = title;
-		this.text.textContent = text;
+		setText(this.title, title);
+		setText(this.text, text);
 	}
 };
+/** Several of them; null: none. */
+function sentences(...texts) {
+	return texts.map((text) => sentence(text ?? "")).join(" ").trim();
+}
 /** A message of the server's, which starts small and ends bare, as a sentence. */
 function sentence(text) {
 	const trimmed = text.trim();
@@ -2189,6 +2344,8 @@ function fromStorage(use) {
 }
 // src/main.ts
 var INFO_EVERY_MS = 5e3;
+/** Longer than between two repeats of a key that is held: each change costs two of ten commands a second. */
+var SETTLING_MS = 200;
 var LATENCY = "From a pose's sending to its frame on this page, the median of two seconds";
 /** A video track does not say which pose a picture is of. */
 var LATENCY_OF_VIDEO = "Approximate: from a pose's sending to the video's next picture once the server has sent its frame, the median of two seconds";
@@ -2201,33 +2358,40 @@ var wayChoice = byId("way", HTMLSelectElement);
 var connection = new Connection({
 	onState: showState,
 	onFrame: (frame) => {
+		pulse.beat();
 		status.setHeld(frame.isHeld);
 		screen.onFrame(frame);
 	},
 	onMessage: takeMessage,
 	onVideo: (stream) => screen.onVideo(stream),
-	onFallback: () => {
+	onFallback: (reason) => {
 		wayChoice.value = "websocket";
-		status.note("WebRTC did not connect, so the page uses the WebSocket");
+		status.note(`WebRTC did not connect, so the page uses the WebSocket${reason && `: ${reason}`}`);
 	}
 });
 var screen = new Screen(avatarView, (bytes) => connection.sendBytes(bytes), () => {
 	status.note("Frames come more than a second late, and are not shown: this machine or the line to the server is too slow");
 });
 var status = new Status(() => connection.open());
+var pulse = new Pulse(() => connection.giveUp());
 var recorder = new Recorder((on) => connection.command({
 	type: "record",
 	on
-}));
-var sources = new Sources(poseView, (pose) => {
-	poseView.show(pose);
-	screen.drive(pose);
-}, () => {
+}), (text) => status.note(text));
+var tellOfChange = whenSettled(() => {
 	connection.command({
 		type: "configure",
 		fit: sources.fit
 	});
 	connection.command({ type: "reset" });
+	screen.release();
+}, SETTLING_MS);
+var sources = new Sources(poseView, (pose) => {
+	poseView.show(pose);
+	screen.drive(pose);
+}, () => {
+	screen.hold();
+	tellOfChange();
 	avatarView.forgetPose();
 	showOverlay();
 });
@@ -2250,6 +2414,7 @@ function showState(state) {
 	if (isLive) loadAvatar();
 }
 function takeMessage(message) {
+	pulse.beat();
 	if (message.type === "recording") recorder.onState(message);
 	if (message.type === "error" && isLive) status.note(message.message);
 }
@@ -2285,6 +2450,15 @@ function showInfo(info) {
 	byId("backend", HTMLElement).textContent = `${info.backend} ${info.precision}`;
 	byId("sessions", HTMLElement).textContent = `${info.sessions} of ${info.max_sessions}`;
 }
+async function lookAtServer() {
+	try {
+		showInfo(await fetchInfo());
+		pulse.beat();
+	} catch (error) {
+		if (error instanceof Refusal) pulse.beat();
+		else pulse.miss();
+	}
+}
 /** The pose lies over the avatar, if wanted, where the page knows its place there. */
 function showOverlay() {
 	const isFitted = sources.fit === "person";
@@ -2299,7 +2473,7 @@ wayChoice.onchange = () => {
 	connection.open(wayChoice.value);
 };
 setInterval(() => {
-	if (isLive && !document.hidden) fetchInfo().then(showInfo, () => {});
+	if (isLive && !document.hidden) lookAtServer();
 }, INFO_EVERY_MS);
 loadAvatar();
 connection.open();

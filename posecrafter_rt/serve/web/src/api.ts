@@ -1,6 +1,11 @@
 // The server's HTTP side: every request, and what its answers mean.
 import { decodeTrack, type Track } from "./track.ts";
 
+/** A server that was told to leave off a file needs a moment for that. */
+const BUSY_MS = 1000;
+/** Shorter than the time between two of the page's looks at the server, so that no two of them are under way. */
+const INFO_TIMEOUT_MS = 4000;
+
 export interface Info {
   name: string;
   size: [number, number];
@@ -37,8 +42,9 @@ export function address(path: string): URL {
   return url;
 }
 
+/** What is served. A server that stands still counts as one that is not there. */
 export async function fetchInfo(): Promise<Info> {
-  return (await (await request("api/info")).json()) as Info;
+  return (await (await request("api/info", { signal: AbortSignal.timeout(INFO_TIMEOUT_MS) })).json()) as Info;
 }
 
 /** The poses that the avatar was tuned on. */
@@ -55,7 +61,13 @@ export async function fetchReference(): Promise<ImageBitmap> {
 export async function readPoses(
   file: File, type: "application/json" | "video/mp4", signal: AbortSignal,
 ): Promise<Track> {
-  return decodeTrack(await (await request("api/poses", { body: file, type, signal })).json());
+  const send = () => request("api/poses", { body: file, type, signal });
+  const response = await send().catch(async (error: unknown) => {
+    if (!(error instanceof Refusal && error.status === 429)) throw error;
+    await new Promise((resolve) => setTimeout(resolve, BUSY_MS));
+    return send();
+  });
+  return decodeTrack(await response.json());
 }
 
 /** Hand over an offer of a WebRTC connection; returns the answer. */
@@ -64,10 +76,12 @@ export async function exchangeOffer(offer: RTCSessionDescriptionInit): Promise<R
 }
 
 async function request(
-  path: string, post?: { body: BodyInit; type: string; signal?: AbortSignal },
+  path: string, { body, type, signal }: { body?: BodyInit; type?: string; signal?: AbortSignal } = {},
 ): Promise<Response> {
-  const response = await fetch(address(path), post === undefined ? {} : {
-    method: "POST", body: post.body, headers: { "Content-Type": post.type }, signal: post.signal ?? null,
+  const post = body === undefined ? {} : { method: "POST", body, headers: { "Content-Type": type ?? "" } };
+  const response = await fetch(address(path), { ...post, signal: signal ?? null }).catch((error: unknown) => {
+    // Browsers say it each in its own way, and none says what to do.
+    throw error instanceof TypeError ? new Error("The server did not answer. Try again when it is back") : error;
   });
   if (!response.ok) throw await refusal(response);
   return response;

@@ -2,7 +2,7 @@
 import { fetchInfo, Refusal } from "./api.ts";
 import { retryDelayMs } from "./backoff.ts";
 import { decodeFrame, parseServerMessage, type Command, type Frame, type Ready, type ServerMessage } from "./protocol.ts";
-import { BAD_REQUEST, FULL, openTransport, type Transport, type Way } from "./transport.ts";
+import { BAD_REQUEST, BROKEN, FULL, openTransport, type Transport, type Way } from "./transport.ts";
 
 /** Over the cap: time enough for someone to leave, short enough to wait for. */
 const FULL_RETRY_MS = 8000;
@@ -11,6 +11,7 @@ export type LinkState =
   | { kind: "connecting" }
   | { kind: "live"; ready: Ready; way: Way }
   | { kind: "gone"; retryInMs: number }
+  | { kind: "broken"; message: string; hint: string | null; retryInMs: number }
   | { kind: "full"; message: string; retryInMs: number }
   | { kind: "refused"; message: string; hint: string | null; wantsToken: boolean };
 
@@ -19,8 +20,8 @@ export interface ConnectionEvents {
   onFrame(frame: Frame): void;
   onMessage(message: ServerMessage): void;
   onVideo(stream: MediaStream | null): void;
-  /** WebRTC did not come about, and the WebSocket takes over. */
-  onFallback(): void;
+  /** WebRTC did not come about, for a reason that may be empty, and the WebSocket takes over. */
+  onFallback(reason: string): void;
 }
 
 export class Connection {
@@ -55,6 +56,15 @@ export class Connection {
     this.transport = transport;
   }
 
+  /** The server no longer answers, though the connection has not ended: connect anew. */
+  giveUp(): void {
+    if (!this.isLive) return;
+    this.isLive = false;
+    this.transport?.close();
+    this.events.onVideo(null);
+    this.retry({ kind: "gone", retryInMs: retryDelayMs(this.attempt++) });
+  }
+
   sendBytes(bytes: ArrayBuffer): void {
     if (this.isLive) this.transport?.send(bytes);
   }
@@ -81,11 +91,15 @@ export class Connection {
     this.isLive = false;
     const message = this.lastError?.message ?? reason;
     if (code === FULL) return this.retry({ kind: "full", message, retryInMs: FULL_RETRY_MS });
+    if (code === BROKEN && !wasLive && message !== "") {
+      const hint = this.lastError?.hint ?? null;
+      return this.retry({ kind: "broken", message, hint, retryInMs: retryDelayMs(this.attempt++) });
+    }
     // A handshake that was refused looks to a page like a server that is not there: ask in a way that gets an answer.
     const answer = wasLive && code !== BAD_REQUEST ? "gone" : await askServer();
     if (!isCurrent()) return;
     if (this.way === "webrtc" && !wasLive && answer === "here" && code !== BAD_REQUEST) {
-      this.events.onFallback();
+      this.events.onFallback(message);
       return this.open("websocket");
     }
     if (code !== BAD_REQUEST && !(answer instanceof Refusal)) {

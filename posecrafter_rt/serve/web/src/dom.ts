@@ -7,6 +7,18 @@ export function byId<T extends Element>(id: string, kind: new () => T): T {
   return element;
 }
 
+/** Let a button take clicks, or refuse them for now. Unlike `disabled` this leaves it the keyboard's focus. */
+export function setEnabled(button: HTMLButtonElement, isEnabled: boolean): void {
+  button.ariaDisabled = String(!isEnabled);
+}
+
+/** Do this whenever a button is clicked, except while it is not enabled. */
+export function onClick(button: HTMLButtonElement, act: () => void): void {
+  button.onclick = () => {
+    if (button.ariaDisabled !== "true") act();
+  };
+}
+
 /** Calls back with every frame of the display until it is stopped. */
 export class FrameLoop {
   private handle = 0;

@@ -46,7 +46,10 @@ export class FilePicker {
 
   close(): void {
     this.panel.hidden = true;
-    this.reading?.abort();
+    if (this.reading === null) return;
+    this.reading.abort();
+    this.reading = null;
+    this.status.textContent = "";
   }
 
   /** Whether the server finds poses in videos; it is asked only where people say so, for it is sent the pictures. */
@@ -96,16 +99,17 @@ export class FilePicker {
   /** Read a file in one way or another, unless the next one comes first. */
   private async read(file: File, way: (file: File, signal: AbortSignal) => Promise<void>): Promise<void> {
     this.reading?.abort();
-    const { signal } = (this.reading = new AbortController());
+    const reading = (this.reading = new AbortController());
     this.file = file;
     this.events.onFile();
     this.status.classList.remove("is-error");
     this.help.hidden = true;
     try {
-      await way(file, signal);
+      await way(file, reading.signal);
     } catch (error) {
-      if (!signal.aborted) this.fail(error);
+      if (!reading.signal.aborted) this.fail(error);
     }
+    if (this.reading === reading) this.reading = null;
   }
 
   private async readPoses(file: File, type: "application/json" | "video/mp4", signal: AbortSignal): Promise<void> {

@@ -24,6 +24,8 @@ export class JointEditor {
   private start: Pose | null = null;
   private pose: (Pose & { points: Float32Array }) | null = null;
   private isActive = false;
+  /** The pointer that holds the selected joint. Fingers are captured by themselves, so that alone tells nothing. */
+  private holder: number | null = null;
 
   constructor(
     private readonly view: PoseView,
@@ -32,6 +34,9 @@ export class JointEditor {
     const { canvas } = view;
     canvas.onpointerdown = (event) => this.grab(event);
     canvas.onpointermove = (event) => this.drag(event);
+    canvas.onlostpointercapture = (event) => {
+      if (event.pointerId === this.holder) this.holder = null;
+    };
     canvas.onkeydown = (event) => this.onKey(event);
     this.choice.onchange = () => this.select(this.selected);
     byId("joints-reset", HTMLButtonElement).onclick = () => this.reset();
@@ -89,6 +94,7 @@ export class JointEditor {
   }
 
   private grab(event: PointerEvent): void {
+    if (!event.isPrimary || event.button !== 0) return;
     if (!this.isActive || this.pose === null || this.view.placement === null) return;
     const { x, y } = toPicture(this.view.placement, event.offsetX, event.offsetY);
     const reach = REACH_PX[event.pointerType as keyof typeof REACH_PX] ?? REACH_PX.mouse;
@@ -96,11 +102,12 @@ export class JointEditor {
     if (joint === null) return;
     this.select(joint);
     this.view.canvas.setPointerCapture(event.pointerId);
+    this.holder = event.pointerId;
   }
 
   private drag(event: PointerEvent): void {
     if (!this.isActive || this.pose === null || this.view.placement === null) return;
-    if (!this.view.canvas.hasPointerCapture(event.pointerId)) return;
+    if (event.pointerId !== this.holder) return;
     const { x, y } = toPicture(this.view.placement, event.offsetX, event.offsetY);
     this.move(x, y);
   }

@@ -1,11 +1,13 @@
 // The page of posecrafter-rt serve: wires the sources of poses to the connection, and the frames to the screen.
 import "./style.css";
-import { fetchInfo, fetchPoses, fetchReference, type Info } from "./api.ts";
+import { fetchInfo, fetchPoses, fetchReference, Refusal, type Info } from "./api.ts";
 import { Connection, type LinkState } from "./connection.ts";
 import { byId } from "./dom.ts";
 import type { ServerMessage } from "./protocol.ts";
+import { Pulse } from "./pulse.ts";
 import { Recorder } from "./recorder.ts";
 import { Screen } from "./screen.ts";
+import { whenSettled } from "./settle.ts";
 import { Sources } from "./sources.ts";
 import { AvatarView, PoseView } from "./stage.ts";
 import { Status } from "./status.ts";
@@ -13,6 +15,8 @@ import { setUpTheme } from "./theme.ts";
 import type { Way } from "./transport.ts";
 
 const INFO_EVERY_MS = 5000;
+/** Longer than between two repeats of a key that is held: each change costs two of ten commands a second. */
+const SETTLING_MS = 200;
 const LATENCY = "From a pose's sending to its frame on this page, the median of two seconds";
 /** A video track does not say which pose a picture is of. */
 const LATENCY_OF_VIDEO =
@@ -27,21 +31,28 @@ const wayChoice = byId("way", HTMLSelectElement);
 const connection = new Connection({
   onState: showState,
   onFrame: (frame) => {
+    pulse.beat();
     status.setHeld(frame.isHeld);
     void screen.onFrame(frame);
   },
   onMessage: takeMessage,
   onVideo: (stream) => screen.onVideo(stream),
-  onFallback: () => {
+  onFallback: (reason) => {
     wayChoice.value = "websocket";
-    status.note("WebRTC did not connect, so the page uses the WebSocket");
+    status.note(`WebRTC did not connect, so the page uses the WebSocket${reason && `: ${reason}`}`);
   },
 });
 const screen = new Screen(avatarView, (bytes) => connection.sendBytes(bytes), () => {
   status.note("Frames come more than a second late, and are not shown: this machine or the line to the server is too slow");
 });
 const status = new Status(() => connection.open());
-const recorder = new Recorder((on) => connection.command({ type: "record", on }));
+const pulse = new Pulse(() => connection.giveUp());
+const recorder = new Recorder((on) => connection.command({ type: "record", on }), (text) => status.note(text));
+const tellOfChange = whenSettled(() => {
+  connection.command({ type: "configure", fit: sources.fit });
+  connection.command({ type: "reset" }); // what comes next is another person, or another place
+  screen.release();
+}, SETTLING_MS);
 const sources = new Sources(
   poseView,
   (pose) => {
@@ -49,8 +60,8 @@ const sources = new Sources(
     screen.drive(pose);
   },
   () => {
-    connection.command({ type: "configure", fit: sources.fit });
-    connection.command({ type: "reset" }); // what comes next is another person, or another place
+    screen.hold();
+    tellOfChange();
     avatarView.forgetPose();
     showOverlay();
   },
@@ -72,6 +83,7 @@ function showState(state: LinkState): void {
 }
 
 function takeMessage(message: ServerMessage): void {
+  pulse.beat();
   if (message.type === "recording") recorder.onState(message);
   // What is said before a connection is refused stands on the card that tells of the refusal.
   if (message.type === "error" && isLive) status.note(message.message);
@@ -110,6 +122,16 @@ function showInfo(info: Pick<Info, "backend" | "precision" | "sessions" | "max_s
   byId("sessions", HTMLElement).textContent = `${info.sessions} of ${info.max_sessions}`;
 }
 
+async function lookAtServer(): Promise<void> {
+  try {
+    showInfo(await fetchInfo());
+    pulse.beat();
+  } catch (error) {
+    if (error instanceof Refusal) pulse.beat(); // it answers
+    else pulse.miss();
+  }
+}
+
 /** The pose lies over the avatar, if wanted, where the page knows its place there. */
 function showOverlay(): void {
   const isFitted = sources.fit === "person";
@@ -125,7 +147,7 @@ wayChoice.onchange = () => {
   connection.open(wayChoice.value as Way);
 };
 setInterval(() => {
-  if (isLive && !document.hidden) void fetchInfo().then(showInfo, () => {});
+  if (isLive && !document.hidden) void lookAtServer();
 }, INFO_EVERY_MS);
 void loadAvatar();
 connection.open();

@@ -64,6 +64,11 @@ export class Pacer {
     this.inFlight = inFlight;
     this.overtaken = 0;
     this.gapMs = 0;
+    this.forget();
+  }
+
+  /** What comes next is of another source, for which the server is reset: no earlier pose is sent, or awaited, any more. */
+  forget(): void {
     this.underWay = [];
     this.waiting = null;
   }

@@ -1,36 +1,45 @@
 // Recording what the avatar shows; the server writes the file.
 import { address } from "./api.ts";
-import { byId } from "./dom.ts";
+import { byId, onClick, setEnabled } from "./dom.ts";
 import type { RecordingState } from "./protocol.ts";
 
 export class Recorder {
   private readonly button = byId("record", HTMLButtonElement);
   private readonly label = byId("record-label", HTMLSpanElement);
   private readonly link = byId("recording", HTMLAnchorElement);
+  private isOn = false;
   private startedMs = 0;
   private timer: ReturnType<typeof setInterval> | undefined;
 
-  constructor(ask: (isOn: boolean) => void) {
-    this.button.onclick = () => {
-      this.button.disabled = true; // until the server has answered
-      ask(this.button.ariaPressed !== "true");
-    };
+  constructor(
+    ask: (isOn: boolean) => void,
+    private readonly note: (text: string) => void,
+  ) {
+    onClick(this.button, () => {
+      setEnabled(this.button, false); // until the server has answered
+      ask(!this.isOn);
+    });
   }
 
-  /** The connection is there or not; a recording ends with it. */
+  /** The connection is there or not; a recording ends with it, and is not kept. */
   setLive(isLive: boolean): void {
-    this.button.disabled = !isLive;
+    setEnabled(this.button, isLive);
+    if (this.isOn) this.note("The recording is lost, for the connection ended while it ran");
     this.setOn(false);
   }
 
+  /** A recording runs or not; the url is of one that has ended, even while the next one runs. */
   onState({ on, url }: RecordingState): void {
-    this.button.disabled = false;
+    setEnabled(this.button, true);
     this.setOn(on);
-    this.link.hidden = url === null;
-    if (url !== null) this.link.href = address(url).href;
+    if (url === null) return;
+    this.link.href = address(url).href;
+    this.link.hidden = false;
   }
 
   private setOn(isOn: boolean): void {
+    if (isOn === this.isOn) return;
+    this.isOn = isOn;
     clearInterval(this.timer);
     this.button.ariaPressed = String(isOn);
     this.label.textContent = isOn ? "Stop 0:00" : "Record";

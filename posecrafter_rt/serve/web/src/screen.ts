@@ -22,6 +22,7 @@ export class Screen {
   /** The pose whose frame was shown last. */
   private shown: Pose | null = null;
   private isLive = false;
+  private isHeld = false;
   private droppedByServer = 0;
   /** The pose that was announced last: its frame is the video track's next picture, or soon follows. */
   private onVideoTrack: { sentMs: number; pose: Pose } | null = null;
@@ -44,7 +45,20 @@ export class Screen {
   /** The avatar shall take this pose. */
   drive(pose: Pose): void {
     this.newest = pose;
-    if (this.isLive) this.pacer.offer(pose);
+    if (this.isLive && !this.isHeld) this.pacer.offer(pose);
+  }
+
+  /** The source changes: none of its poses so far is sent any more, and the next ones wait until `release`. */
+  hold(): void {
+    this.isHeld = true;
+    this.newest = null;
+    this.pacer.forget();
+  }
+
+  /** The server knows of the change. */
+  release(): void {
+    this.isHeld = false;
+    if (this.isLive && this.newest !== null) this.pacer.offer(this.newest);
   }
 
   /**
@@ -57,7 +71,7 @@ export class Screen {
     this.meter.clear();
     this.gate.late = 0;
     this.droppedByServer = 0;
-    if (this.isLive && this.newest !== null) this.pacer.offer(this.newest);
+    if (this.isLive && !this.isHeld && this.newest !== null) this.pacer.offer(this.newest);
   }
 
   async onFrame(frame: Frame): Promise<void> {
@@ -103,7 +117,7 @@ export class Screen {
 
   /** The last pose of all, as of a paused clip, is not left without its frame because that was too late, or lost. */
   private persist(): void {
-    if (this.isLive && this.newest !== null && this.newest !== this.shown) this.pacer.offerAgain(this.newest);
+    if (this.isLive && !this.isHeld && this.newest !== null && this.newest !== this.shown) this.pacer.offerAgain(this.newest);
   }
 
   private showFigures(): void {

@@ -38,7 +38,7 @@ export class Sources {
     const tracker = new Tracker();
     const emit = (pose: Pose) => this.emit(pose);
     this.editor = new JointEditor(view, emit);
-    this.webcam = new Webcam(view, tracker, emit);
+    this.webcam = new Webcam(view, tracker, emit, onChange);
     this.video = new TrackedVideo(view, tracker, {
       onPose: (pose) => {
         this.files.showPerson(pose.points !== null);

@@ -1,5 +1,5 @@
 // What the page says about the connection: a word in the header, and a card over the avatar when something is wrong.
-import { byId } from "./dom.ts";
+import { byId, setText } from "./dom.ts";
 import type { LinkState } from "./connection.ts";
 
 const NOTE_MS = 8000;
@@ -41,13 +41,16 @@ export class Status {
       case "gone":
         this.pill.textContent = "Reconnecting";
         return this.say("The server does not answer", "The page connects again by itself as soon as it is back.");
+      case "broken":
+        this.pill.textContent = "Reconnecting";
+        return this.say("The server cannot show the avatar", sentences(state.message, state.hint, "The page tries again by itself."));
       case "full":
         this.pill.textContent = "Full";
-        return this.say("The avatar is busy", `${sentence(state.message)} The page tries again by itself.`);
+        return this.say("The avatar is busy", sentences(state.message, "The page tries again by itself."));
       case "refused":
         this.pill.textContent = "Refused";
         if (state.wantsToken) return this.say("A token is needed", sentence(state.message));
-        return this.say("The server refused", `${sentence(state.message)} ${sentence(state.hint ?? "")}`);
+        return this.say("The server refused", sentences(state.message, state.hint));
     }
   }
 
@@ -59,14 +62,19 @@ export class Status {
   /** Say something in passing; it stays for a while. */
   note(text: string): void {
     clearTimeout(this.noteTimer);
-    this.noteLine.textContent = sentence(text);
+    setText(this.noteLine, sentence(text));
     this.noteTimer = setTimeout(() => (this.noteLine.textContent = ""), NOTE_MS);
   }
 
   private say(title: string, text: string): void {
-    this.title.textContent = title;
-    this.text.textContent = text;
+    setText(this.title, title);
+    setText(this.text, text);
   }
+}
+
+/** Several of them; null: none. */
+function sentences(...texts: (string | null)[]): string {
+  return texts.map((text) => sentence(text ?? "")).join(" ").trim();
 }
 
 /** A message of the server's, which starts small and ends bare, as a sentence. */

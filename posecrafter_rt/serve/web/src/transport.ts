@@ -6,6 +6,7 @@ export type Way = "websocket" | "webrtc";
 /** Codes with which a connection ends; the rest are the network's. */
 export const BAD_REQUEST = 1008;
 export const FULL = 1013;
+export const BROKEN = 1011;
 const ABNORMAL = 1006;
 
 export interface TransportEvents {
@@ -21,12 +22,21 @@ export interface Transport {
   close(): void;
 }
 
-/** Gathering addresses or opening the channel does not take longer where it works at all. */
+/** Gathering addresses or opening either connection does not take longer where it works at all. */
 const GATHERING_MS = 1500;
 const OPENING_MS = 6000;
+/** What may still wait to be sent when a pose comes: commands, but no other pose. */
+const MOST_WAITING_BYTES = 1024;
 
 export function openTransport(way: Way, events: TransportEvents): Transport {
-  return way === "websocket" ? openWebSocket(events) : openWebRtc(events);
+  if (way === "websocket") return openWebSocket(events);
+  try {
+    return openWebRtc(events);
+  } catch (error) {
+    console.info("no WebRTC:", error);
+    queueMicrotask(() => events.onClose(ABNORMAL, "this browser has none, or does not allow it"));
+    return { send: () => {}, close: () => {} };
+  }
 }
 
 function openWebSocket(events: TransportEvents): Transport {
@@ -35,15 +45,26 @@ function openWebSocket(events: TransportEvents): Transport {
   const socket = new WebSocket(url);
   socket.binaryType = "arraybuffer";
   socket.onmessage = ({ data }) => (typeof data === "string" ? events.onText(data) : events.onBytes(data));
-  socket.onclose = ({ code, reason }) => events.onClose(code, reason);
+  socket.onclose = ({ code, reason }) => {
+    clearTimeout(timer);
+    events.onClose(code, reason);
+  };
+  const close = () => {
+    clearTimeout(timer);
+    socket.onmessage = socket.onclose = null;
+    socket.close();
+  };
+  // A server that stands still takes a connection, but never answers; browsers wait for minutes.
+  const timer = setTimeout(() => {
+    close();
+    events.onClose(ABNORMAL, "");
+  }, OPENING_MS);
+  socket.onopen = () => clearTimeout(timer);
   return {
     send: (data) => {
       if (socket.readyState === WebSocket.OPEN) socket.send(data);
     },
-    close: () => {
-      socket.onmessage = socket.onclose = null;
-      socket.close();
-    },
+    close,
   };
 }
 
@@ -62,7 +83,7 @@ function openWebRtc(events: TransportEvents): Transport {
     end();
     events.onClose(code, reason);
   };
-  const timer = setTimeout(() => fail(ABNORMAL, "WebRTC did not connect"), OPENING_MS);
+  const timer = setTimeout(() => fail(ABNORMAL, "the server was not reached that way"), OPENING_MS);
   channel.onopen = () => clearTimeout(timer);
   channel.onclose = () => fail(ABNORMAL, "the data channel closed");
   channel.onmessage = ({ data }) => (typeof data === "string" ? events.onText(data) : events.onBytes(data));
@@ -74,7 +95,7 @@ function openWebRtc(events: TransportEvents): Transport {
   return {
     send: (data) => {
       // Poses that the network cannot take yet would only be late.
-      if (channel.readyState !== "open" || (typeof data !== "string" && channel.bufferedAmount > 0)) return;
+      if (channel.readyState !== "open" || (typeof data !== "string" && channel.bufferedAmount > MOST_WAITING_BYTES)) return;
       channel.send(data as string); // either kind; the declarations know no union
     },
     close: end,

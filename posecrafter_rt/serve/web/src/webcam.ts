@@ -1,5 +1,5 @@
 // The camera, and the person before it: tracked within this page, which only keypoints leave.
-import { byId, FrameLoop, setText } from "./dom.ts";
+import { byId, FrameLoop, onClick, setEnabled, setText } from "./dom.ts";
 import type { Pose } from "./layout.ts";
 import type { PoseView } from "./stage.ts";
 import type { Tracker } from "./tracker.ts";
@@ -13,13 +13,16 @@ export class Webcam {
   private readonly loop = new FrameLoop(() => void this.track());
   private stream: MediaStream | null = null;
 
+  /** onChange: the person stands elsewhere, or is another, from the next pose on. */
   constructor(
     private readonly view: PoseView,
     private readonly tracker: Tracker,
     private readonly emit: (pose: Pose) => void,
+    private readonly onChange: () => void,
   ) {
     this.video.muted = this.video.playsInline = true;
-    this.button.onclick = () => void (this.stream === null ? this.begin() : this.end());
+    onClick(this.button, () => void (this.stream === null ? this.begin() : this.end()));
+    this.mirror.onchange = onChange;
   }
 
   open(): void {
@@ -32,13 +35,14 @@ export class Webcam {
   }
 
   private async begin(): Promise<void> {
-    this.button.disabled = true;
+    setEnabled(this.button, false);
     let stream: MediaStream | null = null;
     try {
       this.status.textContent = "Waiting for the camera";
       stream = await openCamera();
       if (this.panel.hidden) return stop(stream);
       this.stream = this.video.srcObject = stream;
+      this.watch(stream);
       await this.video.play();
       if (this.stream !== stream) return; // the camera was left meanwhile, even if its panel is open again
       this.status.textContent = "Loading the tracker";
@@ -46,13 +50,25 @@ export class Webcam {
       if (this.stream !== stream) return;
       this.status.textContent = "Looking for you";
       this.button.textContent = "Stop camera";
+      this.onChange();
       this.loop.start();
     } catch (error) {
       if (this.stream !== stream) return;
       this.end();
       this.status.textContent = reason(error);
     } finally {
-      this.button.disabled = false;
+      setEnabled(this.button, true);
+    }
+  }
+
+  /** Notice where a camera ends by itself: it was unplugged, or the browser took it away. */
+  private watch(stream: MediaStream): void {
+    for (const track of stream.getTracks()) {
+      track.onended = () => {
+        if (this.stream !== stream) return;
+        this.end();
+        this.status.textContent = "The camera has stopped. Check that it is plugged in and allowed, then start it again";
+      };
     }
   }
 
@@ -69,9 +85,10 @@ export class Webcam {
   private async track(): Promise<void> {
     if (this.video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) return;
     const { stream } = this;
+    const isMirrored = this.mirror.checked;
     try {
-      const found = await this.tracker.find(this.video, this.mirror.checked);
-      if (found === null || stream === null || this.stream !== stream) return;
+      const found = await this.tracker.find(this.video, isMirrored);
+      if (found === null || stream === null || this.stream !== stream || this.mirror.checked !== isMirrored) return;
       this.view.setBackdrop(found.picture);
       setText(this.status, found.pose.points === null ? "Nobody is in the picture" : "Following you");
       this.emit(found.pose);

@@ -114,6 +114,16 @@ test("a new connection owes no answers, and sequences go on", () => {
   assert.equal(under.acknowledge(3, 0, 0)?.pose.canvas.width, 4);
 });
 
+test("of a source that was left no pose is sent or awaited any more, and the next one's go at once", () => {
+  const { sent, pacer: under } = pacer();
+  for (const width of [1, 2, 3]) under.offer(pose(width));
+  under.forget();
+  assert.equal(under.acknowledge(1, 0, 0), null);
+  assert.deepEqual(sent, [1, 2]);
+  under.offer(pose(4));
+  assert.deepEqual(sent, [1, 2, 4]);
+});
+
 test("a pose whose frame was lost is sent again once nothing is under way", () => {
   const { clock, sent, pacer: under } = pacer();
   const last = pose(1);

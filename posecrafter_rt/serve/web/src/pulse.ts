@@ -1,0 +1,24 @@
+// Whether the server still lives: where a network vanishes, or a server stands still, its connection does not end.
+
+/** A single request may fail for other reasons. */
+const MOST_MISSED = 2;
+
+export class Pulse {
+  private missed = 0;
+
+  /** onLost: called when so many requests in a row had no answer, and nothing else came meanwhile. */
+  constructor(private readonly onLost: () => void) {}
+
+  /** Something came from the server. */
+  beat(): void {
+    this.missed = 0;
+  }
+
+  /** A request had no answer. */
+  miss(): void {
+    this.missed++;
+    if (this.missed < MOST_MISSED) return;
+    this.missed = 0;
+    this.onLost();
+  }
+}

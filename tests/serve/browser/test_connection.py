@@ -1,0 +1,154 @@
+"""The page's connection: what a server gets when sources change, and what the page says when a server is of no use."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve.options import ServeOptions
+from posecrafter_rt.serve.protocol import decode_pose
+from tests.serve.browser.pages import LivePage
+from tests.serve.browser.walker import STILL
+from tests.serve.drawn import DrawnAvatar, Running, make_pose, running
+
+if TYPE_CHECKING:
+    from playwright.sync_api import WebSocket
+
+pytestmark = pytest.mark.browser
+Serve = Callable[..., Running]
+OpenPage = Callable[..., LivePage]
+NUM_REPEATS = 60  # of a key that is held for two seconds
+
+
+def reload_listening(page: LivePage) -> list[str | bytes]:
+    """Load a page again; what it then sends by WebSocket is added to the list, in order."""
+    sent: list[str | bytes] = []
+
+    def listen(socket: WebSocket) -> None:
+        socket.on("framesent", lambda message: sent.append(message))
+
+    page.page.on("websocket", listen)
+    page.page.reload()
+    page.wait_for_link("Live")
+    return sent
+
+
+def is_reset(message: str | bytes) -> bool:
+    return isinstance(message, str) and json.loads(message)["type"] == "reset"
+
+
+def test_after_a_reset_no_pose_of_the_person_before_is_sent(
+    serve: Serve, open_page: OpenPage, avatar: DrawnAvatar, tmp_path: Path
+) -> None:
+    """Else a fit could settle on that person; on a slow server one always waits to be sent."""
+    for name, shift in (("before", 0.0), ("after", 100.0)):
+        steps = np.stack([make_pose(shift + x) for x in np.linspace(0, 4, 50)])
+        PoseSequence(steps, (200, 200), 25.0).save(tmp_path / f"{name}.json")
+    page = open_page(serve().url(), **STILL)
+    sent = reload_listening(page)
+    page.choose("File")
+    page.page.set_input_files("#file", tmp_path / "before.json")
+    page.wait_for_text("#file-status", "before.json: 50 poses")
+    avatar.seconds = 0.4
+    num_sent = len(sent)
+    page.wait_until(lambda: len(sent) > num_sent + 4)
+
+    def person(message: str | bytes) -> str:
+        assert isinstance(message, bytes)
+        keypoints = decode_pose(message).keypoints
+        assert keypoints is not None
+        return "after" if keypoints[:, 0].min() > 100 else "before"
+
+    def after_reset() -> list[str]:
+        last = max(index for index, message in enumerate(sent) if is_reset(message))
+        return [person(message) for message in sent[last:] if isinstance(message, bytes)]
+
+    num_resets = sum(map(is_reset, sent))
+    page.page.set_input_files("#file", tmp_path / "after.json")
+    page.wait_until(lambda: sum(map(is_reset, sent)) > num_resets and "after" in after_reset())
+    assert set(after_reset()) == {"after"}
+
+
+def test_a_key_that_is_held_on_the_sources_is_one_change(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url(), **STILL)
+    sent = reload_listening(page)
+    page.page.wait_for_timeout(500)
+    page.page.get_by_role("radio", name="Demo").focus()
+    for _ in range(NUM_REPEATS):
+        page.page.keyboard.press("ArrowRight", delay=1)
+    page.choose("Joints")
+    page.wait_until(lambda: any(map(is_reset, sent)))
+    page.page.wait_for_timeout(500)
+    assert page.page.text_content("#link") == "Live"
+    assert sum(map(is_reset, sent)) < 10  # one, but for pauses of a busy machine
+
+
+def test_a_server_that_stands_still_is_noticed_and_so_is_that_it_goes_on(serve: Serve, open_page: OpenPage) -> None:
+    server, goes_on = serve(), threading.Event()
+    service = server.app.state.service
+    page = open_page(server.url(), is_lost=True, **STILL)
+    page.wait_for_link("Live")
+    page.wait_for_text("#name", "drawn")
+    info = service.info
+
+    def stand_still() -> Any:  # with the event loop
+        goes_on.wait(120)
+        return info()
+
+    with ExitStack() as stack:
+        stack.callback(goes_on.set)
+        service.info = stand_still
+        page.wait_for_link("Reconnecting")
+        page.wait_for_text("#notice-title", "The server does not answer")
+    page.wait_for_link("Live")
+    assert not page.page.is_visible("#notice")
+
+
+def test_a_wrong_token_can_be_corrected(open_page: OpenPage, avatar: DrawnAvatar) -> None:
+    with running(avatar, ServeOptions(token="open sesame")) as server:
+        page = open_page(server.url(), is_lost=True, **STILL)  # browsers complain of answers that refuse
+        for token in ("wrong", "open sesame"):
+            page.wait_for_text("#notice-text", "The token is missing or wrong.")
+            page.page.get_by_label("Token").fill(token)
+            page.page.keyboard.press("Enter")
+            page.page.wait_for_url(f"**/?token={token.replace(' ', '+')}")
+        page.wait_for_link("Live")
+
+
+def test_why_no_stream_can_be_opened_is_told_until_one_can(
+    serve: Serve, open_page: OpenPage, avatar: DrawnAvatar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+
+    def stream(**options: Any) -> Any:
+        raise PoseCrafterError("the GPU has no memory left", "end other programs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(avatar, "stream", stream)
+        page = open_page(server.url(), **STILL)
+        page.wait_for_text("#notice-title", "The server cannot show the avatar")
+        page.wait_for_text(
+            "#notice-text", "The GPU has no memory left. End other programs. The page tries again by itself."
+        )
+    page.wait_for_link("Live")
+    assert not page.page.is_visible("#notice")
+
+
+def test_a_browser_without_webrtc_uses_the_websocket_and_says_why(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url(), **STILL)
+    page.page.add_init_script("delete window.RTCPeerConnection")
+    page.page.reload()
+    page.wait_for_link("Live")
+    page.page.get_by_label("Connection").select_option("WebRTC")
+    page.wait_for_text("#note", "uses the WebSocket: this browser has none")
+    page.wait_for_link("Live")
+    assert page.page.get_by_label("Connection").input_value() == "websocket"

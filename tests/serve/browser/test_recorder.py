@@ -1,0 +1,88 @@
+"""Recording on the page, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+
+from tests.serve.browser.pages import LivePage
+from tests.serve.browser.walker import walking_avatar
+from tests.serve.drawn import SIZE, DrawnAvatar, Running
+
+pytestmark = pytest.mark.browser
+Serve = Callable[..., Running]
+OpenPage = Callable[..., LivePage]
+
+
+@pytest.fixture
+def avatar() -> DrawnAvatar:
+    return walking_avatar()
+
+
+def test_a_recording_can_be_saved(serve: Serve, open_page: OpenPage, tmp_path: Path) -> None:
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    page.page.get_by_role("button", name="Record").click()
+    page.wait_for_text("#record-label", re.compile(r"Stop 0:(0[1-9]|[1-5]\d)"))
+    page.page.get_by_role("button", name="Stop").click()
+    with page.page.expect_download() as download:
+        page.page.get_by_role("link", name="Save recording").click()
+    download.value.save_as(tmp_path / "avatar.mp4")
+    with av.open(str(tmp_path / "avatar.mp4")) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert len(frames) > 5 and frames[0].shape == (*SIZE, 3)
+
+
+def test_the_record_button_keeps_the_focus_so_that_space_stops_what_it_began(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    page.page.locator("#record").focus()
+    page.page.keyboard.press("Space")
+    page.wait_for_text("#record-label", "Stop")
+    page.page.keyboard.press("Space")
+    page.wait_for_text("#record-label", "Record")
+    page.page.wait_for_selector("#recording")
+
+
+def test_a_recording_that_is_lost_is_told_and_the_one_before_can_still_be_saved(
+    serve: Serve, open_page: OpenPage
+) -> None:
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    button = page.page.locator("#record")
+    for _ in range(2):
+        button.click()
+    page.page.wait_for_selector("#recording")
+    assert page.page.text_content("#note") == ""
+    button.click()
+    page.wait_for_text("#record-label", "Stop")
+    assert page.page.is_visible("#recording")
+    page.page.get_by_label("Connection").select_option("webrtc")
+    page.wait_for_text("#note", "The recording is lost")
+    page.wait_for_text("#record-label", "Record")
+    assert page.page.is_visible("#recording")
+
+
+def test_word_of_an_older_recording_leaves_the_time_of_the_running_one(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url())
+    page.page.route_web_socket("**/ws*", lambda page_side: hear(page_side, page_side.connect_to_server()))
+
+    def hear(page_side: Any, server_side: Any) -> None:
+        def pass_on(message: str | bytes) -> None:
+            page_side.send(message)
+            if isinstance(message, str) and json.loads(message)["type"] == "stats":
+                page_side.send(json.dumps({"type": "recording", "on": True, "url": "/api/recordings/old.mp4"}))
+
+        server_side.on_message(pass_on)
+
+    page.page.reload()
+    page.wait_for_link("Live")
+    page.page.locator("#record").click()
+    page.wait_for_text("#record-label", re.compile(r"Stop 0:0[3-9]"), seconds=20)
+    assert "/old.mp4" in (page.page.get_attribute("#recording", "href") or "")
