@@ -58,7 +58,7 @@ class NormConfig:
 
     block_rows: int
     block_channels: int = 64  # divides all widths of SD 1.5; a warp's lanes read whole lines of 128 bytes
-    group_channels: int = 16  # with 32, 64 blocks spill registers under Triton 3.6 and 3.7
+    group_channels: int = 16  # a tile of 64 blocks × 32 channels spills registers under Triton 3.6 and 3.7
     max_blocks: int = 64
     num_warps: int = 4
     num_stages: int = 1

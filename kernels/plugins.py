@@ -76,7 +76,7 @@ def plugin_kernel(
 
 
 def smaller_tiles(tile: Tile) -> Iterator[Tile]:
-    """Yield a tile, then ever smaller ones: two stages, smaller blocks, and last one stage."""
+    """Yield a tile, then ever smaller ones: with two stages, with smaller blocks, and last with one stage."""
     yield tile
     if tile.num_stages > 2:
         tile = replace(tile, num_stages=2)

@@ -21,7 +21,8 @@ from posecrafter_rt.spec import Architecture, NetworkSpec
 if TYPE_CHECKING:
     from posecrafter_rt.models.loading import PoseModel
 
-# int8: matrix products are in 8 bits; their inputs, their outputs and everything else are float32.
+# int8: products of linear maps, convolutions and attention are in 8 bits, attention's means of values in 16. Their
+# inputs, their outputs and everything else are float32.
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 # The precisions that are element types of tensors; int8 is not one.
 TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +37,7 @@ Progress = Callable[[str], None]  # called with the name of each stage as it beg
 
 
 def inner_precision(name: str, precision: Precision) -> Precision:
-    """Return the precision that a network runs in inside an engine: fp32 if the engine's does not suffice for it."""
+    """Return a network's precision inside an engine: fp32 for FULL_PRECISION, and instead of fp16 for BEYOND_FP16."""
     in_full = name in FULL_PRECISION or (precision == "fp16" and name in BEYOND_FP16)
     return "fp32" if in_full else precision
 

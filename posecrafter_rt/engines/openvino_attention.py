@@ -134,7 +134,7 @@ def _turned_back(joined: Any) -> Any | None:
 
 
 def _attend_masked(softmax: Any, available: Operations) -> bool:
-    """Replace a stream's: masked sums of products, (N, F, 1, n · heads, width) by (N, 1, K, n · heads, width)."""
+    """Replace a stream's attention, masked sums of (N, F, 1, n · heads, width) · (N, 1, K, n · heads, width)."""
     select, weighted = softmax.input_value(0).get_node(), only_user(softmax)
     if select.get_type_name() != "Select" or softmax.get_attributes()["axis"] != 2 or weighted is None:
         return False

@@ -274,7 +274,7 @@ def refit(
     engine: trt.ICudaEngine, changed: Mapping[str, Tensor], names: Iterable[str], stored: Callable[[str], Tensor],
     hint: str,
 ) -> None:  # fmt: skip
-    """Replace weights by name. For those that TensorRT merged with changed ones, `stored` gives the ones in `names`.
+    """Replace weights by name. Those that TensorRT merged with changed ones must be in `names`; `stored` gives them.
 
     Raises: CheckpointError if a changed one is beyond the range of the type that it is stored in, and, with this hint,
         if TensorRT refuses; OutOfMemory if memory is the reason.

@@ -10,7 +10,7 @@ import numpy as np
 from posecrafter_rt.errors import ShapeError
 
 # Least ratio of the smaller singular value to the larger. Below 1/100, a landmark that is off by one pixel along the
-# thin direction moves the map's far end by a hundred pixels. Then no map is better.
+# thin direction moves the map's far end by a hundred pixels. It is then better to have no map.
 MIN_CONDITION = 1e-2
 # Points that spread over fewer pixels count as one point, to which nothing can be fitted.
 MIN_SPREAD_PX = 1e-6

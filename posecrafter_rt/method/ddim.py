@@ -187,7 +187,7 @@ class DDIMSchedule:
         return self._transfer(self.scales(start), self.scales(end))
 
     def _transfer(self, scales: tuple[float, float], next_scales: tuple[float, float]) -> Coefficients:
-        """Return those of x' = sqrt(a') x_0 + sqrt(1 - a') eps, with x_0 and eps in terms of latents and prediction."""
+        """Return the coefficients of x' = sqrt(a') x_0 + sqrt(1 - a') eps as a sum of latents and prediction."""
         (signal, noise), (next_signal, next_noise) = scales, next_scales
         if self.prediction_type == "epsilon":  # x_0 = (x - noise * eps) / signal
             return next_signal / signal, next_noise - next_signal * noise / signal
@@ -233,7 +233,7 @@ def ddim_invert(
     x_to = sqrt(a_to) x_0 + sqrt(1 - a_to) eps, with x_0 from x_from, and eps predicted at (x_from, to).
     Args:
         denoise: the noise prediction; gets latents in their own dtype, and an index into `inversion_timesteps`.
-        latents: (f, 4, h, w), VAE-scaled, any float dtype. The arithmetic runs in fp32, or in a wider dtype of theirs.
+        latents: (f, 4, h, w), VAE-scaled, any float dtype. The arithmetic runs in fp32, or in their dtype if wider.
         schedule: noise levels and timesteps.
         num_inference_steps: of the sampler that the noise is for.
         substeps, start_step: see `DDIMSchedule.inversion_pairs`; 1 and 0 are the paper's.

@@ -51,7 +51,7 @@ class ClipContext:
     """The inputs that all blocks of one forward share.
 
     groups: G, the number of prompts (guidance passes); the batch is (G·F) frames, group-major.
-    time_projections: (G·F, G or 1, T) packed per-resnet projections of the timestep embedding.
+    time_projections: (G·F or G or 1, T), packed per-resnet projections of the timestep embedding.
     text_kv: (G, tokens, K) packed keys and values of every cross-attention.
     norm_scope: whether the residual blocks' GroupNorm takes its statistics per frame or over the clip.
     temporal_mask: bool (F, F), which frame attends to which; None: each to all.
@@ -115,7 +115,7 @@ def channels_last(module: nn.Module) -> nn.Module:
 
 
 def per_frame(values: Tensor, num_frames: int) -> Tensor:
-    """(G·F, G or 1, …) → (G·F or 1, …): repeat an entry per group for each of its frames; a single entry broadcasts."""
+    """(G·F or G or 1, …) → (G·F or 1, …): repeat a group's entry for each of its frames; a single entry broadcasts."""
     return (
         values if values.shape[0] in (num_frames, 1) else values.repeat_interleave(num_frames // values.shape[0], dim=0)
     )

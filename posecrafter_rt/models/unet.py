@@ -161,7 +161,7 @@ class VideoUNet(ClipDenoiser):
     ) -> tuple[Tensor, Tensor | None]:
         """Predict the noise of a clip; frame 0 of each group is its key frame.
 
-        Args: latents: (G·F, 4, h, w). time_projections: (G·F, G or 1, T), rows of `time_projections`.
+        Args: latents: (G·F, 4, h, w). time_projections: (G·F or G or 1, T), rows of `time_projections`.
             text_kv: (G, tokens, K).
             down_block_additional_residuals, mid_block_additional_residual: what the ControlNet returned; or neither.
             temporal_mask: bool (F, F), which frame attends to which over time; None: each to all.

@@ -43,7 +43,7 @@ def preset_options(preset: str, **given: Any) -> RenderOptions:
 
 
 def approximations(options: RenderOptions, segment: int | str | None, precision: str) -> dict[str, Any]:
-    """Return the options that make a render differ from the paper's, with their values; empty if none do.
+    """Return the options that make a render an approximation of the paper's, with their values; empty if none do.
 
     Args: options: with nothing left to the base. segment: the most frames that were rendered jointly; None: the whole
         clip, which is exact, whatever was asked for. precision: the engine's. Only int8 counts, because it rounds the

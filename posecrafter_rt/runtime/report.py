@@ -59,7 +59,7 @@ class SegmentReport:
     engine's rounding depends on it; for a whole render each number once. seconds: wall time of each stage. rss_bytes:
     the process's largest resident memory in each stage; None if the system cannot restart that count (Linux can).
     gpu_bytes: the most that torch had allocated on the GPU in each stage; empty without a GPU. peak_rss_bytes,
-    peak_gpu_bytes: the largest of those. A stage without a count has the process's largest resident memory so far.
+    peak_gpu_bytes: the largest of those; for a stage without a count, the process's largest resident memory so far.
     """
 
     edited_regions: int = 0

@@ -223,9 +223,8 @@ class Service:
 
 
 async def _tell_stats(session: Session) -> None:
-    """Send stats once per second while frames are shown."""
+    """Send stats once per second. Clients also see by them that the connection lives."""
     while True:
         begin_s, num_before = time.perf_counter(), session.num_shown
         await asyncio.sleep(STATS_EVERY_S)
-        if session.num_shown > num_before:
-            session.texts.put(session.stats(time.perf_counter() - begin_s, num_before))
+        session.texts.put(session.stats(time.perf_counter() - begin_s, num_before))

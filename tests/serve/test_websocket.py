@@ -224,22 +224,15 @@ def test_an_error_in_a_step_is_told_and_harms_nobody_else(serve: Serve) -> None:
             assert next_frame(client)[0].sequence == 2
 
 
-def test_stats_come_while_poses_come(serve: Serve) -> None:
+def test_stats_come_every_second_whether_poses_do_or_not(serve: Serve) -> None:
     with speak(serve()) as client:
         for number in range(60):
             client.send(pose_bytes(number, shift=number / 10))
             time.sleep(0.02)
         stats = next_text(client, "stats")
         assert stats["fps"] > 0 and 0 < stats["render_ms_p50"] <= stats["render_ms_p95"] and stats["dropped"] >= 0
-        time.sleep(2.2)
-        client.send('{"type": "reset"}')
-        while True:
-            try:
-                client.recv(timeout=0.3)  # what came in the last second of poses
-            except TimeoutError:
-                break
-        with pytest.raises(TimeoutError):
-            client.recv(timeout=1.5)
+        while next_text(client, "stats")["fps"] > 0:
+            pass
 
 
 def test_a_reset_is_for_this_session(serve: Serve, avatar: DrawnAvatar) -> None:

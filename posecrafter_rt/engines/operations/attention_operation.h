@@ -1,6 +1,6 @@
 // The OpenVINO operation posecrafter::Attention: query, key, value → softmax(query · keyᵀ / √width) · value for each of
 // `heads` heads of `width` channels. Tokens (N, n, C) attend to those of their picture, (N, m, C); tokens (N, F, n, C)
-// attend to the same ones in other frames, (N, K, n, C). More inputs and attributes:
+// attend to the same ones in some frames, (N, K, n, C). More inputs and attributes:
 // - a boolean mask (N, K): only keys for which it is true take part;
 // - has_own: after the mask, which is then (N, K + 1), an input (N, 1, n, C) that is the last key and value. Its
 //   channels begin where those of the others do;

@@ -140,7 +140,7 @@ template <class Format>
 class Job {
     using In = Products<Format>;
     using Own = typename In::Own;
-    static constexpr int kNarrower = std::is_same_v<Own, Rows> ? 1 : In::kLighter;  // how many times as narrow rows are
+    static constexpr int kNarrower = std::is_same_v<Own, Rows> ? 1 : In::kLighter;  // factor by which rows are narrower
 
 public:
     Job(const Linear& call, int threads)

@@ -48,10 +48,10 @@ struct Linear {
     Layer layer, next;
     const float* residual;
     float* out;
-    std::vector<Part> parts;  // the tokens instead of `out`, in the order of their channels; without residual
+    std::vector<Part> parts;  // tokens are written here instead of to `out`, by channels; then there is no residual
     int frames, size;
     bool from_planes, to_planes, is_gated;
-    int planes;  // if not 0: only so many of the layer's output channels are written, to planes
+    int planes;  // if not 0: only the first so many output channels are written, to planes
 };
 
 // Format: float or Half, for weights from `linear_pack`, which multiply floats in float32; or Words, Digits or Bytes,

@@ -1,4 +1,4 @@
-// Builds the page into ../static under names that do not change, so that a change of a source is all that a diff shows.
+// Builds the page into ../static under fixed names, so that a diff shows only what changed in the sources.
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { defineConfig, type Plugin } from "vite";
@@ -19,7 +19,7 @@ function beside(path: string): string {
   return fileURLToPath(new URL(path, import.meta.url));
 }
 
-/** Puts MediaPipe's files, which it loads by itself and by name, beside the page as they are. */
+/** Copies MediaPipe's files unchanged beside the page; MediaPipe loads them itself, by name. */
 function copyTracker(): Plugin {
   return {
     name: "copy-tracker",

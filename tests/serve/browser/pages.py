@@ -9,10 +9,13 @@ import base64
 import hashlib
 import re
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
+
+from tests.serve.drawn import Running
 
 if TYPE_CHECKING:
     from playwright.sync_api import ConsoleMessage, Page, Request, WebSocket
@@ -74,6 +77,10 @@ class LivePage:
             self.page.wait_for_timeout(50)
         return answer
 
+    def settle(self) -> None:
+        """Wait until timers of up to half a second that the page has set so far are over, however slow the machine is."""
+        self.page.evaluate("() => new Promise((resolve) => setTimeout(resolve, 600))")
+
     def wait_for_change(self, before: np.ndarray) -> np.ndarray:
         """Wait until the avatar looks otherwise than before; returns how."""
         self.wait_until(lambda: not np.array_equal(self.pixels(), before))
@@ -107,3 +114,7 @@ class LivePage:
         if urlsplit(socket.url).netloc != self._host:
             self.foreign.append(socket.url)
         socket.on("framesent", lambda payload: isinstance(payload, bytes) and self.poses.append(payload))
+
+
+Serve = Callable[..., Running]  # the type of the fixture `serve`
+OpenPage = Callable[..., LivePage]  # that of `open_page`

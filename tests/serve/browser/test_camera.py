@@ -5,27 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from tests.serve.browser.pages import LivePage
+from tests.serve.browser.pages import LivePage, OpenPage, Serve
 from tests.serve.browser.walker import STILL
-from tests.serve.drawn import Running
 
 pytestmark = pytest.mark.browser
-Serve = Callable[..., Running]
-OpenPage = Callable[..., LivePage]
 
 # `allow()` is the person who answers the browser's question; `commands` is what the page tells the server.
 CAMERA = """
   window.commands = [];
+  window.numAsked = 0;
   const { send } = WebSocket.prototype;
   WebSocket.prototype.send = function (data) {
     if (typeof data === "string") window.commands.push(JSON.parse(data).type);
     send.call(this, data);
   };
-  navigator.mediaDevices.getUserMedia = () => new Promise((resolve) => (window.allow = () => {
+  navigator.mediaDevices.getUserMedia = () => new Promise((resolve) => (window.numAsked++, window.allow = () => {
     const canvas = document.createElement("canvas");
     const context = canvas.getContext("2d");
     setInterval(() => context.fillRect(0, 0, 64, 48), 40);
@@ -73,6 +69,7 @@ def test_the_button_keeps_the_focus_while_the_camera_is_awaited(page: LivePage) 
     page.page.keyboard.press("Space")  # once more, which does nothing
     page.page.evaluate("allow()")
     page.wait_for_text("#camera-status", "Following you")
+    assert page.page.evaluate("numAsked") == 1
     page.page.keyboard.press("Space")
     page.wait_for_text("#camera", "Start camera")
     assert page.page.text_content("#camera-status") == ""
@@ -88,7 +85,7 @@ def test_a_camera_that_is_unplugged_is_told_and_can_be_started_again(page: LiveP
 
 def num_resets(page: LivePage) -> int:
     """How often the page told the server that the person changes, once it has told of all changes."""
-    page.page.wait_for_timeout(500)
+    page.settle()
     return int(page.page.evaluate("commands.filter((type) => type === 'reset').length"))
 
 

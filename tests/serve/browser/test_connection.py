@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +15,18 @@ from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import decode_pose
-from tests.serve.browser.pages import LivePage
+from tests.serve.browser.pages import LivePage, OpenPage, Serve
 from tests.serve.browser.walker import STILL
-from tests.serve.drawn import DrawnAvatar, Running, make_pose, running
+from tests.serve.drawn import DrawnAvatar, make_pose, running
 
 if TYPE_CHECKING:
     from playwright.sync_api import WebSocket
 
 pytestmark = pytest.mark.browser
-Serve = Callable[..., Running]
-OpenPage = Callable[..., LivePage]
-NUM_REPEATS = 60  # of a key that is held for two seconds
+# As often as a key that is held for two seconds.
+IN_TURNS = """for (let n = 0; n < 60; n++) {
+  document.querySelector(`[name=source][value=${n % 2 ? "joints" : "file"}]`).click();
+}"""
 
 
 def reload_listening(page: LivePage) -> list[str | bytes]:
@@ -81,15 +81,23 @@ def test_after_a_reset_no_pose_of_the_person_before_is_sent(
 def test_a_key_that_is_held_on_the_sources_is_one_change(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve().url(), **STILL)
     sent = reload_listening(page)
-    page.page.wait_for_timeout(500)
-    page.page.get_by_role("radio", name="Demo").focus()
-    for _ in range(NUM_REPEATS):
-        page.page.keyboard.press("ArrowRight", delay=1)
-    page.choose("Joints")
+    page.wait_for_text("#name", "drawn")
+    page.settle()
+    sent.clear()
+    page.page.evaluate(IN_TURNS)
     page.wait_until(lambda: any(map(is_reset, sent)))
-    page.page.wait_for_timeout(500)
+    page.settle()
     assert page.page.text_content("#link") == "Live"
-    assert sum(map(is_reset, sent)) < 10  # one, but for pauses of a busy machine
+    assert sum(map(is_reset, sent)) == 1
+
+
+def test_a_server_that_is_lost_before_it_is_ready_is_noticed(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url(), is_lost=True, **STILL)
+    page.wait_for_link("Live")
+    page.page.route_web_socket("**/ws*", lambda socket: None)  # it opens, and nothing comes
+    page.page.route("**/api/info", lambda route: route.abort())
+    page.page.reload()
+    page.wait_for_text("#notice-title", "The server does not answer")
 
 
 def test_a_server_that_stands_still_is_noticed_and_so_is_that_it_goes_on(serve: Serve, open_page: OpenPage) -> None:

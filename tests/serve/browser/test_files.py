@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from posecrafter_rt.poses.keypoints import PoseSequence
-from tests.serve.browser.pages import LivePage
+from tests.serve.browser.pages import OpenPage, Serve
 from tests.serve.browser.walker import assert_shows, person, walking_avatar
-from tests.serve.drawn import SIZE, DrawnAvatar, Running
+from tests.serve.drawn import SIZE, DrawnAvatar
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Route
 
 pytestmark = pytest.mark.browser
-Serve = Callable[..., Running]
-OpenPage = Callable[..., LivePage]
 
 
 @pytest.fixture
@@ -76,11 +77,21 @@ def test_a_file_waits_a_moment_for_a_server_that_is_still_at_another(
     PoseSequence(person()[np.newaxis], SIZE).save(tmp_path / "still.json")
     page = open_page(serve().url(), is_lost=True)  # browsers complain of answers that refuse
     busy = json.dumps({"message": "another file is being read", "hint": "try again in a moment"})
-    page.page.route("**/api/poses", lambda route: route.fulfill(status=429, body=busy), times=1)
+    refused = []
+
+    def refuse_once(route: Route) -> None:
+        if refused:
+            return route.continue_()
+        refused.append(route.request.method)
+        return route.fulfill(status=429, body=busy)
+
     page.wait_for_link("Live")
+    page.wait_for_text("#name", "drawn")  # the demo's poses are there
+    page.page.route("**/api/poses", refuse_once)
     page.choose("File")
     page.page.set_input_files("#file", tmp_path / "still.json")
     page.wait_for_text("#file-status", "still.json: 1 pose")
+    assert refused == ["POST"]
 
 
 def test_a_file_for_a_server_that_is_gone_is_refused_in_plain_words(
@@ -92,4 +103,4 @@ def test_a_file_for_a_server_that_is_gone_is_refused_in_plain_words(
     page.page.route("**/api/poses", lambda route: route.abort())
     page.choose("File")
     page.page.set_input_files("#file", tmp_path / "still.json")
-    page.wait_for_text("#file-status.is-error", "The server did not answer")
+    page.wait_for_text("#file-status.is-error", "The server cannot be reached")

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 
 from posecrafter_rt.poses.keypoints import PoseSequence
-from tests.serve.browser.pages import LivePage
+from tests.serve.browser.pages import LivePage, OpenPage, Serve
 from tests.serve.browser.walker import PHONE, assert_shows, person
-from tests.serve.drawn import SIZE, DrawnAvatar, Running
+from tests.serve.drawn import SIZE, DrawnAvatar
 
 pytestmark = pytest.mark.browser
-Serve = Callable[..., Running]
-OpenPage = Callable[..., LivePage]
 NOSE, NECK = 0, 1
 START = person(-4)
 

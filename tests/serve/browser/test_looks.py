@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from tests.serve.browser.pages import LivePage
+from tests.serve.browser.pages import LivePage, OpenPage, Serve
 from tests.serve.browser.walker import PHONE, STILL
-from tests.serve.drawn import Running
 
 pytestmark = pytest.mark.browser
-Serve = Callable[..., Running]
-OpenPage = Callable[..., LivePage]
 
 
 @pytest.mark.parametrize("source", ["Demo", "File", "Webcam", "Joints"])

@@ -15,16 +15,14 @@ from posecrafter_rt.poses.draw import draw_pose
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve import options, session, webrtc
 from posecrafter_rt.serve.protocol import decode_pose
-from tests.serve.browser.pages import LivePage
+from tests.serve.browser.pages import OpenPage, Serve
 from tests.serve.browser.walker import STILL, assert_shows, pause_demo, person, walking_avatar
-from tests.serve.drawn import SIZE, DrawnAvatar, Running
+from tests.serve.drawn import SIZE, DrawnAvatar
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Route
 
 pytestmark = pytest.mark.browser
-Serve = Callable[..., Running]
-OpenPage = Callable[..., LivePage]
 OPENING_MS = 6000  # after which a page gives up WebRTC
 PATIENT = f"""const set = window.setTimeout;
 window.setTimeout = (use, ms, ...given) => set(use, ms === {OPENING_MS} ? 90000 : ms, ...given);"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,10 @@ import pytest
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.options import ServeOptions
-from tests.serve.browser.pages import LivePage
+from tests.serve.browser.pages import OpenPage
 from tests.serve.drawn import Running, running
 
 pytestmark = pytest.mark.browser
-OpenPage = Callable[..., LivePage]
 STREAM = {"steps": 2, "window": 2}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,11 @@ from websockets.sync.client import connect
 
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.options import ServeOptions
-from tests.serve.browser.pages import LivePage
+from tests.serve.browser.pages import OpenPage, Serve
 from tests.serve.browser.walker import STILL, walking_avatar
-from tests.serve.drawn import SIZE, DrawnAvatar, Running, running
+from tests.serve.drawn import SIZE, DrawnAvatar, running
 
 pytestmark = pytest.mark.browser
-Serve = Callable[..., Running]
-OpenPage = Callable[..., LivePage]
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ Without a GPU the tracker takes minutes to load and seconds a picture, so what n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,13 +22,11 @@ from posecrafter_rt.serve.app import STATIC
 from posecrafter_rt.serve.poses_api import pose_track
 from posecrafter_rt.serve.protocol import PoseMessage, decode_pose
 from posecrafter_rt.video_io import read_video
-from tests.serve.browser.pages import LivePage
+from tests.serve.browser.pages import LivePage, OpenPage, Serve
 from tests.serve.browser.walker import PHONE, STILL, assert_shows
-from tests.serve.drawn import SIZE, Running
+from tests.serve.drawn import SIZE
 
 pytestmark = pytest.mark.browser
-Serve = Callable[..., Running]
-OpenPage = Callable[..., LivePage]
 LOADING_S = 400
 
 

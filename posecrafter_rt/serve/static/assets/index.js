@@ -48,7 +48,7 @@ var FEET_NAMES = [
 	"right small toe",
 	"right heel"
 ];
-/** Pairs of body points, in the order in which they are painted; limb i has the i-th colour, and so has joint i. */
+/** Pairs of body points in the order of painting. Limb i and joint i both have the i-th colour. */
 var LIMBS = [
 	[1, 2],
 	[1, 5],
@@ -173,12 +173,12 @@ function keypointName(index) {
 	if (index < LEFT_HAND.stop) return `left hand ${index - LEFT_HAND.start}`;
 	return `right hand ${index - RIGHT_HAND.start}`;
 }
-/** Whether a keypoint is sure enough to be drawn. */
+/** Whether a keypoint's confidence is high enough to draw it. */
 function isVisible(points, index) {
 	return points[index * 3 + 2] >= CONFIDENCE_THRESHOLD;
 }
 // src/track.ts
-/** A track as the server writes it. Throws an Error where its parts do not fit together. */
+/** Decode a track from the server's JSON. Throws an Error if its parts do not fit together. */
 function decodeTrack(json) {
 	const bytes = Uint8Array.from(atob(json.keypoints), (character) => character.charCodeAt(0));
 	const points = new Float32Array(bytes.buffer);
@@ -194,7 +194,7 @@ function decodeTrack(json) {
 		points
 	};
 }
-/** One frame of a track; nobody is seen where every confidence is 0. */
+/** Return one frame of a track. Nobody is seen if every confidence is 0. */
 function trackPose(track, index) {
 	const length = 402;
 	const points = track.points.subarray(index * length, (index + 1) * length);
@@ -204,7 +204,7 @@ function trackPose(track, index) {
 		points: isSomebody ? points : null
 	};
 }
-/** Where in a track the playing is. Time is given to it, so it holds no clock. */
+/** The current place in a track that plays. It has no clock: `advance` tells it how much time has passed. */
 var Playback = class {
 	numFrames;
 	fps;
@@ -228,7 +228,7 @@ var Playback = class {
 		const turn = whole % (2 * last);
 		return turn <= last ? turn : 2 * last - turn;
 	}
-	/** Go on by so much time; stops at the end of a track that is played once. */
+	/** Advance by `elapsedMs`. A track that is played once stops at its end. */
 	advance(elapsedMs) {
 		if (!this.isPlaying) return;
 		this.phase += elapsedMs / 1e3 * this.fps * this.speed;
@@ -239,7 +239,7 @@ var Playback = class {
 			this.isPlaying = false;
 		}
 	}
-	/** Play, from the start if the end was reached; or pause. */
+	/** Play or pause. If the end was reached, playing begins at the start. */
 	toggle() {
 		this.isPlaying = !this.isPlaying;
 		if (this.isPlaying && this.repeat === "once" && this.index === this.numFrames - 1) this.phase = 0;
@@ -253,11 +253,11 @@ var Playback = class {
 	}
 };
 // src/api.ts
-/** A server that was told to leave off a file needs a moment for that. */
+/** A server that was told to stop reading a file needs a moment to stop. */
 var BUSY_MS = 1e3;
-/** Shorter than the time between two of the page's looks at the server, so that no two of them are under way. */
+/** Shorter than the interval between two checks of the server (INFO_EVERY_MS), so that checks never overlap. */
 var INFO_TIMEOUT_MS = 4e3;
-/** What the server did not want to do, in its words. */
+/** A request that the server refused, with the server's message and hint. */
 var Refusal = class extends Error {
 	hint;
 	status;
@@ -270,14 +270,14 @@ var Refusal = class extends Error {
 		return this.status === 401;
 	}
 };
-/** The server's address for a path such as "api/info"; the page may lie under any folder of a host. */
+/** Return the URL for a path such as "api/info", with the page's token. The page may lie in any folder of a host. */
 function address(path) {
 	const url = new URL(path.replace(/^\//, ""), document.baseURI);
 	const token = new URLSearchParams(location.search).get("token");
 	if (token !== null) url.searchParams.set("token", token);
 	return url;
 }
-/** What is served. A server that stands still counts as one that is not there. */
+/** Return what is served. A server that hangs counts as one that is not there. */
 async function fetchInfo() {
 	return await (await request("api/info", { signal: AbortSignal.timeout(INFO_TIMEOUT_MS) })).json();
 }
@@ -285,11 +285,11 @@ async function fetchInfo() {
 async function fetchPoses() {
 	return decodeTrack(await (await request("api/poses")).json());
 }
-/** What the avatar looks like before the first pose. */
+/** The picture of the avatar before the first pose. */
 async function fetchReference() {
 	return createImageBitmap(await (await request("api/reference.jpg")).blob());
 }
-/** The poses in a pose file or a video; finding them in a video, of whatever kind, takes the server a while. */
+/** Return the poses in a pose file or in a video of any kind. The server takes a while to find them in a video. */
 async function readPoses(file, type, signal) {
 	const send = () => request("api/poses", {
 		body: file,
@@ -302,7 +302,7 @@ async function readPoses(file, type, signal) {
 		return send();
 	})).json());
 }
-/** Hand over an offer of a WebRTC connection; returns the answer. */
+/** Send the offer of a WebRTC connection and return the answer. */
 async function exchangeOffer(offer) {
 	return (await request("api/offer", {
 		body: JSON.stringify(offer),
@@ -319,7 +319,7 @@ async function request(path, { body, type, signal } = {}) {
 		...post,
 		signal: signal ?? null
 	}).catch((error) => {
-		throw error instanceof TypeError ? /* @__PURE__ */ new Error("The server did not answer. Try again when it is back") : error;
+		throw error instanceof TypeError ? /* @__PURE__ */ new Error("The server cannot be reached, or the connection broke off. Try again") : error;
 	});
 	if (!response.ok) throw await refusal(response);
 	return response;
@@ -332,7 +332,7 @@ async function refusal(response) {
 var FIRST_MS = 400;
 var LONGEST_MS = 5e3;
 var GROWTH = 1.6;
-/** Milliseconds before try `attempt` (from 0): growing, capped, and spread by a fifth so that clients do not come at once. */
+/** Return the ms before try `attempt` (from 0). They grow up to a cap and vary by ±10 %, so that clients spread out. */
 function retryDelayMs(attempt, random = Math.random) {
 	return Math.min(FIRST_MS * GROWTH ** attempt, LONGEST_MS) * (.9 + .2 * random());
 }
@@ -345,7 +345,7 @@ var FRAME_HEADER_BYTES = 32;
 var HELD = 1;
 var REPEAT = 2;
 var RESET = 4;
-/** A pose as bytes, little-endian: a header of 24 and 12 for each keypoint. */
+/** Encode a pose, little-endian: a header of 24 bytes, then 12 bytes per keypoint. */
 function encodePose(pose, sequence, sentMs) {
 	const count = pose.points === null ? 0 : 134;
 	const bytes = /* @__PURE__ */ new ArrayBuffer(POSE_HEADER_BYTES + 12 * count);
@@ -360,7 +360,7 @@ function encodePose(pose, sequence, sentMs) {
 	pose.points?.forEach((value, index) => view.setFloat32(POSE_HEADER_BYTES + 4 * index, value, true));
 	return bytes;
 }
-/** A frame from bytes. Throws an Error for any other message. */
+/** Decode a frame. Throws an Error for any other message. */
 function decodeFrame(bytes) {
 	if (bytes.byteLength < FRAME_HEADER_BYTES) throw new Error(`a frame message of ${bytes.byteLength} bytes`);
 	const view = new DataView(bytes);
@@ -387,7 +387,7 @@ function decodeFrame(bytes) {
 		picture: new Uint8Array(bytes, FRAME_HEADER_BYTES)
 	};
 }
-/** A JSON message of the server, or null for one of a later version that is not known here. */
+/** Parse a JSON message of the server. Returns null for an unknown type, such as that of a later version. */
 function parseServerMessage(text) {
 	const value = JSON.parse(text);
 	if (typeof value !== "object" || value === null || !("type" in value)) return null;
@@ -399,14 +399,14 @@ function parseServerMessage(text) {
 	].includes(value.type) ? value : null;
 }
 // src/transport.ts
-/** Codes with which a connection ends; the rest are the network's. */
+/** Codes with which the server closes a connection; all others come from the network. */
 var BAD_REQUEST = 1008;
 var FULL = 1013;
 var ABNORMAL = 1006;
-/** Gathering addresses or opening either connection does not take longer where it works at all. */
+/** If gathering addresses or opening a connection works at all, it takes no longer than this. */
 var GATHERING_MS = 1500;
 var OPENING_MS = 6e3;
-/** What may still wait to be sent when a pose comes: commands, but no other pose. */
+/** How much may still wait to be sent when a pose comes: commands, but no other pose. */
 var MOST_WAITING_BYTES = 1024;
 function openTransport(way, events) {
 	if (way === "websocket") return openWebSocket(events);
@@ -490,7 +490,7 @@ async function negotiate(peer) {
 		sdp: offer.sdp
 	}));
 }
-/** Waits until the peer knows its own addresses, which the offer carries, for a moment at most. */
+/** Wait until the peer knows its own addresses, which the offer carries, but at most GATHERING_MS. */
 function gathered(peer) {
 	return new Promise((resolve) => {
 		if (peer.iceGatheringState === "complete") return resolve();
@@ -500,14 +500,14 @@ function gathered(peer) {
 		});
 	});
 }
-/** What the refusal of an offer would have been called on a WebSocket. */
+/** Return the code with which a WebSocket would have closed for this refusal of an offer. */
 function closeCode(error) {
 	if (!(error instanceof Refusal)) return ABNORMAL;
 	if (error.status === 503) return FULL;
 	return error.isAboutToken ? BAD_REQUEST : ABNORMAL;
 }
 // src/connection.ts
-/** Over the cap: time enough for someone to leave, short enough to wait for. */
+/** The wait when the server is full: long enough for someone to leave, short enough to wait for. */
 var FULL_RETRY_MS = 8e3;
 var Connection = class {
 	events;
@@ -516,18 +516,21 @@ var Connection = class {
 	timer;
 	attempt = 0;
 	isLive = false;
+	/** An opened transport has not ended, whether the server has said `ready` or not. */
+	isUnderWay = false;
 	lastError = null;
 	constructor(events, way = "websocket") {
 		this.events = events;
 		this.way = way;
 	}
-	/** Connect now, by another way if one is named, whatever there was before. */
+	/** Close any earlier connection and connect now, over `way` if it is given. */
 	open(way = this.way) {
 		clearTimeout(this.timer);
 		this.transport?.close();
 		this.events.onVideo(null);
 		this.way = way;
 		this.isLive = false;
+		this.isUnderWay = true;
 		this.lastError = null;
 		this.events.onState({ kind: "connecting" });
 		const isCurrent = () => this.transport === transport;
@@ -539,10 +542,10 @@ var Connection = class {
 		});
 		this.transport = transport;
 	}
-	/** The server no longer answers, though the connection has not ended: connect anew. */
+	/** Drop a connection that has not ended although the server no longer answers, and reconnect. */
 	giveUp() {
-		if (!this.isLive) return;
-		this.isLive = false;
+		if (!this.isUnderWay) return;
+		this.isLive = this.isUnderWay = false;
 		this.transport?.close();
 		this.events.onVideo(null);
 		this.retry({
@@ -575,7 +578,7 @@ var Connection = class {
 	}
 	async onClose(code, reason, isCurrent) {
 		const wasLive = this.isLive;
-		this.isLive = false;
+		this.isLive = this.isUnderWay = false;
 		const message = this.lastError?.message ?? reason;
 		if (code === 1013) return this.retry({
 			kind: "full",
@@ -614,7 +617,7 @@ var Connection = class {
 		this.timer = setTimeout(() => this.open(), state.retryInMs);
 	}
 };
-/** Whether the server is there and would have us; its refusal where it demands a token that the page does not have. */
+/** Ask whether the server is there. Returns its refusal if it demands a token that the page does not have. */
 async function askServer() {
 	try {
 		await fetchInfo();
@@ -625,17 +628,17 @@ async function askServer() {
 	}
 }
 // src/dom.ts
-/** The element of this id. Throws an Error where it is missing or of another kind. */
+/** Return the element with this id. Throws an Error if it is missing or of another kind. */
 function byId(id, kind) {
 	const element = document.getElementById(id);
 	if (!(element instanceof kind)) throw new Error(`the page has no ${kind.name} with the id ${id}`);
 	return element;
 }
-/** Let a button take clicks, or refuse them for now. Unlike `disabled` this leaves it the keyboard's focus. */
+/** Enable or disable a button. Unlike `disabled`, this lets the button keep the keyboard focus. */
 function setEnabled(button, isEnabled) {
 	button.ariaDisabled = String(!isEnabled);
 }
-/** Do this whenever a button is clicked, except while it is not enabled. */
+/** Call `act` on every click of a button while it is enabled. */
 function onClick(button, act) {
 	button.onclick = () => {
 		if (button.ariaDisabled !== "true") act();
@@ -660,7 +663,7 @@ var FrameLoop = class {
 		cancelAnimationFrame(this.handle);
 	}
 };
-/** Let an element say this; one that says it already is left alone, for screen readers read every change aloud. */
+/** Set an element's text only if it differs, because screen readers read every change aloud. */
 function setText(element, text) {
 	if (element.textContent !== text) element.textContent = text;
 }
@@ -670,7 +673,7 @@ var MOST_MISSED = 2;
 var Pulse = class {
 	onLost;
 	missed = 0;
-	/** onLost: called when so many requests in a row had no answer, and nothing else came meanwhile. */
+	/** onLost: called when MOST_MISSED requests in a row had no answer and nothing else came meanwhile. */
 	constructor(onLost) {
 		this.onLost = onLost;
 	}
@@ -702,13 +705,13 @@ var Recorder = class {
 			ask(!this.isOn);
 		});
 	}
-	/** The connection is there or not; a recording ends with it, and is not kept. */
+	/** Note whether there is a connection. A recording ends with it and is lost. */
 	setLive(isLive) {
 		setEnabled(this.button, isLive);
-		if (this.isOn) this.note("The recording is lost, for the connection ended while it ran");
+		if (this.isOn) this.note("The recording is lost because the connection ended");
 		this.setOn(false);
 	}
-	/** A recording runs or not; the url is of one that has ended, even while the next one runs. */
+	/** Show whether a recording runs. The url is that of a finished recording, even while the next one runs. */
 	onState({ on, url }) {
 		setEnabled(this.button, true);
 		this.setOn(on);
@@ -735,14 +738,14 @@ var WINDOW_MS = 2e3;
 /** Looks back over the last two seconds. */
 var Meter = class {
 	samples = [];
-	/** A frame was shown at `atMs`, so long after its pose was sent. */
+	/** Add a frame that was shown at `atMs`, `latencyMs` after its pose was sent. */
 	add(atMs, latencyMs) {
 		this.samples.push({
 			atMs,
 			latencyMs
 		});
 	}
-	/** Frames a second up to `nowMs`, and the median latency; null where nothing was shown lately. */
+	/** Return the frames per second up to `nowMs` and the median latency; null with fewer than two recent frames. */
 	read(nowMs) {
 		this.samples = this.samples.filter((sample) => nowMs - sample.atMs < WINDOW_MS);
 		if (this.samples.length < 2) return null;
@@ -753,20 +756,20 @@ var Meter = class {
 			latencyMs: latencies[latencies.length >> 1]
 		};
 	}
-	/** Forget everything: what comes next has nothing to do with it. */
+	/** Forget all frames; they say nothing about the next ones. */
 	clear() {
 		this.samples = [];
 	}
 };
 // src/pacing.ts
-/** A pose without an answer for so long is given up: the server may have dropped it. */
+/** A pose that has no answer after this time is given up; the server may have dropped it. */
 var PATIENCE_MS = 1500;
 /**
-* Lets as many poses as the server works at be under way, and one more; keeps the newest of those that came meanwhile.
+* Allows one more pose under way than the server works on at once, and keeps the newest of those that come meanwhile.
 *
-* A second pose sets out only when the server should be about done with the first: sooner, it would wait there and grow
-* old; later, the server would wait for it. A pipelined server does not wait: a step for which no pose is there goes to
-* one that it has had. So one always waits there, and each frame that comes calls for the next pose at once.
+* A second pose is sent only when the server should be almost done with the first. If it came earlier, it would wait
+* there and grow old; if it came later, the server would wait for it. A pipelined server does not wait: a step without
+* a new pose goes to an old one. So one pose always waits there, and each frame that arrives sends the next at once.
 * `send` is called with every pose that goes out.
 */
 var Pacer = class {
@@ -788,10 +791,10 @@ var Pacer = class {
 		this.sendAfter(this.gapMs, pose);
 	}
 	/**
-	* A frame has come for this pose, so for every earlier one too.
+	* Note that a frame has come for this pose. It also answers every earlier pose.
 	*
-	* waitMs, renderMs: what the pose waited for its turn, and what the frame took.
-	* Returns: the pose, if it was still awaited.
+	* waitMs: how long the pose waited for its turn. renderMs: how long the frame took.
+	* Returns: the pose, or null if it was no longer awaited.
 	*/
 	acknowledge(sequence, waitMs, renderMs) {
 		const isPipelined = this.inFlight > 1;
@@ -802,19 +805,19 @@ var Pacer = class {
 		if (waiting !== null) this.sendAfter(isPipelined ? 0 : this.gapMs, waiting);
 		return answered;
 	}
-	/** Send a pose once more whose frame has not been shown, unless one is still to come. */
+	/** Send a pose whose frame has not been shown again, unless an answer is still to come. */
 	offerAgain(pose) {
 		this.giveUp(this.now());
 		if (this.underWay.length === 0) this.offer(pose);
 	}
-	/** The connection is a new one, to a server that works at so many poses at once: nothing sent before will be answered. */
+	/** Start over on a new connection: nothing sent before is answered. inFlight: poses the server works on at once. */
 	restart(inFlight = 1) {
 		this.inFlight = inFlight;
 		this.overtaken = 0;
 		this.gapMs = 0;
 		this.forget();
 	}
-	/** What comes next is of another source, for which the server is reset: no earlier pose is sent, or awaited, any more. */
+	/** Neither send nor await earlier poses: the source changes, and the server is reset for it. */
 	forget() {
 		this.underWay = [];
 		this.waiting = null;
@@ -842,9 +845,9 @@ var Pacer = class {
 		this.underWay = this.underWay.filter((sent) => now - sent.sentMs < PATIENCE_MS);
 	}
 };
-/** Lets frames through in the order of their poses, unless they are too old; repeats of the shown one pass. */
+/** Lets frames pass in the order of their poses, unless they are too old. Repeats of the shown frame pass. */
 var FrameGate = class {
-	/** Frames that came, or were decoded, too late or after a newer one had been shown. */
+	/** Frames that came or were decoded too late, or after a newer one had been shown. */
 	late = 0;
 	shown = 0;
 	/** Whether a frame may be shown; it counts as shown if so. */
@@ -859,7 +862,7 @@ var FrameGate = class {
 };
 // src/screen.ts
 var FIGURES_EVERY_MS = 250;
-/** A picture that comes later is not shown, as the server does not send it; a video's are the browser's to show. */
+/** A picture older than this is not shown; nor does the server send it. On a video track the browser decides. */
 var MAX_AGE_MS = 1e3;
 var Screen = class {
 	view;
@@ -879,9 +882,9 @@ var Screen = class {
 	isLive = false;
 	isHeld = false;
 	droppedByServer = 0;
-	/** The pose that was announced last: its frame is the video track's next picture, or soon follows. */
+	/** The pose that was announced last. Its frame is the video track's next picture, or follows soon. */
 	onVideoTrack = null;
-	/** onLate: a frame came too late to be shown. */
+	/** onLate: called when a frame came too late to be shown. */
 	constructor(view, send, onLate) {
 		this.view = view;
 		this.onLate = onLate;
@@ -893,25 +896,25 @@ var Screen = class {
 			this.persist();
 		}, FIGURES_EVERY_MS);
 	}
-	/** The avatar shall take this pose. */
+	/** Make the avatar take this pose. */
 	drive(pose) {
 		this.newest = pose;
 		if (this.isLive && !this.isHeld) this.pacer.offer(pose);
 	}
-	/** The source changes: none of its poses so far is sent any more, and the next ones wait until `release`. */
+	/** Stop sending because the source changes: earlier poses are dropped, and the next ones wait until `release`. */
 	hold() {
 		this.isHeld = true;
 		this.newest = null;
 		this.pacer.forget();
 	}
-	/** The server knows of the change. */
+	/** Send again: the server knows of the change. */
 	release() {
 		this.isHeld = false;
 		if (this.isLive && this.newest !== null) this.pacer.offer(this.newest);
 	}
 	/**
-	* A connection is there whose server works at so many poses at once, or (null) none is. Over a new one nothing is under
-	* way, and the newest pose is told again.
+	* Note a new connection to a server that works on `inFlight` poses at once, or (null) that there is none.
+	* On a new one nothing is under way, and the newest pose is sent again.
 	*/
 	setLive(inFlight) {
 		this.isLive = inFlight !== null;
@@ -963,7 +966,7 @@ var Screen = class {
 		};
 		this.video.requestVideoFrameCallback(step);
 	}
-	/** The last pose of all, as of a paused clip, is not left without its frame because that was too late, or lost. */
+	/** Send the newest pose again if its frame was late or lost: in a paused clip, for example, no other pose follows. */
 	persist() {
 		if (this.isLive && !this.isHeld && this.newest !== null && this.newest !== this.shown) this.pacer.offerAgain(this.newest);
 	}
@@ -976,7 +979,7 @@ var Screen = class {
 	}
 };
 // src/settle.ts
-/** A function that calls back once it has not been called for so long. */
+/** Return a function that calls `callback` once it has itself not been called for `quietMs`. */
 function whenSettled(callback, quietMs) {
 	let timer;
 	return () => {
@@ -985,7 +988,7 @@ function whenSettled(callback, quietMs) {
 	};
 }
 // src/landmarks.ts
-/** Where each body point sits among the 33; the left shoulder stands in for the neck, which is computed. */
+/** The index of each body point among the 33. The neck is computed; the left shoulder is its placeholder. */
 var MEDIAPIPE_BODY = [
 	0,
 	11,
@@ -1006,7 +1009,7 @@ var MEDIAPIPE_BODY = [
 	8,
 	7
 ];
-/** Big toe and heel of either foot; BlazePose has no small toe. */
+/** Our index and MediaPipe's of each big toe and heel. BlazePose has no small toe. */
 var MEDIAPIPE_FEET = [
 	[0, 31],
 	[2, 29],
@@ -1085,7 +1088,7 @@ var MESH_TO_IBUG = [
 	87
 ];
 var NUM_HAND_POINTS = 21;
-/** The pose on a picture of this size, or nobody where the tracker found nothing. */
+/** Return the pose on a picture of this size. Its points are null if the tracker found nothing. */
 function poseFromLandmarks(found, picture) {
 	const points = /* @__PURE__ */ new Float32Array(402);
 	const put = (index, landmark, confidence) => {
@@ -1108,11 +1111,11 @@ function poseFromLandmarks(found, picture) {
 		points: points.some((value, position) => position % 3 === 2 && value > 0) ? points : null
 	};
 }
-/** The tracker guesses where hidden limbs are, outside the picture too; those are not seen. */
+/** The tracker also guesses hidden limbs, even outside the picture. Points outside count as not seen. */
 function isInside({ x, y }) {
 	return x >= 0 && x < 1 && y >= 0 && y < 1;
 }
-/** The neck is the middle of the shoulders with the lower of their confidences. */
+/** Set the neck to the middle of the shoulders, with the lower of their confidences. */
 function setNeck(points) {
 	const confidence = Math.min(points[8], points[17]);
 	for (const axis of [0, 1]) {
@@ -1124,22 +1127,22 @@ function setNeck(points) {
 // src/tracker.ts
 /** Where the build puts MediaPipe's own files. */
 var TRACKER_FOLDER = "tracker/";
-/** A tracker that takes longer for a picture leaves the page no time of its own. */
+/** A tracker that takes longer for a picture leaves the page no time for anything else. */
 var SLOW_MS = 300;
-/** So much it is then given, between two pictures: enough for the avatar's frame to come and be shown. */
+/** The pause of a slow tracker between two pictures: enough for the avatar's frame to arrive and be shown. */
 var REST_MS = 250;
 /** This installation has no tracker. */
 var NoTracker = class extends Error {};
-/** One for the whole page, whatever the pictures are of: it is large and slow to load. */
+/** Finds people. All sources share one tracker, because it is large and slow to load. */
 var Tracker = class {
 	loading = null;
 	results = null;
 	isMirrored = false;
-	/** With a picture, or resting from one. */
+	/** Working on a picture, or resting after one. */
 	isBusy = false;
-	/** Took long for the last picture; until there was one that is assumed. */
+	/** Whether the last picture took long. Before the first picture, true is assumed. */
 	isSlow = true;
-	/** Load and warm up, unless that is done. Throws NoTracker where there is none. */
+	/** Load and warm up the tracker, unless that is done. Throws NoTracker if there is none. */
 	async load() {
 		this.loading ??= loadHolistic((results) => this.results = results);
 		try {
@@ -1149,7 +1152,7 @@ var Tracker = class {
 			throw error;
 		}
 	}
-	/** Look for the person in what a video shows now; null while it is still at an older picture. */
+	/** Find the person in a video's current picture. Returns null while the tracker is busy with an older one. */
 	async find(video, isMirrored) {
 		if (this.isBusy || this.loading === null) return null;
 		this.isBusy = true;
@@ -1182,7 +1185,7 @@ function understood({ image, ...found }, size) {
 		picture: image
 	};
 }
-/** MediaPipe is a script of the old kind. */
+/** Load MediaPipe, which is a classic script and not a module. */
 async function loadHolistic(onResults) {
 	if (window.Holistic === void 0) await loadScript(`${TRACKER_FOLDER}holistic.js`);
 	const tracker = new window.Holistic({ locateFile: (file) => TRACKER_FOLDER + file });
@@ -1210,7 +1213,7 @@ function loadScript(source) {
 	});
 }
 // src/video.ts
-/** Later than any video's end: to go there makes a browser look for an end that the file does not tell. */
+/** Later than any video's end. Seeking there makes a browser find an end that the file does not state. */
 var BEYOND_S = 1e9;
 /** The browser cannot play a file. */
 var Unplayable = class extends Error {};
@@ -1237,7 +1240,7 @@ var TrackedVideo = class {
 		};
 		this.watch();
 	}
-	/** Show a file's first picture, and make the tracker ready. Throws Unplayable, NoTracker; leaves off when aborted. */
+	/** Show a file's first picture and load the tracker. Throws Unplayable, NoTracker, or the reason of an abort. */
 	async load(file, signal, onShown) {
 		this.close();
 		URL.revokeObjectURL(this.video.src);
@@ -1256,7 +1259,7 @@ var TrackedVideo = class {
 		await this.tracker.load();
 		signal.throwIfAborted();
 	}
-	/** Play what was loaded, from where it is. */
+	/** Play the loaded file from its current place. */
 	open() {
 		this.isOpen = true;
 		this.setPlaying(true);
@@ -1294,7 +1297,7 @@ var TrackedVideo = class {
 	seek(index) {
 		this.video.currentTime = index / this.fps;
 	}
-	/** Its time goes on by itself, but for a slow tracker, which would miss most of what happens. */
+	/** Track a new picture. The video plays by itself, but waits for a slow tracker, which would miss most of it. */
 	advance() {
 		if (!this.isOpen || this.tracker.isBusy) return;
 		if (this.isNew) this.track();
@@ -1318,7 +1321,7 @@ var TrackedVideo = class {
 			if (this.isOpen && !(error instanceof Error && error.name === "AbortError")) this.events.onProblem(error);
 		}
 	}
-	/** Called with every picture that the video shows, playing or not. */
+	/** Mark every picture that the video shows as new, playing or not. */
 	watch() {
 		this.video.requestVideoFrameCallback(() => {
 			this.isNew = true;
@@ -1339,14 +1342,14 @@ var TrackedVideo = class {
 			this.events.onProblem(error);
 		}
 	}
-	/** Some recordings do not tell how long they are. */
+	/** Find the end of a recording that does not state its length. */
 	async findEnd(signal) {
 		for (const time of [BEYOND_S, 0]) {
 			this.video.currentTime = time;
 			await this.event("seeked", signal, "The video has no end that can be found");
 		}
 	}
-	/** Wait for an event of the video. Throws Unplayable saying `failure` where an error comes instead; leaves off when aborted. */
+	/** Wait for an event of the video. Throws Unplayable(failure) on an error, or the reason of an abort. */
 	event(name, signal, failure) {
 		return new Promise((resolve, reject) => {
 			const over = new AbortController();
@@ -1394,11 +1397,11 @@ var FilePicker = class {
 		this.reading = null;
 		this.status.textContent = "";
 	}
-	/** Whether the server finds poses in videos; it is asked only where people say so, for it is sent the pictures. */
+	/** Say whether the server can find poses in videos. It gets the pictures, so it is asked only if people say so. */
 	setServerReadsVideos(does) {
 		this.sendButton.hidden = !does;
 	}
-	/** Whether the person in the video is found. */
+	/** Say whether the tracker finds a person in the video. */
 	showPerson(isSomebody) {
 		setText(this.status, `${this.file?.name}: ${isSomebody ? "following the person" : "nobody is in the picture"}`);
 	}
@@ -1432,7 +1435,7 @@ var FilePicker = class {
 	take(file) {
 		return this.read(file, (chosen, signal) => isPoseFile(chosen) ? this.readPoses(chosen, "application/json", signal) : this.loadVideo(chosen, signal));
 	}
-	/** Read a file in one way or another, unless the next one comes first. */
+	/** Read a file with `way`, unless the next file comes first. */
 	async read(file, way) {
 		this.reading?.abort();
 		const reading = this.reading = new AbortController();
@@ -1466,7 +1469,7 @@ var FilePicker = class {
 function isPoseFile(file) {
 	return file.type === "application/json" || file.name.toLowerCase().endsWith(".json");
 }
-/** A file's name as a shell takes it. */
+/** Return a file's name as one word of a shell command. */
 function word(name) {
 	return /^[\w.,+@%/-]+$/.test(name) && !name.startsWith("-") ? name : `'./${name.replaceAll("'", `'\\''`)}'`;
 }
@@ -1484,7 +1487,7 @@ function contain(picture, box) {
 		top: (box.height - picture.height * scale) / 2
 	};
 }
-/** Where a picture lies that covers a frame: scaled until it fills it, its centre kept. placement: the frame's own. */
+/** Place a picture so that it fills a frame with the same centre. placement: where the frame itself lies. */
 function cover(picture, frame, placement) {
 	const scale = placement.scale * Math.max(frame.width / picture.width, frame.height / picture.height);
 	return {
@@ -1493,7 +1496,7 @@ function cover(picture, frame, placement) {
 		top: placement.top + (frame.height * placement.scale - picture.height * scale) / 2
 	};
 }
-/** The point of the picture, pixel centres at integers, that lies at (x, y) of the box. */
+/** Return the point of the picture that lies at (x, y) of the box. Its pixel centres are at integers. */
 function toPicture(placement, x, y) {
 	return {
 		x: (x - placement.left) / placement.scale - .5,
@@ -1501,9 +1504,9 @@ function toPicture(placement, x, y) {
 	};
 }
 // src/kinematics.ts
-/** A bone shorter than this has no direction to speak of. */
+/** A bone shorter than this has no usable direction. */
 var SHORTEST_BONE_PX = .001;
-/** The keypoint that each of them hangs on; the neck hangs on nothing. */
+/** The parent of each keypoint; the neck has none (-1). */
 var PARENTS = Array.from({ length: 134 }, (_, index) => parentOf(index));
 function parentOf(index) {
 	if (index < FEET.start) return [
@@ -1530,13 +1533,13 @@ function parentOf(index) {
 	if (index < FACE.stop) return 0;
 	return index < LEFT_HAND.stop ? handParent(index, LEFT_HAND.start, 7) : handParent(index, RIGHT_HAND.start, 4);
 }
-/** Within a hand each bone hangs on the one before it, and the palm on the wrist. */
+/** A hand's point 0 hangs on the wrist, the first point of each finger on point 0, any other on the one before it. */
 function handParent(index, start, wrist) {
 	const point = index - start;
 	if (point === 0) return wrist;
 	return point % 4 === 1 ? start : index - 1;
 }
-/** A joint and all that hangs on it, however far down. */
+/** Return a joint and all its descendants. */
 function subtree(joint) {
 	const found = [joint];
 	for (const parent of found) PARENTS.forEach((candidate, index) => {
@@ -1545,10 +1548,10 @@ function subtree(joint) {
 	return found;
 }
 /**
-* Move a joint; what hangs on it goes along, turned as the joint's own bone turns.
+* Move a joint. Its descendants move along and turn by the same angle as the joint's own bone.
 *
-* A joint whose parent is missing only shifts: no bone says how it turns.
-* points: (134, 3), left as they are. Returns: a new array.
+* If the joint's parent is missing, they only shift, because there is no bone to give an angle.
+* points: (134, 3), not modified. Returns: a new array.
 */
 function moveJoint(points, joint, x, y) {
 	const moved = points.slice();
@@ -1563,7 +1566,7 @@ function moveJoint(points, joint, x, y) {
 	}
 	return moved;
 }
-/** The angle by which a joint's bone turns when the joint goes to (x, y). */
+/** Return the angle in radians by which a joint's bone turns when the joint moves to (x, y). */
 function boneTurn(points, joint, x, y) {
 	const parent = PARENTS[joint];
 	if (parent < 0 || points[parent * 3 + 2] === 0) return 0;
@@ -1573,7 +1576,7 @@ function boneTurn(points, joint, x, y) {
 	if (Math.min(Math.hypot(ax, ay), Math.hypot(bx, by)) < SHORTEST_BONE_PX) return 0;
 	return Math.atan2(ax * by - ay * bx, ax * bx + ay * by);
 }
-/** The keypoint nearest to (x, y) within `reach` pixels, or null; joints of the body come before other points. */
+/** Return the keypoint nearest to (x, y) within `reach` pixels, or null. The body's joints win over other points. */
 function nearestJoint(points, x, y, reach) {
 	return nearestWithin(points, x, y, reach, 0, FEET.start) ?? nearestWithin(points, x, y, reach, FEET.start, 134);
 }
@@ -1588,7 +1591,7 @@ function nearestWithin(points, x, y, reach, start, stop) {
 	return nearest;
 }
 // src/joints.ts
-/** How near a pointer must come, in pixels of the page: fingers are broad. */
+/** How close a pointer must be to a joint, in CSS pixels. Fingers are broad. */
 var REACH_PX = {
 	mouse: 16,
 	pen: 20,
@@ -1600,7 +1603,7 @@ var ARROWS = {
 	ArrowUp: [0, -1],
 	ArrowDown: [0, 1]
 };
-/** An arrow key moves by this part of the canvas's short side; with Shift five times as far. */
+/** An arrow key moves a joint by this fraction of the canvas's short side; with Shift, five times as far. */
 var STEP = 1 / 100;
 var LEAP = 5;
 var BODY_GROUPS = [
@@ -1639,7 +1642,7 @@ var JointEditor = class {
 	start = null;
 	pose = null;
 	isActive = false;
-	/** The pointer that holds the selected joint. Fingers are captured by themselves, so that alone tells nothing. */
+	/** The pointer that holds the selected joint. Browsers capture fingers unasked, so a capture alone proves nothing. */
 	holder = null;
 	constructor(view, emit) {
 		this.view = view;
@@ -1654,7 +1657,7 @@ var JointEditor = class {
 		this.choice.onchange = () => this.select(this.selected);
 		byId("joints-reset", HTMLButtonElement).onclick = () => this.reset();
 	}
-	/** Begin with this pose, or go on where it was left. */
+	/** Begin with this pose. If it is the same one as before, continue where editing stopped. */
 	open(start) {
 		this.isActive = true;
 		this.panel.hidden = false;
@@ -1720,7 +1723,7 @@ var JointEditor = class {
 		const step = Math.min(canvas.height, canvas.width) * STEP * (event.shiftKey ? LEAP : 1);
 		this.move(points[this.selected * 3] + arrow[0] * step, points[this.selected * 3 + 1] + arrow[1] * step);
 	}
-	/** Move the selected joint to (x, y), or to the canvas's edge. */
+	/** Move the selected joint to (x, y), clamped to the canvas. */
 	move(x, y) {
 		if (this.pose === null) return;
 		const { canvas, points } = this.pose;
@@ -1742,7 +1745,7 @@ var JointEditor = class {
 	}
 };
 // src/player.ts
-/** A display that slept must not make poses leap. */
+/** After the display slept, poses must not jump. */
 var LONGEST_STEP_MS = 100;
 var Player = class {
 	bar = byId("player", HTMLDivElement);
@@ -1762,7 +1765,7 @@ var Player = class {
 		this.repeatChoice.onchange = () => this.clip?.setRepeat(this.repeatChoice.value);
 		this.speedChoice.onchange = () => this.setSpeed();
 	}
-	/** Take up a clip as it is, at the speed that is chosen. show: called with every place that it comes to. */
+	/** Take over a clip as it is, at the chosen speed. show: called with each index that the clip reaches. */
 	start(clip, show = () => {}) {
 		this.clip = clip;
 		this.show = show;
@@ -1829,7 +1832,7 @@ var Webcam = class {
 	video = document.createElement("video");
 	loop = new FrameLoop(() => void this.track());
 	stream = null;
-	/** onChange: the person stands elsewhere, or is another, from the next pose on. */
+	/** onChange: called when the next pose may be of another person, or in another place. */
 	constructor(view, tracker, emit, onChange) {
 		this.view = view;
 		this.tracker = tracker;
@@ -1872,7 +1875,7 @@ var Webcam = class {
 			setEnabled(this.button, true);
 		}
 	}
-	/** Notice where a camera ends by itself: it was unplugged, or the browser took it away. */
+	/** Notice when a camera stops by itself: it was unplugged, or the browser took it away. */
 	watch(stream) {
 		for (const track of stream.getTracks()) track.onended = () => {
 			if (this.stream !== stream) return;
@@ -1888,7 +1891,7 @@ var Webcam = class {
 		this.button.textContent = "Start camera";
 		this.status.textContent = "";
 	}
-	/** Give the tracker the newest picture, unless it is still at an older one. */
+	/** Give the tracker the newest picture, unless it is still busy with an older one. */
 	async track() {
 		if (this.video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) return;
 		const { stream } = this;
@@ -1943,7 +1946,7 @@ var Sources = class {
 	reference = null;
 	fromFile = null;
 	last = null;
-	/** onPose: a pose is to be shown; onChange: another source, or another fit, from the next pose on. */
+	/** onPose: called with each pose to show. onChange: called when the next pose has another source or another fit. */
 	constructor(view, onPose, onChange) {
 		this.onPose = onPose;
 		this.onChange = onChange;
@@ -1975,15 +1978,15 @@ var Sources = class {
 		for (const radio of radios()) radio.onchange = () => this.choose(radio.value);
 		document.addEventListener("keydown", (event) => this.onKey(event));
 	}
-	/** The poses are those of the avatar itself, or of somebody to be fitted to it. */
+	/** "person" if the poses are of somebody who is to be fitted to the avatar, else "canvas". */
 	get fit() {
 		return this.isOfSomebody && this.fitBox.checked ? "person" : "canvas";
 	}
-	/** Whether the server finds poses in videos, where this page cannot. */
+	/** Say whether the server can find poses in videos if this page cannot. */
 	setServerReadsVideos(does) {
 		this.files.setServerReadsVideos(does);
 	}
-	/** The avatar's own poses are there: the demo begins, unless people have chosen something else. */
+	/** Take the avatar's own poses. The demo or the joint editor begins, unless people have chosen another source. */
 	setDemo(track) {
 		this.demo = track;
 		this.reference = firstPose(track);
@@ -2018,7 +2021,7 @@ var Sources = class {
 		this.files.open();
 		if (this.fromFile !== null) this.playFile(this.fromFile);
 	}
-	/** Another file was chosen, or the one that was played is broken. */
+	/** Stop playing the file: another one was chosen, or this one is broken. */
 	leaveFile() {
 		this.player.stop();
 		this.video.close();
@@ -2059,7 +2062,7 @@ function prefersStillness() {
 	return matchMedia("(prefers-reduced-motion: reduce)").matches;
 }
 // src/draw.ts
-/** Widths are meant for a picture whose short side has so many pixels. */
+/** The widths below apply to a picture whose short side has this many pixels. */
 var SHORT_SIDE_PX = 512;
 var STICK_WIDTH_PX = 4;
 var DOT_PX = 4;
@@ -2068,7 +2071,7 @@ var HAND_LINE_PX = 2;
 var LIMB_DIMMING = .6;
 var HAND_DOT_COLOUR = "rgb(0 0 255)";
 var FACE_DOT_COLOUR = "rgb(255 255 255)";
-/** Paint a pose where its canvas is placed; feet are not drawn. */
+/** Paint a pose at the placement of its canvas. Feet are not drawn. */
 function drawPose(context, pose, placement) {
 	if (pose.points === null) return;
 	const shortSide = Math.min(pose.canvas.height, pose.canvas.width) * placement.scale;
@@ -2140,7 +2143,7 @@ function drawHand(pen, hand) {
 }
 // src/stage.ts
 var BACKDROP_OPACITY = .45;
-/** A pose, over the camera's picture where there is one; with as many pixels as the screen gives it. */
+/** Shows a pose at the screen's resolution, over the camera's or video's picture if there is one. */
 var PoseView = class {
 	canvas;
 	context;
@@ -2157,23 +2160,23 @@ var PoseView = class {
 			this.paint();
 		}).observe(canvas);
 	}
-	/** frame: a picture in the middle of ours that the pose's canvas covers, as it does the avatar's; null: all is seen. */
+	/** frame: a centred picture that the pose's canvas is scaled to cover, as on the avatar; null: show all of it. */
 	show(pose, frame = null) {
 		this.pose = pose;
 		this.frame = frame;
 		this.paint();
 	}
-	/** Paint the picture in which the next pose was found, dimmed, behind it; or none from now on. */
+	/** Paint this picture, dimmed, behind the next pose, which was found in it; null: none from now on. */
 	setBackdrop(image) {
 		this.backdrop = image;
 		if (image === null) this.paint();
 	}
-	/** Ring a keypoint, or none. */
+	/** Draw a ring around a keypoint; null: around none. */
 	mark(joint) {
 		this.marked = joint;
 		this.paint();
 	}
-	/** Where the pose's canvas lies within ours, in pixels of the page; null before the first pose. */
+	/** Where the pose's canvas lies within this view's canvas, in CSS pixels; null before the first pose. */
 	get placement() {
 		const box = {
 			width: this.canvas.clientWidth,
@@ -2199,7 +2202,7 @@ var PoseView = class {
 		this.context.globalAlpha = 1;
 	}
 };
-/** The avatar's newest frame, which the browser enlarges, and over it, if wanted, the pose that it shows. */
+/** Shows the avatar's newest frame, which the browser enlarges, and the frame's pose over it if people want that. */
 var AvatarView = class {
 	canvas;
 	overlay;
@@ -2212,7 +2215,7 @@ var AvatarView = class {
 		this.context = canvas.getContext("2d");
 		overlay.canvas.hidden = true;
 	}
-	/** Show a frame of a pose; null: of the same one as before. */
+	/** Show a frame. pose: the pose that it shows; null: the same one as before. */
 	show(image, { height, width }, pose) {
 		if (this.canvas.width !== width || this.canvas.height !== height) {
 			this.canvas.width = width;
@@ -2227,7 +2230,7 @@ var AvatarView = class {
 		this.hasOverlay = isOn;
 		this.showPose();
 	}
-	/** What is shown from now on is of other poses, or of poses that are fitted otherwise. */
+	/** Forget the shown pose: the next frames show other poses, or poses that are fitted in another way. */
 	forgetPose() {
 		this.pose = null;
 		this.showPose();
@@ -2285,11 +2288,11 @@ var Status = class {
 				return this.say("The server refused", sentences(state.message, state.hint));
 		}
 	}
-	/** Whether the avatar holds still because nobody is seen. */
+	/** Show whether the avatar holds still because nobody is seen. */
 	setHeld(isHeld) {
 		this.held.hidden = !isHeld;
 	}
-	/** Say something in passing; it stays for a while. */
+	/** Show a message for NOTE_MS. */
 	note(text) {
 		clearTimeout(this.noteTimer);
 		setText(this.noteLine, sentence(text));
@@ -2300,11 +2303,11 @@ var Status = class {
 		setText(this.text, text);
 	}
 };
-/** Several of them; null: none. */
+/** Join messages as sentences; null adds none. */
 function sentences(...texts) {
 	return texts.map((text) => sentence(text ?? "")).join(" ").trim();
 }
-/** A message of the server's, which starts small and ends bare, as a sentence. */
+/** Return a server message, which has no capital letter and no full stop, as a sentence. */
 function sentence(text) {
 	const trimmed = text.trim();
 	if (trimmed === "") return "";
@@ -2334,7 +2337,7 @@ function setUpTheme() {
 	};
 	apply();
 }
-/** Null where the browser blocks storage, which it does by throwing: the choice then lasts as long as the page. */
+/** Returns null if the browser blocks storage, which it does by throwing. The choice then lasts as long as the page. */
 function fromStorage(use) {
 	try {
 		return use(localStorage);
@@ -2344,10 +2347,10 @@ function fromStorage(use) {
 }
 // src/main.ts
 var INFO_EVERY_MS = 5e3;
-/** Longer than between two repeats of a key that is held: each change costs two of ten commands a second. */
+/** Longer than the repeat interval of a held key: a change sends two commands, and ten per second are allowed. */
 var SETTLING_MS = 200;
 var LATENCY = "From a pose's sending to its frame on this page, the median of two seconds";
-/** A video track does not say which pose a picture is of. */
+/** A video track does not say which pose a picture shows. */
 var LATENCY_OF_VIDEO = "Approximate: from a pose's sending to the video's next picture once the server has sent its frame, the median of two seconds";
 var WHY_NO_OVERLAY = "Not while the person is fitted: only the server knows where the fitted pose lies";
 var poseView = new PoseView(byId("pose", HTMLCanvasElement));
@@ -2396,10 +2399,12 @@ var sources = new Sources(poseView, (pose) => {
 	showOverlay();
 });
 var isLive = false;
+var isUnderWay = false;
 var avatar = null;
 function showState(state) {
 	status.show(state);
 	isLive = state.kind === "live";
+	isUnderWay = isLive || state.kind === "connecting";
 	recorder.setLive(isLive);
 	if (state.kind === "live") {
 		showInfo(state.ready);
@@ -2418,7 +2423,7 @@ function takeMessage(message) {
 	if (message.type === "recording") recorder.onState(message);
 	if (message.type === "error" && isLive) status.note(message.message);
 }
-/** The avatar's name, looks and own poses, with which the demo begins; anew where the server came back with another. */
+/** Load the avatar's name, picture and poses, and begin the demo. If the server has another avatar now, reload. */
 async function loadAvatar() {
 	try {
 		const info = await fetchInfo();
@@ -2454,12 +2459,13 @@ async function lookAtServer() {
 	try {
 		showInfo(await fetchInfo());
 		pulse.beat();
+		if (avatar === null) loadAvatar();
 	} catch (error) {
 		if (error instanceof Refusal) pulse.beat();
 		else pulse.miss();
 	}
 }
-/** The pose lies over the avatar, if wanted, where the page knows its place there. */
+/** Draw the pose over the avatar if people want it and the page knows where it lies. */
 function showOverlay() {
 	const isFitted = sources.fit === "person";
 	overlayBox.disabled = isFitted;
@@ -2473,7 +2479,8 @@ wayChoice.onchange = () => {
 	connection.open(wayChoice.value);
 };
 setInterval(() => {
-	if (isLive && !document.hidden) lookAtServer();
+	if (isUnderWay && !document.hidden) lookAtServer();
 }, INFO_EVERY_MS);
+document.addEventListener("visibilitychange", () => pulse.beat());
 loadAvatar();
 connection.open();

@@ -1,9 +1,9 @@
-// The server's HTTP side: every request, and what its answers mean.
+// All HTTP requests to the server, and how the page reads the answers.
 import { decodeTrack, type Track } from "./track.ts";
 
-/** A server that was told to leave off a file needs a moment for that. */
+/** A server that was told to stop reading a file needs a moment to stop. */
 const BUSY_MS = 1000;
-/** Shorter than the time between two of the page's looks at the server, so that no two of them are under way. */
+/** Shorter than the interval between two checks of the server (INFO_EVERY_MS), so that checks never overlap. */
 const INFO_TIMEOUT_MS = 4000;
 
 export interface Info {
@@ -19,7 +19,7 @@ export interface Info {
   has_pose_extraction: boolean;
 }
 
-/** What the server did not want to do, in its words. */
+/** A request that the server refused, with the server's message and hint. */
 export class Refusal extends Error {
   constructor(
     message: string,
@@ -34,7 +34,7 @@ export class Refusal extends Error {
   }
 }
 
-/** The server's address for a path such as "api/info"; the page may lie under any folder of a host. */
+/** Return the URL for a path such as "api/info", with the page's token. The page may lie in any folder of a host. */
 export function address(path: string): URL {
   const url = new URL(path.replace(/^\//, ""), document.baseURI);
   const token = new URLSearchParams(location.search).get("token");
@@ -42,7 +42,7 @@ export function address(path: string): URL {
   return url;
 }
 
-/** What is served. A server that stands still counts as one that is not there. */
+/** Return what is served. A server that hangs counts as one that is not there. */
 export async function fetchInfo(): Promise<Info> {
   return (await (await request("api/info", { signal: AbortSignal.timeout(INFO_TIMEOUT_MS) })).json()) as Info;
 }
@@ -52,12 +52,12 @@ export async function fetchPoses(): Promise<Track> {
   return decodeTrack(await (await request("api/poses")).json());
 }
 
-/** What the avatar looks like before the first pose. */
+/** The picture of the avatar before the first pose. */
 export async function fetchReference(): Promise<ImageBitmap> {
   return createImageBitmap(await (await request("api/reference.jpg")).blob());
 }
 
-/** The poses in a pose file or a video; finding them in a video, of whatever kind, takes the server a while. */
+/** Return the poses in a pose file or in a video of any kind. The server takes a while to find them in a video. */
 export async function readPoses(
   file: File, type: "application/json" | "video/mp4", signal: AbortSignal,
 ): Promise<Track> {
@@ -70,7 +70,7 @@ export async function readPoses(
   return decodeTrack(await response.json());
 }
 
-/** Hand over an offer of a WebRTC connection; returns the answer. */
+/** Send the offer of a WebRTC connection and return the answer. */
 export async function exchangeOffer(offer: RTCSessionDescriptionInit): Promise<RTCSessionDescriptionInit> {
   return (await request("api/offer", { body: JSON.stringify(offer), type: "application/json" })).json();
 }
@@ -80,8 +80,8 @@ async function request(
 ): Promise<Response> {
   const post = body === undefined ? {} : { method: "POST", body, headers: { "Content-Type": type ?? "" } };
   const response = await fetch(address(path), { ...post, signal: signal ?? null }).catch((error: unknown) => {
-    // Browsers say it each in its own way, and none says what to do.
-    throw error instanceof TypeError ? new Error("The server did not answer. Try again when it is back") : error;
+    // Each browser words this error differently, and none says what to do.
+    throw error instanceof TypeError ? new Error("The server cannot be reached, or the connection broke off. Try again") : error;
   });
   if (!response.ok) throw await refusal(response);
   return response;

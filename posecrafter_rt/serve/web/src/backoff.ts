@@ -4,7 +4,7 @@ const FIRST_MS = 400;
 const LONGEST_MS = 5000;
 const GROWTH = 1.6;
 
-/** Milliseconds before try `attempt` (from 0): growing, capped, and spread by a fifth so that clients do not come at once. */
+/** Return the ms before try `attempt` (from 0). They grow up to a cap and vary by ±10 %, so that clients spread out. */
 export function retryDelayMs(attempt: number, random: () => number = Math.random): number {
   return Math.min(FIRST_MS * GROWTH ** attempt, LONGEST_MS) * (0.9 + 0.2 * random());
 }

@@ -1,19 +1,19 @@
-// What the bar plays: the poses of a file, or a video.
+// What the player bar plays: a pose track or a video.
 
 export type Repeat = "swing" | "loop" | "once";
 
 export interface Clip {
   readonly numFrames: number;
   readonly fps: number;
-  /** The ways of repeating that it knows. */
+  /** The repeat modes that the clip supports. */
   readonly repeats: readonly Repeat[];
   readonly index: number;
   readonly isPlaying: boolean;
   readonly repeat: Repeat;
   speed: number;
-  /** So much time has passed. */
+  /** Advance by `elapsedMs`. */
   advance(elapsedMs: number): void;
-  /** Play, from the start if the end was reached; or pause. */
+  /** Play or pause. If the end was reached, playing begins at the start. */
   toggle(): void;
   seek(index: number): void;
   setRepeat(repeat: Repeat): void;

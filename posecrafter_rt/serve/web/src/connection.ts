@@ -1,10 +1,10 @@
-// One lasting connection to the server over whichever way: it comes back by itself, and says how things stand.
+// One lasting connection to the server, over either transport. It reconnects by itself and reports its state.
 import { fetchInfo, Refusal } from "./api.ts";
 import { retryDelayMs } from "./backoff.ts";
 import { decodeFrame, parseServerMessage, type Command, type Frame, type Ready, type ServerMessage } from "./protocol.ts";
 import { BAD_REQUEST, BROKEN, FULL, openTransport, type Transport, type Way } from "./transport.ts";
 
-/** Over the cap: time enough for someone to leave, short enough to wait for. */
+/** The wait when the server is full: long enough for someone to leave, short enough to wait for. */
 const FULL_RETRY_MS = 8000;
 
 export type LinkState =
@@ -20,7 +20,7 @@ export interface ConnectionEvents {
   onFrame(frame: Frame): void;
   onMessage(message: ServerMessage): void;
   onVideo(stream: MediaStream | null): void;
-  /** WebRTC did not come about, for a reason that may be empty, and the WebSocket takes over. */
+  /** WebRTC did not connect, so the WebSocket takes over. The reason may be empty. */
   onFallback(reason: string): void;
 }
 
@@ -29,6 +29,8 @@ export class Connection {
   private timer: ReturnType<typeof setTimeout> | undefined;
   private attempt = 0;
   private isLive = false;
+  /** An opened transport has not ended, whether the server has said `ready` or not. */
+  private isUnderWay = false;
   private lastError: { message: string; hint: string | null } | null = null;
 
   constructor(
@@ -36,16 +38,17 @@ export class Connection {
     private way: Way = "websocket",
   ) {}
 
-  /** Connect now, by another way if one is named, whatever there was before. */
+  /** Close any earlier connection and connect now, over `way` if it is given. */
   open(way: Way = this.way): void {
     clearTimeout(this.timer);
     this.transport?.close();
     this.events.onVideo(null);
     this.way = way;
     this.isLive = false;
+    this.isUnderWay = true;
     this.lastError = null;
     this.events.onState({ kind: "connecting" });
-    // Whatever an earlier transport still says, such as a refusal that was being looked into, is not about this one.
+    // askServer may still be checking the end of an earlier transport; the result is not about this one.
     const isCurrent = () => this.transport === transport;
     const transport = openTransport(way, {
       onBytes: (bytes) => this.events.onFrame(decodeFrame(bytes)),
@@ -56,10 +59,10 @@ export class Connection {
     this.transport = transport;
   }
 
-  /** The server no longer answers, though the connection has not ended: connect anew. */
+  /** Drop a connection that has not ended although the server no longer answers, and reconnect. */
   giveUp(): void {
-    if (!this.isLive) return;
-    this.isLive = false;
+    if (!this.isUnderWay) return;
+    this.isLive = this.isUnderWay = false;
     this.transport?.close();
     this.events.onVideo(null);
     this.retry({ kind: "gone", retryInMs: retryDelayMs(this.attempt++) });
@@ -88,14 +91,14 @@ export class Connection {
 
   private async onClose(code: number, reason: string, isCurrent: () => boolean): Promise<void> {
     const wasLive = this.isLive;
-    this.isLive = false;
+    this.isLive = this.isUnderWay = false;
     const message = this.lastError?.message ?? reason;
     if (code === FULL) return this.retry({ kind: "full", message, retryInMs: FULL_RETRY_MS });
     if (code === BROKEN && !wasLive && message !== "") {
       const hint = this.lastError?.hint ?? null;
       return this.retry({ kind: "broken", message, hint, retryInMs: retryDelayMs(this.attempt++) });
     }
-    // A handshake that was refused looks to a page like a server that is not there: ask in a way that gets an answer.
+    // To a page, a refused handshake looks like a server that is not there. A request over HTTP gets an answer.
     const answer = wasLive && code !== BAD_REQUEST ? "gone" : await askServer();
     if (!isCurrent()) return;
     if (this.way === "webrtc" && !wasLive && answer === "here" && code !== BAD_REQUEST) {
@@ -120,7 +123,7 @@ export class Connection {
   }
 }
 
-/** Whether the server is there and would have us; its refusal where it demands a token that the page does not have. */
+/** Ask whether the server is there. Returns its refusal if it demands a token that the page does not have. */
 async function askServer(): Promise<"here" | "gone" | Refusal> {
   try {
     await fetchInfo();

@@ -1,18 +1,18 @@
-// Finding the page's parts.
+// Helpers for the page's elements and for the frames of the display.
 
-/** The element of this id. Throws an Error where it is missing or of another kind. */
+/** Return the element with this id. Throws an Error if it is missing or of another kind. */
 export function byId<T extends Element>(id: string, kind: new () => T): T {
   const element = document.getElementById(id);
   if (!(element instanceof kind)) throw new Error(`the page has no ${kind.name} with the id ${id}`);
   return element;
 }
 
-/** Let a button take clicks, or refuse them for now. Unlike `disabled` this leaves it the keyboard's focus. */
+/** Enable or disable a button. Unlike `disabled`, this lets the button keep the keyboard focus. */
 export function setEnabled(button: HTMLButtonElement, isEnabled: boolean): void {
   button.ariaDisabled = String(!isEnabled);
 }
 
-/** Do this whenever a button is clicked, except while it is not enabled. */
+/** Call `act` on every click of a button while it is enabled. */
 export function onClick(button: HTMLButtonElement, act: () => void): void {
   button.onclick = () => {
     if (button.ariaDisabled !== "true") act();
@@ -39,7 +39,7 @@ export class FrameLoop {
   }
 }
 
-/** Let an element say this; one that says it already is left alone, for screen readers read every change aloud. */
+/** Set an element's text only if it differs, because screen readers read every change aloud. */
 export function setText(element: Element, text: string): void {
   if (element.textContent !== text) element.textContent = text;
 }

@@ -1,10 +1,10 @@
-// The stick figure, in the manner of ControlNet's openpose pictures: see posecrafter_rt/poses/draw.py.
+// The stick figure, drawn like ControlNet's openpose pictures; see posecrafter_rt/poses/draw.py.
 import type { Placement } from "./geometry.ts";
 import {
   BODY, COLOURS, FACE, HAND_EDGES, isVisible, LEFT_HAND, LIMBS, RIGHT_HAND, type Pose, type Range,
 } from "./layout.ts";
 
-/** Widths are meant for a picture whose short side has so many pixels. */
+/** The widths below apply to a picture whose short side has this many pixels. */
 const SHORT_SIDE_PX = 512;
 const STICK_WIDTH_PX = 4;
 const DOT_PX = 4;
@@ -18,11 +18,11 @@ interface Pen {
   context: CanvasRenderingContext2D;
   points: Float32Array;
   placement: Placement;
-  /** One pixel of the picture that the widths are meant for. */
+  /** The size of one pixel of the picture to which the widths apply. */
   unit: number;
 }
 
-/** Paint a pose where its canvas is placed; feet are not drawn. */
+/** Paint a pose at the placement of its canvas. Feet are not drawn. */
 export function drawPose(context: CanvasRenderingContext2D, pose: Pose, placement: Placement): void {
   if (pose.points === null) return;
   const shortSide = Math.min(pose.canvas.height, pose.canvas.width) * placement.scale;

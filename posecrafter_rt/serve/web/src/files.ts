@@ -1,4 +1,4 @@
-// Pose files and videos: chosen or dropped. Pose files are read by the server; videos are played in the page.
+// Pose files and videos that people choose or drop. The server reads pose files; the page plays videos.
 import { readPoses } from "./api.ts";
 import { byId, setText } from "./dom.ts";
 import type { Track } from "./track.ts";
@@ -6,13 +6,13 @@ import { NoTracker } from "./tracker.ts";
 import { Unplayable } from "./video.ts";
 
 export interface FileEvents {
-  /** A file was dropped on the page, whatever was shown. */
+  /** A file was dropped on the page, whichever source was shown. */
   onDrop(): void;
-  /** Another file comes; what was played of the last one ends. */
+  /** Another file was taken; the last one stops playing. */
   onFile(): void;
-  /** A pose file's poses are there. */
+  /** The server has read the poses of a file. */
   onTrack(track: Track): void;
-  /** Make a video ready; `onShown` when its first picture is seen. Throws what is wrong with it. */
+  /** Make a video ready; calls `onShown` once its first picture is shown. Throws an error that says what is wrong. */
   loadVideo(file: File, signal: AbortSignal, onShown: () => void): Promise<void>;
   /** The video is ready. */
   onVideo(): void;
@@ -52,12 +52,12 @@ export class FilePicker {
     this.status.textContent = "";
   }
 
-  /** Whether the server finds poses in videos; it is asked only where people say so, for it is sent the pictures. */
+  /** Say whether the server can find poses in videos. It gets the pictures, so it is asked only if people say so. */
   setServerReadsVideos(does: boolean): void {
     this.sendButton.hidden = !does;
   }
 
-  /** Whether the person in the video is found. */
+  /** Say whether the tracker finds a person in the video. */
   showPerson(isSomebody: boolean): void {
     setText(this.status, `${this.file?.name}: ${isSomebody ? "following the person" : "nobody is in the picture"}`);
   }
@@ -73,7 +73,7 @@ export class FilePicker {
   }
 
   private acceptDrops(): void {
-    let depth = 0; // every element under the pointer enters and leaves by itself
+    let depth = 0; // every element under the pointer has its own enter and leave events
     const mark = (change: number) => {
       depth += change;
       document.body.classList.toggle("is-dropping", depth > 0);
@@ -96,7 +96,7 @@ export class FilePicker {
       isPoseFile(chosen) ? this.readPoses(chosen, "application/json", signal) : this.loadVideo(chosen, signal));
   }
 
-  /** Read a file in one way or another, unless the next one comes first. */
+  /** Read a file with `way`, unless the next file comes first. */
   private async read(file: File, way: (file: File, signal: AbortSignal) => Promise<void>): Promise<void> {
     this.reading?.abort();
     const reading = (this.reading = new AbortController());
@@ -136,7 +136,7 @@ function isPoseFile(file: File): boolean {
   return file.type === "application/json" || file.name.toLowerCase().endsWith(".json");
 }
 
-/** A file's name as a shell takes it. */
+/** Return a file's name as one word of a shell command. */
 function word(name: string): string {
   return /^[\w.,+@%/-]+$/.test(name) && !name.startsWith("-") ? name : `'./${name.replaceAll("'", `'\\''`)}'`;
 }

@@ -1,16 +1,16 @@
-// Posing by hand: joints dragged on the pose's canvas, or chosen and moved with the keyboard.
+// Posing by hand: people drag joints on the pose's canvas, or choose them and move them with the keyboard.
 import { byId } from "./dom.ts";
 import { toPicture } from "./geometry.ts";
 import { moveJoint, nearestJoint } from "./kinematics.ts";
 import { keypointName, NECK, NUM_KEYPOINTS, type Pose } from "./layout.ts";
 import type { PoseView } from "./stage.ts";
 
-/** How near a pointer must come, in pixels of the page: fingers are broad. */
+/** How close a pointer must be to a joint, in CSS pixels. Fingers are broad. */
 const REACH_PX = { mouse: 16, pen: 20, touch: 28 };
 const ARROWS: Record<string, readonly [number, number]> = {
   ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1],
 };
-/** An arrow key moves by this part of the canvas's short side; with Shift five times as far. */
+/** An arrow key moves a joint by this fraction of the canvas's short side; with Shift, five times as far. */
 const STEP = 1 / 100;
 const LEAP = 5;
 const BODY_GROUPS: readonly (readonly [string, number, number])[] = [
@@ -24,7 +24,7 @@ export class JointEditor {
   private start: Pose | null = null;
   private pose: (Pose & { points: Float32Array }) | null = null;
   private isActive = false;
-  /** The pointer that holds the selected joint. Fingers are captured by themselves, so that alone tells nothing. */
+  /** The pointer that holds the selected joint. Browsers capture fingers unasked, so a capture alone proves nothing. */
   private holder: number | null = null;
 
   constructor(
@@ -42,7 +42,7 @@ export class JointEditor {
     byId("joints-reset", HTMLButtonElement).onclick = () => this.reset();
   }
 
-  /** Begin with this pose, or go on where it was left. */
+  /** Begin with this pose. If it is the same one as before, continue where editing stopped. */
   open(start: Pose): void {
     this.isActive = true;
     this.panel.hidden = false;
@@ -123,7 +123,7 @@ export class JointEditor {
     );
   }
 
-  /** Move the selected joint to (x, y), or to the canvas's edge. */
+  /** Move the selected joint to (x, y), clamped to the canvas. */
   private move(x: number, y: number): void {
     if (this.pose === null) return;
     const { canvas, points } = this.pose;

@@ -1,12 +1,12 @@
-// What hangs on which joint, and moving a joint with all that hangs on it.
+// The tree of joints, and moving a joint together with its descendants.
 import {
   FACE, FEET, LEFT_ANKLE, LEFT_HAND, LEFT_WRIST, NOSE, NUM_KEYPOINTS, RIGHT_ANKLE, RIGHT_HAND, RIGHT_WRIST,
 } from "./layout.ts";
 
-/** A bone shorter than this has no direction to speak of. */
+/** A bone shorter than this has no usable direction. */
 const SHORTEST_BONE_PX = 1e-3;
 
-/** The keypoint that each of them hangs on; the neck hangs on nothing. */
+/** The parent of each keypoint; the neck has none (-1). */
 export const PARENTS: readonly number[] = Array.from({ length: NUM_KEYPOINTS }, (_, index) => parentOf(index));
 
 function parentOf(index: number): number {
@@ -17,14 +17,14 @@ function parentOf(index: number): number {
     : handParent(index, RIGHT_HAND.start, RIGHT_WRIST);
 }
 
-/** Within a hand each bone hangs on the one before it, and the palm on the wrist. */
+/** A hand's point 0 hangs on the wrist, the first point of each finger on point 0, any other on the one before it. */
 function handParent(index: number, start: number, wrist: number): number {
   const point = index - start;
   if (point === 0) return wrist;
   return point % 4 === 1 ? start : index - 1;
 }
 
-/** A joint and all that hangs on it, however far down. */
+/** Return a joint and all its descendants. */
 export function subtree(joint: number): number[] {
   const found = [joint];
   for (const parent of found) {
@@ -36,10 +36,10 @@ export function subtree(joint: number): number[] {
 }
 
 /**
- * Move a joint; what hangs on it goes along, turned as the joint's own bone turns.
+ * Move a joint. Its descendants move along and turn by the same angle as the joint's own bone.
  *
- * A joint whose parent is missing only shifts: no bone says how it turns.
- * points: (134, 3), left as they are. Returns: a new array.
+ * If the joint's parent is missing, they only shift, because there is no bone to give an angle.
+ * points: (134, 3), not modified. Returns: a new array.
  */
 export function moveJoint(points: Float32Array, joint: number, x: number, y: number): Float32Array {
   const moved = points.slice();
@@ -55,7 +55,7 @@ export function moveJoint(points: Float32Array, joint: number, x: number, y: num
   return moved;
 }
 
-/** The angle by which a joint's bone turns when the joint goes to (x, y). */
+/** Return the angle in radians by which a joint's bone turns when the joint moves to (x, y). */
 function boneTurn(points: Float32Array, joint: number, x: number, y: number): number {
   const parent = PARENTS[joint] as number;
   if (parent < 0 || points[parent * 3 + 2] === 0) return 0;
@@ -66,7 +66,7 @@ function boneTurn(points: Float32Array, joint: number, x: number, y: number): nu
   return Math.atan2(ax * by - ay * bx, ax * bx + ay * by);
 }
 
-/** The keypoint nearest to (x, y) within `reach` pixels, or null; joints of the body come before other points. */
+/** Return the keypoint nearest to (x, y) within `reach` pixels, or null. The body's joints win over other points. */
 export function nearestJoint(points: Float32Array, x: number, y: number, reach: number): number | null {
   return nearestWithin(points, x, y, reach, 0, FEET.start) ?? nearestWithin(points, x, y, reach, FEET.start, NUM_KEYPOINTS);
 }

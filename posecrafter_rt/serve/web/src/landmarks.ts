@@ -1,9 +1,9 @@
-// MediaPipe Holistic's landmarks, carried over to the 134 keypoints as posecrafter_rt/poses/layouts.py does it.
+// Converts MediaPipe Holistic's landmarks to the 134 keypoints, as posecrafter_rt/poses/layouts.py does.
 import {
   BODY, FACE, FEET, LEFT_HAND, LEFT_SHOULDER, NECK, NUM_KEYPOINTS, RIGHT_HAND, RIGHT_SHOULDER, type Pose, type Size,
 } from "./layout.ts";
 
-/** x, y in fractions of the picture from its corner; only the pose's landmarks say how visible they are. */
+/** x, y as fractions of the picture, from its top left corner. Only the pose's landmarks have a visibility. */
 export interface Landmark {
   x: number;
   y: number;
@@ -17,9 +17,9 @@ export interface Landmarks {
   rightHand?: Landmark[] | undefined;
 }
 
-/** Where each body point sits among the 33; the left shoulder stands in for the neck, which is computed. */
+/** The index of each body point among the 33. The neck is computed; the left shoulder is its placeholder. */
 const MEDIAPIPE_BODY = [0, 11, 12, 14, 16, 11, 13, 15, 24, 26, 28, 23, 25, 27, 5, 2, 8, 7];
-/** Big toe and heel of either foot; BlazePose has no small toe. */
+/** Our index and MediaPipe's of each big toe and heel. BlazePose has no small toe. */
 const MEDIAPIPE_FEET: readonly (readonly [number, number])[] = [[0, 31], [2, 29], [3, 32], [5, 30]];
 /** The face mesh's vertex nearest each iBUG point: jaw, brows, nose, eyes, outer lips, inner lips. */
 const MESH_TO_IBUG = [
@@ -32,7 +32,7 @@ const MESH_TO_IBUG = [
 ];
 const NUM_HAND_POINTS = 21;
 
-/** The pose on a picture of this size, or nobody where the tracker found nothing. */
+/** Return the pose on a picture of this size. Its points are null if the tracker found nothing. */
 export function poseFromLandmarks(found: Landmarks, picture: Size): Pose {
   const points = new Float32Array(NUM_KEYPOINTS * 3);
   const put = (index: number, landmark: Landmark | undefined, confidence: number) => {
@@ -54,12 +54,12 @@ export function poseFromLandmarks(found: Landmarks, picture: Size): Pose {
   return { canvas: picture, points: isSomebody ? points : null };
 }
 
-/** The tracker guesses where hidden limbs are, outside the picture too; those are not seen. */
+/** The tracker also guesses hidden limbs, even outside the picture. Points outside count as not seen. */
 function isInside({ x, y }: Landmark): boolean {
   return x >= 0 && x < 1 && y >= 0 && y < 1;
 }
 
-/** The neck is the middle of the shoulders with the lower of their confidences. */
+/** Set the neck to the middle of the shoulders, with the lower of their confidences. */
 function setNeck(points: Float32Array): void {
   const confidence = Math.min(points[RIGHT_SHOULDER * 3 + 2] as number, points[LEFT_SHOULDER * 3 + 2] as number);
   for (const axis of [0, 1]) {

@@ -1,4 +1,4 @@
-// The 134 keypoints: their order, names, neighbours and colours, as posecrafter_rt/poses has them.
+// The 134 keypoints: their order, names, neighbours and colours, as in posecrafter_rt/poses.
 
 export const NUM_KEYPOINTS = 134;
 export const CONFIDENCE_THRESHOLD = 0.3;
@@ -33,7 +33,7 @@ const FEET_NAMES = [
   "left big toe", "left small toe", "left heel", "right big toe", "right small toe", "right heel",
 ];
 
-/** Pairs of body points, in the order in which they are painted; limb i has the i-th colour, and so has joint i. */
+/** Pairs of body points in the order of painting. Limb i and joint i both have the i-th colour. */
 export const LIMBS: readonly (readonly [number, number])[] = [
   [1, 2], [1, 5], [2, 3], [3, 4], [5, 6], [6, 7], [1, 8], [8, 9], [9, 10],
   [1, 11], [11, 12], [12, 13], [1, 0], [0, 14], [14, 16], [0, 15], [15, 17],
@@ -54,7 +54,7 @@ export interface Size {
   width: number;
 }
 
-/** One person on a canvas: x, y in its pixels (pixel centres at integers) and confidence, or null where nobody is seen. */
+/** One person on a canvas: x, y in its pixels (pixel centres at integers) and confidence; null if nobody is seen. */
 export interface Pose {
   canvas: Size;
   points: Float32Array | null;
@@ -69,7 +69,7 @@ export function keypointName(index: number): string {
   return `right hand ${index - RIGHT_HAND.start}`;
 }
 
-/** Whether a keypoint is sure enough to be drawn. */
+/** Whether a keypoint's confidence is high enough to draw it. */
 export function isVisible(points: Float32Array, index: number): boolean {
   return (points[index * 3 + 2] as number) >= CONFIDENCE_THRESHOLD;
 }

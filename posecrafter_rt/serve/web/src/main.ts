@@ -15,10 +15,10 @@ import { setUpTheme } from "./theme.ts";
 import type { Way } from "./transport.ts";
 
 const INFO_EVERY_MS = 5000;
-/** Longer than between two repeats of a key that is held: each change costs two of ten commands a second. */
+/** Longer than the repeat interval of a held key: a change sends two commands, and ten per second are allowed. */
 const SETTLING_MS = 200;
 const LATENCY = "From a pose's sending to its frame on this page, the median of two seconds";
-/** A video track does not say which pose a picture is of. */
+/** A video track does not say which pose a picture shows. */
 const LATENCY_OF_VIDEO =
   "Approximate: from a pose's sending to the video's next picture once the server has sent its frame, the median of two seconds";
 const WHY_NO_OVERLAY = "Not while the person is fitted: only the server knows where the fitted pose lies";
@@ -50,7 +50,7 @@ const pulse = new Pulse(() => connection.giveUp());
 const recorder = new Recorder((on) => connection.command({ type: "record", on }), (text) => status.note(text));
 const tellOfChange = whenSettled(() => {
   connection.command({ type: "configure", fit: sources.fit });
-  connection.command({ type: "reset" }); // what comes next is another person, or another place
+  connection.command({ type: "reset" }); // the next pose is of another person, or in another place
   screen.release();
 }, SETTLING_MS);
 const sources = new Sources(
@@ -67,11 +67,13 @@ const sources = new Sources(
   },
 );
 let isLive = false;
+let isUnderWay = false; // live, or on the way there
 let avatar: string | null = null;
 
 function showState(state: LinkState): void {
   status.show(state);
   isLive = state.kind === "live";
+  isUnderWay = isLive || state.kind === "connecting";
   recorder.setLive(isLive);
   if (state.kind === "live") {
     showInfo(state.ready);
@@ -85,11 +87,11 @@ function showState(state: LinkState): void {
 function takeMessage(message: ServerMessage): void {
   pulse.beat();
   if (message.type === "recording") recorder.onState(message);
-  // What is said before a connection is refused stands on the card that tells of the refusal.
+  // An error before a connection is refused is shown on the card about the refusal.
   if (message.type === "error" && isLive) status.note(message.message);
 }
 
-/** The avatar's name, looks and own poses, with which the demo begins; anew where the server came back with another. */
+/** Load the avatar's name, picture and poses, and begin the demo. If the server has another avatar now, reload. */
 async function loadAvatar(): Promise<void> {
   try {
     const info = await fetchInfo();
@@ -102,7 +104,7 @@ async function loadAvatar(): Promise<void> {
     showAvatar(info, reference);
     sources.setDemo(poses);
   } catch (error) {
-    // The connection has its own way of telling what is wrong with the server; it calls here again when it is back.
+    // The connection reports what is wrong with the server, and calls this again when the server is back.
     console.info("the avatar is not there yet:", error);
   }
 }
@@ -126,13 +128,14 @@ async function lookAtServer(): Promise<void> {
   try {
     showInfo(await fetchInfo());
     pulse.beat();
+    if (avatar === null) void loadAvatar();
   } catch (error) {
-    if (error instanceof Refusal) pulse.beat(); // it answers
+    if (error instanceof Refusal) pulse.beat(); // a refusal is an answer too
     else pulse.miss();
   }
 }
 
-/** The pose lies over the avatar, if wanted, where the page knows its place there. */
+/** Draw the pose over the avatar if people want it and the page knows where it lies. */
 function showOverlay(): void {
   const isFitted = sources.fit === "person";
   overlayBox.disabled = isFitted;
@@ -147,7 +150,8 @@ wayChoice.onchange = () => {
   connection.open(wayChoice.value as Way);
 };
 setInterval(() => {
-  if (isLive && !document.hidden) void lookAtServer();
+  if (isUnderWay && !document.hidden) void lookAtServer();
 }, INFO_EVERY_MS);
+document.addEventListener("visibilitychange", () => pulse.beat()); // what was missed while hidden says little
 void loadAvatar();
 connection.open();

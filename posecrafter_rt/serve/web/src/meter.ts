@@ -1,4 +1,4 @@
-// Frames a second and the median of recent latencies.
+// Frames per second and the median of recent latencies.
 
 const WINDOW_MS = 2000;
 
@@ -6,12 +6,12 @@ const WINDOW_MS = 2000;
 export class Meter {
   private samples: { atMs: number; latencyMs: number }[] = [];
 
-  /** A frame was shown at `atMs`, so long after its pose was sent. */
+  /** Add a frame that was shown at `atMs`, `latencyMs` after its pose was sent. */
   add(atMs: number, latencyMs: number): void {
     this.samples.push({ atMs, latencyMs });
   }
 
-  /** Frames a second up to `nowMs`, and the median latency; null where nothing was shown lately. */
+  /** Return the frames per second up to `nowMs` and the median latency; null with fewer than two recent frames. */
   read(nowMs: number): { fps: number; latencyMs: number } | null {
     this.samples = this.samples.filter((sample) => nowMs - sample.atMs < WINDOW_MS);
     if (this.samples.length < 2) return null;
@@ -23,7 +23,7 @@ export class Meter {
     };
   }
 
-  /** Forget everything: what comes next has nothing to do with it. */
+  /** Forget all frames; they say nothing about the next ones. */
   clear(): void {
     this.samples = [];
   }

@@ -1,7 +1,7 @@
-// What is sent when: the newest pose wins, nothing queues, and no frame older than the shown one is let through.
+// Decides when a pose is sent (the newest wins, nothing queues), and holds back frames older than the shown one.
 import type { Pose } from "./layout.ts";
 
-/** A pose without an answer for so long is given up: the server may have dropped it. */
+/** A pose that has no answer after this time is given up; the server may have dropped it. */
 const PATIENCE_MS = 1500;
 
 export interface Sent {
@@ -11,11 +11,11 @@ export interface Sent {
 }
 
 /**
- * Lets as many poses as the server works at be under way, and one more; keeps the newest of those that came meanwhile.
+ * Allows one more pose under way than the server works on at once, and keeps the newest of those that come meanwhile.
  *
- * A second pose sets out only when the server should be about done with the first: sooner, it would wait there and grow
- * old; later, the server would wait for it. A pipelined server does not wait: a step for which no pose is there goes to
- * one that it has had. So one always waits there, and each frame that comes calls for the next pose at once.
+ * A second pose is sent only when the server should be almost done with the first. If it came earlier, it would wait
+ * there and grow old; if it came later, the server would wait for it. A pipelined server does not wait: a step without
+ * a new pose goes to an old one. So one pose always waits there, and each frame that arrives sends the next at once.
  * `send` is called with every pose that goes out.
  */
 export class Pacer {
@@ -38,14 +38,14 @@ export class Pacer {
   }
 
   /**
-   * A frame has come for this pose, so for every earlier one too.
+   * Note that a frame has come for this pose. It also answers every earlier pose.
    *
-   * waitMs, renderMs: what the pose waited for its turn, and what the frame took.
-   * Returns: the pose, if it was still awaited.
+   * waitMs: how long the pose waited for its turn. renderMs: how long the frame took.
+   * Returns: the pose, or null if it was no longer awaited.
    */
   acknowledge(sequence: number, waitMs: number, renderMs: number): Sent | null {
     const isPipelined = this.inFlight > 1;
-    this.gapMs = isPipelined ? renderMs : renderMs + waitMs / 2; // what waited shall wait less from then on
+    this.gapMs = isPipelined ? renderMs : renderMs + waitMs / 2; // after a wait, send the next pose later
     const answered = this.underWay.find((sent) => sent.sequence === sequence) ?? null;
     this.underWay = this.underWay.filter((sent) => sent.sequence > sequence);
     const waiting = this.waiting;
@@ -53,13 +53,13 @@ export class Pacer {
     return answered;
   }
 
-  /** Send a pose once more whose frame has not been shown, unless one is still to come. */
+  /** Send a pose whose frame has not been shown again, unless an answer is still to come. */
   offerAgain(pose: Pose): void {
     this.giveUp(this.now());
     if (this.underWay.length === 0) this.offer(pose);
   }
 
-  /** The connection is a new one, to a server that works at so many poses at once: nothing sent before will be answered. */
+  /** Start over on a new connection: nothing sent before is answered. inFlight: poses the server works on at once. */
   restart(inFlight = 1): void {
     this.inFlight = inFlight;
     this.overtaken = 0;
@@ -67,7 +67,7 @@ export class Pacer {
     this.forget();
   }
 
-  /** What comes next is of another source, for which the server is reset: no earlier pose is sent, or awaited, any more. */
+  /** Neither send nor await earlier poses: the source changes, and the server is reset for it. */
   forget(): void {
     this.underWay = [];
     this.waiting = null;
@@ -94,9 +94,9 @@ export class Pacer {
   }
 }
 
-/** Lets frames through in the order of their poses, unless they are too old; repeats of the shown one pass. */
+/** Lets frames pass in the order of their poses, unless they are too old. Repeats of the shown frame pass. */
 export class FrameGate {
-  /** Frames that came, or were decoded, too late or after a newer one had been shown. */
+  /** Frames that came or were decoded too late, or after a newer one had been shown. */
   late = 0;
   private shown = 0;
 

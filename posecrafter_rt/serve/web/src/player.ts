@@ -1,8 +1,8 @@
-// Playing a clip: the clock, and the bar with which people play, pause and search.
+// Plays a clip: the clock, and the bar with which people play, pause and seek.
 import { byId, FrameLoop } from "./dom.ts";
 import type { Clip, Repeat } from "./clip.ts";
 
-/** A display that slept must not make poses leap. */
+/** After the display slept, poses must not jump. */
 const LONGEST_STEP_MS = 100;
 
 export class Player {
@@ -25,7 +25,7 @@ export class Player {
     this.speedChoice.onchange = () => this.setSpeed();
   }
 
-  /** Take up a clip as it is, at the speed that is chosen. show: called with every place that it comes to. */
+  /** Take over a clip as it is, at the chosen speed. show: called with each index that the clip reaches. */
   start(clip: Clip, show: (index: number) => void = () => {}): void {
     this.clip = clip;
     this.show = show;

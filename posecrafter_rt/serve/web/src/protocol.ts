@@ -6,14 +6,14 @@ const POSE = 1;
 const FRAME = 2;
 const POSE_HEADER_BYTES = 24;
 const FRAME_HEADER_BYTES = 32;
-/** Formats of a frame; without a picture it goes by the video track. */
+/** Formats of a frame. If it has no picture, the picture comes over the video track. */
 export const NO_PICTURE = 0;
 export const JPEG = 1;
 const HELD = 1;
 const REPEAT = 2;
 const RESET = 4;
 
-/** A frame, or the note that one goes by the video track; `sequence` and `sentMs` are those of the pose that it shows. */
+/** A frame, or the notice that it comes over the video track. `sequence` and `sentMs` are those of its pose. */
 export interface Frame {
   format: number;
   isHeld: boolean;
@@ -36,7 +36,7 @@ export interface Ready {
   precision: string;
   steps: number;
   window: number;
-  /** How many poses the server works at at once: more than one where it is pipelined. */
+  /** How many poses the server works on at once; more than one if it is pipelined. */
   in_flight: number;
   sessions: number;
   max_sessions: number;
@@ -65,7 +65,7 @@ export type Command =
   | { type: "reset" }
   | { type: "record"; on: boolean };
 
-/** A pose as bytes, little-endian: a header of 24 and 12 for each keypoint. */
+/** Encode a pose, little-endian: a header of 24 bytes, then 12 bytes per keypoint. */
 export function encodePose(pose: Pose, sequence: number, sentMs: number): ArrayBuffer {
   const count = pose.points === null ? 0 : NUM_KEYPOINTS;
   const bytes = new ArrayBuffer(POSE_HEADER_BYTES + 12 * count);
@@ -81,7 +81,7 @@ export function encodePose(pose: Pose, sequence: number, sentMs: number): ArrayB
   return bytes;
 }
 
-/** A frame from bytes. Throws an Error for any other message. */
+/** Decode a frame. Throws an Error for any other message. */
 export function decodeFrame(bytes: ArrayBuffer): Frame {
   if (bytes.byteLength < FRAME_HEADER_BYTES) throw new Error(`a frame message of ${bytes.byteLength} bytes`);
   const view = new DataView(bytes);
@@ -102,7 +102,7 @@ export function decodeFrame(bytes: ArrayBuffer): Frame {
   };
 }
 
-/** A JSON message of the server, or null for one of a later version that is not known here. */
+/** Parse a JSON message of the server. Returns null for an unknown type, such as that of a later version. */
 export function parseServerMessage(text: string): ServerMessage | null {
   const value: unknown = JSON.parse(text);
   if (typeof value !== "object" || value === null || !("type" in value)) return null;

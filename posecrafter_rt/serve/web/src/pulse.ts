@@ -1,4 +1,4 @@
-// Whether the server still lives: where a network vanishes, or a server stands still, its connection does not end.
+// Notices a dead server. If the network vanishes or the server hangs, the connection does not end by itself.
 
 /** A single request may fail for other reasons. */
 const MOST_MISSED = 2;
@@ -6,7 +6,7 @@ const MOST_MISSED = 2;
 export class Pulse {
   private missed = 0;
 
-  /** onLost: called when so many requests in a row had no answer, and nothing else came meanwhile. */
+  /** onLost: called when MOST_MISSED requests in a row had no answer and nothing else came meanwhile. */
   constructor(private readonly onLost: () => void) {}
 
   /** Something came from the server. */

@@ -21,14 +21,14 @@ export class Recorder {
     });
   }
 
-  /** The connection is there or not; a recording ends with it, and is not kept. */
+  /** Note whether there is a connection. A recording ends with it and is lost. */
   setLive(isLive: boolean): void {
     setEnabled(this.button, isLive);
-    if (this.isOn) this.note("The recording is lost, for the connection ended while it ran");
+    if (this.isOn) this.note("The recording is lost because the connection ended");
     this.setOn(false);
   }
 
-  /** A recording runs or not; the url is of one that has ended, even while the next one runs. */
+  /** Show whether a recording runs. The url is that of a finished recording, even while the next one runs. */
   onState({ on, url }: RecordingState): void {
     setEnabled(this.button, true);
     this.setOn(on);

@@ -1,4 +1,4 @@
-// From a pose to its frame on the screen: sending at the server's pace, decoding, and the figures about both.
+// Sends poses at the server's pace, decodes and shows their frames, and shows the figures about both.
 import { byId } from "./dom.ts";
 import type { Pose } from "./layout.ts";
 import { Meter } from "./meter.ts";
@@ -7,7 +7,7 @@ import { encodePose, NO_PICTURE, type Frame } from "./protocol.ts";
 import type { AvatarView } from "./stage.ts";
 
 const FIGURES_EVERY_MS = 250;
-/** A picture that comes later is not shown, as the server does not send it; a video's are the browser's to show. */
+/** A picture older than this is not shown; nor does the server send it. On a video track the browser decides. */
 const MAX_AGE_MS = 1000;
 
 export class Screen {
@@ -24,10 +24,10 @@ export class Screen {
   private isLive = false;
   private isHeld = false;
   private droppedByServer = 0;
-  /** The pose that was announced last: its frame is the video track's next picture, or soon follows. */
+  /** The pose that was announced last. Its frame is the video track's next picture, or follows soon. */
   private onVideoTrack: { sentMs: number; pose: Pose } | null = null;
 
-  /** onLate: a frame came too late to be shown. */
+  /** onLate: called when a frame came too late to be shown. */
   constructor(
     private readonly view: AvatarView,
     send: (bytes: ArrayBuffer) => void,
@@ -42,28 +42,28 @@ export class Screen {
     }, FIGURES_EVERY_MS);
   }
 
-  /** The avatar shall take this pose. */
+  /** Make the avatar take this pose. */
   drive(pose: Pose): void {
     this.newest = pose;
     if (this.isLive && !this.isHeld) this.pacer.offer(pose);
   }
 
-  /** The source changes: none of its poses so far is sent any more, and the next ones wait until `release`. */
+  /** Stop sending because the source changes: earlier poses are dropped, and the next ones wait until `release`. */
   hold(): void {
     this.isHeld = true;
     this.newest = null;
     this.pacer.forget();
   }
 
-  /** The server knows of the change. */
+  /** Send again: the server knows of the change. */
   release(): void {
     this.isHeld = false;
     if (this.isLive && this.newest !== null) this.pacer.offer(this.newest);
   }
 
   /**
-   * A connection is there whose server works at so many poses at once, or (null) none is. Over a new one nothing is under
-   * way, and the newest pose is told again.
+   * Note a new connection to a server that works on `inFlight` poses at once, or (null) that there is none.
+   * On a new one nothing is under way, and the newest pose is sent again.
    */
   setLive(inFlight: number | null): void {
     this.isLive = inFlight !== null;
@@ -115,7 +115,7 @@ export class Screen {
     this.video.requestVideoFrameCallback(step);
   }
 
-  /** The last pose of all, as of a paused clip, is not left without its frame because that was too late, or lost. */
+  /** Send the newest pose again if its frame was late or lost: in a paused clip, for example, no other pose follows. */
   private persist(): void {
     if (this.isLive && !this.isHeld && this.newest !== null && this.newest !== this.shown) this.pacer.offerAgain(this.newest);
   }

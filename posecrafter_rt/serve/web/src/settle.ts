@@ -1,6 +1,6 @@
 // One call for many changes that follow each other closely.
 
-/** A function that calls back once it has not been called for so long. */
+/** Return a function that calls `callback` once it has itself not been called for `quietMs`. */
 export function whenSettled(callback: () => void, quietMs: number): () => void {
   let timer: ReturnType<typeof setTimeout> | undefined;
   return () => {

@@ -27,9 +27,9 @@ export class Sources {
   private demo: Track | null = null;
   private reference: Pose | null = null;
   private fromFile: Track | TrackedVideo | null = null;
-  private last: Pose | null = null; // of the source as it is
+  private last: Pose | null = null; // of the current source
 
-  /** onPose: a pose is to be shown; onChange: another source, or another fit, from the next pose on. */
+  /** onPose: called with each pose to show. onChange: called when the next pose has another source or another fit. */
   constructor(
     view: PoseView,
     private readonly onPose: (pose: Pose) => void,
@@ -58,23 +58,23 @@ export class Sources {
     });
     this.fitBox.onchange = () => {
       onChange();
-      if (this.last !== null) this.emit({ ...this.last }); // a copy: its frame has not been shown
+      if (this.last !== null) this.emit({ ...this.last }); // a copy, because the frame of a copy counts as not shown
     };
     for (const radio of radios()) radio.onchange = () => this.choose(radio.value as Name);
     document.addEventListener("keydown", (event) => this.onKey(event));
   }
 
-  /** The poses are those of the avatar itself, or of somebody to be fitted to it. */
+  /** "person" if the poses are of somebody who is to be fitted to the avatar, else "canvas". */
   get fit(): Fit {
     return this.isOfSomebody && this.fitBox.checked ? "person" : "canvas";
   }
 
-  /** Whether the server finds poses in videos, where this page cannot. */
+  /** Say whether the server can find poses in videos if this page cannot. */
   setServerReadsVideos(does: boolean): void {
     this.files.setServerReadsVideos(does);
   }
 
-  /** The avatar's own poses are there: the demo begins, unless people have chosen something else. */
+  /** Take the avatar's own poses. The demo or the joint editor begins, unless people have chosen another source. */
   setDemo(track: Track): void {
     this.demo = track;
     this.reference = firstPose(track);
@@ -114,7 +114,7 @@ export class Sources {
     if (this.fromFile !== null) this.playFile(this.fromFile);
   }
 
-  /** Another file was chosen, or the one that was played is broken. */
+  /** Stop playing the file: another one was chosen, or this one is broken. */
   private leaveFile(): void {
     this.player.stop();
     this.video.close();

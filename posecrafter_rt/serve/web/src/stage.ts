@@ -5,7 +5,7 @@ import type { Pose, Size } from "./layout.ts";
 
 const BACKDROP_OPACITY = 0.45;
 
-/** A pose, over the camera's picture where there is one; with as many pixels as the screen gives it. */
+/** Shows a pose at the screen's resolution, over the camera's or video's picture if there is one. */
 export class PoseView {
   private readonly context: CanvasRenderingContext2D;
   private pose: Pose | null = null;
@@ -22,26 +22,26 @@ export class PoseView {
     }).observe(canvas);
   }
 
-  /** frame: a picture in the middle of ours that the pose's canvas covers, as it does the avatar's; null: all is seen. */
+  /** frame: a centred picture that the pose's canvas is scaled to cover, as on the avatar; null: show all of it. */
   show(pose: Pose, frame: Size | null = null): void {
     this.pose = pose;
     this.frame = frame;
     this.paint();
   }
 
-  /** Paint the picture in which the next pose was found, dimmed, behind it; or none from now on. */
+  /** Paint this picture, dimmed, behind the next pose, which was found in it; null: none from now on. */
   setBackdrop(image: CanvasImageSource | null): void {
     this.backdrop = image;
     if (image === null) this.paint();
   }
 
-  /** Ring a keypoint, or none. */
+  /** Draw a ring around a keypoint; null: around none. */
   mark(joint: number | null): void {
     this.marked = joint;
     this.paint();
   }
 
-  /** Where the pose's canvas lies within ours, in pixels of the page; null before the first pose. */
+  /** Where the pose's canvas lies within this view's canvas, in CSS pixels; null before the first pose. */
   get placement(): Placement | null {
     const box = { width: this.canvas.clientWidth, height: this.canvas.clientHeight };
     return this.pose === null ? null : this.place(this.pose.canvas, box);
@@ -70,7 +70,7 @@ export class PoseView {
   }
 }
 
-/** The avatar's newest frame, which the browser enlarges, and over it, if wanted, the pose that it shows. */
+/** Shows the avatar's newest frame, which the browser enlarges, and the frame's pose over it if people want that. */
 export class AvatarView {
   private pose: Pose | null = null;
   private hasOverlay = false;
@@ -84,7 +84,7 @@ export class AvatarView {
     overlay.canvas.hidden = true;
   }
 
-  /** Show a frame of a pose; null: of the same one as before. */
+  /** Show a frame. pose: the pose that it shows; null: the same one as before. */
   show(image: CanvasImageSource, { height, width }: Size, pose: Pose | null): void {
     if (this.canvas.width !== width || this.canvas.height !== height) {
       this.canvas.width = width;
@@ -101,7 +101,7 @@ export class AvatarView {
     this.showPose();
   }
 
-  /** What is shown from now on is of other poses, or of poses that are fitted otherwise. */
+  /** Forget the shown pose: the next frames show other poses, or poses that are fitted in another way. */
   forgetPose(): void {
     this.pose = null;
     this.showPose();

@@ -25,7 +25,7 @@ export class Status {
 
   show(state: LinkState): void {
     this.pill.dataset["kind"] = state.kind;
-    // A card that is up stays up while the next try is under way, rather than blink.
+    // A visible card stays during the next try, so that it does not blink.
     if (state.kind !== "connecting") this.card.hidden = state.kind === "live";
     this.card.dataset["kind"] = state.kind;
     this.retryButton.hidden = state.kind === "connecting" || (state.kind === "refused" && state.wantsToken);
@@ -54,12 +54,12 @@ export class Status {
     }
   }
 
-  /** Whether the avatar holds still because nobody is seen. */
+  /** Show whether the avatar holds still because nobody is seen. */
   setHeld(isHeld: boolean): void {
     this.held.hidden = !isHeld;
   }
 
-  /** Say something in passing; it stays for a while. */
+  /** Show a message for NOTE_MS. */
   note(text: string): void {
     clearTimeout(this.noteTimer);
     setText(this.noteLine, sentence(text));
@@ -72,12 +72,12 @@ export class Status {
   }
 }
 
-/** Several of them; null: none. */
+/** Join messages as sentences; null adds none. */
 function sentences(...texts: (string | null)[]): string {
   return texts.map((text) => sentence(text ?? "")).join(" ").trim();
 }
 
-/** A message of the server's, which starts small and ends bare, as a sentence. */
+/** Return a server message, which has no capital letter and no full stop, as a sentence. */
 function sentence(text: string): string {
   const trimmed = text.trim();
   if (trimmed === "") return "";

@@ -1,4 +1,4 @@
-// Light, dark, or as the system is: chosen with a button and remembered.
+// The theme: light, dark or the system's. People choose it with a button, and the page remembers it.
 import { byId } from "./dom.ts";
 
 const THEMES = ["auto", "light", "dark"] as const;
@@ -22,7 +22,7 @@ export function setUpTheme(): void {
   apply();
 }
 
-/** Null where the browser blocks storage, which it does by throwing: the choice then lasts as long as the page. */
+/** Returns null if the browser blocks storage, which it does by throwing. The choice then lasts as long as the page. */
 function fromStorage<T>(use: (storage: Storage) => T): T | null {
   try {
     return use(localStorage);

@@ -1,4 +1,4 @@
-// Pose tracks: a few seconds of poses, and the clock that plays them.
+// Pose tracks (a few seconds of poses each), and the place in one while it plays.
 import type { Clip, Repeat } from "./clip.ts";
 import { NUM_KEYPOINTS, type Pose, type Size } from "./layout.ts";
 
@@ -9,7 +9,7 @@ export interface Track {
   points: Float32Array;
 }
 
-/** A track as the server writes it. Throws an Error where its parts do not fit together. */
+/** Decode a track from the server's JSON. Throws an Error if its parts do not fit together. */
 export function decodeTrack(json: { fps: number; canvas: [number, number]; num_frames: number; keypoints: string }): Track {
   const bytes = Uint8Array.from(atob(json.keypoints), (character) => character.charCodeAt(0));
   const points = new Float32Array(bytes.buffer);
@@ -20,7 +20,7 @@ export function decodeTrack(json: { fps: number; canvas: [number, number]; num_f
   return { fps: json.fps, canvas: { height, width }, numFrames: json.num_frames, points };
 }
 
-/** One frame of a track; nobody is seen where every confidence is 0. */
+/** Return one frame of a track. Nobody is seen if every confidence is 0. */
 export function trackPose(track: Track, index: number): Pose {
   const length = NUM_KEYPOINTS * 3;
   const points = track.points.subarray(index * length, (index + 1) * length);
@@ -28,7 +28,7 @@ export function trackPose(track: Track, index: number): Pose {
   return { canvas: track.canvas, points: isSomebody ? points : null };
 }
 
-/** Where in a track the playing is. Time is given to it, so it holds no clock. */
+/** The current place in a track that plays. It has no clock: `advance` tells it how much time has passed. */
 export class Playback implements Clip {
   readonly repeats: readonly Repeat[] = ["swing", "loop", "once"];
   isPlaying = false;
@@ -49,7 +49,7 @@ export class Playback implements Clip {
     return turn <= last ? turn : 2 * last - turn;
   }
 
-  /** Go on by so much time; stops at the end of a track that is played once. */
+  /** Advance by `elapsedMs`. A track that is played once stops at its end. */
   advance(elapsedMs: number): void {
     if (!this.isPlaying) return;
     this.phase += (elapsedMs / 1000) * this.fps * this.speed;
@@ -61,7 +61,7 @@ export class Playback implements Clip {
     }
   }
 
-  /** Play, from the start if the end was reached; or pause. */
+  /** Play or pause. If the end was reached, playing begins at the start. */
   toggle(): void {
     this.isPlaying = !this.isPlaying;
     if (this.isPlaying && this.repeat === "once" && this.index === this.numFrames - 1) this.phase = 0;

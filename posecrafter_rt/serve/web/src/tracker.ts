@@ -1,4 +1,4 @@
-// MediaPipe Holistic, which finds the person in a picture: loaded into this page when it is first wanted.
+// MediaPipe Holistic, which finds the person in a picture. The page loads it when it first needs it.
 import type { Holistic as HolisticTracker, Results } from "@mediapipe/holistic";
 import { poseFromLandmarks } from "./landmarks.ts";
 import type { Pose } from "./layout.ts";
@@ -6,9 +6,9 @@ import type { Pose } from "./layout.ts";
 /** Where the build puts MediaPipe's own files. */
 const TRACKER_FOLDER = "tracker/";
 
-/** A tracker that takes longer for a picture leaves the page no time of its own. */
+/** A tracker that takes longer for a picture leaves the page no time for anything else. */
 const SLOW_MS = 300;
-/** So much it is then given, between two pictures: enough for the avatar's frame to come and be shown. */
+/** The pause of a slow tracker between two pictures: enough for the avatar's frame to arrive and be shown. */
 const REST_MS = 250;
 
 declare global {
@@ -17,7 +17,7 @@ declare global {
   }
 }
 
-/** The person, and the picture that was looked at, mirrored where that was wanted; it lasts until the next one. */
+/** The person, and the picture that was searched (mirrored if asked), which is valid until the next one. */
 export interface Found {
   pose: Pose;
   picture: CanvasImageSource;
@@ -26,17 +26,17 @@ export interface Found {
 /** This installation has no tracker. */
 export class NoTracker extends Error {}
 
-/** One for the whole page, whatever the pictures are of: it is large and slow to load. */
+/** Finds people. All sources share one tracker, because it is large and slow to load. */
 export class Tracker {
   private loading: Promise<HolisticTracker> | null = null;
   private results: Results | null = null;
   private isMirrored = false;
-  /** With a picture, or resting from one. */
+  /** Working on a picture, or resting after one. */
   isBusy = false;
-  /** Took long for the last picture; until there was one that is assumed. */
+  /** Whether the last picture took long. Before the first picture, true is assumed. */
   isSlow = true;
 
-  /** Load and warm up, unless that is done. Throws NoTracker where there is none. */
+  /** Load and warm up the tracker, unless that is done. Throws NoTracker if there is none. */
   async load(): Promise<void> {
     this.loading ??= loadHolistic((results) => (this.results = results));
     try {
@@ -47,7 +47,7 @@ export class Tracker {
     }
   }
 
-  /** Look for the person in what a video shows now; null while it is still at an older picture. */
+  /** Find the person in a video's current picture. Returns null while the tracker is busy with an older one. */
   async find(video: HTMLVideoElement, isMirrored: boolean): Promise<Found | null> {
     if (this.isBusy || this.loading === null) return null;
     this.isBusy = true;
@@ -75,7 +75,7 @@ function understood({ image, ...found }: Results, size: { height: number; width:
   return { pose: poseFromLandmarks(landmarks, size), picture: image };
 }
 
-/** MediaPipe is a script of the old kind. */
+/** Load MediaPipe, which is a classic script and not a module. */
 async function loadHolistic(onResults: (results: Results) => void): Promise<HolisticTracker> {
   if (window.Holistic === undefined) await loadScript(`${TRACKER_FOLDER}holistic.js`);
   const tracker = new (window.Holistic as typeof HolisticTracker)({ locateFile: (file) => TRACKER_FOLDER + file });

@@ -1,9 +1,9 @@
-// Two ways to the server, alike from outside: a WebSocket, or WebRTC with a data channel and a video track.
+// Two ways to the server with one interface: a WebSocket, or WebRTC with a data channel and a video track.
 import { address, exchangeOffer, Refusal } from "./api.ts";
 
 export type Way = "websocket" | "webrtc";
 
-/** Codes with which a connection ends; the rest are the network's. */
+/** Codes with which the server closes a connection; all others come from the network. */
 export const BAD_REQUEST = 1008;
 export const FULL = 1013;
 export const BROKEN = 1011;
@@ -13,7 +13,7 @@ export interface TransportEvents {
   onBytes(bytes: ArrayBuffer): void;
   onText(text: string): void;
   onVideo(stream: MediaStream): void;
-  /** Comes once, and not after `close`. */
+  /** Called once, and never after `close`. */
   onClose(code: number, reason: string): void;
 }
 
@@ -22,10 +22,10 @@ export interface Transport {
   close(): void;
 }
 
-/** Gathering addresses or opening either connection does not take longer where it works at all. */
+/** If gathering addresses or opening a connection works at all, it takes no longer than this. */
 const GATHERING_MS = 1500;
 const OPENING_MS = 6000;
-/** What may still wait to be sent when a pose comes: commands, but no other pose. */
+/** How much may still wait to be sent when a pose comes: commands, but no other pose. */
 const MOST_WAITING_BYTES = 1024;
 
 export function openTransport(way: Way, events: TransportEvents): Transport {
@@ -54,7 +54,7 @@ function openWebSocket(events: TransportEvents): Transport {
     socket.onmessage = socket.onclose = null;
     socket.close();
   };
-  // A server that stands still takes a connection, but never answers; browsers wait for minutes.
+  // A server that hangs accepts a connection but never answers; browsers wait for minutes.
   const timer = setTimeout(() => {
     close();
     events.onClose(ABNORMAL, "");
@@ -70,7 +70,7 @@ function openWebSocket(events: TransportEvents): Transport {
 
 function openWebRtc(events: TransportEvents): Transport {
   const peer = new RTCPeerConnection();
-  const channel = peer.createDataChannel("poses"); // reliable, for it carries commands too
+  const channel = peer.createDataChannel("poses"); // reliable, because it carries commands too
   channel.binaryType = "arraybuffer";
   let isOver = false;
   const end = () => {
@@ -96,7 +96,7 @@ function openWebRtc(events: TransportEvents): Transport {
     send: (data) => {
       // Poses that the network cannot take yet would only be late.
       if (channel.readyState !== "open" || (typeof data !== "string" && channel.bufferedAmount > MOST_WAITING_BYTES)) return;
-      channel.send(data as string); // either kind; the declarations know no union
+      channel.send(data as string); // both types work; the declarations have no union
     },
     close: end,
   };
@@ -110,7 +110,7 @@ async function negotiate(peer: RTCPeerConnection): Promise<void> {
   await peer.setRemoteDescription(await exchangeOffer({ type: offer.type, sdp: offer.sdp }));
 }
 
-/** Waits until the peer knows its own addresses, which the offer carries, for a moment at most. */
+/** Wait until the peer knows its own addresses, which the offer carries, but at most GATHERING_MS. */
 function gathered(peer: RTCPeerConnection): Promise<void> {
   return new Promise((resolve) => {
     if (peer.iceGatheringState === "complete") return resolve();
@@ -121,7 +121,7 @@ function gathered(peer: RTCPeerConnection): Promise<void> {
   });
 }
 
-/** What the refusal of an offer would have been called on a WebSocket. */
+/** Return the code with which a WebSocket would have closed for this refusal of an offer. */
 function closeCode(error: unknown): number {
   if (!(error instanceof Refusal)) return ABNORMAL;
   if (error.status === 503) return FULL;

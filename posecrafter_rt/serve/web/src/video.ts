@@ -1,10 +1,10 @@
-// A video file, and the person in it: played and tracked within this page, which only keypoints leave.
+// Plays a video file and tracks the person in it. Both happen in the page; only keypoints leave it.
 import type { Clip, Repeat } from "./clip.ts";
 import type { Pose } from "./layout.ts";
 import type { PoseView } from "./stage.ts";
 import type { Tracker } from "./tracker.ts";
 
-/** Later than any video's end: to go there makes a browser look for an end that the file does not tell. */
+/** Later than any video's end. Seeking there makes a browser find an end that the file does not state. */
 const BEYOND_S = 1e9;
 
 /** The browser cannot play a file. */
@@ -12,17 +12,17 @@ export class Unplayable extends Error {}
 
 export interface VideoEvents {
   onPose(pose: Pose): void;
-  /** It was being played, and cannot be any further. */
+  /** The video was playing, and cannot be played any further. */
   onProblem(error: unknown): void;
 }
 
 export class TrackedVideo implements Clip {
-  readonly fps = 25; // of the places to go to; browsers do not tell a video's own
+  readonly fps = 25; // of the places to seek to; browsers do not tell a video's own rate
   readonly repeats: readonly Repeat[] = ["loop", "once"];
   private readonly video = document.createElement("video");
   private isOpen = false;
   private isWanted = false; // people want it to play; it may be waiting for the tracker
-  private isNew = false; // what the video shows has not been looked at
+  private isNew = false; // the tracker has not seen the current picture
 
   constructor(
     private readonly view: PoseView,
@@ -32,14 +32,14 @@ export class TrackedVideo implements Clip {
     this.video.muted = this.video.playsInline = true;
     this.video.onended = () => (this.isWanted = false);
     this.video.onerror = () => {
-      if (!this.isOpen) return; // whoever opens it is told
+      if (!this.isOpen) return; // load() throws this error
       this.close();
       this.events.onProblem(new Unplayable("The video is broken from here on"));
     };
     this.watch();
   }
 
-  /** Show a file's first picture, and make the tracker ready. Throws Unplayable, NoTracker; leaves off when aborted. */
+  /** Show a file's first picture and load the tracker. Throws Unplayable, NoTracker, or the reason of an abort. */
   async load(file: File, signal: AbortSignal, onShown: () => void): Promise<void> {
     this.close();
     URL.revokeObjectURL(this.video.src);
@@ -56,7 +56,7 @@ export class TrackedVideo implements Clip {
     signal.throwIfAborted();
   }
 
-  /** Play what was loaded, from where it is. */
+  /** Play the loaded file from its current place. */
   open(): void {
     this.isOpen = true;
     this.setPlaying(true);
@@ -105,7 +105,7 @@ export class TrackedVideo implements Clip {
     this.video.currentTime = index / this.fps;
   }
 
-  /** Its time goes on by itself, but for a slow tracker, which would miss most of what happens. */
+  /** Track a new picture. The video plays by itself, but waits for a slow tracker, which would miss most of it. */
   advance(): void {
     if (!this.isOpen || this.tracker.isBusy) return;
     if (this.isNew) void this.track();
@@ -126,12 +126,12 @@ export class TrackedVideo implements Clip {
     try {
       await this.video.play();
     } catch (error) {
-      // A pause that came before it began is no failure.
+      // A pause before playing began is no failure.
       if (this.isOpen && !(error instanceof Error && error.name === "AbortError")) this.events.onProblem(error);
     }
   }
 
-  /** Called with every picture that the video shows, playing or not. */
+  /** Mark every picture that the video shows as new, playing or not. */
   private watch(): void {
     this.video.requestVideoFrameCallback(() => {
       this.isNew = true;
@@ -154,7 +154,7 @@ export class TrackedVideo implements Clip {
     }
   }
 
-  /** Some recordings do not tell how long they are. */
+  /** Find the end of a recording that does not state its length. */
   private async findEnd(signal: AbortSignal): Promise<void> {
     for (const time of [BEYOND_S, 0]) {
       this.video.currentTime = time;
@@ -162,7 +162,7 @@ export class TrackedVideo implements Clip {
     }
   }
 
-  /** Wait for an event of the video. Throws Unplayable saying `failure` where an error comes instead; leaves off when aborted. */
+  /** Wait for an event of the video. Throws Unplayable(failure) on an error, or the reason of an abort. */
   private event(name: "loadeddata" | "seeked", signal: AbortSignal, failure: string): Promise<void> {
     return new Promise((resolve, reject) => {
       const over = new AbortController();

@@ -1,4 +1,4 @@
-// The camera, and the person before it: tracked within this page, which only keypoints leave.
+// Tracks the person in front of the camera. This happens in the page; only keypoints leave it.
 import { byId, FrameLoop, onClick, setEnabled, setText } from "./dom.ts";
 import type { Pose } from "./layout.ts";
 import type { PoseView } from "./stage.ts";
@@ -13,7 +13,7 @@ export class Webcam {
   private readonly loop = new FrameLoop(() => void this.track());
   private stream: MediaStream | null = null;
 
-  /** onChange: the person stands elsewhere, or is another, from the next pose on. */
+  /** onChange: called when the next pose may be of another person, or in another place. */
   constructor(
     private readonly view: PoseView,
     private readonly tracker: Tracker,
@@ -61,7 +61,7 @@ export class Webcam {
     }
   }
 
-  /** Notice where a camera ends by itself: it was unplugged, or the browser took it away. */
+  /** Notice when a camera stops by itself: it was unplugged, or the browser took it away. */
   private watch(stream: MediaStream): void {
     for (const track of stream.getTracks()) {
       track.onended = () => {
@@ -81,7 +81,7 @@ export class Webcam {
     this.status.textContent = "";
   }
 
-  /** Give the tracker the newest picture, unless it is still at an older one. */
+  /** Give the tracker the newest picture, unless it is still busy with an older one. */
   private async track(): Promise<void> {
     if (this.video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) return;
     const { stream } = this;

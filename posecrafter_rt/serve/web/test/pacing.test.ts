@@ -35,7 +35,7 @@ test("a pose that waits on, or goes out, is not overtaken by itself, but by any 
   assert.deepEqual([sent, under.overtaken], [[1, 2, 4], 1]);
 });
 
-/** What a pipelined server does with a fast camera's poses: how many new ones it takes in so many steps, and is sent. */
+/** Simulate a pipelined server and a fast camera. Returns how many new poses the server takes and gets sent. */
 function runPipelined(numSteps: number, inFlight: number): { taken: number; sent: number } {
   const { clock, sent, pacer: under } = pacer();
   under.restart(inFlight);
@@ -46,7 +46,7 @@ function runPipelined(numSteps: number, inFlight: number): { taken: number; sent
     if (clock.ms % stepMs === 0) {
       landed = pipeline.length === STEPS ? (pipeline.shift() ?? null) : null;
       const isNew = sent.length > ready;
-      ready = sent.length; // of those that came meanwhile the newest is taken
+      ready = sent.length; // the newest of those that came meanwhile is taken
       pipeline.push(isNew ? ready : null);
       if (isNew) taken++;
     }
