@@ -92,6 +92,7 @@ def render(  # noqa: PLR0913 - one argument for each option
     if replace is not None and frame_range is not None:
         raise typer.BadParameter("--range does not go with --replace, which names the poses to render by itself")
     window = parse_range(frame_range if replace is None else replace)
+    from posecrafter_rt.atomic import refuse_sources
     from posecrafter_rt.avatar import Avatar
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.poses.shown import shown_poses
@@ -101,6 +102,8 @@ def render(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.runtime.stretch import open_stretch
 
     refuse_outputs(output, force)
+    for path in output_paths(output):
+        refuse_sources(path, poses)
     given = {"num_inference_steps": steps, "sampler": sampler, "inversion_substeps": inversion_substeps,
              "controlnet_every": controlnet_every, "unet_every": unet_every, "decoder": decoder}  # fmt: skip
     options = preset_options(

@@ -77,7 +77,8 @@ def tune(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.video_io import video_size
 
     refuse_overwrite(output, force)  # before minutes of work, not after them
-    refuse_sources(output, video, poses)
+    weights = (base, controlnet, vae, *(controlvideo_weights or ()))  # hub ids among them
+    refuse_sources(output, video, poses, *(given for given in weights if given and Path(given).exists()))
     device, precision = resolve_precision(device, precision)
     options = TuneOptions(
         base=base, controlnet=controlnet, vae=vae, frames=frames, steps=steps, decoder_steps=decoder_steps,

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pkgutil
+import shutil
 import signal
 from pathlib import Path
 
@@ -192,6 +193,33 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(
     if code == 1:
         assert result.stderr.count("error: ") == 1
     assert sorted(path.name for path in workshop.iterdir()) == before
+
+
+@pytest.mark.parametrize("option", ["--base", "--controlnet", "--vae"])
+def test_weights_that_are_tuned_are_not_replaced_even_by_force(workshop: Path, tmp_path: Path, option: str) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"weights")
+    given = [
+        "tune",
+        workshop / "video.mp4",
+        "--poses",
+        workshop / "poses.json",
+        option,
+        weights,
+        "-o",
+        weights,
+        "--force",
+    ]
+    result = run(*given)
+    assert result.exit_code == 1 and "is itself what it would be made from" in " ".join(result.output.split())
+    assert weights.read_bytes() == b"weights"
+
+
+def test_poses_that_are_called_as_the_report_will_be_are_not_replaced(workshop: Path, tmp_path: Path) -> None:
+    poses = shutil.copy(workshop / "poses.json", tmp_path / "out.report.json")
+    result = run("render", workshop / "tuned.engine", "--poses", poses, "-o", tmp_path / "out.mp4", "--force")
+    assert result.exit_code == 1 and "is itself what it would be made from" in " ".join(result.output.split())
+    assert poses.read_bytes() == (workshop / "poses.json").read_bytes() and not (tmp_path / "out.mp4").exists()
 
 
 def _write_bad_files(folder: Path) -> None:
