@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -85,11 +85,12 @@ class Flight(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """A frame for the client, uint8 (H, W, 3) RGB, its header, and when its pose arrived."""
+    """A frame for the client, uint8 (H, W, 3) RGB, its header, and when its pose arrived. has_left: it was sent."""
 
     frame: np.ndarray
     header: FrameHeader
     arrived_s: float
+    has_left: threading.Event = field(default_factory=threading.Event)
 
     @property
     def age_s(self) -> float:
@@ -120,9 +121,7 @@ class Session:
         self._num_resets_done = self.num_resets = 0
         self._is_broken = self.is_closed = False
         self.num_dropped = self.num_shown = 0
-        self._leaving: Shown | None = None
-        self._has_left = threading.Event()
-        self._has_left.set()
+        self._newest: Shown | None = None
         self._count_lock = threading.Lock()
         self._render_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
         self._last_error_s = float("-inf")
@@ -147,18 +146,18 @@ class Session:
 
     @contextmanager
     def sending(self, shown: Shown) -> Iterator[None]:
-        """Count a frame as shown; the block sends it. Its end lets `wait_until_left` return."""
+        """Count a frame as shown; the block sends it."""
         self.num_shown += 1
         self._metrics.age.observe(shown.age_s)
         try:
             yield
         finally:
-            if shown is self._leaving:  # not an older one that a slow line held up
-                self._has_left.set()
+            shown.has_left.set()
 
     def wait_until_left(self, most_s: float) -> None:
         """Wait until the newest frame is sent, for `most_s` at most."""
-        self._has_left.wait(most_s)
+        if self._newest is not None:
+            self._newest.has_left.wait(most_s)
 
     def configure(self, wish: Configure) -> None:
         """Follow what the client wants from the next frame on."""
@@ -262,9 +261,8 @@ class Session:
         self.latest = frame
         header = FrameHeader(self.format, flight.flags, pose.sequence, pose.sent_ms, frame.shape[:2], self.num_dropped,
                              flight.wait_ms, render_ms)  # fmt: skip
-        self._leaving = Shown(frame, header, arrived_s)
-        self._has_left.clear()
-        self.frames.put(self._leaving)
+        self._newest = Shown(frame, header, arrived_s)
+        self.frames.put(self._newest)
 
     def _drop_stale(self, why: str) -> None:
         self.count_stale()

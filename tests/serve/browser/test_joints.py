@@ -45,19 +45,25 @@ def on_canvas(page: LivePage) -> Callable[[float, float], tuple[float, float]]:
     return lambda x, y: (left + (x + 0.5) * scale, box["y"] + (y + 0.5) * scale)
 
 
-def test_joints_follow_a_finger_which_does_not_scroll_the_page(serve: Serve, open_page: OpenPage) -> None:
-    page = open_page(serve().url(), **PHONE)
+def fingers_on(page: LivePage) -> tuple[Callable[..., None], Callable[[float, float], tuple[float, float]]]:
+    """A phone's page with its joints in view → touch(kind, *places on the page, one per finger), and `on_canvas`."""
     page.wait_for_link("Live")
     page.choose("Joints")
     assert_shows(page, START)
     page.page.locator("#pose").scroll_into_view_if_needed()
-    finger, at = page.page.context.new_cdp_session(page.page), on_canvas(page)
-    scrolled = page.page.evaluate("scrollY")
+    fingers = page.page.context.new_cdp_session(page.page)
 
     def touch(kind: str, *places: tuple[float, float]) -> None:
-        points = [{"x": x, "y": y} for x, y in places]
-        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        points = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(places)]
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
 
+    return touch, on_canvas(page)
+
+
+def test_joints_follow_a_finger_which_does_not_scroll_the_page(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url(), **PHONE)
+    touch, at = fingers_on(page)
+    scrolled = page.page.evaluate("scrollY")
     x, y = map(float, START[NECK, :2])
     touch("touchStart", at(x + 1, y + 1))  # fingers are broad: a pixel of the canvas beside it
     for share in np.linspace(0, 1, 8):
@@ -96,17 +102,8 @@ def test_joints_follow_the_mouse_and_the_arrow_keys(serve: Serve, open_page: Ope
 
 def test_only_the_first_finger_and_the_main_button_hold_a_joint(serve: Serve, open_page: OpenPage) -> None:
     page = open_page(serve().url(), **PHONE)
-    page.wait_for_link("Live")
-    page.choose("Joints")
-    assert_shows(page, START)
-    page.page.locator("#pose").scroll_into_view_if_needed()
-    finger, at = page.page.context.new_cdp_session(page.page), on_canvas(page)
+    touch, at = fingers_on(page)
     place = page.page.text_content("#joint-place")
-
-    def touch(kind: str, *places: tuple[float, float]) -> None:
-        points = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(places)]
-        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-
     x, y = map(float, START[NECK, :2])
     far = at(1, 1)  # of every joint
     touch("touchStart", far)

@@ -2399,12 +2399,10 @@ var sources = new Sources(poseView, (pose) => {
 	showOverlay();
 });
 var isLive = false;
-var isUnderWay = false;
 var avatar = null;
 function showState(state) {
 	status.show(state);
 	isLive = state.kind === "live";
-	isUnderWay = isLive || state.kind === "connecting";
 	recorder.setLive(isLive);
 	if (state.kind === "live") {
 		showInfo(state.ready);
@@ -2479,7 +2477,7 @@ wayChoice.onchange = () => {
 	connection.open(wayChoice.value);
 };
 setInterval(() => {
-	if (isUnderWay && !document.hidden) lookAtServer();
+	if (connection.isUnderWay && !document.hidden) lookAtServer();
 }, INFO_EVERY_MS);
 document.addEventListener("visibilitychange", () => pulse.beat());
 loadAvatar();

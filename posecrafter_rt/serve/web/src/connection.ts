@@ -30,7 +30,7 @@ export class Connection {
   private attempt = 0;
   private isLive = false;
   /** An opened transport has not ended, whether the server has said `ready` or not. */
-  private isUnderWay = false;
+  isUnderWay = false;
   private lastError: { message: string; hint: string | null } | null = null;
 
   constructor(

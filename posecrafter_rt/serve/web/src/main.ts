@@ -67,13 +67,11 @@ const sources = new Sources(
   },
 );
 let isLive = false;
-let isUnderWay = false; // live, or on the way there
 let avatar: string | null = null;
 
 function showState(state: LinkState): void {
   status.show(state);
   isLive = state.kind === "live";
-  isUnderWay = isLive || state.kind === "connecting";
   recorder.setLive(isLive);
   if (state.kind === "live") {
     showInfo(state.ready);
@@ -150,7 +148,7 @@ wayChoice.onchange = () => {
   connection.open(wayChoice.value as Way);
 };
 setInterval(() => {
-  if (isUnderWay && !document.hidden) void lookAtServer();
+  if (connection.isUnderWay && !document.hidden) void lookAtServer();
 }, INFO_EVERY_MS);
 document.addEventListener("visibilitychange", () => pulse.beat()); // what was missed while hidden says little
 void loadAvatar();
