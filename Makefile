@@ -96,8 +96,10 @@ bench-gpu: $(STAMPS)/dev
 	@test -n "$(CUDA)" || { echo "error: no NVIDIA GPU answers on this machine" >&2; exit 1; }
 	$(BIN)/python -m bench.gpu
 
+# The stamps go with the extension, so that the next target builds it again. demo/ stays: it holds an avatar.
 clean:
-	rm -rf build dist *.egg-info posecrafter_rt/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis demo
+	rm -rf build dist *.egg-info posecrafter_rt/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f $(addprefix $(STAMPS)/,demo dev wheel)
 
 $(BIN)/python:
 	$(call say,environment in $(VENV))

@@ -22,7 +22,7 @@ from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 Render = Callable[[PoseSequence, int], tuple[np.ndarray, dict[str, float], int]]
-"""(target, num_inference_steps) → frames (N, H, W, 3) uint8, seconds by stage, peak bytes of torch on the GPU."""
+"""(target, num_inference_steps) → frames (N, H, W, 3) uint8, seconds by stage, peak bytes on the GPU."""
 
 METHODS = {
     "exact": "exact",
@@ -81,7 +81,8 @@ def run(job: Job) -> dict[str, Any]:
     """Load a contender, warm it up with a render of few steps, time one render, and save its frames to `job.output`.
 
     Returns: startup_s (from the process's start: imports, loading and warm-up), seconds by stage, total_s, the process's
-        peak memory after loading and at the end, and the peak memory that torch allocated on the GPU.
+        peak memory after loading and at the end, and the peak memory on the GPU: what torch allocated, and what
+        recorded CUDA graphs hold.
     """
     render = load(job)
     loaded_peak = peak_rss_bytes()

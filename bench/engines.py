@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -145,11 +146,12 @@ def measure_apart(job: Job, frame_counts: list[int], budget_s: float) -> Row:
     return {**kept, "failed": {left[0]: row["error"]}} if left else kept
 
 
-def psnr_db(output: Tensor, reference: Tensor) -> float:
-    """Return the peak signal-to-noise ratio; the peak is the reference's range (max - min)."""
+def psnr_db(output: Tensor, reference: Tensor) -> float | None:
+    """Return the peak signal-to-noise ratio; the peak is the reference's range (max - min). None: not finite."""
     error = (output.float() - reference).square().mean()
     span = reference.max() - reference.min()
-    return float(10 * torch.log10(span.square() / error.clamp_min(1e-30)))
+    quality = float(10 * torch.log10(span.square() / error.clamp_min(1e-30)))
+    return quality if math.isfinite(quality) else None  # which JSON does not have
 
 
 def best_of(runs: list[Row]) -> Row:
@@ -216,9 +218,10 @@ def to_markdown(document: Row) -> str:
     for row in rows:
         near = [] if row["engine"] == REFERENCE else row["steps"].values()
         quality = [step["psnr_db"] for step in near if "psnr_db" in step]
+        lowest = "" if not quality else "not finite" if None in quality else f"{min(99.0, *quality):.1f}"
         first = row["steps"].get(counts[0])
         cells.append((row["engine"], *(time_cell(row, base, frames) for frames in counts),
-                      f"{min(99.0, *quality):.1f}" if quality else "", f"{row['build_s']:.0f}",
+                      lowest, f"{row['build_s']:.0f}",
                       f"{first['first_s']:.1f}" if first else "", f"{row['peak_bytes'] / 1e6:.0f}"))  # fmt: skip
     header = ("engine", *(f"{frames} frames" for frames in counts), "PSNR dB", "build s", "first s", "peak MB")
     lines += table(header, cells)
@@ -235,7 +238,10 @@ def judged(rows: list[Row], base: Row, counts: list[str]) -> list[str]:
     if not shared:
         return [f"None is judged: `{REFERENCE}` did not run."]
     good = [row for row in rows
-            if all(row["steps"].get(frames, {}).get("psnr_db", 0.0) >= TARGET_PSNR_DB for frames in shared)]  # fmt: skip
+            if all((row["steps"].get(frames, {}).get("psnr_db") or 0.0) >= TARGET_PSNR_DB
+                   for frames in shared)]  # fmt: skip
+    if not good:
+        return [f"None is judged: `{REFERENCE}` itself is not finite."]
 
     def speedup(row: Row) -> float:
         return float(min(base[frames]["median_ms"] / row["steps"][frames]["median_ms"] for frames in shared))

@@ -40,7 +40,8 @@ PARTS = {  # each with its limit in seconds on an H100
     # about fifty contenders at 0.3 s, a few peaks, and each kernel's first compilation
     "operators": (("bench.kernels", "--budget-s", "0.3"), 110),
     "presets": (("bench.presets", *SD15_TORCH), 240),
-    "renders": (("bench.throughput", *SD15, "--frames", "16", "--steps", "20", "--rounds", "1", "--engines", "torch:fp16"), 190),
+    "renders": (("bench.throughput", *SD15, "--frames", "16", "--steps", "20", "--rounds", "1",
+                "--engines", "torch:fp16", "torch:fp32"), 240),
     "streams": (("bench.latency", *SD15_TORCH, "--steps", "2", "--rate", "60", "--seconds", "5"), 200),
     # The parts from here on may be left out if time is short.
     "loop": (("bench.loop", *SD15_TORCH), 110),

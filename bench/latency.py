@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from bench.live import BUDGET_FRAMES, Camera, RunFailed, measure_serve, measure_stream
 from bench.report import add_output_arguments, name_by_device, publish, table
-from bench.throughput import add_engine_arguments, find_engine, setup_of
+from bench.throughput import add_engine_arguments, find_engine, is_sd15, setup_of
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.demo.footage import TARGET, load_poses
@@ -31,13 +31,17 @@ Row = dict[str, Any]
 
 
 class Targets(NamedTuple):
-    """What a stream of so many steps should reach; no frame may be overdue. of: a description of the case."""
+    """What a stream of so many steps should reach; no frame may be overdue.
+
+    of: a description of the case. threads: how many the targets are for; None: any number.
+    """
 
     of: str
     steps: int
     fps: float
     p95_ms: float
     first_frame_s: float = 1.0
+    threads: int | None = None
 
     def judge(self, row: Row) -> dict[str, tuple[str, bool]]:
         """Return, by target, what was measured and whether that meets it."""
@@ -50,12 +54,12 @@ class Targets(NamedTuple):
         }
 
 
-def targets_for(size: list[int], facts: Row) -> Targets | None:
-    """Return the targets for a size on this machine, if there are any."""
-    gpu = facts.get("gpu")
-    if size == [128, 160] and gpu is None:
-        return Targets("the embedded base at 128×160 on two cores", 4, 20, 150)
-    if size == [512, 512] and gpu is not None:
+def targets_for(setup: Row, facts: Row) -> Targets | None:
+    """Return the targets for a base and a size on this machine, if there are any."""
+    gpu, size = facts.get("gpu"), setup["size"]
+    if size == [128, 160] and setup["base"] == "embedded" and gpu is None:
+        return Targets("the embedded base at 128×160 on two cores", 4, 20, 150, threads=2)
+    if size == [512, 512] and is_sd15(setup) and gpu is not None:
         is_hopper = any(name in gpu for name in ("H100", "H200"))
         return Targets("Stable Diffusion 1.5 at 512×512", 2, 40 if is_hopper else 16, 200)
     return None
@@ -153,10 +157,16 @@ def markdown(document: Row) -> str:
 
 def judged(document: Row, rows: list[Row]) -> list[str]:
     """Compare the targets with what was measured."""
-    targets = targets_for(document["setup"]["size"], document["machine"])
+    targets, threads = targets_for(document["setup"], document["machine"]), document["machine"].get("torch_threads")
     rows = [row for row in rows if targets is not None and row["steps"] == targets.steps]
     if targets is None or not rows:
         return []
+    if targets.threads not in (None, threads):
+        return [
+            "## Targets",
+            "",
+            f"None is judged: those for {targets.of} are for {targets.threads} threads, not {threads}.",
+        ]
     verdicts = [targets.judge(row) for row in rows]
     cells = [(name, *(f"{value}: {'met' if is_met else 'missed'}" for value, is_met in (one[name] for one in verdicts)))
              for name in verdicts[0]]  # fmt: skip

@@ -23,7 +23,7 @@ from bench.kernels import measure_peak
 from bench.processes import in_own_process
 from bench.report import add_output_arguments, name_by_device, publish, result_path, table, write_report
 from bench.runs import forget_inversions, moving_person
-from bench.throughput import add_engine_arguments, find_engine, setup_of
+from bench.throughput import add_engine_arguments, find_engine, is_sd15, setup_of
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.engines.base import TORCH_DTYPES
@@ -46,7 +46,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "exact, inversion cached": {"preset": "exact"},
 }
 QUICK_WAYS = ("fast", "exact")
-# Goals in seconds for 100 frames at 512 × 512, by card.
+# Goals in seconds for 100 frames of Stable Diffusion 1.5 at 512 × 512, by card.
 TARGETS = {"RTX 3090": {"exact": 115, "balanced": 40, "fast": 12}, "H100": {"exact": 12, "balanced": 4, "fast": 1.5}}
 
 
@@ -129,7 +129,7 @@ def markdown(document: Row) -> str:
     rows = {way: row for way, row in document["rows"].items() if "error" not in row}
     size = "×".join(map(str, setup["size"]))
     goals = next((goals for card, goals in TARGETS.items() if card in str(facts.get("gpu", ""))), {})
-    if setup["size"] != [512, 512] or setup["frames"] != 100:
+    if setup["size"] != [512, 512] or setup["frames"] != 100 or not is_sd15(setup):
         goals = {}
     lines = [f"# Presets: {setup['frames']} frames at {size}, {setup['base']}, {setup['backend']} {setup['precision']}", "",
              f"Machine: {', '.join(f'{key} {value}' for key, value in facts.items())}.", "",

@@ -14,7 +14,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,11 @@ def find_engine(options: argparse.Namespace, folder: Path) -> Path:
     return engine
 
 
+def is_sd15(setup: Row) -> bool:
+    """Whether the base of a `setup_of` is Stable Diffusion 1.5, or has its size."""
+    return setup["base"] in ("random-sd15", "stable-diffusion-v1-5")
+
+
 def setup_of(manifest: Row) -> Row:
     """Return what a result says of the engine that was measured."""
     return {"base": Path(manifest["base"]).name, **{name: manifest[name] for name in ("size", "backend", "precision")}}
@@ -194,11 +199,18 @@ def device_of(job: Job) -> str:
     return torch_device().type if job.engine is None else str(read_manifest(job.engine)["device"]["type"])
 
 
+def reference_of(names: Iterable[str]) -> str | None:
+    """Return whose frames PSNR is to: the first `exact` in fp32, else `published` in fp32; None: neither ran."""
+    full = [name for name in names if name.endswith("fp32")]
+    return next((name for method in ("exact", "published") for name in full if name.startswith(method)), None)
+
+
 def summarise(contenders: dict[str, Row], runs: dict[str, list[Row]], counters: Counters, setup: Setup) -> list[Row]:
-    """Return one row per contender."""
+    """Return one row per contender; `exact` and `published` have a PSNR if one of them ran in fp32."""
     peaks: dict[tuple[str, str], float] = {}
     rows: list[Row] = []
-    reference = None
+    chosen = reference_of(name for name in contenders if not any("error" in one for one in runs[name]))
+    reference = None if chosen is None else np.load(contenders[chosen]["job"].output)
     for name, contender in contenders.items():
         job: Job = contender["job"]
         failed = next((one["error"] for one in runs[name] if "error" in one), None)
@@ -209,9 +221,6 @@ def summarise(contenders: dict[str, Row], runs: dict[str, list[Row]], counters: 
         of = (job.precision, device_of(job))
         if of not in peaks:
             peaks[of] = in_own_process(measure_peak, *of).get("flops_per_s", float("nan"))
-        frames = np.load(job.output)
-        if reference is None and job.method == "exact":
-            reference = frames
         flops = flops_of(counters, job.method, setup)
         total = row["total_s"]
         row |= {"contender": name, "build_s": contender.get("build_s"), "frames_per_s": setup.frames / total,
@@ -219,7 +228,7 @@ def summarise(contenders: dict[str, Row], runs: dict[str, list[Row]], counters: 
                 "percent_of_peak": 100 * flops / total / peaks[of],
                 "extrapolated_s": extrapolate(job.method, row, setup.frames, setup.num_inference_steps)}  # fmt: skip
         if reference is not None and job.method in ("exact", "published"):
-            row["psnr_db"] = psnr_unless_equal(reference, frames)
+            row["psnr_db"] = psnr_unless_equal(reference, np.load(job.output))
         rows.append({**row, "runs": runs[name]})
     return rows
 
@@ -248,8 +257,15 @@ def _ratios(rows: list[Row]) -> list[str]:
 
 def judged(rows: list[Row], precision: str) -> list[str]:
     """Judge every engine of `exact` that is close enough, and whether one meets both speed and memory targets."""
-    near = [row for row in rows if row["contender"].startswith("exact")
-            and (row["psnr_db"] is None or row["psnr_db"] >= TARGET_PSNR_DB)]  # fmt: skip
+    exact = [row for row in rows if row["contender"].startswith("exact")]
+    if exact and not any("psnr_db" in row for row in exact):
+        return [
+            "## Targets",
+            "",
+            "None is judged: neither `exact` nor `published` ran in fp32, so no quality was compared.",
+            "",
+        ]
+    near = [row for row in exact if row["psnr_db"] is None or row["psnr_db"] >= TARGET_PSNR_DB]  # None: equal frames
     engines = {"any type": near, "the same type": [row for row in near if row["contender"].endswith(precision)]}
     peaks, cells, verdicts = _peaks(rows), [], []
     for baseline, times in (("published", 1.0), ("plain", 2.0)):
@@ -307,16 +323,18 @@ def markdown(document: Row) -> str:
     frames, steps = setup["frames"], setup["steps"]
     facts = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     lines = [f"# {headline(setup)}", "", f"Machine: {facts}.", ""]
-    on_gpu = any(row["peak_gpu_bytes"] for row in rows)
+    on_gpu, reference = any(row["peak_gpu_bytes"] for row in rows), reference_of(row["contender"] for row in rows)
+    compared = "nothing: none ran in fp32" if reference is None else f"the frames of `{reference}`"
     lines += [f"Medians of {setup['rounds']} rounds in turns; each run in a process of its own, after a warm-up by the same clip",
               f"(steps: {setup['warm_up_steps']}). exact: this runtime, its inversion cache empty; what an avatar keeps is there: prompt",
-              "tables, the reference's latents and pose embedding. published, plain: see `bench/plain.py`. PSNR is to the first row's",
-              "frames. Peak memory is the process's. FLOPs are the ledger's, of a first render, convolutions as if done directly, which",
-              "`openvino` does not in fp32; peak is that of a large matrix product in the same type, of int8 in float32. At fp16",
-              "`exact` keeps its VAE in float32, unless the processor has VNNI, the others do not."]  # fmt: skip
+              "tables, the reference's latents and pose embedding. published, plain: see `bench/plain.py`. PSNR is to",
+              f"{compared}. Peak memory is the process's. FLOPs are the ledger's, of a first",
+              "render, convolutions as if done directly, which `openvino` does not in fp32; peak is that of a large matrix product in",
+              "the same type, of int8 in float32. At fp16 `exact` keeps its VAE in float32, unless the processor has VNNI, the others do not."]  # fmt: skip
     if on_gpu:
-        lines += ["Peak GPU memory is the most that torch had allocated at once; by it the contenders are compared, but for those",
-                  "that run on the processor, and TensorRT, whose plans and weights it does not count."]  # fmt: skip
+        lines += ["Peak GPU memory is the most that torch had allocated at once, and what recorded CUDA graphs hold; by it the",
+                  "contenders are compared, but for those that run on the processor, and TensorRT, whose plans and weights it does",
+                  "not count."]  # fmt: skip
     header = ("contender", "s", "frames/s", "s per 100 frames", "peak MB", *(["peak GPU MB"] if on_gpu else []), "startup s",
               "GFLOP/s", "% of peak", "PSNR dB")  # fmt: skip
     cells = []
@@ -377,7 +395,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--poses", type=Path, help="target poses, instead of made-up ones")
     for count in ("--frames", "--steps", "--rounds"):
         parser.add_argument(count, type=int)
-    parser.add_argument("--engines", nargs="+", help="backend:precision of `exact`; the first is the PSNR's reference")
+    parser.add_argument("--engines", nargs="+", help="backend:precision of `exact`; PSNR is to the first in fp32")
     parser.add_argument("--precision", default="fp16" if torch_device().type == "cuda" else "fp32",
                         choices=list(TORCH_DTYPES), help="of the other contenders")  # fmt: skip
     parser.add_argument("--contenders", nargs="+", choices=list(METHODS), default=[name for name in METHODS if name != "compile"],
@@ -385,7 +403,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="keep checkpoint and engines here for the next run")
     options = parser.parse_args(arguments)
     same = options.precision
-    defaults: Row = {"frames": 24, "steps": 20, "rounds": 3, "engines": [f"torch:{same}", f"auto:{same}", "auto:auto"]}
+    defaults: Row = {
+        "frames": 24,
+        "steps": 20,
+        "rounds": 3,
+        "engines": [f"torch:{same}", f"auto:{same}", "auto:auto", "torch:fp32"],
+    }
     if options.quick:
         defaults = {"frames": 4, "steps": 2, "rounds": 1, "engines": [f"torch:{same}"]}
     for name, value in defaults.items():

@@ -63,7 +63,7 @@ class BlobCache:
 
     def holds(self, key: dict[str, Any]) -> bool:
         """Return whether there is a blob, without reading it; it may be damaged."""
-        return self.path(key).is_file()
+        return os.path.isfile(self.path(key))  # Path.is_file raises where a folder may not be searched
 
     def load(self, key: dict[str, Any]) -> bytes | None:
         """Return the blob, or None if it is absent or damaged."""

@@ -5,6 +5,7 @@ Layer 2: needs Triton, no device.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,7 +59,7 @@ def plugin_kernel(
     """Compile the kernel in the largest tile that fits SHARED_BYTES without spills; return it and the tile.
 
     frames: the number that a temporal tile is chosen for; any other number works too. The PTX takes q, k, v,
-    `integer_names` in 32 bits, and out; nothing else.
+    `integer_names` in 32 bits, and out; nothing else. Its name is of this PTX alone: see `named_apart`.
     Raises: ValueError if no tile fits.
     """
     if op == "keyframe_attention":
@@ -71,7 +72,8 @@ def plugin_kernel(
         built = compile_kernel(architecture, dtype, head_size, tile, ptx_version=ptx_version(architecture), narrow=True)
         if built.shared_bytes <= SHARED_BYTES and built.spill_bytes == 0:
             ptx = strip_ptx(built.ptx, built.name, 3 + len(integer_names(op)) + 1)
-            return replace(built, ptx=ptx), tile
+            name, ptx = named_apart(built.name, ptx)
+            return replace(built, name=name, ptx=ptx), tile
     raise ValueError(f"{op}: no tile of head size {head_size} in {dtype} fits {SHARED_BYTES} bytes of shared memory")
 
 
@@ -102,6 +104,16 @@ def _halve(tile: Tile) -> Tile | None:
 def ptx_version(architecture: int) -> int:
     """Return a PTX version that knows an architecture and that drivers older than Triton's assembler can load."""
     return 86 if architecture <= 100 else 88
+
+
+def named_apart(name: str, ptx: str) -> tuple[str, str]:
+    """Return a kernel's name with a digest of its PTX, and the PTX with that name.
+
+    Within a plan, TensorRT tells kernels apart by name: of two with one name it would run the same code for both, with
+    the launch parameters of each.
+    """
+    unique = f"{name}_{hashlib.sha256(ptx.encode()).hexdigest()[:16]}"
+    return unique, ptx.replace(name, unique)  # the parameters' names begin with it, too
 
 
 def strip_ptx(ptx: str, name: str, num_arguments: int) -> str:

@@ -124,9 +124,10 @@ class Networks:
     def room(self, options: RenderOptions) -> Room:
         """Return the memory that there is to render in now.
 
-        On a GPU, loaded networks are already in memory, except for the files of READ_WHEN_RUN. On a CPU they may be
-        loaded when they are first called, or be mapped files, whose pages count as free. Activations of 16-bit networks
-        may be float32 there, so 4 bytes are counted.
+        On a GPU, loaded networks are already in memory, except for the files of READ_WHEN_RUN; what they keep for
+        activations counts as free, since the next render has it again. On a CPU they may be loaded when they are first
+        called, or be mapped files, whose pages count as free. Activations of 16-bit networks may be float32 there, so 4
+        bytes are counted.
         """
         manifest, reserved, element_bytes, lighter, in_parts = self.folder.manifest, 0, 4, None, None
         backend = manifest["backend"]
@@ -148,7 +149,14 @@ class Networks:
             frames_at_once = -(-LEAST_TOKENS // self._frame_tokens())  # rounded up
             in_parts = InParts(LEAST_TOKENS, frame_bytes(arch, size, options.groups, element_bytes, COPIES_IN_PARTS),
                                frames_at_once * per_frame)  # fmt: skip
-        return Room(free_bytes(manifest["device"]["type"]), reserved, per_frame, arch.max_frames, lighter, in_parts)
+        free = free_bytes(manifest["device"]["type"])
+        free = None if free is None else free + self._activation_bytes()
+        return Room(free, reserved, per_frame, arch.max_frames, lighter, in_parts)
+
+    def _activation_bytes(self) -> int:
+        """Return the bytes that networks keep between renders for their activations; several may share one memory."""
+        kept = (getattr(engine, "activations", None) for engine in self.engines.values())
+        return sum({memory.data_ptr(): memory.nbytes for memory in kept if memory is not None}.values())
 
     def _lighter(self, stored: int, options: RenderOptions) -> str:
         """Return the command that builds an engine that takes less memory. stored: bytes of this one's files."""

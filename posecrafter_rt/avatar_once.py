@@ -98,7 +98,7 @@ class ComputedOnce:
                 inverted = self._invert(schedule, prompt, precision, report, progress)
             if inverted is not None and torch.isfinite(inverted).all():
                 break
-            report.adjust(networks.widening("the inversion", 0, precision))
+            report.adjust({**networks.widening("the inversion", 0, precision), "inversion": True})
             precision = WIDER
         if not report.inversion_cached:
             cache.save(keys[precision], inverted)

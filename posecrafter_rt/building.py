@@ -72,7 +72,8 @@ class BuildOptions:
 
     backend: `auto` or a name of `engines.names()`. precision: `auto`, `fp32`, `bf16`, `fp16`, or `int8` (`openvino`
         only).
-    size: (height, width) in pixels of the rendered frames; None: that of tuning. base: where the base is, if it moved.
+    size: (height, width) in pixels of the rendered frames; None: that of tuning.
+    base, controlnet, vae: where they are, if they moved since tuning.
     refit: an engine folder of another checkpoint of the same base. Its networks are copied, and weights that differ
         are replaced. `auto` then means its backend and its precision.
     loras: fused into the tuned weights, in this order; see `fuse_loras`.
@@ -92,6 +93,8 @@ class BuildOptions:
     small_decoder: str | None = None
     feature_reuse: bool | None = None
     max_frames: int | None = None
+    controlnet: str | None = None
+    vae: str | None = None
 
     def __post_init__(self) -> None:
         if self.size is not None and not (len(self.size) == 2 and all(isinstance(side, int) for side in self.size)):
@@ -271,7 +274,8 @@ def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list
 
     The engine to refit is left out if it is `output` itself: an engine may be refitted in place.
     """
-    given = [Path(options.base or tuned.metadata["base"]), *(lora.path for lora in options.loras)]
+    sources = [getattr(options, name) or tuned.metadata[name] for name in ("base", "controlnet", "vae")]
+    given = [*(Path(source) for source in sources if source), *(lora.path for lora in options.loras)]
     if options.small_decoder is not None:
         given.append(Path(options.small_decoder))
     if options.refit is not None and Path(options.refit).resolve() != output.resolve():
@@ -281,7 +285,7 @@ def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list
 
 def _load(tuned: Checkpoint, options: BuildOptions, loras: list[LoraFile], feature_reuse: bool) -> PoseModel:
     """Load the tuned networks as they are built: with LoRAs fused, and folded."""
-    model = tuned.load_model(base=options.base)
+    model = tuned.load_model(base=options.base, controlnet=options.controlnet, vae=options.vae)
     if options.small_decoder is not None:
         arch = model.architecture()
         model.small_decoder = load_small_decoder(options.small_decoder, arch.latent_channels, arch.vae_scale_factor,

@@ -113,7 +113,8 @@ class Checkpoint:
         if model.base_hash != wanted:
             message = f"the checkpoint was tuned on {self.metadata['base']} with the hash {wanted[:12]}"
             message += f", but {model.base_id} has {model.base_hash[:12]}"
-            raise CheckpointError(message, hint="give the base, ControlNet and VAE that it was tuned on, or tune again")
+            hint = "give the base, ControlNet and VAE that it was tuned on (--base, --controlnet, --vae), or tune again"
+            raise CheckpointError(message, hint=hint)
         schedule = model.identity()["schedule"]  # base_hash covers only the weights
         for name, tuned in self.metadata.get("schedule", schedule).items():  # older checkpoints lack it
             if name in schedule and tuned != schedule[name]:  # a later version may say more
@@ -121,15 +122,22 @@ class Checkpoint:
                 hint = "undo the change in the base's scheduler_config.json, or in the .yaml beside its file, or tune again"
                 raise CheckpointError(message, hint=hint)
 
-    def load_model(self, *, base: str | None = None, dtype: torch.dtype = torch.float32) -> PoseModel:
+    def load_model(
+        self,
+        *,
+        base: str | None = None,
+        controlnet: str | None = None,
+        vae: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> PoseModel:
         """Load the base and put the tuned tensors into it.
 
-        Args: base: where the base is now, if it moved. dtype: of all weights.
+        Args: base, controlnet, vae: where they are now, if they moved. dtype: of all weights.
         Raises: ModelError if the base cannot be loaded; CheckpointError if it is another base.
         """
         metadata = self.metadata
-        model = load_base(base or metadata["base"], controlnet=metadata["controlnet"], vae=metadata["vae"],
-                          norm_scope=metadata["norm_scope"], dtype=dtype)  # fmt: skip
+        model = load_base(base or metadata["base"], controlnet=controlnet or metadata["controlnet"],
+                          vae=vae or metadata["vae"], norm_scope=metadata["norm_scope"], dtype=dtype)  # fmt: skip
         self.require_base(model)
         if metadata.get("small_decoder") is not None:
             model.small_decoder = self._small_decoder(dtype)

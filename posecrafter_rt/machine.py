@@ -213,9 +213,29 @@ def _openmp() -> ctypes.CDLL | None:
         return None
 
 
-def usable_cores() -> int:
+def usable_cores(root: Path = Path("/")) -> int:
+    """Return how many CPU cores this process may use at once. root: the folder that holds proc and sys."""
+    return core_quota(root) or _bound_cores()
+
+
+def _bound_cores() -> int:
     """Return the number of CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def core_quota(root: Path = Path("/")) -> int | None:
+    """Return how many cores' time control groups grant, rounded up; None if no less than the process may run on.
+
+    Such a limit (`docker run --cpus`) hides no core: with more threads, all are stopped for a part of the time.
+    root: the folder that holds proc and sys.
+    """
+    quotas = [_bound_cores()]
+    for generation, folder in _cgroups("cpu", root):
+        files = ("cpu.max",) if generation == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        words = " ".join(_text(folder / file) for file in files).split()
+        if len(words) == 2 and all(map(str.isdigit, words)):  # neither "max" nor -1
+            quotas.append(max(1, -(-int(words[0]) // int(words[1]))))
+    return min(quotas) if min(quotas) < quotas[0] else None
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
@@ -230,24 +250,31 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _cgroup_rooms(root: Path) -> Iterator[int]:
-    """Yield the bytes that each memory limit on this process's control group and its parents leaves; versions 1 and 2.
+    """Yield the bytes that each memory limit on this process's control group and its parents leaves.
 
     Inactive pages of files count as free: the kernel reclaims them before it refuses memory.
     """
+    names = {2: ("memory.max", "memory.current", "inactive_file"),
+             1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}  # fmt: skip
+    for generation, folder in _cgroups("memory", root):
+        limit, usage, cached = names[generation]
+        most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+        if most.isdigit() and used.isdigit():  # not "max"
+            yield int(most) - int(used) + _numbers(folder / "memory.stat").get(cached, 0)
+
+
+def _cgroups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
+    """Yield the folders of this process's control group and its parents for a controller, each with version 1 or 2."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":
-            mount, limit, usage, cached = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mount, limit, usage = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = "total_inactive_file"
+            generation, mount = 2, root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            generation, mount = 1, root / "sys/fs/cgroup" / controller
         else:
             continue
         inner = PurePosixPath(group.lstrip("/"))
-        for folder in (root / mount / part for part in (inner, *inner.parents)):
-            most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
-            if most.isdigit() and used.isdigit():  # not "max"
-                yield int(most) - int(used) + _numbers(folder / "memory.stat").get(cached, 0)
+        yield from ((generation, mount / part) for part in (inner, *inner.parents))
 
 
 def _numbers(path: Path) -> dict[str, int]:

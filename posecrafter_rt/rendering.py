@@ -6,6 +6,7 @@ Layer 7: around `avatar`, for the command line and the demonstration.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 from posecrafter_rt import __version__
 from posecrafter_rt.atomic import atomic_path, disk_full, means_full, refuse_overwrite, refuse_sources, sha256_json
 from posecrafter_rt.avatar import Avatar
-from posecrafter_rt.errors import DiskFull, OutputExists
+from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
 from posecrafter_rt.framing import contact_sheet, shown_in_sheet, transform_keypoints
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -42,7 +43,8 @@ def partial_path(video: Path) -> Path:
 
 
 def refuse_outputs(video: Path, force: bool, fingerprint: str | None = None) -> None:
-    """Raise OutputExists if any of the three outputs is a folder, or if one exists and `force` is false.
+    """Raise OutputExists if any of the three outputs is a folder, or if one exists and `force` is false, and
+    PoseCrafterError if their folder cannot be written.
 
     Outputs that a killed render had already moved to their places do not count: the same command will finish it.
     Args: fingerprint: of the render that is to begin; None: not known yet, it may be the one that was killed.
@@ -55,6 +57,24 @@ def refuse_outputs(video: Path, force: bool, fingerprint: str | None = None) -> 
                  and all(path in left or path.exists() for path in outputs))  # fmt: skip
     for path in left if is_moving else outputs:
         refuse_overwrite(path, force)
+    place = next(parent for parent in video.absolute().parents if os.path.lexists(parent))
+    if not os.path.isdir(place) or not os.access(place, os.W_OK):
+        reason = "may not be written to" if os.path.isdir(place) else "is no folder"
+        raise PoseCrafterError(f"cannot write {video}: {place} {reason}", "choose a folder that you may write to")
+
+
+def refuse_among(video: Path, sources: Path, what: str) -> None:
+    """Raise OutputExists if the outputs would lie in the folder `sources`, of which they are made: the next command
+    would take them for some of its files. what: those files, for the message.
+    """
+    if video.parent.resolve() == sources.resolve():
+        raise OutputExists(f"{video} would lie among the {what} that it is made from", "give another folder")
+
+
+def goes_on(video: Path) -> bool:
+    """Return whether the call that was to make this video, and was broken off, would go on from what is finished."""
+    state = read_state(partial_path(video))
+    return state is not None and bool(state["segments"] or state["staged"])
 
 
 def render_to_files(
@@ -86,8 +106,7 @@ def render_to_files(
         raise OutputExists(f"{video} would lie in the engine, which holds nothing else", "give another folder")
     if stretch is not None:
         refuse_sources(video, stretch.video)
-        if video.parent.resolve() == stretch.video.resolve():
-            raise OutputExists(f"{video} would lie among the images that it is made from", "give another folder")
+        refuse_among(video, stretch.video, "images")
     VideoWriter(video, work.fps, force=True)  # checks the name and the rate before any work
 
     def told(stage: str, step: int, steps: int) -> None:

@@ -66,10 +66,7 @@ class Architecture:
 
     def check_size(self, size: Sequence[int]) -> None:
         """Raise ShapeError for a (height, width) in pixels that the U-Net cannot halve."""
-        if any(side % self.size_multiple for side in size):
-            raise ShapeError(
-                f"size {size[0]}x{size[1]} does not fit the network", f"use multiples of {self.size_multiple}"
-            )
+        check_multiple(size, self.size_multiple)
 
     def to_json(self) -> dict[str, Any]:
         """Return a dictionary of plain values, for a manifest."""
@@ -83,6 +80,12 @@ class Architecture:
             return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value
 
         return cls(**{key: frozen(value) for key, value in data.items()})
+
+
+def check_multiple(size: Sequence[int], multiple: int) -> None:
+    """Raise ShapeError unless height and width are multiples of a number, `Architecture.size_multiple`."""
+    if any(side % multiple for side in size):
+        raise ShapeError(f"size {size[0]}x{size[1]} does not fit the network", f"use multiples of {multiple}")
 
 
 @dataclass(frozen=True)

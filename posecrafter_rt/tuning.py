@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from posecrafter_rt.atomic import refuse_overwrite, sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
-from posecrafter_rt.errors import BackendUnavailable, CheckpointError, PoseCrafterError, PoseError
+from posecrafter_rt.errors import (
+    BackendUnavailable,
+    CheckpointError,
+    ModelError,
+    PoseCrafterError,
+    PoseError,
+    out_of_memory,
+)
 from posecrafter_rt.framing import check_canvas, check_one_pose_a_frame, resize_to, transform_keypoints
 from posecrafter_rt.machine import cpu_gains_by_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
@@ -32,6 +39,7 @@ from posecrafter_rt.models.loading import (
     load_controlvideo_weights,
     named_parameters,
 )
+from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.small_decoder import describe_config, new_small_decoder
 from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -66,7 +74,7 @@ class TuneOptions:
         base's own weights; with 0 steps they are used unchanged. norm_scope then defaults to `clip`, as they were
         trained.
     Raises: PoseCrafterError for a learning rate that is not a positive number, less than 1 frame, a negative number of
-        steps, an unknown precision, or a seed that 64 bits do not hold.
+        steps, an unknown precision or norm_scope, a missing file, or a seed that 64 bits do not hold.
     """
 
     base: str = "embedded"
@@ -92,6 +100,13 @@ class TuneOptions:
             raise PoseCrafterError(f"{self.frames} frames to tune on", "give 1 or more; the paper takes 8")
         if self.precision not in PRECISIONS:
             raise PoseCrafterError(f"unknown precision {self.precision!r}", f"choose one of {', '.join(PRECISIONS)}")
+        if self.norm_scope not in (None, *get_args(NormScope)):
+            raise ModelError(
+                f"there is no norm_scope {self.norm_scope!r}", f"choose {' or '.join(get_args(NormScope))}"
+            )
+        for path in self.controlvideo_weights or ():
+            if not Path(path).is_file():
+                raise CheckpointError(f"there is no file {path}", "check the path")
         for steps in (self.steps, self.decoder_steps, self.small_decoder_steps):
             if steps is not None and steps < 0:
                 raise PoseCrafterError(f"{steps} steps of tuning", "give 0 or more")
@@ -153,8 +168,8 @@ def tune(
         on_step: called after every step.
     Returns: the checkpoint, as written.
     Raises: PoseError if frames and poses differ in number; ShapeError for a size that the network cannot halve;
-        OutputExists; ModelError; CheckpointError; PoseCrafterError if another process is tuning the same output, if the
-        output cannot be written, or if the loss is no longer finite.
+        OutputExists; ModelError; CheckpointError; OutOfMemory; PoseCrafterError if another process is tuning the same
+        output, if the output cannot be written, or if the loss is no longer finite.
     """
     output = Path(output)
     refuse_overwrite(output, force)
@@ -167,9 +182,8 @@ def tune(
     model.architecture().check_size(frames.shape[1:3])
     settings = model.settings
     chosen = choose_frames(len(frames), options.frames)
-    steps = settings.steps or tuning_steps(len(chosen))
-    small_decoder_steps = _given(options.small_decoder_steps, settings.small_decoder_steps)
-    if small_decoder_steps:
+    steps = step_counts(options, settings, len(chosen))
+    if steps["small_decoder_steps"]:
         arch, generator = model.architecture(), torch.Generator().manual_seed(options.seed)
         model.small_decoder = new_small_decoder(arch.latent_channels, arch.vae_scale_factor, generator)
     checkpoint = Checkpoint(
@@ -180,9 +194,7 @@ def tune(
             **model.identity(),
             "prompt": settings.prompt if options.prompt is None else options.prompt, "size": list(frames.shape[1:3]),
             "norm_scope": model.unet.norm_scope, "seed": options.seed, "precision": options.precision,
-            "steps": _given(options.steps, steps),
-            "decoder_steps": _given(options.decoder_steps, settings.decoder_steps),
-            "small_decoder_steps": small_decoder_steps,
+            **steps,
             "small_decoder": None if model.small_decoder is None else describe_config(model.small_decoder),
             "learning_rate": options.learning_rate or settings.learning_rate,
         },
@@ -198,8 +210,14 @@ def tune(
     return checkpoint
 
 
-def _given(steps: int | None, recommended: int) -> int:
-    return recommended if steps is None else steps
+def step_counts(options: TuneOptions, settings: BaseSettings, num_frames: int) -> dict[str, int]:
+    """Return the steps of each part, by their names in a checkpoint: those that are given, else the base's own."""
+    recommended = {
+        "steps": settings.steps or tuning_steps(num_frames), "decoder_steps": settings.decoder_steps,
+        "small_decoder_steps": settings.small_decoder_steps,
+    }  # fmt: skip
+    given = {name: getattr(options, name) for name in recommended}
+    return recommended | {name: steps for name, steps in given.items() if steps is not None}
 
 
 def _optimise(
@@ -231,7 +249,20 @@ def _optimise(
     except KeyboardInterrupt:
         run.save(partial, fingerprint)
         raise
+    except Exception as error:  # torch and Python have a type each for memory that ran out
+        known = out_of_memory(error, _less_memory(options, run))
+        if known is None:
+            raise
+        raise known from error
     return {name: parameter.detach().cpu() for name, parameter in run.parameters.items()}
+
+
+def _less_memory(options: TuneOptions, run: TuningRun) -> str:
+    """Return the hint for a run that has too little memory: it goes on with checkpointing, but not at another size."""
+    smaller = "tune at a smaller --size, with --no-resume"
+    if options.gradient_checkpointing or run.step >= run.steps_of["denoiser"]:  # the decoders do not checkpoint
+        return smaller
+    return f"add --gradient-checkpointing to the same command, which takes less memory, or {smaller}"
 
 
 def _begin(model: PoseModel, metadata: dict[str, Any], options: TuneOptions) -> TuningRun:
@@ -278,7 +309,7 @@ def _step(model: PoseModel, data: TrainingSet, run: TuningRun, options: TuneOpti
             loss = small_decoder_loss(model.small_decoder, run.lessons, run.generator)
     if not torch.isfinite(loss):
         raise PoseCrafterError(f"the loss became {loss.item()} at step {run.step}",
-                               "lower --learning-rate, or tune with --precision fp32")  # fmt: skip
+                               "start over: --no-resume, with a lower --learning-rate or --precision fp32")  # fmt: skip
     decay = part != "denoiser" or model.settings.learning_rate_decay
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate_at(step, run.steps_of[part], decay) * group["base_lr"]

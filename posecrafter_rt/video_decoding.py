@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ _TO_SDR = (
 )
 # Pixels whose sides differ by less than this factor pass for square: old formats declare a tenth, but only on paper.
 SQUARE = 1.15
-_TO_SQUARE = "scale=iw*sar:ih,setsar=1"
+# In quotes, because zsh takes `*` for a pattern of files; an even width, because H.264 has no other.
+_TO_SQUARE = "'scale=trunc(iw*sar/2)*2:ih,setsar=1'"
 
 
 def ffmpeg_name(path: str | os.PathLike[str]) -> str:
@@ -81,7 +83,7 @@ def frame_rate(path: Path) -> float:
             if not 1 / SQUARE < pixel < SQUARE:
                 raise VideoError(f"{path} has pixels {pixel:.3g} times as wide as high, and people in it would be squeezed",
                                  hint=f"make them square: ffmpeg -i FILE -vf {_TO_SQUARE} out.mp4")  # fmt: skip
-            return float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
+            return _mean_rate(container, stream)
     except FFmpegError as failure:
         if isinstance(failure, MemoryError):
             raise
@@ -89,6 +91,29 @@ def frame_rate(path: Path) -> float:
             f"{path} cannot be read as a video: {reason(failure)}",
             hint="check that the file is a whole video; `ffmpeg -i FILE out.mp4` converts most formats",
         ) from failure
+
+
+def _mean_rate(container: Any, stream: Any) -> float:
+    """Return the frames per second of an open video: the stated rate, or the mean where its frames come otherwise.
+
+    WebM from a browser states no rate, and Matroska with uneven frames states the one that was meant. Both are read
+    through for the times of their frames; nothing is decoded.
+    """
+    stated, times = stream.average_rate, list[int]()
+    if stated is None or "matroska" in container.format.name:
+        with suppress(FFmpegError):  # decoding reports it
+            times.extend(packet.pts for packet in container.demux(stream) if packet.pts is not None and _shows(packet))
+    gaps = len(times) - 1
+    seconds = (max(times) - min(times)) * stream.time_base if times else 0
+    # The first and the last time are each rounded to the nearest unit.
+    if not seconds or (stated and abs(gaps / stated - seconds) <= stream.time_base):
+        return float(stated or DEFAULT_FPS)
+    return float(gaps / seconds)
+
+
+def _shows(packet: Any) -> bool:
+    """Return whether a packet holds a frame that is shown: VP8 also has some that only others are predicted from."""
+    return packet.size > 0 and (packet.stream.codec_context.name != "vp8" or bool(memoryview(packet)[0] & 0x10))
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:

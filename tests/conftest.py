@@ -80,7 +80,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What importing has made stays to the end: no collection, and every avatar that closes makes one, looks at it again."""
+    forget_garbage()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        forget_garbage()
+
+
+def forget_garbage() -> None:
+    """Let no later collection look at what is there now; every avatar that closes makes one. What is imported stays."""
     gc.collect()
     gc.freeze()
 

@@ -91,23 +91,25 @@ try:
 except PoseCrafterError as error:
     print(json.dumps([type(error).__name__, str(error)]))
 """
-# Renders into a file system of so many kB that it alone sees, then into the same with more room. Prints of each run its
-# exit status, what it said, and what it left there; the second one's outputs are copied to where they can be seen.
+# For each number of kB, renders into a file system of so many that it alone sees, then into the same with more room. Prints
+# of each run its exit status, what it said, and what it left there; the second one's outputs are copied to where they can be
+# seen.
 FULL = """
 import json, shutil, subprocess, sys
 from pathlib import Path
 from typer.testing import CliRunner
 from posecrafter_rt.cli.main import app
 
-folder, copied, num_kb, *command = sys.argv[1:]
-subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
-for size in (num_kb, 10_000):
-    subprocess.run(["mount", "-o", f"remount,size={size}k", folder], check=True)
-    result = CliRunner().invoke(app, [*command, "-o", f"{folder}/out.mp4"])
-    files = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
-    print(json.dumps([result.exit_code, result.stderr, files]))
-for path in Path(folder).iterdir():
-    shutil.copy(path, copied)
+folder, copied, limits, *command = sys.argv[1:]
+for num_kb in json.loads(limits):
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+    for size in (num_kb, 10_000):
+        subprocess.run(["mount", "-o", f"remount,size={size}k", folder], check=True)
+        result = CliRunner().invoke(app, [*command, "-o", f"{folder}/out.mp4"])
+        files = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+        print(json.dumps([result.exit_code, result.stderr, files]))
+    shutil.copytree(folder, f"{copied}/{num_kb}")
+    subprocess.run(["umount", folder], check=True)
 """
 
 

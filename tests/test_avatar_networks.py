@@ -149,6 +149,19 @@ def test_plans_that_are_read_when_they_are_first_run_are_set_aside_until_then(
     assert networks.room(RenderOptions()).reserved == 0
 
 
+def test_memory_that_networks_keep_for_their_activations_is_free_for_the_next_render(
+    networks: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.avatar_networks.free_bytes", lambda device_type: 10**9)
+    networks.use("fp16")
+    sampling, decoding = (torch.empty(size, dtype=torch.uint8) for size in (700, 30))
+    for name, memory in (("unet", sampling), ("controlnet", sampling), ("vae_decoder", decoding)):
+        monkeypatch.setattr(networks.engines[name], "activations", memory, raising=False)
+    assert networks.room(RenderOptions()).free == 10**9 + 730
+    monkeypatch.setattr("posecrafter_rt.avatar_networks.free_bytes", lambda device_type: None)
+    assert networks.room(RenderOptions()).free is None
+
+
 def test_threads_count_where_rounding_depends_on_them(networks: Networks) -> None:
     manifest = networks.folder.manifest
     for backend, device, expected in (

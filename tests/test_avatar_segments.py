@@ -159,6 +159,8 @@ def test_automatic_segments_are_those_that_fit(avatar: Avatar, monkeypatch: pyte
     monkeypatch.setattr("posecrafter_rt.avatar_networks.free_bytes", lambda device_type: 0)
     split = avatar.render(poses, **changes)
     assert avatar.last_report.num_segments == 3 and avatar.last_report.options.segment == 6
+    assert avatar.last_report.to_json()["claims_byte_equality"]  # of a run with the options that it reports, as here:
+    assert np.array_equal(split, avatar.render(poses, avatar.last_report.options))
     assert np.array_equal(split, avatar.render(poses, **SEGMENTS))
 
 

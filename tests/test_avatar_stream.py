@@ -183,6 +183,7 @@ def test_its_networks_go_before_wider_ones_come(
             return
         with pytest.raises(MemoryError):
             stream.step(second)
+        assert stream.is_closed
         with pytest.raises(PoseCrafterError, match="this stream is closed"):
             stream.step(second)
     can_load = True

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine, choose_max_frames, libraries_of
+from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.engines import LAST_RESORT, choose_backend, get_backend
 from posecrafter_rt.engines.folder import PASSED_OVER, EngineFolder, open_folder, read_manifest, write_manifest
@@ -26,6 +28,7 @@ from posecrafter_rt.errors import (
     BackendUnavailable,
     DiskFull,
     EngineFolderError,
+    ModelError,
     OutOfMemory,
     OutputExists,
     PoseCrafterError,
@@ -286,6 +289,27 @@ def test_the_hint_is_the_command_that_builds_this_engine(
     again = open_folder("me.engine").manifest
     assert again["fingerprint"] == built.manifest["fingerprint"]
     assert again["files"].keys() == built.manifest["files"].keys()
+
+
+def test_parts_that_moved_are_given(tiny_base: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    parts = {name: Path(shutil.copytree(tiny_base / name, tmp_path / "old" / name)) for name in ("controlnet", "vae")}
+    tuned = Checkpoint.load(tiny_checkpoint)
+    tuned.metadata.update({name: str(path) for name, path in parts.items()})
+    tuned.save(tmp_path / "tuned.ckpt")
+    moved = {name: str(shutil.move(path, tmp_path / name)) for name, path in parts.items()}
+    with pytest.raises(ModelError, match="there is no vae at") as raised:
+        build_engine(tmp_path / "tuned.ckpt", tmp_path / "e", TORCH)
+    assert "--vae takes" in str(raised.value.hint)
+    with pytest.raises(ModelError, match="there is no controlnet at") as raised:
+        build_engine(tmp_path / "tuned.ckpt", tmp_path / "e", replace(TORCH, vae=moved["vae"]))
+    assert "--controlnet takes" in str(raised.value.hint)
+    with pytest.raises(OutputExists, match="from"):
+        build_engine(tmp_path / "tuned.ckpt", moved["vae"], replace(TORCH, **moved), force=True)
+    given = [str(tmp_path / "tuned.ckpt"), "-o", str(tmp_path / "e"), "--backend", "torch", "--precision", "fp32"]
+    given += [argument for name, path in moved.items() for argument in (f"--{name}", path)]
+    result = CliRunner().invoke(app, ["build-engine", *given])
+    assert result.exit_code == 0, result.output
+    assert build_engine(tmp_path / "tuned.ckpt", tmp_path / "e", replace(TORCH, **moved)).was_current
 
 
 def test_what_the_user_made_is_not_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:

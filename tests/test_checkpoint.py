@@ -205,6 +205,18 @@ def test_another_base_is_refused_with_both_hashes(
         tuned.load_model(base=str(other))
     message = str(raised.value)
     assert tuned.metadata["base_hash"][:12] in message and load_base(str(other)).base_hash[:12] in message
+    assert "(--base, --controlnet, --vae)" in str(raised.value.hint)
+
+
+def test_a_part_that_moved_is_given_and_must_be_the_same(
+    tiny_base: Path, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, write_tiny_base: Callable[..., Path]
+) -> None:
+    tuned, other = make_checkpoint(controlnet="/moved/controlnet", vae="/moved/vae"), write_tiny_base(tmp_path, seed=9)
+    where = {"controlnet": str(tiny_base / "controlnet"), "vae": str(tiny_base)}
+    assert tuned.load_model(**where).base_hash == tuned.metadata["base_hash"]
+    for part in where:
+        with pytest.raises(CheckpointError, match="was tuned on"):
+            tuned.load_model(**{**where, part: str(other)})
 
 
 @pytest.mark.parametrize(

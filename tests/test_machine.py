@@ -1,4 +1,4 @@
-"""What is left of memory: the system's word, and the limits of control groups of both versions."""
+"""What is left of memory and of cores: the system's word, and the limits of control groups of both versions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from posecrafter_rt import machine
 from posecrafter_rt.engines.base import Engine, beside
 from posecrafter_rt.machine import (
     available_bytes,
+    core_quota,
     count_peak_anew,
     counted_peak_bytes,
     cpu_gains_by_bf16,
@@ -26,6 +27,7 @@ from posecrafter_rt.machine import (
     peak_rss_bytes,
     release_mapped,
     return_freed_memory,
+    usable_cores,
     watched_peak,
 )
 
@@ -74,6 +76,30 @@ def test_a_group_beyond_its_limit_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_system_that_says_nothing(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) is None
+
+
+QUOTA_1 = {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}
+
+
+@pytest.mark.parametrize(("groups", "files", "quota"), [
+    ("0::/\n", {"sys/fs/cgroup/cpu.max": "100000 100000\n"}, 1),  # docker run --cpus=1
+    ("0::/\n", {"sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+    ("0::/job/step\n", {"sys/fs/cgroup/job/cpu.max": "max 100000\n",
+                        "sys/fs/cgroup/job/step/cpu.max": "700000 100000\n",
+                        "sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3),  # the least of all groups above
+    ("5:cpuacct,cpu:/docker/1f\n0::/\n", QUOTA_1, 1),  # version 1, whose group a container shows as the root
+    ("5:cpu:/\n", {**QUOTA_1, "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"}, None),
+    ("0::/\n", {"sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+    ("0::/\n", {}, None),
+])  # fmt: skip
+def test_cores_are_as_many_as_a_quota_pays_for(
+    groups: str, files: dict[str, str], quota: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)), raising=False)
+    root = system(tmp_path, groups, files)
+    assert core_quota(root) == quota and usable_cores(root) == (quota or 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {5}, raising=False)
+    assert core_quota(root) is None and usable_cores(root) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")

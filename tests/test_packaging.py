@@ -91,6 +91,36 @@ def test_every_data_file_is_packed(pyproject: dict[str, Any]) -> None:
             assert any(fnmatch.fnmatch(path.name, pattern or "*") for pattern in wanted), f"{relative} is not packed"
 
 
+# Prints what setuptools would pack beside the code: run where setup.py is, as a build does.
+LIST_DATA = """
+import sys
+from setuptools import Distribution
+packages, package_dir = {packages!r}, {package_dir!r}
+distribution = Distribution({{"packages": packages, "package_dir": package_dir}})
+distribution.parse_config_files(["pyproject.toml"])
+command = distribution.get_command_obj("build_py")
+command.ensure_finalized()
+print(*(f"{{folder}}/{{file}}" for _, folder, _, files in command.data_files for file in files), sep="\\n")
+"""
+
+
+def test_what_the_page_is_built_from_is_not_packed(tmp_path: Path) -> None:
+    """Nor what `make web` installs there."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    kept = ("serve/static/index.html", "spec.json", "engines/operations/linear.cpp")
+    web = ("serve/web/package.json", "serve/web/tracker-notice.txt", "serve/web/node_modules/vite/package.json")
+    for name in (*kept, *web, "serve/__init__.py", "__init__.py", "kernels/table.json"):
+        file = tmp_path / "posecrafter_rt" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('__version__ = "1"' if name == "__init__.py" else "")
+    (tmp_path / "README.md").touch()
+    (tmp_path / "LICENSE").touch()
+    script = LIST_DATA.format(packages=["posecrafter_rt", "posecrafter_rt.serve"], package_dir={})
+    said = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
+    packed = {line.split("posecrafter_rt/", 1)[1] for line in said.stdout.splitlines()}
+    assert packed >= set(kept) and not packed & set(web), packed
+
+
 def test_the_embedded_base_is_small() -> None:
     base = ROOT / "posecrafter_rt" / "embedded" / "base"
     assert sum(path.stat().st_size for path in base.rglob("*") if path.is_file()) <= MAX_EMBEDDED_BYTES
@@ -105,6 +135,13 @@ def test_doctor_knows_every_dependency(pyproject: dict[str, Any]) -> None:
     run_time = {distribution(line) for extra in ("cuda", "poses", "mediapipe", "demo", "serve", "camera")
                 for line in extras[extra]}  # fmt: skip
     assert run_time <= set(checks.OPTIONAL) | set(checks.CORE)
+
+
+def test_doctor_installs_mediapipe_in_an_environment_of_its_own(pyproject: dict[str, Any]) -> None:
+    (pinned,) = pyproject["project"]["optional-dependencies"]["mediapipe"]
+    environment, install, use = re.split(" && |; then ", checks.MENDS["mediapipe"])
+    assert environment == "python -m venv detector" and install == f"detector/bin/pip install {pinned}"
+    assert use == "`poses extract --python detector/bin/python`"
 
 
 def test_every_import_is_declared(pyproject: dict[str, Any]) -> None:
@@ -143,6 +180,23 @@ def test_make_wheel_says_where_it_leaves_out_the_tracker(tmp_path: Path, has_tra
     command = ["make", "--silent", *built, f"STATIC={tmp_path}", "wheel"]
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert ("tracker" in said and "make web" in said) is not has_tracker
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make on the PATH")
+def test_make_clean_has_what_it_removes_made_again_and_keeps_the_demonstration(tmp_path: Path) -> None:
+    stamps = tmp_path / ".venv" / ".stamps"
+    for folder in (stamps, tmp_path / "demo", tmp_path / "build", tmp_path / "posecrafter_rt"):
+        folder.mkdir(parents=True)
+    for file in (
+        "demo/tuned.ckpt",
+        "posecrafter_rt/_native.so",
+        *(f".venv/.stamps/{name}" for name in ("torch", "demo", "dev", "wheel")),
+    ):
+        (tmp_path / file).touch()
+    command = ["make", "--silent", "-f", ROOT / "Makefile", "clean", "CUDA=", "VENV=.venv"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"demo/tuned.ckpt", ".venv/.stamps/torch"} and not (tmp_path / "build").exists()
 
 
 def test_the_changelog_knows_this_version() -> None:

@@ -1,4 +1,4 @@
-"""README's figures are those of the committed results, which `bench/` writes."""
+"""README's figures, and some in docs/, are those of the committed results, which `bench/` writes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ RESULTS = ROOT / "bench" / "results"
 MIN_PSNR_DB = 40  # to float32, of a render that counts
 
 
+def words(name: str) -> str:
+    """A file's words, whatever lines they stand in."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
 def readme() -> str:
-    """Its words, whatever lines they stand in."""
-    return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    return words("README.md")
 
 
 def result(name: str) -> Any:
@@ -80,3 +84,19 @@ def test_frames_a_second_are_what_was_measured() -> None:
     newest = {way: fps("latency-int8-zen5-cpu", 1, way, 1) for way in ("stream", "serve")}
     assert f"a Zen 5 in int8: {newest['stream']}, through the server {newest['serve']};" in readme()
     assert f"kept over two of them {fps('latency-int8-zen5-cpu', 2)}, as fast as poses come" in readme()
+
+
+def test_what_amx_gains_is_what_was_measured() -> None:
+    rows = {row["engine"]: row for row in result("engines-embedded-128x160-amx-cpu")["rows"]}
+    ms = {name: [step["median_ms"] for step in row["steps"].values()] for name, row in rows.items()}
+    first, second, third = (f"{a / b:.2f}" for a, b in zip(ms["openvino fp32"], ms["openvino bf16"], strict=True))
+    plain = [a / b for a, b in zip(ms["torch fp32"], ms["openvino bf16"], strict=True)]
+    streaming = words("docs/streaming.md")
+    assert f"{first}, {second} and {third} times as fast as in float32, for 1, 4 and 16 frames" in streaming
+    assert f"{min(plain):.1f} to {max(plain):.1f} times as fast as `torch` in float32" in streaming
+
+
+def test_how_fast_the_decoder_is_on_an_h200_is_what_was_measured() -> None:
+    flops = result("ledger")["algorithms"]["exact"]["stages"]["decode"]
+    rate = flops / result("presets-nvidia-h200")["rows"]["exact"]["seconds"]["decode"]
+    assert f"decoder, at {rate / 1e12:.0f} TFLOP/s ({100 * rate / 989e12:.0f} %)" in words("docs/gpu.md")

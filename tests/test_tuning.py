@@ -13,8 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from posecrafter_rt import tuning
 from posecrafter_rt.checkpoint import Checkpoint
-from posecrafter_rt.errors import BackendUnavailable, CheckpointError, OutputExists, PoseCrafterError, PoseError
+from posecrafter_rt.errors import (
+    BackendUnavailable,
+    CheckpointError,
+    OutOfMemory,
+    OutputExists,
+    PoseCrafterError,
+    PoseError,
+)
 from posecrafter_rt.models.loading import load_base, named_parameters
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.tuning import (
@@ -191,7 +199,7 @@ def test_a_run_with_other_settings_of_the_base_is_not_resumed(
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 0.0}, {"learning_rate": -1e-3}, {"learning_rate": float("nan")}, {"steps": -1}, {"decoder_steps": -1}, {"small_decoder_steps": -1}, {"frames": 0}, {"precision": "int8"}]
+    "change", [{"learning_rate": 0.0}, {"learning_rate": -1e-3}, {"learning_rate": float("nan")}, {"steps": -1}, {"decoder_steps": -1}, {"small_decoder_steps": -1}, {"frames": 0}, {"precision": "int8"}, {"norm_scope": "clips"}, {"controlvideo_weights": ("no-unet.pt", "no-controlnet.pt")}]
 )  # fmt: skip
 def test_senseless_numbers_are_refused(change: dict) -> None:
     with pytest.raises(PoseCrafterError):
@@ -347,6 +355,48 @@ def test_a_diverging_loss_is_an_error_that_writes_nothing(clip, options, tmp_pat
     with pytest.raises(PoseCrafterError, match="the loss became"):
         tune(*clip, tmp_path / "a.ckpt", wild)
     assert not (tmp_path / "a.ckpt").exists()
+
+
+def test_what_a_diverging_run_has_left_does_not_keep_its_hint_from_working(
+    clip, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.tuning.SAVE_EVERY_SECONDS", -1.0)
+    with pytest.raises(PoseCrafterError, match="the loss became") as caught:
+        tune(*clip, tmp_path / "a.ckpt", replace(options, learning_rate=1e30, steps=20))
+    assert all(option in caught.value.hint for option in ("--no-resume", "--learning-rate", "--precision fp32"))
+    with pytest.raises(OutputExists):  # so the option is needed
+        tune(*clip, tmp_path / "a.ckpt", options)
+    tune(*clip, tmp_path / "a.ckpt", options, resume=False)
+
+
+def test_a_run_without_memory_names_the_options_that_take_less_and_goes_on_with_them(
+    clip, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(*_: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)  # more than any address space holds
+
+    options = replace(options, decoder_steps=2)
+    monkeypatch.setattr("posecrafter_rt.tuning.SAVE_EVERY_SECONDS", -1.0)
+    steps: list[int] = []
+    loss = tuning.denoiser_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "denoiser_loss", lambda *given: loss(*given) if len(steps) < 2 else starved())
+        with pytest.raises(OutOfMemory, match="^memory ran out: ") as caught:
+            tune(*clip, tmp_path / "a.ckpt", options, on_step=lambda status: steps.append(status.step))
+    assert "--gradient-checkpointing" in caught.value.hint and "--size, with --no-resume" in caught.value.hint
+    less = replace(options, gradient_checkpointing=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "denoiser_loss", starved)
+        with pytest.raises(OutOfMemory) as caught:
+            tune(*clip, tmp_path / "a.ckpt", less)
+    assert "--gradient-checkpointing" not in caught.value.hint and "--size" in caught.value.hint
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "decoder_loss", starved)  # which does not checkpoint
+        with pytest.raises(OutOfMemory) as caught:
+            tune(*clip, tmp_path / "b.ckpt", options)
+    assert "--gradient-checkpointing" not in caught.value.hint
+    tune(*clip, tmp_path / "a.ckpt", less, on_step=lambda status: steps.append(status.step))
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_patterns_that_match_nothing_are_an_error(tiny_model) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import struct
 import tracemalloc
 from fractions import Fraction
@@ -147,7 +149,7 @@ def test_videos_that_are_to_be_shown_mirrored_are(tmp_path, a, b, c, d, shown):
 
 
 @pytest.mark.parametrize(("pixel", "is_read"), [(Fraction(128, 117), True), (Fraction(10, 11), True), (Fraction(2), False),
-                                                (Fraction(3, 4), False)])  # fmt: skip
+                                                (Fraction(3, 4), False), (Fraction(59, 48), False)])  # fmt: skip
 def test_pixels_that_would_squeeze_people_are_refused_with_the_command_that_mends_them(tmp_path, pixel, is_read):
     with av.open(str(tmp_path / "wide.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
@@ -161,7 +163,24 @@ def test_pixels_that_would_squeeze_people_are_refused_with_the_command_that_mend
     with pytest.raises(VideoError, match=rf"wide\.mp4 has pixels {float(pixel):.3g} times as wide as high") as caught:
         stream_video(tmp_path / "wide.mp4")
     assert_one_line(caught)
-    assert "ffmpeg -i FILE -vf scale=iw*sar:ih,setsar=1" in caught.value.hint
+    command = caught.value.hint.removeprefix("make them square: ")
+    assert not set("*()") & set(re.sub("'.*?'", "", command))  # a shell's own
+    program, *_, option, chain, output = shlex.split(command)
+    assert (program, option, output) == ("ffmpeg", "-vf", "out.mp4")
+    mended = filtered(frame, f"setsar={pixel},{chain}")
+    assert (mended.height, mended.width) == (32, int(48 * pixel) // 2 * 2)  # H.264 has no odd ones
+
+
+def filtered(frame: av.VideoFrame, chain: str) -> av.VideoFrame:
+    """A frame after FFmpeg's filters `NAME=OPTIONS,…`."""
+    graph = av.filter.Graph()
+    made = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))]
+    made += [graph.add(*text.split("=", 1)) for text in chain.split(",")]
+    graph.link_nodes(*made, graph.add("buffersink")).configure()
+    graph.push(frame)
+    result = graph.pull()
+    assert isinstance(result, av.VideoFrame)
+    return result
 
 
 def test_a_video_whose_title_is_not_utf_8_is_read(tmp_path):
@@ -176,6 +195,61 @@ def test_a_video_whose_title_is_not_utf_8_is_read(tmp_path):
     assert b"CAFE-TITLE" in content
     path.write_bytes(content.replace(b"CAFE-TITLE", "CAFÉ-TITLE".encode("latin-1")))
     assert len(read_video(path)) == 1
+
+
+def write_timed(path: Path, codec: str, times: list[int], hidden: int = 0) -> None:
+    """Write frames that are shown at these milliseconds, and of VP8 so many more that are not shown."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, picture in enumerate(smooth(len(times), (32, 48))):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+            if number < hidden:
+                unseen = av.Packet(bytes([0x01, 0, 0]))  # a frame header without the bit that says to show it
+                unseen.stream, unseen.time_base, unseen.pts = stream, Fraction(1, 1000), times[number] + 1
+                unseen.dts = unseen.pts
+                container.mux(unseen)
+        container.mux(stream.encode())
+
+
+def state_no_rate(path: Path) -> None:
+    """Blank what WebM says of its rate, as in what browsers record: 23E383 becomes a void element of the same length."""
+    content = path.read_bytes()
+    place = content.index(b"\x23\xe3\x83")
+    num_bytes = content[place + 3] & 0x7F
+    blank = bytes([0xEC, 0x80 | num_bytes + 2]) + bytes(num_bytes + 2)
+    path.write_bytes(content[:place] + blank + content[place + len(blank) :])
+
+
+@pytest.mark.parametrize(("name", "codec", "is_stated"), [("a.webm", "libvpx", False), ("a.webm", "libvpx-vp9", False),
+                                                          ("a.webm", "libvpx", True), ("a.mkv", "libx264", True)])  # fmt: skip
+def test_frames_that_come_unevenly_have_their_mean_rate(tmp_path, name, codec, is_stated):
+    times = np.cumsum([0, *[20, 60] * 10]).tolist()
+    write_timed(tmp_path / name, codec, times)
+    if not is_stated:
+        state_no_rate(tmp_path / name)
+    assert stream_video(tmp_path / name)[1] == pytest.approx(1000 / 40)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])  # it breaks off, which is for decoding to say
+    assert 10 < stream_video(tmp_path / name)[1] < 60
+
+
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_frames_that_come_evenly_have_the_stated_rate(tmp_path, hidden):
+    """To the last digit, although Matroska rounds times to milliseconds; frames of VP8 that are not shown do not count."""
+    write_timed(tmp_path / "a.webm", "libvpx", [round(1000 * number / 30) for number in range(11)], hidden)
+    assert stream_video(tmp_path / "a.webm")[1] == 30
+    write_video(tmp_path / "a.mkv", smooth(8, (32, 48)), 24000 / 1001)
+    assert stream_video(tmp_path / "a.mkv")[1] == 24000 / 1001
+
+
+def test_a_video_of_one_frame_that_states_no_rate_has_25(tmp_path):
+    write_timed(tmp_path / "a.webm", "libvpx", [0])
+    state_no_rate(tmp_path / "a.webm")
+    assert stream_video(tmp_path / "a.webm")[1] == 25
 
 
 def test_a_gif(tmp_path):

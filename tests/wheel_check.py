@@ -45,6 +45,8 @@ def main() -> None:
         missing = files_of(REPOSITORY / source) - files_of(home / target)
         if missing:
             sys.exit(f"not in the wheel: {', '.join(sorted(f'{source}/{path}' for path in missing))}")
+    if home.joinpath(*PAGE_SOURCES).exists():
+        sys.exit(f"in the wheel, but only to build the page from: {'/'.join(PAGE_SOURCES)}")
     print(f"posecrafter-rt {package.__version__} imports from a wheel, which holds {len(files_of(home))} files")
 
 

@@ -30,6 +30,8 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     precision: Annotated[str, typer.Option(help="auto (what is fast here), fp32, bf16, fp16 or int8.")] = "auto",
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture size; else that of tuning.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base is, if it moved since tuning.")] = None,
+    controlnet: Annotated[str | None, typer.Option(help="Where its ControlNet is, if that moved.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Where its VAE is, if that moved.")] = None,
     refit: Annotated[
         Path | None,
         typer.Option(
@@ -79,7 +81,7 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     start = time.monotonic()
     with watched_peak() as peak_bytes, stages("building") as on_stage:
         options = BuildOptions(backend, precision, picture_size, base, refit, tuple(Lora(*one) for one in given),
-                               small_decoder, feature_reuse, max_frames)  # fmt: skip
+                               small_decoder, feature_reuse, max_frames, controlnet, vae)  # fmt: skip
         result = build_engine(checkpoint, output, options, force=force, progress=on_stage)
         peak = peak_bytes()
     folder = result.folder

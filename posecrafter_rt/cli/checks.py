@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,8 +55,15 @@ OPTIONAL = {
     "aiortc": ("serve", "`serve` over WebRTC"),
     "pyvirtualcam": ("camera", "`serve --virtual-camera`"),
 }
-# Distributions not to install by their extra: rtmlib would bring further builds of OpenCV, which overwrite ours.
-MENDS = {"rtmlib": "pip install --no-deps rtmlib"}
+# Distributions not to install by their extra: [cuda] brings TensorRT, which `auto` would then take; rtmlib and
+# mediapipe bring further builds of OpenCV, which overwrite ours, and mediapipe other versions of what we need.
+MENDS = {
+    "triton": "pip install triton",
+    "xformers": "pip install xformers",
+    "rtmlib": "pip install --no-deps rtmlib",
+    "mediapipe": "python -m venv detector && detector/bin/pip install mediapipe==0.10.14; "
+    "then `poses extract --python detector/bin/python`",
+}
 # Other distributions that provide the same module.
 SAME_MODULE = {
     "opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
@@ -233,10 +241,15 @@ def check_storage() -> list[Finding]:
         mend = f"python -m posecrafter_rt.embedded.train {base}"
         findings = [Finding("embedded base", "failed", "not part of this installation", mend)]
     cache = cache_dir()
+    mend = "make it writable, or name another folder in POSECRAFTER_CACHE"
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            cache.stat()
+    except OSError as error:  # a folder above it may not be searched
+        return [*findings, Finding("cache", "failed", first_line(error), mend)]
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free_bytes = shutil.disk_usage(place).free
     detail = f"{cache}, {size_of(free_bytes)} free"
-    mend = "make it writable, or name another folder in POSECRAFTER_CACHE"
     if not place.is_dir():
         return [*findings, Finding("cache", "failed", f"{place} is a file", mend)]
     if not os.access(place, os.W_OK):

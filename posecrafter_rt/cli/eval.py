@@ -5,6 +5,7 @@ Layer 8: arguments, one call, the printed result.
 
 from __future__ import annotations
 
+import shlex
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ import typer
 
 from posecrafter_rt.cli.arguments import AsJson, parse_range
 from posecrafter_rt.cli.output import print_json, print_table
-from posecrafter_rt.errors import PoseError, VideoError
+from posecrafter_rt.errors import BackendUnavailable, PoseError, VideoError
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 app = typer.Typer()
@@ -44,7 +45,6 @@ def evaluate(
         raise typer.BadParameter("--rendered-poses is compared with --poses, which is missing")
     from posecrafter_rt.evaluate.metrics import mse_p
     from posecrafter_rt.framing import transform_keypoints
-    from posecrafter_rt.poses.extract import extract_poses
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.poses.shown import shown_poses
     from posecrafter_rt.video_io import video_size
@@ -61,7 +61,7 @@ def evaluate(
     result = {"frames": num_frames, "height": height, "width": width}
     scores = _measure(rendered, truth, (height, width), window)
     if target is not None:
-        found = found or extract_poses(rendered)
+        found = found or _extract(rendered)
         scores["mse_p"] = mse_p(*(transform_keypoints(one, (height, width)) for one in (found, target)))
     if as_json:
         print_json(result | scores)
@@ -99,6 +99,20 @@ def _check_lengths(num_frames: int, target: PoseSequence | None, found: PoseSequ
                 f"there are {len(given)} {name} poses for {num_frames} frames",
                 hint="give one pose for each frame that is compared",
             )
+
+
+def _extract(rendered: Path) -> PoseSequence:
+    """Return the poses in a video. An error says how to extract them with options, which this command has not."""
+    from posecrafter_rt.poses.extract import extract_poses
+
+    try:
+        return extract_poses(rendered)
+    except (BackendUnavailable, PoseError) as error:
+        error.hint = (
+            f"posecrafter-rt poses extract {shlex.quote(str(rendered))} -o r.json, which takes --detector, "
+            "--weights and --python; then add --rendered-poses r.json"
+        )
+        raise
 
 
 def _measure(rendered: Path, truth: Path, size: tuple[int, int], window: slice) -> dict[str, float]:

@@ -126,6 +126,6 @@ def flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         elif name == "loras":
             yield from ((f"LoRA {one['file']}", f"scale {one['scale']:g}, SHA-256 {one['sha256']}") for one in value)
         elif name == "bytes":
-            yield title.replace("bytes", "size"), size_of(value)
+            yield title.replace("bytes", "on disk"), size_of(value)
         else:
             yield title, value if isinstance(value, str) else json.dumps(value)

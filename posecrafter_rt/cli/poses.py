@@ -178,7 +178,10 @@ def edit(  # noqa: PLR0913 - one argument for each option
         typer.Option(metavar="SIDE@START:END", help="Wave with the person's own left or right forearm."),
     ] = None,
     fill: Annotated[
-        int, typer.Option(min=0, metavar="FRAMES", help="Fill in points that are missing for so many frames at most.")
+        int,
+        typer.Option(
+            min=0, metavar="FRAMES", help="Fill in points that are not seen, or hardly, for so many frames at most."
+        ),
     ] = 0,
     person: Annotated[int | None, typer.Option(help="Which of several people, from 0; else the largest.")] = None,
     canvas: _Canvas = None,

@@ -82,7 +82,10 @@ def render(  # noqa: PLR0913 - one argument for each option
     person: Annotated[
         int | None, typer.Option(help="Which of several people in the poses, from 0; else the largest.")
     ] = None,
-    fps: Annotated[float | None, typer.Option(help="Else that of --video or of the poses, else 25.", min=0.1)] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Else that of --video, unless it is a folder; else of the poses, else 25.", min=0.1),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the outputs if they are there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -94,9 +97,10 @@ def render(  # noqa: PLR0913 - one argument for each option
     window = parse_range(frame_range if replace is None else replace)
     from posecrafter_rt.atomic import refuse_sources
     from posecrafter_rt.avatar import Avatar
+    from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.poses.shown import shown_poses
-    from posecrafter_rt.rendering import output_paths, refuse_outputs, render_to_files
+    from posecrafter_rt.rendering import goes_on, output_paths, refuse_among, refuse_outputs, render_to_files
     from posecrafter_rt.runtime.presets import preset_options
     from posecrafter_rt.runtime.report import describe_adjustment
     from posecrafter_rt.runtime.stretch import open_stretch
@@ -104,6 +108,7 @@ def render(  # noqa: PLR0913 - one argument for each option
     refuse_outputs(output, force)
     for path in output_paths(output):
         refuse_sources(path, poses)
+    refuse_among(output, poses, "poses")
     given = {"num_inference_steps": steps, "sampler": sampler, "inversion_substeps": inversion_substeps,
              "controlnet_every": controlnet_every, "unet_every": unet_every, "decoder": decoder}  # fmt: skip
     options = preset_options(
@@ -111,16 +116,22 @@ def render(  # noqa: PLR0913 - one argument for each option
         resample=resample, strength=strength, segment=parse_segment(segment), overlap=overlap,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
-    target = read_openpose(poses, person=person, allow_missing=True)
-    if video is None:
-        target = shown_poses(target, window, poses)
-    with Avatar.load(engine) as avatar, step_progress("loading") as on_step:
-        stretch = None if video is None else open_stretch(video, window, avatar.size, target)
-        if stretch is not None:
-            target = shown_poses(target, stretch.rendered, poses)
-        target = dataclasses.replace(target, fps=fps or (stretch or target).fps)
-        ctx.meta[GOES_ON] = options.segment is not None
-        report = render_to_files(avatar, target, output, options, stretch=stretch, force=force, on_step=on_step)
+    least = CONFIDENCE_THRESHOLD if options.selects else 0.0  # what the reference is selected by
+    try:
+        target = read_openpose(poses, person=person, allow_missing=True)
+        if video is None:
+            target = shown_poses(target, window, poses, least=least)
+        with Avatar.load(engine) as avatar, step_progress("loading") as on_step:
+            stretch = None if video is None else open_stretch(video, window, avatar.size, target)
+            if stretch is not None:
+                beside = "choose a --replace whose frames, and the one on either side, show the person"
+                target = shown_poses(target, stretch.rendered, poses, instead=beside, least=least)
+            rate = target.fps if stretch is None or stretch.video.is_dir() else stretch.fps
+            target = dataclasses.replace(target, fps=fps or rate)
+            report = render_to_files(avatar, target, output, options, stretch=stretch, force=force, on_step=on_step)
+    except KeyboardInterrupt:
+        ctx.meta[GOES_ON] = goes_on(output)
+        raise
     if as_json:
         print_json(report)
         return

@@ -17,10 +17,12 @@ from urllib.parse import urlencode
 
 import typer
 
-from posecrafter_rt.errors import BackendUnavailable
+from posecrafter_rt.errors import BackendUnavailable, PoseError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from posecrafter_rt.poses.keypoints import PoseSequence
 
 app = typer.Typer()
 
@@ -77,13 +79,12 @@ def serve(  # noqa: PLR0913 - one argument for each option
 ) -> None:
     """Serve an engine as a live avatar."""
     from posecrafter_rt.config import serve_token
-    from posecrafter_rt.poses.keypoints import PoseSequence
     from posecrafter_rt.serve.listening import listen
     from posecrafter_rt.serve.options import ServeOptions, is_loopback
 
     given = {"preset": preset, "steps": steps, "window": window, "is_pipelined": pipelined or None,
              "unet_every": unet_every, "decoder": decoder,
-             "calibration": None if calibration is None else PoseSequence.load(calibration)}  # fmt: skip
+             "calibration": None if calibration is None else _read_calibration(calibration)}  # fmt: skip
     options = ServeOptions(
         stream={name: value for name, value in given.items() if value is not None},
         max_sessions=max_sessions, token=serve_token() if token is None else token, allow_origins=tuple(allow_origin or ()),
@@ -106,6 +107,22 @@ def serve(  # noqa: PLR0913 - one argument for each option
                     webbrowser.open(url)
 
             _run(application, listener, on_ready)
+
+
+def _read_calibration(path: Path) -> PoseSequence:
+    """Return the poses of the frames that show the person: the others say nothing about the poses to come.
+
+    Raises: PoseError if none does, so that Eq. 5 could compare it.
+    """
+    from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD
+    from posecrafter_rt.poses.openpose_json import read_openpose
+
+    poses = read_openpose(path, allow_missing=True)
+    shown = (poses.keypoints[..., 2] >= CONFIDENCE_THRESHOLD).any(axis=1)
+    if not shown.any():
+        raise PoseError(f"{path}: no frame has a keypoint of confidence {CONFIDENCE_THRESHOLD} or more",
+                        "extract the poses again, or check the confidences in the file")  # fmt: skip
+    return poses[shown.nonzero()[0]]
 
 
 def _app_maker() -> Callable[..., FastAPI]:

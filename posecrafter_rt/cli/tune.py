@@ -25,7 +25,8 @@ def tune(  # noqa: PLR0913 - one argument for each option
     poses: Annotated[Path, typer.Option(help="Its poses: what `posecrafter-rt poses extract` wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint to write.")] = Path("tuned.ckpt"),
     base: Annotated[
-        str, typer.Option(help="embedded, a diffusers folder, a hub id, or one .safetensors file.")
+        str,
+        typer.Option(help="embedded, a diffusers folder, a hub id, or one file of weights (.safetensors, .ckpt, .pt)."),
     ] = "embedded",
     controlnet: Annotated[str | None, typer.Option(help="An openpose ControlNet, where the base has none.")] = None,
     vae: Annotated[str | None, typer.Option(help="A VAE in place of the base's.")] = None,
@@ -52,7 +53,7 @@ def tune(  # noqa: PLR0913 - one argument for each option
     norm_scope: Annotated[str | None, typer.Option(help="GroupNorm over each `frame`, or the whole `clip`.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same checkpoint.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed; on a CPU the same seed gives the same checkpoint.")] = 0,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Use less memory and more time.")
     ] = False,
@@ -69,10 +70,10 @@ def tune(  # noqa: PLR0913 - one argument for each option
     """Tune the base on a few frames of one person."""
     window, picture_size = parse_range(frame_range), parse_size(size)
     from posecrafter_rt.atomic import refuse_overwrite, refuse_sources
-    from posecrafter_rt.models.sources import locate_base
-    from posecrafter_rt.models.weights import read_scheduler_config
+    from posecrafter_rt.models.loading import locate_parts
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.poses.shown import shown_poses
+    from posecrafter_rt.spec import check_multiple
     from posecrafter_rt.tuning import TuneOptions, load_clip, resolve_precision, tune
     from posecrafter_rt.video_io import video_size
 
@@ -86,9 +87,10 @@ def tune(  # noqa: PLR0913 - one argument for each option
         gradient_checkpointing=gradient_checkpointing, controlvideo_weights=controlvideo_weights)  # fmt: skip
     all_poses = read_openpose(poses, allow_missing=True, canvas=video_size(video))
     shown_poses(all_poses, window, poses)  # load_clip checks this again; this is before a base is downloaded
-    found = locate_base(base)
-    read_scheduler_config(found)  # refuses an unsupported one before the whole video is decoded
-    clip, clip_poses = load_clip(video, all_poses, picture_size or found.settings().size, window, frames)
+    found = locate_parts(base, controlnet, vae)  # refuses an unsupported one before the whole video is decoded
+    picture_size = picture_size or found.base.settings().size
+    check_multiple(picture_size, found.size_multiple)
+    clip, clip_poses = load_clip(video, all_poses, picture_size, window, frames)
     ctx.meta[GOES_ON] = resume
     with step_progress("tuning") as on_step:
         checkpoint = tune(clip, clip_poses, output, options, force=force, resume=resume,

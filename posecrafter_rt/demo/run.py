@@ -15,23 +15,35 @@ from typing import Any
 
 import numpy as np
 
-from posecrafter_rt.atomic import atomic_path, refuse_overwrite
+from posecrafter_rt.atomic import atomic_path, refuse_existing, refuse_overwrite
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, BuildProgress, build_engine
+from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.demo.footage import FRAMES, TARGET, TUNING, load_poses, video_path
 from posecrafter_rt.engines.folder import PASSED_OVER
-from posecrafter_rt.errors import OutputExists
+from posecrafter_rt.errors import CheckpointError, OutputExists
 from posecrafter_rt.evaluate.metrics import psnr, ssim
 from posecrafter_rt.framing import side_by_side
 from posecrafter_rt.machine import peak_rss_bytes
+from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.draw import draw_poses
-from posecrafter_rt.rendering import DEFAULT_FPS, render_to_files
+from posecrafter_rt.rendering import DEFAULT_FPS, output_paths, render_to_files
 from posecrafter_rt.runtime.options import RenderOptions
-from posecrafter_rt.tuning import TuneOptions, TuneStatus, base_size, load_clip, resolve_precision, tune
+from posecrafter_rt.tuning import (
+    TuneOptions,
+    TuneStatus,
+    base_size,
+    choose_frames,
+    load_clip,
+    resolve_precision,
+    step_counts,
+    tune,
+)
 from posecrafter_rt.video_io import read_video, write_video
 
 Step = Callable[[int, int, str], None]
 METRICS_FILE = "metrics.json"
+FURTHER_FILES = ("contact_sheet.png", "controlvideo.mp4", "side_by_side.mp4")  # beside the render's own
 
 
 def scores(rendered: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -42,8 +54,8 @@ def scores(rendered: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 class Demo:
     """The steps of the demonstration, in order. Each writes its files to `output` and its seconds to `seconds`.
 
-    Without `force`, files of an interrupted demonstration in `output` are reused, and a complete one is not
-    overwritten.
+    Without `force`, files of an interrupted demonstration in `output` are reused, but neither those of a complete one
+    nor the user's are overwritten.
     Raises: OutputExists; BackendUnavailable without the footage.
     """
 
@@ -51,14 +63,35 @@ class Demo:
         if output.exists() and not output.is_dir():
             raise OutputExists(f"{output} is a file", "give the name of a folder, new or of an earlier demonstration")
         refuse_overwrite(output / METRICS_FILE, force)
+        self.checkpoint, self.engine = output / "tuned.ckpt", output / "tuned.engine"
+        if not force and not self.checkpoint.exists():  # nothing is made before it, so all that is there is the user's
+            for path in (self.engine, *output_paths(output / "out.mp4"), *(output / name for name in FURTHER_FILES)):
+                refuse_existing(path)
         device, precision = resolve_precision("cpu", "auto")
         self.tuning = replace(tuning, frames=FRAMES, precision=precision, device=device)  # type: ignore[arg-type]
         self.output, self.num_inference_steps, self.force = output, num_inference_steps, force
         self.seconds: dict[str, float] = {}
         self.size = base_size("embedded")
         self.frames, self.poses = load_clip(video_path(), load_poses(), self.size, slice(None))
-        self.checkpoint, self.engine = output / "tuned.ckpt", output / "tuned.engine"
+        if not force and self.checkpoint.exists() and not self._is_tuned():
+            raise OutputExists(f"{self.checkpoint} was not tuned by this demonstration, or with other numbers of steps",
+                               "give the same options to go on, --force to tune again, or another folder")  # fmt: skip
         output.mkdir(parents=True, exist_ok=True)
+
+    def _is_tuned(self) -> bool:
+        """Return whether the checkpoint is what `tune` would write, as far as its frames and steps tell."""
+        try:
+            found = Checkpoint.load(self.checkpoint)
+        except CheckpointError:
+            return False
+        frames, poses = self.frames[TUNING], self.poses[TUNING].keypoints
+        chosen = choose_frames(len(frames), FRAMES)
+        steps = step_counts(self.tuning, locate_base(self.tuning.base).settings(), len(chosen))
+        return (
+            all(found.metadata.get(name) == value for name, value in {"base": self.tuning.base, **steps}.items())
+            and np.array_equal(found.frames, frames[chosen])
+            and np.array_equal(found.poses.keypoints, poses[chosen])
+        )
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -74,7 +107,8 @@ class Demo:
 
         with self._timed("tune"):
             if self.force or not self.checkpoint.exists():
-                tune(self.frames[TUNING], self.poses[TUNING], self.checkpoint, self.tuning, force=True, on_step=told)
+                frames, poses = self.frames[TUNING], self.poses[TUNING]
+                tune(frames, poses, self.checkpoint, self.tuning, force=self.force, on_step=told)
 
     def build(self, on_stage: BuildProgress) -> None:
         """Build the engine for this machine."""

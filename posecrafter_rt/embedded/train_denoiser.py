@@ -23,7 +23,7 @@ from posecrafter_rt.embedded.train_vae import mixed_precision, to_pixels
 from posecrafter_rt.method.noise import shared_noise
 from posecrafter_rt.models.blocks import NormScope, channels_last
 from posecrafter_rt.models.controlnet import VideoControlNet
-from posecrafter_rt.models.loading import load_base, tokenize
+from posecrafter_rt.models.loading import PoseModel, tokenize
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.poses.draw import draw_pose
 
@@ -79,11 +79,10 @@ class Denoiser(nn.Module):
         self.unet = VideoUNet(self.image_unet, norm_scope, temporal_attention=False)  # shares the image U-Net's modules
         self.controlnet = VideoControlNet(self.image_controlnet, norm_scope)
 
-    def start_from(self, base: str) -> None:
-        """Load the weights of an earlier run's base, which `load_base` finds. Raises: what `load_base` raises."""
-        model = load_base(base)
-        for module, trained in ((self.image_unet, model.unet), (self.image_controlnet, model.controlnet),
-                                (self.text_encoder, model.text_encoder)):  # fmt: skip
+    def start_from(self, base: PoseModel) -> None:
+        """Take the weights of an earlier run's base."""
+        for module, trained in ((self.image_unet, base.unet), (self.image_controlnet, base.controlnet),
+                                (self.text_encoder, base.text_encoder)):  # fmt: skip
             weights = trained.state_dict()
             module.load_state_dict({name: weights[name] for name in module.state_dict()})
 

@@ -1,13 +1,14 @@
 """CUDA graphs: the launches of one network at one set of input shapes, recorded once and then replayed.
 
-Layer 4: for networks that torch runs. TensorRT's are recorded in `tensorrt_runtime`, which manages its own memory.
+Layer 4: `Recorder` is for networks that torch runs; `tensorrt_runtime`, which manages its own memory, uses `recording`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,28 @@ log = logging.getLogger(__name__)
 
 Network = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Shapes = tuple[tuple[int, ...], ...]
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+    """Record into `graph` what is launched in the block. After an error, networks can run, and others be recorded.
+
+    Alone, `torch.cuda.graph` then leaves the stream that it records on current, and the allocator of torch before 2.13
+    goes on as if it were being recorded: it refuses to free what it caches. (Before 2.14 it also keeps the pool.)
+    pool: see `Recorder`; stream: the one to record on; None: torch's own.
+    """
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool  # so that it is known what to end
+    try:
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+        ):
+            yield
+    except BaseException:
+        graph.reset()  # first: torch 2.14 itself ends what it began, and no more than once
+        with suppress(RuntimeError, AttributeError):  # it had ended; torch 2.7 has no function of this name
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
 
 
 class Recording(NamedTuple):
@@ -74,7 +97,7 @@ class Recorder:
     def _record(self, inputs: Sequence[Tensor]) -> Recording | None:
         graph, memory = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
         try:
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+            with recording(graph, self.pool):
                 outputs = list(self.network(memory))
         except RuntimeError as error:
             log.warning("%s runs without a CUDA graph: %s", self.name, first_line(error))

@@ -48,7 +48,14 @@ from posecrafter_rt.engines.openvino_streams import following, leave_out_referen
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, in_stored_type, read_graphs, write_graphs
 from posecrafter_rt.errors import CheckpointError, EngineFolderError, last_line
 from posecrafter_rt.export.blob_cache import BlobCache, MappedBlob, graph_cache
-from posecrafter_rt.machine import available_bytes, cpu_device, cpu_has_bf16, release_mapped, return_freed_memory
+from posecrafter_rt.machine import (
+    available_bytes,
+    core_quota,
+    cpu_device,
+    cpu_has_bf16,
+    release_mapped,
+    return_freed_memory,
+)
 from posecrafter_rt.spec import IS_REFERENCE, RUN_ONCE, Architecture, NetworkSpec, network_specs
 
 if TYPE_CHECKING:
@@ -237,7 +244,7 @@ def _runtime(core: openvino.Core) -> dict[str, str]:
 
 
 class OpenVinoBackend:
-    """OpenVINO on the CPU, through ONNX. num_threads: None leaves the choice to OpenVINO."""
+    """OpenVINO on the CPU, through ONNX. num_threads: None: as OpenVINO chooses, or a quota of cores."""
 
     name = "openvino"
     libraries = ("openvino",)
@@ -349,7 +356,8 @@ class OpenVinoBackend:
         return {name: engine(spec) for name, spec in network_specs(arch).items()}
 
     def _properties(self, precision: Precision) -> dict[str, Any]:
-        threads = {} if self.num_threads is None else {"INFERENCE_NUM_THREADS": self.num_threads}
+        num_threads = self.num_threads or core_quota()  # OpenVINO heeds none
+        threads = {} if num_threads is None else {"INFERENCE_NUM_THREADS": num_threads}
         return {
             "INFERENCE_PRECISION_HINT": HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",

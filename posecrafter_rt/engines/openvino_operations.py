@@ -251,11 +251,16 @@ def _compiled(vectors: Vectors) -> Path:
     key = {"openvino": openvino.get_version(), "home": str(home), "flags": (*FLAGS, *vectors.flags),
            "sources": [path.read_text(encoding="utf-8") for path in sources]}  # fmt: skip
     folder, name = config.cache_dir() / "openvino_operations", sha256_json(key)
-    kept = next(filter(_is_sound, folder.glob(f"{name}-*.so")), None)
-    if kept is not None:
-        return kept
-    _ask(vectors)
     try:
+        unsound: dict[Path, str] = {}
+        for kept in folder.glob(f"{name}-*.so"):  # one for each system that shares the cache
+            reason = _unsound_reason(kept)
+            if reason is None:
+                return kept
+            unsound[kept] = reason
+        _ask(vectors)
+        for kept, reason in unsound.items():
+            log.warning("%s is compiled again: %s", kept, reason)
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder) as building:
             built = Path(building) / "built.so"
@@ -269,20 +274,18 @@ def _compiled(vectors: Vectors) -> Path:
     return library
 
 
-def _is_sound(library: Path) -> bool:
-    """Whether a library compiled earlier has the hash in its name, and loads: the cache may be another system's.
+def _unsound_reason(library: Path) -> str | None:
+    """Return None if a library compiled earlier has the hash in its name and loads, else why not.
 
-    Loading a damaged one would end the process.
+    The cache may be another system's. Loading a damaged library would end the process.
     """
     try:
-        reason = None if library.stem.endswith(sha256_file(library)) else "it was altered"
-        if reason is None:
-            _factory(library)
+        if not library.stem.endswith(sha256_file(library)):
+            return "it was altered"
+        _factory(library)
     except (OSError, RuntimeError) as error:
-        reason = last_line(error)
-    if reason is not None:
-        log.warning("%s is compiled again: %s", library, reason)
-    return reason is None
+        return last_line(error)
+    return None
 
 
 def _compile(sources: list[Path], vectors: Vectors, home: Path, library: Path) -> None:

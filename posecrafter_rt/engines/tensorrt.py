@@ -29,9 +29,10 @@ from posecrafter_rt.engines.base import (
     untyped_reason,
 )
 from posecrafter_rt.engines.description import read_description, write_description
-from posecrafter_rt.engines.device import describe_compiled_device, gpu_name
+from posecrafter_rt.engines.device import DRIVER, cuda_driver, describe_compiled_device, gpu_name, is_driver_older
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.refit import (
+    ANEW_AND_WIDER,
     GRAPHS_FILE,
     WITHOUT,
     Graphs,
@@ -42,13 +43,14 @@ from posecrafter_rt.engines.refit import (
     write_graphs,
 )
 from posecrafter_rt.engines.tensorrt_build import build_plan, profile_shapes, profile_sizes
-from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_logger
+from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_logger, start
 from posecrafter_rt.engines.tensorrt_plugins import PLUGIN_OPS, register_plugins
 from posecrafter_rt.engines.tensorrt_runtime import TensorRTEngine, Workspace, refit
 from posecrafter_rt.errors import EngineFolderError, first_line
 from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
 from posecrafter_rt.export.shapes import random_inputs, split_dim
 from posecrafter_rt.export.verify import relative_error
+from posecrafter_rt.machine import library_versions
 from posecrafter_rt.spec import SMALL_DECODER, Architecture, NetworkSpec, network_specs
 from posecrafter_rt.tensor_file import save_tensors
 
@@ -61,12 +63,17 @@ if TYPE_CHECKING:
 INSTALL = {"tensorrt": "'tensorrt-cu13>=11.4'", "triton": "triton", "onnx": "onnx", "onnxscript": "onnxscript"}
 MIN_VERSION = (11, 4)  # earlier ones read a plugin's attributes in a way that newer NumPy refuses
 MIN_CAPABILITY = (8, 0)
+MIN_CUDA, MIN_DRIVER = "13.0", "580"  # of the wheels for CUDA 13; torch's may be for an older one
 DESCRIPTION = "tensorrt.json"
 TIMING_CACHE = "timing.cache"
 DECODERS = ("vae_decoder", SMALL_DECODER)
 # Relative errors of a plan against its module in float32, four times what the tests allow. Plans are checked because a
 # wrong one gives no sign of it: TensorRT 11.3.0 is known to have lost a bias in a refit.
 TOLERANCES = {"fp32": 4e-4, "fp16": 0.02, "bf16": 0.12}
+# What to do about a plan that misses them; the second if it is in fp16. Unlike PyTorch, TensorRT may add up products of
+# float16 in float16 (its issue 2942), which neither the range nor the precision of a network need allow.
+IF_BUILT = ("--backend torch", "--precision bf16 or --backend torch")
+IF_REFITTED = (WITHOUT, ANEW_AND_WIDER)
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +108,9 @@ class TensorRTBackend:
         capability = torch.cuda.get_device_capability()
         if capability < MIN_CAPABILITY:
             return f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed"
+        driver = cuda_driver()
+        if library_versions(self.libraries) and is_driver_older({DRIVER: MIN_CUDA}, {DRIVER: driver}):
+            return f"the driver is for CUDA {driver}; {self.libraries[0]} needs {MIN_CUDA} (driver {MIN_DRIVER})"
         try:
             version = _version()
         except (ImportError, OSError) as error:
@@ -145,7 +155,7 @@ class TensorRTBackend:
             timing_cache = measured or timing_cache
             timings.save(key, timing_cache)
             progress(f"checking {name}")
-            described[name]["error"] = self._compare(folder, network, specs[name], arch, precision, "--backend torch")
+            described[name]["error"] = self._compare(folder, network, specs[name], arch, precision, IF_BUILT)
             leave_memory()
         (folder / TIMING_CACHE).write_bytes(timing_cache)
         write_graphs(folder, graphs)
@@ -175,22 +185,23 @@ class TensorRTBackend:
             weights = {**stored, **changed}
             save_tensors(weights, folder / f"{name}.safetensors")
             _refit_plan(source, folder, name, changed, weights)
-            described[name]["error"] = self._compare(folder, network, specs[name], arch, precision, WITHOUT)
+            described[name]["error"] = self._compare(folder, network, specs[name], arch, precision, IF_REFITTED)
             leave_memory()
         for file in (TIMING_CACHE, DESCRIPTION, GRAPHS_FILE):
             shutil.copyfile(source / file, folder / file)
         write_description(folder, described)
 
     def _compare(
-        self, folder: Path, network: nn.Module, spec: NetworkSpec, arch: Architecture, precision: Precision, hint: str
-    ) -> float:
+        self, folder: Path, network: nn.Module, spec: NetworkSpec, arch: Architecture, precision: Precision,
+        hints: tuple[str, str],
+    ) -> float:  # fmt: skip
         """Run what was written three times on the smallest clip with two frames: unrecorded, recorded, and replayed.
 
         Returns: the largest relative error of an output.
-        Raises: EngineFolderError, with this hint, if that is too large.
+        Raises: EngineFolderError, with one of these hints, if that is too large.
         """
         device = torch.device("cuda", torch.cuda.current_device())
-        plan = partial(_deserialize, folder, spec.name, hint)
+        plan = partial(_deserialize, folder, spec.name, hints[0])
         engine = TensorRTEngine(spec, plan, Workspace(device), folder / f"{spec.name}.safetensors")
         least, _, most = profile_sizes(spec, arch)
         inputs = random_inputs(spec, {**least, "frames": min(2 * least["groups"], most["frames"])})
@@ -205,7 +216,7 @@ class TensorRTBackend:
                 error = relative_error(outputs[tensor.name].cpu(), right)
                 if not error <= tolerance:  # so that NaN is refused
                     message = f"TensorRT's {spec.name} gives {tensor.name} with a relative error of {error:.2g}"
-                    raise EngineFolderError(message, hint)
+                    raise EngineFolderError(message, hints[inner == "fp16"])
                 worst = max(worst, error)
         return worst
 
@@ -336,7 +347,7 @@ def _deserialize(folder: Path, name: str, hint: str) -> trt.ICudaEngine:
     """Put a plan on the GPU. Raises: EngineFolderError if TensorRT cannot read it, OutOfMemory if it does not fit."""
     import tensorrt as trt
 
-    runtime: trt.Runtime = trt.Runtime(make_logger())
+    runtime: trt.Runtime = start(lambda: trt.Runtime(make_logger()))
     plan = runtime.deserialize_cuda_engine((folder / f"{name}.plan").read_bytes())
     if plan is None:
         raise failure(f"TensorRT cannot read {name}.plan in {folder}", hint, EngineFolderError)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from posecrafter_rt.engines import MAX_FRAMES
-from posecrafter_rt.engines.tensorrt_common import DEBUG, failure, make_logger, take_errors
+from posecrafter_rt.engines.tensorrt_common import DEBUG, failure, make_logger, start, take_errors
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.export.shapes import resolve_shape
 from posecrafter_rt.spec import ONE_FRAME_NETWORKS, STREAM_NETWORKS, Architecture, NetworkSpec
@@ -84,7 +84,7 @@ def build_plan(
     import tensorrt as trt
 
     logger, name = make_logger(), path.stem
-    builder: trt.Builder = trt.Builder(logger)
+    builder: trt.Builder = start(lambda: trt.Builder(logger))
     network: trt.INetworkDefinition = builder.create_network(
         1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)  # and strongly typed, as all are since 11
     )

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad.?alloc|cudaErrorMemoryAllocation", re.I)
 FREE_MEMORY = "free some of the GPU's memory, or build the engine with a smaller --max-frames or --size"
 DEBUG = "run again with --debug"
+CHECK_DRIVER = "update the NVIDIA driver if it is older than this TensorRT, or use --backend torch"
+
+Made = TypeVar("Made")
 
 log = logging.getLogger(__name__)
 
 # What `failure` reports: the last errors that TensorRT logged, and notes, which these never push out.
 _errors: deque[str] = deque(maxlen=4)
 _notes: list[str] = []
+_warnings: deque[str] = deque(maxlen=1)  # the last one: some versions only warn that CUDA cannot be used
 
 
 @cache
@@ -49,9 +53,26 @@ def make_logger() -> trt.ILogger:
                 return
             if level == logging.ERROR:
                 _errors.append(message)
+            elif level == logging.WARNING:
+                _warnings.append(message)
             log.log(level, "TensorRT: %s", message)
 
     return Logger()
+
+
+def start(make: Callable[[], Made]) -> Made:
+    """Make one of TensorRT's `Builder`, `Runtime` and `Refitter`.
+
+    Raises: PoseCrafterError with what TensorRT logged if there is none, as where the driver is too old for it.
+    """
+    _warnings.clear()
+    try:
+        return make()
+    except TypeError as error:  # pybind11's for a null pointer; one for wrong arguments says something else
+        if "nullptr" not in str(error):
+            raise
+        reasons = [*_warnings, *take_errors()]
+        raise explain("TensorRT does not start", reasons, CHECK_DRIVER, PoseCrafterError) from error
 
 
 def note_error(message: str) -> None:

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from posecrafter_rt.engines.base import InputChecker, fitting_weights
+from posecrafter_rt.engines.cuda_graphs import recording
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.refit import WIDER, in_stored_type
-from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_logger, torch_dtype, trt_dtype
+from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_logger, start, torch_dtype, trt_dtype
 from posecrafter_rt.errors import CheckpointError, PoseCrafterError, ShapeError, first_line
 from posecrafter_rt.export.shapes import resolve_shape, split_dim
 from posecrafter_rt.spec import NetworkSpec
@@ -182,7 +183,7 @@ class Slot:
         self.workspace.stream.synchronize()  # TensorRT requires that the run before has ended
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.workspace.stream, capture_error_mode="thread_local"):
+            with recording(graph, stream=self.workspace.stream):
                 self._enqueue()
         except (RuntimeError, PoseCrafterError) as error:
             log.warning("%s runs without a CUDA graph: %s", self.spec.name, first_line(error))
@@ -208,6 +209,11 @@ class TensorRTEngine:
         self._read_plan, self._workspace, self._weights = plan, workspace, weights
         self._slots: OrderedDict[Shapes, Slot] = OrderedDict()
         self._swapped: dict[str, Tensor] = {}
+
+    @property
+    def activations(self) -> Tensor:
+        """The memory that networks share for what lives within a run; it stays, and grows."""
+        return self._workspace.memory
 
     @cached_property
     def _engine(self) -> trt.ICudaEngine:
@@ -281,7 +287,7 @@ def refit(
     """
     import tensorrt as trt
 
-    refitter: trt.Refitter = trt.Refitter(engine, make_logger())
+    refitter: trt.Refitter = start(lambda: trt.Refitter(engine, make_logger()))
     kept: list[Tensor] = []  # TensorRT reads them when it refits, not when they are set
 
     def give(name: str, tensor: Tensor) -> None:

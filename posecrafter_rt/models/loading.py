@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 from posecrafter_rt.errors import CheckpointError, ModelError, first_line
 from posecrafter_rt.method import DDIMSchedule
@@ -24,13 +25,26 @@ from posecrafter_rt.models.folding import fold_denoiser, fold_vae
 from posecrafter_rt.models.networks import build_networks, describe_architecture
 from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.small_decoder import fold_small_decoder
-from posecrafter_rt.models.sources import hash_files, lasting_id, locate_base, locate_component
+from posecrafter_rt.models.sources import (
+    PARTS,
+    Base,
+    Component,
+    hash_files,
+    lasting_id,
+    locate_base,
+    locate_component,
+    reading,
+)
 from posecrafter_rt.models.tokenizer import warn_of_cuts
-from posecrafter_rt.models.unet import VideoUNet
+from posecrafter_rt.models.unet import VideoUNet, check_options
 from posecrafter_rt.models.weights import load_network, load_text_encoder, read_scheduler_config, read_weights
 from posecrafter_rt.spec import Architecture
 
 CONTROLNET_HINT = "give --controlnet lllyasviel/control_v11p_sd15_openpose, or a folder or file that holds it"
+_CLASSES: dict[str, Any] = {"unet": UNet2DConditionModel, "controlnet": ControlNetModel, "vae": AutoencoderKL}
+_KINDS = {8: "an InstructPix2Pix model", 9: "an inpainting model"}  # by the channels that their U-Nets read
+_SCALING_FACTOR = 0.18215  # of Stable Diffusion 1.5's VAE
+_VAE_HINT = "use a VAE of the base's kind; for Stable Diffusion 1.5 stabilityai/sd-vae-ft-mse is one"
 
 
 @dataclass
@@ -117,19 +131,10 @@ def load_base(
         norm_scope: overrides the base's own setting.
         dtype: of all weights. They are converted one by one, so the model is never held twice.
     Raises: ModelError if something is not found, incomplete, of another kind, or a pickle that holds code; if the hub
-        cannot be reached; if the base has no ControlNet and none is given; or if norm_scope is unknown.
+        cannot be reached; if the base has no ControlNet and none is given; or if norm_scope is unknown. DiskFull.
     """
-    found = locate_base(base)
-    parts = {role: found.component(role) for role in ("unet", "vae", "text_encoder")}
-    if vae is not None:
-        parts["vae"] = locate_component(vae, "vae")
-    if controlnet is not None:
-        parts["controlnet"] = locate_component(controlnet, "controlnet")
-    elif found.has("controlnet"):
-        parts["controlnet"] = found.component("controlnet")
-    else:
-        raise ModelError(f"{base} holds no ControlNet, and without one poses steer nothing", hint=CONTROLNET_HINT)
-    settings, scheduler_config = found.settings(), read_scheduler_config(found)  # before minutes of reading weights
+    found, parts, scheduler_config = locate_parts(base, controlnet, vae)
+    settings = found.settings()  # before minutes of reading weights
     scope = norm_scope or settings.norm_scope
     if scope not in get_args(NormScope):
         raise ModelError(f"there is no norm_scope {scope!r}", hint=f"choose {' or '.join(get_args(NormScope))}")
@@ -149,8 +154,89 @@ def load_base(
     )
     for module in model.modules().values():
         module.eval().requires_grad_(False)
-    _check_fit(model)
+    _check_tokenizer(model)
     return model
+
+
+class Located(NamedTuple):
+    """A base, the files of each of its networks, and diffusers' configuration of its noise schedule."""
+
+    base: Base
+    parts: dict[str, Component]
+    scheduler_config: dict[str, Any]
+
+    @property
+    def size_multiple(self) -> int:
+        """`Architecture.size_multiple`, without loading the networks: each level but the first halves once."""
+        configs = [_read_config(role, self.parts[role].config_folder) for role in ("vae", "unet")]
+        return int(2 ** sum(len(config["block_out_channels"]) - 1 for config in configs))
+
+
+def locate_parts(base: str, controlnet: str | None = None, vae: str | None = None) -> Located:
+    """Find a base and its networks, and refuse what does not fit together, by their configurations.
+
+    Of the hub, the weights of the base come last: they are the largest.
+    Args: as of `load_base`. Raises: ModelError, DiskFull.
+    """
+    found = locate_base(base)
+    scheduler_config = read_scheduler_config(found)
+    unet = _read_config("unet", found.config_folder("unet"))
+    check_options(unet)
+    parts = {} if vae is None else {"vae": locate_component(vae, "vae")}
+    _check_vae(found, unet, parts.get("vae"))
+    text_channels = _read_config("text_encoder", found.config_folder("text_encoder"))["hidden_size"]
+    if text_channels != unet["cross_attention_dim"]:
+        message = f"the text encoder gives {text_channels} channels but the U-Net reads {unet['cross_attention_dim']}"
+        raise ModelError(message, hint="use a Stable Diffusion 1.x base")
+    if controlnet is not None:
+        parts["controlnet"] = locate_component(controlnet, "controlnet")
+    elif not found.has("controlnet"):
+        raise ModelError(f"{base} holds no ControlNet, and without one poses steer nothing", hint=CONTROLNET_HINT)
+    _check_controlnet(found, unet, parts.get("controlnet"))
+    for role in PARTS:
+        if role not in parts:
+            parts[role] = found.component(role)
+    return Located(found, parts, scheduler_config)
+
+
+def _read_config(role: str, folder: Path) -> dict[str, Any]:
+    """Return a network's configuration, with its class's defaults for what the file leaves out."""
+    with reading(folder):
+        if role == "text_encoder":
+            return CLIPTextConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        cls = _CLASSES[role]
+        defaults = {name: parameter.default for name, parameter in signature(cls.__init__).parameters.items()}
+        config = {**defaults, **cls.load_config(folder, local_files_only=True)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in config.items()
+        }  # as in JSON
+
+
+def _check_vae(base: Base, unet: Mapping[str, Any], given: Component | None) -> None:
+    """Raise ModelError if the VAE, the base's own or the one given, does not make the latents that the U-Net knows."""
+    vae = _read_config("vae", base.config_folder("vae") if given is None else given.config_folder)
+    made, read = vae["latent_channels"], unet["in_channels"]
+    if made != read:
+        message = f"the VAE makes {made} channels but the U-Net reads {read}"
+        if read in _KINDS:
+            raise ModelError(f"{message}, as {_KINDS[read]} does", hint="use the model that it was made from")
+        raise ModelError(message, hint=_VAE_HINT)
+    has_own = base.folder is None or base.has("vae")
+    own = _read_config("vae", base.config_folder("vae"))["scaling_factor"] if has_own else _SCALING_FACTOR
+    if vae["scaling_factor"] != own:
+        message = f"the VAE's scaling_factor is {vae['scaling_factor']} but the base's own has {own}"
+        raise ModelError(message, hint=_VAE_HINT)
+
+
+def _check_controlnet(base: Base, unet: Mapping[str, Any], given: Component | None) -> None:
+    folder = base.config_folder("controlnet") if given is None else given.config_folder
+    controlnet = _read_config("controlnet", folder)
+    check_options(controlnet)
+    for name in ("block_out_channels", "cross_attention_dim", "in_channels", "layers_per_block"):
+        if unet[name] != controlnet[name]:
+            raise ModelError(f"the U-Net's {name} is {unet[name]} but the ControlNet's is {controlnet[name]}",
+                             hint="use a ControlNet that was trained for this base; for Stable Diffusion 1.5 "
+                             "lllyasviel/control_v11p_sd15_openpose is one")  # fmt: skip
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizerFast:
@@ -165,24 +251,12 @@ def _load_tokenizer(folder: Path) -> CLIPTokenizerFast:
         raise ModelError(message, hint="copy the base's tokenizer folder again") from error
 
 
-def _check_fit(model: PoseModel) -> None:
-    unet, controlnet = dict(model.unet.config), dict(model.controlnet.config)
-    text_channels, latent_channels = model.text_encoder.config.hidden_size, model.vae.config["latent_channels"]
-    for name in ("block_out_channels", "cross_attention_dim", "in_channels", "layers_per_block"):
-        if unet[name] != controlnet[name]:
-            raise ModelError(f"the U-Net's {name} is {unet[name]} but the ControlNet's is {controlnet[name]}",
-                             hint=CONTROLNET_HINT)  # fmt: skip
-    if text_channels != unet["cross_attention_dim"]:
-        message = f"the text encoder gives {text_channels} channels but the U-Net reads {unet['cross_attention_dim']}"
-        raise ModelError(message, hint="use a Stable Diffusion 1.x base")
+def _check_tokenizer(model: PoseModel) -> None:
     if len(model.tokenizer) > model.text_encoder.config.vocab_size:
         message = (
             f"the tokenizer has {len(model.tokenizer)} words, the text encoder {model.text_encoder.config.vocab_size}"
         )
         raise ModelError(message, hint="take both from one base")
-    if latent_channels != unet["in_channels"]:
-        message = f"the VAE makes {latent_channels} channels but the U-Net reads {unet['in_channels']}"
-        raise ModelError(message, hint="inpainting models do not work; use the model they were made from")
 
 
 def named_parameters(model: PoseModel) -> Iterator[tuple[str, nn.Parameter]]:

@@ -6,6 +6,7 @@ Layer 3. The full decoder costs as much as several denoising steps. On one perso
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from posecrafter_rt.errors import ModelError
 from posecrafter_rt.models.folding import fold_doubled
-from posecrafter_rt.models.sources import Component, hash_files, locate_component, reading
+from posecrafter_rt.models.sources import Component, hash_files, lasting_id, locate_component, reading
 from posecrafter_rt.models.weights import load_network
 
 CHANNELS, BLOCKS = (128, 64, 32), (3, 3, 2)  # per level; a VAE with fewer doublings uses the last ones
@@ -160,8 +161,7 @@ def fold_small_decoder(module: nn.Module) -> None:
 
 
 def _locate(source: str) -> Component:
-    part = locate_component(source, "small_decoder")
-    if part.is_single_file:
+    if Path(lasting_id(source)).is_file():
         raise ModelError(f"{source} is a single file, without the config.json that says which small decoder it holds",
                          hint="give a folder or hub id in diffusers' layout, such as madebyollin/taesd")  # fmt: skip
-    return part
+    return locate_component(source, "small_decoder")

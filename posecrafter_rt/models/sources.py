@@ -15,8 +15,8 @@ from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
-from posecrafter_rt.atomic import sha256_file, sha256_json
-from posecrafter_rt.errors import ModelError, first_line
+from posecrafter_rt.atomic import means_full, sha256_file, sha256_json
+from posecrafter_rt.errors import DiskFull, ModelError, first_line
 from posecrafter_rt.models.settings import SETTINGS_FILE, BaseSettings
 
 SD15_FOLDER = Path(__file__).parent / "sd15"  # configuration and tokenizer files for single files, which have none
@@ -34,7 +34,7 @@ _CLIP_FORMS = (
 )  # fmt: skip
 _COMPLETE = "it must be a complete Stable Diffusion 1.5 model in diffusers' or the original layout"
 _BROKEN = (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, UnpicklingError)
-_PARTS = ("unet", "controlnet", "vae", "text_encoder")
+PARTS = ("unet", "controlnet", "vae", "text_encoder")
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,16 @@ class Component:
 
 @dataclass(frozen=True)
 class Base:
-    """A located base: a folder with one subfolder per network, or one file that holds several."""
+    """A located base: a folder with one subfolder per network, or one file that holds several.
+
+    is_hub: whether the folder is a copy of a hub's, which has no weights until `component` fetches them.
+    """
 
     base_id: str
     folder: Path | None
     file: Path | None
     configs: Path
+    is_hub: bool = False
 
     def settings(self) -> BaseSettings:
         """Return the base's settings; a single file has none, so it takes the defaults. Raises: ModelError."""
@@ -72,19 +76,28 @@ class Base:
         """Return whether a folder has this network; always False for a single file, which has no ControlNet."""
         return self.folder is not None and (self.folder / role / "config.json").is_file()
 
-    def component(self, role: str) -> Component:
-        """Return the files of one network. Raises: ModelError if a folder lacks them."""
-        if self.file is not None:
-            return Component(role, (self.file,), self.file, self.configs / role)
-        assert self.folder is not None
-        if not self.has(role):
+    def config_folder(self, role: str) -> Path:
+        """Return the folder with the config.json of one network. Raises: ModelError if a base's folder lacks it."""
+        if self.folder is not None and not self.has(role):
             message = f"{self.folder} has no {role}/config.json"
             raise ModelError(message, hint="a base folder holds unet, vae, text_encoder, tokenizer and scheduler")
-        return _folder_component(role, self.folder / role)
+        return self.configs / role
+
+    def component(self, role: str) -> Component:
+        """Return the files of one network; a hub's are fetched now. Raises: ModelError if they are not there."""
+        config_folder = self.config_folder(role)
+        if self.file is not None:
+            return Component(role, (self.file,), self.file, config_folder)
+        if self.is_hub:
+            config_folder = _download(self.base_id, {role: role}, "base model") / role
+        return _folder_component(role, config_folder)
 
 
 def locate_base(base: str) -> Base:
-    """Find a base. Raises: ModelError if it is not there or already tuned, or the hub lacks it or cannot be reached."""
+    """Find a base; of a hub's, fetch all but the weights.
+
+    Raises: ModelError if it is not there or already tuned, or the hub lacks it or cannot be reached; DiskFull.
+    """
     if base == "embedded":
         if not EMBEDDED_FOLDER.is_dir():
             message = "the embedded base is not part of this installation"
@@ -99,8 +112,8 @@ def locate_base(base: str) -> Base:
     if path.is_file():
         _check_suffix(path)
         return Base(lasting_id(base), None, path, SD15_FOLDER)
-    folder = _download(base, {role: role for role in _PARTS}, "base model")
-    return Base(base, folder, None, folder)
+    folder = _download(base, {role: role for role in PARTS}, "base model", with_weights=False)
+    return Base(base, folder, None, folder, is_hub=True)
 
 
 def locate_component(source: str, role: str) -> Component:
@@ -186,30 +199,50 @@ def _weight_files(role: str, folder: Path) -> tuple[Path, ...]:
     return ()
 
 
-def _download(repo_id: str, roles: Mapping[str, str], kind: str) -> Path:
+def _download(repo_id: str, roles: Mapping[str, str], kind: str, *, with_weights: bool = True) -> Path:
     """Download from the hub what is needed and not yet cached: of each network, the first form of weights that exists.
 
-    Args: roles: maps each folder of the repository to the network to look for there; "" is the repository itself.
+    Args:
+        roles: maps each folder of the repository to the network to look for there; "" is the repository itself.
+        with_weights: else only what is small is fetched.
     """
     if not _HUB_ID.fullmatch(repo_id) or Path(repo_id).suffix in WEIGHT_SUFFIXES:
-        message = f"there is no {kind} at {repo_id}"
-        raise ModelError(message, hint='give "embedded", a diffusers folder, a weight file, or a hub id: owner/name')
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
+        raise ModelError(f"there is no {kind} at {repo_id}", hint=f"say where it is: {_usage(kind)}")
     places = {f"{subfolder}/" if subfolder else "": role for subfolder, role in roles.items()}
     small = [f"{place}config.json" for place in places] + ["tokenizer/*", "scheduler/*.json", SETTINGS_FILE]
-    try:
-        for number in range(len(_DIFFUSERS_FORMS)):
-            weights = [f"{place}{name}" for place, role in places.items() for name in _patterns(role)[number]]
-            folder = Path(snapshot_download(repo_id, allow_patterns=[*small, *weights]))
-            places = {
-                place: role for place, role in places.items()
-                if (folder / place / "config.json").is_file() and not _weight_files(role, folder / place)
-            }  # fmt: skip
-            if not places:
-                break
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(f"the hub gave no {kind} {repo_id}: {first_line(error)}",
-                         hint="check the name and the connection, or give a folder or file") from error  # fmt: skip
+    if not with_weights:
+        return _fetch(repo_id, small, kind)
+    for number in range(len(_DIFFUSERS_FORMS)):
+        weights = [f"{place}{name}" for place, role in places.items() for name in _patterns(role)[number]]
+        folder = _fetch(repo_id, [*small, *weights], kind)
+        places = {
+            place: role for place, role in places.items()
+            if (folder / place / "config.json").is_file() and not _weight_files(role, folder / place)
+        }  # fmt: skip
+        if not places:
+            break
     return folder
+
+
+def _fetch(repo_id: str, patterns: list[str], kind: str) -> Path:
+    """Return the hub's cached copy of a repository, with these files if it has them."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+    except MemoryError:
+        raise
+    except Exception as error:  # also those of what it downloads with: httpx has types of its own, Xet RuntimeError
+        if means_full(error):
+            raise DiskFull(f"the disk is full: {kind} {repo_id} could not be fetched",
+                           hint="free some space, or set HF_HOME to a folder where there is more") from error  # fmt: skip
+        raise ModelError(f"the hub gave no {kind} {repo_id}: {first_line(error)}",
+                         hint=f"check the name and the connection; {_usage(kind)}") from error  # fmt: skip
+
+
+def _usage(kind: str) -> str:
+    """Return the option that takes such a model, and the forms that it takes, for hints."""
+    if kind == "base model":
+        return '--base takes "embedded", a diffusers folder, a weight file, or a hub id: owner/name'
+    forms = "a diffusers folder" if kind == "small_decoder" else "a diffusers folder, a weight file"
+    return f"--{kind.replace('_', '-')} takes {forms}, or a hub id: owner/name"

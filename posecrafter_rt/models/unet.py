@@ -5,7 +5,7 @@ Layer 3: weights and names are diffusers'; the path of a clip through them is he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,14 @@ UNSUPPORTED_OPTIONS = (
 )
 
 
+def check_options(config: Mapping[str, Any]) -> None:
+    """Raise ModelError if a U-Net or ControlNet of this configuration is not computed here, such as SDXL's."""
+    for option in UNSUPPORTED_OPTIONS:
+        if config.get(option):
+            raise ModelError(f"the network uses {option}, which no Stable Diffusion 1.x model does",
+                             "use a Stable Diffusion 1.5 base and a ControlNet 1.1 for it")  # fmt: skip
+
+
 UpLayer = tuple[ResnetBlock2D, Any, Any]  # a resnet, its attention or None, its upsampler or None
 
 
@@ -55,10 +63,7 @@ class ClipDenoiser(nn.Module):
 
     def __init__(self, image_model: Any, norm_scope: NormScope) -> None:
         super().__init__()
-        for option in UNSUPPORTED_OPTIONS:
-            if getattr(image_model.config, option, None):
-                raise ModelError(f"the network uses {option}, which no Stable Diffusion 1.x model does",
-                                 "use a Stable Diffusion 1.5 base and a ControlNet 1.1 for it")  # fmt: skip
+        check_options(image_model.config)
         for name, child in image_model.named_children():
             self.add_module(name, child)
         self.config = image_model.config

@@ -6,6 +6,7 @@ Layer 3: the configuration that single files lack comes from `sd15/`. Nothing is
 from __future__ import annotations
 
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -38,6 +39,28 @@ _V_PARAMETERIZATION = re.compile(r"^\s*parameterization:\s*[\"']?v[\"']?\s*(#.*)
 _TEXT_PREFIX = "cond_stage_model.transformer."
 # diffusers' names for the VAE's attention before 0.18; the hub still holds such files.
 _LEGACY_ATTENTION = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)\.")
+_GLOBAL = re.compile(r"\bGLOBAL ([\w.]+)")  # in torch's message on a pickle that it refuses
+
+log = logging.getLogger(__name__)
+
+
+class _Ignored:
+    """Stands for what training puts beside the weights: made from anything, it keeps nothing."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# Of PyTorch Lightning's files, such as Stable Diffusion's own .ckpt: its states of callbacks, with numpy's numbers.
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (_Ignored, "numpy.core.multiarray.scalar"),
+    (_Ignored, "numpy._core.multiarray.scalar"),
+    (_Ignored, "numpy.dtype"),
+]
 
 
 def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError] = ModelError) -> dict[str, Tensor]:
@@ -50,10 +73,14 @@ def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError
     try:
         if is_safetensors(path):
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(_STAND_INS):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
-        raise error_type(f"{path} is damaged, or a pickle that could run code: it holds more than tensors",
-                         hint="take the .safetensors form of these weights") from error  # fmt: skip
+        found = _GLOBAL.search(str(error))
+        more = f"{found[1]}, which is no tensor" if found else "more than tensors"
+        raise error_type(f"{path} is damaged, or a pickle that could run code: it holds {more}",
+                         hint="take the .safetensors form of these weights, or, if you trust the file, load it in "
+                         "PyTorch and save its state_dict alone") from error  # fmt: skip
     except Exception as error:  # on foreign bytes the restricted unpickler raises almost anything, such as IndexError
         message = f"{path} is truncated or no weight file: {first_line(error)}"
         raise error_type(message, hint="fetch or copy it again") from error
@@ -111,10 +138,22 @@ def load_network(cls: type, part: Component, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             model = cls.from_config(config)  # type: ignore[attr-defined]
         if part.is_single_file and not set(model.state_dict()) <= set(weights):
-            converted = _CONVERTERS[cls](dict(weights), config)
-            weights = {name: tensor for name, tensor in converted.items() if tensor is not None}
+            weights = _convert(cls, weights, config, part)
     fill(model, weights, part, dtype)
     return model
+
+
+def _convert(cls: type, weights: Mapping[str, Tensor], config: Any, part: Component) -> dict[str, Tensor]:
+    """Return the tensors of a network in the original layout under diffusers' names."""
+    if "difference" in weights:
+        raise ModelError(f"{part.location} holds differences from Stable Diffusion's weights, not a ControlNet's own",
+                         hint="use lllyasviel/control_v11p_sd15_openpose")  # fmt: skip
+    own = {name: tensor for name, tensor in weights.items() if not name.startswith("model_ema.")}
+    if part.role == "unet" and any(name.startswith("model_ema.diffusion_model") for name in weights):
+        # As diffusers does, and what is made for further training; its own warning names an option of its script.
+        log.warning("%s also holds averaged weights of the U-Net (EMA), which are not used", part.location)
+    converted = _CONVERTERS[cls](own, config)
+    return {name: tensor for name, tensor in converted.items() if tensor is not None}
 
 
 def load_text_encoder(part: Component, dtype: torch.dtype) -> CLIPTextModel:

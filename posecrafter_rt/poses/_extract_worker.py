@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ _DWPOSE_URL = (
 _YOLOX_SIZE = (640, 640)
 _DWPOSE_SIZE = (288, 384)
 _PERSON_CLASS = 0
+_MIN_SCORE = 0.3  # of a person: DWPose's own, and that of the YOLOX that rtmlib downloads
+_CUDA = "CUDAExecutionProvider"
 
 # RGB uint8 (H, W, 3) -> (P, K, 3): x, y in pixels of that picture (pixel centres at integers), confidence.
 Detect = Callable[[np.ndarray], np.ndarray]
@@ -40,13 +43,13 @@ def make_dwpose(weights: str | None, device: str) -> Detect:
     """Make DWPose, through rtmlib on ONNX Runtime: YOLOX finds people, a SimCC network their 133 points."""
     rtmlib = _import("rtmlib")
     onnxruntime = _import("onnxruntime")
-    if device.startswith("cuda") and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    on_cuda = device.startswith("cuda")
+    if on_cuda and _CUDA not in onnxruntime.get_available_providers():
         raise Unavailable(f"device {device} was asked for, but this ONNX Runtime has no CUDA")
+    if on_cuda and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's and cuDNN's libraries may have come with torch, where no loader looks
     if weights is None:
-        try:
-            both = rtmlib.Wholebody(pose=_DWPOSE_URL, pose_input_size=_DWPOSE_SIZE, mode="performance", device=device)
-        except (OSError, ValueError) as error:
-            raise Unavailable(f"rtmlib could not download its weights: {error}") from error
+        both = _download_dwpose(rtmlib, device)
         find_people, find_points, has_classes = both.det_model, both.pose_model, False
     else:
         paths = [Path(weights) / name for name in DWPOSE_FILES]
@@ -54,8 +57,12 @@ def make_dwpose(weights: str | None, device: str) -> Detect:
         if missing:
             raise Unavailable(f"DWPose weights are missing: {', '.join(missing)}")
         # The third argument is positional because rtmlib renamed it. DWPose's YOLOX knows all 80 COCO classes.
-        find_people = rtmlib.YOLOX(str(paths[0]), _YOLOX_SIZE, "multiclass", device=device)
+        find_people = rtmlib.YOLOX(str(paths[0]), _YOLOX_SIZE, "multiclass", score_thr=_MIN_SCORE, device=device)
         find_points, has_classes = rtmlib.RTMPose(str(paths[1]), _DWPOSE_SIZE, device=device), True
+    # Without those libraries ONNX Runtime only warns, and computes on the CPU.
+    if on_cuda and any(_CUDA not in model.session.get_providers() for model in (find_people, find_points)):
+        raise Unavailable(f"device {device} was asked for, but ONNX Runtime cannot load CUDA's or cuDNN's libraries; "
+                          "it needs the versions that it was built for, or take --device cpu")  # fmt: skip
 
     def detect(picture: np.ndarray) -> np.ndarray:
         # YOLOX was trained on BGR; the pose network on RGB (its mean and deviation are in that order).
@@ -70,6 +77,17 @@ def make_dwpose(weights: str | None, device: str) -> Detect:
         return np.concatenate([points, scores[..., np.newaxis]], axis=-1)
 
     return detect
+
+
+def _download_dwpose(rtmlib: Any, device: str) -> Any:
+    """Return rtmlib's own pair of detectors, whose weights it downloads at first use."""
+    try:
+        return rtmlib.Wholebody(pose=_DWPOSE_URL, pose_input_size=_DWPOSE_SIZE, mode="performance", device=device)
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"rtmlib could not download its weights: {error}") from error
+    except zipfile.BadZipFile as error:  # it was cut off; rtmlib keeps the file, and would never fetch it again
+        raise Unavailable(f"rtmlib's download is damaged ({error}): to have it fetched again, empty "
+                          "~/.cache/rtmlib/hub/checkpoints, which TORCH_HOME and XDG_CACHE_HOME move") from error  # fmt: skip
 
 
 def make_mediapipe(weights: str | None, device: str) -> Detect:

@@ -11,6 +11,7 @@ import numpy as np
 
 from posecrafter_rt.errors import PoseError
 from posecrafter_rt.poses.keypoints import FACE, LEFT_HAND, RIGHT_HAND, PoseSequence
+from posecrafter_rt.poses.shown import not_within, range_text
 from posecrafter_rt.poses.skeleton import (
     CHIN,
     HEAD,
@@ -167,8 +168,7 @@ def _edited(poses: PoseSequence, frames: slice) -> tuple[np.ndarray, np.ndarray]
     """Return a copy of all keypoints, and a view of the chosen frames in it. Raises: PoseError for a bad range."""
     start, stop = frames.start or 0, len(poses) if frames.stop is None else frames.stop
     if frames.step not in (None, 1) or not 0 <= start < stop <= len(poses):
-        raise PoseError(f"there are {len(poses)} poses, and {_text(frames)} is not within them",
-                        f"frames are counted from 0; give START and END of 0 to {len(poses)}")  # fmt: skip
+        raise PoseError(*not_within(f"there are {len(poses)} poses", frames, len(poses)))
     keypoints = poses.keypoints.copy()
     return keypoints, keypoints[start:stop]
 
@@ -177,13 +177,9 @@ def _require(is_there: bool, chosen: np.ndarray, frames: slice, part: str) -> No
     """Raise PoseError, which names the part and the frames, unless `is_there`."""
     if not is_there:
         missing = f"no {part}" if chosen[..., 2].any() else "no person"
-        raise PoseError(f"frames {_text(frames)} show {missing}", "`posecrafter-rt poses preview` shows what there is")
-
-
-def _text(frames: slice) -> str:
-    """Return a range as it is written on the command line."""
-    sides = ["" if side is None else str(side) for side in (frames.start, frames.stop)]
-    return ":".join(sides) + ("" if frames.step is None else f":{frames.step}")
+        raise PoseError(
+            f"frames {range_text(frames)} show {missing}", "`posecrafter-rt poses preview` shows what there is"
+        )
 
 
 def _eased(num_frames: int) -> np.ndarray:

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD, PoseSequence
 
 
 def fill_gaps(poses: PoseSequence, most: int) -> PoseSequence:
     """Interpolate each point that is missing for at most `most` frames.
 
-    It moves in a straight line from where it was seen before to where it is seen after, with the lower confidence of
-    the two. Longer gaps and points missing at either end stay missing. Present points stay the same, bit for bit.
+    A point below the confidence from which points are drawn counts as missing: detectors hardly ever write 0. It moves
+    in a straight line from where it was seen before to where it is seen after, with the lower confidence of the two.
+    Longer gaps and points missing at either end stay as they are. Seen points stay the same, bit for bit.
     """
     keypoints = poses.keypoints.copy()
     for point in range(keypoints.shape[1]):
         track = keypoints[:, point]  # (N, 3), a view
-        seen = np.flatnonzero(track[:, 2] > 0)
+        seen = np.flatnonzero(track[:, 2] >= CONFIDENCE_THRESHOLD)
         if not len(seen):
             continue
         missing = np.setdiff1d(np.arange(seen[0], seen[-1]), seen)

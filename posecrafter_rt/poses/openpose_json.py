@@ -43,6 +43,8 @@ _PARTS = {
 # If most coordinates of a file are at most this, they are fractions of the canvas: a few points may lie far outside the
 # picture, and no pose in pixels is this small.
 _LARGEST_FRACTION = 2.0
+# Of the fractions of a picture, few are negative: those of points outside it. If they run from -1 to 1, half are.
+_MOST_NEGATIVE = 0.25
 _SMALLEST_PIXEL_CANVAS = 16
 _LARGEST_NUMBER = 1e9
 
@@ -62,11 +64,12 @@ def read_openpose(
 ) -> PoseSequence:
     """Read poses of one person from OpenPose JSON.
 
-    Accepted are `{"people": [...]}`, a list of such frames, `{"frames": [...]}`, or a folder with one file per frame in
-    the order of the numbers in their names. A person has 18 or 25 body, 68 or 70 face, 21 hand and 6 foot points; a
-    part may be null, empty or absent. Coordinates are pixels, or fractions of the canvas if most of them are that
-    small. A point at exactly (-1, -1) is missing, whatever its confidence: DWPose and others mark missing points so, in
-    pixels and in fractions. In our own files, which say that they are in pixels, it is an ordinary point.
+    Accepted are `{"people": [...]}`, a list of such frames, `{"frames": [...]}`, or a folder with one frame, or a list
+    of them, per file in the order of the numbers in their names. A person has 18 or 25 body, 68 or 70 face, 21 hand and
+    6 foot points; a part may be null, empty or absent. Coordinates are pixels, or fractions of the canvas if most of
+    them are that small. A point at exactly (0, 0) or (-1, -1) is missing, whatever its confidence: DWPose and others
+    mark missing points so, in pixels and in fractions. In our own files, which say that they are in pixels, it is an
+    ordinary point.
     Args:
         path: file or folder.
         person: which of several people, counted from 0 in the first frame that shows any; None takes the largest.
@@ -74,8 +77,8 @@ def read_openpose(
         allow_missing: a frame without the person is all zeros instead of an error.
     Returns: N frames on the file's canvas, else the first canvas that a frame states, else `canvas`; frames on other
         canvases are scaled to it.
-    Raises: PoseError if a file is missing or damaged, holds NaN or infinity, states no canvas, or has a frame without
-        the person.
+    Raises: PoseError if a file is missing or damaged, holds NaN or infinity, states no canvas, has coordinates from -1
+        to 1, or has a frame without the person.
     """
     path = Path(path)
     documents, header, places = _read_documents(path)
@@ -91,8 +94,9 @@ def read_openpose(
     is_ours = header.get("coordinates") == "pixels"
     if not is_ours:
         for frame in frames:
-            frame.people[(frame.people[..., :2] == -1).all(axis=-1)] = 0
-    in_pixels = is_ours or not _is_normalised(frames, base)
+            for missing in (0, -1):
+                frame.people[(frame.people[..., :2] == missing).all(axis=-1)] = 0
+    in_pixels = is_ours or not _is_normalised(frames, base, path)
     people = []
     for frame in frames:
         own = frame.canvas or base
@@ -144,7 +148,10 @@ def _read_documents(path: Path) -> tuple[Sequence[Any], dict[str, Any], list[str
                        key=_natural_key)  # fmt: skip
         if not files:
             raise PoseError(f"{path}: no .json file in this folder", hint="OpenPose writes one file per frame")
-        return [_load(file) for file in files], {}, [str(file) for file in files]
+        contents = [(file, _load(file)) for file in files]
+        named = [(one, str(file)) for file, content in contents
+                 for one in (content if isinstance(content, list) else [content])]  # fmt: skip
+        return [one for one, _ in named], {}, [place for _, place in named]
     document = _load(path)
     frames, header = None, document if isinstance(document, dict) else {}
     if isinstance(document, list):
@@ -262,10 +269,16 @@ def _parse_fps(document: dict[str, Any], where: str) -> float | None:
     return float(fps)
 
 
-def _is_normalised(frames: list[_Frame], canvas: tuple[int, int]) -> bool:
+def _is_normalised(frames: list[_Frame], canvas: tuple[int, int], path: Path) -> bool:
     points = np.concatenate([frame.people.reshape(-1, 3) for frame in frames])
-    # Some tools write a missing point as 0, 0 with a confidence above 0.
-    coordinates = points[(points[:, 2] > 0) & points[:, :2].any(axis=1), :2]
+    coordinates = points[points[:, 2] > 0, :2]
     if coordinates.size == 0 or min(canvas) < _SMALLEST_PIXEL_CANVAS:
         return False
-    return bool(np.median(np.abs(coordinates)) <= _LARGEST_FRACTION)
+    if np.median(np.abs(coordinates)) > _LARGEST_FRACTION:
+        return False
+    if (share := np.mean(coordinates < 0)) >= _MOST_NEGATIVE:
+        raise PoseError(
+            f"{path}: {share:.0%} of the coordinates are negative, so they do not run from 0 to 1",
+            hint="write them in pixels: OpenPose's --keypoint_scale 0",
+        )
+    return True

@@ -14,6 +14,8 @@ from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, NUM
 
 # How far a person may move between two frames, relative to the longer side of their box; beyond it is somebody else.
 _FARTHEST_STEP = 0.75
+# Where somebody else was last seen is forgotten once anyone stands this close to it, relative to the same side.
+_SAME_PLACE = 0.25
 
 
 def follow_person(
@@ -23,7 +25,8 @@ def follow_person(
 
     In each following frame, the nearest person is the same one; nearness is the mean distance over the body and face
     points that both have. If any frame shows several people, somebody farther away than 0.75 of the person's own size
-    (more after frames without them) is somebody else, so that the track ends rather than jumps.
+    (more after frames without them) is somebody else, and so is whoever stands where another was last seen while
+    somebody is missing: the track ends rather than jumps.
     Args:
         frames: per frame the people in it, (P, 134, 3) with P >= 0: x, y in pixels of one canvas, confidence.
         source: what the frames come from, for messages.
@@ -41,37 +44,58 @@ def follow_person(
     if first > 0 and not allow_missing:
         raise _missing(source, 0, counts[0])
     tracked = np.zeros((len(frames), NUM_KEYPOINTS, 3), np.float32)
-    tracked[first] = last = _pick(people[first], person, source, first)
-    seen = first
+    picked = _pick(people[first], person, source, first)
+    tracked[first] = last = people[first][picked]
+    others, seen = _without(people[first], [picked]), first
+    farthest = np.inf if max(counts) == 1 else _FARTHEST_STEP
     for index in range(first + 1, len(frames)):
-        chosen = _nearest(people[index], last, steps=index - seen, is_alone=max(counts) == 1)
+        free: Sequence[int] = range(counts[index])
+        if index - seen > 1 or len(others) >= counts[index]:  # somebody is missing, so the nearest may be another
+            free = _unclaimed(people[index], last, others)
+        chosen = _nearest(people[index], free, last, farthest * (index - seen))
         if chosen is not None:
-            tracked[index] = last = chosen
-            seen = index
+            tracked[index] = last = people[index][chosen]
+            free, seen = [chosen], index
         elif not allow_missing:
             raise _missing(source, index, counts[index])
+        others = _without(people[index], free) + [one for one in others if not _is_taken(one, people[index])]
     return tracked
 
 
-def _pick(people: np.ndarray, person: int | None, source: str, frame: int) -> np.ndarray:
+def _pick(people: np.ndarray, person: int | None, source: str, frame: int) -> int:
     if person is None:
-        return people[int(np.argmax([np.prod(_extent(one)) for one in people]))]
+        return int(np.argmax([np.prod(_extent(one)) for one in people]))
     if not 0 <= person < len(people):
         raise PoseError(
             f"{source}: person {person} was asked for, but frame {frame} has {len(people)}",
             hint=f"persons are counted from 0; the last is {len(people) - 1}",
         )
-    return people[person]
+    return person
 
 
-def _nearest(people: np.ndarray, last: np.ndarray, steps: int, is_alone: bool) -> np.ndarray | None:
-    if len(people) == 0:
-        return None
-    distances = [_distance(one, last) for one in people]
-    nearest = int(np.argmin(distances))
-    if not is_alone and distances[nearest] > _FARTHEST_STEP * steps * max(_extent(last)):
-        return None
-    return people[nearest]
+def _without(people: np.ndarray, left_out: Sequence[int]) -> list[np.ndarray]:
+    return [one for index, one in enumerate(people) if index not in left_out]
+
+
+def _unclaimed(people: np.ndarray, last: np.ndarray, others: Sequence[np.ndarray]) -> Sequence[int]:
+    """Return who is left once each of the others has taken the nearest one, unless that one is nearer to `last`."""
+    free = list(range(len(people)))
+    for other in others:
+        claimed = _nearest(people, free, other)
+        if claimed is not None and _distance(people[claimed], other) < _distance(people[claimed], last):
+            free.remove(claimed)
+    return free
+
+
+def _is_taken(place: np.ndarray, people: np.ndarray) -> bool:
+    return any(_distance(one, place) < _SAME_PLACE * max(_extent(place)) for one in people)
+
+
+def _nearest(people: np.ndarray, free: Sequence[int], last: np.ndarray, farthest: float = _FARTHEST_STEP) -> int | None:
+    """Return which one of the free people is nearest, at most `farthest` times their size away; None: nobody is."""
+    distances = {index: _distance(people[index], last) for index in free}
+    nearest = min(distances, key=distances.__getitem__, default=None)
+    return nearest if nearest is not None and distances[nearest] <= farthest * max(_extent(last)) else None
 
 
 def _usable(keypoints: np.ndarray) -> np.ndarray:
@@ -98,5 +122,6 @@ def _missing(source: str, frame: int, count: int) -> PoseError:
     others = f" ({count} other{'s' * (count != 1)} there)" if count else ""
     return PoseError(
         f"{source}: frame {frame} does not show the person{others}",
-        hint="cut the frame out (they are counted from 0), or fill in short gaps: posecrafter-rt poses edit --fill 5",
+        hint="fill in short gaps: posecrafter-rt poses edit --fill 5; or read the file with read_openpose(…, "
+        "allow_missing=True), and leave out the frames that are all zeros",
     )

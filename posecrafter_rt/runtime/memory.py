@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import cv2
 import torch
 
 from posecrafter_rt.errors import PoseCrafterError, out_of_memory
@@ -83,12 +84,26 @@ class Room(NamedTuple):
 def free_bytes(device_type: str) -> int | None:
     """Return the memory of `cuda` or `cpu` that this process may still take; None if the system does not say."""
     if device_type == "cuda":
-        # Segments of torch's cache on any GPU. A CUDA graph's pool serves that graph only.
-        segments, here = torch.cuda.memory_snapshot(), torch.cuda.current_device()
-        cached = [segment["total_size"] - segment["allocated_size"] for segment in segments
-                  if segment["device"] == here and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)]  # fmt: skip
-        return torch.cuda.mem_get_info()[0] + sum(cached)
+        return torch.cuda.mem_get_info()[0] + _cached_bytes(is_for_recordings=False)
     return available_bytes()
+
+
+def recorded_bytes() -> int:
+    """Return what recorded CUDA graphs hold on the current GPU beside tensors: the memory that their replays write to.
+
+    torch counts none of it as allocated once a graph has been recorded.
+    """
+    return _cached_bytes(is_for_recordings=True)
+
+
+def _cached_bytes(is_for_recordings: bool) -> int:
+    """Return the bytes on the current GPU that torch holds without a tensor in them.
+
+    A CUDA graph's pool serves its recordings only. is_for_recordings: count such pools, else what serves any tensor.
+    """
+    segments, here = torch.cuda.memory_snapshot(), torch.cuda.current_device()  # those of any GPU
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in segments if segment["device"] == here
+               and (tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)) == is_for_recordings)  # fmt: skip
 
 
 def frame_bytes(
@@ -119,13 +134,16 @@ def choose_segment(room: Room, num_frames: int, overlap: int) -> SegmentChoice:
     """
     if room.free is None:
         raise PoseCrafterError("this system does not say how much memory is free", "give a number: --segment 48")
-    facts = f"at {_mb(room.per_frame)} a frame in {_mb(room.free)} that are free"
+    free = f"{_mb(room.free)} that are free, less {1 - USED_SHARE:.0%}"
+    if room.reserved:
+        free += f" and {_mb(room.reserved)} for the networks"
+    facts = f"at {_mb(room.per_frame)} a frame in {free}"
     most = num_frames if room.most is None else room.most - 1
     if num_frames <= min(room.fitting(), most):
         return SegmentChoice(max(num_frames, least_segment(overlap)), overlap, f"the whole clip fits, {facts}")
     if room.in_parts is not None and num_frames <= min(room.fitting_in_parts(), most):
         at_once, per_frame, _ = room.in_parts
-        reason = f"the whole clip fits in parts of {at_once} tokens, at {_mb(per_frame)} a frame in {_mb(room.free)} that are free"
+        reason = f"the whole clip fits in parts of {at_once} tokens, at {_mb(per_frame)} a frame in {free}"
         return SegmentChoice(max(num_frames, least_segment(overlap)), overlap, reason, at_once)
     if room.most is not None:
         overlap = min(overlap, most // 3)
@@ -133,8 +151,11 @@ def choose_segment(room: Room, num_frames: int, overlap: int) -> SegmentChoice:
     if most < min(num_frames, fitting):
         reason = f"the engine takes {room.most} frames at once, the reference among them"
         return SegmentChoice(max(most, least), overlap, reason)
+    facts += ", with room for segments of two lengths"
     if fitting < least:
         reason = f"not even {least} frames are sure to fit, {facts}; there are no shorter segments"
+        if (lighter := _lighter(room)) is not None:
+            reason += f", and {lighter}"
         return SegmentChoice(least, overlap, reason)
     return SegmentChoice(fitting, overlap, f"{fitting} frames fit, {facts}")
 
@@ -143,10 +164,16 @@ def warn_unless_fits(room: Room, num_frames: int, options: RenderOptions) -> Non
     """Warn if a clip, rendered jointly, will hardly fit. It is tried all the same, because this is an estimate."""
     if room.free is not None and num_frames > room.fitting():
         advice = "render it in segments: --segment auto" if options.inserts else IN_SEGMENTS
-        if room.lighter is not None and room.reserved > room.free * USED_SHARE:
-            advice = f"the networks alone take most of that: {room.lighter()}"
+        advice = _lighter(room) or advice
         log.warning("%d frames jointly take about %s, and %s are free: %s", num_frames,
                     _mb(room.per_frame * (num_frames + 1) + room.reserved), _mb(room.free), advice)  # fmt: skip
+
+
+def _lighter(room: Room) -> str | None:
+    """Return advice if the networks alone hardly fit and a lighter engine is known, else None."""
+    if room.free is None or room.lighter is None or room.reserved <= room.free * USED_SHARE:
+        return None
+    return f"the networks alone take most of that: {room.lighter()}"
 
 
 @contextmanager
@@ -154,7 +181,7 @@ def explained(options: RenderOptions) -> Iterator[None]:
     """Turn what torch and other libraries raise when memory runs out into OutOfMemory, with advice."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+    except (MemoryError, RuntimeError, cv2.error) as error:  # torch.OutOfMemoryError is a RuntimeError
         known = out_of_memory(error, _advice(options))
         if known is None:
             raise

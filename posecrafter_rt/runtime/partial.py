@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_file
+from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_file, writing
 from posecrafter_rt.errors import OutputExists, PoseCrafterError
 from posecrafter_rt.locks import alone_at
 from posecrafter_rt.runtime.report import SegmentReport
@@ -57,9 +57,7 @@ class PartialRender:
         with atomic_path(path) as temporary:
             save_tensors({**tensors, "carried": carried}, temporary,
                       metadata={"report": json.dumps(vars(report))})  # fmt: skip
-        self.hashes.append(sha256_file(path))
-        self.staged = False
-        self._write_state()
+        self._write_state(segments=[*self.hashes, sha256_file(path)], staged=False)
 
     def reports(self) -> list[SegmentReport]:
         """Return the reports of the finished segments."""
@@ -89,8 +87,7 @@ class PartialRender:
 
         Raises: OutputExists if `force` is false and another program has made one meanwhile; all then stay there.
         """
-        self.staged = True
-        self._write_state()
+        self._write_state(staged=True)
         left = [path for path in outputs if (self.folder / path.name).exists()]
         for path in left:
             refuse_overwrite(path, force)
@@ -125,10 +122,13 @@ class PartialRender:
         with safe_open(self._path(index), "pt") as file:
             return file.metadata()
 
-    def _write_state(self) -> None:
-        state = {"fingerprint": self.fingerprint, "segments": self.hashes, "staged": self.staged, "choice": self.choice}
+    def _write_state(self, **changes: Any) -> None:
+        """Write the state with changes, which hold once they are on the disk: the same command goes on from there."""
+        state = {"fingerprint": self.fingerprint, "segments": self.hashes, "staged": self.staged, "choice": self.choice,
+                 **changes}  # fmt: skip
         with atomic_path(self.folder / STATE) as temporary:
             temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        self.hashes, self.staged = state["segments"], state["staged"]
 
 
 @contextmanager
@@ -141,9 +141,9 @@ def open_partial(
         throw away the finished parts of a render with another fingerprint.
     Yields: the render, its finished segments verified. If the block fails and something is finished, the folder stays.
     Raises: OutputExists if the folder belongs to another render and `force` is false, or to no render at all;
-        PoseCrafterError while another process is rendering into it.
+        PoseCrafterError while another process is rendering into it, or if it cannot be made, naming the first output.
     """
-    with _locked(folder):
+    with _locked(folder, outputs[0]):
         state = read_state(folder)
         partial = PartialRender(folder, fingerprint, [])
         if state is None:
@@ -178,16 +178,23 @@ def _refuse_foreign(folder: Path) -> None:
     """Raise OutputExists if a folder without a state holds more than a kill during the very first write leaves."""
     for path in folder.iterdir():
         if path.name != STATE and not path.name.startswith(f".{Path(STATE).stem}."):
-            raise OutputExists(f"{folder} is there and holds no unfinished render",
-                               "move it away, or choose another name for the output")  # fmt: skip
+            raise _foreign(folder)
+
+
+def _foreign(folder: Path) -> OutputExists:
+    return OutputExists(f"{folder} is there and holds no unfinished render",
+                        "move it away, or choose another name for the output")  # fmt: skip
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder and lock it against other processes."""
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    """Make the folder and lock it against other processes. output: the file to name if the folder cannot be made."""
+    if folder.is_file():
+        raise _foreign(folder)
     with ExitStack() as held:
         try:
-            held.enter_context(alone_at(folder, lambda: folder.mkdir(parents=True, exist_ok=True)))
+            with writing(output):
+                held.enter_context(alone_at(folder, lambda: folder.mkdir(parents=True, exist_ok=True)))
         except BlockingIOError as error:
             raise PoseCrafterError(f"another process is rendering into {folder}",
                                    "wait for it, or choose another name for the output") from error  # fmt: skip

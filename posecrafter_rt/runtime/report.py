@@ -17,6 +17,7 @@ import torch
 
 from posecrafter_rt.machine import count_peak_anew, counted_peak_bytes, peak_rss_bytes
 from posecrafter_rt.method import EditPlan
+from posecrafter_rt.runtime.memory import recorded_bytes
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.presets import approximations
 from posecrafter_rt.runtime.segments import Adjustment, Segment
@@ -58,7 +59,8 @@ class SegmentReport:
     and the reason. adjustments: what had to change on the way. threads: how many threads torch computed with, if the
     engine's rounding depends on it; for a whole render each number once. seconds: wall time of each stage. rss_bytes:
     the process's largest resident memory in each stage; None if the system cannot restart that count (Linux can).
-    gpu_bytes: the most that torch had allocated on the GPU in each stage; empty without a GPU. peak_rss_bytes,
+    gpu_bytes: the most that torch had allocated on the GPU in each stage, and what recorded CUDA graphs hold at its
+    end; empty without a GPU. In the stage that records a graph, its memory may count twice. peak_rss_bytes,
     peak_gpu_bytes: the largest of those; for a stage without a count, the process's largest resident memory so far.
     """
 
@@ -82,11 +84,11 @@ class SegmentReport:
         with _peaks.shared():
             start = time.perf_counter()
             yield
-            gpu: dict[str, int] = {}
             if torch.cuda.is_initialized():
                 torch.cuda.current_stream().synchronize()
-                gpu = {name: torch.cuda.max_memory_allocated()}
             seconds, peak = time.perf_counter() - start, counted_peak_bytes() if _peaks.is_counted else None
+            is_on_gpu = torch.cuda.is_initialized()
+            gpu = {name: torch.cuda.max_memory_allocated() + recorded_bytes()} if is_on_gpu else {}
         self._take_in({name: seconds}, {name: peak}, gpu)
         self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes() if peak is None else peak)
         self.peak_gpu_bytes = max(self.peak_gpu_bytes, *gpu.values(), 0)
@@ -166,18 +168,19 @@ class RenderReport(SegmentReport):
     def to_json(self) -> dict[str, Any]:
         """Return plain values, for report.json.
 
-        claims_byte_equality: whether another run with the same options gives the same bytes. It does not if memory
-        decided how long segments are, or how much of one is computed at once (which only changes rounding), nor if a
-        render was resumed with another number of threads.
+        claims_byte_equality: whether another run with the `options` given here, where `segment` is what `auto` became,
+        gives the same bytes. It does not if segments became shorter when memory ran out, nor if memory decided how much
+        of one is computed at once (which only changes rounding), nor if a render was resumed with another number of
+        threads.
         """
         by_memory = any("segment" in adjustment or "tokens_at_once" in adjustment for adjustment in self.adjustments)
         shortened = [adjustment["segment"] for adjustment in self.adjustments if "segment" in adjustment]
         longest = [self.options.segment, *shortened][-1] if self.num_segments > 1 else None
-        from_start = [adjustment["precision"] for adjustment in self.adjustments
-                      if "precision" in adjustment and adjustment["frame"] == 0]  # fmt: skip
+        # If only frames are done in a wider type, from the first one on or not, they still begin with this inversion.
+        throughout = [adjustment["precision"] for adjustment in self.adjustments if "inversion" in adjustment]
         return {**super().to_json(), "options": vars(self.options), "num_segments": self.num_segments,
                 "claims_byte_equality": not by_memory and len(self.threads) < 2,
-                "approximations": approximations(self.options, longest, [self.precision, *from_start][-1])}  # fmt: skip
+                "approximations": approximations(self.options, longest, [self.precision, *throughout][-1])}  # fmt: skip
 
 
 def describe_adjustment(adjustment: Adjustment) -> str:

@@ -23,7 +23,7 @@ class Segment(NamedTuple):
 
 
 # What had to change during a render, for its report: `frame`, the first one for which it holds; `reason`; and `segment`
-# with `overlap`, or `precision`, or `tokens_at_once`.
+# with `overlap`, or `precision`, or `tokens_at_once`. `inversion`: true if the inversion was done in that precision, too.
 Adjustment = dict[str, Any]
 
 

@@ -139,6 +139,11 @@ class AvatarStream:
         self._features: dict[str, Tensor] = {}  # of the last whole step, for the shallow steps after it
         self._is_closed = False
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `step` can return no more frames."""
+        return self._is_closed
+
     def step(self, pose: np.ndarray | None) -> np.ndarray:
         """Return the next frame.
 

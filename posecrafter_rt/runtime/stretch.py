@@ -16,6 +16,7 @@ import numpy as np
 from posecrafter_rt.errors import VideoError
 from posecrafter_rt.framing import check_canvas, check_one_pose_a_frame
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.poses.shown import not_within
 from posecrafter_rt.runtime.seams import draw_to_anchors
 from posecrafter_rt.video_io import stream_video, video_size
 
@@ -94,8 +95,7 @@ def open_stretch(video: Path, window: slice, size: tuple[int, int], poses: PoseS
     check_one_pose_a_frame(video, num_frames, len(poses))
     stop = num_frames if window.stop is None else window.stop
     if not start < stop <= num_frames:
-        raise VideoError(f"{video} has {num_frames} frames, and {start}:{stop} is not within them",
-                         f"frames are counted from 0; give START and END of 0 to {num_frames}")  # fmt: skip
+        raise VideoError(*not_within(f"{video} has {num_frames} frames", slice(start, stop), num_frames))
     return Stretch(video, start, stop, size, fps, digest.hexdigest(), beside.get(start - 1), beside.get(stop))
 
 

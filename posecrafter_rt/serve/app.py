@@ -21,7 +21,7 @@ from posecrafter_rt.serve.metrics import CONTENT_TYPE
 from posecrafter_rt.serve.options import MAX_OFFER_BYTES, ServeOptions
 from posecrafter_rt.serve.peers import Peers
 from posecrafter_rt.serve.pictures import encode_picture
-from posecrafter_rt.serve.poses_api import Busy, Left, PoseReader, TooLarge, pose_track
+from posecrafter_rt.serve.poses_api import Busy, Left, NotSaved, PoseReader, TooLarge, pose_track
 from posecrafter_rt.serve.protocol import JPEG
 from posecrafter_rt.serve.security import PAGE_FOLDERS, Guard
 from posecrafter_rt.serve.service import Service, SessionsFull
@@ -35,7 +35,8 @@ NOT_BUILT = (
     "<!doctype html><html lang=en><title>posecrafter-rt</title><p>The server runs, but its page is not built: run "
     "<code>make web</code> and start again. Programs can use <code>/ws</code> as it is.</html>"
 )
-_STATUS: dict[type[PoseCrafterError], int] = {SessionsFull: 503, Busy: 429, TooLarge: 413, BackendUnavailable: 501}
+_STATUS: dict[type[PoseCrafterError], int] = {
+    SessionsFull: 503, Busy: 429, TooLarge: 413, BackendUnavailable: 501, NotSaved: 507}  # fmt: skip
 
 
 def create_app(avatar: Avatar, options: ServeOptions) -> FastAPI:

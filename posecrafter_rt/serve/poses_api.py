@@ -9,6 +9,7 @@ import asyncio
 import base64
 import importlib.util
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,6 +18,7 @@ from typing import Any
 
 import anyio
 
+from posecrafter_rt.atomic import means_full
 from posecrafter_rt.config import temporary_files_in
 from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError, PoseError
 from posecrafter_rt.poses._extract_worker import DETECTORS
@@ -27,10 +29,15 @@ DEFAULT_FPS = 25.0
 NO_DETECTOR = 3  # exit status of the worker; 1 means that something is wrong with the file
 _TIMEOUT_S = 600.0
 _UPLOAD_TIMEOUT_S = 300.0  # no other file is read during an upload
+_log = logging.getLogger(__name__)
 
 
 class TooLarge(PoseCrafterError):
     """A body is larger than its limit."""
+
+
+class NotSaved(PoseCrafterError):
+    """The server cannot keep a body: its disk is full, or fails."""
 
 
 class Left(Exception):
@@ -64,7 +71,7 @@ class PoseReader:
         content_type: `application/json`, or `video/...`. leave: called after the body; returns when the client leaves.
 
         Raises: PoseError for what is no pose file or shows nobody, and with a VideoError's message; TooLarge; Busy;
-            BackendUnavailable for a video if no detector is installed; Left.
+            BackendUnavailable for a video if no detector is installed; NotSaved; Left.
         """
         kind = content_type.partition(";")[0].strip().lower()
         if kind == "application/json":
@@ -89,6 +96,13 @@ class PoseReader:
                         f"it took more than {_UPLOAD_TIMEOUT_S:g} s to come", "send a smaller one"
                     ) from error
                 return await _work(path, leave)
+        except OSError as error:
+            _log.warning("a client's file could not be read: %s", error)
+            if means_full(error):
+                raise NotSaved(
+                    "the server has no space for the file", "free some there, or send a smaller one"
+                ) from error
+            raise NotSaved("the server cannot take the file", "the server's log says why") from error
         finally:
             self._is_busy = False
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.errors import DiskFull, PoseCrafterError
 from posecrafter_rt.serve.sampling import SAMPLES_PER_SECOND, sample
 from posecrafter_rt.video_io import VideoWriter
 
@@ -57,8 +57,10 @@ class Recording:
             with VideoWriter(self.path, SAMPLES_PER_SECOND) as writer:
                 writer.write(self._latest())
                 sample(self._count - 1, lambda: writer.write(self._latest()), self._stopped)
-        except PoseCrafterError as failure:
-            error = failure
+        except DiskFull:
+            error = DiskFull("the server has no space left for the recording")
+        except PoseCrafterError as failure:  # where the server keeps files is not for its clients
+            error = PoseCrafterError(str(failure).replace(str(self.path), "the recording"), failure.hint)
         except OSError as failure:
             error = PoseCrafterError(f"the recording failed: {failure.strerror}")
         except Exception as failure:  # else the client would wait for its end forever

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
 
+from posecrafter_rt.serve.conversation import FLOOD_RATE
 from posecrafter_rt.serve.options import MAX_MESSAGE_BYTES
+from posecrafter_rt.serve.security import TokenBucket
 
 _SHUTDOWN_S = 5
 _HEAD_S = 10  # for the head of a request, from its first byte or the start of the connection
+_READING_S, _READ_BYTES = 20, 16 * 1024  # in this time, a client must take this much of an answer, or all of it
 _FAREWELL_S = 3  # for a client to read the last message; one that does not read must not hold up the server
 
 
@@ -26,12 +31,39 @@ class PromptSocket(WebSocketsSansIOProtocol):
 
     uvicorn's own returns at once, keeps up to 64 KiB in memory, and waits before it writes the next message. On a slow
     line, frames would grow old there, out of reach. It also waits forever for a client to leave that does not read.
+    Pings and fragments, which uvicorn handles itself, have the same limit as messages.
     """
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called when a client has connected."""
         super().connection_made(transport)
-        cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
+        self._control = TokenBucket(*FLOOD_RATE)
+        stream = cast(asyncio.Transport, transport)
+        stream.set_write_buffer_limits(high=0)
+        if stream.get_write_buffer_size():  # its last answer is not read, so it could not be told when to wait
+            stream.abort()
+
+    def handle_ping(self) -> None:
+        """Called for a ping."""
+        if self._may_pass():
+            super().handle_ping()
+
+    def handle_pong(self, event: Frame) -> None:
+        """Called for a pong."""
+        if self._may_pass():
+            super().handle_pong(event)
+
+    def handle_cont(self, event: Frame) -> None:
+        """Called for each fragment of a message but the first."""
+        if self._may_pass():
+            super().handle_cont(event)
+
+    def _may_pass(self) -> bool:
+        """Whether to handle another ping, pong or fragment. If there were too many, cut the connection."""
+        if self._control.take(time.perf_counter()):
+            return True
+        self.transport.abort()
+        return False
 
     async def send(self, message: Any) -> None:
         """Write a message, and wait until the system has taken it."""
@@ -53,18 +85,30 @@ class PromptSocket(WebSocketsSansIOProtocol):
 
 
 class PromptHttp(H11Protocol):
-    """HTTP that ends a connection if a request's head takes too long to arrive.
+    """HTTP that ends a connection if a request's head takes too long to arrive, or an answer too long to be taken.
 
     uvicorn's own waits forever, even for clients that have not shown a token yet. It only ends connections that are
     silent after an answer.
     """
 
     _waiting: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called when a client has connected."""
         super().connection_made(cast(asyncio.Transport, transport))
+        self.transport.set_write_buffer_limits(high=0)  # so that `pause_writing` is called for short answers, too
         self._watch_head()
+
+    def pause_writing(self) -> None:
+        """Called when the system takes no more of an answer."""
+        super().pause_writing()
+        self._watch_reading()
+
+    def resume_writing(self) -> None:
+        """Called when the system has taken all of it."""
+        super().resume_writing()
+        self._stop_watching_reading()
 
     def data_received(self, data: bytes) -> None:
         """Called with the bytes that have arrived."""
@@ -75,6 +119,7 @@ class PromptHttp(H11Protocol):
         """Called when the client has gone."""
         super().connection_lost(exc)
         self._stop_watching()
+        self._stop_watching_reading()
 
     def _watch_head(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
@@ -86,6 +131,22 @@ class PromptHttp(H11Protocol):
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting = None
+
+    def _watch_reading(self) -> None:
+        """Look again in a while; a slow client may take long for a long answer, but must take some of it."""
+        most = self.transport.get_write_buffer_size() - _READ_BYTES
+        self._reading = self.loop.call_later(_READING_S, self._check_reading, most)
+
+    def _check_reading(self, most: int) -> None:
+        if self.transport.get_write_buffer_size() > most:
+            self.transport.abort()
+        else:
+            self._watch_reading()
+
+    def _stop_watching_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     def _give_up(self) -> None:
         self._waiting = None

@@ -82,7 +82,9 @@ class Service:
         self._scheduler.start()
         try:
             self._scheduler.call(self._warm_up).result()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                _log.warning("interrupted; the server ends after its first step")
             self.stop()
             raise
 

@@ -55,6 +55,8 @@ class Stream(Protocol):
     def last(self) -> StepInfo: ...
     @property
     def options(self) -> StreamOptions: ...
+    @property
+    def is_closed(self) -> bool: ...
     def step(self, pose: np.ndarray | None) -> np.ndarray: ...
     def reset(self) -> None: ...
 
@@ -103,6 +105,7 @@ class Session:
 
     latest: the newest frame made for it, (H, W, 3) uint8. format, quality: of the pictures that it wants.
     frames, texts: what goes to it. Whoever talks to the client takes from both, and sends each frame within `sending`.
+    failures: why the stream has closed itself, if it has. No frame comes after that, so the client must go.
     num_resets: how many the client asked for. num_dropped: poses so far that no frame was shown for.
     """
 
@@ -112,6 +115,7 @@ class Session:
         self.format, self.quality = JPEG, 85
         self.frames: Newest[Shown] = Newest(self.count_overtaken)
         self.texts: Texts[dict[str, Any]] = Texts(_KEPT_TEXTS)
+        self.failures: Texts[PoseCrafterError] = Texts(1)
         self._fits_person = True
         self._stream = stream
         self._size: tuple[int, int] = reference.shape[:2]
@@ -275,7 +279,11 @@ class Session:
         if not isinstance(error, PoseCrafterError):
             _log.error("a step of session %s failed", self.id, exc_info=error)
             error = PoseCrafterError(f"the step failed: {type(error).__name__}", "the server's log says more")
-        self._tell(error)
+        if self._stream.is_closed:
+            self.is_closed = True
+            self.failures.put(error)
+        else:
+            self._tell(error)
 
     def _tell(self, error: PoseCrafterError) -> None:
         """Tell the client, at most once per second: a fault tends to come with every pose."""

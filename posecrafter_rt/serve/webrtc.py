@@ -20,6 +20,7 @@ import numpy as np
 from aiortc import MediaStreamTrack, RTCConfiguration, RTCDataChannel, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 
+from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.serve.conversation import Conversation, Disconnect
 from posecrafter_rt.serve.options import MAX_AGE_S
 from posecrafter_rt.serve.protocol import ProtocolError, encode_frame, error_message
@@ -91,6 +92,8 @@ async def serve_peer(service: Service, sdp: str, answered: asyncio.Future[dict[s
             track = AvatarTrack(session)
             link = _Link(service, session, peer, track)
             with _refusing():
+                for transceiver in peer.getTransceivers():
+                    transceiver.direction = "inactive"  # else aiortc decodes what the client sends, and keeps it all
                 peer.addTrack(track)
                 await peer.setLocalDescription(await peer.createAnswer())
             answer = {"sdp": peer.localDescription.sdp, "type": peer.localDescription.type, "session": session.id}
@@ -130,11 +133,12 @@ class _Link:
             channel = await self._channel
         if channel is None:
             return
-        tell = asyncio.create_task(self._tell(channel))
+        tasks = [asyncio.create_task(job) for job in (self._tell(channel), self._watch_stream(channel))]
         try:
             await self._ended.wait()
         finally:
-            tell.cancel()
+            for task in tasks:
+                task.cancel()
 
     def _end(self) -> None:
         self._ended.set()
@@ -158,9 +162,16 @@ class _Link:
         try:
             self._conversation.hear(message)
         except Disconnect as refusal:
-            self._is_refused = True
-            _send(channel, error_message(refusal.error))
-            asyncio.get_running_loop().call_later(_LAST_WORD_S, self._end)
+            self._part(channel, refusal.error)
+
+    def _part(self, channel: RTCDataChannel, error: PoseCrafterError) -> None:
+        """Tell the client why it must go, and end the connection."""
+        self._is_refused = True
+        _send(channel, error_message(error))
+        asyncio.get_running_loop().call_later(_LAST_WORD_S, self._end)
+
+    async def _watch_stream(self, channel: RTCDataChannel) -> None:
+        self._part(channel, await self._session.failures.take())
 
     async def _tell(self, channel: RTCDataChannel) -> None:
         while True:

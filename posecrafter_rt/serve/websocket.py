@@ -45,10 +45,11 @@ async def serve_socket(service: Service, socket: WebSocket) -> None:
 
 
 async def _converse(service: Service, session: Session, socket: WebSocket) -> None:
-    """Return when the client is gone. Raises: Disconnect."""
+    """Return when the client is gone. Raises: Disconnect; PoseCrafterError if the stream has closed itself."""
     line = asyncio.Lock()  # whoever holds it may send, and holds it until the message is on its way
     tasks = [asyncio.create_task(job) for job in (
-        _hear(Conversation(service, session), socket), _show(session, socket, line), _tell(session, socket, line))]  # fmt: skip
+        _hear(Conversation(service, session), socket), _show(session, socket, line), _tell(session, socket, line),
+        _watch_stream(session))]  # fmt: skip
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -87,6 +88,10 @@ async def _tell(session: Session, socket: WebSocket, line: asyncio.Lock) -> None
         message = await session.texts.take()
         async with line:
             await _send(socket.send_text(json.dumps(message)))
+
+
+async def _watch_stream(session: Session) -> None:
+    raise await session.failures.take()
 
 
 async def _send(sending: Awaitable[None]) -> None:

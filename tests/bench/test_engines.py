@@ -169,6 +169,19 @@ def test_others_are_judged_where_the_reference_has_run() -> None:
     assert "None is judged: `torch fp32` did not run." in text
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_said_so_and_is_never_the_fastest(value: float) -> None:
+    assert engines.psnr_db(torch.tensor([0.0, value]), torch.tensor([0.0, 1.0])) is None
+    base, broken = of_reference(10, 20), {**of_reference(1, 1), "engine": "torch fp16"}
+    broken["steps"]["2"]["psnr_db"] = None
+    text = write_markdown([base, broken], [1, 2])
+    assert "| torch fp16 | 1.0 (10.00×) | 1.0 (20.00×) | not finite |" in text
+    assert f"Fastest of those with 40 dB at least: {REFERENCE}, 1.00 times" in text
+    for step in base["steps"].values():
+        step["psnr_db"] = None
+    assert f"None is judged: `{REFERENCE}` itself is not finite." in write_markdown([base, broken], [1, 2])
+
+
 def test_a_quick_run_builds_nothing_that_takes_minutes() -> None:
     quick = parse(["--quick"])
     assert not any("inductor" in name for name in quick.engines) and REFERENCE in quick.engines

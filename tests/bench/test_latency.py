@@ -201,11 +201,13 @@ def test_targets_are_judged() -> None:
     assert list(targets.judge(row).values()) == [("20.4", True), ("151 ms", False), ("0.30 s", True), ("1 of 9", False)]
 
 
-def test_targets_are_those_of_size_and_machine() -> None:
+def test_targets_are_those_of_base_size_and_machine() -> None:
     cpu, gpu, hopper = {}, {"gpu": "NVIDIA GeForce RTX 3090"}, {"gpu": "NVIDIA H100 80GB HBM3"}
-    assert targets_for([128, 160], cpu) is not None and targets_for([128, 160], gpu) is None
-    assert targets_for([512, 512], cpu) is None
-    assert [targets_for([512, 512], facts).fps for facts in (gpu, hopper)] == [16, 40]  # type: ignore[union-attr]
+    small, large = {"base": "embedded", "size": [128, 160]}, {"base": "random-sd15", "size": [512, 512]}
+    assert targets_for(small, cpu) is not None and targets_for(small, gpu) is None
+    assert targets_for(large, cpu) is None
+    assert [targets_for(large, facts).fps for facts in (gpu, hopper)] == [16, 40]  # type: ignore[union-attr]
+    assert targets_for({**large, "base": "embedded"}, gpu) is None is targets_for({**small, "base": "random-sd15"}, cpu)
 
 
 def test_markdown_tells_what_was_measured_and_what_was_not() -> None:
@@ -219,6 +221,7 @@ def test_markdown_tells_what_was_measured_and_what_was_not() -> None:
     older = {name: value for name, value in row.items() if name != "frame_ms"} | {"is_pipelined": False}
     failed = {"way": "serve", "steps": 4, "is_pipelined": False, "error": "left out: websockets is not installed"}
     setup = {
+        "base": "embedded",
         "size": [128, 160],
         "backend": "torch",
         "precision": "fp32",
@@ -227,7 +230,12 @@ def test_markdown_tells_what_was_measured_and_what_was_not() -> None:
         "rate": 25.0,
         "seconds": 20.0,
     }
-    document = {"machine": {"processor": "one"}, "setup": setup, "load_s": 3.0, "rows": [row, older, failed]}
+    document = {
+        "machine": {"processor": "one", "torch_threads": 2},
+        "setup": setup,
+        "load_s": 3.0,
+        "rows": [row, older, failed],
+    }
     text = markdown(document)
     assert "| stream, 4 steps, pipelined | 31.2 | 40.5 | 51.0 | 1.5 | 3.0 | 21.3 | 7 of 97 |" in text
     assert "| 0 of 90 | 3 | 24.1 | 28.2 | 30.3 |" in text and "| 0 of 90 | 3 |  |  |  |" in text
@@ -235,6 +243,8 @@ def test_markdown_tells_what_was_measured_and_what_was_not() -> None:
     assert "| at least 20 frames/s | 21.3: met | 21.3: met |" in text
     assert "| stream, 4 steps, pipelined | 1.0 | 40.0 | 25.0 |" in text
     assert "Targets" not in markdown({**document, "rows": [failed]})
+    text = markdown({**document, "machine": {"torch_threads": 64}})
+    assert "on two cores are for 2 threads, not 64." in text and ": met" not in text
 
 
 @pytest.mark.parametrize("window", [0, 3])

@@ -45,12 +45,15 @@ def test_a_presets_count_is_the_ledgers(tiny_base: Path) -> None:
     assert 0 < count_flops_of(counters, setup, cached) < exact > count_flops_of(counters, setup, small) > 0
 
 
-def test_goals_are_a_cards_at_one_size_and_length() -> None:
+def test_goals_are_a_cards_for_one_base_size_and_length() -> None:
     stages = "5.00 | 5.00 | 5.00 | 5.00 | 200 | 50 | 1000 | 2000 |"
     assert f"| exact | 20.00 | 12 | 5.0 | {stages}" in markdown(document("NVIDIA H100 80GB HBM3"))
     assert f"| exact | 20.00 | 115 | 5.0 | {stages}" in markdown(document("NVIDIA GeForce RTX 3090"))
     for other in (document("NVIDIA H200"), document("NVIDIA H100 80GB HBM3", frames=16)):
         assert "| exact | 20.00 |  |" in markdown(other)
+    of_another = document("NVIDIA H100 80GB HBM3")
+    of_another["setup"]["base"] = "embedded"
+    assert "| exact | 20.00 |  |" in markdown(of_another)
     assert "| fast | failed: memory ran out" in markdown(document("NVIDIA H200"))
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bench import footage, kernels, rivals, throughput, untrained
+from bench import footage, gpu, kernels, rivals, throughput, untrained
 from bench.contenders import Job, run
 from bench.flops import Counters, Setup, count_flops
 from bench.processes import in_own_process
@@ -161,6 +161,50 @@ def test_targets_are_judged_by_the_fastest_that_is_near_enough() -> None:
     assert f"| {openvino} plain, any type | 7.50 | ≥ 5 | met | 0.50 | ≤ 0.6 | met |" in lines
     assert "int8" not in lines and f"{openvino} published, the same type" not in lines
     assert throughput.judged(rows[:3], "fp32") == [] == throughput.judged(rows[3:], "fp32")
+
+
+def test_without_float32_nothing_is_judged() -> None:
+    """An engine that is compared with itself alone is not near anything."""
+    rows: list[dict[str, Any]] = [
+        {"contender": name, "total_s": total_s, "peak_bytes": 1, "peak_gpu_bytes": 0}
+        for name, total_s in (("exact, openvino int8", 1), ("published, fp16", 11))
+    ]
+    lines = "\n".join(throughput.judged(rows, "fp16"))
+    assert "None is judged: neither `exact` nor `published` ran in fp32" in lines and "met" not in lines
+    assert throughput.judged(rows[1:], "fp16") == []
+
+
+@pytest.mark.parametrize(("names", "reference", "compared"), [
+    (["exact, openvino int8", "exact, torch fp32", "published, fp16"], "exact, torch fp32", 3),
+    (["exact, openvino int8", "plain, fp32", "published, fp32"], "published, fp32", 2),
+    (["exact, openvino int8", "published, fp16", "plain, fp32"], None, 0),
+    (["exact, openvino int8", "exact, torch fp32: failed", "published, fp32"], "published, fp32", 2),
+])  # fmt: skip
+def test_frames_are_compared_with_those_in_float32(
+    names: list[str], reference: str | None, compared: int, job: Job, tiny_base: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(throughput, "in_own_process", lambda function, *of: {"flops_per_s": 1e9})
+    one = {"startup_s": 1.0, "total_s": 2.0, "loaded_peak_bytes": 1, "peak_bytes": 1, "peak_gpu_bytes": 0,
+           "seconds": {"denoise": 2.0}}  # fmt: skip
+    contenders: dict[str, Any] = {}
+    runs: dict[str, Any] = {}
+    for index, told in enumerate(names):
+        name, _, failed = told.partition(":")
+        of = replace(job, method=name.split(",")[0], output=tmp_path / f"{index}.npy")
+        contenders[name], runs[name] = {"job": of}, [{"error": "no memory"} if failed else one]
+        np.save(of.output, np.full((FRAMES, *SIZE, 3), index, np.uint8))
+    rows = summarise(contenders, runs, Counters(tiny_base), Setup(SIZE, FRAMES, STEPS))
+    quality = {row["contender"]: row["psnr_db"] for row in rows if "psnr_db" in row}
+    assert len(quality) == compared and [name for name in quality if quality[name] is None] == [reference][:compared]
+    said = f"PSNR is to\nthe frames of `{reference}`." if reference else "PSNR is to\nnothing: none ran in fp32."
+    assert said in tables(rows)
+
+
+def test_by_default_something_runs_in_float32_to_compare_with() -> None:
+    assert "torch:fp32" in parse(["--precision", "fp16"]).engines
+    words, _ = gpu.PARTS["renders"]
+    assert "torch:fp32" in parse(list(words[1:])).engines
 
 
 def test_speed_and_memory_are_judged_of_one_engine() -> None:

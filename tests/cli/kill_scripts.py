@@ -5,9 +5,12 @@ from __future__ import annotations
 # What the scripts below begin with: processes that run the command, forked from one that has only imported what takes long
 # to import.
 FORKS = """
-import hashlib, json, os, pathlib, pkgutil, random, signal, sys, time
+import gc, hashlib, json, os, pathlib, pkgutil, random, signal, sys, time
 import posecrafter_rt.cli.render, posecrafter_rt.engines.torch, posecrafter_rt.models.networks, posecrafter_rt.rendering
 from posecrafter_rt.cli.main import main
+
+gc.collect()
+gc.freeze()  # or each process would first of all copy what it has from this one, when it collects garbage
 
 def start(*command, prepare=lambda: None):
     victim = os.fork()

@@ -6,6 +6,8 @@ Tests of posecrafter_rt/demo/ and cli/demo.py: the whole path with nothing in it
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.demo import run as demo
 from posecrafter_rt.demo.footage import load_poses
 from posecrafter_rt.engines.folder import PASSED_OVER
+from posecrafter_rt.errors import OutputExists
 from posecrafter_rt.tuning import TuneOptions
 from posecrafter_rt.video_io import read_video
 from tests.test_lean_import import modules_after
@@ -71,6 +75,46 @@ def test_a_complete_one_is_not_overwritten_unasked(finished: tuple[Path, dict[st
     result = invoke("demo", "-o", folder, *SHORT)
     assert result.exit_code == 1 and "--force" in result.output
     assert (folder / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["out.mp4", "out.png", "out.report.json", "contact_sheet.png", "side_by_side.mp4", "controlvideo.mp4",
+             "tuned.engine", "tuned.ckpt", "metrics.json"],
+)  # fmt: skip
+def test_files_of_the_user_are_not_replaced_unasked(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputExists, match=f"/{name} ") as caught:
+        demo.Demo(tmp_path, 2, TuneOptions(), force=False)
+    assert "--force" in (caught.value.hint or "")
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_only_its_own_checkpoint_is_rendered_unasked(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    short = TuneOptions(steps=1, decoder_steps=1, small_decoder_steps=1)
+    shutil.copy(finished[0] / "tuned.ckpt", tmp_path)
+    demo.Demo(tmp_path, 2, short, force=False)
+    with pytest.raises(OutputExists, match=r"tuned\.ckpt was not tuned by this demonstration, or with other numbers"):
+        demo.Demo(tmp_path, 2, replace(short, decoder_steps=2), force=False)
+    other = Checkpoint.load(tmp_path / "tuned.ckpt")
+    other.frames[0] = 0
+    other.save(tmp_path / "tuned.ckpt", force=True)
+    with pytest.raises(OutputExists, match="was not tuned by this demonstration"):
+        demo.Demo(tmp_path, 2, short, force=False)
+
+
+def test_a_tuning_that_was_interrupted_is_thrown_away_only_if_asked(tmp_path: Path) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    options = TuneOptions(steps=2, decoder_steps=0, small_decoder_steps=0)
+    with pytest.raises(KeyboardInterrupt):
+        demo.Demo(tmp_path, 2, options, force=False).tune(interrupted)
+    steps: list[int] = []
+    other = replace(options, steps=1)
+    with pytest.raises(OutputExists, match="unfinished tuning"):
+        demo.Demo(tmp_path, 2, other, force=False).tune(lambda step, of, label: steps.append(step))
+    demo.Demo(tmp_path, 2, options, force=False).tune(lambda step, of, label: steps.append(step))
+    assert steps == [2]
 
 
 def test_one_that_is_done_anew_does_not_try_again_what_auto_has_passed_over(

@@ -94,6 +94,11 @@ def test_missing_packages_name_the_command(monkeypatch: pytest.MonkeyPatch) -> N
     found = {finding.name: finding for finding in checks.check_packages()}
     assert (found["torch"].status, found["torch"].mend) == ("failed", "pip install torch")
     assert (found["rtmlib"].status, found["rtmlib"].mend) == ("absent", "pip install --no-deps rtmlib")
+    assert (found["xformers"].status, found["xformers"].mend) == (
+        "absent",
+        "pip install xformers",
+    )  # no TensorRT with it
+    assert (found["triton"].status, found["triton"].mend) == ("absent", "pip install triton")
     assert (found["aiortc"].status, found["aiortc"].mend) == ("absent", "pip install 'posecrafter-rt[serve]'")
 
 
@@ -137,6 +142,24 @@ def test_what_is_not_built_names_the_command_that_builds_it(monkeypatch: pytest.
     monkeypatch.setattr(native, "missing_reason", lambda: "it was not compiled")
     extension = next(finding for finding in checks.check_operators() if finding.name == "native extension")
     assert extension.mend == "install a C++ compiler and Python's headers, then in the checkout: pip install -e ."
+
+
+def test_a_cache_that_cannot_be_reached_is_said_to_be_what_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The system refuses a name of this length to root, too, to whom it permits any folder."""
+    from posecrafter_rt.engines import openvino_operations
+
+    name = "x" * 300
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / name))
+    monkeypatch.setattr(openvino_operations, "_built", openvino_operations._built.__wrapped__)  # found out anew
+    base, cache = checks.check_storage()
+    assert (base.name, base.status) == ("embedded base", "ok")
+    assert cache.status == "failed" and str(tmp_path) in cache.detail and "POSECRAFTER_CACHE" in str(cache.mend)
+    engines = {finding.name: finding for finding in checks.check_engines()}
+    assert engines["openvino"].status == engines["auto"].status == "ok"
+    if openvino_operations._fitting():
+        assert "fp16 needs operations that cannot be had here: they cannot be kept: " in engines["openvino"].detail
 
 
 def test_a_file_in_the_caches_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

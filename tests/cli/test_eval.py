@@ -179,3 +179,19 @@ def test_a_missing_pose_file_is_told_before_anything_is_measured(
                     ("--poses", pose_file(tmp_path / "a.json", 4, (64, 64)), "--rendered-poses", tmp_path / "no.json")):  # fmt: skip
         result = run(*clips, *options)
         assert result.exit_code == 1 and "no.json: there is no such file" in result.stderr
+
+
+@pytest.mark.parametrize(("modules", "told"), [
+    ({}, "no pose detector: dwpose: the Python package rtmlib does not import"),
+    ({"mediapipe": "import types\nsolutions = types.SimpleNamespace(holistic=None)"}, "the pose detector does not start"),
+])  # fmt: skip
+def test_a_detector_that_cannot_run_is_told_with_options_of_this_command(
+    clips: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modules: dict[str, str], told: str
+) -> None:
+    for name, source in {"rtmlib": "raise ImportError", "mediapipe": "raise ImportError", **modules}.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = run(*clips, "--range", "1:4", "--poses", pose_file(tmp_path / "true.json", 5, (32, 48)))
+    assert result.exit_code == 1 and told in result.stderr
+    assert f"hint: posecrafter-rt poses extract {clips[0]} -o r.json, " in result.stderr
+    assert result.stderr.rstrip().endswith("then add --rendered-poses r.json")

@@ -59,7 +59,8 @@ def test_an_engine_as_a_table(engine: Path) -> None:
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["backend", "torch"] in lines and ["size", "[32,", "40]"] in lines
     assert ["libraries", "torch", "2.13.0"] in lines
-    assert ["inversions", "files", "1"] in lines and ["inversions", "size", "500", "B"] in lines
+    assert ["inversions", "files", "1"] in lines and ["inversions", "on", "disk", "500", "B"] in lines
+    assert [line[:2] for line in lines].count(["on", "disk"]) == 1 and [line[:1] for line in lines].count(["size"]) == 1
     assert ["networks/unet.safetensors", "12.3", "kB"] in lines
     assert "pose channels" not in result.stdout
 

@@ -249,14 +249,16 @@ def test_a_joint_render_that_will_hardly_fit_is_announced(
     assert result.exit_code == 0 and not caplog.records and "of 3 frames at most, 1 shared" in result.output
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Result:
-    """Run a command that Ctrl-C ends when its video is begun."""
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch, *arguments: object, at: str = "posecrafter_rt.video_io.VideoWriter.write"
+) -> Result:
+    """Run a command that Ctrl-C ends at a call, by default when its video is begun."""
 
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(VideoWriter, "write", interrupted)
+        patch.setattr(at, interrupted)
         return run(*arguments)
 
 
@@ -274,6 +276,56 @@ def test_an_interrupted_render_goes_on_only_with_the_same_options(
     assert output.read_bytes() == (unbroken / "out.mp4").read_bytes()
     done = run(*command(workshop, output))
     assert done.exit_code == 1 and "exists already" in done.output
+
+
+@pytest.mark.parametrize("segment", [6, "auto"])
+def test_whether_the_same_command_goes_on_is_told_by_what_is_finished(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segment: object
+) -> None:
+    """Nothing is before the first segment is done, whatever was asked for; and then it is from the first moment on."""
+    for moment, purpose in (
+        ("posecrafter_rt.avatar.Avatar.load", "start over"),
+        ("posecrafter_rt.avatar.render_clip", "start over"),
+        ("posecrafter_rt.video_io.VideoWriter.write", "go on"),
+        ("posecrafter_rt.avatar.Avatar.load", "go on"),
+    ):
+        result = interrupt(monkeypatch, *command(workshop, tmp_path / "out.mp4", "--segment", segment), at=moment)
+        assert result.exit_code == 130
+        assert result.stderr.endswith(f"run the same command again to {purpose}\n"), moment
+        assert (tmp_path / "out.mp4.partial").exists() is (purpose == "go on")
+
+
+def test_nothing_is_written_among_the_poses_that_it_is_made_from(workshop: Path, tmp_path: Path) -> None:
+    """The report would be read as one of them by the next command."""
+    shutil.copy(workshop / "poses.json", tmp_path)
+    result = run(*command(workshop, tmp_path / "out.mp4", "--poses", tmp_path, "--force"))
+    assert result.exit_code == 1 and "would lie among the poses that it is made from" in " ".join(result.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["poses.json"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_engine_is_loaded(
+    workshop: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    output = tmp_path / "file" / "folder" / "out.mp4"
+    result = run("render", tmp_path / "none.engine", "--poses", workshop / "poses.json", "-o", output)
+    told = " ".join(result.output.split())
+    assert result.exit_code == 1 and f"cannot write {output}: {tmp_path / 'file'} is no folder" in told
+    assert "hint: choose a folder that you may write to" in told
+
+
+def test_a_frame_without_a_usable_point_goes_by_its_number_in_the_file(workshop: Path, tmp_path: Path) -> None:
+    """Where the reference is selected by the poses; the mode that does not renders it, too."""
+    poses = PoseSequence.load(workshop / "poses.json")
+    poses.keypoints[5, :, 2] = 0.2
+    poses.save(tmp_path / "poses.json")
+    result = run(*command(workshop, tmp_path / "out.mp4", "--poses", tmp_path / "poses.json", "--range", "4:8"))
+    assert result.exit_code == 1
+    assert "poses.json does not show the person in 1 of 4 frames: 5" in " ".join(result.stderr.split())
+    assert "keypoints count from confidence 0.3 on" in result.stderr
+    result = run("render", workshop / "tuned.engine", "--poses", tmp_path / "poses.json", "--range", "4:8",
+                 "--steps", 1, "--mode", "controlvideo", "-o", tmp_path / "out.mp4")  # fmt: skip
+    assert result.exit_code == 0, result.output
 
 
 def test_force_throws_another_unfinished_render_away(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,19 @@ def test_a_render_of_poses_alone_replaces_nothing(workshop: Path, tmp_path: Path
     assert read_video(tmp_path / "out.mp4").fps == pytest.approx(25)
 
 
+@pytest.mark.parametrize(("fps", "expected"), [(30.0, 30), (None, 25)])
+def test_a_folder_of_images_has_the_rate_of_the_poses(
+    workshop: Path, tmp_path: Path, fps: float | None, expected: float
+) -> None:
+    for number, frame in enumerate(read_video(workshop / "me.mp4").frames):
+        write_png(tmp_path / "images" / f"{number:04}.png", frame)
+    replace(PoseSequence.load(workshop / "me.json"), fps=fps).save(tmp_path / "me.json")
+    result = run(*command(workshop, tmp_path / "mended.mp4", "--poses", tmp_path / "me.json", "--video", tmp_path / "images",
+                          "--steps", 1))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert read_video(tmp_path / "mended.mp4").fps == pytest.approx(expected)
+
+
 def test_an_interrupted_one_goes_on_only_with_the_same_stretch_of_the_same_video(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +167,7 @@ def test_only_frames_that_are_rendered_have_to_show_the_person(
     else:
         assert result.exit_code == 1
         assert f"gaps.json does not show the person in {named}" in " ".join(result.output.split())
+        assert "hint: choose a --replace" in result.output and "--range" not in result.output  # which is refused here
         assert [path.name for path in tmp_path.iterdir()] == ["gaps.json"]
 
 

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from posecrafter_rt.cli import serve as serve_module
 from posecrafter_rt.cli.main import app
+from posecrafter_rt.poses.keypoints import PoseSequence
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +69,25 @@ def test_a_missing_package_is_one_line(package: str, monkeypatch: pytest.MonkeyP
 def test_missing_calibration_poses_are_one_line(tmp_path: Path) -> None:
     result = run(str(tmp_path / "no.engine"), "--port", "0", "--calibration", str(tmp_path / "no.json"))
     assert result.exit_code == 1 and "no.json" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_calibration_takes_the_frames_that_show_somebody(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[dict[str, Any]] = []
+    monkeypatch.setattr(serve_module, "_run", lambda application, *others: (
+        served.append(dict(application.state.service.options.stream))))  # fmt: skip
+    keypoints = np.random.default_rng(0).uniform(1, 30, (4, 134, 3)).astype(np.float32)
+    keypoints[..., 2], keypoints[1] = 1, 0
+    keypoints[2, :, 2] = 0.2  # too little for Eq. 5
+    PoseSequence(keypoints, (32, 32)).save(tmp_path / "poses.json")
+    command = (str(tiny_engine), "--port", "0", "--calibration", str(tmp_path / "poses.json"))
+    assert run(*command).exit_code == 0
+    np.testing.assert_allclose(served.pop()["calibration"].keypoints, keypoints[[0, 3]], atol=0.01)
+    for frame, told in ((1, "no person in any of 1 frames"), (2, "no frame has a keypoint of confidence 0.3 or more")):
+        PoseSequence(keypoints[[frame]], (32, 32)).save(tmp_path / "poses.json", force=True)
+        result = run(*command)
+        assert result.exit_code == 1 and told in result.stderr and "hint: " in result.stderr and not served
 
 
 @pytest.mark.parametrize("arguments", [("--max-sessions", "0"), ("--token", " "), ("--token", "")])

@@ -18,9 +18,11 @@ from posecrafter_rt.embedded.corpus import Clips, draw_clips
 from posecrafter_rt.embedded.text import write_tokenizer
 from posecrafter_rt.errors import ModelError
 from posecrafter_rt.models.loading import load_base, named_parameters
+from posecrafter_rt.models.sources import EMBEDDED_FOLDER
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS
 
 SECONDS = 2 / 60  # of each training stage, in minutes
+BLANK = Clips(np.zeros((1, 1, *SIZE, 3), np.uint8), np.zeros((1, 1, NUM_KEYPOINTS, 3), np.float32), ["nobody"])
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +58,32 @@ def test_the_recipe_runs_keeps_its_stages_and_goes_on_from_a_base(
     monkeypatch.setattr(train, "draw_clips", None)  # drawn, encoded and trained already
     monkeypatch.setattr(train, "encode_corpus", None)
     monkeypatch.setattr(train, "train_vae", None)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "vae").iterdir()}  # else a kill could tear it
     train.main(tmp_path, clips=4, denoiser_minutes=SECONDS, start_from="embedded")
     embedded, further = load_base("embedded"), load_base(str(tmp_path))
     distance = (further.unet.conv_in.weight - embedded.unet.conv_in.weight).abs().max()
     assert 0 < distance < 0.05  # a step or two away from it, not anew
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "vae").iterdir()} == kept
+
+
+def test_a_new_run_that_goes_on_from_a_base_trains_on_the_latents_of_its_autoencoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "train_vae", None)
+    monkeypatch.setattr(train, "train_denoiser", lambda corpus, denoiser, *arguments: denoiser)  # it would take long
+    train.kept(tmp_path / "clips.safetensors", BLANK.to_tensors)
+    train.main(tmp_path, start_from="embedded")
+    embedded, further = load_base("embedded").vae.state_dict(), load_base(str(tmp_path)).vae.state_dict()
+    assert all(torch.equal(further[name], tensor) for name, tensor in embedded.items())
+
+
+def test_a_base_does_not_say_in_which_folder_it_was_made(tmp_path: Path) -> None:
+    model = train.AutoencoderKL(**train_vae.VAE)
+    model.register_to_config(_name_or_path="/home/somebody/vae")
+    train.save_network(tmp_path / "vae", model)
+    for folder in (tmp_path, EMBEDDED_FOLDER):
+        assert not any("_name_or_path" in path.read_text() for path in folder.rglob("config.json"))
+    assert train.AutoencoderKL.from_pretrained(tmp_path / "vae").config.scaling_factor == model.config.scaling_factor
 
 
 def test_an_autoencoder_that_was_saved_in_part_is_trained_again(
@@ -70,8 +94,7 @@ def test_an_autoencoder_that_was_saved_in_part_is_trained_again(
 
     monkeypatch.setattr(train, "load_photographs", list)
     monkeypatch.setattr(train_vae, "BATCH", 2)
-    blank = Clips(np.zeros((1, 1, *SIZE, 3), np.uint8), np.zeros((1, 1, NUM_KEYPOINTS, 3), np.float32), ["nobody"])
-    train.kept(tmp_path / "clips.safetensors", blank.to_tensors)
+    train.kept(tmp_path / "clips.safetensors", BLANK.to_tensors)
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("safetensors.torch.save_file", interrupted)  # when diffusers has written the config

@@ -171,6 +171,17 @@ def test_another_process_compiles_nothing(
         load(plain_model, openvino_networks, tmp_path, num_threads=1)["controlnet"](**inputs)
 
 
+@pytest.mark.parametrize("asked", [None, 2])
+def test_a_quota_of_cores_limits_the_threads_unless_others_were_asked_for(
+    asked: int | None, plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.engines.openvino.core_quota", lambda: 1)
+    inputs = draw(plain_model, "pose_embedding", 1)
+    engine = load(plain_model, openvino_networks, tmp_path, num_threads=asked)["pose_embedding"]
+    compiled = engine._compile_anew(engine.spec, tuple(tuple(tensor.shape) for tensor in inputs.values()))
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == (asked or 1)
+
+
 def test_what_cannot_be_imported_is_compiled_again(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
 ) -> None:

@@ -19,11 +19,12 @@ from torch.nn import functional
 
 from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.engines import openvino_trials
-from posecrafter_rt.engines.openvino import NetworkFile, OpenVinoEngine
+from posecrafter_rt.engines.openvino import NetworkFile, OpenVinoBackend, OpenVinoEngine
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.verify import relative_error
+from posecrafter_rt.machine import cpu_features
 from posecrafter_rt.spec import NetworkSpec, TensorSpec
 from tests.engines.openvino_models import constant, draw, kinds, parameter, run
 
@@ -155,6 +156,19 @@ def test_without_a_compiler_all_is_openvinos(
     assert relative_error(run(model, pixels)[0], reference(pixels)) < EXACT
 
 
+@pytest.mark.skipif(not operations._fitting() or shutil.which("g++") is None, reason="they cannot be compiled here")
+def test_where_the_cache_cannot_be_searched_all_is_openvinos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
+) -> None:
+    """The system refuses a name of this length to root, too, to whom it permits any folder."""
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / ("x" * 300)))
+    assert str(operations.missing_reason()).startswith("they cannot be kept: ")
+    for reason in (operations.missing_halves_reason(), operations.missing_bytes_reason()):
+        assert reason is not None
+    assert OpenVinoBackend().unsupported_reason("fp32") is None
+    assert operations.operations() is None and operations.extend(openvino.Core()) is None
+
+
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not installed")
 def test_clang_compiles_them_as_well(
     lanes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
@@ -174,7 +188,10 @@ def test_they_compile_here() -> None:
 @pytest.mark.parametrize("vectors", operations.VECTORS, ids=lambda vectors: " ".join(sorted(vectors.needed)))
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_they_compile_for_every_processor(vectors: operations.Vectors) -> None:
-    """Those that this one is not, and with fewer instructions than it has, too."""
+    """Those that this one is not, too. For vectors that it has, they are compiled and tried as other tests use them."""
+    if vectors.needed <= cpu_features():
+        assert operations._built((vectors,)).reason is None
+        return
     headers = Path(openvino.__file__).with_name("include")
     command: list[Any] = ["g++", *operations.FLAGS, *vectors.flags, "-fsyntax-only", "-I", headers]
     result = subprocess.run([*command, *operations.SOURCES.glob("*.cpp")], capture_output=True, text=True)
@@ -255,6 +272,7 @@ def compile_only(
     others = [str(path) for name, path in objects.items() if name != compiled]
     monkeypatch.setattr(operations, "SOURCES", sources)
     monkeypatch.setattr(operations, "FLAGS", PLAIN_FLAGS)
+    monkeypatch.setattr(operations, "_ask", lambda vectors: None)  # the compiler has just compiled the others
     monkeypatch.setenv("CXX", " ".join([compiler, *others]))
 
 
@@ -389,3 +407,9 @@ def test_what_cannot_be_loaded_is_compiled_again(
         assert operations.missing_reason() is None
         assert "is compiled again" in caplog.text
         assert any(file.read_bytes() == whole for file in library.parent.iterdir())
+    for number in range(8):  # which of all comes first is the system's choice
+        file = library.with_name(f"{library.stem[:64]}-{number:064}.so")
+        file.write_bytes(no_library)
+    caplog.clear()
+    operations._built.cache_clear()
+    assert operations.missing_reason() is None and not caplog.records  # a sound one is beside them

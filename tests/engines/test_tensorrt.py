@@ -101,6 +101,23 @@ def test_what_no_installation_mends_is_said_first(nothing_installed: None) -> No
     assert TensorRTBackend().unsupported_reason("int8") == "it has no int8; use fp32, bf16 or fp16"
 
 
+@pytest.mark.parametrize(("driver", "wheels", "is_refused"), [
+    ("12.8", {"tensorrt-cu13": "11.4.0"}, True), ("13.0", {"tensorrt-cu13": "11.4.0"}, False),
+    ("13.2", {"tensorrt-cu13": "11.4.0"}, False), ("12.8", {}, False),  # another wheel
+])  # fmt: skip
+def test_a_driver_that_torch_can_use_may_be_too_old_for_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, driver: str, wheels: dict[str, str], is_refused: bool
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(backend_module, "library_versions", lambda names: wheels)
+    monkeypatch.setattr(backend_module, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(backend_module, "_version", lambda: "11.4.0")
+    reason = "the driver is for CUDA 12.8; tensorrt-cu13 needs 13.0 (driver 580)" if is_refused else None
+    assert TensorRTBackend().unsupported_reason("fp16") == reason
+
+
 def test_only_what_16_bits_do_not_hold_is_kept_from_them() -> None:
     assert network_precision("unet", "fp16") == ("fp16", False)
     assert network_precision("time_tables", "bf16") == ("fp32", False)
@@ -211,6 +228,34 @@ def test_a_plan_is_read_and_refitted_on_its_device_once_torch_keeps_no_memory_th
                    "on cuda:1", "waited", "refitted", "back"]  # fmt: skip
 
 
+class Stays(Tensor):
+    """A tensor that is on every device."""
+
+    def to(self, *arguments: Any, **options: Any) -> Any:
+        return self
+
+
+@pytest.mark.parametrize(("name", "precision", "names_bf16"), [
+    ("unet", "fp16", True), ("unet", "bf16", False), ("unet", "fp32", False),
+    ("vae_decoder", "fp16", False),  # whose products are in float32
+])  # fmt: skip
+def test_a_plan_that_misses_its_limit_in_fp16_names_bf16(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, precision: Precision, names_bf16: bool
+) -> None:
+    """Its products may have been added up in float16."""
+    spec = NetworkSpec(name, (TensorSpec("x", ("frames",)),), (TensorSpec("y", ("frames",)),))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backend_module, "Workspace", lambda device: None)
+    monkeypatch.setattr(backend_module, "TensorRTEngine", lambda *arguments: lambda x: {"y": 2 * x})
+    monkeypatch.setattr(backend_module, "random_inputs", lambda spec, sizes: {"x": torch.ones(2).as_subclass(Stays)})
+    network, message = nn.Module(), f"^TensorRT's {name} gives y with a relative error of 1$"
+    network.forward = lambda x: (x,)
+    for hints in (backend_module.IF_BUILT, backend_module.IF_REFITTED):
+        with pytest.raises(EngineFolderError, match=message) as raised:
+            TensorRTBackend()._compare(tmp_path, network, spec, ARCH, precision, hints)
+        assert raised.value.hint and ("--precision bf16" in raised.value.hint) == names_bf16
+
+
 # ---- on a GPU, with the library ----
 
 
@@ -247,6 +292,38 @@ class OneAttention(nn.Module):
         return (self.attention(self.to_q(hidden_states), k, v, 8),)
 
 
+class TwoAttentions(nn.Module):
+    """Attentions of two head sizes: one plan then has two kernels that are compiled from one source."""
+
+    def __init__(self, attention: Callable[..., Tensor], channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.narrow, self.wide = OneAttention(attention, channels // 2), OneAttention(attention, channels)
+
+    def forward(self, hidden_states: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        narrow = self.narrow(*(tensor[..., : self.channels // 2] for tensor in (hidden_states, k, v)))
+        return (torch.cat((*narrow, *self.wide(hidden_states, k, v)), dim=-1),)
+
+
+def attention_spec(is_temporal: bool, channels: int, out_channels: int) -> NetworkSpec:
+    each = ("frames", 64)
+    q = ("groups", *each) if is_temporal else each
+    kv = q if is_temporal else ("groups", 64)
+    inputs = [TensorSpec(name, (*dims, channels)) for name, dims in (("hidden_states", q), ("k", kv), ("v", kv))]
+    return NetworkSpec("attention", tuple(inputs), (TensorSpec("out", (*q, out_channels)),))
+
+
+def assert_plan_is_module(module: nn.Module, spec: NetworkSpec, folder: Path, tolerance: float) -> None:
+    engine = TensorRTEngine(spec, partial(_deserialize, folder, spec.name, ""), Workspace(torch.device("cuda", 0)),
+                            folder / f"{spec.name}.safetensors")  # fmt: skip
+    for frames in (1, 7, 16, 1):
+        inputs = random_inputs(spec, {**SIZES, "frames": frames})
+        with torch.no_grad():
+            right = module(*inputs.values())[0]
+        outputs = engine(**{name: tensor.cuda() for name, tensor in inputs.items()})
+        assert relative_error(first(outputs), right) < tolerance
+
+
 def draw(model: PoseModel, name: str, frames: int, seed: int = 0) -> dict[str, Tensor]:
     """Inputs on the GPU, of so many frames, or of as many as the network may be given."""
     arch = model.architecture()
@@ -281,24 +358,25 @@ class TestOnGpu:
     ) -> None:
         """The least that shows whether TensorRT takes a kernel of ours: a network of one node, as wide as Stable Diffusion's."""
         is_temporal = attention is temporal_attention
-        each = ("frames", 64, channels)
-        q = ("groups", *each) if is_temporal else each
-        kv = q if is_temporal else ("groups", 64, channels)
-        spec = NetworkSpec("attention", tuple(TensorSpec(name, dims) for name, dims in zip(("hidden_states", "k", "v"), (q, kv, kv), strict=True)),
-                           (TensorSpec("out", q),))  # fmt: skip
+        spec = attention_spec(is_temporal, channels, channels)
         arch, module = replace(plain_model.architecture(), max_frames=16), OneAttention(attention, channels).eval()
         register_plugins(torch.cuda.get_device_capability())
         described, _ = _build_network(export_network(module, spec, arch), spec, arch, tmp_path, precision, b"", print)
         has_kernel = is_temporal or (precision, channels) != ("fp32", 1280)
         assert (described["plugins"], described["attentions"]) == (int(has_kernel), 1)
-        engine = TensorRTEngine(spec, partial(_deserialize, tmp_path, "attention", ""), Workspace(torch.device("cuda", 0)),
-                                tmp_path / "attention.safetensors")  # fmt: skip
-        for frames in (1, 7, 16, 1):
-            inputs = random_inputs(spec, {**SIZES, "frames": frames})
-            with torch.no_grad():
-                right = module(*inputs.values())[0]
-            outputs = engine(**{name: tensor.cuda() for name, tensor in inputs.items()})
-            assert relative_error(first(outputs), right) < (1e-4 if precision == "fp32" else 5e-3)
+        assert_plan_is_module(module, spec, tmp_path, 1e-4 if precision == "fp32" else 5e-3)
+
+    @pytest.mark.parametrize("attention", [keyframe_attention, temporal_attention])
+    def test_two_plugins_of_one_kernel_do_not_mix(
+        self, plain_model: PoseModel, tmp_path: Path, attention: Callable[..., Tensor]
+    ) -> None:
+        """TensorRT tells kernels apart by their names."""
+        spec = attention_spec(attention is temporal_attention, 640, 320 + 640)
+        arch, module = replace(plain_model.architecture(), max_frames=16), TwoAttentions(attention, 640).eval()
+        register_plugins(torch.cuda.get_device_capability())
+        described, _ = _build_network(export_network(module, spec, arch), spec, arch, tmp_path, "fp16", b"", print)
+        assert (described["plugins"], described["attentions"]) == (2, 2)
+        assert_plan_is_module(module, spec, tmp_path, 5e-3)
 
     @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 5e-3), ("bf16", 0.03)])
     @pytest.mark.parametrize("name", NETWORKS)

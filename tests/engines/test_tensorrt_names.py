@@ -226,6 +226,42 @@ def test_the_monitor_and_the_logger_are_what_the_bindings_ask_for(libraries: Pat
     assert errors[6:] == [["PoseCrafterError", "it failed"]]
 
 
+# The library that stands in returns null pointers, as the real one does where the driver is too old for it.
+NOT_STARTED = """
+from pathlib import Path
+import tensorrt as trt
+from posecrafter_rt.engines.tensorrt import _deserialize
+from posecrafter_rt.engines.tensorrt_build import build_plan
+from posecrafter_rt.engines.tensorrt_common import make_logger, start
+from posecrafter_rt.errors import PoseCrafterError
+logger, severities = make_logger(), trt.ILogger.Severity
+
+def log_and_build():
+    logger.log(severities.WARNING, "CUDA initialization failure with error: 35")  # TensorRT 8.6 only warned
+    logger.log(severities.INFO, "a detail")
+    return trt.Builder(logger)
+
+logger.log(severities.WARNING, "of something else")
+for make in (lambda: build_plan(Path("unet.onnx"), {}, b"", False, print), lambda: _deserialize(Path(), "unet", ""),
+             lambda: start(log_and_build), lambda: start(lambda: trt.Builder(7))):
+    try:
+        make()
+    except PoseCrafterError as error:
+        print(error, "|", error.hint)
+    except TypeError as error:
+        print("a wrong argument")
+"""
+
+
+@needs_bindings
+def test_a_library_that_does_not_start_is_an_error_that_names_the_driver(libraries: Path) -> None:
+    *failures, wrong = helper.run(NOT_STARTED, libraries).splitlines()
+    reasons, hints = zip(*(line.split(" | ") for line in failures), strict=True)
+    assert reasons == ("TensorRT does not start", "TensorRT does not start",
+                       "TensorRT does not start: CUDA initialization failure with error: 35")  # fmt: skip
+    assert all("NVIDIA driver" in hint for hint in hints) and wrong == "a wrong argument"
+
+
 # A plan and its context are the library's: these stand in for those that refuse a shape outside the profile.
 REFUSED = """
 from pathlib import Path

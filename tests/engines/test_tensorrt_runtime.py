@@ -57,7 +57,7 @@ def test_a_recording_that_fails_without_a_message_is_named_and_not_tried_again(
         raise RuntimeError
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", fails)
+    monkeypatch.setattr(runtime_module, "recording", fails)
     slot: Any = Slot.__new__(Slot)
     slot.spec, slot.records = SimpleNamespace(name="unet"), True
     slot.workspace = SimpleNamespace(stream=SimpleNamespace(synchronize=lambda: None))

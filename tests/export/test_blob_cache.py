@@ -84,6 +84,12 @@ def test_a_file_that_another_process_removes_meanwhile_is_no_failure(
     assert cache.load({"n": 1}) == b"x" and cache.load({"n": 0}) is None and not caplog.messages
 
 
+def test_a_folder_that_cannot_be_searched_holds_nothing(tmp_path: Path) -> None:
+    """The system refuses a name of this length to root, too, to whom it permits any folder."""
+    cache = BlobCache(tmp_path / ("x" * 300))
+    assert not cache.holds({}) and cache.load({}) is None and cache.map({}) is None and not cache.save({}, b"x")
+
+
 def test_a_folder_that_cannot_be_written_is_only_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING, "posecrafter_rt"):

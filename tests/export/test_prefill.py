@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -53,7 +52,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int | None], None
     """machine(cores, free bytes): what this process may use."""
 
     def set_machine(cores: int, free: int | None) -> None:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+        monkeypatch.setattr(module, "usable_cores", lambda: cores)
         monkeypatch.setattr(module, "available_bytes", lambda: free)
 
     return set_machine

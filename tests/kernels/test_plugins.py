@@ -23,6 +23,7 @@ from posecrafter_rt.kernels.plugins import (
     KERNELS,
     SHARED_BYTES,
     integer_names,
+    named_apart,
     plugin_kernel,
     smaller_tiles,
     strip_ptx,
@@ -65,6 +66,24 @@ def test_a_parameter_that_is_read_is_not_dropped() -> None:
         strip_ptx(PTX, "attend", 4)
     with pytest.raises(ValueError, match="no entry other"):
         strip_ptx(PTX, "other", 2)
+
+
+def test_a_kernel_is_named_after_its_ptx() -> None:
+    name, ptx = named_apart("attend", PTX)
+    assert name.startswith("attend_") and f".entry {name}(" in ptx and ptx.replace(name, "attend") == PTX
+    assert [word.removeprefix(name) for word in re.findall(r"attend_\w+", ptx)] == [
+        "", *(f"_param_{number}" for number in (0, 1, 2, 0, 1))]  # fmt: skip
+    assert named_apart("attend", PTX) == (name, ptx)
+    assert named_apart("attend", PTX.replace("128", "256"))[0] != name
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_kernels_of_one_plan_have_names_of_their_own(op: str) -> None:
+    """TensorRT runs what it was given last under a name for all of that name."""
+    kernels = [plugin_kernel(op, (8, 6), torch.float16, head_size, 16)[0] for head_size in (40, 80)]
+    assert len({kernel.name for kernel in kernels}) == 2
+    for kernel in kernels:
+        assert re.findall(r"\.entry (\w+)\(", kernel.ptx) == [kernel.name]
 
 
 def test_tiles_shrink_to_the_smallest() -> None:

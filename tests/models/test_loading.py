@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from posecrafter_rt.errors import CheckpointError, ModelError
 from posecrafter_rt.models import sources
-from posecrafter_rt.models.loading import apply_tensors, load_base, load_controlvideo_weights, named_parameters
+from posecrafter_rt.models.loading import (
+    apply_tensors,
+    load_base,
+    load_controlvideo_weights,
+    locate_parts,
+    named_parameters,
+)
 
 UNET_FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
 
@@ -27,6 +33,7 @@ def test_a_folder_is_loaded_ready_to_run(tiny_base: Path) -> None:
     model = load_base(str(tiny_base))
     assert model.base_id == str(tiny_base.resolve()) and len(model.base_hash) == 64
     assert model.settings.size == (32, 32) and model.unet.norm_scope == model.controlnet.norm_scope == "frame"
+    assert locate_parts(str(tiny_base)).size_multiple == model.architecture().size_multiple
     for module in model.modules().values():
         assert not module.training and not any(parameter.requires_grad for parameter in module.parameters())
 
@@ -185,6 +192,45 @@ def test_parts_that_do_not_fit_together(base_copy: Path, tmp_path: Path) -> None
     ControlNetModel.from_config({**config, "cross_attention_dim": 64}).save_pretrained(tmp_path / "wide")
     with pytest.raises(ModelError, match="cross_attention_dim is 32 but the ControlNet's is 64"):
         load_base(str(base_copy), controlnet=str(tmp_path / "wide"))
+
+
+def test_a_hint_never_asks_for_what_was_given(base_copy: Path, tmp_path: Path) -> None:
+    """Inpainting and InstructPix2Pix models are named; a ControlNet that does not fit is asked for by its base."""
+    controlnet, path = str(shutil.copytree(base_copy / "controlnet", tmp_path / "cn")), base_copy / "unet/config.json"
+    config = json.loads(path.read_text())
+    for channels, kind in ((9, "an inpainting model"), (8, "an InstructPix2Pix model")):
+        path.write_text(json.dumps({**config, "in_channels": channels}))
+        with pytest.raises(
+            ModelError, match=f"makes 4 channels but the U-Net reads {channels}, as {kind} does"
+        ) as raised:
+            load_base(str(base_copy), controlnet=controlnet)
+        assert raised.value.hint == "use the model that it was made from"
+    path.write_text(json.dumps({**config, "cross_attention_dim": 64}))
+    with pytest.raises(ModelError, match="the text encoder gives 32 channels but the U-Net reads 64"):
+        load_base(str(base_copy), controlnet=controlnet)
+    text = base_copy / "text_encoder" / "config.json"
+    text.write_text(json.dumps({**json.loads(text.read_text()), "hidden_size": 64}))
+    with pytest.raises(ModelError, match="cross_attention_dim is 64 but the ControlNet's is 32") as raised:
+        load_base(str(base_copy), controlnet=controlnet)
+    assert raised.value.hint.startswith("use a ControlNet that was trained for this base")
+
+
+def test_a_vae_on_another_scale_is_refused(tiny_base: Path, base_copy: Path, tmp_path: Path) -> None:
+    def scaled(folder: Path, factor: float) -> str:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": factor}))
+        return str(folder)
+
+    sdxl = scaled(Path(shutil.copytree(tiny_base / "vae", tmp_path / "sdxl")), 0.13025)
+    with pytest.raises(ModelError, match=r"scaling_factor is 0\.13025 but the base's own has 0\.18215") as raised:
+        load_base(str(tiny_base), vae=sdxl)
+    assert "stabilityai/sd-vae-ft-mse" in raised.value.hint
+    scaled(base_copy / "vae", 0.13025)  # the base's own is on that scale, too
+    assert load_base(str(base_copy), vae=sdxl).vae.config["scaling_factor"] == 0.13025
+    shutil.rmtree(base_copy / "vae")  # nothing but Stable Diffusion 1.5's to hold it against
+    with pytest.raises(ModelError, match=r"scaling_factor is 0\.13025"):
+        load_base(str(base_copy), vae=sdxl)
+    assert load_base(str(base_copy), vae=str(tiny_base / "vae")).base_hash == load_base(str(tiny_base)).base_hash
 
 
 def test_tuned_tensors_are_put_in_and_converted(tiny_base: Path) -> None:

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import httpx
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from posecrafter_rt.errors import ModelError
+from posecrafter_rt.errors import DiskFull, ModelError
 from posecrafter_rt.models.loading import load_base
+from posecrafter_rt.models.small_decoder import load_small_decoder
 from posecrafter_rt.models.sources import locate_base, locate_component
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A hub with one repository: hub["folder"] holds its files, hub["calls"] what was asked of it."""
-    state: dict[str, Any] = {"calls": [], "folder": None}
+    """A hub with one repository: hub["folder"] holds its files, hub["calls"] what was asked of it.
+
+    hub["error"]: what it raises instead. hub["snapshot"]: the folder of what was fetched.
+    """
     snapshot = tmp_path_factory.mktemp("snapshot")
+    state: dict[str, Any] = {"calls": [], "folder": None, "error": None, "snapshot": snapshot}
 
     def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
         state["calls"].append((repo_id, allow_patterns))
+        if state["error"] is not None:
+            raise state["error"]
         if state["folder"] is None:
             raise LocalEntryNotFoundError("cannot reach the hub\nand more lines")
         for path in state["folder"].rglob("*"):
@@ -43,8 +53,12 @@ def test_a_hub_id_loads_like_its_folder(hub: dict[str, Any], tiny_base: Path) ->
     hub["folder"] = tiny_base
     model = load_base("some.owner/some-model", vae="owner/vae")
     assert model.base_id == "some.owner/some-model" and model.base_hash == load_base(str(tiny_base)).base_hash
-    (base_id, patterns), (vae_id, vae_patterns) = hub["calls"]
-    assert (base_id, vae_id) == ("some.owner/some-model", "owner/vae")
+    assert {repo_id for repo_id, _ in hub["calls"]} == {"some.owner/some-model", "owner/vae"}
+    patterns, vae_patterns = (
+        [pattern for repo_id, asked in hub["calls"] if repo_id == wanted for pattern in asked]
+        for wanted in ("some.owner/some-model", "owner/vae")
+    )
+    assert "vae/diffusion_pytorch_model.safetensors" not in patterns  # another is given
     # Not the hub's whole repository, which holds the same weights five times.
     assert "unet/diffusion_pytorch_model.safetensors" in patterns and "text_encoder/model.safetensors" in patterns
     assert not any("*" in pattern and pattern not in ("tokenizer/*", "scheduler/*.json") for pattern in patterns)
@@ -100,6 +114,78 @@ def test_an_unreachable_hub_is_one_line(hub: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="the hub gave no base model owner/name: cannot reach the hub$") as raised:
         load_base("owner/name")
     assert "connection" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (httpx.ProxyError("403 Forbidden\nand more"), "the hub gave no vae owner/vae: 403 Forbidden$"),
+        (httpx.RemoteProtocolError("peer closed connection"), "the hub gave no vae owner/vae: peer closed connection$"),
+        (RuntimeError("Data processing error: CAS service error"), "the hub gave no vae owner/vae: Data processing"),
+    ],
+)
+def test_whatever_ends_a_download_is_one_line(error: Exception, message: str, hub: dict[str, Any]) -> None:
+    hub["error"] = error
+    with pytest.raises(ModelError, match=message) as raised:
+        locate_component("owner/vae", "vae")
+    assert "connection" in raised.value.hint and raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "blobs/1"),
+                                   RuntimeError(f"Data processing error: {os.strerror(errno.ENOSPC)}")])  # fmt: skip
+def test_a_full_disk_is_no_fault_of_the_hub(error: Exception, hub: dict[str, Any]) -> None:
+    hub["error"] = error
+    with pytest.raises(DiskFull, match="base model owner/name could not be fetched") as raised:
+        locate_base("owner/name")
+    assert "HF_HOME" in raised.value.hint
+
+
+def test_memory_that_ran_out_is_no_fault_of_the_hub(hub: dict[str, Any]) -> None:
+    hub["error"] = MemoryError()
+    with pytest.raises(MemoryError):
+        locate_base("owner/name")
+
+
+def test_what_is_unsupported_costs_no_weights(hub: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
+    hub["folder"] = Path(shutil.copytree(tiny_base, tmp_path / "hub"))
+    path = tmp_path / "hub" / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    controlnet = str(tiny_base / "controlnet")
+    for change, message in (
+        ({"addition_embed_type": "text_time"}, "uses addition_embed_type"),
+        ({"in_channels": 9}, "the U-Net reads 9, as an inpainting model does"),
+    ):
+        path.write_text(json.dumps({**config, **change}))
+        with pytest.raises(ModelError, match=message):
+            load_base("owner/name", controlnet=controlnet)
+    path.write_text(json.dumps(config))
+    for given, message in (
+        ({"controlnet": "/absent"}, "no controlnet at /absent"),
+        ({"vae": "/absent"}, "no vae at /absent"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            load_base("owner/name", **given)
+    shutil.rmtree(tmp_path / "hub" / "controlnet")
+    (hub["snapshot"] / "owner" / "name" / "controlnet" / "config.json").unlink()
+    with pytest.raises(ModelError, match="holds no ControlNet"):
+        load_base("owner/name")
+    assert not list(hub["snapshot"].rglob("*.safetensors"))
+
+
+def test_a_hint_names_the_option_and_only_what_it_takes() -> None:
+    hints = {}
+    for kind, locate in (
+        ("base", locate_base),
+        ("vae", lambda source: locate_component(source, "vae")),
+        ("controlnet", lambda source: locate_component(source, "controlnet")),
+        ("small-decoder", lambda source: load_small_decoder(source, 4, 8, torch.float32)),
+    ):
+        with pytest.raises(ModelError, match="/absent") as raised:
+            locate("/absent")
+        hints[kind] = raised.value.hint
+        assert f"--{kind} takes" in hints[kind] and "hub id" in hints[kind]
+    assert [kind for kind, hint in hints.items() if '"embedded"' in hint] == ["base"]
+    assert [kind for kind, hint in hints.items() if "weight file" not in hint] == ["small-decoder"]
 
 
 @pytest.mark.parametrize("base", ["/absent/folder", "absent", "./absent/model", "owner/model.safetensors", "a/b/c", ""])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -163,6 +167,31 @@ def test_a_tensor_of_another_shape_is_an_error(tiny_files: dict[str, Path], tmp_
         load_base(str(tmp_path / "other.safetensors"), controlnet=str(tiny_files["controlnet"]))
 
 
+def test_a_difference_is_no_controlnet(tiny_files: dict[str, Path]) -> None:
+    save_file({**read_weights(tiny_files["controlnet"]), "difference": torch.zeros(1)}, tiny_files["controlnet"])
+    with pytest.raises(ModelError, match=r"controlnet\.safetensors holds differences") as raised:
+        load_base(str(tiny_files["base"]), controlnet=str(tiny_files["controlnet"]))
+    assert "lllyasviel/control_v11p_sd15_openpose" in raised.value.hint
+
+
+def test_averaged_weights_are_left_aside_and_said_so(
+    tiny_base: Path, tiny_files: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = read_weights(tiny_files["base"])
+    unet = {name: tensor for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
+    averaged = {
+        "model_ema." + name.removeprefix("model.").replace(".", ""): tensor + 1 for name, tensor in unet.items()
+    }
+    assert len(averaged) > 100
+    save_file({**tensors, **averaged}, tiny_files["base"])
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    found = load_base(str(tiny_files["base"]), controlnet=str(tiny_files["controlnet"]))
+    _assert_equal(load_base(str(tiny_base)), found)
+    assert [record.getMessage() for record in caplog.records if "EMA" in record.getMessage()] == [
+        f"{tiny_files['base']} also holds averaged weights of the U-Net (EMA), which are not used"
+    ]
+
+
 def test_truncated_file_is_one_line(tiny_files: dict[str, Path]) -> None:
     content = tiny_files["base"].read_bytes()
     tiny_files["base"].write_bytes(content[: len(content) // 2])
@@ -192,8 +221,50 @@ def test_a_pickle_with_code_does_not_run(suffix: str, writer: str, tmp_path: Pat
         with pytest.raises(ModelError) as raised:
             load()
         assert "\n" not in str(raised.value) and not trace.exists()
-    with pytest.raises(CheckpointError, match="could run code"):
+    with pytest.raises(CheckpointError, match="could run code") as refused:
         read_weights(path, CheckpointError)
+    if writer == "torch":  # in a form that PyTorch does not read, it does not look for names
+        assert str(refused.value).endswith(f"it holds {os.mkdir.__module__}.mkdir, which is no tensor")
+
+
+@pytest.fixture
+def lightning(monkeypatch: pytest.MonkeyPatch) -> type:
+    """A class that pickles as PyTorch Lightning's ModelCheckpoint; it is there only to write files."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    kind = type("ModelCheckpoint", (), {"__module__": name})
+    for folder in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
+        monkeypatch.setitem(sys.modules, folder, ModuleType(folder))
+    sys.modules[name].ModelCheckpoint = kind  # type: ignore[attr-defined]
+    return kind
+
+
+@pytest.mark.parametrize("numpys", [b"numpy._core.multiarray", b"numpy.core.multiarray"])
+def test_a_lightning_file_is_read_without_what_training_put_beside_the_weights(
+    numpys: bytes, lightning: type, tmp_path: Path
+) -> None:
+    instance = lightning()
+    instance.patience = 3
+    state = {"monitor": "val/loss", "best_model_score": np.float32(0.5), "scheduler": instance}
+    content = {"epoch": 3, "callbacks": {lightning: state}, "state_dict": {"weight": torch.arange(3.0)}}
+    torch.save(content, tmp_path / "v1.ckpt", _use_new_zipfile_serialization=False)
+    written = (tmp_path / "v1.ckpt").read_bytes()
+    (tmp_path / "v1.ckpt").write_bytes(written.replace(np.float32(0).__reduce__()[0].__module__.encode(), numpys))
+    assert b"cpytorch_lightning" in written and numpys + b"\nscalar" in (tmp_path / "v1.ckpt").read_bytes()
+    assert read_weights(tmp_path / "v1.ckpt")["weight"].tolist() == [0, 1, 2]
+    torch.save(content, tmp_path / "zip.ckpt")
+    assert read_weights(tmp_path / "zip.ckpt")["weight"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_what_stands_for_training_states_runs_no_code(lightning: type, tmp_path: Path) -> None:
+    class Harm(lightning):  # type: ignore[misc, valid-type]
+        def __reduce__(self) -> tuple:
+            return lightning, (), {"best_model_score": _Harm(tmp_path / "trace")}
+
+    torch.save({"callbacks": Harm(), "state_dict": {"weight": torch.zeros(1)}}, tmp_path / "harm.ckpt")
+    with pytest.raises(ModelError, match="could run code") as refused:
+        read_weights(tmp_path / "harm.ckpt")
+    assert not (tmp_path / "trace").exists() and "save its state_dict alone" in str(refused.value.hint)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04broken"])

@@ -17,6 +17,7 @@ from posecrafter_rt.errors import PoseError
 from posecrafter_rt.poses import edit
 from posecrafter_rt.poses.edit import blink, turn_head, wave
 from posecrafter_rt.poses.keypoints import BODY, FACE, LEFT_HAND, NUM_KEYPOINTS, RIGHT_HAND, PoseSequence
+from posecrafter_rt.poses.shown import range_text
 from posecrafter_rt.poses.skeleton import HEAD, LEFT_LIDS, RIGHT_LIDS
 
 CANVAS = (512, 512)
@@ -227,7 +228,7 @@ def test_a_wave_keeps_time(somebody: np.ndarray, fps: float | None, swings: int)
 @pytest.mark.parametrize("name", EDITS)
 @pytest.mark.parametrize("frames", [slice(20, 31), slice(30, None), slice(5, 5), slice(-3, None), slice(0, 9, 2)])
 def test_frames_that_are_not_there_are_refused(poses: PoseSequence, name: str, frames: slice) -> None:
-    with pytest.raises(PoseError, match=f"there are 30 poses, and {edit._text(frames)} is not within them"):
+    with pytest.raises(PoseError, match=f"there are 30 poses, and {range_text(frames)} is not within them"):
         EDITS[name](poses, frames)
 
 

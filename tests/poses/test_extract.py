@@ -212,8 +212,11 @@ def test_an_unknown_detector() -> None:
 # --- DWPose through rtmlib, on networks of a few operations with DWPose's interface
 
 
-def dwpose_networks(folder: Path) -> None:
-    """YOLOX that finds a person and a dog in blue-green-red pictures that are red, SimCC that needs red-green-blue."""
+def dwpose_networks(folder: Path, certainty: float = 1.0) -> None:
+    """YOLOX that finds a person and a dog in blue-green-red pictures that are red, SimCC that needs red-green-blue.
+
+    certainty: how sure YOLOX is of both.
+    """
     onnx = pytest.importorskip("onnx", reason="onnx builds the test's networks")
 
     def save(name: str, shape: list[int], channel: int, threshold: float, outputs: dict[str, np.ndarray]) -> None:
@@ -243,7 +246,7 @@ def dwpose_networks(folder: Path) -> None:
     for cell, (x, y, w, h), class_index in [(0, (320, 320, 240, 320), 0), (1, (320, 320, 600, 600), 16)]:
         row = boxes[0, 8000 + cell]
         row[:4] = [x / 32 - cell, y / 32, np.log(w / 32), np.log(h / 32)]
-        row[[4, 5 + class_index]] = 1
+        row[[4, 5 + class_index]] = 1, certainty
     save("yolox_l.onnx", [640, 640], 2, 200, {"output": boxes})
     simcc_x, simcc_y = np.zeros((1, 133, 576), np.float32), np.zeros((1, 133, 768), np.float32)
     for index in range(133):
@@ -291,6 +294,37 @@ def test_the_dwpose_that_rtmlib_downloads(video: list, tmp_path: Path, monkeypat
     assert (poses.keypoints[0, :, 2] == 1).all()
 
 
+@pytest.mark.parametrize(("certainty", "is_found"), [(0.4, True), (0.2, False)])
+def test_a_person_is_found_where_yolox_is_as_sure_as_dwpose_asks(
+    video: list, tmp_path: Path, certainty: float, is_found: bool
+) -> None:
+    """From 0.3 on; rtmlib's own default for this network is 0.7."""
+    for name in ("rtmlib", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    dwpose_networks(tmp_path, certainty)
+    video += [RED]
+    if is_found:
+        assert extract_poses("clip.mp4", detector="dwpose", weights=tmp_path).keypoints.any()
+    else:
+        with pytest.raises(PoseError, match="no person"):
+            extract_poses("clip.mp4", detector="dwpose", weights=tmp_path)
+
+
+def test_a_download_that_was_cut_off_is_said_and_passed_over(
+    video: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("rtmlib", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "yolox_m_8xb8-300e_humanart-c2c7a14a.zip").write_bytes(b"PK\x03\x04cut off")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    video += [RED]
+    python = interpreter(tmp_path, {"mediapipe": MEDIAPIPE})
+    with pytest.raises(BackendUnavailable, match=r"download is damaged .* empty ~/\.cache/rtmlib/hub/checkpoints"):
+        extract_poses("clip.mp4", detector="dwpose", python=python)
+    assert extract_poses("clip.mp4", python=python).keypoints.any()
+
+
 def test_dwpose_says_which_weights_are_missing(video: list, tmp_path: Path) -> None:
     for name in ("rtmlib", "onnxruntime"):
         pytest.importorskip(name, reason=f"{name} is not installed")
@@ -299,6 +333,25 @@ def test_dwpose_says_which_weights_are_missing(video: list, tmp_path: Path) -> N
     with pytest.raises(BackendUnavailable, match=r"missing: \S*dw-ll_ucoco_384\.onnx$"):
         extract_poses("clip.mp4", detector="dwpose", weights=tmp_path)
     assert os.listdir(tmp_path) == ["yolox_l.onnx"]
+
+
+def test_dwpose_is_refused_where_onnx_runtime_would_silently_run_it_on_the_cpu(video: list, tmp_path: Path) -> None:
+    """One that was built with CUDA lists it even where CUDA's libraries are missing; here is one that only lists it."""
+    for name in ("rtmlib", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    dwpose_networks(tmp_path)
+    listed = f"""
+import onnxruntime, pathlib
+onnxruntime.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+onnxruntime.preload_dlls = pathlib.Path({str(tmp_path / "preloaded")!r}).touch
+"""
+    video += [RED]
+    python = interpreter(tmp_path, {"sitecustomize": listed})
+    assert extract_poses("clip.mp4", detector="dwpose", weights=tmp_path, python=python).keypoints.any()
+    assert not (tmp_path / "preloaded").exists()
+    with pytest.raises(BackendUnavailable, match="cuda was asked for, but ONNX Runtime cannot load CUDA's or cuDNN's"):
+        extract_poses("clip.mp4", detector="dwpose", weights=tmp_path, python=python, device="cuda")
+    assert (tmp_path / "preloaded").exists()
 
 
 def test_an_interruption_is_not_taken_for_a_detector_that_has_ended() -> None:

@@ -44,3 +44,13 @@ def test_longer_gaps_and_the_ends_stay() -> None:
 def test_a_point_that_is_never_seen_and_one_that_is_seen_once_stay() -> None:
     given = without(sequence(), (slice(None), 3), (slice(1, None), 4))
     assert np.array_equal(fill_gaps(given, 100).keypoints, given.keypoints)
+
+
+def test_points_too_faint_to_be_drawn_are_missing() -> None:
+    keypoints = sequence(7).keypoints.copy()
+    keypoints[3, 4] = [300, 10, 0.12]
+    keypoints[0, 5, 2] = keypoints[2, 5, 2] = 0.29  # one before the first that is seen, one after it
+    filled = fill_gaps(PoseSequence(keypoints, (100, 100)), 5).keypoints
+    np.testing.assert_allclose(filled[3, 4], [*keypoints[2:5:2, 4, :2].mean(axis=0), keypoints[2:5:2, 4, 2].min()])
+    assert np.array_equal(filled[0], keypoints[0])
+    assert filled[2, 5, 2] == min(keypoints[1, 5, 2], keypoints[3, 5, 2])

@@ -76,6 +76,18 @@ def test_a_folder_reads_in_the_order_of_its_numbers(person: np.ndarray, tmp_path
     assert (poses.keypoints[:, 0, 0] - person[0, 0]).tolist() == [9, 10, 100]
 
 
+def test_the_files_of_a_folder_may_be_lists(person: np.ndarray, tmp_path: Path) -> None:
+    # ComfyUI writes a list of one frame into each.
+    moved = [frame(person + np.array([index, 0, 0], np.float32)) for index in range(4)]
+    for number, content in ((2, moved[:1]), (10, moved[1]), (11, moved[2:])):
+        (tmp_path / f"pose_{number}.json").write_text(json.dumps(content))
+    poses = read_openpose(tmp_path)
+    assert (poses.keypoints[:, 0, 0] - person[0, 0]).tolist() == [0, 1, 2, 3] and poses.canvas == (512, 512)
+    (tmp_path / "pose_3.json").write_text("[7]")
+    with pytest.raises(PoseError, match=r'/pose_3\.json: no list of "people" in a int'):
+        read_openpose(tmp_path)
+
+
 def test_what_is_no_pose_in_a_folder_is_named(person: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "a_1.json").write_text(json.dumps(frame(person)))
     (tmp_path / "package.json").write_text('{"name": "mine"}')
@@ -133,8 +145,18 @@ def test_a_point_far_outside_does_not_make_fractions_pixels(person: np.ndarray, 
 def test_a_small_frame_does_not_make_pixels_fractions(person: np.ndarray, tmp_path: Path) -> None:
     small = person * np.array([0.001, 0.001, 1], np.float32)
     zeros = person * np.array([0, 0, 1], np.float32)  # missing points, with a confidence all the same
-    poses = read_openpose(written(tmp_path, [frame(small), frame(zeros), frame(zeros), frame(person), frame(person)]))
-    assert np.allclose(poses.keypoints[0], small)
+    path = written(tmp_path, [frame(small), frame(zeros), frame(zeros), frame(person), frame(person)])
+    poses = read_openpose(path, allow_missing=True)
+    assert np.allclose(poses.keypoints[0], small) and not poses.keypoints[1:3].any()
+
+
+def test_fractions_that_begin_at_minus_one_are_refused(person: np.ndarray, tmp_path: Path) -> None:
+    centred = person * np.array([2 / 512, 2 / 512, 1], np.float32) - np.array([1, 1, 0], np.float32)
+    with pytest.raises(PoseError, match=r"poses\.json: \d\d% of the coordinates are negative") as caught:
+        read_openpose(written(tmp_path, frame(centred)))
+    assert "--keypoint_scale 0" in (caught.value.hint or "")
+    left = person - np.array([300, 0, 0], np.float32)  # in pixels half of a person may well be outside
+    assert np.allclose(read_openpose(written(tmp_path, frame(left))).keypoints[0], left)
 
 
 def test_frames_on_other_canvases_are_scaled_to_the_first(person: np.ndarray, tmp_path: Path) -> None:
@@ -169,23 +191,24 @@ def test_confidences_are_clipped_and_null_points_are_missing(person: np.ndarray,
 
 
 @pytest.mark.parametrize("is_in_pixels", [True, False])
-def test_points_at_minus_one_are_missing_in_files_of_others(
-    person: np.ndarray, tmp_path: Path, is_in_pixels: bool
+@pytest.mark.parametrize("place", [-1, 0])
+def test_points_at_zero_or_minus_one_are_missing_in_files_of_others(
+    person: np.ndarray, tmp_path: Path, is_in_pixels: bool, place: int
 ) -> None:
     expected = person.copy()
     expected[[0, 30, 100]] = 0
     expected[1, :2] = [-1, 5] if is_in_pixels else [-0.25 * 512, -512]
     points = expected / ([1, 1, 1] if is_in_pixels else [512, 512, 1])
-    points[[0, 30, 100]] = [-1, -1, 1]
+    points[[0, 30, 100]] = [place, place, 1]
     poses = read_openpose(written(tmp_path, [frame(points)]))
     assert np.allclose(poses.keypoints[0], expected, atol=1e-3) and not poses.keypoints[0, [0, 30, 100]].any()
 
 
-def test_a_point_at_minus_one_is_one_in_our_own_files(person: np.ndarray, tmp_path: Path) -> None:
+def test_points_at_zero_and_minus_one_are_some_in_our_own_files(person: np.ndarray, tmp_path: Path) -> None:
     beside = person.copy()
-    beside[0] = [-1, -1, 1]
+    beside[:2] = [[-1, -1, 1], [0, 0, 1]]
     PoseSequence(beside[None], (512, 512)).save(tmp_path / "ours.json")
-    assert read_openpose(tmp_path / "ours.json").keypoints[0, 0].tolist() == [-1, -1, 1]
+    assert read_openpose(tmp_path / "ours.json").keypoints[0, :2].tolist() == [[-1, -1, 1], [0, 0, 1]]
 
 
 def test_a_byte_order_mark_is_accepted(person: np.ndarray, tmp_path: Path) -> None:

@@ -45,11 +45,52 @@ def test_two_people_walking_past_each_other_keep_their_tracks(person: np.ndarray
 def test_the_track_does_not_jump_to_somebody_else(person: np.ndarray) -> None:
     own, other = at(person, 0), at(person, 900, scale=0.8)
     frames = [[own, other], [other], [own, other]]
-    with pytest.raises(PoseError, match=r"clip: frame 1 does not show the person \(1 other there\)"):
+    with pytest.raises(PoseError, match=r"clip: frame 1 does not show the person \(1 other there\)") as caught:
         follow(frames)
+    assert "cut" not in caught.value.hint and "read_openpose(…, allow_missing=True)" in caught.value.hint
     tracked = follow(frames, allow_missing=True)
     assert not tracked[1].any()
     assert np.allclose(tracked[2], own)
+
+
+def test_somebody_beside_the_person_is_not_taken_for_them(person: np.ndarray) -> None:
+    own, beside = at(person, 300), at(person, 500)  # 395 px tall
+    together = [own, beside]
+    for frames in (
+        [together] * 3 + [[beside]] + [together] * 5,
+        [together] * 3 + [[own], [beside], [beside], together],
+    ):
+        tracked = follow(frames, allow_missing=True)
+        there = [any(one is own for one in frame) for frame in frames]
+        assert np.allclose(tracked, [own if is_there else 0 * own for is_there in there])
+        with pytest.raises(PoseError, match=f"frame {there.index(False)} does not show the person"):
+            follow(frames)
+
+
+def test_who_stays_in_the_picture_does_not_become_the_person_that_left(person: np.ndarray) -> None:
+    own, other = at(person, 0), at(person, 2000)
+    frames = [[own, other]] * 3 + [[other]] * 12 + [[other, own]] * 5
+    tracked = follow(frames, person=0, allow_missing=True)
+    assert np.allclose(tracked, [own] * 3 + [0 * own] * 12 + [own] * 5)
+
+
+def test_the_person_may_walk_to_where_another_one_stood(person: np.ndarray) -> None:
+    walk = [at(person, 30.0 * index) for index in range(30)]
+    frames = [[walk[0], at(person, 450)], *([one] for one in walk[1:])]
+    assert np.allclose(follow(frames, person=0), walk)
+
+
+def test_people_that_move_together_keep_their_tracks(person: np.ndarray) -> None:
+    # By more than half of the distance between them, such as before a camera that is turned.
+    left = [at(person, 120.0 * index) for index in range(5)]
+    frames = [[at(one, 200), one] for one in left]
+    assert np.allclose(follow(frames, person=1), left)
+
+
+def test_the_person_may_be_found_elsewhere_after_a_cut(person: np.ndarray) -> None:
+    own, later = at(person, 0), at(person, 2000)
+    frames = [[own, at(person, 600)], [own], *[[later]] * 9]
+    assert np.allclose(follow(frames, person=0, allow_missing=True)[-1], later)
 
 
 def test_a_person_alone_may_move_anywhere(person: np.ndarray) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -34,6 +35,7 @@ from posecrafter_rt.runtime.memory import (
     explained,
     frame_bytes,
     free_bytes,
+    recorded_bytes,
     warn_unless_fits,
 )
 from posecrafter_rt.runtime.options import RenderOptions
@@ -172,6 +174,23 @@ def test_with_too_little_the_shortest_segments_are_tried(free: int, reserved: in
     assert choice.segment == 12 and "not even 12 frames are sure to fit" in choice.reason
 
 
+def test_what_the_networks_take_is_part_of_the_reason() -> None:
+    """120 MB less 24 and 95 leave room for no frame of 2 MB, though 120 would hold 60."""
+    heavy = room(120 * MB, 2 * MB, 95 * MB)._replace(lighter=lambda: "build another")
+    reason = choose_segment(heavy, 700, 4).reason
+    assert (
+        "at 2 MB a frame in 120 MB that are free, less 20% and 95 MB for the networks, with room for segments of two"
+        in reason
+    )
+    assert "build another" not in reason
+    choice = choose_segment(heavy._replace(reserved=97 * MB), 700, 4)
+    assert choice.reason.endswith("the networks alone take most of that: build another")
+    parts = room(1000 * MB, reserved=MB)._replace(in_parts=InParts(4096, MB // 2, 99 * MB))
+    assert choose_segment(parts, 800, 4).reason.endswith(
+        "in 1,000 MB that are free, less 20% and 1 MB for the networks"
+    )
+
+
 def test_a_system_that_does_not_say_what_is_free_needs_a_number() -> None:
     with pytest.raises(PoseCrafterError, match="does not say") as caught:
         choose_segment(Room(None, 0, MB), 100, 4)
@@ -220,7 +239,8 @@ def test_where_networks_alone_hardly_fit_a_lighter_engine_is_what_helps(caplog: 
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 60, np.uint8),
-                                      lambda: bytearray(1 << 60)])  # fmt: skip
+                                      lambda: bytearray(1 << 60),
+                                      lambda: cv2.resize(np.zeros((1, 1, 3), np.uint8), (1 << 24, 1 << 24))])  # fmt: skip
 @pytest.mark.parametrize(("mode", "advice"), [("+editing", "--size"), ("+selection", "+insertion or +editing")])
 def test_an_allocation_that_fails_is_an_error_with_advice(allocate: Callable[[], Any], mode: str, advice: str) -> None:
     with pytest.raises(OutOfMemory, match="memory ran out") as caught, explained(RenderOptions(mode=mode)):
@@ -270,7 +290,7 @@ def test_what_torch_holds_on_another_gpu_or_for_a_recording_is_not_free_here(mon
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000 * MB, 2000 * MB))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert free_bytes("cuda") == 1022 * MB
+    assert free_bytes("cuda") == 1022 * MB and recorded_bytes() == 400 * MB
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from posecrafter_rt.errors import OutputExists, PoseCrafterError
+from posecrafter_rt import atomic
+from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
 from posecrafter_rt.runtime.partial import STATE, PartialRender, open_partial, read_state
 from posecrafter_rt.runtime.report import SegmentReport
 from posecrafter_rt.runtime.segments import SegmentChoice
@@ -151,6 +153,45 @@ def test_a_failure_before_anything_is_finished_leaves_nothing(folder: Path, outp
     with pytest.raises(PoseCrafterError, match="no"), open_partial(folder, "a", outputs):
         raise PoseCrafterError("no")
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("step", ["save", "publish"])
+def test_what_the_disk_had_no_room_to_list_does_not_count_as_finished(
+    folder: Path, outputs: list[Path], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The same command would begin anew, so nothing is kept that says otherwise."""
+    flush = atomic.flush_to_disk
+
+    def full(path: Path) -> None:
+        if path.name.startswith(".state."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(path)
+
+    with pytest.raises(DiskFull), open_partial(folder, "a", outputs) as partial:
+        for path in outputs:
+            (folder / path.name).write_text(path.name)
+        monkeypatch.setattr(atomic, "flush_to_disk", full)
+        if step == "save":
+            partial.save(FRAMES[:1], CARRIED, report(0))
+        else:
+            partial.publish(outputs)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("parent", ["file", "file/folder"])
+def test_a_folder_that_cannot_be_made_is_told_by_the_outputs_name(tmp_path: Path, parent: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    output = tmp_path / parent / "out.mp4"
+    with pytest.raises(PoseCrafterError) as caught, open_partial(output.with_name("out.mp4.partial"), "a", [output]):
+        pass
+    assert str(caught.value) == f"cannot write {output}: not a directory" and caught.value.hint
+
+
+def test_a_file_in_its_place_is_left_alone(folder: Path, outputs: list[Path]) -> None:
+    folder.write_text("mine")
+    with pytest.raises(OutputExists, match="holds no unfinished render"), open_partial(folder, "a", outputs):
+        pass
+    assert folder.read_text() == "mine"
 
 
 def test_two_renders_into_one_folder_do_not_mix(folder: Path, outputs: list[Path]) -> None:

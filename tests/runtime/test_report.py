@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,21 @@ def test_a_stage_that_comes_again_adds_its_time_and_keeps_the_larger_peak(monkey
     assert report.peak_rss_bytes == 5 * MB
 
 
+def test_a_stage_of_a_gpu_counts_what_is_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays allocate nothing, so torch counts none of the memory that they write to."""
+    segments = [
+        {"device": 0, "segment_pool_id": pool, "total_size": 9 * MB, "allocated_size": MB} for pool in ((0, 0), (0, 7))
+    ]
+    for name, told in (("is_initialized", True), ("reset_peak_memory_stats", None), ("max_memory_allocated", 3 * MB),
+                       ("memory_snapshot", segments), ("current_device", 0)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda told=told: told)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    report = SegmentReport()
+    with report.stage("denoise"):
+        pass
+    assert report.gpu_bytes == {"denoise": 11 * MB} and report.peak_gpu_bytes == 11 * MB
+
+
 def test_where_nothing_can_be_counted_anew_stages_have_none_and_the_process_has_its_peak(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -76,9 +92,11 @@ def test_a_render_has_the_sums_and_the_largest_of_its_segments() -> None:
     assert (report.peak_rss_bytes, report.peak_gpu_bytes) == (9, 4)
 
 
-@pytest.mark.parametrize(("frame", "named"), [(0, {}), (3, {"precision": "int8"})])
-def test_what_was_float32_from_the_first_frame_on_is_no_approximation(frame: int, named: dict) -> None:
-    widened = {"frame": frame, "precision": "fp32", "reason": "the inversion was not finite in int8"}
+@pytest.mark.parametrize(("frame", "marked", "named"), [(0, {"inversion": True}, {}), (0, {}, {"precision": "int8"}),
+                                                        (3, {}, {"precision": "int8"})])  # fmt: skip
+def test_what_was_float32_from_the_inversion_on_is_no_approximation(frame: int, marked: dict, named: dict) -> None:
+    """Frames that are float32 from the first one on still begin with an inversion in 8 bits."""
+    widened = {"frame": frame, "precision": "fp32", "reason": "it was not finite in int8", **marked}
     assert whole("int8", adjustments=[widened]).to_json()["approximations"] == named
 
 
@@ -110,3 +128,15 @@ def test_each_stage_has_its_own_peak_of_the_gpu() -> None:
         torch.zeros(8 * MB, dtype=torch.uint8, device="cuda")
     assert report.gpu_bytes["denoise"] - report.gpu_bytes["decode"] > 300 * MB and len(kept)
     assert report.peak_gpu_bytes == report.gpu_bytes["denoise"] >= 401 * MB > report.gpu_bytes["decode"] >= 9 * MB
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_what_a_replay_writes_to_counts_in_its_stage() -> None:
+    given, graph = torch.zeros(64 * MB, dtype=torch.uint8, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = (given + 1)[:1] + (given + 2)[:1]  # neither sum outlives the recording
+    report, before = SegmentReport(), torch.cuda.memory_allocated()
+    with report.stage("denoise"):
+        graph.replay()
+    assert report.gpu_bytes["denoise"] - before >= 64 * MB and result.item() == 3

@@ -340,7 +340,7 @@ def test_a_pipeline_renders_every_pose_and_tells_how_it_met_the_newest(setting: 
 @pytest.mark.parametrize("options", [{"unet_every": 2}, {"is_pipelined": True}])
 def test_steps_leave_no_memory_behind(setting: Setting, options: dict[str, Any]) -> None:
     """What a step makes is gone after the next: tensors to the byte, all of the process's memory but for
-    the noise, of which one round of three may be without."""
+    the noise, of which one round of three must be without."""
     poses = some_poses(8)
     with open_stream(setting, sampling_of(setting, 2), window=2, live=EVERY_POSE, **options) as stream:
         for number in range(10):  # compiled, and the ring is full
@@ -351,6 +351,8 @@ def test_steps_leave_no_memory_behind(setting: Setting, options: dict[str, Any])
             for number in range(60):
                 stream.step(poses[number % 8])
             growths.append(resident_bytes() - resident)
+            if growths[-1] < 2e6:
+                break
         assert tensor_bytes() == before
         assert min(growths) < 2e6, growths
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 
+from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.poses.draw import draw_pose
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.app import create_app
@@ -48,6 +49,7 @@ class DrawnStream:
     owner: DrawnAvatar
     options: Any = field(default_factory=lambda: SimpleNamespace(steps=1, window=1, is_pipelined=False))
     last: Any = None
+    is_closed: bool = False
     past: np.ndarray | None = None
     flights: deque[np.ndarray] = field(default_factory=deque)
 
@@ -62,6 +64,11 @@ class DrawnStream:
         self.past = self.past if pose is None else pose
         self.flights.append(np.zeros((*SIZE, 3), np.uint8) if pose is None else draw_pose(pose, SIZE))
         return self.flights.popleft() if len(self.flights) > delay else self.owner.frames[0]
+
+    def close_itself(self, pose: np.ndarray | None) -> np.ndarray:
+        """What `step` is when float32 is needed, and cannot be had."""
+        self.is_closed = True
+        raise PoseCrafterError("the networks cannot be loaded in float32", "free some memory")
 
     def reset(self) -> None:
         self.past = None

@@ -17,17 +17,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve import poses_api, server
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import close_reason, decode_frame
 from posecrafter_rt.serve.security import Refusal, check_request
-from tests.serve.drawn import DrawnAvatar, Running, pose_bytes, running, wait_until
+from tests.serve.drawn import SIZE, DrawnAvatar, Running, pose_bytes, running, wait_until
 
 Serve = Callable[..., Running]
 UPGRADE = (
@@ -128,6 +130,15 @@ def test_nonsense_is_refused_in_words_or_served(attacked: Running) -> None:
 ])  # fmt: skip
 def test_frames_that_are_none_end_the_connection(attacked: Running, frame: bytes, code: int) -> None:
     assert code.to_bytes(2, "big") in raw(attacked, UPGRADE + b"\r\n", frame)
+
+
+@pytest.mark.parametrize(("begin", "small"), [(b"", b"\x89"), (b"", b"\x8a"), (b"\x02\x80\0\0\0\0", b"\x00")])
+def test_a_flood_of_pings_pongs_or_fragments_ends_the_connection(attacked: Running, begin: bytes, small: bytes) -> None:
+    """At once: else it would answer the close that follows."""
+    close, small = b"\x88\x80\0\0\0\0", small + b"\x80\0\0\0\0"
+    assert b"\x88" in raw(attacked, UPGRADE + b"\r\n", begin + 500 * small + close)
+    with suppress(ConnectionError):
+        assert b"\x88" not in raw(attacked, UPGRADE + b"\r\n", begin + 20_000 * small + close)
 
 
 def test_a_message_that_is_cut_off_is_forgotten(attacked: Running) -> None:
@@ -276,20 +287,70 @@ def test_who_never_ends_a_requests_head_loses_the_connection(serve: Serve, monke
         assert decode_frame(message)[0].sequence == 1
 
 
+def never_reading_answers(server: Running, request: bytes) -> socket.socket:
+    """A client that asks for what it does not take."""
+    line = socket.socket()
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    line.connect(("127.0.0.1", server.port))
+    line.sendall(request)
+    return line
+
+
+def is_reset(line: socket.socket) -> bool:
+    """Whether the server has cut a connection. It is sent the begin of a request, or a pong, neither of which ends it."""
+    try:
+        line.sendall(b"\x8a\x80\0\0\0\0")
+    except OSError:
+        return True
+    return False
+
+
+LONG = b"GET /api/poses HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture
+def long_answer(avatar: DrawnAvatar) -> None:
+    """17 MB: more than the system takes from a server whose client does not read."""
+    avatar.poses = PoseSequence(np.repeat(avatar.poses.keypoints, 4000, axis=0), SIZE, 25.0)
+
+
+def test_who_never_reads_an_answer_loses_the_connection(
+    long_answer: None, attacked: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_READING_S", 0.5)
+    monkeypatch.setattr(server, "_HEAD_S", 300.0)
+    with never_reading_answers(attacked, LONG) as line:
+        wait_until(lambda: is_reset(line))
+
+
+def test_who_asks_for_a_websocket_before_it_has_read_loses_the_connection(
+    long_answer: None, attacked: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: else what is sent there would be kept for it, without end."""
+    monkeypatch.setattr(server, "_READING_S", 300.0)
+    with never_reading_answers(attacked, LONG + UPGRADE + b"\r\n") as line:
+        wait_until(lambda: is_reset(line), 15)
+
+
+def test_who_reads_slowly_gets_all_of_an_answer(
+    long_answer: None, attacked: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_READING_S", 0.5)
+    num_bytes, seconds = 0, 0.0
+    with httpx.stream("GET", attacked.url("/api/poses")) as answer:
+        for part in answer.iter_bytes(2**18):
+            num_bytes += len(part)
+            time.sleep(0.02)
+            seconds += 0.02
+    assert num_bytes == int(answer.headers["content-length"]) and seconds > 1.2
+
+
 def test_who_never_reads_is_left_and_loses_the_connection(attacked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posecrafter_rt.serve.websocket._SEND_TIMEOUT_S", 1.0)
     monkeypatch.setattr(server, "_FAREWELL_S", 0.5)
     with never_reading(attacked) as line:
         wait_until(lambda: attacked.app.state.service.num_sessions == 0)
-
-        def is_reset() -> bool:
-            try:
-                line.sendall(b"\x82")
-            except OSError:
-                return True
-            return False
-
-        wait_until(is_reset)
+        wait_until(lambda: is_reset(line))
 
 
 def test_the_server_ends_at_once_though_somebody_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:

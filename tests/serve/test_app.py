@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -215,6 +216,22 @@ def test_too_much_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> N
     server = serve()
     assert post(server, b" " * 3000).status_code == 413
     assert httpx.post(server.url("/api/offer"), content=b" " * 100_000).status_code == 413
+
+
+@pytest.mark.parametrize(("place", "message"), [("/dev/full", "no space"), ("/dev/null/there", "cannot take")])
+def test_a_file_that_cannot_be_saved_is_the_servers_fault(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, place: str, message: str
+) -> None:
+    class Folder(tempfile.TemporaryDirectory[str]):
+        def __enter__(self) -> str:
+            (Path(self.name) / "poses.json").symlink_to(place)
+            return super().__enter__()
+
+    server = serve()
+    monkeypatch.setattr(poses_api.tempfile, "TemporaryDirectory", Folder)
+    answer = post(server, b" " * 100_000)
+    assert answer.status_code == 507 and message in answer.json()["message"] and answer.json()["hint"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
 
 
 def test_a_file_that_asks_for_too_much_memory_is_refused(serve: Serve) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
-from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.errors import PoseCrafterError, VideoError
 from posecrafter_rt.serve import recording, sampling
 from posecrafter_rt.serve.recording import Recording, Recordings
 from posecrafter_rt.video_io import read_video
@@ -72,6 +73,18 @@ def test_a_failure_of_any_kind_is_told(tmp_path: Path) -> None:
 
     Recording(tmp_path / "a.mp4", latest, ended.append).join()
     assert "MemoryError" in str(ended[0]) and not list(tmp_path.iterdir())
+
+
+def test_a_failure_does_not_say_where_the_file_is(tmp_path: Path) -> None:
+    path, ended = tmp_path / "a.mp4", []
+    for failure in (OSError(errno.ENOSPC, "No space left on device"), VideoError(f"encoding {path} failed: x264")):
+
+        def latest(failure: Exception = failure) -> np.ndarray:
+            raise failure
+
+        Recording(path, latest, ended.append).join()
+    assert [(str(error), error.hint) for error in ended] == [
+        ("the server has no space left for the recording", None), ("encoding the recording failed: x264", None)]  # fmt: skip
 
 
 @pytest.fixture

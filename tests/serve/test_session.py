@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -381,6 +382,24 @@ def service_turn(client: Client, device: str, shift: float = 0.0) -> asyncio.Fut
     service = Service(client.avatar, ServeOptions())  # its thread does not run
     turn = asyncio.to_thread(service._turn, client.session, client.waiting(make_pose(shift)))
     return asyncio.ensure_future(asyncio.wait_for(turn, 100))
+
+
+def test_an_interruption_of_the_first_step_says_that_the_server_ends_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, is_said = [], threading.Event()
+    monkeypatch.setattr(service_module._log, "warning", lambda text: (said.append(text), is_said.set()))
+
+    class Interrupted(DrawnAvatar):
+        def stream(self, **options: Any) -> Any:
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)
+            is_said.wait(10)
+            return super().stream(**options)
+
+    service = Service(Interrupted(), ServeOptions())
+    with pytest.raises(KeyboardInterrupt):
+        service.start()
+    assert said == ["interrupted; the server ends after its first step"] and not service.is_running
 
 
 @pytest.fixture

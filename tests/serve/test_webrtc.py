@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.abc
+import json
 import re
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 import aioice.ice
 import httpx
 import pytest
-from aiortc import RTCPeerConnection, RTCSessionDescription
+from aiortc import AudioStreamTrack, RTCPeerConnection, RTCSessionDescription, VideoStreamTrack
 
 from posecrafter_rt import serve as package
 from posecrafter_rt.errors import BackendUnavailable
@@ -24,7 +25,7 @@ from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.peers import Peers
 from posecrafter_rt.serve.service import Service
 from posecrafter_rt.serve.slots import Texts
-from tests.serve.drawn import DrawnAvatar, Running, wait_until
+from tests.serve.drawn import SIZE, DrawnAvatar, DrawnStream, Running, pose_bytes, wait_until
 
 Serve = Callable[..., Running]
 TRANSPORT = Path(package.__file__).parent / "web" / "src" / "transport.ts"
@@ -39,6 +40,28 @@ async def offered(server: Running, peer: RTCPeerConnection) -> dict[str, str]:
         answer = await client.post(server.url("/api/offer"), json=offer, timeout=30)
     assert answer.status_code == 200
     return answer.json()
+
+
+def test_nothing_is_taken_from_who_sends_pictures_and_sound(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be decoded, and kept for a reader who never comes; the avatar is sent to it all the same."""
+    monkeypatch.setattr(aioice.ice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
+    server = serve()
+
+    async def send_and_see() -> tuple[list[str], tuple[int, int]]:
+        peer, seen = RTCPeerConnection(), asyncio.get_running_loop().create_future()
+        peer.on("track", lambda track: track.kind == "video" and not seen.done() and seen.set_result(track))
+        peer.createDataChannel("poses")
+        try:
+            for track in (AudioStreamTrack(), VideoStreamTrack(), VideoStreamTrack()):
+                peer.addTrack(track)
+            answer = await offered(server, peer)
+            await peer.setRemoteDescription(RTCSessionDescription(answer["sdp"], answer["type"]))
+            picture = await asyncio.wait_for((await seen).recv(), 60)
+            return re.findall(r"^a=(send\w+|recv\w+|inactive)\r$", answer["sdp"], re.M), (picture.height, picture.width)
+        finally:
+            await peer.close()
+
+    assert asyncio.run(send_and_see()) == (["inactive", "sendonly", "inactive", "inactive"], SIZE)
 
 
 @pytest.mark.parametrize("sdp", ["", "nonsense", "v=0\r\no=- 1 1 IN IP4 0.0.0.0\r\ns=-\r\nt=0 0\r\n"])
@@ -70,6 +93,30 @@ def test_a_peer_that_goes_before_its_channel_came_is_not_waited_for(
             await peer.close()
 
     asyncio.run(come_and_go())
+    wait_until(lambda: server.app.state.service.num_sessions == 0)
+
+
+def test_a_stream_that_closes_itself_ends_the_connection(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aioice.ice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
+    server = serve()
+
+    async def drive() -> list[dict[str, Any]]:
+        peer, said, closed = RTCPeerConnection(), [], asyncio.Event()
+        channel = peer.createDataChannel("poses")
+        channel.on("open", lambda: channel.send(pose_bytes(1)))
+        channel.on("message", lambda text: said.append(json.loads(text)))
+        peer.on("connectionstatechange", lambda: peer.connectionState == "closed" and closed.set())
+        try:
+            answer = await offered(server, peer)
+            await peer.setRemoteDescription(RTCSessionDescription(answer["sdp"], answer["type"]))
+            await asyncio.wait_for(closed.wait(), 60)
+        finally:
+            await peer.close()
+        return [message for message in said if message["type"] == "error"]
+
+    monkeypatch.setattr(DrawnStream, "step", DrawnStream.close_itself)
+    (error,) = asyncio.run(drive())
+    assert error["message"] == "the networks cannot be loaded in float32"
     wait_until(lambda: server.app.state.service.num_sessions == 0)
 
 

@@ -96,6 +96,24 @@ def test_late_poses_are_dropped_never_queued(serve: Serve) -> None:
         assert [header.sequence for header in headers] == sorted({header.sequence for header in headers})
 
 
+def test_a_stream_that_closes_itself_ends_the_connection_and_the_next_client_gets_another(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(max_sessions=1)
+    with monkeypatch.context() as patch, speak(server) as client:
+        patch.setattr(DrawnStream, "step", DrawnStream.close_itself)
+        client.send(pose_bytes(1))
+        client.send(pose_bytes(2))
+        assert next_text(client, "error")["message"] == "the networks cannot be loaded in float32"
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(timeout=30)
+    assert closed.value.rcvd is not None and closed.value.rcvd.code == 1011
+    wait_until(lambda: server.app.state.service.num_sessions == 0)
+    with speak(server) as client:
+        client.send(pose_bytes(3))
+        assert next_frame(client)[0].sequence == 3
+
+
 def test_sessions_take_turns(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """One client sends three times as many poses, and both more than can be rendered: they get the same."""
     avatar, may_step, step = DrawnAvatar(), threading.Semaphore(0), DrawnStream.step

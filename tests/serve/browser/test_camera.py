@@ -40,6 +40,15 @@ TRACKER = """
   };
 """
 
+# The next picture makes the tracker fail once `fail()` is called.
+HELD_UP = """() => {
+  const { send } = Holistic.prototype;
+  Holistic.prototype.send = () => new Promise((_, reject) => (window.fail = () => {
+    Holistic.prototype.send = send;
+    reject(new Error("too late"));
+  }));
+}"""
+
 
 @pytest.fixture
 def page(serve: Serve, open_page: OpenPage) -> LivePage:
@@ -98,3 +107,18 @@ def test_a_person_is_fitted_anew_once_mirrored_or_before_a_camera_that_starts_ag
     page.wait_for_text("#camera", "Start camera")
     start(page)
     assert num_resets(page) == num_before + 2
+
+
+def test_an_error_about_a_camera_that_was_left_does_not_end_the_next_one(page: LivePage) -> None:
+    start(page)
+    page.page.evaluate(HELD_UP)
+    page.wait_until(lambda: page.page.evaluate("'fail' in window"))
+    page.page.keyboard.press("Space")
+    page.wait_for_text("#camera", "Start camera")
+    page.page.keyboard.press("Space")
+    page.wait_for_text("#camera-status", "Waiting for the camera")
+    page.page.evaluate("allow()")
+    page.wait_for_text("#camera-status", "Looking for you")
+    page.page.evaluate("fail()")
+    page.wait_for_text("#camera-status", "Following you")
+    assert page.page.text_content("#camera") == "Stop camera"

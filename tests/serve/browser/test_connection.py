@@ -17,10 +17,10 @@ from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import decode_pose
 from tests.serve.browser.pages import LivePage, OpenPage, Serve
 from tests.serve.browser.walker import STILL
-from tests.serve.drawn import DrawnAvatar, make_pose, running
+from tests.serve.drawn import DrawnAvatar, DrawnStream, make_pose, running
 
 if TYPE_CHECKING:
-    from playwright.sync_api import WebSocket
+    from playwright.sync_api import WebSocket, WebSocketRoute
 
 pytestmark = pytest.mark.browser
 # As often as a key that is held for two seconds.
@@ -149,6 +149,37 @@ def test_why_no_stream_can_be_opened_is_told_until_one_can(
         )
     page.wait_for_link("Live")
     assert not page.page.is_visible("#notice")
+
+
+def test_why_a_stream_has_closed_itself_is_told_until_there_is_another(
+    serve: Serve, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    with monkeypatch.context() as patch:
+        patch.setattr(DrawnStream, "step", DrawnStream.close_itself)
+        page.wait_for_text("#notice-title", "The server cannot show the avatar")
+        page.wait_for_text("#notice-text", "The networks cannot be loaded in float32. Free some memory.")
+    page.wait_for_link("Live")
+    assert not page.page.is_visible("#notice")
+
+
+def test_a_page_that_did_not_answer_in_time_does_not_say_that_the_avatar_cannot_be_shown(
+    serve: Serve, open_page: OpenPage
+) -> None:
+    sockets: list[WebSocketRoute] = []
+
+    def pass_on(socket: WebSocketRoute) -> None:
+        socket.connect_to_server()
+        sockets.append(socket)
+
+    page = open_page(serve().url(), **STILL)
+    page.page.route_web_socket("**/ws*", pass_on)
+    page.page.reload()
+    page.wait_for_link("Live")
+    sockets[0].close(code=1011, reason="keepalive ping timeout")  # as uvicorn does
+    page.wait_for_text("#notice-title", "The server does not answer")
+    page.wait_for_link("Live")
 
 
 def test_a_browser_without_webrtc_uses_the_websocket_and_says_why(serve: Serve, open_page: OpenPage) -> None:

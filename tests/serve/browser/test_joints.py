@@ -9,7 +9,7 @@ import pytest
 
 from posecrafter_rt.poses.keypoints import PoseSequence
 from tests.serve.browser.pages import LivePage, OpenPage, Serve
-from tests.serve.browser.walker import PHONE, assert_shows, person
+from tests.serve.browser.walker import PHONE, STILL, assert_shows, person
 from tests.serve.drawn import SIZE, DrawnAvatar
 
 pytestmark = pytest.mark.browser
@@ -98,6 +98,16 @@ def test_joints_follow_the_mouse_and_the_arrow_keys(serve: Serve, open_page: Ope
     assert_shows(page, nodded)
     page.page.get_by_role("button", name="Start over").click()
     assert_shows(page, START)
+
+
+def test_screen_readers_leave_the_keys_to_the_pose_only_while_it_can_be_moved(
+    serve: Serve, open_page: OpenPage
+) -> None:
+    page = open_page(serve().url(), **STILL)
+    page.wait_for_link("Live")
+    for source, role in (("Demo", "img"), ("Joints", "application"), ("Demo", "img")):
+        page.choose(source)
+        assert page.page.get_attribute("#pose", "role") == role
 
 
 def test_only_the_first_finger_and_the_main_button_hold_a_joint(serve: Serve, open_page: OpenPage) -> None:

@@ -52,6 +52,7 @@ def test_the_demo_plays_by_itself_and_the_avatar_follows(
     page.wait_for_link("Live")
     page.wait_until(lambda: page.count_looks() > 2)
     pause_demo(page, 3)
+    assert page.page.get_attribute("#play", "aria-pressed") is None  # its name says it already
     assert_shows(page, avatar.poses.keypoints[3])
     assert np.abs(page.pixels("pose").astype(int)).max() > 200  # and beside it is the pose
     page.page.get_by_label("Position").fill("0")
@@ -66,10 +67,12 @@ def test_nobody_is_told_and_the_pose_is_shown_over_the_avatar_if_wanted(
     avatar.poses = PoseSequence(np.stack([person(), np.zeros((134, 3), np.float32)]), SIZE, 25.0)
     page = open_page(serve().url())
     pause_demo(page, 1)
-    page.wait_for_text("#held:not([hidden])", "Nobody is seen")
+    page.wait_for_text("#held", "Nobody is seen")
     page.page.get_by_label("Position").fill("0")
     assert_shows(page, person())
     assert not page.page.is_visible("#held")
+    shown_as = "['held', 'note'].map((id) => getComputedStyle(document.getElementById(id)).display)"
+    assert page.page.evaluate(shown_as) == ["block", "block"]  # else screen readers would not hear of their next text
     assert not page.page.is_visible("#avatar-pose")
     page.page.get_by_label("Show pose").check()
     page.wait_until(lambda: page.pixels("avatar-pose").max() > 200)

@@ -61,6 +61,20 @@ def test_over_the_cap_the_page_says_so_and_gets_in_once_there_is_room(serve: Ser
     page.wait_for_link("Live")
 
 
+def test_the_button_that_tries_again_keeps_the_focus_during_a_try(serve: Serve, open_page: OpenPage) -> None:
+    server = serve(max_sessions=1)
+    with connect(server.url("/ws", "ws")) as other:
+        assert json.loads(other.recv(timeout=60))["type"] == "ready"
+        page = open_page(server.url(), **STILL)
+        page.wait_for_link("Full")
+        page.page.route_web_socket("**/ws*", lambda socket: None)  # it opens, and nothing comes
+        page.page.focus("#retry")
+        page.page.keyboard.press("Enter")
+        page.wait_for_link("Connecting")
+        page.settle()
+        assert page.page.evaluate("document.activeElement.id") == "retry"
+
+
 def test_a_token_is_asked_for_when_it_is_wrong(open_page: OpenPage, avatar: DrawnAvatar) -> None:
     with running(avatar, ServeOptions(token="open sesame")) as server:
         page = open_page(server.url("/?token=open+sesame"), is_lost=True)

@@ -23,6 +23,7 @@ from posecrafter_rt.serve.poses_api import pose_track
 from posecrafter_rt.serve.protocol import PoseMessage, decode_pose
 from posecrafter_rt.video_io import read_video
 from tests.serve.browser.pages import LivePage, OpenPage, Serve
+from tests.serve.browser.test_camera import HELD_UP, TRACKER
 from tests.serve.browser.walker import PHONE, STILL, assert_shows
 from tests.serve.drawn import SIZE
 
@@ -109,6 +110,24 @@ def test_without_a_tracker_what_to_do_is_told(serve: Serve, open_page: OpenPage,
     assert_helps(page, "This installation has no tracker of people",
                  "posecrafter-rt poses extract carphone_pristine.mp4 -o carphone_pristine.json")  # fmt: skip
     assert page.bodies == []
+
+
+def test_an_error_about_a_video_that_was_left_does_not_end_what_is_shown_now(
+    serve: Serve, open_page: OpenPage, footage: Path
+) -> None:
+    page = open_page(serve().url(), **STILL)
+    page.page.route("**/tracker/holistic.js", lambda route: route.fulfill(body=TRACKER, content_type="text/javascript"))
+    open_file(page, footage)
+    page.wait_for_text("#file-status", "carphone_pristine.mp4: following the person")
+    page.page.evaluate(HELD_UP)
+    page.wait_until(lambda: page.page.evaluate("'fail' in window"))
+    page.choose("Demo")
+    page.page.evaluate("fail()")
+    page.settle()
+    assert page.page.is_visible("#player")
+    page.choose("File")
+    num_sent = len(page.poses)
+    page.wait_until(lambda: len(page.poses) > num_sent + 1)
 
 
 def test_other_files_are_neither(serve: Serve, open_page: OpenPage, tmp_path: Path) -> None:

@@ -585,8 +585,8 @@ var Connection = class {
 			message,
 			retryInMs: FULL_RETRY_MS
 		});
-		if (code === 1011 && !wasLive && message !== "") {
-			const hint = this.lastError?.hint ?? null;
+		if (code === 1011 && reason !== "" && this.lastError?.message.startsWith(reason)) {
+			const { hint } = this.lastError;
 			return this.retry({
 				kind: "broken",
 				message,
@@ -1146,15 +1146,15 @@ var Tracker = class {
 	async load() {
 		this.loading ??= loadHolistic((results) => this.results = results);
 		try {
-			await this.loading;
+			return await this.loading;
 		} catch (error) {
-			this.loading = null;
+			this.forget();
 			throw error;
 		}
 	}
 	/** Find the person in a video's current picture. Returns null while the tracker is busy with an older one. */
 	async find(video, isMirrored) {
-		if (this.isBusy || this.loading === null) return null;
+		if (this.isBusy) return null;
 		this.isBusy = true;
 		const beginMs = performance.now();
 		const size = {
@@ -1162,16 +1162,24 @@ var Tracker = class {
 			width: video.videoWidth
 		};
 		try {
-			const holistic = await this.loading;
+			const holistic = await this.load();
 			if (this.isMirrored !== isMirrored) holistic.setOptions({ selfieMode: isMirrored });
 			this.isMirrored = isMirrored;
 			this.results = null;
 			await holistic.send({ image: video });
 			return this.results === null ? null : understood(this.results, size);
+		} catch (error) {
+			this.forget();
+			throw error;
 		} finally {
 			this.isSlow = performance.now() - beginMs > SLOW_MS;
 			setTimeout(() => this.isBusy = false, this.isSlow ? REST_MS : 0);
 		}
+	}
+	/** After an error, load another one for the next picture. */
+	forget() {
+		this.loading = null;
+		this.isMirrored = false;
 	}
 };
 function understood({ image, ...found }, size) {
@@ -1338,6 +1346,7 @@ var TrackedVideo = class {
 			this.view.setBackdrop(found.picture);
 			this.events.onPose(found.pose);
 		} catch (error) {
+			if (!this.isOpen || this.video.src !== src) return;
 			this.close();
 			this.events.onProblem(error);
 		}
@@ -1662,6 +1671,7 @@ var JointEditor = class {
 		this.isActive = true;
 		this.panel.hidden = false;
 		this.view.canvas.tabIndex = 0;
+		this.view.canvas.role = "application";
 		this.view.canvas.classList.add("is-editable");
 		if (this.start !== start) {
 			this.start = start;
@@ -1674,6 +1684,7 @@ var JointEditor = class {
 		this.isActive = false;
 		this.panel.hidden = true;
 		this.view.canvas.tabIndex = -1;
+		this.view.canvas.role = "img";
 		this.view.canvas.classList.remove("is-editable");
 		this.view.mark(null);
 	}
@@ -1810,8 +1821,8 @@ var Player = class {
 		this.scrubber.setAttribute("aria-valuetext", this.time.value);
 	}
 	showButton(isPlaying) {
-		if (this.playButton.ariaPressed === String(isPlaying)) return;
-		this.playButton.ariaPressed = String(isPlaying);
+		if (this.playButton.dataset["playing"] === String(isPlaying)) return;
+		this.playButton.dataset["playing"] = String(isPlaying);
 		this.playButton.title = isPlaying ? "Pause (Space)" : "Play (Space)";
 		this.playButton.ariaLabel = isPlaying ? "Pause" : "Play";
 	}
@@ -1903,6 +1914,7 @@ var Webcam = class {
 			setText(this.status, found.pose.points === null ? "Nobody is in the picture" : "Following you");
 			this.emit(found.pose);
 		} catch (error) {
+			if (stream === null || this.stream !== stream) return;
 			this.end();
 			this.status.textContent = reason(error);
 		}
@@ -2261,10 +2273,12 @@ var Status = class {
 	}
 	show(state) {
 		this.pill.dataset["kind"] = state.kind;
-		if (state.kind !== "connecting") this.card.hidden = state.kind === "live";
-		this.card.dataset["kind"] = state.kind;
-		this.retryButton.hidden = state.kind === "connecting" || state.kind === "refused" && state.wantsToken;
-		this.tokenForm.hidden = !(state.kind === "refused" && state.wantsToken);
+		if (state.kind !== "connecting") {
+			const wantsToken = state.kind === "refused" && state.wantsToken;
+			this.card.hidden = state.kind === "live";
+			this.retryButton.hidden = wantsToken;
+			this.tokenForm.hidden = !wantsToken;
+		}
 		if (state.kind !== "live") this.setHeld(false);
 		switch (state.kind) {
 			case "connecting":
@@ -2290,7 +2304,7 @@ var Status = class {
 	}
 	/** Show whether the avatar holds still because nobody is seen. */
 	setHeld(isHeld) {
-		this.held.hidden = !isHeld;
+		setText(this.held, isHeld ? "Nobody is seen: holding still" : "");
 	}
 	/** Show a message for NOTE_MS. */
 	note(text) {

@@ -94,8 +94,9 @@ export class Connection {
     this.isLive = this.isUnderWay = false;
     const message = this.lastError?.message ?? reason;
     if (code === FULL) return this.retry({ kind: "full", message, retryInMs: FULL_RETRY_MS });
-    if (code === BROKEN && !wasLive && message !== "") {
-      const hint = this.lastError?.hint ?? null;
+    // The server has told what is broken; else it gives this code to a page that does not answer its pings.
+    if (code === BROKEN && reason !== "" && this.lastError?.message.startsWith(reason)) {
+      const { hint } = this.lastError;
       return this.retry({ kind: "broken", message, hint, retryInMs: retryDelayMs(this.attempt++) });
     }
     // To a page, a refused handshake looks like a server that is not there. A request over HTTP gets an answer.

@@ -47,6 +47,7 @@ export class JointEditor {
     this.isActive = true;
     this.panel.hidden = false;
     this.view.canvas.tabIndex = 0;
+    this.view.canvas.role = "application"; // else screen readers keep the arrow keys to themselves
     this.view.canvas.classList.add("is-editable");
     if (this.start !== start) {
       this.start = start;
@@ -62,6 +63,7 @@ export class JointEditor {
     this.isActive = false;
     this.panel.hidden = true;
     this.view.canvas.tabIndex = -1;
+    this.view.canvas.role = "img";
     this.view.canvas.classList.remove("is-editable");
     this.view.mark(null);
   }

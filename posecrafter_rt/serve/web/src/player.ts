@@ -76,8 +76,8 @@ export class Player {
   }
 
   private showButton(isPlaying: boolean): void {
-    if (this.playButton.ariaPressed === String(isPlaying)) return;
-    this.playButton.ariaPressed = String(isPlaying);
+    if (this.playButton.dataset["playing"] === String(isPlaying)) return;
+    this.playButton.dataset["playing"] = String(isPlaying);
     this.playButton.title = isPlaying ? "Pause (Space)" : "Play (Space)";
     this.playButton.ariaLabel = isPlaying ? "Pause" : "Play";
   }

@@ -25,11 +25,13 @@ export class Status {
 
   show(state: LinkState): void {
     this.pill.dataset["kind"] = state.kind;
-    // A visible card stays during the next try, so that it does not blink.
-    if (state.kind !== "connecting") this.card.hidden = state.kind === "live";
-    this.card.dataset["kind"] = state.kind;
-    this.retryButton.hidden = state.kind === "connecting" || (state.kind === "refused" && state.wantsToken);
-    this.tokenForm.hidden = !(state.kind === "refused" && state.wantsToken);
+    // A visible card stays as it is during the next try, so that it does not blink, and its button keeps the focus.
+    if (state.kind !== "connecting") {
+      const wantsToken = state.kind === "refused" && state.wantsToken;
+      this.card.hidden = state.kind === "live";
+      this.retryButton.hidden = wantsToken;
+      this.tokenForm.hidden = !wantsToken;
+    }
     if (state.kind !== "live") this.setHeld(false);
     switch (state.kind) {
       case "connecting":
@@ -56,7 +58,7 @@ export class Status {
 
   /** Show whether the avatar holds still because nobody is seen. */
   setHeld(isHeld: boolean): void {
-    this.held.hidden = !isHeld;
+    setText(this.held, isHeld ? "Nobody is seen: holding still" : "");
   }
 
   /** Show a message for NOTE_MS. */

@@ -37,33 +37,42 @@ export class Tracker {
   isSlow = true;
 
   /** Load and warm up the tracker, unless that is done. Throws NoTracker if there is none. */
-  async load(): Promise<void> {
+  async load(): Promise<HolisticTracker> {
     this.loading ??= loadHolistic((results) => (this.results = results));
     try {
-      await this.loading;
+      return await this.loading;
     } catch (error) {
-      this.loading = null;
+      this.forget();
       throw error;
     }
   }
 
   /** Find the person in a video's current picture. Returns null while the tracker is busy with an older one. */
   async find(video: HTMLVideoElement, isMirrored: boolean): Promise<Found | null> {
-    if (this.isBusy || this.loading === null) return null;
+    if (this.isBusy) return null;
     this.isBusy = true;
     const beginMs = performance.now();
     const size = { height: video.videoHeight, width: video.videoWidth };
     try {
-      const holistic = await this.loading;
+      const holistic = await this.load();
       if (this.isMirrored !== isMirrored) holistic.setOptions({ selfieMode: isMirrored });
       this.isMirrored = isMirrored;
       this.results = null;
       await holistic.send({ image: video });
       return this.results === null ? null : understood(this.results, size);
+    } catch (error) {
+      this.forget();
+      throw error;
     } finally {
       this.isSlow = performance.now() - beginMs > SLOW_MS;
       setTimeout(() => (this.isBusy = false), this.isSlow ? REST_MS : 0);
     }
+  }
+
+  /** After an error, load another one for the next picture. */
+  private forget(): void {
+    this.loading = null;
+    this.isMirrored = false;
   }
 }
 

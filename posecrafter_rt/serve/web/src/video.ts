@@ -149,6 +149,7 @@ export class TrackedVideo implements Clip {
       this.view.setBackdrop(found.picture);
       this.events.onPose(found.pose);
     } catch (error) {
+      if (!this.isOpen || this.video.src !== src) return;
       this.close();
       this.events.onProblem(error);
     }

@@ -93,6 +93,7 @@ export class Webcam {
       setText(this.status, found.pose.points === null ? "Nobody is in the picture" : "Following you");
       this.emit(found.pose);
     } catch (error) {
+      if (stream === null || this.stream !== stream) return;
       this.end();
       this.status.textContent = reason(error);
     }
