@@ -397,8 +397,12 @@ def test_an_interruption_of_the_first_step_says_that_the_server_ends_after_it(mo
             return super().stream(**options)
 
     service = Service(Interrupted(), ServeOptions())
-    with pytest.raises(KeyboardInterrupt):
-        service.start()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's workers ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            service.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert said == ["interrupted; the server ends after its first step"] and not service.is_running
 
 
