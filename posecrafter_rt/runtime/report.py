@@ -84,10 +84,10 @@ class SegmentReport:
         with _peaks.shared():
             start = time.perf_counter()
             yield
-            if torch.cuda.is_initialized():
+            is_on_gpu = torch.cuda.is_initialized()
+            if is_on_gpu:
                 torch.cuda.current_stream().synchronize()
             seconds, peak = time.perf_counter() - start, counted_peak_bytes() if _peaks.is_counted else None
-            is_on_gpu = torch.cuda.is_initialized()
             gpu = {name: torch.cuda.max_memory_allocated() + recorded_bytes()} if is_on_gpu else {}
         self._take_in({name: seconds}, {name: peak}, gpu)
         self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes() if peak is None else peak)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from websockets.sync.client import connect
 
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.options import ServeOptions
-from tests.serve.browser.pages import OpenPage, Serve
+from tests.serve.browser.pages import LivePage, OpenPage, Serve
 from tests.serve.browser.walker import STILL, walking_avatar
 from tests.serve.drawn import SIZE, DrawnAvatar, running
 
@@ -47,12 +49,19 @@ def test_another_avatar_behind_the_same_address_is_taken_up(open_page: OpenPage,
         page.wait_for_link("Live")
 
 
-def test_over_the_cap_the_page_says_so_and_gets_in_once_there_is_room(serve: Serve, open_page: OpenPage) -> None:
+@contextmanager
+def full_page(serve: Serve, open_page: OpenPage) -> Iterator[LivePage]:
+    """A page that finds the only place taken; it is free again after the block."""
     server = serve(max_sessions=1)
     with connect(server.url("/ws", "ws")) as other:
         assert json.loads(other.recv(timeout=60))["type"] == "ready"
         page = open_page(server.url(), **STILL)
         page.wait_for_link("Full")
+        yield page
+
+
+def test_over_the_cap_the_page_says_so_and_gets_in_once_there_is_room(serve: Serve, open_page: OpenPage) -> None:
+    with full_page(serve, open_page) as page:
         page.wait_for_text("#notice-title", "The avatar is busy")
         page.wait_for_text("#notice-text", "No place is free, of 1.")
     page.page.evaluate(
@@ -62,11 +71,7 @@ def test_over_the_cap_the_page_says_so_and_gets_in_once_there_is_room(serve: Ser
 
 
 def test_the_button_that_tries_again_keeps_the_focus_during_a_try(serve: Serve, open_page: OpenPage) -> None:
-    server = serve(max_sessions=1)
-    with connect(server.url("/ws", "ws")) as other:
-        assert json.loads(other.recv(timeout=60))["type"] == "ready"
-        page = open_page(server.url(), **STILL)
-        page.wait_for_link("Full")
+    with full_page(serve, open_page) as page:
         page.page.route_web_socket("**/ws*", lambda socket: None)  # it opens, and nothing comes
         page.page.focus("#retry")
         page.page.keyboard.press("Enter")
