@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -27,6 +26,7 @@ from posecrafter_rt.serve.protocol import HELD, REPEAT, RGB, Configure, PoseMess
 from posecrafter_rt.serve.scheduler import Scheduler
 from posecrafter_rt.serve.service import Service
 from posecrafter_rt.serve.session import Session, Waiting
+from tests.render_scripts import run_script
 from tests.serve import drawn
 from tests.serve.drawn import SIZE, DrawnAvatar, DrawnStream, make_pose
 
@@ -384,26 +384,34 @@ def service_turn(client: Client, device: str, shift: float = 0.0) -> asyncio.Fut
     return asyncio.ensure_future(asyncio.wait_for(turn, 100))
 
 
-def test_an_interruption_of_the_first_step_says_that_the_server_ends_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    said, is_said = [], threading.Event()
-    monkeypatch.setattr(service_module._log, "warning", lambda text: (said.append(text), is_said.set()))
+# In a process of its own, which a signal may end: it interrupts itself in the first step, and prints what was said.
+INTERRUPTED = """
+import json, signal, threading
+from posecrafter_rt.serve import service
+from posecrafter_rt.serve.options import ServeOptions
+from tests.serve.drawn import DrawnAvatar
 
-    class Interrupted(DrawnAvatar):
-        def stream(self, **options: Any) -> Any:
-            main = threading.main_thread().ident
-            assert main is not None
-            signal.pthread_kill(main, signal.SIGINT)
-            is_said.wait(10)
-            return super().stream(**options)
+said, is_said = [], threading.Event()
+service._log.warning = lambda text: (said.append(text), is_said.set())
 
-    service = Service(Interrupted(), ServeOptions())
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's workers ignore it
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            service.start()
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert said == ["interrupted; the server ends after its first step"] and not service.is_running
+class Interrupted(DrawnAvatar):
+    def stream(self, **options):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        is_said.wait(60)
+        return super().stream(**options)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where this is started
+served = service.Service(Interrupted(), ServeOptions())
+try:
+    served.start()
+except KeyboardInterrupt:
+    print(json.dumps([said, served.is_running]))
+"""
+
+
+def test_an_interruption_of_the_first_step_says_that_the_server_ends_after_it() -> None:
+    said, is_running = run_script(INTERRUPTED)
+    assert said == ["interrupted; the server ends after its first step"] and not is_running
 
 
 @pytest.fixture
