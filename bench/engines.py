@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bench.onnx_engines import ENGINES, Network
 from bench.processes import in_own_process
-from bench.report import add_output_arguments, name_by_device, picture_size, publish, table
+from bench.report import name_by_device, new_parser, picture_size, publish, table
 from bench.runs import wait_for_gpu
 from bench.timing import machine, time_call
 from bench.untrained import write_random_base
@@ -255,7 +255,7 @@ def judged(rows: list[Row], base: Row, counts: list[str]) -> list[str]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. --quick changes the defaults, the rounds and the time for each engine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, f"half a second for each engine instead of four, one round, {' and '.join(QUICK)}")
     parser.add_argument("--base", default="embedded", help="as for `posecrafter-rt tune`, or random-sd15")
     parser.add_argument("--size", type=picture_size, default=(128, 160), help="HEIGHTxWIDTH in pixels")
     parser.add_argument("--frames", type=int, nargs="+")
@@ -263,7 +263,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--engines", nargs="+", choices=candidates(), metavar="NAME", help=f"else all; {REFERENCE} always"
     )
     parser.add_argument("--rounds", type=int, default=2)
-    add_output_arguments(parser, f"half a second for each engine instead of four, one round, {' and '.join(QUICK)}")
     options = parser.parse_args(arguments)
     options.frames = options.frames or ([1, 4] if options.quick else [1, 4, 16])
     options.engines = options.engines or (list(QUICK) if options.quick else candidates())

@@ -182,7 +182,7 @@ class Counters:
         folded.gives_deep_features = True  # adds the network that runs between whole evaluations
         fold_vae(vae)
         self.networks = build_networks(folded, self.controlnet, vae, self.text_encoder)
-        self.plain_decoder = VaeDecoder(self.vae)
+        self.plain_decoder = VaeDecoder(vae=self.vae)
         self._measured: dict[tuple[Any, ...], Measured] = {}
         shared = layers_of("ControlNet", self.controlnet) | layers_of("text encoder", self.text_encoder)
         self.exact_layers = shared | layers_of("U-Net", folded) | layers_of("VAE", vae)

@@ -6,13 +6,12 @@ and .md, or FILE and its .md. It only counts; nothing is run or timed.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from bench.hardware import REGISTERS
-from bench.report import add_output_arguments, publish
+from bench.report import new_parser, publish
 from bench.workloads import FRAMES, LEVELS
 
 ELEMENT_BYTES = 2
@@ -114,8 +113,7 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output_arguments(parser, "no less: all is counted in a moment")
+    parser = new_parser(__doc__, "no less: all is counted in a moment")
     options = parser.parse_args()
     publish("fusions", count(), table() + "\n", options.json, options.quick)
 

@@ -10,7 +10,6 @@ named. --quick renders two frames in two steps after 10 steps of tuning, and onl
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from bench.footage import filmed_person, tune_person
-from bench.report import add_output_arguments, publish, quality_cell, table
+from bench.report import new_parser, publish, quality_cell, table
 from bench.runs import forget_inversions, psnr_unless_equal
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -235,9 +234,8 @@ def run(steps: int, stride: int, given: Path | None, is_quick: bool) -> Row:
 
 def main() -> None:
     """Parse the arguments, measure, print, write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "two frames and steps, hardly tuned")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
-    add_output_arguments(parser, "two frames and steps, hardly tuned")
     arguments = parser.parse_args()
     steps, stride = (2, 40) if arguments.quick else (10, 15)
     document = run(steps, stride, arguments.checkpoint, arguments.quick)

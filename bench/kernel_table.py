@@ -7,13 +7,12 @@ not fit.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 
 from bench.hardware import GPUS, Gpu, blocks_per_multiprocessor, roofline_s
-from bench.report import add_output_arguments, publish
+from bench.report import new_parser, publish
 from bench.workloads import FRAMES, Attention, attentions
 from posecrafter_rt.kernels.compile import Compiled, compile_keyframe, compile_temporal
 from posecrafter_rt.kernels.configs import TemporalConfig, TileConfig, keyframe_config, temporal_config
@@ -63,8 +62,7 @@ def make_row(gpu: Gpu, problem: Attention) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output_arguments(parser, "one GPU, the first number of frames")
+    parser = new_parser(__doc__, "one GPU, the first number of frames")
     options = parser.parse_args()
     gpus, frame_counts = (GPUS[:1], FRAMES[:1]) if options.quick else (GPUS, FRAMES)
     problems = [problem for frames in frame_counts for problem in attentions(frames)]

@@ -10,7 +10,6 @@ needs no GPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -30,7 +29,7 @@ from bench.kernel_fits import DTYPES, REPRESENTATIVES, OtherTriton, Use
 from bench.kernel_search import FRAME_CLASSES, keyframe_candidates, temporal_candidates, try_tile, write_table
 from bench.kernel_trials import Tile, Trial
 from bench.kernels import measure_peaks
-from bench.report import add_output_arguments, name_by_device, publish
+from bench.report import name_by_device, new_parser, publish
 from bench.timing import machine
 from bench.workloads import HEADS, LEVELS, Attention
 from posecrafter_rt.kernels.configs import TABLE, table_capability
@@ -252,8 +251,7 @@ def measure_here(budget_s: float) -> Record:
 
 def main() -> int:
     """Measure or read, print and write. Returns 1 if a result was wrong, or the GPU failed or is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output_arguments(parser, "twenty seconds")
+    parser = new_parser(__doc__, "twenty seconds")
     parser.add_argument("--budget-s", type=float, default=140.0, help="seconds to measure for")
     parser.add_argument("--from", dest="source", type=Path, help="take an earlier run's times")
     parser.add_argument("--write", action="store_true", help="put what is faster into kernels/configs.json")

@@ -6,7 +6,6 @@ measured peaks: the time that the bytes or the FLOPs would take at the speed of 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.report import add_output_arguments, name_by_device, publish
+from bench.report import name_by_device, new_parser, publish
 from bench.timing import Timing, compare, machine, time_call, time_on_cpu
 from bench.workloads import HEADS, Attention, attentions, paste_bytes
 from posecrafter_rt.engines.base import TORCH_DTYPES
@@ -192,13 +191,12 @@ def markdown(document: Row) -> str:
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wide = "float16" if device == "cuda" else "float32"
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = new_parser(__doc__, "a tenth of a second for each contender, one type")
     parser.add_argument("--dtypes", nargs="+", default=[wide, "bfloat16"])
     parser.add_argument("--frames", nargs="+", type=int, default=[9, 101] if device == "cuda" else [9])
     parser.add_argument("--scale", type=int, default=1 if device == "cuda" else 4, help="divide the positions by this")
     parser.add_argument("--budget-s", type=float, default=0.5, help="seconds for each contender")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads, of cv2 too")
-    add_output_arguments(parser, "a tenth of a second for each contender, one type")
     options = parser.parse_args()
     if options.quick:
         options.budget_s, options.dtypes = 0.1, options.dtypes[:1]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.live import BUDGET_FRAMES, Camera, RunFailed, measure_serve, measure_stream
-from bench.report import add_output_arguments, name_by_device, publish, table
+from bench.report import name_by_device, new_parser, publish, table
 from bench.throughput import add_engine_arguments, find_engine, is_sd15, setup_of
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -175,14 +175,13 @@ def judged(document: Row, rows: list[Row]) -> list[str]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. --quick changes the seconds, and how many servers are started."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "3 seconds each; a server of the last of --steps alone")
     add_engine_arguments(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--window", type=int, default=StreamOptions().window)
     parser.add_argument("--decoder", choices=["full", "small"], help="else small where the engine has one")
     parser.add_argument("--rate", type=float, default=25.0, help="poses a second")
     parser.add_argument("--seconds", type=float)
-    add_output_arguments(parser, "3 seconds each; a server of the last of --steps alone")
     options = parser.parse_args(arguments)
     options.seconds = options.seconds or (3.0 if options.quick else 20.0)
     return options

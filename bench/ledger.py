@@ -7,7 +7,6 @@ given.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from bench.flops import Count, Counters, Setup
 from bench.hardware import GPUS
-from bench.report import add_output_arguments, publish, table
+from bench.report import new_parser, publish, table
 from posecrafter_rt.models.sources import EMBEDDED_FOLDER, SD15_FOLDER
 
 SHARE_OF_PEAK = 0.5
@@ -160,8 +159,7 @@ def markdown(ledger: dict[str, Any], base: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_output_arguments(parser, "the embedded base, 8 frames, 10 steps")
+    parser = new_parser(__doc__, "the embedded base, 8 frames, 10 steps")
     options = parser.parse_args()
     base, configs, setup = (
         ("embedded base", EMBEDDED_FOLDER, QUICK) if options.quick else ("SD 1.5", SD15_FOLDER, Setup())

@@ -7,7 +7,6 @@ size of Stable Diffusion 1.5.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.processes import in_own_process
-from bench.report import add_output_arguments, name_by_device, publish, table
+from bench.report import name_by_device, new_parser, publish, table
 from bench.runs import moving_person, wait_for_gpu
 from bench.throughput import add_engine_arguments, find_engine, setup_of
 from bench.timing import machine
@@ -91,11 +90,10 @@ def markdown(document: Row) -> str:
 
 def main() -> None:
     """Parse the arguments, measure each number of frames in a process of its own, write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "1 and 4 frames, one round")
     add_engine_arguments(parser)
     parser.add_argument("--frames", type=int, nargs="+")
     parser.add_argument("--steps", type=int, default=10)
-    add_output_arguments(parser, "1 and 4 frames, one round")
     options = parser.parse_args()
     counts, rounds = options.frames or ((1, 4) if options.quick else (1, 4, 16)), 1 if options.quick else 5
     with tempfile.TemporaryDirectory(prefix="loop-") as temporary:

@@ -24,7 +24,7 @@ from transformers import CLIPTextModel
 from bench.runs import Stages
 from posecrafter_rt.errors import ModelError
 from posecrafter_rt.framing import transform_keypoints
-from posecrafter_rt.method import DDIMSchedule, ddim_invert, ddim_sample, insert_reference, plan_edits, select_reference
+from posecrafter_rt.method import DDIMSchedule, ddim_invert, ddim_sample, plan_edits, select_reference
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.models.unet import ClipDenoiser
 from posecrafter_rt.ops import affine_warp_paste
@@ -212,7 +212,8 @@ class Baseline:
             noise = self.invert(frames[[reference]], pose, text, num_inference_steps)
         with stages("prepare"):
             text = self.encode_prompt()
-            pictures = self.draw(insert_reference(poses.keypoints[reference], target))
+            inserted = np.concatenate([poses.keypoints[[reference]], target.keypoints])
+            pictures = self.draw(PoseSequence(inserted, target.canvas))
             edited = self.edit(noise[0], poses.keypoints[reference], target)
         with stages("denoise"):
             latents = self.sample(edited, pictures, text, num_inference_steps)

@@ -21,9 +21,9 @@ from bench.flops import Counters, Setup, count_flops
 from bench.hardware import tensor_peak
 from bench.kernels import measure_peak
 from bench.processes import in_own_process
-from bench.report import add_output_arguments, name_by_device, publish, result_path, table, write_report
+from bench.report import name_by_device, new_parser, publish, result_path, table, write_report
 from bench.runs import forget_inversions, moving_person
-from bench.throughput import add_engine_arguments, find_engine, is_sd15, setup_of
+from bench.throughput import STAGES, add_engine_arguments, find_engine, is_sd15, setup_of
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.engines.base import TORCH_DTYPES
@@ -35,7 +35,6 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.options import RenderOptions
 
 Row = dict[str, Any]
-STAGES = ("prepare", "invert", "denoise", "decode")
 # The cheapest first, because a run that is cut off keeps its rows; `exact` before the one that uses its cached
 # inversion.
 WAYS: dict[str, dict[str, Any]] = {
@@ -153,11 +152,10 @@ def markdown(document: Row) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. --quick only changes defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, f"4 frames; {' and '.join(QUICK_WAYS)}")
     add_engine_arguments(parser)
     parser.add_argument("--frames", type=int)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS))
-    add_output_arguments(parser, f"4 frames; {' and '.join(QUICK_WAYS)}")
     options = parser.parse_args(arguments)
     options.frames = options.frames or (4 if options.quick else 100)
     options.ways = options.ways or list(QUICK_WAYS if options.quick else WAYS)

@@ -10,7 +10,6 @@ the whole U-Net run at every step, every second step and so on, and writes resul
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench.footage import Subject, drawn_person, engine_options, filmed_person, tune_person
-from bench.report import add_output_arguments, publish, table
+from bench.report import new_parser, publish, table
 from bench.runs import forget_inversions, psnr
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -211,7 +210,7 @@ def _timed_rows(variants: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def main() -> None:
     """Parse the arguments, measure, print, write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "two frames, hardly tuned if no checkpoint is given, `torch`, 10 steps, one round")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
     what = parser.add_mutually_exclusive_group()
@@ -222,7 +221,6 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=0, help="of --presets: so many drawn people, too")
     parser.add_argument("--stride", type=int, default=1, help="every so many-th frame of the footage")
     parser.add_argument("--rounds", type=int, default=3, help="of --presets and --reuse, whose least time counts")
-    add_output_arguments(parser, "two frames, hardly tuned if no checkpoint is given, `torch`, 10 steps, one round")
     options = parser.parse_args()
     if options.quick:
         options.stride, options.steps, options.rounds = QUICK_STRIDE, 10, 1

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench.processes import in_own_process
-from bench.report import add_output_arguments, name_by_device, picture_size, publish, table
+from bench.report import name_by_device, new_parser, picture_size, publish, table
 from bench.timing import machine
 from bench.untrained import untrained_checkpoint, write_random_base
 from posecrafter_rt.building import BuildOptions, build_engine
@@ -116,11 +116,10 @@ def markdown(document: Row) -> str:
 
 def parse() -> argparse.Namespace:
     """Parse the command line. --quick only changes defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, f"one round, of {QUICK} unless others are named")
     parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
     parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
     parser.add_argument("--backend", nargs="+", choices=names(), help="else all that can run here")
-    add_output_arguments(parser, f"one round, of {QUICK} unless others are named")
     options = parser.parse_args()
     options.backend = options.backend or ([QUICK] if options.quick else names())
     return options

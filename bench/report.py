@@ -26,12 +26,17 @@ def quality_cell(row: dict[str, Any], key: str) -> str:
     return "" if key not in row else "same" if row[key] is None else f"{row[key]:.1f}"
 
 
-def add_output_arguments(parser: argparse.ArgumentParser, quick: str) -> None:
-    """Add --json and --quick, which every benchmark has. quick: what it reduces, to a minute and a half at most."""
+def new_parser(doc: str | None, quick: str) -> argparse.ArgumentParser:
+    """Return a benchmark's parser, with the --json and --quick that all have.
+
+    doc: the module's docstring. quick: what --quick reduces, to a minute and a half at most.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--json", type=Path, help="write here, and tables and pictures beside it, instead of to bench/results"
     )
     parser.add_argument("--quick", action="store_true", help=f"{quick}; prints, and writes only with --json")
+    return parser
 
 
 def write_json(path: Path, document: Any) -> None:

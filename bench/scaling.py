@@ -8,7 +8,6 @@ and a warm-up of one frame. It is the fastest of its repetitions; long renders a
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bench.processes import in_own_process
-from bench.report import add_output_arguments, publish, table
+from bench.report import new_parser, publish, table
 from bench.runs import forget_inversions, moving_person
 from bench.timing import machine
 from bench.untrained import untrained_checkpoint
@@ -172,10 +171,9 @@ def markdown(document: Row) -> str:
 
 def main() -> None:
     """Parse the arguments, measure, print, write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "few frames and steps, each point once")
     parser.add_argument("--backend", choices=names(), default="torch")
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
-    add_output_arguments(parser, "few frames and steps, each point once")
     arguments = parser.parse_args()
     backend = arguments.backend
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:

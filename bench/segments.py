@@ -9,7 +9,6 @@ given.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from dataclasses import replace
@@ -20,7 +19,7 @@ import numpy as np
 
 from bench.footage import engine_options, load_footage, tune_person
 from bench.fused import render_fused
-from bench.report import add_output_arguments, publish, quality_cell, table
+from bench.report import new_parser, publish, quality_cell, table
 from bench.runs import psnr_unless_equal
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -127,10 +126,9 @@ def run(steps: int, num_frames: int | None, splits: Any, given: Path | None, is_
 
 def main() -> None:
     """Parse the arguments, measure, print, write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "few frames and steps, hardly tuned")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
-    add_output_arguments(parser, "few frames and steps, hardly tuned")
     arguments = parser.parse_args()
     steps, num_frames, splits = (QUICK_STEPS, QUICK_FRAMES, QUICK_SPLITS) if arguments.quick else (50, None, SPLITS)
     document = run(arguments.steps or steps, num_frames, splits, arguments.checkpoint, arguments.quick)

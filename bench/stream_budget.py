@@ -6,7 +6,6 @@ results/stream_budget.json and .md, or FILE and its .md. Nothing in it is timed.
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import replace
 from itertools import product
@@ -18,7 +17,7 @@ import torch
 from bench.flops import Counters, Setup
 from bench.hardware import GPUS
 from bench.ledger import SHARE_OF_PEAK
-from bench.report import add_output_arguments, publish, table
+from bench.report import new_parser, publish, table
 from posecrafter_rt.engines.base import DTYPES
 from posecrafter_rt.export.shapes import resolve_shape
 from posecrafter_rt.models.sources import EMBEDDED_FOLDER, SD15_FOLDER
@@ -125,8 +124,7 @@ def markdown(document: Row) -> str:
 
 def main() -> None:
     """Parse the arguments, count, print, write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output_arguments(parser, "the embedded base alone")
+    parser = new_parser(__doc__, "the embedded base alone")
     options = parser.parse_args()
     bases = {name: count_base(*what) for name, what in list(BASES.items())[: 1 if options.quick else None]}
     document = {"window": PAPER_WINDOW, "share_of_peak": SHARE_OF_PEAK, "bases": bases}

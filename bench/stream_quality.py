@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.footage import engine_options, load_footage, tune_person
-from bench.report import add_output_arguments, publish, table
+from bench.report import new_parser, publish, table
 from bench.segments import jumps
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -149,11 +149,10 @@ def markdown(document: Row) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "few frames and streams")
     parser.add_argument("engine", type=Path, nargs="?", help="an engine of what `make demo` tunes")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
     parser.add_argument("--precision", default="auto", help="of an engine that is built, as `build-engine` takes it")
-    add_output_arguments(parser, "few frames and streams")
     options = parser.parse_args(arguments)
     if options.engine is not None and options.precision != "auto":
         parser.error("--precision is of an engine that is built, and one was given")

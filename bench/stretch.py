@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.footage import engine_options, load_footage, tune_person
-from bench.report import add_output_arguments, publish, table
+from bench.report import new_parser, publish, table
 from bench.runs import psnr
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
@@ -114,11 +114,10 @@ def run(options: argparse.Namespace) -> Row:
 
 def main() -> None:
     """Parse the arguments, measure, print, write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "one stretch by the preset fast, of a person who is hardly tuned unless one is given")
     parser.add_argument("engine", type=Path, nargs="?", help="an engine of the demonstration's person")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
     parser.add_argument("--preset", default="exact")
-    add_output_arguments(parser, "one stretch by the preset fast, of a person who is hardly tuned unless one is given")
     arguments = parser.parse_args()
     document = run(arguments)
     publish("stretch", document, markdown(document), arguments.json, arguments.quick)

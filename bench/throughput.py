@@ -26,16 +26,7 @@ from bench.flops import Counters, Setup
 from bench.kernels import measure_peak
 from bench.plot import Bar, stacked_bars
 from bench.processes import in_own_process
-from bench.report import (
-    add_output_arguments,
-    name_by_device,
-    picture_size,
-    publish,
-    quality_cell,
-    result_path,
-    table,
-    write_json,
-)
+from bench.report import name_by_device, new_parser, picture_size, publish, quality_cell, result_path, table, write_json
 from bench.runs import moving_person, psnr_unless_equal
 from bench.timing import machine
 from bench.untrained import untrained_checkpoint, write_random_base
@@ -387,8 +378,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> Row:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. --quick only changes defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_output_arguments(parser, "4 frames, 2 steps, one round, the engine `torch`")
+    parser = new_parser(__doc__, "4 frames, 2 steps, one round, the engine `torch`")
     parser.add_argument("--base", default="embedded", help="as `tune --base` takes it, or random-sd15")
     parser.add_argument("--size", type=picture_size, help="HxW; else the base's own")
     parser.add_argument("--checkpoint", type=Path, help="a tuned one, instead of an untrained one over --base")

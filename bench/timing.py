@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from posecrafter_rt.machine import cpu_name
+
 FLUSH_BYTES = 256 << 20  # beyond any L2
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -112,7 +114,7 @@ def machine() -> dict[str, Any]:
     Processor, threads, load, versions, commit, and the GPU with its driver and clocks.
     """
     info: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
@@ -125,14 +127,6 @@ def machine() -> dict[str, Any]:
         info |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
         info |= _driver(properties)
     return info
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _commit() -> dict[str, str]:

@@ -22,14 +22,12 @@ from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
 from posecrafter_rt.framing import contact_sheet, shown_in_sheet, transform_keypoints
 from posecrafter_rt.poses.draw import draw_poses
-from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.poses.keypoints import DEFAULT_FPS, PoseSequence
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.partial import PartialRender, open_partial, read_state
 from posecrafter_rt.runtime.progress import OnStep
 from posecrafter_rt.runtime.stretch import Stretch
 from posecrafter_rt.video_io import VideoWriter, write_png
-
-DEFAULT_FPS = 25.0
 
 
 def output_paths(video: Path) -> tuple[Path, Path, Path]:

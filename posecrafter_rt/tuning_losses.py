@@ -127,7 +127,7 @@ def teach(vae: AutoencoderKL, data: TrainingSet, generator: torch.Generator) -> 
     """
     latents = torch.stack([_lesson(data.latents.cpu(), number, generator) for number in range(LESSONS)])
     latents = latents.to(data.latents.device)
-    decoder = VaeDecoder(vae)
+    decoder = VaeDecoder(vae=vae)
     return Lessons(latents, torch.cat([decoder(part)[0].float() for part in latents.split(1)]))
 
 

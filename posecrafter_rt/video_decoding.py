@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from posecrafter_rt.errors import VideoError
 from posecrafter_rt.framing import size_text
 
-DEFAULT_FPS = 25.0  # for images, and for videos that state no rate
+DEFAULT_FPS = 25.0  # of images, and of videos that state no rate
 # FFmpeg's numbers of the HDR transfer functions, whose values mean other brightnesses than an ordinary picture's.
 _HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 _TO_SDR = (

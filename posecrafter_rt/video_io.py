@@ -1,6 +1,6 @@
 """Read and write videos, folders of images and PNG.
 
-Layer 1: PyAV and OpenCV; files are written through `atomic.py`. Some functions of `framing.py` are public here, too.
+Layer 1: PyAV and OpenCV; files are written through `atomic.py`.
 """
 
 from __future__ import annotations
@@ -23,37 +23,8 @@ from av.error import ExternalError, FFmpegError
 
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite
 from posecrafter_rt.errors import ShapeError, VideoError
-from posecrafter_rt.framing import (
-    CoverTransform,
-    check_frame,
-    contact_sheet,
-    cover_transform,
-    resize_to,
-    side_by_side,
-    size_text,
-    transform_keypoints,
-)
+from posecrafter_rt.framing import check_frame, resize_to, size_text
 from posecrafter_rt.video_decoding import DEFAULT_FPS, decode, ffmpeg_name, frame_rate, reason
-
-__all__ = [
-    "DEFAULT_FPS",
-    "CoverTransform",
-    "Video",
-    "VideoWriter",
-    "contact_sheet",
-    "count_frames",
-    "cover_transform",
-    "decode_png",
-    "encode_png",
-    "read_video",
-    "resize_to",
-    "side_by_side",
-    "stream_video",
-    "transform_keypoints",
-    "video_size",
-    "write_png",
-    "write_video",
-]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv")

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from posecrafter_rt.errors import VideoError
+from posecrafter_rt.framing import resize_to
 from posecrafter_rt.video_io import (
     count_frames,
     read_video,
-    resize_to,
     stream_video,
     video_size,
     write_png,

@@ -18,15 +18,22 @@ from posecrafter_rt.atomic import refuse_overwrite, refuse_sources
 from posecrafter_rt.cli.arguments import AsJson, Force, parse_range, parse_size
 from posecrafter_rt.cli.output import step_progress
 from posecrafter_rt.errors import PoseError
-from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, FEET, LEFT_HAND, RIGHT_HAND, PoseSequence
+from posecrafter_rt.poses.keypoints import (
+    BODY,
+    CONFIDENCE_THRESHOLD,
+    DEFAULT_FPS,
+    FACE,
+    FEET,
+    LEFT_HAND,
+    RIGHT_HAND,
+    PoseSequence,
+)
 from posecrafter_rt.poses.shown import abridged
 
 app = typer.Typer(help="Keypoints: extract, preview, retarget, edit.", no_args_is_help=True)
 
 _PARTS = {"body": BODY, "feet": FEET, "face": FACE, "left hand": LEFT_HAND, "right hand": RIGHT_HAND}
 _PREVIEW_SHORT_SIDE_PX = 512
-_SHEET_COLUMNS = 8
-_FALLBACK_FPS = 25.0
 
 _Canvas = Annotated[
     str | None,
@@ -110,7 +117,7 @@ def preview(  # noqa: PLR0913 - one argument for each option
         frames = _one_a_pose(stream_video(video, size=(height, width), stop=len(poses))[0], video, len(poses))
         # Cut around the centre like the frames, so that both still show the same place.
         poses = transform_keypoints(poses, (height, width))
-    fps = fps or poses.fps or _FALLBACK_FPS
+    fps = fps or poses.fps or DEFAULT_FPS
     if output.suffix.lower() == ".png":
         _write_sheet(poses, frames, (height, width), output, force)
     else:
@@ -337,10 +344,11 @@ def _write_video(
 def _write_sheet(
     poses: PoseSequence, frames: Iterator[np.ndarray] | None, size: tuple[int, int], output: Path, force: bool
 ) -> None:
+    from posecrafter_rt.framing import contact_sheet, shown_in_sheet
     from posecrafter_rt.poses.draw import draw_pose
-    from posecrafter_rt.video_io import contact_sheet, write_png
+    from posecrafter_rt.video_io import write_png
 
-    chosen = np.unique(np.linspace(0, len(poses) - 1, _SHEET_COLUMNS).round().astype(int))
+    chosen = shown_in_sheet(len(poses))
     drawn = np.stack([draw_pose(poses.keypoints[index], poses.canvas, size) for index in chosen])
     shown = [] if frames is None else [np.stack([frame for index, frame in enumerate(frames) if index in chosen])]
     write_png(output, contact_sheet([*shown, drawn]), force=force)

@@ -27,7 +27,8 @@ from posecrafter_rt.framing import side_by_side
 from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.draw import draw_poses
-from posecrafter_rt.rendering import DEFAULT_FPS, output_paths, render_to_files
+from posecrafter_rt.poses.keypoints import DEFAULT_FPS
+from posecrafter_rt.rendering import output_paths, render_to_files
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.tuning import (
     TuneOptions,

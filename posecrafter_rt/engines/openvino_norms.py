@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from posecrafter_rt.engines.openvino_patterns import added, is_float_constant, known, of_channels, orders
+from posecrafter_rt.engines.openvino_patterns import is_float_constant, known, of_channels, orders
 
 if TYPE_CHECKING:
     import openvino
@@ -116,10 +116,10 @@ def group_norm(node: Any) -> GroupNorm | None:
 def affine_group_norm(normed: Any) -> tuple[GroupNorm, np.ndarray, np.ndarray] | None:
     """Return the GroupNorm, with its weight and its bias, whose output a value is."""
     channels = normed.get_shape()[1]
-    bias = added(normed.get_node(), channels)
-    for scaled, _ in orders(normed.get_node(), "Add"):
+    for scaled, shift in orders(normed.get_node(), "Add"):
         for grouped, factor in orders(scaled.get_node(), "Multiply"):
             norm, weight = group_norm(grouped.get_node()), of_channels(factor, channels)
+            bias = of_channels(shift, channels)
             if norm is not None and weight is not None and bias is not None:
                 return norm, weight, bias
     return None

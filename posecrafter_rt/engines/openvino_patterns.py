@@ -46,12 +46,6 @@ def is_same(first: Any, second: Any) -> bool:
     return (first.get_node().get_name(), first.get_index()) == (second.get_node().get_name(), second.get_index())
 
 
-def added(node: Any, channels: int) -> np.ndarray | None:
-    """Return what an addition adds to each channel, if that is a constant and all that it adds."""
-    return next((found for _, value in orders(node, "Add")
-                 if (found := of_channels(value, channels)) is not None), None)  # fmt: skip
-
-
 def addition(node: Any) -> tuple[Any, Any] | None:
     """Return the addition that is the only reader of a node, and what it adds, if that is another value."""
     user = only_user(node)

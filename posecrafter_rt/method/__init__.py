@@ -12,7 +12,6 @@ from posecrafter_rt.method.affine import fit_affine
 from posecrafter_rt.method.editing import REGIONS, EditPlan, SkippedRegion, plan_edits
 from posecrafter_rt.method.reference import medoid_reference, pose_distances, select_reference, video_sim
 from posecrafter_rt.method.schedule import tuning_steps
-from posecrafter_rt.method.sequence import insert_reference
 
 if TYPE_CHECKING:
     from posecrafter_rt.method.ddim import DDIMSchedule, ddim_invert, ddim_sample, ddim_step
@@ -36,7 +35,6 @@ __all__ = [
     "ddim_step",
     "dpmpp_sample",
     "fit_affine",
-    "insert_reference",
     "medoid_reference",
     "plan_edits",
     "pose_distances",

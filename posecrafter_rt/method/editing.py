@@ -5,7 +5,7 @@ Layer 1: numpy and the keypoint layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +79,7 @@ def plan_edits(
     canvas: tuple[int, int],
     vae_scale_factor: int,
     latent_size: tuple[int, int],
-    regions: Sequence[str] = DEFAULT_REGIONS,
+    regions: Iterable[str] = DEFAULT_REGIONS,
 ) -> EditPlan:
     """Plan the latent edit of every target frame and region.
 
@@ -97,12 +97,13 @@ def plan_edits(
         poses, if the reference's lie nearly on one line, if the map is nearly singular (the target's lie nearly on one
         line), or if the rectangle lies outside the latent.
     Raises:
-        PoseError: a region that does not exist, or the same one twice.
+        PoseError: as `checked_regions`.
         ShapeError: keypoints, canvas and latent whose shapes do not fit together.
     """
     reference, targets = _checked_keypoints(reference_keypoints, target_keypoints)
     _check_geometry(canvas, vae_scale_factor, latent_size)
-    indices = [np.array(indices) for indices in _region_indices(regions)]
+    regions = checked_regions(regions)
+    indices = [np.array(REGIONS[region]) for region in regions]
     affines = np.tile(_IDENTITY, (len(targets), len(regions), 1, 1))
     rects = np.zeros((len(targets), len(regions), 4), dtype=np.int32)
     report: list[SkippedRegion] = []
@@ -116,6 +117,22 @@ def plan_edits(
             else:
                 affines[frame, number], rects[frame, number] = affine, rect
     return EditPlan(affines, rects, report)
+
+
+def checked_regions(regions: Iterable[str]) -> tuple[str, ...]:
+    """Return regions as a tuple, whatever they come in: options are keys of caches.
+
+    Raises: PoseError for a region that does not exist or is named twice, and for a string, whose letters would
+        be taken for regions.
+    """
+    if isinstance(regions, str):
+        raise PoseError(f"regions are {regions!r}, one name", f"give several, or one as ({regions!r},)")
+    chosen = tuple(regions)
+    if unknown := sorted({*chosen} - {*REGIONS}):
+        raise PoseError(f"unknown region {unknown[0]!r}", f"choose of {', '.join(REGIONS)}")
+    if len({*chosen}) < len(chosen):
+        raise PoseError(f"a region is named twice: {', '.join(chosen)}", "name each once")
+    return chosen
 
 
 def _plan_region(
@@ -146,15 +163,6 @@ def _bounding_rect(points: np.ndarray, latent_size: tuple[int, int]) -> tuple[in
     x0, y0 = np.maximum(np.floor(points.min(axis=0)), 0)
     x1, y1 = np.minimum(np.ceil(points.max(axis=0)) + 1, (width, height))
     return int(x0), int(y0), int(x1), int(y1)
-
-
-def _region_indices(regions: Sequence[str]) -> list[tuple[int, ...]]:
-    unknown = [region for region in regions if region not in REGIONS]
-    if unknown:
-        raise PoseError(f"there is no region called {unknown[0]!r}", hint=f"the regions are {', '.join(REGIONS)}")
-    if len(set(regions)) != len(regions):
-        raise PoseError(f"a region is named twice: {', '.join(regions)}", hint="name each region once")
-    return [REGIONS[region] for region in regions]
 
 
 def _checked_keypoints(reference: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

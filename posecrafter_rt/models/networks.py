@@ -20,56 +20,57 @@ from posecrafter_rt.models.unet import ClipDenoiser, VideoUNet
 from posecrafter_rt.spec import SHALLOW_STREAM, SHALLOW_UNET, SMALL_DECODER, Architecture
 
 
-class TextEncoder(nn.Module):
+class _Network(nn.Module):
+    """Takes its modules by name: a parameter's name begins with that of the module that has it."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+class TextEncoder(_Network):
     """input_ids (G, 77) → encoder_hidden_states (G, 77, D)."""
 
-    def __init__(self, text_encoder: CLIPTextModel) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
+    text_encoder: CLIPTextModel
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor]:
         return (self.text_encoder(input_ids).last_hidden_state,)
 
 
-class PromptKV(nn.Module):
+class PromptKV(_Network):
     """encoder_hidden_states → packed keys and values of every cross-attention, of the U-Net and of the ControlNet."""
 
-    def __init__(self, unet: VideoUNet, controlnet: VideoControlNet) -> None:
-        super().__init__()
-        self.unet, self.controlnet = unet, controlnet
+    unet: VideoUNet
+    controlnet: VideoControlNet
 
     def forward(self, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         return self.unet.text_kv(encoder_hidden_states), self.controlnet.text_kv(encoder_hidden_states)
 
 
-class TimeTables(nn.Module):
+class TimeTables(_Network):
     """timesteps (S,) → packed timestep projections of every resnet, of the U-Net and of the ControlNet."""
 
-    def __init__(self, unet: VideoUNet, controlnet: VideoControlNet) -> None:
-        super().__init__()
-        self.unet, self.controlnet = unet, controlnet
+    unet: VideoUNet
+    controlnet: VideoControlNet
 
     def forward(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         return self.unet.time_projections(timesteps), self.controlnet.time_projections(timesteps)
 
 
-class PoseEmbedding(nn.Module):
+class PoseEmbedding(_Network):
     """controlnet_cond (F, 3, H, W) in [0, 1] → pose_embeddings (F, C, h, w)."""
 
-    def __init__(self, controlnet: VideoControlNet) -> None:
-        super().__init__()
-        self.controlnet = controlnet
+    controlnet: VideoControlNet
 
     def forward(self, controlnet_cond: Tensor) -> tuple[Tensor]:
         return (self.controlnet.pose_embedding(controlnet_cond),)
 
 
-class VaeEncoder(nn.Module):
+class VaeEncoder(_Network):
     """pixels (F, 3, H, W) in [-1, 1] → latents: the posterior's mode, scaled; never a random sample."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
+    vae: AutoencoderKL
 
     def forward(self, pixels: Tensor) -> tuple[Tensor]:
         moments = self.vae.encoder(pixels)
@@ -78,12 +79,10 @@ class VaeEncoder(nn.Module):
         return (moments.chunk(2, dim=1)[0] * self.vae.config.scaling_factor,)
 
 
-class VaeDecoder(nn.Module):
+class VaeDecoder(_Network):
     """latents → pixels (F, 3, H, W), about [-1, 1], not clipped."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
+    vae: AutoencoderKL
 
     def forward(self, latents: Tensor) -> tuple[Tensor]:
         latents = latents / self.vae.config.scaling_factor
@@ -92,23 +91,19 @@ class VaeDecoder(nn.Module):
         return (self.vae.decoder(latents),)
 
 
-class SmallVaeDecoder(nn.Module):
+class SmallVaeDecoder(_Network):
     """latents → pixels (F, 3, H, W), about [-1, 1], not clipped, by the small decoder."""
 
-    def __init__(self, small_decoder: nn.Module) -> None:
-        super().__init__()
-        self.small_decoder = small_decoder
+    small_decoder: nn.Module
 
     def forward(self, latents: Tensor) -> tuple[Tensor]:
         return (decode_small(self.small_decoder, latents),)
 
 
-class ControlNetStep(nn.Module):
+class ControlNetStep(_Network):
     """One ControlNet evaluation on a clip: it takes the tables and returns the residuals."""
 
-    def __init__(self, controlnet: VideoControlNet) -> None:
-        super().__init__()
-        self.controlnet = controlnet
+    controlnet: VideoControlNet
 
     def forward(
         self,
@@ -122,12 +117,10 @@ class ControlNetStep(nn.Module):
         return (*down, mid)
 
 
-class UNetStep(nn.Module):
+class UNetStep(_Network):
     """One U-Net evaluation on a clip: tables and ControlNet residuals → noise_pred and, if enabled, deep_features."""
 
-    def __init__(self, unet: VideoUNet) -> None:
-        super().__init__()
-        self.unet = unet
+    unet: VideoUNet
 
     def forward(
         self, latents: Tensor, time_projections: Tensor, text_kv: Tensor, *residuals: Tensor
@@ -136,12 +129,10 @@ class UNetStep(nn.Module):
         return tuple(output for output in outputs if output is not None)
 
 
-class UNetShallow(nn.Module):
+class UNetShallow(_Network):
     """The U-Net's first and last layer on a clip: it takes deep_features of an earlier step and returns noise_pred."""
 
-    def __init__(self, unet: VideoUNet) -> None:
-        super().__init__()
-        self.unet = unet
+    unet: VideoUNet
 
     def forward(
         self, latents: Tensor, time_projections: Tensor, text_kv: Tensor, deep_features: Tensor, residual: Tensor
@@ -149,12 +140,10 @@ class UNetShallow(nn.Module):
         return (self.unet.predict_shallow(latents, time_projections, text_kv, deep_features, residual),)
 
 
-class ControlNetStream(nn.Module):
+class ControlNetStream(_Network):
     """`ControlNetStep` for frames of a stream: also takes the reference's keys and values and returns the frames'."""
 
-    def __init__(self, controlnet: VideoControlNet) -> None:
-        super().__init__()
-        self.controlnet = controlnet
+    controlnet: VideoControlNet
 
     def forward(
         self,
@@ -174,15 +163,16 @@ class ControlNetStream(nn.Module):
         return (*down, mid, *memory.new_keyframe_kv)
 
 
-class UNetStream(nn.Module):
+class UNetStream(_Network):
     """`UNetStep` for frames of a stream: also takes keys and values of other frames and returns the frames' own.
 
     tensors: the ControlNet residuals, then each layer's key-frame keys and values, then the temporal ones.
     """
 
+    unet: VideoUNet
+
     def __init__(self, unet: VideoUNet) -> None:
-        super().__init__()
-        self.unet = unet
+        super().__init__(unet=unet)
         self.num_residuals = len(residual_layers(unet)) + 1
         self.num_keyframe = len(attention_layers(unet))
 
@@ -202,15 +192,13 @@ class UNetStream(nn.Module):
         return (*outputs, *memory.new_keyframe_kv, *memory.new_temporal_kv)
 
 
-class UNetShallowStream(nn.Module):
+class UNetShallowStream(_Network):
     """`UNetShallow` for frames of a stream, none of which is the reference.
 
     attended: window_mask, then the last layer's key-frame and temporal keys and values; empty if it has no attention.
     """
 
-    def __init__(self, unet: VideoUNet) -> None:
-        super().__init__()
-        self.unet = unet
+    unet: VideoUNet
 
     def forward(
         self, latents: Tensor, time_projections: Tensor, text_kv: Tensor, deep_features: Tensor, residual: Tensor,
@@ -235,22 +223,22 @@ def build_networks(
 ) -> dict[str, nn.Module]:
     """Return every network by its name in `spec.ALL_NETWORKS`, the optional ones if they exist. They share weights."""
     factories: dict[str, Callable[[], nn.Module]] = {
-        "text_encoder": lambda: TextEncoder(text_encoder),
-        "prompt_kv": lambda: PromptKV(unet, controlnet),
-        "time_tables": lambda: TimeTables(unet, controlnet),
-        "pose_embedding": lambda: PoseEmbedding(controlnet),
-        "vae_encoder": lambda: VaeEncoder(vae),
-        "vae_decoder": lambda: VaeDecoder(vae),
-        "controlnet": lambda: ControlNetStep(controlnet),
-        "unet": lambda: UNetStep(unet),
-        "controlnet_stream": lambda: ControlNetStream(controlnet),
-        "unet_stream": lambda: UNetStream(unet),
+        "text_encoder": lambda: TextEncoder(text_encoder=text_encoder),
+        "prompt_kv": lambda: PromptKV(unet=unet, controlnet=controlnet),
+        "time_tables": lambda: TimeTables(unet=unet, controlnet=controlnet),
+        "pose_embedding": lambda: PoseEmbedding(controlnet=controlnet),
+        "vae_encoder": lambda: VaeEncoder(vae=vae),
+        "vae_decoder": lambda: VaeDecoder(vae=vae),
+        "controlnet": lambda: ControlNetStep(controlnet=controlnet),
+        "unet": lambda: UNetStep(unet=unet),
+        "controlnet_stream": lambda: ControlNetStream(controlnet=controlnet),
+        "unet_stream": lambda: UNetStream(unet=unet),
     }
     if small_decoder is not None:
-        factories[SMALL_DECODER] = lambda: SmallVaeDecoder(small_decoder)
+        factories[SMALL_DECODER] = lambda: SmallVaeDecoder(small_decoder=small_decoder)
     if unet.gives_deep_features:
-        factories[SHALLOW_UNET] = lambda: UNetShallow(unet)
-        factories[SHALLOW_STREAM] = lambda: UNetShallowStream(unet)
+        factories[SHALLOW_UNET] = lambda: UNetShallow(unet=unet)
+        factories[SHALLOW_STREAM] = lambda: UNetShallowStream(unet=unet)
     return {name: make().eval() for name, make in factories.items()}
 
 

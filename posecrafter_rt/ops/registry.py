@@ -49,14 +49,17 @@ def _native(*tensors: Tensor, regions: int = 0) -> str | None:
 
 
 @cache
-def _triton_missing() -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed"
+def _missing(package: str) -> str | None:
+    """Return why nothing of a package for GPUs can run on this machine, or None."""
+    if find_spec(package) is None:
+        return f"{package} is not installed"
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
 def _triton_tensors(*tensors: Tensor) -> str | None:
     """Return why no Triton kernel can take these tensors, or None. The first three must have one dtype."""
+    if _missing("triton") is not None or not tensors:
+        return _missing("triton")
     first = tensors[0]
     if any(tensor.device.type != "cuda" for tensor in tensors):
         return f"needs CUDA tensors, got {first.device.type}"
@@ -68,10 +71,8 @@ def _triton_tensors(*tensors: Tensor) -> str | None:
 
 
 def _triton_group_norm(*tensors: Tensor) -> str | None:
-    if _triton_missing() is not None or not tensors:
-        return _triton_missing()
     reason = _triton_tensors(*tensors)
-    if reason is not None:
+    if reason is not None or not tensors:
         return reason
     if not tensors[0].is_contiguous(memory_format=torch.channels_last):
         return "x must be dense in channels_last"
@@ -83,10 +84,8 @@ def _triton_group_norm(*tensors: Tensor) -> str | None:
 
 
 def _triton(op: str, *tensors: Tensor, heads: int = 0) -> str | None:
-    if _triton_missing() is not None or not tensors:
-        return _triton_missing()
     reason = _triton_tensors(*tensors)
-    if reason is not None:
+    if reason is not None or not tensors:
         return reason
     q = tensors[0]
     if q.shape[-1] // heads % 8:
@@ -103,16 +102,9 @@ def _triton(op: str, *tensors: Tensor, heads: int = 0) -> str | None:
     return "has no gradient" if needs_grad(*tensors) else None
 
 
-@cache
-def _xformers_missing() -> str | None:
-    if find_spec("xformers") is None:
-        return "xformers is not installed"
-    return None if torch.cuda.is_available() else "no CUDA device"
-
-
 def _xformers(*tensors: Tensor, heads: int = 0) -> str | None:
-    if _xformers_missing() is not None or not tensors:
-        return _xformers_missing()
+    if _missing("xformers") is not None or not tensors:
+        return _missing("xformers")
     q = tensors[0]
     if any(tensor.device.type != "cuda" for tensor in tensors):
         return f"needs CUDA tensors, got {q.device.type}"

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from posecrafter_rt.errors import PoseError
-from posecrafter_rt.poses.keypoints import FACE, LEFT_HAND, RIGHT_HAND, PoseSequence
+from posecrafter_rt.poses.keypoints import DEFAULT_FPS, FACE, LEFT_HAND, RIGHT_HAND, PoseSequence
 from posecrafter_rt.poses.shown import not_within, range_text
 from posecrafter_rt.poses.skeleton import (
     CHIN,
@@ -36,7 +36,6 @@ _EASED_SHARE = 1 / 3  # of a range is for easing in, and as much for easing out
 _LOWER_LID_SHARE = 0.15  # of the gap is closed by the lower lid
 _WAVES_PER_S = 1.5
 _WAVE_RADIANS = np.radians(25)
-_FALLBACK_FPS = 25.0
 _SHORTEST_PX = 1e-6
 # A hanging forearm is raised on the outer side, even if it hangs a little inwards.
 _INWARD_RADIANS = np.radians(120)
@@ -194,7 +193,7 @@ def _eased(num_frames: int) -> np.ndarray:
 
 def _beats(num_frames: int, fps: float | None) -> np.ndarray:
     """Return a sine of whole periods, about 1.5 per second: float64 (num_frames,)."""
-    periods = max(1, round(num_frames / (fps or _FALLBACK_FPS) * _WAVES_PER_S))
+    periods = max(1, round(num_frames / (fps or DEFAULT_FPS) * _WAVES_PER_S))
     return np.sin(2 * np.pi * periods * np.arange(1, num_frames + 1) / (num_frames + 1))
 
 

@@ -31,7 +31,7 @@ _INSTALL_HINT = (
 )
 
 
-def extract_poses(  # noqa: PLR0913 - one keyword for each option of the command
+def extract_poses(
     video_path: str | PathLike[str],
     *,
     detector: str = "auto",
@@ -39,7 +39,6 @@ def extract_poses(  # noqa: PLR0913 - one keyword for each option of the command
     device: str = "cpu",
     python: str | PathLike[str] | None = None,
     person: int | None = None,
-    upscale: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PoseSequence:
     """Detect one person's whole-body keypoints in every frame of a video.
@@ -52,8 +51,6 @@ def extract_poses(  # noqa: PLR0913 - one keyword for each option of the command
         device: `cpu` or `cuda` (DWPose only).
         python: interpreter whose environment has the detector; None takes this one.
         person: which of several people in the first frame that shows any, counted from 0; None takes the largest.
-        upscale: frames are enlarged this many times for detection; None takes the smallest whole number that brings the
-            short side to 576 pixels or more.
         progress: called in another thread with (frames done, an estimate of the video's frames). What it raises ends
             the detector, and is raised here.
     Returns: one pose per frame, in pixels of the video; a frame where the person was not found is all zeros.
@@ -67,8 +64,7 @@ def extract_poses(  # noqa: PLR0913 - one keyword for each option of the command
     from posecrafter_rt.video_io import count_frames, stream_video, video_size
 
     height, width = video_size(video_path)
-    if upscale is None:
-        upscale = -(-_DETECTION_SHORT_SIDE_PX // min(height, width))
+    upscale = -(-_DETECTION_SHORT_SIDE_PX // min(height, width))
     arguments = ["--detector", detector, "--device", device, "--height", str(height), "--width", str(width)]
     arguments += ["--upscale", str(upscale)] + (["--weights", str(weights)] if weights is not None else [])
     frames, fps = stream_video(video_path)

@@ -20,6 +20,7 @@ FACE = slice(24, 92)
 LEFT_HAND = slice(92, 113)
 RIGHT_HAND = slice(113, 134)
 CONFIDENCE_THRESHOLD = 0.3
+DEFAULT_FPS = 25.0  # of poses that state no rate
 
 _BODY_NAMES = (
     "nose", "neck", "right shoulder", "right elbow", "right wrist", "left shoulder", "left elbow", "left wrist",

@@ -5,13 +5,12 @@ Layer 5.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from posecrafter_rt.errors import PoseCrafterError
-from posecrafter_rt.method.editing import DEFAULT_REGIONS, REGIONS
+from posecrafter_rt.method.editing import DEFAULT_REGIONS, checked_regions
 from posecrafter_rt.runtime.segments import check_split, least_segment
 
 MODES = ("controlvideo", "+selection", "+insertion", "+editing")
@@ -24,22 +23,6 @@ LARGEST_SCALE = 1e30  # float32 may not hold larger scales
 def is_whole(count: object) -> bool:
     """Return whether `count` is a whole number, of any library's type."""
     return isinstance(count, Integral)
-
-
-def checked_regions(regions: Iterable[str]) -> tuple[str, ...]:
-    """Return regions as a tuple, whatever they come in: options are keys of caches.
-
-    Raises: PoseCrafterError for a region that does not exist or is named twice, and for a string, whose letters would
-        be taken for regions.
-    """
-    if isinstance(regions, str):
-        raise PoseCrafterError(f"regions are {regions!r}, one name", f"give several, or one as ({regions!r},)")
-    chosen = tuple(regions)
-    if unknown := sorted({*chosen} - {*REGIONS}):
-        raise PoseCrafterError(f"unknown region {unknown[0]!r}", f"choose of {', '.join(REGIONS)}")
-    if len({*chosen}) < len(chosen):
-        raise PoseCrafterError(f"a region is named twice: {', '.join(chosen)}", "name each once")
-    return chosen
 
 
 def make_numbers_plain(options: Any) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from posecrafter_rt.errors import PoseCrafterError
-from posecrafter_rt.method.editing import DEFAULT_REGIONS
+from posecrafter_rt.method.editing import DEFAULT_REGIONS, checked_regions
 from posecrafter_rt.runtime.live import LiveOptions
 from posecrafter_rt.runtime.options import (
     Decoder,
     RenderOptions,
     Resample,
-    checked_regions,
     is_whole,
     make_numbers_plain,
 )

@@ -22,10 +22,9 @@ from posecrafter_rt.atomic import means_full
 from posecrafter_rt.config import temporary_files_in
 from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError, PoseError
 from posecrafter_rt.poses._extract_worker import DETECTORS
-from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.poses.keypoints import DEFAULT_FPS, PoseSequence
 from posecrafter_rt.serve.options import MAX_POSE_FILE_BYTES, MAX_VIDEO_BYTES
 
-DEFAULT_FPS = 25.0
 NO_DETECTOR = 3  # exit status of the worker; 1 means that something is wrong with the file
 _TIMEOUT_S = 600.0
 _UPLOAD_TIMEOUT_S = 300.0  # no other file is read during an upload

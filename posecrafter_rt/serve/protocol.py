@@ -26,7 +26,6 @@ MAX_COORDINATE = 1e6
 _MAX_REASON_BYTES = 123
 _POSE = struct.Struct("<BBHIdff")
 _FRAME = struct.Struct("<BBBBIdHHIff")
-FRAME_HEADER_BYTES = _FRAME.size
 
 
 class ProtocolError(PoseCrafterError):

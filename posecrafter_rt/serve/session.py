@@ -24,7 +24,7 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve.metrics import Metrics
 from posecrafter_rt.serve.options import MAX_AGE_S
 from posecrafter_rt.serve.protocol import HELD, JPEG, REPEAT, RESET, Configure, FrameHeader, PoseMessage, error_message
-from posecrafter_rt.serve.slots import Newest, Texts
+from posecrafter_rt.serve.slots import Slots
 
 if TYPE_CHECKING:
     from posecrafter_rt.runtime.stream_options import StreamOptions
@@ -113,9 +113,9 @@ class Session:
         self.id = secrets.token_urlsafe(9)
         self.latest = reference
         self.format, self.quality = JPEG, 85
-        self.frames: Newest[Shown] = Newest(self.count_overtaken)
-        self.texts: Texts[dict[str, Any]] = Texts(_KEPT_TEXTS)
-        self.failures: Texts[PoseCrafterError] = Texts(1)
+        self.frames: Slots[Shown] = Slots(1, self.count_overtaken)
+        self.texts: Slots[dict[str, Any]] = Slots(_KEPT_TEXTS)
+        self.failures: Slots[PoseCrafterError] = Slots(1)
         self._fits_person = True
         self._stream = stream
         self._size: tuple[int, int] = reference.shape[:2]

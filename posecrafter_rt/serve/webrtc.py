@@ -177,7 +177,7 @@ class _Link:
         while True:
             message = await self._session.texts.take()
             while channel.readyState == "open" and channel.bufferedAmount >= _MAX_BUFFERED_BYTES:
-                await asyncio.sleep(_FULL_S)  # answers must arrive; `Texts` bounds how many wait
+                await asyncio.sleep(_FULL_S)  # answers must arrive; `Slots` bounds how many wait
             _send(channel, message)
 
 

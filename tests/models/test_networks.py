@@ -184,8 +184,8 @@ def test_a_streams_last_layer_alone_is_the_whole_on_features_of_the_same_step(at
     told = (torch.zeros(2, dtype=torch.bool), mask)  # neither is the reference
     noise_pred, deep, *new = UNetStream(unet)(latents, time, text_kv, *told, *residuals, *keyframe, *temporal)
     attended = (mask, keyframe[-1], temporal[-1]) if attends else ()
-    found, *kept = UNetShallowStream(unet)(latents, time, text_kv, deep, residuals[0], *attended)
+    found, *kept = UNetShallowStream(unet=unet)(latents, time, text_kv, deep, residuals[0], *attended)
     assert torch.equal(found, noise_pred) and len(kept) == attends
     assert all(map(torch.equal, kept, new[-1:]))
-    others = UNetShallowStream(unet)(latents, time, text_kv, deep.flip(0), residuals[0], *attended)[0]
+    others = UNetShallowStream(unet=unet)(latents, time, text_kv, deep.flip(0), residuals[0], *attended)[0]
     assert not torch.allclose(others, noise_pred, atol=1e-2)

@@ -41,10 +41,10 @@ def test_native_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_triton_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 2, 16)
-    assert unsupported_reason("keyframe_attention", "triton", q, q, q, heads=2) == registry._triton_missing() or (
+    assert unsupported_reason("keyframe_attention", "triton", q, q, q, heads=2) == registry._missing("triton") or (
         torch.cuda.is_available()
     )
-    monkeypatch.setattr(registry, "_triton_missing", lambda: None)
+    monkeypatch.setattr(registry, "_missing", lambda package: None)
     assert "CUDA tensors, got cpu" in str(unsupported_reason("keyframe_attention", "triton", q, q, q, heads=2))
 
 
@@ -54,9 +54,9 @@ def test_group_norm_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(x: torch.Tensor) -> str:
         return str(unsupported_reason("group_norm", "triton", x, weight, weight))
 
-    monkeypatch.setattr(registry, "_triton_missing", lambda: "no CUDA device")
+    monkeypatch.setattr(registry, "_missing", lambda package: "no CUDA device")
     assert reason(x) == "no CUDA device"
-    monkeypatch.setattr(registry, "_triton_missing", lambda: None)
+    monkeypatch.setattr(registry, "_missing", lambda package: None)
     assert "CUDA tensors, got cpu" in reason(x)
     monkeypatch.setattr(registry, "_triton_tensors", lambda *tensors: None)  # as if on a GPU
     assert "channels_last" in reason(x)
@@ -70,8 +70,8 @@ def test_group_norm_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_xformers_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 2, 16)
-    assert unsupported_reason("keyframe_attention", "xformers") == registry._xformers_missing()
-    monkeypatch.setattr(registry, "_xformers_missing", lambda: None)
+    assert unsupported_reason("keyframe_attention", "xformers") == registry._missing("xformers")
+    monkeypatch.setattr(registry, "_missing", lambda package: None)
     assert unsupported_reason("keyframe_attention", "xformers") is None
     assert "CUDA tensors, got cpu" in str(unsupported_reason("keyframe_attention", "xformers", q, q, q, heads=2))
 

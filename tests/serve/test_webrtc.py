@@ -24,7 +24,7 @@ from posecrafter_rt.serve import webrtc
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.peers import Peers
 from posecrafter_rt.serve.service import Service
-from posecrafter_rt.serve.slots import Texts
+from posecrafter_rt.serve.slots import Slots
 from tests.serve.drawn import SIZE, DrawnAvatar, DrawnStream, Running, pose_bytes, wait_until
 
 Serve = Callable[..., Running]
@@ -169,7 +169,7 @@ def test_an_answer_waits_for_a_channel_that_is_full() -> None:
             self.sent.append(message)
 
     async def talk() -> list[str]:
-        texts: Texts[dict[str, str]] = Texts(4)
+        texts: Slots[dict[str, str]] = Slots(4)
         peer, channel = SimpleNamespace(_session=SimpleNamespace(texts=texts)), Channel()
         tell = asyncio.create_task(webrtc._Link._tell(peer, channel))  # type: ignore[arg-type]
         texts.put({"type": "recording"})
