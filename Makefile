@@ -37,8 +37,9 @@ demo: $(STAMPS)/demo
 
 install: $(STAMPS)/demo
 
+# With compiled files of the package kept: tests start some hundred processes that import it.
 test: $(STAMPS)/dev
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 # AMX's products, too, in software where the processor has none.
 test-slow: $(STAMPS)/dev

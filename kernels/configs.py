@@ -1,18 +1,20 @@
-"""Tile sizes of the Triton kernels per compute capability, dtype and head size: one table, chosen offline.
+"""How the Triton kernels are launched: tile sizes per compute capability, dtype and head size, from one table.
 
-Layer 2: data; imports neither Triton nor a device.
+Layer 2: data, chosen offline; imports neither Triton nor a device.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TABLE = Path(__file__).with_name("configs.json")  # written by bench/kernel_search.py
 MAX_FRAMES = 256  # the last class of frames serves all longer clips
@@ -66,6 +68,14 @@ class NormConfig:
     def rows_per_block(self, num_rows: int) -> int:
         """Return the positions per block, for frames of num_rows positions."""
         return -(-num_rows // (self.max_blocks * self.block_rows)) * self.block_rows
+
+
+def on_device_of(tensor: Tensor, *, is_traced: bool = False) -> AbstractContextManager[Any]:
+    """Return a context in which kernels run on a tensor's GPU: Triton launches on the thread's current one.
+
+    It changes nothing for Triton's interpreter, which takes tensors of the CPU, nor for a traced launch, which runs none.
+    """
+    return torch.cuda.device(tensor.device) if tensor.is_cuda and not is_traced else nullcontext()
 
 
 def norm_config(num_rows: int) -> NormConfig:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posecrafter_rt.kernels.configs import EAGER_OPTIONS, NormConfig, norm_config
+from posecrafter_rt.kernels.configs import EAGER_OPTIONS, NormConfig, norm_config, on_device_of
 
 
 @triton.jit
@@ -143,14 +143,15 @@ def launch(
     channel_blocks = triton.cdiv(channels, config.block_channels)
     tile = {"BLOCK_ROWS": config.block_rows, "BLOCK_CHANNELS": config.block_channels}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **EAGER_OPTIONS}
-    group_norm_statistics_kernel[num_blocks, channel_blocks, frames](
-        x, num_rows, channels, rows_per_block, partials, **tile, **options
-    )
-    group_norm_coefficients_kernel[num_groups, frames](
-        partials, weight, bias, num_rows, channels, channels // num_groups, num_blocks, rows_per_block, eps,
-        coefficients, BLOCKS=config.max_blocks, BLOCK_CHANNELS=config.group_channels, **options,
-    )  # fmt: skip
-    group_norm_apply_kernel[triton.cdiv(num_rows, config.block_rows), channel_blocks, frames](
-        x, coefficients, num_rows, channels, out, SILU=silu, **tile, **options
-    )
+    with on_device_of(x):
+        group_norm_statistics_kernel[num_blocks, channel_blocks, frames](
+            x, num_rows, channels, rows_per_block, partials, **tile, **options
+        )
+        group_norm_coefficients_kernel[num_groups, frames](
+            partials, weight, bias, num_rows, channels, channels // num_groups, num_blocks, rows_per_block, eps,
+            coefficients, BLOCKS=config.max_blocks, BLOCK_CHANNELS=config.group_channels, **options,
+        )  # fmt: skip
+        group_norm_apply_kernel[triton.cdiv(num_rows, config.block_rows), channel_blocks, frames](
+            x, coefficients, num_rows, channels, out, SILU=silu, **tile, **options
+        )
     return out

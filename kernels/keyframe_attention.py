@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posecrafter_rt.kernels.configs import EAGER_OPTIONS, SCALE_LOG2E, TileConfig, keyframe_config, split_head
+from posecrafter_rt.kernels.configs import (
+    EAGER_OPTIONS,
+    SCALE_LOG2E,
+    TileConfig,
+    keyframe_config,
+    on_device_of,
+    split_head,
+)
 from posecrafter_rt.kernels.tiles import load_columns, store_columns
 
 
@@ -125,9 +132,10 @@ def launch(
     config = config or keyframe_config(torch.cuda.get_device_capability(q.device), q.dtype, head_size)
     kernel = torch.library.wrap_triton(keyframe_attention_kernel) if is_traced else keyframe_attention_kernel
     grid = (triton.cdiv(num_rows, config.block_m), heads, groups)
-    kernel[grid](
-        q, k, v, num_rows, num_keys, q.stride(1), k.stride(1), v.stride(1), k.stride(0), v.stride(0), channels, out,
-        **constants(head_size, config), num_warps=config.num_warps, num_stages=config.num_stages,
-        **({} if is_traced else EAGER_OPTIONS),
-    )  # fmt: skip
+    with on_device_of(q, is_traced=is_traced):
+        kernel[grid](
+            q, k, v, num_rows, num_keys, q.stride(1), k.stride(1), v.stride(1), k.stride(0), v.stride(0), channels, out,
+            **constants(head_size, config), num_warps=config.num_warps, num_stages=config.num_stages,
+            **({} if is_traced else EAGER_OPTIONS),
+        )  # fmt: skip
     return out

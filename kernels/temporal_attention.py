@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posecrafter_rt.kernels.configs import EAGER_OPTIONS, SCALE_LOG2E, TemporalConfig, split_head, temporal_config
+from posecrafter_rt.kernels.configs import (
+    EAGER_OPTIONS,
+    SCALE_LOG2E,
+    TemporalConfig,
+    on_device_of,
+    split_head,
+    temporal_config,
+)
 from posecrafter_rt.kernels.tiles import load_chunk, load_columns, store_columns
 
 # Traced code has one tile for any number of frames, that of a typical clip: while tracing, the number of frames is a
@@ -136,9 +143,10 @@ def launch(
     mask_bytes = None if mask is None else mask.contiguous().view(torch.uint8)
     kernel = torch.library.wrap_triton(temporal_attention_kernel) if is_traced else temporal_attention_kernel
     grid = (heads * triton.cdiv(num_queries, config.block_q), triton.cdiv(tokens, config.block_p), groups)
-    kernel[grid](
-        q, k, v, mask_bytes, num_queries, num_keys, tokens, *q.stride()[:3], *k.stride()[:3], channels, out,
-        **constants(head_size, config, group_masks=mask is not None and mask.ndim == 3), num_warps=config.num_warps, num_stages=config.num_stages,
-        **({} if is_traced else EAGER_OPTIONS),
-    )  # fmt: skip
+    with on_device_of(q, is_traced=is_traced):
+        kernel[grid](
+            q, k, v, mask_bytes, num_queries, num_keys, tokens, *q.stride()[:3], *k.stride()[:3], channels, out,
+            **constants(head_size, config, group_masks=mask is not None and mask.ndim == 3), num_warps=config.num_warps, num_stages=config.num_stages,
+            **({} if is_traced else EAGER_OPTIONS),
+        )  # fmt: skip
     return out

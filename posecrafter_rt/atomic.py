@@ -1,4 +1,4 @@
-"""Write files so that they are whole or absent (temporary name, flush, rename), and hash their contents.
+"""Write files so that they are whole or absent (temporary name, flush, rename), hash their contents, and order them.
 
 Layer 0: imports the errors and locks only.
 """
@@ -10,7 +10,9 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -98,14 +100,35 @@ def _clear_leftovers(path: Path) -> None:
 
 
 def refuse_overwrite(path: str | os.PathLike[str], force: bool) -> None:
-    """Raise unless a file may be written at `path`.
+    """Raise unless a file may be written at `path`: it is called before the work, not after it.
 
-    Raises: OutputExists if a folder is there, or if `force` is false and a file or link is there.
+    Raises:
+        OutputExists: a folder, a pipe, a socket or a device is there, or `force` is false and a file or link is there.
+        PoseCrafterError: the folder cannot be made or written to.
     """
     if os.path.isdir(path):
         raise OutputExists(f"{path} is a folder", hint="give the name of a file, such as one in it")
+    if (kind := _kind_of_special(Path(path))) is not None:
+        raise OutputExists(f"{path} is {kind}, which a file would replace", hint="give the name of a file")
     if not force:
         refuse_existing(path)
+    place = next(parent for parent in Path(path).absolute().parents if os.path.lexists(parent))
+    if not os.path.isdir(place) or not os.access(place, os.W_OK):
+        reason = "may not be written to" if os.path.isdir(place) else "is no folder"
+        raise PoseCrafterError(f"cannot write {path}: {place} {reason}", "choose a folder that you may write to")
+
+
+def _kind_of_special(path: Path) -> str | None:
+    """Return what is at `path`, if it is no regular file; None if it is one, or if nothing is there."""
+    folder = Path(os.path.realpath(path.parent))
+    if os.path.lexists(path) and (folder == Path("/dev") or folder.is_relative_to("/proc")):
+        return "a device"  # by its place: /dev/stdout leads to a regular file where the output is redirected
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return None
+    kinds = {stat.S_IFREG: None, stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def refuse_existing(path: str | os.PathLike[str]) -> None:
@@ -127,6 +150,29 @@ def refuse_sources(path: str | os.PathLike[str], *sources: str | os.PathLike[str
                 "is itself what it would be made from" if given == place else f"holds {source}, from which it is made"
             )
             raise OutputExists(f"{path} {what}", hint="give the output another name")
+
+
+def refuse_among(path: Path, sources: Path, what: str) -> None:
+    """Raise OutputExists if `path` would lie in the folder `sources`, of which it is made: the next command would take
+    it for one of its files. sources: a file holds none. what: those files, for the message.
+    """
+    if path.parent.resolve() == sources.resolve():
+        raise OutputExists(f"{path} would lie among the {what} that it is made from", "give another folder")
+
+
+def refuse_in_engine(path: Path, engine: Path) -> None:
+    """Raise OutputExists if `path` would lie in an engine folder, which would then count as altered."""
+    if path.resolve().is_relative_to(engine.resolve()):
+        raise OutputExists(f"{path} would lie in the engine, which holds nothing else", "give another folder")
+
+
+def natural_key(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """Return a sort key by which frame_2 comes before frame_10: runs of digits in the stem compare as numbers.
+
+    Frames and poses are paired by this order, so their suffixes do not count, but for files that differ in nothing else.
+    """
+    runs = re.split(r"(\d+)", path.stem)
+    return [(int(run), "") if run.isdecimal() else (-1, run) for run in runs], path.name
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

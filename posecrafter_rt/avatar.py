@@ -21,14 +21,14 @@ from posecrafter_rt.avatar_once import KEPT, ComputedOnce
 from posecrafter_rt.engine_training import read_training
 from posecrafter_rt.engines import SAMPLED_AHEAD, Engine, Precision
 from posecrafter_rt.engines.folder import EngineFolder, open_folder
-from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError, PoseError
+from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.machine import return_freed_memory
 from posecrafter_rt.method import DDIMSchedule, DPMSchedule, medoid_reference, select_reference
 from posecrafter_rt.method.dpmpp import dpmpp_terms
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.ahead import Ahead, Sampled
-from posecrafter_rt.runtime.memory import choose_segment, explained, warn_unless_fits
+from posecrafter_rt.runtime.memory import LOAD_ADVICE, STREAM_ADVICE, choose_segment, explained, warn_unless_fits
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.prepare import prepare_clip
 from posecrafter_rt.runtime.presets import STREAM_PRESETS, bundle
@@ -67,11 +67,8 @@ class Avatar:
         self.folder, self.networks = folder, Networks(folder)
         manifest = folder.manifest
         multistep = DPMSchedule.from_config(manifest["scheduler"])
-        self.schedules = {
-            "ddim": DDIMSchedule.from_config(manifest["scheduler"]),
-            "dpmpp": multistep,
-            "unipc": multistep,
-        }
+        singlestep = DDIMSchedule.from_config(manifest["scheduler"])
+        self.schedules = {"ddim": singlestep, "dpmpp": multistep, "unipc": multistep}
         self.size: tuple[int, int] = tuple(manifest["size"])
         self.prompt: str = manifest["prompt"]
         self.frames, self.poses = read_training(folder.path)
@@ -80,11 +77,12 @@ class Avatar:
         self._stream_references = Recent[tuple[StreamReference, Precision]](KEPT)
 
     @classmethod
+    @explained(LOAD_ADVICE)
     def load(cls, path: str | Path) -> Avatar:
         """Verify and load an engine folder.
 
         Raises: EngineFolderError if it is damaged, was built on another device or by other versions of the package or
-            its backend's libraries, or if its backend cannot run here.
+            its backend's libraries, or if its backend cannot run here; OutOfMemory.
         """
         folder = open_folder(path)
         check_runs_here(folder)
@@ -160,10 +158,6 @@ class Avatar:
             changes no byte and no order. Until the iterator has ended or is closed, nothing else may use the avatar.
         """
         options, on_step = self.resolve(options, **changes), on_step or ignore
-        if not isinstance(poses, PoseSequence):
-            raise PoseError(
-                f"poses are a {type(poses).__name__}", "give a PoseSequence: PoseSequence(keypoints, canvas)"
-            )
         target = transform_keypoints(poses, self.size)  # as the training frames were fitted
         if options.segment is None:
             warn_unless_fits(self.networks.room(options), len(target), options)
@@ -195,6 +189,7 @@ class Avatar:
                 report.add(part, segment)
         self.last_report = report
 
+    @explained(STREAM_ADVICE)
     def stream(
         self, options: StreamOptions | None = None, *, preset: str = "balanced",
         calibration: PoseSequence | None = None, **changes: Any,
@@ -206,7 +201,8 @@ class Avatar:
         Args: options, or single options by name: see `StreamOptions`. preset: a name of `STREAM_PRESETS`, a bundle of
             options; options given by name override it. calibration: poses like those to come, on any canvas, by which
             the reference is chosen (Eq. 5); None: the training pose that is nearest to all others.
-        Raises: PoseCrafterError for bad options, and if the checkpoint's GroupNorm takes statistics over a whole clip.
+        Raises: PoseCrafterError for bad options, and if the checkpoint's GroupNorm takes statistics over a whole clip;
+            OutOfMemory.
         """
         options = replace(options or StreamOptions(), **{**bundle(preset, STREAM_PRESETS), **changes})
         if self.folder.manifest["norm_scope"] != "frame":

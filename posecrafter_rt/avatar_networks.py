@@ -5,6 +5,7 @@ Layer 6: beside `avatar`, because the runtime knows no backend.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -67,6 +68,7 @@ class Networks:
         self.tokens_at_once: int | None = None
         self.has_run = False
         self._hold: ExitStack | None = None
+        self._process = os.getpid()
 
     @property
     def built(self) -> Precision:
@@ -91,8 +93,10 @@ class Networks:
 
         tokens_at_once: how many tokens of a block to compute at once, if memory does not hold all of them; only for the
             backends of IN_PARTS.
-        Raises: EngineFolderError if a build has replaced the folder since it was opened.
+        Raises: EngineFolderError if a build has replaced the folder since it was opened; PoseCrafterError in a process
+            forked since then.
         """
+        self._refuse_fork()
         if (self.precision, self.tokens_at_once) != (precision, tokens_at_once):
             if self.engines:
                 self.close()
@@ -112,8 +116,14 @@ class Networks:
         is_wide = any("precision" in adjustment for adjustment in adjustments)
         return WIDER if is_wide else self.built, at_once[-1] if at_once else None
 
+    def _refuse_fork(self) -> None:
+        """Raise PoseCrafterError in a forked process: it has no threads of the libraries, which would wait for them."""
+        if os.getpid() != self._process:
+            raise PoseCrafterError(f"{self.folder.path} was loaded before a fork", "load it in each worker")
+
     def check(self, options: RenderOptions) -> None:
-        """Raise PoseCrafterError if the options need a network that the engine was built without."""
+        """Raise PoseCrafterError if the options need a network that the engine was built without, or after a fork."""
+        self._refuse_fork()
         if options.decoder == "small" and not self.architecture.has_small_decoder:
             raise PoseCrafterError("this engine has no small decoder", "tune with --small-decoder-steps, or build with "
                                    "--small-decoder")  # fmt: skip

@@ -46,6 +46,7 @@ from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
 from posecrafter_rt.models.sources import Base, locate_base
 from posecrafter_rt.models.weights import read_scheduler_config
+from posecrafter_rt.plain_numbers import is_whole, make_numbers_plain
 from posecrafter_rt.spec import NETWORK_NAMES
 
 if TYPE_CHECKING:
@@ -97,8 +98,12 @@ class BuildOptions:
     vae: str | None = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and not (len(self.size) == 2 and all(isinstance(side, int) for side in self.size)):
+        make_numbers_plain(self)
+        if self.size is None:
+            return
+        if not (len(self.size) == 2 and all(is_whole(side) for side in self.size)):
             raise ShapeError(f"a size of {self.size!r}", "give (height, width) in pixels, such as (512, 512)")
+        object.__setattr__(self, "size", tuple(int(side) for side in self.size))
 
 
 @dataclass(frozen=True)

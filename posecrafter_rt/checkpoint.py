@@ -22,6 +22,7 @@ from posecrafter_rt.errors import CheckpointError, PoseError, first_line
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.loading import PoseModel, apply_tensors, load_base
 from posecrafter_rt.models.small_decoder import empty_small_decoder
+from posecrafter_rt.models.weights import is_safetensors
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.tensor_file import save_tensors
 
@@ -171,7 +172,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"there is no checkpoint {path}", hint="make one: posecrafter-rt tune")
     with path.open("rb") as file:
         start = file.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    # safetensors begin with the length of their header, whose first two bytes can be any of these, too
+    if not is_safetensors(path) and start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise CheckpointError(f"{path} is a PyTorch pickle, which could run code, not a checkpoint of this package",
                               hint="make one: posecrafter-rt tune")  # fmt: skip
     try:

@@ -54,8 +54,10 @@ def transform_keypoints(poses: PoseSequence, size: tuple[int, int]) -> PoseSeque
 
     Args: poses: N poses; their canvas is the frames' size before. size: (height, width) in pixels.
     Returns: N poses on a canvas of that size; cropped points lie outside it; missing points stay (0, 0, 0).
-    Raises: ShapeError if a side is not positive.
+    Raises: ShapeError if a side is not positive; PoseError for anything but a PoseSequence.
     """
+    if not isinstance(poses, PoseSequence):
+        raise PoseError(f"poses are a {type(poses).__name__}", "give a PoseSequence: PoseSequence(keypoints, canvas)")
     scale_x, scale_y, offset_x, offset_y = cover_transform(poses.canvas, size)
     moved = poses.keypoints.astype(np.float64)
     moved[..., :2] = (moved[..., :2] - (offset_x, offset_y) + 0.5) * (scale_x, scale_y) - 0.5
@@ -125,7 +127,7 @@ def contact_sheet(rows: Sequence[tuple[str, Frames] | np.ndarray]) -> np.ndarray
     if not named or not all(len(frames) for _, frames in named):
         raise ShapeError("a contact sheet needs rows, and each row at least one frame")
     tallest = max(frame.shape[0] for _, frames in named for frame in frames)
-    height = min(max(tallest, TILE_HEIGHT_PX[0]), TILE_HEIGHT_PX[1])
+    height = _tile_height(tallest)
     strips = []
     for name, frames in named:
         shown = shown_in_sheet(len(frames))
@@ -133,6 +135,12 @@ def contact_sheet(rows: Sequence[tuple[str, Frames] | np.ndarray]) -> np.ndarray
         strips.append(_captioned(name, np.concatenate(tiles, axis=1)))
     width = max(strip.shape[1] for strip in strips)
     return np.concatenate([np.pad(strip, [(0, _GAP_PX), (0, width - strip.shape[1]), (0, 0)]) for strip in strips])
+
+
+def tile_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) in pixels at which a contact sheet shows frames of one size."""
+    height = _tile_height(size[0])
+    return height, _scaled_width(size, height)
 
 
 def side_by_side(*clips: np.ndarray, labels: Sequence[str] | None = None) -> np.ndarray:
@@ -178,8 +186,15 @@ def _scale_to_height(frame: np.ndarray, height: int) -> np.ndarray:
     check_frame(frame)
     if frame.shape[0] == height:
         return frame
-    width = max(1, round(frame.shape[1] * height / frame.shape[0]))
-    return _resize(frame, (height, width), shrinks=height < frame.shape[0])
+    return _resize(frame, (height, _scaled_width(frame.shape, height)), shrinks=height < frame.shape[0])
+
+
+def _scaled_width(shape: Sequence[int], height: int) -> int:
+    return max(1, round(shape[1] * height / shape[0]))
+
+
+def _tile_height(tallest: int) -> int:
+    return min(max(tallest, TILE_HEIGHT_PX[0]), TILE_HEIGHT_PX[1])
 
 
 def _captioned(text: str, picture: np.ndarray) -> np.ndarray:

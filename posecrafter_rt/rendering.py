@@ -6,20 +6,29 @@ Layer 7: around `avatar`, for the command line and the demonstration.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from posecrafter_rt import __version__
-from posecrafter_rt.atomic import atomic_path, disk_full, means_full, refuse_overwrite, refuse_sources, sha256_json
+from posecrafter_rt.atomic import (
+    atomic_path,
+    disk_full,
+    means_full,
+    refuse_among,
+    refuse_in_engine,
+    refuse_overwrite,
+    refuse_sources,
+    sha256_json,
+)
 from posecrafter_rt.avatar import Avatar
-from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
+from posecrafter_rt.errors import DiskFull
 from posecrafter_rt.framing import contact_sheet, shown_in_sheet, transform_keypoints
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import DEFAULT_FPS, PoseSequence
@@ -55,18 +64,6 @@ def refuse_outputs(video: Path, force: bool, fingerprint: str | None = None) -> 
                  and all(path in left or path.exists() for path in outputs))  # fmt: skip
     for path in left if is_moving else outputs:
         refuse_overwrite(path, force)
-    place = next(parent for parent in video.absolute().parents if os.path.lexists(parent))
-    if not os.path.isdir(place) or not os.access(place, os.W_OK):
-        reason = "may not be written to" if os.path.isdir(place) else "is no folder"
-        raise PoseCrafterError(f"cannot write {video}: {place} {reason}", "choose a folder that you may write to")
-
-
-def refuse_among(video: Path, sources: Path, what: str) -> None:
-    """Raise OutputExists if the outputs would lie in the folder `sources`, of which they are made: the next command
-    would take them for some of its files. what: those files, for the message.
-    """
-    if video.parent.resolve() == sources.resolve():
-        raise OutputExists(f"{video} would lie among the {what} that it is made from", "give another folder")
 
 
 def goes_on(video: Path) -> bool:
@@ -78,7 +75,7 @@ def goes_on(video: Path) -> bool:
 def render_to_files(
     avatar: Avatar,
     target: PoseSequence,
-    video: Path,
+    video: str | PathLike[str],
     options: RenderOptions,
     *,
     stretch: Stretch | None = None,
@@ -97,13 +94,14 @@ def render_to_files(
         another program has made one of the outputs meanwhile: the same call with `force` then has nothing left to
         render. Also what `Avatar.render`, `Stretch.mend`, `VideoWriter` and `open_partial` raise.
     """
+    video = Path(video)
     work, options = _Work(avatar, target, target.fps or DEFAULT_FPS, stretch), avatar.resolve(options)
     fingerprint = work.fingerprint(options)
     refuse_outputs(video, force, fingerprint)
-    if video.resolve().is_relative_to(avatar.folder.path.resolve()):
-        raise OutputExists(f"{video} would lie in the engine, which holds nothing else", "give another folder")
+    refuse_in_engine(video, avatar.folder.path)
     if stretch is not None:
-        refuse_sources(video, stretch.video)
+        for path in output_paths(video):  # a single picture may be a video, and have the contact sheet's name
+            refuse_sources(path, stretch.video)
         refuse_among(video, stretch.video, "images")
     VideoWriter(video, work.fps, force=True)  # checks the name and the rate before any work
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.errors import (
     BackendUnavailable,
     CheckpointError,
-    ModelError,
     PoseCrafterError,
     PoseError,
     out_of_memory,
@@ -31,7 +30,7 @@ from posecrafter_rt.errors import (
 from posecrafter_rt.framing import check_canvas, check_one_pose_a_frame, resize_to, transform_keypoints
 from posecrafter_rt.machine import cpu_gains_by_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
-from posecrafter_rt.models.blocks import NormScope, channels_last
+from posecrafter_rt.models.blocks import NormScope, channels_last, check_norm_scope
 from posecrafter_rt.models.loading import (
     PoseModel,
     apply_tensors,
@@ -42,7 +41,8 @@ from posecrafter_rt.models.loading import (
 from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.small_decoder import describe_config, new_small_decoder
 from posecrafter_rt.models.sources import locate_base
-from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.plain_numbers import make_numbers_plain
+from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD, PoseSequence
 from posecrafter_rt.poses.shown import shown_poses
 from posecrafter_rt.tuning_losses import (
     TrainingSet,
@@ -94,16 +94,15 @@ class TuneOptions:
     controlvideo_weights: tuple[Path, Path] | None = None
 
     def __post_init__(self) -> None:
+        make_numbers_plain(self)
         if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise PoseCrafterError(f"learning rate {self.learning_rate}", "give a positive number")
         if self.frames < 1:
             raise PoseCrafterError(f"{self.frames} frames to tune on", "give 1 or more; the paper takes 8")
         if self.precision not in PRECISIONS:
             raise PoseCrafterError(f"unknown precision {self.precision!r}", f"choose one of {', '.join(PRECISIONS)}")
-        if self.norm_scope not in (None, *get_args(NormScope)):
-            raise ModelError(
-                f"there is no norm_scope {self.norm_scope!r}", f"choose {' or '.join(get_args(NormScope))}"
-            )
+        if self.norm_scope is not None:
+            check_norm_scope(self.norm_scope)
         for path in self.controlvideo_weights or ():
             if not Path(path).is_file():
                 raise CheckpointError(f"there is no file {path}", "check the path")
@@ -199,7 +198,7 @@ def tune(
             "learning_rate": options.learning_rate or settings.learning_rate,
         },
     )  # fmt: skip
-    partial = output.with_name(output.name + ".partial")
+    partial = partial_path(output)
     with tuning_alone(output):
         refuse_overwrite(output, force)  # another run may have written it since
         if not resume:
@@ -208,6 +207,11 @@ def tune(
         checkpoint.save(output, force=force)
         partial.unlink(missing_ok=True)
     return checkpoint
+
+
+def partial_path(output: Path) -> Path:
+    """Return the file that holds the state of an interrupted run."""
+    return output.with_name(output.name + ".partial")
 
 
 def step_counts(options: TuneOptions, settings: BaseSettings, num_frames: int) -> dict[str, int]:
@@ -307,21 +311,22 @@ def _step(model: PoseModel, data: TrainingSet, run: TuningRun, options: TuneOpti
                 run.lessons = teach(model.vae, data, torch.Generator().manual_seed(options.seed))
             assert model.small_decoder is not None
             loss = small_decoder_loss(model.small_decoder, run.lessons, run.generator)
-    if not torch.isfinite(loss):
-        raise PoseCrafterError(f"the loss became {loss.item()} at step {run.step}",
-                               "start over: --no-resume, with a lower --learning-rate or --precision fp32")  # fmt: skip
     decay = part != "denoiser" or model.settings.learning_rate_decay
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate_at(step, run.steps_of[part], decay) * group["base_lr"]
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
-    run.is_torn = True
     run.scaler.unscale_(run.optimizer)
     nn.utils.clip_grad_norm_(run.parameters.values(), 1.0)
+    value = loss.item()  # waits for a GPU; Ctrl-C counts only after that, so it must not be while the weights change
+    if not math.isfinite(value):
+        raise PoseCrafterError(f"the loss became {value} at step {run.step}",
+                               "start over: --no-resume, with a lower --learning-rate or --precision fp32")  # fmt: skip
+    run.is_torn = True
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.step += 1
-    run.loss += (loss.item() - run.loss) * max(LOSS_SMOOTHING, 1 / (step + 1))
+    run.loss += (value - run.loss) * max(LOSS_SMOOTHING, 1 / (step + 1))
     run.drawn = run.generator.get_state()
     run.is_torn = False
 
@@ -381,7 +386,7 @@ def load_clip(
     Raises: VideoError; PoseError if the video and the poses differ in their number of frames or in aspect ratio, and
         whatever `shown_poses` raises.
     """
-    num_shown = len(shown_poses(poses, window, video))
+    num_shown = len(shown_poses(poses, window, video, least=CONFIDENCE_THRESHOLD))  # others are drawn black
     chosen = np.arange(len(poses))[window][choose_frames(num_shown, num_wanted or num_shown)]
     check_canvas(video, video_size(video), poses.canvas)
     frames = [resize_to(frame, size) if i in chosen else None for i, frame in enumerate(stream_video(video)[0])]

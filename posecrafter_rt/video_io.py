@@ -5,7 +5,6 @@ Layer 1: PyAV and OpenCV; files are written through `atomic.py`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import cv2
 import numpy as np
 from av.error import ExternalError, FFmpegError
 
-from posecrafter_rt.atomic import atomic_path, refuse_overwrite
+from posecrafter_rt.atomic import atomic_path, natural_key, refuse_overwrite
 from posecrafter_rt.errors import ShapeError, VideoError
 from posecrafter_rt.framing import check_frame, resize_to, size_text
 from posecrafter_rt.video_decoding import DEFAULT_FPS, decode, ffmpeg_name, frame_rate, reason
@@ -275,13 +274,7 @@ def _image_paths(path: Path) -> list[Path]:
     images = [entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.name[0] != "."]
     if not images:
         raise VideoError(f"the folder {path} holds no image", hint=f"images end in {', '.join(IMAGE_SUFFIXES)}")
-    # Digits compare as numbers, so frame2 comes before frame10.
-    return sorted(
-        images,
-        key=lambda entry: [
-            (len(part), part) if part.isdigit() else (0, part) for part in re.split(r"(\d+)", entry.name)
-        ],
-    )
+    return sorted(images, key=natural_key)
 
 
 def _read_images(paths: Sequence[Path]) -> Iterator[np.ndarray]:

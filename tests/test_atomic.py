@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from posecrafter_rt import atomic
-from posecrafter_rt.atomic import atomic_path, refuse_overwrite, refuse_sources, sha256_file, sha256_json
+from posecrafter_rt.atomic import (
+    atomic_path,
+    refuse_among,
+    refuse_in_engine,
+    refuse_overwrite,
+    refuse_sources,
+    sha256_file,
+    sha256_json,
+)
 from posecrafter_rt.errors import DiskFull, OutputExists, PoseCrafterError
 from posecrafter_rt.locks import locked
 
@@ -220,6 +229,56 @@ def test_refuses_to_overwrite_unless_forced(tmp_path):
     for force in (False, True):  # which would not help
         with pytest.raises(OutputExists, match="is a folder"):
             refuse_overwrite(tmp_path, force)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_no_regular_file_is_not_replaced_even_by_force(tmp_path, force):
+    """Its reader would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        for path, kind in ((tmp_path / "pipe", "a named pipe"), (tmp_path / "link", "a named pipe"),
+                           (tmp_path / "s", "a socket"), (Path(os.devnull), "a device")):  # fmt: skip
+            with pytest.raises(OutputExists, match=f"{path} is {kind}, which a file would replace") as caught:
+                refuse_overwrite(path, force)
+            assert "--force" not in caught.value.hint
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="it lists what a process has open")
+def test_a_device_that_leads_to_a_regular_file_is_not_replaced(tmp_path):
+    with open(tmp_path / "redirected", "w") as file:
+        for path in (Path(f"/proc/self/fd/{file.fileno()}"), Path(f"/dev/fd/{file.fileno()}")):
+            with pytest.raises(OutputExists, match="is a device"):
+                refuse_overwrite(path, True)
+        (tmp_path / "link").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        refuse_overwrite(tmp_path / "link", True)  # which would not replace the device
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    refuse_overwrite(tmp_path / "new" / "folder" / "a", False)
+    with pytest.raises(PoseCrafterError, match=r"cannot write .*/file/b/a: .*/file is no folder") as caught:
+        refuse_overwrite(tmp_path / "file" / "b" / "a", True)
+    assert caught.value.hint
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # root may write everywhere
+    with pytest.raises(PoseCrafterError, match=rf"cannot write .*/new/a: {tmp_path} may not be written to"):
+        refuse_overwrite(tmp_path / "new" / "a", True)
+
+
+def test_nothing_is_written_among_the_files_that_it_is_made_from(tmp_path):
+    folder, engine = tmp_path / "poses", tmp_path / "me.engine"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder / "a", tmp_path / "link" / "a"):
+        with pytest.raises(OutputExists, match="a would lie among the poses that it is made from"):
+            refuse_among(path, folder, "poses")
+    refuse_among(folder / "new" / "a", folder, "poses")
+    refuse_among(folder / "a", folder / "b", "poses")
+    for path in (engine / "a", engine / "new" / "a"):
+        with pytest.raises(OutputExists, match="a would lie in the engine"):
+            refuse_in_engine(path, engine)
+    refuse_in_engine(tmp_path / "a", engine)
 
 
 def test_nothing_replaces_what_it_is_made_from(tmp_path):

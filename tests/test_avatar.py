@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ from torch import Tensor
 
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
-from posecrafter_rt.errors import PoseCrafterError, PoseError
+from posecrafter_rt.engines.torch import TorchBackend
+from posecrafter_rt.errors import OutOfMemory, PoseCrafterError, PoseError
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime import render as render_module
 from posecrafter_rt.runtime.options import MODES
@@ -50,6 +54,73 @@ def test_the_inversion_is_shared_by_all_that_it_does_not_depend_on(
     avatar.render(some_poses(2), num_inference_steps=3)
     avatar.render(some_poses(2), **{"num_inference_steps": 3, **change})
     assert avatar.last_report is not None and avatar.last_report.inversion_cached is is_cached
+
+
+def test_the_type_that_a_program_has_made_the_default_changes_nothing(tiny_engine: Path, tmp_path: Path) -> None:
+    def render(folder: Path) -> np.ndarray:
+        shutil.copytree(tiny_engine, folder, ignore=shutil.ignore_patterns("inversions"))
+        with Avatar.load(folder) as avatar, avatar.stream(steps=1) as stream:
+            frames = avatar.render(some_poses(2), num_inference_steps=2, inversion_substeps=1, guidance_scale=3.0)
+            return np.concatenate([frames, stream.step(some_poses(1).keypoints[0])[None]])
+
+    expected = render(tmp_path / "float32")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert np.array_equal(render(tmp_path / "bfloat16"), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def calls_in_a_fork(call: Callable[[], Any]) -> tuple[str, str | None]:
+    """Return message and hint of the PoseCrafterError that `call` raises in a forked process."""
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            call()
+        except PoseCrafterError as error:
+            sending.send((str(error), error.hint))
+
+    process = context.Process(target=run)
+    process.start()
+    sending.close()
+    try:
+        assert receiving.poll(20), "it hangs"  # it would for good: it waits for threads that it does not have
+        return receiving.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_an_avatar_and_its_streams_are_refused_in_a_forked_process_and_go_on_in_their_own(avatar: Avatar) -> None:
+    pose, message = some_poses(1), f"{avatar.folder.path} was loaded before a fork"
+    with avatar.stream(steps=1) as stream:
+        for call in (lambda: avatar.render(pose), lambda: avatar.stream(steps=1)):
+            assert calls_in_a_fork(call) == (message, "load it in each worker")
+        message = "this stream was opened before a fork"
+        assert calls_in_a_fork(lambda: stream.step(pose.keypoints[0])) == (message, "load its avatar in each worker")
+        stream.step(pose.keypoints[0])
+    avatar.render(pose, num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
+)
+def test_too_little_memory_to_load_an_avatar_or_to_open_a_stream_is_said_with_advice(
+    tiny_engine: Path, avatar: Avatar, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(TorchBackend, "load", fail)
+    with pytest.raises(OutOfMemory, match="^memory ran out") as caught:
+        Avatar.load(tiny_engine)
+    assert caught.value.hint == "free some memory, or build the engine with a --precision of fewer bits"
+    monkeypatch.setattr("posecrafter_rt.avatar.sample_reference", fail)
+    with pytest.raises(OutOfMemory, match="^memory ran out") as caught:
+        avatar.stream()
+    assert caught.value.hint == "free some memory, or open the stream with fewer steps or a smaller window"
 
 
 def flip_last_bit(content: bytes) -> bytes:

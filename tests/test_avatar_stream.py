@@ -19,7 +19,7 @@ from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.engines.base import Engine
 from posecrafter_rt.engines.torch import TorchBackend, TorchEngine
-from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.errors import OutOfMemory, PoseCrafterError, PoseError
 from posecrafter_rt.method import DPMSchedule, medoid_reference, select_reference
 from posecrafter_rt.runtime.presets import STREAM_PRESETS
 from posecrafter_rt.runtime.stream import StreamReference, sample_reference
@@ -71,6 +71,11 @@ def test_the_reference_is_the_medoid_or_what_eq_5_chooses_of_a_calibration(avata
         assert select_reference(avatar.poses, calibration) == index
         with avatar.stream(steps=1, calibration=calibration.resized(64, 64)) as stream:  # on another canvas
             assert np.array_equal(stream.reference.pose, avatar.poses.keypoints[index])
+
+
+def test_a_calibration_that_is_no_pose_sequence_is_said_plainly(avatar: Avatar) -> None:
+    with pytest.raises(PoseError, match="poses are a ndarray"):
+        avatar.stream(calibration=avatar.poses.keypoints)  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_whose_statistics_run_over_all_frames_cannot_stream(tiny_base: Path, tmp_path: Path) -> None:
@@ -181,7 +186,7 @@ def test_its_networks_go_before_wider_ones_come(
         if can_load:
             stream.step(second)
             return
-        with pytest.raises(MemoryError):
+        with pytest.raises(OutOfMemory):
             stream.step(second)
         assert stream.is_closed
         with pytest.raises(PoseCrafterError, match="this stream is closed"):

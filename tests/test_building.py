@@ -335,6 +335,13 @@ def test_an_engine_holds_no_other(tiny_checkpoint: Path, copied: Path) -> None:
     open_folder(copied)
 
 
+def test_numbers_of_any_library_become_pythons_own() -> None:
+    """For the manifest, which is written as JSON."""
+    given = BuildOptions(size=tuple(np.array([512, 768])), max_frames=np.int64(64))  # type: ignore[arg-type]
+    assert given == BuildOptions(size=(512, 768), max_frames=64)
+    assert given.size is not None and {type(number) for number in (*given.size, given.max_frames)} == {int}
+
+
 @pytest.mark.parametrize("size", ["32x32", (32,), (32.0, 32.0)])
 def test_a_size_is_a_height_and_a_width(size: Any) -> None:
     with pytest.raises(ShapeError, match="a size of"):

@@ -143,6 +143,20 @@ def test_a_pickle_does_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.parametrize("start", [b"PK", *(bytes([0x80, version]) for version in range(2, 6))])
+def test_a_checkpoint_that_begins_like_a_pickle_is_loaded(
+    start: bytes, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    """The first two bytes are of the header's length, and a long prompt makes it any multiple of 8."""
+    path, wanted = tmp_path / "tuned.ckpt", int.from_bytes(start, "little")
+    make_checkpoint(prompt="").save(path)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    prompt = "a" * ((wanted - length) % 65536)
+    make_checkpoint(prompt=prompt).save(path, force=True)
+    assert path.read_bytes()[:2] == start
+    assert Checkpoint.load(path).metadata["prompt"] == prompt
+
+
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"posecrafter": "{}"}, {"posecrafter": "[]"}])
 def test_another_safetensors_file(metadata: dict | None, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors", metadata)

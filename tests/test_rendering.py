@@ -27,7 +27,7 @@ from tests.render_scripts import ALONE, FAITHFUL, FULL, NOTED, STARVED, refused_
 from tests.tiny import some_poses
 
 SIZE = (32, 32)
-CHANGES = {"num_inference_steps": 1, "strength": 1.0, "inversion_substeps": 1, "segment": 50, "overlap": 2}
+CHANGES = {"num_inference_steps": 1, "strength": 1.0, "inversion_substeps": 1, "segment": 26, "overlap": 2}
 OPTIONS = json.dumps(CHANGES)
 TOLERANCE = 0.03
 
@@ -54,15 +54,15 @@ def assert_flat(peaks: list[int]) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 @pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_the_peaks_of_segments_are_flat(engine: Path, tmp_path: Path, backend: str) -> None:
-    """Of 25, all of 8 frames: of two lengths a backend may keep what it allocated for one beside the other's."""
+    """Of 13, all of 8 frames: of two lengths a backend may keep what it allocated for one beside the other's."""
     if backend != "torch":
         pytest.importorskip(backend)
         build_engine(engine.with_name("tuned.ckpt"), tmp_path / "other.engine", BuildOptions(backend, "fp32"))
         engine = tmp_path / "other.engine"
-    moving_person(25 * 6 + 2, SIZE).save(tmp_path / "poses.json")
+    moving_person(13 * 6 + 2, SIZE).save(tmp_path / "poses.json")
     options = json.dumps({**CHANGES, "segment": 8})
     report, *_ = run_script(NOTED, engine, tmp_path / "poses.json", tmp_path / "out.mp4", options)
-    assert report["segments"] == [8] * 25 and len(report["segment_peaks"]) == 25
+    assert report["segments"] == [8] * 13 and len(report["segment_peaks"]) == 13
     assert_flat(report["segment_peaks"])
 
 
@@ -76,7 +76,8 @@ def test_ten_thousand_frames_stream_in_memory_that_stays_flat(engine: Path, tmp_
     """
     num_frames = 10_000
     moving_person(num_frames, SIZE).save(tmp_path / "poses.json")
-    report, segments, video = run_script(NOTED, engine, tmp_path / "poses.json", tmp_path / "out.mp4", OPTIONS)
+    options = json.dumps({**CHANGES, "segment": 50})
+    report, segments, video = run_script(NOTED, engine, tmp_path / "poses.json", tmp_path / "out.mp4", options)
     assert len(segments) == report["num_segments"] == 209 and len(video) == report["num_frames"] == num_frames
     assert_flat(report["segment_peaks"])
     settled = np.array(segments[1:])
@@ -92,9 +93,9 @@ def test_ten_thousand_frames_stream_in_memory_that_stays_flat(engine: Path, tmp_
 
 @pytest.fixture(scope="module")
 def unbroken(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with poses of 90 frames, and the three files of their render in two segments."""
+    """A folder with poses of 46 frames, and the three files of their render in two segments."""
     folder = tmp_path_factory.mktemp("unbroken")
-    moving_person(90, SIZE).save(folder / "poses.json")
+    moving_person(46, SIZE).save(folder / "poses.json")
     report = render(engine, folder, folder / "out.mp4")
     assert report["num_segments"] == 2 and report["num_resumed"] == 0
     return folder
@@ -165,13 +166,13 @@ def test_nothing_is_lost_when_the_disk_is_full(
 
 
 def test_nothing_is_lost_when_a_real_file_system_is_full(engine: Path, unbroken: Path, tmp_path: Path) -> None:
-    """In the first segment, in the second, or in the contact sheet: a segment takes 136 kB, the sheet 323."""
-    folder, copied, limits = tmp_path / "mounted", tmp_path / "copied", {40: 0, 200: 1, 450: 2}
+    """In the first segment, in the second, or in the contact sheet: a segment takes 70 kB, the sheet 323."""
+    folder, copied, limits = tmp_path / "mounted", tmp_path / "copied", {40: 0, 110: 1, 400: 2}
     folder.mkdir()
     copied.mkdir()
     if (reason := refused_mount(folder)) is not None:
         pytest.skip(reason)
-    options = ("--steps", "1", "--strength", "1", "--inversion-substeps", "1", "--segment", "50", "--overlap", "2")
+    options = ("--steps", "1", "--strength", "1", "--inversion-substeps", "1", "--segment", "26", "--overlap", "2")
     printed, _ = run_lines([*ALONE, sys.executable, "-c", FULL], folder, copied, json.dumps([*limits]), "render", engine,
                         "--poses", unbroken / "poses.json", *options)  # fmt: skip
     for (num_kb, num_finished), full, again in zip(limits.items(), printed[::2], printed[1::2], strict=True):
@@ -313,6 +314,11 @@ def test_what_was_made_in_an_outputs_place_meanwhile_is_kept(
         render_to_files(avatar, poses, video, JOINTLY)
     render_to_files(avatar, poses, video, JOINTLY, force=True)
     assert len(list(tmp_path.iterdir())) == 3 and files_in(tmp_path)["out.png"] != b"mine"
+
+
+def test_the_video_may_be_named_by_a_string(avatar: Avatar, tmp_path: Path) -> None:
+    render_to_files(avatar, some_poses(1), str(tmp_path / "out.mp4"), JOINTLY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "out.png", "out.report.json"]
 
 
 def test_an_interrupted_joint_render_leaves_nothing(avatar: Avatar, tmp_path: Path) -> None:

@@ -159,7 +159,9 @@ def test_a_checkpoint_with_half_a_small_decoder_is_refused(clip, options, tmp_pa
         checkpoint.load_model()
 
 
-@pytest.mark.parametrize("place", ["posecrafter_rt.tuning_losses._predict", "torch.nn.utils.clip_grad_norm_"])
+@pytest.mark.parametrize(
+    "place", ["posecrafter_rt.tuning_losses._predict", "torch.nn.utils.clip_grad_norm_", "torch.optim.AdamW.step"]
+)
 def test_an_interruption_within_a_step_changes_nothing_either(
     clip, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -175,6 +177,28 @@ def test_an_interruption_within_a_step_changes_nothing_either(
 
     monkeypatch.setattr(place, interrupted)
     monkeypatch.setattr("posecrafter_rt.tuning.SAVE_EVERY_SECONDS", 0.0)  # what a kill would leave, after each step
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "b.ckpt", options)
+    steps: list[int] = []
+    resumed = tune(*clip, tmp_path / "b.ckpt", options, on_step=lambda status: steps.append(status.step))
+    assert steps == [3, 4] and same_tensors(unbroken, resumed)
+
+
+def test_an_interruption_while_a_gpu_is_waited_for_keeps_every_finished_step(
+    clip, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's time passes where the loss is read, and the signal is raised after that; nothing was saved before."""
+    unbroken = tune(*clip, tmp_path / "a.ckpt", options)
+    original, reads = torch.Tensor.item, []
+
+    def interrupted(tensor: torch.Tensor) -> object:
+        number = original(tensor)
+        reads.extend([number] if tensor.requires_grad else [])  # a loss
+        if tensor.requires_grad and len(reads) == 3:
+            raise KeyboardInterrupt
+        return number
+
+    monkeypatch.setattr(torch.Tensor, "item", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune(*clip, tmp_path / "b.ckpt", options)
     steps: list[int] = []
@@ -204,6 +228,13 @@ def test_a_run_with_other_settings_of_the_base_is_not_resumed(
 def test_senseless_numbers_are_refused(change: dict) -> None:
     with pytest.raises(PoseCrafterError):
         TuneOptions(**change)
+
+
+def test_numbers_of_any_library_become_pythons_own() -> None:
+    """For the checkpoint's metadata, which are written as JSON."""
+    given = TuneOptions(frames=np.int64(4), steps=np.int32(50), learning_rate=np.float32(0.5), seed=np.uint8(7))  # type: ignore[arg-type]
+    assert given == TuneOptions(frames=4, steps=50, learning_rate=0.5, seed=7)
+    assert {type(value) for value in vars(given).values()} <= {int, float, str, bool, type(None)}
 
 
 def test_weights_of_controlvideo_are_taken_as_they_are_or_tuned_on(clip, options, tmp_path: Path) -> None:
@@ -440,10 +471,11 @@ def test_load_clip_refuses_a_window_that_does_not_show_the_person(clip, tmp_path
     frames, poses = clip
     write_video(tmp_path / "v.mp4", frames, 25.0)
     keypoints = poses.keypoints.copy()
-    keypoints[2] = 0
-    gap = PoseSequence(keypoints, SIZE, 25.0)
-    with pytest.raises(PoseError, match=r"v\.mp4 does not show the person in 1 of 4 frames: 2"):
-        load_clip(tmp_path / "v.mp4", gap, SIZE, slice(1, 5), 2)  # 2 is not among the two that it would take
+    for confidence in (0, 0.2):  # neither is drawn
+        keypoints[2, :, 2] = confidence
+        gap = PoseSequence(keypoints, SIZE, 25.0)
+        with pytest.raises(PoseError, match=r"v\.mp4 does not show the person in 1 of 4 frames: 2"):
+            load_clip(tmp_path / "v.mp4", gap, SIZE, slice(1, 5), 2)  # 2 is not among the two that it would take
     assert len(load_clip(tmp_path / "v.mp4", gap, SIZE, slice(3, None))[1]) == 2
 
 

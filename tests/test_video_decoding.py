@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import struct
@@ -15,6 +16,7 @@ import pytest
 
 from posecrafter_rt.errors import VideoError
 from posecrafter_rt.framing import resize_to
+from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.video_io import (
     count_frames,
     read_video,
@@ -274,6 +276,17 @@ def test_a_folder_of_images_in_natural_order(tmp_path):
     np.testing.assert_array_equal(video.frames, frames)
     np.testing.assert_array_equal(read_video(tmp_path, start=2, stop=4).frames, frames[2:4])
     np.testing.assert_array_equal(read_video(tmp_path / "frame3.png").frames, frames[3:4])
+
+
+def test_images_and_poses_of_the_same_names_have_the_same_order(tmp_path):
+    names = ("frame", "frame1", "frame8", "frame9", "frame010", "frame11", "frame0012", "frame0012_a", "frame0012b")
+    for number in (3, 5, 0, 7, 2, 8, 1, 4, 6):
+        write_png(tmp_path / f"{names[number]}.png", np.full((20, 30, 3), 10 * number, np.uint8))
+        person = {"pose_keypoints_2d": [3 + number, 3 + number, 1] * 18}
+        pose = {"canvas_height": 20, "canvas_width": 30, "people": [person]}
+        (tmp_path / f"{names[number]}.json").write_text(json.dumps(pose))
+    assert read_video(tmp_path).frames[:, 0, 0, 0].tolist() == [10 * number for number in range(9)]
+    assert PoseSequence.load(tmp_path).keypoints[:, 0, 0].tolist() == [3 + number for number in range(9)]
 
 
 def test_images_of_different_sizes_are_named_with_their_sizes(tmp_path):

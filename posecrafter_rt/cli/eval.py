@@ -45,23 +45,20 @@ def evaluate(
         raise typer.BadParameter("--rendered-poses is compared with --poses, which is missing")
     from posecrafter_rt.evaluate.metrics import mse_p
     from posecrafter_rt.framing import transform_keypoints
-    from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.poses.shown import shown_poses
     from posecrafter_rt.video_io import video_size
 
     height, width = video_size(rendered)
     # Poses come first: their errors should show before both videos are measured.
-    target = None if poses is None else shown_poses(
-        read_openpose(poses, allow_missing=True, canvas=video_size(truth)), window, poses)  # fmt: skip
-    found = (
-        None if rendered_poses is None else read_openpose(rendered_poses, allow_missing=True, canvas=(height, width))
-    )
+    target = None if poses is None else shown_poses(_read_poses(poses, truth), window, poses)
+    found = None if rendered_poses is None else _read_poses(rendered_poses, rendered)
     num_frames = _count_pairs(rendered, truth, window)
     _check_lengths(num_frames, target, found)
-    result = {"frames": num_frames, "height": height, "width": width}
-    scores = _measure(rendered, truth, (height, width), window)
     if target is not None:
         found = found or _extract(rendered)
+    result = {"frames": num_frames, "height": height, "width": width}
+    scores = _measure(rendered, truth, (height, width), window)
+    if target is not None and found is not None:
         scores["mse_p"] = mse_p(*(transform_keypoints(one, (height, width)) for one in (found, target)))
     if as_json:
         print_json(result | scores)
@@ -72,6 +69,18 @@ def evaluate(
         ("SSIM", f"{scores['ssim']:.4f}"),
     ]
     print_table(rows + ([("MSE-P", f"{scores['mse_p']:.3g}")] if poses is not None else []))
+
+
+def _read_poses(path: Path, video: Path) -> PoseSequence:
+    """Read the poses of a video's frames. Raises: PoseError if their canvas has another shape than the frames, too."""
+    from posecrafter_rt.framing import check_canvas
+    from posecrafter_rt.poses.openpose_json import read_openpose
+    from posecrafter_rt.video_io import video_size
+
+    size = video_size(video)
+    poses = read_openpose(path, allow_missing=True, canvas=size)
+    check_canvas(video, size, poses.canvas)
+    return poses
 
 
 def _count_pairs(rendered: Path, truth: Path, window: slice) -> int:

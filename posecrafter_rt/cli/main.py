@@ -149,7 +149,8 @@ def main() -> None:
         try:
             app(prog_name="posecrafter-rt")
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as it is where the command was started with a closed one
+                sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output is gone; without this Python complains once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

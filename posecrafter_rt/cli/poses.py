@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast, get_args
 import numpy as np
 import typer
 
-from posecrafter_rt.atomic import refuse_overwrite, refuse_sources
+from posecrafter_rt.atomic import refuse_among, refuse_in_engine, refuse_overwrite, refuse_sources
 from posecrafter_rt.cli.arguments import AsJson, Force, parse_range, parse_size
 from posecrafter_rt.cli.output import step_progress
 from posecrafter_rt.errors import PoseError
@@ -48,7 +48,8 @@ def extract(  # noqa: PLR0913 - one argument for each option
     output: Annotated[Path, typer.Option("-o", "--output", help="The pose file (OpenPose JSON) to write.")],
     detector: Annotated[str, typer.Option(help="dwpose, mediapipe, or auto: the first that can run.")] = "auto",
     weights: Annotated[
-        Path | None, typer.Option(help="Folder with yolox_l.onnx and dw-ll_ucoco_384.onnx; else they are downloaded.")
+        Path | None,
+        typer.Option(help="DWPose's folder with yolox_l.onnx and dw-ll_ucoco_384.onnx; else they are downloaded."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda (DWPose only).")] = "cpu",
     python: Annotated[
@@ -67,17 +68,17 @@ def extract(  # noqa: PLR0913 - one argument for each option
     refuse_overwrite(output, force)
     refuse_sources(output, video)
     with step_progress("detecting") as on_step:
+
+        def told(done: int, total: int, name: str) -> None:
+            nonlocal detector
+            detector = name
+            on_step(done, total, name)
+
         poses = extract_poses(
-            video,
-            detector=detector,
-            weights=weights,
-            device=device,
-            python=python,
-            person=person,
-            progress=lambda done, total: on_step(done, total, ""),
+            video, detector=detector, weights=weights, device=device, python=python, person=person, progress=told
         )
     poses.save(output, force=force)
-    _report_extracted(poses, output, as_json)
+    _report_extracted(poses, output, detector, as_json)
 
 
 @app.command()
@@ -98,28 +99,30 @@ def preview(  # noqa: PLR0913 - one argument for each option
     if output.suffix.lower() not in (".mp4", ".png"):
         raise typer.BadParameter(f"{output.name} is neither .mp4 nor .png", param_hint="--output")
     refuse_overwrite(output, force)
+    from posecrafter_rt.framing import tile_size, transform_keypoints
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.video_io import IMAGE_SUFFIXES, stream_video, video_size
 
     refuse_sources(output, poses_path, *((video, *_files(video, *IMAGE_SUFFIXES)) if video else ()))
+    if video and output.suffix.lower() in IMAGE_SUFFIXES:
+        refuse_among(output, video, "images")
 
     picture_size = parse_size(canvas) or (video_size(video) if video else None)
     # People look at a preview to find the frames that lack the person.
     poses = read_openpose(poses_path, person=person, canvas=picture_size, allow_missing=True)
     height, width = parse_size(size) or _preview_size(poses.canvas)
+    # Cut around the centre, as `render` and the video's frames are.
+    poses = transform_keypoints(poses, (height, width))
     frames = None
     if video:
-        from posecrafter_rt.framing import transform_keypoints
-
         if output.suffix.lower() == ".mp4":  # decoding is fast; drawing for a short video would be wasted
             for _ in _one_a_pose(stream_video(video, stop=len(poses))[0], video, len(poses)):
                 pass
         frames = _one_a_pose(stream_video(video, size=(height, width), stop=len(poses))[0], video, len(poses))
-        # Cut around the centre like the frames, so that both still show the same place.
-        poses = transform_keypoints(poses, (height, width))
     fps = fps or poses.fps or DEFAULT_FPS
     if output.suffix.lower() == ".png":
         _write_sheet(poses, frames, (height, width), output, force)
+        height, width = tile_size((height, width))
     else:
         _write_video(poses, frames, (height, width), output, fps, force)
     record = {"output": str(output), "frames": len(poses), "height": height, "width": width, "fps": fps}
@@ -150,6 +153,10 @@ def retarget(
     """Fit the movement in POSES to the proportions and the place of the person who was tuned."""
     refuse_overwrite(output, force)
     refuse_sources(output, poses_path, *_files(poses_path, ".json"), to, *_files(to, ".json", ".safetensors"))
+    refuse_among(output, poses_path, "poses")
+    if _is_engine(to):
+        refuse_in_engine(output, to)
+    refuse_among(output, to, "poses")
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.poses.retarget import find_ratios
     from posecrafter_rt.poses.retarget import retarget as fit_movement
@@ -197,14 +204,15 @@ def edit(  # noqa: PLR0913 - one argument for each option
 ) -> None:
     """Script what the person in POSES does; each edit may be given several times, and END is not in its range.
 
-    Gaps are filled first; then heads are turned, eyes blink, arms wave. All other frames stay as they are. With --canvas there need be
-    no edit: what is written then says how large its picture is.
+    Gaps are filled first; then heads are turned, eyes blink, arms wave. All other frames stay as they are. With
+    --person or --canvas there need be no edit: what is written is that person alone, or says how large its picture is.
     """
     edits = [*map(_parse_turn, turn_head or ()), *map(_parse_blink, blink or ()), *map(_parse_wave, wave or ())]
-    if not edits and canvas is None and not fill:
-        raise typer.BadParameter("nothing to edit: give --turn-head, --blink, --wave or --fill, or a --canvas")
+    if not edits and not fill and person is None and canvas is None:
+        raise typer.BadParameter("nothing to edit: give --turn-head, --blink, --wave, --fill, --person or --canvas")
     refuse_overwrite(output, force)
     refuse_sources(output, poses_path, *_files(poses_path, ".json"))
+    refuse_among(output, poses_path, "poses")
     from posecrafter_rt.poses.openpose_json import read_openpose
 
     poses = original = read_openpose(poses_path, person=person, canvas=parse_size(canvas), allow_missing=True)
@@ -257,19 +265,24 @@ def _parse_edit(text: str, name: str, example: str) -> tuple[str, slice]:
 
 def _poses_of(path: Path) -> PoseSequence:
     """Return the poses of who was tuned, from a pose file, a folder of them, a tuned.ckpt or an engine folder."""
-    if path.is_dir():
+    if _is_engine(path):
         from posecrafter_rt.engine_training import read_training
-        from posecrafter_rt.engines.folder import MANIFEST, open_folder
+        from posecrafter_rt.engines.folder import open_folder
 
-        if (path / MANIFEST).is_file():
-            return read_training(open_folder(path).path)[1]
-    elif path.is_file() and path.suffix.lower() != ".json":
+        return read_training(open_folder(path).path)[1]
+    if path.is_file() and path.suffix.lower() != ".json":
         from posecrafter_rt.checkpoint import Checkpoint
 
         return Checkpoint.load(path).poses
     from posecrafter_rt.poses.openpose_json import read_openpose
 
     return read_openpose(path, allow_missing=True)
+
+
+def _is_engine(path: Path) -> bool:
+    from posecrafter_rt.engines.folder import MANIFEST
+
+    return (path / MANIFEST).is_file()
 
 
 def _share_outside(poses: PoseSequence) -> float:
@@ -290,18 +303,18 @@ def _summary(poses: PoseSequence, output: Path) -> str:
     return f"{output}: {len(poses)} frames, {width} x {height}"
 
 
-def _report_extracted(poses: PoseSequence, output: Path, as_json: bool) -> None:
+def _report_extracted(poses: PoseSequence, output: Path, detector: str, as_json: bool) -> None:
     usable = poses.keypoints[..., 2] >= CONFIDENCE_THRESHOLD
     shares = {name: round(float(usable[:, points].mean()), 3) for name, points in _PARTS.items()}
-    missing = np.flatnonzero(~(poses.keypoints[..., 2] > 0).any(axis=1)).tolist()
-    record = {**_described(poses, output), "usable": shares, "frames_without_person": missing}
+    missing = np.flatnonzero(~usable.any(axis=1)).tolist()
+    record = {**_described(poses, output), "detector": detector, "usable": shares, "frames_without_person": missing}
     if missing:
         message = f"warning: {len(missing)} of {len(poses)} frames do not show the person: {abridged(missing)}"
         typer.echo(f"{message}\nhint: cut them out of the video, or choose a person with --person", err=True)
     if as_json:
         typer.echo(json.dumps(record))
         return
-    typer.echo(_summary(poses, output))
+    typer.echo(f"{_summary(poses, output)}, detected by {detector}")
     typer.echo("usable points: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
 
 

@@ -95,17 +95,20 @@ def render(  # noqa: PLR0913 - one argument for each option
     if replace is not None and frame_range is not None:
         raise typer.BadParameter("--range does not go with --replace, which names the poses to render by itself")
     window = parse_range(frame_range if replace is None else replace)
-    from posecrafter_rt.atomic import refuse_sources
+    from posecrafter_rt.atomic import refuse_among, refuse_sources
     from posecrafter_rt.avatar import Avatar
-    from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD
+    from posecrafter_rt.method import check_shared_keypoints
+    from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD, DEFAULT_FPS
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.poses.shown import shown_poses
-    from posecrafter_rt.rendering import goes_on, output_paths, refuse_among, refuse_outputs, render_to_files
+    from posecrafter_rt.rendering import goes_on, output_paths, refuse_outputs, render_to_files
     from posecrafter_rt.runtime.presets import preset_options
     from posecrafter_rt.runtime.report import describe_adjustment
     from posecrafter_rt.runtime.stretch import open_stretch
+    from posecrafter_rt.video_io import VideoWriter
 
     refuse_outputs(output, force)
+    VideoWriter(output, fps or DEFAULT_FPS, force=True)  # checks the name and the rate before the engine is loaded
     for path in output_paths(output):
         refuse_sources(path, poses)
     refuse_among(output, poses, "poses")
@@ -125,7 +128,10 @@ def render(  # noqa: PLR0913 - one argument for each option
             stretch = None if video is None else open_stretch(video, window, avatar.size, target)
             if stretch is not None:
                 beside = "choose a --replace whose frames, and the one on either side, show the person"
-                target = shown_poses(target, stretch.rendered, poses, instead=beside, least=least)
+                window = stretch.rendered
+                target = shown_poses(target, window, poses, instead=beside, least=least)
+            if options.selects:  # the render checks this again, but knows only the frames that it is given
+                check_shared_keypoints(avatar.poses, target, first=window.start or 0)
             rate = target.fps if stretch is None or stretch.video.is_dir() else stretch.fps
             target = dataclasses.replace(target, fps=fps or rate)
             report = render_to_files(avatar, target, output, options, stretch=stretch, force=force, on_step=on_step)

@@ -25,7 +25,9 @@ from posecrafter_rt.errors import CheckpointError, OutputExists
 from posecrafter_rt.evaluate.metrics import psnr, ssim
 from posecrafter_rt.framing import side_by_side
 from posecrafter_rt.machine import peak_rss_bytes
+from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.models.sources import locate_base
+from posecrafter_rt.models.weights import read_scheduler_config
 from posecrafter_rt.poses.draw import draw_poses
 from posecrafter_rt.poses.keypoints import DEFAULT_FPS
 from posecrafter_rt.rendering import output_paths, render_to_files
@@ -57,7 +59,7 @@ class Demo:
 
     Without `force`, files of an interrupted demonstration in `output` are reused, but neither those of a complete one
     nor the user's are overwritten.
-    Raises: OutputExists; BackendUnavailable without the footage.
+    Raises: OutputExists; BackendUnavailable without the footage; PoseCrafterError for more steps than there can be.
     """
 
     def __init__(self, output: Path, num_inference_steps: int, tuning: TuneOptions, force: bool) -> None:
@@ -72,6 +74,8 @@ class Demo:
         self.tuning = replace(tuning, frames=FRAMES, precision=precision, device=device)  # type: ignore[arg-type]
         self.output, self.num_inference_steps, self.force = output, num_inference_steps, force
         self.seconds: dict[str, float] = {}
+        # The render would refuse a number of steps only after minutes of tuning and building.
+        DDIMSchedule.from_config(read_scheduler_config(locate_base("embedded"))).timesteps(num_inference_steps)
         self.size = base_size("embedded")
         self.frames, self.poses = load_clip(video_path(), load_poses(), self.size, slice(None))
         if not force and self.checkpoint.exists() and not self._is_tuned():

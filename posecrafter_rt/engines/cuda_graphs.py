@@ -9,6 +9,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,15 @@ def recording(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.
         with suppress(RuntimeError, AttributeError):  # it had ended; torch 2.7 has no function of this name
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         raise
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream to record on: one for each GPU, because a pool's memory serves only one stream.
+
+    torch's own belongs to the GPU that was current when it was first needed.
+    """
+    return torch.cuda.Stream(device)
 
 
 class Recording(NamedTuple):
@@ -97,7 +107,7 @@ class Recorder:
     def _record(self, inputs: Sequence[Tensor]) -> Recording | None:
         graph, memory = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
         try:
-            with recording(graph, self.pool):
+            with recording(graph, self.pool, _stream(memory[0].device)):
                 outputs = list(self.network(memory))
         except RuntimeError as error:
             log.warning("%s runs without a CUDA graph: %s", self.name, first_line(error))

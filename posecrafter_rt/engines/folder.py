@@ -340,5 +340,6 @@ def open_folder(path: str | Path) -> EngineFolder:
     for name, digest in _hash_files(path, present).items():
         if digest != files[name]:
             raise EngineFolderError(f"{path} was altered: {name} is not the file that was built", rebuild)
-    # Absolute: networks are read when they are first called, perhaps from another working directory.
-    return EngineFolder(path.absolute(), manifest)
+    # Resolved: networks are read when they are first called, perhaps from another working directory, or when a link
+    # that was followed here leads to another engine.
+    return EngineFolder(path.resolve(), manifest)

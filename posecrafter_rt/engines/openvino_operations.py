@@ -262,7 +262,8 @@ def _compiled(vectors: Vectors) -> Path:
         for kept, reason in unsound.items():
             log.warning("%s is compiled again: %s", kept, reason)
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as building:
+        # It was loaded below, for good, and NFS keeps the name of a file in use, so the folder may not become empty.
+        with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as building:
             built = Path(building) / "built.so"
             _compile([path for path in sources if path.suffix == ".cpp"], vectors, home, built)
             _try(built, vectors)

@@ -6,8 +6,10 @@ Layer 4.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -53,6 +55,42 @@ RECORDED = {**dict.fromkeys(("controlnet", "unet", SHALLOW_UNET, *STREAM_NETWORK
             "vae_decoder": 1 << 12, SMALL_DECODER: 1 << 12, "pose_embedding": 1 << 19}  # fmt: skip
 # Their results are used or copied before another network runs: only these recordings may share their memory.
 SHARING = ("unet_stream", SHALLOW_STREAM, "vae_decoder", SMALL_DECODER, "pose_embedding")
+# Held while a network is launched on a GPU: how exact convolutions are is a setting of the whole process.
+_launching = Lock()
+
+
+@contextmanager
+def _own_settings(device: torch.device, is_exact: bool) -> Iterator[None]:
+    """In the block, keep settings of the caller's away that change what a network computes or where.
+
+    Autocast is off. On a GPU, that one is current, and float32 convolutions are exact or in TF32 as `is_exact` says.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        with _launching, torch.cuda.device(device), _convolutions(is_exact):
+            yield
+
+
+@contextmanager
+def _convolutions(is_exact: bool) -> Iterator[None]:
+    """Set how exact a GPU's float32 convolutions are, and nothing else, for the block."""
+    # torch 2.9 has the second setting, and may refuse to read the first once the second was set.
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    holder, name, wanted = (
+        (torch.backends.cudnn, "allow_tf32", not is_exact) if conv is None
+        else (conv, "fp32_precision", "ieee" if is_exact else "tf32")
+    )  # fmt: skip
+    before = getattr(holder, name)
+    if before == wanted:  # setting torch's default would pin it: it would no longer follow `torch.backends`
+        yield
+        return
+    setattr(holder, name, wanted)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
 
 
 class TorchEngine:
@@ -74,12 +112,12 @@ class TorchEngine:
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """See `Engine`."""
-        outputs = self._network(self._checked(inputs))
+        with _own_settings(self.device, self.is_exact):
+            outputs = self._network(self._checked(inputs))
         return {out.name: tensor for out, tensor in zip(self.spec.outputs, outputs, strict=True)}
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=not self.is_exact):
-            return to_boundary(self.spec, self.module(*cast(inputs, self.dtype)))
+        return to_boundary(self.spec, self.module(*cast(inputs, self.dtype)))
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """See `Engine.swap_weights`. Networks that share a module share the swap."""

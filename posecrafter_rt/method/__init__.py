@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from posecrafter_rt.method.affine import fit_affine
 from posecrafter_rt.method.editing import REGIONS, EditPlan, SkippedRegion, plan_edits
-from posecrafter_rt.method.reference import medoid_reference, pose_distances, select_reference, video_sim
+from posecrafter_rt.method.reference import (
+    check_shared_keypoints,
+    medoid_reference,
+    pose_distances,
+    select_reference,
+    video_sim,
+)
 from posecrafter_rt.method.schedule import tuning_steps
 
 if TYPE_CHECKING:
@@ -30,6 +36,7 @@ __all__ = [
     "DPMSchedule",
     "EditPlan",
     "SkippedRegion",
+    "check_shared_keypoints",
     "ddim_invert",
     "ddim_sample",
     "ddim_step",

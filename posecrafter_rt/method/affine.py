@@ -57,7 +57,7 @@ def fit_affine_with_reason(
     cross = (src_unit * weights[:, np.newaxis]).T @ dst_unit
     linear = np.linalg.solve(moments, cross).T * (dst_spread / src_spread)
     scales = np.linalg.svd(linear, compute_uv=False)
-    if scales[1] < MIN_CONDITION * scales[0]:
+    if scales[1] <= MIN_CONDITION * scales[0]:  # equal if both are 0
         return None, "the map from the reference to the target landmarks is nearly singular"
     return np.column_stack([linear, dst_mean - linear @ src_mean]), ""
 

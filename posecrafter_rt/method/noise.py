@@ -5,6 +5,8 @@ Layer 1: torch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,9 @@ def shared_noise(latents: Tensor, probability: float, generator: torch.Generator
     Returns: (G, F, C, h, w) float32 on that device, drawn on the CPU so that a seed gives the same noise everywhere.
     """
     groups, frames = latents.shape[:2]
-    own = torch.randn(latents.shape, generator=generator)
-    common = torch.randn(groups, 1, *latents.shape[2:], generator=generator).expand(-1, frames, -1, -1, -1)
-    drawn, proportion = torch.rand(2, groups, 1, 1, 1, 1, generator=generator)
+    drawing: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    own = torch.randn(latents.shape, **drawing)
+    common = torch.randn(groups, 1, *latents.shape[2:], **drawing).expand(-1, frames, -1, -1, -1)
+    drawn, proportion = torch.rand(2, groups, 1, 1, 1, 1, **drawing)
     proportion = proportion * (drawn < probability)
     return (proportion.sqrt() * common + (1 - proportion).sqrt() * own).to(latents.device)

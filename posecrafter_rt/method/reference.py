@@ -48,9 +48,23 @@ def select_reference(train: PoseSequence, target: PoseSequence) -> int:
     Returns: index into `train`.
     Raises: PoseError naming the first target frame that shares no keypoint with any training pose.
     """
-    distances = pose_distances(train, target)
-    _require_shared(distances)
-    return _nearest_row(distances, train.canvas)
+    check_shared_keypoints(train, target)
+    return _nearest_row(pose_distances(train, target), train.canvas)
+
+
+def check_shared_keypoints(train: PoseSequence, target: PoseSequence, *, first: int = 0) -> None:
+    """Raise PoseError naming the first target frame that shares no keypoint with any training pose.
+
+    Args: first: the number of the first target pose in what it was taken from, for the message.
+    """
+    seen = _usable(train).any(axis=0)
+    lonely = np.flatnonzero(~(_usable(target) & seen).any(axis=1))
+    if len(lonely):
+        raise PoseError(
+            f"target frame {first + lonely[0]} shares no keypoint with any of the {len(train)} training poses"
+            + (f" (nor do {len(lonely) - 1} later frames)" if len(lonely) > 1 else ""),
+            hint=f"keypoints count from confidence {CONFIDENCE_THRESHOLD} on; leave out the frames that show nobody",
+        )
 
 
 def medoid_reference(train: PoseSequence) -> int:
@@ -83,24 +97,17 @@ def video_sim(train: PoseSequence, target: PoseSequence) -> float:
         picture's diagonal on average); at most 1.
     Raises: PoseError naming the first target frame that shares no keypoint with any training pose.
     """
-    distances = pose_distances(train, target)
-    _require_shared(distances)
-    return 1.0 - float(distances.min(axis=0).mean()) / _farthest(train.canvas)
+    check_shared_keypoints(train, target)
+    return 1.0 - float(pose_distances(train, target).min(axis=0).mean()) / _farthest(train.canvas)
 
 
 def _points(sequence: PoseSequence) -> tuple[np.ndarray, np.ndarray]:
     """Return coordinates, float64 (N, 134, 2), and which of them are usable, bool (N, 134)."""
-    return sequence.keypoints[..., :2].astype(np.float64), sequence.keypoints[..., 2] >= CONFIDENCE_THRESHOLD
+    return sequence.keypoints[..., :2].astype(np.float64), _usable(sequence)
 
 
-def _require_shared(distances: np.ndarray) -> None:
-    lonely = np.flatnonzero(~np.isfinite(distances).any(axis=0))
-    if len(lonely):
-        raise PoseError(
-            f"target frame {lonely[0]} shares no keypoint with any of the {len(distances)} training poses"
-            + (f" (nor do {len(lonely) - 1} later frames)" if len(lonely) > 1 else ""),
-            hint=f"keypoints count from confidence {CONFIDENCE_THRESHOLD} on; leave out the frames that show nobody",
-        )
+def _usable(sequence: PoseSequence) -> np.ndarray:
+    return sequence.keypoints[..., 2] >= CONFIDENCE_THRESHOLD
 
 
 def _nearest_row(distances: np.ndarray, canvas: tuple[int, int]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,18 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from posecrafter_rt import ops
+from posecrafter_rt.errors import ModelError
 from posecrafter_rt.ops import keyframe_attention, temporal_attention
 from posecrafter_rt.spec import FEED_FORWARD_TOKENS
 
 NormScope = Literal["clip", "frame"]
 BlockForward = Callable[..., Tensor]  # (module, hidden_states, context) → hidden_states
+
+
+def check_norm_scope(scope: str) -> None:
+    """Raise ModelError unless it is one of `NormScope`."""
+    if scope not in get_args(NormScope):
+        raise ModelError(f"there is no norm_scope {scope!r}", f"choose {' or '.join(get_args(NormScope))}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 from posecrafter_rt.errors import CheckpointError, ModelError, first_line
 from posecrafter_rt.method import DDIMSchedule
-from posecrafter_rt.models.blocks import NormScope
+from posecrafter_rt.models.blocks import NormScope, check_norm_scope
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.folding import fold_denoiser, fold_vae
 from posecrafter_rt.models.networks import build_networks, describe_architecture
@@ -127,7 +127,8 @@ def load_base(
         base: "embedded"; a diffusers folder (unet, vae, text_encoder, tokenizer, scheduler, optionally controlnet); a
             hub id "owner/name"; or one file in Stable Diffusion's original layout (.safetensors; .ckpt, .pt, .pth and
             .bin are read without running the code that a pickle may hold). A single file needs no network access.
-        controlnet, vae: a folder, hub id or file that is used instead of the base's own.
+        controlnet, vae: a folder, hub id or file that is used instead of the base's own. Whether the latents of a VAE
+            have the base's scale is checked by its config.json, which a file outside a diffusers folder lacks.
         norm_scope: overrides the base's own setting.
         dtype: of all weights. They are converted one by one, so the model is never held twice.
     Raises: ModelError if something is not found, incomplete, of another kind, or a pickle that holds code; if the hub
@@ -136,8 +137,7 @@ def load_base(
     found, parts, scheduler_config = locate_parts(base, controlnet, vae)
     settings = found.settings()  # before minutes of reading weights
     scope = norm_scope or settings.norm_scope
-    if scope not in get_args(NormScope):
-        raise ModelError(f"there is no norm_scope {scope!r}", hint=f"choose {' or '.join(get_args(NormScope))}")
+    check_norm_scope(scope)
     model = PoseModel(
         # Temporal attention is created in float32 as a copy of the loaded attn1: hence the second conversion.
         unet=VideoUNet(load_network(UNet2DConditionModel, parts["unet"], dtype), scope).to(dtype),
@@ -301,8 +301,8 @@ def load_controlvideo_weights(unet_path: str | Path, controlnet_path: str | Path
     """Read the weight files that ControlVideo's training writes, `N-unet.pt` and `N-controlnet.pt`.
 
     Each is a dictionary of tensors under diffusers' names: `attn1.to_out`, and in the U-Net `attn_temp` and `conv_temp`
-    (a 1×1 convolution: trailing dimensions of 1 are dropped). Whole state dicts work too: tensors that are not tuned
-    are left out. The prefix `module.`, which data-parallel training adds, is removed.
+    (a 1×1 convolution). Whole state dicts work too: tensors that are not tuned are left out. The prefix `module.`,
+    which data-parallel training adds, is removed.
     Returns: tensors by `unet.…` and `controlnet.…` name, for `apply_tensors`.
     Raises: CheckpointError if a file is missing, unreadable, a pickle that holds code, or without a tuned tensor.
     """
@@ -313,7 +313,5 @@ def load_controlvideo_weights(unet_path: str | Path, controlnet_path: str | Path
         if not tuned:
             raise CheckpointError(f"{path} holds no attn1.to_out, attn_temp or conv_temp",
                                   hint="give ControlVideo's N-unet.pt and N-controlnet.pt")  # fmt: skip
-        for name, tensor in tuned.items():
-            is_convolution = name.endswith("conv_temp.weight") and tensor.dim() > 2
-            tensors[f"{prefix}.{name}"] = tensor.flatten(1) if is_convolution else tensor
+        tensors |= {f"{prefix}.{name}": tensor for name, tensor in tuned.items()}
     return tensors

@@ -51,8 +51,8 @@ class Component:
 
     @property
     def is_single_file(self) -> bool:
-        """Whether it is a file without a configuration of its own, perhaps in the original layout."""
-        return self.location != self.config_folder
+        """Whether it was given as a file, which may be in the original layout."""
+        return self.files == (self.location,)
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,16 @@ def locate_base(base: str) -> Base:
 
 
 def locate_component(source: str, role: str) -> Component:
-    """Find a single network: a folder (or its subfolder `role`), a file, or a hub id. Raises: as `locate_base`."""
+    """Find a single network: a folder (or its subfolder `role`), a file, or a hub id.
+
+    A file that bears a diffusers folder's name has the configuration beside it, and any other Stable Diffusion 1.5's.
+    Raises: as `locate_base`.
+    """
     path = _path(source)
     if path.is_file():
         _check_suffix(path)
-        return Component(role, (path,), path, SD15_FOLDER / role)
+        is_of_folder = path.name.startswith("diffusion_pytorch_model") and (path.parent / "config.json").is_file()
+        return Component(role, (path,), path, path.parent if is_of_folder else SD15_FOLDER / role)
     folder = path if path.is_dir() else _download(source, {"": role, role: role}, role)
     candidates = [candidate for candidate in (folder, folder / role) if (candidate / "config.json").is_file()]
     if not candidates:

@@ -37,9 +37,10 @@ def affine_warp_paste(
     """
     _check(latent, 3, affines, rects, mode)
     affines, rects = _to_device(affines, rects, latent)
-    if is_traced_as_op(backend, latent):  # only then: a call as an op makes torch import Dynamo, which takes seconds
+    # Only then: a call as an op makes torch import Dynamo, which takes seconds.
+    if is_traced_as_op(backend, latent, affines):
         return _affine_warp_paste_op(latent, affines, rects, mode)
-    chosen = choose_backend("affine_warp_paste", backend, latent, regions=affines.shape[1])
+    chosen = choose_backend("affine_warp_paste", backend, latent, affines, regions=affines.shape[1])
     return _run(latent, affines, rects, mode, chosen)
 
 
@@ -60,10 +61,10 @@ def affine_warp_paste_(
             "pass the inserted frame first: N + 1 latents for N edits",
         )
     affines, rects = _to_device(affines, rects, latents)
-    if is_traced_as_op(backend, latents):
+    if is_traced_as_op(backend, latents, affines):
         _affine_warp_paste_inplace_op(latents, affines, rects, mode)
         return latents
-    chosen = choose_backend("affine_warp_paste", backend, latents, regions=affines.shape[1])
+    chosen = choose_backend("affine_warp_paste", backend, latents, affines, regions=affines.shape[1])
     _run_inplace(latents, affines, rects, mode, chosen)
     return latents
 

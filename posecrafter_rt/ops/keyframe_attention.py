@@ -23,16 +23,17 @@ def keyframe_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, backend: 
             slices of one fused projection are read in place). G: guidance passes or stream steps.
         backend: `triton` (CUDA, compute capability 8.0 or newer, no gradient, d a multiple of 8: in 16 bits up to 160,
             or 256 if a block has 227 KiB of shared memory; in fp32 up to 80; larger tiles spill registers), `xformers`
-            (CUDA, 16 bits, with a gradient; if it is installed) or `reference` (torch's fused attention over the same
-            unexpanded K and V). None: the first that can run.
+            (CUDA, 16 bits, only with a gradient; if it is installed and a trial of it succeeds) or `reference` (torch's
+            fused attention over the same unexpanded K and V). None: the first that can run.
     Returns: (G·F, L, C), dtype of q, new tensor.
     Raises: ShapeError if the shapes do not fit together; BackendUnavailable if a named `backend` cannot run
         (message says why).
     """
-    if q.ndim != 3 or k.shape != v.shape or k.shape[-1] != q.shape[-1] or q.shape[0] % k.shape[0]:
+    is_shaped = q.ndim == k.ndim == 3 and k.shape == v.shape and k.shape[-1] == q.shape[-1] and k.shape[0] != 0
+    if not is_shaped or q.shape[0] % k.shape[0]:
         raise ShapeError(f"keyframe_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit",
-                         "want q (G·F, L, C), and k and v (G, L', C)")  # fmt: skip
-    if q.shape[-1] % heads:
+                         "want q (G·F, L, C), and k and v (G, L', C), with one group or more")  # fmt: skip
+    if heads < 1 or q.shape[-1] % heads:
         raise ShapeError(f"keyframe_attention: {q.shape[-1]} channels do not divide into {heads} heads",
                          "want channels = heads · head size")  # fmt: skip
     if is_traced_as_op(backend, q, k, v):

@@ -25,7 +25,7 @@ def keyframe_attention_ref(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tenso
     groups = k.shape[0]
     grouped = q.reshape(groups, -1, channels)  # (G, F·L, C)
     out = F.scaled_dot_product_attention(split_heads(grouped, heads), split_heads(k, heads), split_heads(v, heads))
-    return out.transpose(1, 2).reshape(frames, tokens, channels)
+    return out.transpose(1, 2).reshape(frames, tokens, channels).to(q.dtype)  # autocast gives another type
 
 
 def temporal_attention_ref(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def temporal_attention_ref(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Te
         positions_first(q, num_queries), positions_first(k, num_keys), positions_first(v, num_keys), attn_mask=mask
     )
     out = out.transpose(1, 2).reshape(groups, tokens, num_queries, channels)
-    return out.transpose(1, 2).contiguous()
+    return out.transpose(1, 2).contiguous().to(q.dtype)
 
 
 def group_norm_ref(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False) -> Tensor:

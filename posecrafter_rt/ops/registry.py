@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.errors import BackendUnavailable
-from posecrafter_rt.ops import native
+from posecrafter_rt.ops import native, xformers
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,12 @@ def _xformers(*tensors: Tensor, heads: int = 0) -> str | None:
         return f"needs CUDA tensors, got {q.device.type}"
     if any(tensor.dtype != q.dtype for tensor in tensors) or q.dtype not in (torch.float16, torch.bfloat16):
         return f"dtypes {', '.join(str(tensor.dtype) for tensor in tensors)}; fp16 or bf16 for all"
-    return None if q.shape[-1] // heads % 8 == 0 else f"head size {q.shape[-1] // heads}; must be a multiple of 8"
+    head_size = q.shape[-1] // heads
+    if head_size % 8:
+        return f"head size {head_size}; must be a multiple of 8"
+    if not needs_grad(*tensors):
+        return "is for gradients, and none is needed"
+    return xformers.failure(q.device, q.dtype, head_size)
 
 
 BACKENDS: dict[str, dict[str, Reason]] = {  # in order of preference

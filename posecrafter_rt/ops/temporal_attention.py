@@ -31,10 +31,11 @@ def temporal_attention(
     Raises: ShapeError if the shapes do not fit together; BackendUnavailable if a named `backend` cannot run
         (message says why).
     """
-    if q.ndim != 4 or k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+    is_shaped = q.ndim == k.ndim == 4 and k.shape == v.shape
+    if not is_shaped or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
         raise ShapeError(f"temporal_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit",
                          "want q (G, Fq, L, C), and k and v (G, Fk, L, C)")  # fmt: skip
-    if q.shape[-1] % heads:
+    if heads < 1 or q.shape[-1] % heads:
         raise ShapeError(f"temporal_attention: {q.shape[-1]} channels do not divide into {heads} heads",
                          "want channels = heads · head size")  # fmt: skip
     frames = (q.shape[1], k.shape[1])

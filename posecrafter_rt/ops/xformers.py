@@ -5,7 +5,13 @@ Layer 2: xformers is imported when it is first run.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from posecrafter_rt.errors import OUT_OF_MEMORY, first_line
 
 
 def keyframe_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -19,3 +25,25 @@ def keyframe_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
     out = memory_efficient_attention(heads_last(q), heads_last(k), heads_last(v))
     return out.reshape(frames, tokens, channels)
+
+
+@cache
+def failure(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Return why xformers cannot attend forward and backward there, or None; whether it can is known by trying only.
+
+    It may be built for another torch, or have no operator for this GPU.
+    """
+    try:
+        # Without hooks: those of gradient checkpointing would count what the trial saves, which happens only once.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+            q = torch.zeros(1, 16, head_size, device=device, dtype=dtype, requires_grad=True)
+            keyframe_attention(q, q, q, heads=1).sum().backward()
+    except (ImportError, RuntimeError) as error:  # xformers' own NotImplementedError is one of the latter
+        if OUT_OF_MEMORY.search(str(error)):
+            raise
+        return f"xformers cannot run: {first_line(error)}"
+    return None
+
+
+def _unchanged(tensor: Any) -> Any:
+    return tensor

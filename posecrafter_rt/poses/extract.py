@@ -5,6 +5,7 @@ Layer 1: numpy and `video_io`. The process is needed because the detectors' pack
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posecrafter_rt.errors import BackendUnavailable, PoseError
+from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError, PoseError
 from posecrafter_rt.poses import _extract_worker as worker
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
 from posecrafter_rt.poses.layouts import NUM_WHOLEBODY_POINTS, from_mediapipe, from_wholebody
@@ -25,6 +26,7 @@ from posecrafter_rt.poses.tracking import follow_person
 # Detectors miss hands and faces in small pictures; on 176 x 144 video they were seen to need 576.
 _DETECTION_SHORT_SIDE_PX = 576
 _NUM_LOG_LINES = 20
+OnFrame = Callable[[int, int, str], None]
 _INSTALL_HINT = (
     "pip install --no-deps rtmlib for DWPose, or name an environment that has rtmlib or mediapipe "
     "with --python; --weights names a folder with DWPose's weights"
@@ -39,28 +41,35 @@ def extract_poses(
     device: str = "cpu",
     python: str | PathLike[str] | None = None,
     person: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnFrame | None = None,
 ) -> PoseSequence:
     """Detect one person's whole-body keypoints in every frame of a video.
 
     Args:
         video_path: any video that `video_io` reads.
         detector: `dwpose` (rtmlib), `mediapipe`, or `auto`: the first of the two that can run.
-        weights: folder with yolox_l.onnx and dw-ll_ucoco_384.onnx; None lets rtmlib download the same DWPose and its
-            own YOLOX. MediaPipe brings its own weights.
-        device: `cpu` or `cuda` (DWPose only).
+        weights: folder with yolox_l.onnx and dw-ll_ucoco_384.onnx, of DWPose, which `auto` then means; None lets
+            rtmlib download the same DWPose and its own YOLOX. MediaPipe brings its own weights.
+        device: `cpu`, or `cuda` or `cuda:1` (DWPose only).
         python: interpreter whose environment has the detector; None takes this one.
         person: which of several people in the first frame that shows any, counted from 0; None takes the largest.
-        progress: called in another thread with (frames done, an estimate of the video's frames). What it raises ends
-            the detector, and is raised here.
+        progress: called in another thread with (frames done, an estimate of the video's frames, the detector that
+            runs). What it raises ends the detector, and is raised here.
     Returns: one pose per frame, in pixels of the video; a frame where the person was not found is all zeros.
     Raises:
         PoseError: nobody is in any frame, there is no such person, or the detector failed while it ran.
         BackendUnavailable: the detector cannot run; the message says why.
+        PoseCrafterError: an unknown device, or weights for MediaPipe.
         VideoError: the video cannot be read.
     """
     if detector not in ("auto", *worker.DETECTORS):
         raise BackendUnavailable(f"there is no detector {detector!r}", hint="take auto, dwpose or mediapipe")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise PoseCrafterError(f"unknown device {device!r}", "choose cpu or cuda")
+    if weights is not None:
+        if detector == "mediapipe":
+            raise PoseCrafterError(f"mediapipe takes no weights, and {weights} was given", "leave one of the two out")
+        detector = "dwpose"  # another one would pass over what was asked for
     from posecrafter_rt.video_io import count_frames, stream_video, video_size
 
     height, width = video_size(video_path)
@@ -78,7 +87,7 @@ def _detect(
     num_frames: int,
     python: str,
     arguments: list[str],
-    progress: Callable[[int, int], None] | None,
+    progress: OnFrame | None,
 ) -> list[np.ndarray]:
     """Return the people in each frame, float32 (P, 134, 3). num_frames: an estimate, for `progress`."""
     with tempfile.TemporaryDirectory(prefix="posecrafter-") as folder:
@@ -125,9 +134,7 @@ def _feed(process: subprocess.Popen[bytes], frames: Iterable[np.ndarray]) -> Non
 class _Listener(threading.Thread):
     """Reads the worker's stderr, so that neither process waits for the other."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], num_frames: int, progress: Callable[[int, int], None] | None
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], num_frames: int, progress: OnFrame | None) -> None:
         super().__init__(daemon=True)
         self._process = process
         self._num_frames = num_frames
@@ -155,7 +162,7 @@ class _Listener(threading.Thread):
         if self._progress is None or self._failure is not None:
             return
         try:
-            self._progress(num_done, max(num_done, self._num_frames))
+            self._progress(num_done, max(num_done, self._num_frames), self._said[worker.DETECTOR])
         except BaseException as failure:  # nobody would see it in this thread: `raise_for_status` raises it
             self._failure = failure
             self._process.kill()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from posecrafter_rt.errors import PoseError
 
@@ -59,13 +60,21 @@ def scale_keypoints(keypoints: np.ndarray, canvas: tuple[int, int], size: tuple[
     return scaled
 
 
+def copied(keypoints: ArrayLike) -> np.ndarray:
+    """Return a float32 copy in which points with a masked number are missing; numpy alone would drop the mask."""
+    copy = np.array(keypoints, dtype=np.float32)
+    if np.ma.isMaskedArray(keypoints):
+        copy[np.ma.getmaskarray(keypoints).any(axis=-1)] = 0.0
+    return copy
+
+
 @dataclass(frozen=True, eq=False)
 class PoseSequence:
     """The poses of one person, one per video frame.
 
     Args:
         keypoints: (N, 134, 3): x, y in pixels of the canvas (pixel centres at integers) and confidence in 0..1.
-            Copied to float32; points of confidence 0 are missing and get x = y = 0.
+            Copied to float32; points of confidence 0, or with a masked number, are missing: they get zeros.
         canvas: (height, width) in pixels.
         fps: frames per second, or None if unknown.
     Raises:
@@ -78,7 +87,7 @@ class PoseSequence:
 
     def __post_init__(self) -> None:
         try:
-            keypoints = np.array(self.keypoints, dtype=np.float32)
+            keypoints = copied(self.keypoints)
         except (TypeError, ValueError) as error:
             raise PoseError(f"keypoints are not an array of numbers: {error}", "give (N, 134, 3) numbers") from error
         if keypoints.ndim != 3 or keypoints.shape[1:] != (NUM_KEYPOINTS, 3):
@@ -101,9 +110,9 @@ class PoseSequence:
     def __len__(self) -> int:
         return len(self.keypoints)
 
-    def __getitem__(self, index: slice | int | np.ndarray) -> PoseSequence:
-        """Return a sequence of the chosen frames: a slice, the indices in an array, or the one frame of an int."""
-        if isinstance(index, (slice, np.ndarray)):
+    def __getitem__(self, index: slice | int | np.ndarray | list[int]) -> PoseSequence:
+        """Return a sequence of the chosen frames: a slice, the indices in an array or list, or the one of an int."""
+        if isinstance(index, (slice, np.ndarray, list)):
             return PoseSequence(self.keypoints[index], self.canvas, self.fps)
         return PoseSequence(self.keypoints[index][np.newaxis], self.canvas, self.fps)
 

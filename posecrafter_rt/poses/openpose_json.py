@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from posecrafter_rt.atomic import atomic_path, refuse_overwrite
+from posecrafter_rt.atomic import atomic_path, natural_key, refuse_overwrite
 from posecrafter_rt.errors import PoseError
 from posecrafter_rt.poses.keypoints import (
     BODY,
@@ -47,6 +46,7 @@ _LARGEST_FRACTION = 2.0
 _MOST_NEGATIVE = 0.25
 _SMALLEST_PIXEL_CANVAS = 16
 _LARGEST_NUMBER = 1e9
+_NOBODY: dict[str, Any] = {"people": []}
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ def read_openpose(
     """Read poses of one person from OpenPose JSON.
 
     Accepted are `{"people": [...]}`, a list of such frames, `{"frames": [...]}`, or a folder with one frame, or a list
-    of them, per file in the order of the numbers in their names. A person has 18 or 25 body, 68 or 70 face, 21 hand and
-    6 foot points; a part may be null, empty or absent. Coordinates are pixels, or fractions of the canvas if most of
-    them are that small. A point at exactly (0, 0) or (-1, -1) is missing, whatever its confidence: DWPose and others
-    mark missing points so, in pixels and in fractions. In our own files, which say that they are in pixels, it is an
-    ordinary point.
+    of them, per file in the order of the numbers in their names; there an empty list is a frame without people. A
+    person has 18 or 25 body, 68 or 70 face, 21 hand and 6 foot points; a part may be null, empty or absent.
+    Coordinates are pixels, or fractions of the canvas if most of them are that small. A point at exactly (0, 0) or
+    (-1, -1) is missing, whatever its confidence: DWPose and others mark missing points so, in pixels and in fractions.
+    In our own files, which say that they are in pixels, it is an ordinary point.
     Args:
         path: file or folder.
         person: which of several people, counted from 0 in the first frame that shows any; None takes the largest.
@@ -145,12 +145,12 @@ def _read_documents(path: Path) -> tuple[Sequence[Any], dict[str, Any], list[str
     """Return the frames' JSON objects, the object around them (for canvas and fps), and each frame's place as text."""
     if path.is_dir():
         files = sorted((file for file in path.iterdir() if file.suffix.lower() == ".json" and file.name[0] != "."),
-                       key=_natural_key)  # fmt: skip
+                       key=natural_key)  # fmt: skip
         if not files:
             raise PoseError(f"{path}: no .json file in this folder", hint="OpenPose writes one file per frame")
         contents = [(file, _load(file)) for file in files]
         named = [(one, str(file)) for file, content in contents
-                 for one in (content if isinstance(content, list) else [content])]  # fmt: skip
+                 for one in (content or [_NOBODY] if isinstance(content, list) else [content])]  # fmt: skip
         return [one for one, _ in named], {}, [place for _, place in named]
     document = _load(path)
     frames, header = None, document if isinstance(document, dict) else {}
@@ -182,11 +182,6 @@ def _load(path: Path) -> Any:
         ) from error
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
         raise PoseError(f"{path}: not a JSON text file: {error}", hint="poses are read from OpenPose JSON") from error
-
-
-def _natural_key(path: Path) -> list[tuple[int, str]]:
-    """Return a sort key by which frame_2 comes before frame_10: runs of digits compare as numbers."""
-    return [(int(run), "") if run.isdecimal() else (-1, run) for run in re.split(r"(\d+)", path.stem)]
 
 
 def _kind(value: Any) -> str:

@@ -26,7 +26,7 @@ def follow_person(
     In each following frame, the nearest person is the same one; nearness is the mean distance over the body and face
     points that both have. If any frame shows several people, somebody farther away than 0.75 of the person's own size
     (more after frames without them) is somebody else, and so is whoever stands where another was last seen while
-    somebody is missing: the track ends rather than jumps.
+    somebody is missing: the track ends rather than jumps. Whoever stands in the person's own place is nobody else.
     Args:
         frames: per frame the people in it, (P, 134, 3) with P >= 0: x, y in pixels of one canvas, confidence.
         source: what the frames come from, for messages.
@@ -46,7 +46,7 @@ def follow_person(
     tracked = np.zeros((len(frames), NUM_KEYPOINTS, 3), np.float32)
     picked = _pick(people[first], person, source, first)
     tracked[first] = last = people[first][picked]
-    others, seen = _without(people[first], [picked]), first
+    others, seen = _without(people[first], _same(people[first], picked)), first
     farthest = np.inf if max(counts) == 1 else _FARTHEST_STEP
     for index in range(first + 1, len(frames)):
         free: Sequence[int] = range(counts[index])
@@ -55,7 +55,7 @@ def follow_person(
         chosen = _nearest(people[index], free, last, farthest * (index - seen))
         if chosen is not None:
             tracked[index] = last = people[index][chosen]
-            free, seen = [chosen], index
+            free, seen = _same(people[index], chosen), index
         elif not allow_missing:
             raise _missing(source, index, counts[index])
         others = _without(people[index], free) + [one for one in others if not _is_taken(one, people[index])]
@@ -71,6 +71,12 @@ def _pick(people: np.ndarray, person: int | None, source: str, frame: int) -> in
             hint=f"persons are counted from 0; the last is {len(people) - 1}",
         )
     return person
+
+
+def _same(people: np.ndarray, person: int) -> list[int]:
+    """Return the person and whoever stands in the same place: a detector may find one person twice."""
+    there = people[person][np.newaxis]
+    return [index for index, one in enumerate(people) if _is_taken(one, there)]
 
 
 def _without(people: np.ndarray, left_out: Sequence[int]) -> list[np.ndarray]:

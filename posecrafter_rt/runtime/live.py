@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from posecrafter_rt.errors import PoseError
-from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, NUM_KEYPOINTS
+from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, NUM_KEYPOINTS, copied
 
 MIN_SEEN = 3  # keypoints; fewer count as nobody
 
@@ -74,7 +74,8 @@ class PoseFollower:
     def next(self, pose: np.ndarray | None) -> LivePose:
         """Return what to render for a pose.
 
-        Args: pose: float (134, 3) on the canvas. None, or fewer than 3 keypoints seen: nobody is seen.
+        Args: pose: float (134, 3) on the canvas; masked keypoints are not seen. None, or fewer than 3 keypoints seen:
+            nobody is seen.
         Raises: PoseError for another shape, numbers that are not finite, and confidences outside 0 to 1.
         """
         pose = None if pose is None else _checked(pose)
@@ -138,7 +139,7 @@ def mean_distance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _checked(pose: np.ndarray) -> np.ndarray:
-    pose = np.array(pose, dtype=np.float32)
+    pose = copied(pose)
     if pose.shape != (NUM_KEYPOINTS, 3):
         raise PoseError(f"a pose of shape {pose.shape}", f"give ({NUM_KEYPOINTS}, 3): x, y in pixels and confidence")
     if not np.isfinite(pose).all():

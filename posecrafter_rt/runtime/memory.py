@@ -9,6 +9,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
@@ -32,6 +33,8 @@ LEVEL_COPIES = 24
 COPIES_IN_PARTS = 10
 
 IN_SEGMENTS = "free some memory, or use +insertion or +editing, which can be rendered in segments"
+LOAD_ADVICE = "free some memory, or build the engine with a --precision of fewer bits"
+STREAM_ADVICE = "free some memory, or open the stream with fewer steps or a smaller window"
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +94,14 @@ def free_bytes(device_type: str) -> int | None:
 def recorded_bytes() -> int:
     """Return what recorded CUDA graphs hold on the current GPU beside tensors: the memory that their replays write to.
 
-    torch counts none of it as allocated once a graph has been recorded.
+    torch counts none of it as allocated once a graph has been recorded. To list torch's memory takes milliseconds, so
+    that is done anew only if torch's counts are others than before: a recording takes memory, and its outputs stay.
     """
+    return _recorded_bytes(torch.cuda.current_device(), torch.cuda.memory_reserved(), torch.cuda.memory_allocated())
+
+
+@lru_cache(maxsize=1)
+def _recorded_bytes(device: int, reserved: int, allocated: int) -> int:
     return _cached_bytes(is_for_recordings=True)
 
 
@@ -177,12 +186,15 @@ def _lighter(room: Room) -> str | None:
 
 
 @contextmanager
-def explained(options: RenderOptions) -> Iterator[None]:
-    """Turn what torch and other libraries raise when memory runs out into OutOfMemory, with advice."""
+def explained(options: RenderOptions | str) -> Iterator[None]:
+    """Turn what torch and other libraries raise when memory runs out into OutOfMemory, with advice.
+
+    options: a render's, which tell what advice it needs, or the advice itself.
+    """
     try:
         yield
     except (MemoryError, RuntimeError, cv2.error) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = out_of_memory(error, _advice(options))
+        known = out_of_memory(error, options if isinstance(options, str) else _advice(options))
         if known is None:
             raise
         raise known from error

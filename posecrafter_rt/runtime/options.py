@@ -6,11 +6,11 @@ Layer 5.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method.editing import DEFAULT_REGIONS, checked_regions
+from posecrafter_rt.plain_numbers import is_whole, make_numbers_plain
 from posecrafter_rt.runtime.segments import check_split, least_segment
 
 MODES = ("controlvideo", "+selection", "+insertion", "+editing")
@@ -18,19 +18,6 @@ Resample = Literal["bilinear", "nearest", "unit_variance"]
 Sampler = Literal["ddim", "dpmpp", "unipc"]
 Decoder = Literal["full", "small"]
 LARGEST_SCALE = 1e30  # float32 may not hold larger scales
-
-
-def is_whole(count: object) -> bool:
-    """Return whether `count` is a whole number, of any library's type."""
-    return isinstance(count, Integral)
-
-
-def make_numbers_plain(options: Any) -> None:
-    """Convert numbers of any library's types to Python's own, in place: options are hashed and written as JSON."""
-    for name, value in vars(options).items():
-        is_plain = any(type(value) is kind for kind in (bool, int, float))  # numpy's float64 is a float, too
-        if isinstance(value, Real) and not is_plain:
-            object.__setattr__(options, name, int(value) if isinstance(value, Integral) else float(value))
 
 
 @dataclass(frozen=True)

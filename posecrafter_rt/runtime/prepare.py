@@ -198,9 +198,11 @@ class Denoiser:
         self.engines, self.every = engines, every
         self.tables, self.guidance_scale = tables, guidance_scale
         self.pose_embeddings = _for_groups(pose_embeddings, tables.groups)
-        self.conditioning_scale = torch.full((1,), conditioning_scale, device=engines["controlnet"].device)
+        # The type is given, because a program may have set another default.
+        device, dtype = engines["unet"].device, torch.float32
+        self.conditioning_scale = torch.full((1,), conditioning_scale, dtype=dtype, device=device)
         # Buffers for guidance; its first step sizes them.
-        self._batch, self._guided = (torch.empty(0, device=engines["unet"].device) for _ in range(2))
+        self._batch, self._guided = (torch.empty(0, dtype=dtype, device=device) for _ in range(2))
         self.forget()
 
     def forget(self) -> None:

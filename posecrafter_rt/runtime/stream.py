@@ -5,6 +5,7 @@ Layer 5. `AvatarStream.step` is the loop; `StreamReference` is what all streams 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from posecrafter_rt.errors import NotFinite, PoseCrafterError
 from posecrafter_rt.method.dpmpp import dpmpp_step_
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.live import PoseFollower
+from posecrafter_rt.runtime.memory import STREAM_ADVICE, explained
 from posecrafter_rt.runtime.options import Decoder
 from posecrafter_rt.runtime.prepare import edit_latents, embed_poses
 from posecrafter_rt.runtime.render import decode
@@ -122,7 +124,7 @@ class AvatarStream:
         type and the reference as they sample it, or raises PoseCrafterError if there are none. Before it loads them it
         calls the function, which frees this stream's memory: there may not be enough for both. None: there are none.
         """
-        self.options, self._widen = options, widen
+        self.options, self._widen, self._process = options, widen, os.getpid()
         self.size = (reference.frame.shape[0], reference.frame.shape[1])
         self.last = StepInfo()
         self._poses = PoseFollower(reference.pose, self.size, options.live)
@@ -144,6 +146,7 @@ class AvatarStream:
         """Whether `step` can return no more frames."""
         return self._is_closed
 
+    @explained(STREAM_ADVICE)
     def step(self, pose: np.ndarray | None) -> np.ndarray:
         """Return the next frame.
 
@@ -151,7 +154,8 @@ class AvatarStream:
             last pose is held, then eased to the reference pose.
         Returns: (H, W, 3) uint8 RGB, a new array.
         Raises: PoseError for another shape, numbers that are not finite and confidences outside 0 to 1; these change
-            nothing. PoseCrafterError once the stream is closed. After any other error the stream is as after `reset`.
+            nothing. PoseCrafterError once the stream is closed, and in a process forked since it was opened. After any
+            other error, such as OutOfMemory, the stream is as after `reset`.
 
         If a frame is not finite in 16 or 8 bits, it is computed again in float32, as the first frame after the
         reference. All later frames are computed in float32, too, and a warning says so. Frames on their way in a
@@ -159,6 +163,8 @@ class AvatarStream:
         """
         if self._is_closed:
             raise PoseCrafterError("this stream is closed", "open another: avatar.stream()")
+        if os.getpid() != self._process:  # as for the avatar: see `Networks`
+            raise PoseCrafterError("this stream was opened before a fork", "load its avatar in each worker")
         live = self._poses.next(pose)
         self.last = StepInfo(live.held, live.is_repeat and not self._flights, live.jumped)
         if not self.last.is_repeat:

@@ -54,7 +54,7 @@ class StreamDenoiser:
         self.shallow_unet = engines.get(SHALLOW_STREAM)
         self.device, self.window = self.unet.device, window
         steps = len(sampling.terms)
-        self.conditioning_scale = torch.full((1,), sampling.conditioning_scale, device=self.device)
+        self.conditioning_scale = torch.full((1,), sampling.conditioning_scale, dtype=torch.float32, device=self.device)
         self.is_reference = torch.full((steps,), memory is None, device=self.device)
         self.tables = {
             name: {"time_projections": sampling.tables.time_projections[name], "text_kv": sampling.tables.text_kv[name]}

@@ -9,14 +9,9 @@ from dataclasses import dataclass, field
 
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method.editing import DEFAULT_REGIONS, checked_regions
+from posecrafter_rt.plain_numbers import is_whole, make_numbers_plain
 from posecrafter_rt.runtime.live import LiveOptions
-from posecrafter_rt.runtime.options import (
-    Decoder,
-    RenderOptions,
-    Resample,
-    is_whole,
-    make_numbers_plain,
-)
+from posecrafter_rt.runtime.options import Decoder, RenderOptions, Resample
 
 MAX_STEPS = 8
 MAX_WINDOW = 30  # 32 with the reference and the frame itself; kernels have tiles of that size

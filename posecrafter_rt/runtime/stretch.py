@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ class Stretch:
         return stream_video(self.video, size=self.size, start=self.start, stop=self.stop)[0]
 
 
-def open_stretch(video: Path, window: slice, size: tuple[int, int], poses: PoseSequence) -> Stretch:
+def open_stretch(video: str | PathLike[str], window: slice, size: tuple[int, int], poses: PoseSequence) -> Stretch:
     """Read a video once from end to end, holding three frames, and check that a stretch of it can be rendered.
 
     Args: window: the stretch; an open side is that of the video. size: (height, width) to fit its frames to, as
@@ -83,6 +84,7 @@ def open_stretch(video: Path, window: slice, size: tuple[int, int], poses: PoseS
     Raises: VideoError if the video cannot be read or has no such frames; PoseError unless it has one frame per pose,
         and frames of the shape of the poses' canvas.
     """
+    video = Path(video)
     check_canvas(video, video_size(video), poses.canvas)
     frames, fps = stream_video(video, size=size)
     digest, num_frames = sha256(), 0

@@ -114,7 +114,9 @@ def _add_poses(app: FastAPI, service: Service, reader: PoseReader) -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
-        track = await reader.read(request.headers.get("content-type", ""), request.stream(), leave)
+        headers = request.headers
+        num_bytes = int(headers.get("content-length", 0))
+        track = await reader.read(headers.get("content-type", ""), num_bytes, request.stream(), leave)
         return Response(track, media_type="application/json")
 
 

@@ -23,11 +23,12 @@ class Metrics:
         self.received = Counter("posecrafter_poses_received", "Poses of all clients.", registry=registry)
         self.dropped = Counter(
             "posecrafter_poses_dropped",
-            "Poses without a frame: overtaken by a newer one or a reset, older than a second, or over the rate limit.",
+            "Poses without a frame: overtaken by a newer one or a reset, older than a second, over the rate limit, or lost "
+            "in a step that failed.",
             ["reason"],
             registry=registry,
         )
-        for reason in ("overtaken", "stale", "limited"):
+        for reason in ("overtaken", "stale", "limited", "failed"):
             self.dropped.labels(reason)
         self.frames = Counter("posecrafter_frames", "Frames by what was done for them.", ["kind"], registry=registry)
         for kind in ("rendered", "held", "repeat"):

@@ -19,6 +19,7 @@ MAX_OFFER_BYTES = 64 * 1024
 MAX_POSE_FILE_BYTES = 32 * 1024 * 1024
 MAX_VIDEO_BYTES = 256 * 1024 * 1024
 MAX_SESSIONS = 64
+_OWN_PORTS = {"http": ":80", "https": ":443"}
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class ServeOptions:
         as `https://example.org`. is_loopback: the server is bound to this machine alone; without a token, requests must
         then name this machine as their host.
     has_virtual_camera: the first session's frames go to a camera device.
-    Raises: PoseCrafterError for an impossible number of sessions, an empty token, a bad origin, or no token beyond
-        loopback.
+    Raises: PoseCrafterError for an impossible number of sessions, a token that is empty or that clients cannot send, a
+        bad origin, or no token beyond loopback.
     """
 
     stream: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +47,12 @@ class ServeOptions:
             raise PoseCrafterError(f"{self.max_sessions} sessions cannot be served", f"give 1 to {MAX_SESSIONS}")
         if self.token is not None and not self.token.strip():
             raise PoseCrafterError("the token is empty", "give a long random one: openssl rand -hex 16")
+        if self.token is not None and not _can_be_sent(self.token):
+            raise PoseCrafterError(
+                "the token has characters that clients cannot send, such as a line break or a space at its end",
+                "give printable ASCII without spaces at the ends: openssl rand -hex 16",
+            )
+        object.__setattr__(self, "allow_origins", tuple(_as_browsers_send(origin) for origin in self.allow_origins))
         for origin in self.allow_origins:
             if "{0.scheme}://{0.netloc}".format(urlsplit(origin)) != origin:
                 raise PoseCrafterError(
@@ -56,6 +63,17 @@ class ServeOptions:
                 "beyond this machine an avatar is served only to those who know a token",
                 "add --token with a long random one (openssl rand -hex 16), or leave --host at 127.0.0.1",
             )
+
+
+def _can_be_sent(token: str) -> bool:
+    """Whether a header brings a token unchanged: its ends are stripped, and clients encode other text differently."""
+    return token.isascii() and token.isprintable() and token == token.strip()
+
+
+def _as_browsers_send(origin: str) -> str:
+    """Return an origin in lower case, and without the port that its scheme has by default."""
+    origin = origin.lower()
+    return origin.removesuffix(_OWN_PORTS.get(origin.partition("://")[0], ""))
 
 
 def is_loopback(host: str) -> bool:

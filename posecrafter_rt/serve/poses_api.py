@@ -64,10 +64,13 @@ class PoseReader:
     def __init__(self) -> None:
         self._is_busy = False
 
-    async def read(self, content_type: str, body: AsyncIterator[bytes], leave: Callable[[], Awaitable[None]]) -> bytes:
+    async def read(
+        self, content_type: str, num_bytes: int, body: AsyncIterator[bytes], leave: Callable[[], Awaitable[None]]
+    ) -> bytes:
         """Read a body, and return its track as JSON.
 
-        content_type: `application/json`, or `video/...`. leave: called after the body; returns when the client leaves.
+        content_type: `application/json`, or `video/...`. num_bytes: what the client says that the body has; 0 if it does
+            not say. leave: called after the body; returns when the client leaves.
 
         Raises: PoseError for what is no pose file or shows nobody, and with a VideoError's message; TooLarge; Busy;
             BackendUnavailable for a video if no detector is installed; NotSaved; Left.
@@ -81,6 +84,7 @@ class PoseReader:
                 raise BackendUnavailable("no pose detector is installed", "pip install --no-deps rtmlib")
         else:
             raise PoseError(f"a body of type {kind!r:.60}", "send OpenPose JSON as application/json, or video/mp4")
+        _check_size(num_bytes, limit)  # before anything of it is taken
         if self._is_busy:
             raise Busy("another file is being read", "try again in a moment")
         self._is_busy = True
@@ -111,9 +115,13 @@ async def _save(body: AsyncIterator[bytes], path: Path, limit: int) -> None:
     with path.open("wb") as file:
         async for part in body:
             size += len(part)
-            if size > limit:
-                raise TooLarge(f"more than {limit // 2**20} MiB", "send a shorter one")
+            _check_size(size, limit)
             file.write(part)
+
+
+def _check_size(num_bytes: int, limit: int) -> None:
+    if num_bytes > limit:
+        raise TooLarge(f"more than {limit // 2**20} MiB", "send a shorter one")
 
 
 async def _work(path: Path, leave: Callable[[], Awaitable[None]]) -> bytes:

@@ -21,6 +21,7 @@ from posecrafter_rt.serve.sampling import SAMPLES_PER_SECOND, sample
 from posecrafter_rt.video_io import VideoWriter
 
 MAX_SECONDS = 600
+AT_ITS_LIMIT = "a recording has at most ten minutes"  # MAX_SECONDS
 MAX_OF_CLIENT = 4  # finished ones; then the client's oldest is deleted
 
 log = logging.getLogger(__name__)

@@ -73,7 +73,10 @@ def check_request(scope: Scope, options: ServeOptions) -> None:
     headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
     host = headers.get("host", "")
     if options.is_loopback and options.token is None and not is_loopback(_host_name(host)):
-        raise Refusal(421, f"this server is not {host!r:.80}", "it answers to localhost and 127.0.0.1 only")
+        raise Refusal(
+            421, f"this server is not {host!r:.80}",
+            "it answers to localhost and 127.0.0.1 only; serve with --token to let a proxy use other names",
+        )  # fmt: skip
     origin = headers.get("origin")
     if origin is not None and origin.partition("://")[2] != host and origin not in options.allow_origins:
         raise Refusal(403, f"pages of {origin!r:.80} may not use this server", "serve with --allow-origin to let them")

@@ -22,6 +22,7 @@ from posecrafter_rt.serve.security import TokenBucket
 
 _SHUTDOWN_S = 5
 _HEAD_S = 10  # for the head of a request, from its first byte or the start of the connection
+_REST_S = 300  # for the rest of a body that is answered already; many browsers read the answer only after it
 _READING_S, _READ_BYTES = 20, 16 * 1024  # in this time, a client must take this much of an answer, or all of it
 _FAREWELL_S = 3  # for a client to read the last message; one that does not read must not hold up the server
 
@@ -92,13 +93,14 @@ class PromptHttp(H11Protocol):
     """
 
     _waiting: asyncio.TimerHandle | None = None
+    _waits_s = 0.0
     _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called when a client has connected."""
         super().connection_made(cast(asyncio.Transport, transport))
         self.transport.set_write_buffer_limits(high=0)  # so that `pause_writing` is called for short answers, too
-        self._watch_head()
+        self._watch_arrival()
 
     def pause_writing(self) -> None:
         """Called when the system takes no more of an answer."""
@@ -113,7 +115,7 @@ class PromptHttp(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Called with the bytes that have arrived."""
         super().data_received(data)
-        self._watch_head()
+        self._watch_arrival()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called when the client has gone."""
@@ -121,11 +123,17 @@ class PromptHttp(H11Protocol):
         self._stop_watching()
         self._stop_watching_reading()
 
-    def _watch_head(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
+    def _watch_arrival(self) -> None:
+        """Limit the time for what must arrive: a request's head, or the rest of a request that is answered already."""
+        has_become_socket = self.transport.get_protocol() is not self
+        if has_become_socket or (self.cycle is not None and not self.cycle.response_complete):
             self._stop_watching()
-        elif self._waiting is None:
-            self._waiting = self.loop.call_later(_HEAD_S, self._give_up)
+            return
+        is_body = self.conn.their_state.__name__ == "SEND_BODY"  # by name, because only uvicorn depends on h11
+        most_s = _REST_S if is_body else _HEAD_S
+        if self._waiting is None or most_s != self._waits_s:
+            self._stop_watching()
+            self._waiting, self._waits_s = self.loop.call_later(most_s, self.transport.abort), most_s
 
     def _stop_watching(self) -> None:
         if self._waiting is not None:
@@ -147,11 +155,6 @@ class PromptHttp(H11Protocol):
         if self._reading is not None:
             self._reading.cancel()
             self._reading = None
-
-    def _give_up(self) -> None:
-        self._waiting = None
-        if self.transport.get_protocol() is self:  # else it has become a WebSocket
-            self.transport.abort()
 
 
 class _BadText(logging.Filter):

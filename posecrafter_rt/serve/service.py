@@ -23,7 +23,7 @@ from posecrafter_rt.serve.metrics import Metrics
 from posecrafter_rt.serve.options import MAX_AGE_S, ServeOptions
 from posecrafter_rt.serve.poses_api import has_pose_extraction
 from posecrafter_rt.serve.protocol import error_message
-from posecrafter_rt.serve.recording import Recordings
+from posecrafter_rt.serve.recording import AT_ITS_LIMIT, Recordings
 from posecrafter_rt.serve.scheduler import Scheduler
 from posecrafter_rt.serve.session import Session, Stream, Waiting, faster_hint, steps_in_flight
 from posecrafter_rt.serve.virtual_camera import VirtualCamera
@@ -215,11 +215,13 @@ class Service:
 
     def _recorded(self, session: Session, name: str, error: PoseCrafterError | None) -> None:
         """Handle the end of a recording. On the event loop, like everything that uses `_recording_of`."""
+        reason = None
         if self._recording_of.get(session.id) == name:  # it ended by itself: at its greatest length, or by an error
             self._recording_of.pop(session.id, None)
+            reason = AT_ITS_LIMIT if error is None else None  # an error is told by its own message
         url = None if error is not None else f"/api/recordings/{name}.mp4"
         is_on = session.id in self._recording_of  # the client may have begun another meanwhile
-        session.texts.put({"type": "recording", "on": is_on, "url": url})
+        session.texts.put({"type": "recording", "on": is_on, "url": url, "reason": reason})
         if error is not None:
             session.texts.put(error_message(error))
 

@@ -203,7 +203,7 @@ class Session:
         try:
             frame = self._step(waiting)
         except Exception as error:  # one client's failing step must not end the service of the others
-            self._fail(error)
+            self._fail(waiting, error)
             return False
         render_ms = (time.perf_counter() - started_s) * 1000
         last = self._stream.last
@@ -237,11 +237,11 @@ class Session:
         self._metrics.render.observe(render_ms / 1000)
         self._metrics.frames.labels("repeat" if last.is_repeat else "held" if last.held else "rendered").inc()
 
-    def _forget_flights(self, but: Waiting | None = None) -> None:
+    def _forget_flights(self, but: Waiting | None = None, why: str = "overtaken") -> None:
         """Drop the frames that are still to come. but: a pose that is being stepped again, so its frame comes later."""
         for flight in self._flights:
             if not flight.is_again and flight.waiting is not but:
-                self.count_overtaken()
+                self._count_dropped(why)
         self._flights.clear()
 
     def _fit(self, waiting: Waiting) -> np.ndarray | None:
@@ -273,9 +273,12 @@ class Session:
         self._tell(PoseCrafterError(f"{why}; frames older than {MAX_AGE_S:g} s are not shown",
                                     f"{faster_hint(self._stream.options)}, or for fewer sessions"))  # fmt: skip
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, waiting: Waiting, error: Exception) -> None:
         self._metrics.errors.inc()
         self._is_broken = True  # a step that was broken off may have left the past frames half changed
+        if not waiting.is_stepped:  # else its frame is among those that are still to come
+            self._count_dropped("failed")
+        self._forget_flights(why="failed")
         if not isinstance(error, PoseCrafterError):
             _log.error("a step of session %s failed", self.id, exc_info=error)
             error = PoseCrafterError(f"the step failed: {type(error).__name__}", "the server's log says more")

@@ -143,9 +143,7 @@ def _fail() -> dict[str, Any]:
 
 def test_a_run_that_dies_is_reported() -> None:
     assert in_own_process(_fail) == {"error": "_Unsendable: inductor failed: no tile fits"}
-    assert in_own_process(dict, [("rc", 0)]) == {"rc": 0}
     assert "died" in in_own_process(os._exit, 9)["error"]  # type: ignore[arg-type]
-    assert in_own_process(json.loads, "{")["error"].startswith("JSONDecodeError: ")
 
 
 def test_targets_are_judged_by_the_fastest_that_is_near_enough() -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 FORKS = """
 import gc, hashlib, json, os, pathlib, pkgutil, random, signal, sys, time
 import posecrafter_rt.cli.render, posecrafter_rt.engines.torch, posecrafter_rt.models.networks, posecrafter_rt.rendering
+import posecrafter_rt.poses.openpose_json, posecrafter_rt.poses.shown
+import pydantic.type_adapter, rich._emoji_codes, torch, typer.rich_utils
 from posecrafter_rt.cli.main import main
 
 gc.collect()

@@ -15,8 +15,6 @@ from tests.render_scripts import TAKE_MEMORY
 # - process: at a random time it is given almost no more memory than it has.
 STARVING = f"""{FORKS}{TAKE_MEMORY}
 import atexit, errno, gc, multiprocessing, shutil, subprocess, tempfile
-import pydantic.type_adapter, rich._emoji_codes, torch, typer.rich_utils
-import posecrafter_rt.cli.render, posecrafter_rt.poses.openpose_json, posecrafter_rt.poses.shown
 from posecrafter_rt.engines.torch import TorchEngine
 
 seed, rounds, ways, engine, folder, done, *options = sys.argv[1:]

@@ -21,7 +21,7 @@ from posecrafter_rt.cli.main import app
 from posecrafter_rt.demo import run as demo
 from posecrafter_rt.demo.footage import load_poses
 from posecrafter_rt.engines.folder import PASSED_OVER
-from posecrafter_rt.errors import OutputExists
+from posecrafter_rt.errors import OutputExists, PoseCrafterError
 from posecrafter_rt.tuning import TuneOptions
 from posecrafter_rt.video_io import read_video
 from tests.test_lean_import import modules_after
@@ -87,6 +87,13 @@ def test_files_of_the_user_are_not_replaced_unasked(tmp_path: Path, name: str) -
         demo.Demo(tmp_path, 2, TuneOptions(), force=False)
     assert "--force" in (caught.value.hint or "")
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_more_steps_than_the_noise_schedule_has_are_refused_before_anything_is_tuned(tmp_path: Path) -> None:
+    with pytest.raises(PoseCrafterError, match=r"1000 denoising steps with offset 1 start at timestep 1000"):
+        demo.Demo(tmp_path / "out", 1000, TuneOptions(), force=False)
+    assert not (tmp_path / "out").exists()
+    demo.Demo(tmp_path / "out", 999, TuneOptions(), force=False)
 
 
 def test_only_its_own_checkpoint_is_rendered_unasked(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -176,9 +176,22 @@ def test_a_missing_pose_file_is_told_before_anything_is_measured(
 ) -> None:
     monkeypatch.setattr("posecrafter_rt.cli.eval._measure", lambda *arguments: pytest.fail("measured"))
     for options in (("--poses", tmp_path / "no.json"),
-                    ("--poses", pose_file(tmp_path / "a.json", 4, (64, 64)), "--rendered-poses", tmp_path / "no.json")):  # fmt: skip
+                    ("--poses", pose_file(tmp_path / "a.json", 4, (32, 48)), "--rendered-poses", tmp_path / "no.json")):  # fmt: skip
         result = run(*clips, *options)
         assert result.exit_code == 1 and "no.json: there is no such file" in result.stderr
+
+
+@pytest.mark.parametrize(("true", "rendered", "told"), [
+    ((48, 32), (32, 48), "truth are 32x48, of another shape than their poses' canvas of 48x32"),
+    ((32, 48), (48, 32), "rendered are 32x48, of another shape than their poses' canvas of 48x32"),
+])  # fmt: skip
+def test_poses_of_another_shape_than_their_frames_are_refused(
+    clips: tuple[Path, Path], tmp_path: Path, true: tuple[int, int], rendered: tuple[int, int], told: str
+) -> None:
+    """As they are where a video was rotated after its poses were extracted."""
+    poses = pose_file(tmp_path / "true.json", 5, true), pose_file(tmp_path / "rendered.json", 3, rendered)
+    result = run(*clips, "--range", "1:4", "--poses", poses[0], "--rendered-poses", poses[1])
+    assert result.exit_code == 1 and told in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(("modules", "told"), [
@@ -191,6 +204,9 @@ def test_a_detector_that_cannot_run_is_told_with_options_of_this_command(
     for name, source in {"rtmlib": "raise ImportError", "mediapipe": "raise ImportError", **modules}.items():
         (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(
+        "posecrafter_rt.cli.eval._measure", lambda *arguments: pytest.fail("measured before it is told")
+    )
     result = run(*clips, "--range", "1:4", "--poses", pose_file(tmp_path / "true.json", 5, (32, 48)))
     assert result.exit_code == 1 and told in result.stderr
     assert f"hint: posecrafter-rt poses extract {clips[0]} -o r.json, " in result.stderr

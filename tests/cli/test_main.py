@@ -174,6 +174,13 @@ def test_a_reader_that_leaves_early_causes_no_noise() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("wanted", ["--version", "--help"])
+def test_a_closed_standard_output_is_no_failure(wanted: str) -> None:
+    command = f"{sys.executable} -m posecrafter_rt {wanted} >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_no_color_is_obeyed() -> None:
     command = [sys.executable, "-m", "posecrafter_rt", "--help"]
     shared = {**os.environ, "TERM": "xterm-256color"}

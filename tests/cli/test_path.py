@@ -19,7 +19,7 @@ from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.cli.output import NOT_KNOWN
 from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.video_io import read_video, write_video
+from posecrafter_rt.video_io import read_video, write_png, write_video
 
 SIZE = (32, 32)
 
@@ -72,6 +72,24 @@ def test_poses_that_do_not_say_their_canvas_are_tuned_on_with_the_videos(
     tuned, expected = Checkpoint.load(tmp_path / "tuned.ckpt").poses, Checkpoint.load(workshop / "tuned.ckpt").poses
     assert tuned.canvas == expected.canvas == SIZE
     np.testing.assert_array_equal(tuned.keypoints, expected.keypoints)
+
+
+def test_poses_that_cannot_be_tuned_on_are_refused_before_a_base_is_looked_for(workshop: Path, tmp_path: Path) -> None:
+    """From a hub all its weights would be fetched first."""
+    poses = PoseSequence.load(workshop / "poses.json")
+    for index, frame in enumerate(read_video(workshop / "video.mp4").frames):
+        write_png(tmp_path / "images" / f"{index}.png", frame)
+    PoseSequence(poses.keypoints, (32, 64), 25.0).save(tmp_path / "wide.json")
+    poses[:2].save(tmp_path / "two.json")
+    poses.keypoints[1, :, 2] = 0.2
+    poses.save(tmp_path / "faint.json")
+    for video, given, message in (
+        (workshop / "video.mp4", "wide.json", "are 32x32, of another shape than their poses' canvas of 32x64"),
+        (tmp_path / "images", "two.json", "images has 4 frames but there are 2 poses"),
+        (workshop / "video.mp4", "faint.json", "faint.json does not show the person in 1 of 4 frames: 1"),
+    ):
+        result = run("tune", video, "--poses", tmp_path / given, "-o", tmp_path / "o.ckpt", "--base", "no/such/base")
+        assert result.exit_code == 1 and message in result.stderr.replace("\n", " "), result.output
 
 
 def test_a_single_target_pose_renders(workshop: Path, tmp_path: Path) -> None:
@@ -289,6 +307,25 @@ def test_ctrl_c_leaves_nothing_half_done_and_the_same_command_finishes(
     assert [path.name for path in tmp_path.iterdir()] == (["a.ckpt.partial"] if command == "tune" else [])
     ok(*arguments_of(command, workshop, output))
     assert output.exists() and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("options", [[], ["--no-resume"]])
+def test_whether_a_tuning_goes_on_is_told_by_what_is_saved(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """Nothing is until a base is loaded; and --no-resume would start over, whatever is."""
+    output = tmp_path / "a.ckpt"
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for moment, is_saved in (("load_base", False), ("_step", True), ("load_base", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"posecrafter_rt.tuning.{moment}", interrupted)
+            result = run(*arguments_of("tune", workshop, output), *options)
+        purpose = "go on" if is_saved and not options else "start over"
+        assert result.exit_code == 130 and result.stderr.endswith(f"run the same command again to {purpose}\n"), moment
+        assert (tmp_path / "a.ckpt.partial").exists() is is_saved
 
 
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing(

@@ -20,7 +20,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from posecrafter_rt.cli.poses import app
-from posecrafter_rt.errors import OutputExists, PoseError
+from posecrafter_rt.errors import OutputExists, PoseCrafterError, PoseError
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
 from posecrafter_rt.video_io import read_video, write_png, write_video
 from tests.cli.conftest import PeakBytes
@@ -74,6 +74,7 @@ def test_extract_writes_poses_and_reports(python: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert (record["frames"], record["height"], record["width"], record["fps"]) == (4, 48, 64, 25.0)
+    assert record["detector"] == "mediapipe"
     assert record["usable"]["body"] == 0.75
     assert record["frames_without_person"] == [2]
     assert "warning: 1 of 4 frames do not show the person: 2" in result.stderr
@@ -89,11 +90,28 @@ def test_extract_does_not_start_if_it_could_not_save(tmp_path: Path) -> None:
     assert output.read_text() == "mine"
 
 
+def test_extract_does_not_start_where_it_could_not_save(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run("extract", tmp_path / "none.mp4", "-o", tmp_path / "file" / "out.json")
+    assert isinstance(result.exception, PoseCrafterError)
+    assert f"out.json: {tmp_path / 'file'} is no folder" in str(result.exception)
+
+
+def test_extract_warns_of_the_frames_that_a_render_refuses(python: Path, tmp_path: Path) -> None:
+    """Whose points all lie below the confidence that counts."""
+    library = tmp_path / "library" / "mediapipe.py"
+    library.write_text(MEDIAPIPE.replace("visibility=0.9", "visibility=0.2 if picture.mean() < 150 else 0.9"))
+    clip = video(tmp_path / "clip.mp4", 200, 120, 200)
+    result = run("extract", clip, "-o", tmp_path / "out.json", "--detector", "mediapipe", "--python", python, "--json")
+    assert json.loads(result.stdout)["frames_without_person"] == [1], result.output
+    assert "warning: 1 of 3 frames do not show the person: 1" in result.stderr
+
+
 def test_extract_prints_a_line_for_people(python: Path, tmp_path: Path) -> None:
     clip = video(tmp_path / "clip.mp4", 200, 200)
     result = run("extract", clip, "-o", tmp_path / "out.json", "--detector", "mediapipe", "--python", python)
     assert result.exit_code == 0, result.output
-    assert "2 frames, 64 x 48" in result.stdout
+    assert "2 frames, 64 x 48, detected by mediapipe" in result.stdout
     assert "body 100%, feet 67%, face 0%" in result.stdout
     assert "warning" not in result.stderr and "hint" not in result.stderr
 
@@ -143,15 +161,27 @@ def test_the_drawing_is_cut_as_the_video_is(tmp_path: Path) -> None:
     assert abs(centres[0] - centres[1]) < 2
 
 
+def test_poses_of_another_shape_are_cut_as_a_render_cuts_them(tmp_path: Path) -> None:
+    keypoints = np.zeros((1, NUM_KEYPOINTS, 3))
+    keypoints[0, 30] = [61.5, 23.5, 1]  # 14 px beside the centre, in a picture of 48 x 96
+    PoseSequence(keypoints, (48, 96)).save(tmp_path / "poses.json")
+    result = run("preview", tmp_path / "poses.json", "-o", tmp_path / "out.mp4", "--size", "256x256")
+    assert result.exit_code == 0, result.output
+    drawn = read_video(tmp_path / "out.mp4").frames[0].astype(float).mean(axis=2)
+    centre = (drawn.sum(axis=0) * np.arange(256)).sum() / drawn.sum()
+    assert abs(centre - (127.5 + 14 * 256 / 48)) < 2
+
+
 def test_preview_as_contact_sheet(poses: Path, tmp_path: Path) -> None:
     clip = video(tmp_path / "clip.mp4", *[200] * 5)
     for extra, rows in ((), 1), (("--video", clip), 2):
-        output = tmp_path / f"sheet{rows}.png"
-        result = run("preview", poses, "-o", output, "--size", "48x64", *extra)
-        assert result.exit_code == 0, result.output
-        picture = cv2.imread(str(output))
-        assert picture.shape[0] >= 48 * rows
-        assert picture.shape[1] >= 64 * 5
+        for size, height, width in (("48x64", 128, 171), ("150x200", 150, 200), ("480x640", 256, 341)):
+            output = tmp_path / f"sheet{rows}of{size}.png"
+            result = run("preview", poses, "-o", output, "--size", size, "--json", *extra)
+            assert result.exit_code == 0, result.output
+            told = json.loads(result.stdout)
+            assert (told["height"], told["width"]) == (height, width)
+            assert cv2.imread(str(output)).shape[:2] == ((height + 4) * rows, (width + 4) * 5)  # 4 px between them
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.png"])
@@ -220,10 +250,10 @@ def openpose(poses: Path, tmp_path: Path) -> Path:
 def test_preview_is_told_the_size_of_the_picture_or_has_it_from_the_video(openpose: Path, tmp_path: Path) -> None:
     refused = run("preview", openpose, "-o", tmp_path / "a.png")
     assert isinstance(refused.exception, PoseError) and "--canvas HEIGHTxWIDTH" in (refused.exception.hint or "")
-    told = run("preview", openpose, "-o", tmp_path / "a.png", "--canvas", "48x64", "--json")
+    told = run("preview", openpose, "-o", tmp_path / "a.mp4", "--canvas", "48x64", "--json")
     assert json.loads(told.stdout)["height"] == 528, told.output
     clip = video(tmp_path / "clip.mp4", *[200] * 5)
-    beside = run("preview", openpose, "-o", tmp_path / "b.png", "--video", clip, "--json")
+    beside = run("preview", openpose, "-o", tmp_path / "b.mp4", "--video", clip, "--json")
     assert json.loads(beside.stdout)["height"] == 528, beside.output
     assert run("preview", openpose, "-o", tmp_path / "c.png", "--canvas", "48").exit_code == 2
 
@@ -264,6 +294,17 @@ def test_a_preview_replaces_no_image_of_the_folder_that_is_read(poses: Path, tmp
     before = output.read_bytes()
     result = run("preview", poses, "--video", tmp_path / "images", "-o", output, "--force")
     assert isinstance(result.exception, OutputExists) and output.read_bytes() == before
+
+
+def test_a_sheet_does_not_lie_among_the_images_that_are_read(poses: Path, tmp_path: Path) -> None:
+    """The next preview would take it for one of them."""
+    for index in range(5):
+        write_png(tmp_path / "images" / f"{index}.png", np.full((48, 64, 3), 200, np.uint8))
+    given = ("preview", poses, "--video", tmp_path / "images", "--size", "48x64", "-o")
+    result = run(*given, tmp_path / "images" / "look.png")
+    assert isinstance(result.exception, OutputExists)
+    assert "look.png would lie among the images that it is made from" in str(result.exception)
+    assert run(*given, tmp_path / "images" / "look.mp4").exit_code == 0  # which is none
 
 
 # A real process: handlers as at a terminal, which a job in the background does not inherit.

@@ -251,6 +251,44 @@ def test_what_is_read_is_not_replaced_even_by_force(me: Path, dance: Path, tmp_p
             assert run(*given, "-o", folder / "out" / "new.json", "--force").exit_code == 0
 
 
+def test_nothing_is_written_among_the_poses_that_are_read_or_into_an_engine(
+    me: Path, dance: Path, tmp_path: Path
+) -> None:
+    """The next command would take it for one of the poses; an engine would count as altered."""
+    write_tuned(tmp_path)
+    folder, engine = tmp_path / "frames", tmp_path / "me.engine"
+    folder.mkdir()
+    frame = json.loads(me.read_text())["frames"][0]
+    (folder / "0.json").write_text(json.dumps(frame | {"canvas_width": 120, "canvas_height": 100}))
+    for given, output, where in (
+        (("edit", folder, "--canvas", "100x120"), folder / "all.json", "among the poses that it is made from"),
+        (("retarget", folder, "--to", me), folder / "x.json", "among the poses that it is made from"),
+        (("retarget", dance, "--to", folder), folder / "x.json", "among the poses that it is made from"),
+        (("retarget", dance, "--to", engine), engine / "x.json", "in the engine, which holds nothing else"),
+        (("retarget", dance, "--to", engine), engine / "new" / "x.json", "in the engine, which holds nothing else"),
+    ):
+        result = run(*given, "-o", output, "--force")
+        assert isinstance(result.exception, OutputExists), given
+        assert f"{output} would lie {where}" in str(result.exception) and not output.exists()
+
+
+def test_one_of_several_people_is_an_edit(tmp_path: Path) -> None:
+    """`tune` and `serve` have no --person: this writes the file that they read."""
+    two = [somebody(3), PoseSequence(Similarity(0.5, 0, 0).apply(somebody(3).keypoints), (100, 120))]
+    for index, poses in enumerate(two):
+        poses.save(tmp_path / f"{index}.json")
+    written = [json.loads((tmp_path / f"{index}.json").read_text()) for index in (0, 1)]
+    for frame, other in zip(written[0]["frames"], written[1]["frames"], strict=True):
+        frame["people"] += other["people"]
+    (tmp_path / "two.json").write_text(json.dumps(written[0]))
+    for index in (0, 1):
+        result = run("edit", tmp_path / "two.json", "--person", index, "-o", tmp_path / f"me{index}.json", "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["changed_frames"] == []
+        expected = PoseSequence.load(tmp_path / f"{index}.json").keypoints
+        np.testing.assert_array_equal(PoseSequence.load(tmp_path / f"me{index}.json").keypoints, expected)
+
+
 def test_frames_without_the_person_stay_without(tmp_path: Path, me: Path) -> None:
     keypoints = somebody().keypoints.copy()
     keypoints[7] = 0

@@ -107,7 +107,7 @@ def test_kill_9_at_any_moment_and_the_same_command_gives_the_same_bytes(
     assert set(report["seconds"]) == {"prepare", "invert", "denoise", "decode"}
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_leave_nothing_half_done_and_the_same_bytes(
     workshop: Path, unbroken: Path, tmp_path: Path, kills: int
 ) -> None:
@@ -312,6 +312,16 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_engine_is_loaded
     told = " ".join(result.output.split())
     assert result.exit_code == 1 and f"cannot write {output}: {tmp_path / 'file'} is no folder" in told
     assert "hint: choose a folder that you may write to" in told
+
+
+@pytest.mark.parametrize(("given", "named"), [(("-o", "out.webm"), "out.webm is not the name of a video"),
+                                              (("-o", "out.mp4", "--fps", "1e9"), "fps is 1000000000.0")])  # fmt: skip
+def test_a_video_that_cannot_be_written_is_refused_before_the_engine_is_loaded(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("render", tmp_path / "none.engine", "--poses", workshop / "poses.json", *given)
+    assert result.exit_code == 1 and named in result.output and not list(tmp_path.iterdir())
 
 
 def test_a_frame_without_a_usable_point_goes_by_its_number_in_the_file(workshop: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
+from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.evaluate.metrics import psnr
 from posecrafter_rt.framing import contact_sheet
@@ -171,6 +172,28 @@ def test_only_frames_that_are_rendered_have_to_show_the_person(
         assert [path.name for path in tmp_path.iterdir()] == ["gaps.json"]
 
 
+@pytest.fixture(scope="module")
+def bust(workshop: Path) -> Path:
+    """An engine whose training frames show no face and no hands."""
+    checkpoint = Checkpoint.load(workshop / "tuned.ckpt")
+    checkpoint.poses.keypoints[:, 18:] = 0
+    checkpoint.save(workshop / "bust.ckpt")
+    return build_engine(workshop / "bust.ckpt", options=BuildOptions("torch", "fp32")).folder.path
+
+
+@pytest.mark.parametrize("given", [("--range", "3:8"), ("--replace", "3:8", "--video", "me.mp4")])
+def test_a_frame_that_shares_no_keypoint_with_training_goes_by_its_number_in_the_file(
+    bust: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(bust.parent)
+    poses = PoseSequence.load("me.json")
+    poses.keypoints[5, :18] = 0
+    poses.save(tmp_path / "me.json")
+    result = run("render", bust, "--poses", tmp_path / "me.json", "-o", tmp_path / "out.mp4", "--steps", 1, *given)
+    assert result.exit_code == 1 and "target frame 5 shares no keypoint with any of the 3" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["me.json"]
+
+
 @pytest.mark.parametrize("given", [("--replace", "3:8"), ("--video", "me.mp4")])
 def test_which_frames_and_of_what_are_given_together(tmp_path: Path, given: tuple[str, str]) -> None:
     result = run("render", "me.engine", "--poses", "me.json", "-o", tmp_path / "mended.mp4", *given)
@@ -182,6 +205,17 @@ def test_the_video_itself_is_never_overwritten(workshop: Path) -> None:
     result = run(*command(workshop, workshop / "me.mp4", "--force"))
     assert result.exit_code == 1 and "is itself what it would be made from" in " ".join(result.output.split())
     assert (workshop / "me.mp4").read_bytes() == before
+
+
+def test_a_picture_is_not_replaced_by_the_contact_sheet_of_its_render(workshop: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    write_png(photo, read_video(workshop / "me.mp4").frames[0])
+    PoseSequence.load(workshop / "me.json")[:1].save(tmp_path / "photo.json")
+    before = photo.read_bytes()
+    result = run("render", workshop / "me.engine", "--poses", tmp_path / "photo.json", "--video", photo,
+                 "--replace", "0:1", "--steps", 1, "-o", tmp_path / "photo.mp4", "--force")  # fmt: skip
+    assert result.exit_code == 1 and "photo.png is itself what it would be made from" in " ".join(result.output.split())
+    assert photo.read_bytes() == before and not (tmp_path / "photo.mp4").exists()
 
 
 def test_nothing_is_written_among_the_images_that_it_is_made_from(workshop: Path, tmp_path: Path) -> None:

@@ -112,6 +112,13 @@ def test_an_unknown_preset_is_one_line(tiny_engine: Path) -> None:
     assert result.stderr == "error: unknown preset 'exact'\nhint: choose one of fast, balanced, quality\n"
 
 
+def test_what_cannot_be_streamed_is_one_line(tiny_engine: Path) -> None:
+    result = run(str(tiny_engine), "--port", "0", "--steps", "99")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ") and "99" in result.stderr and "hint: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_an_engine_that_is_not_there(tmp_path: Path) -> None:
     result = run(str(tmp_path / "no.engine"), "--port", "0")
     assert result.exit_code == 1 and "no.engine" in result.stderr and "Traceback" not in result.stderr

@@ -21,7 +21,7 @@ from posecrafter_rt.models.loading import load_base, named_parameters
 from posecrafter_rt.models.sources import EMBEDDED_FOLDER
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS
 
-SECONDS = 2 / 60  # of each training stage, in minutes
+SECONDS = 0.5 / 60  # of each training stage, in minutes
 BLANK = Clips(np.zeros((1, 1, *SIZE, 3), np.uint8), np.zeros((1, 1, NUM_KEYPOINTS, 3), np.float32), ["nobody"])
 
 

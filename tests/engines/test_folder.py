@@ -48,6 +48,17 @@ def test_its_places_stay_where_they_are_wherever_the_program_goes(
     assert (folder.networks / "unet.bin").is_file()
 
 
+def test_its_places_stay_in_the_engine_that_was_opened_wherever_a_link_to_it_leads_later(tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(build(tmp_path / "v1", "first"))
+    folder = open_folder(link)
+    link.unlink()
+    link.symlink_to(build(tmp_path / "v2", "second"))
+    assert (folder.networks / "unet.bin").read_text() == "first"
+    with pytest.raises(EngineFolderError, match=f"^{link}/none is not an engine folder$"):
+        open_folder(link / "none")  # messages show the path that was given
+
+
 def test_it_is_built_where_folders_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed = []
 

@@ -126,21 +126,31 @@ def test_what_is_kept_is_of_one_precision(
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize(("precision", "networks"), [("int8", ("unet", "vae_decoder")), ("fp16", ("unet",))])
-def test_other_weights_give_what_a_build_with_them_gives(
-    make_tiny_model: Callable[..., PoseModel], openvino_networks: Path, tmp_path: Path, byte_operation: None,
-    precision: Precision, networks: tuple[str, ...],
-) -> None:  # fmt: skip
-    """Swapped into an engine or refitted: weights are rounded as those that it is built with."""
+@pytest.fixture(scope="module")
+def others(
+    make_tiny_model: Callable[..., PoseModel], openvino_networks: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PoseModel, Path, Path]:
+    """A model with other weights, and its networks as built and as refitted: float32, whatever they are compiled for."""
     model, generator = make_tiny_model(), torch.Generator().manual_seed(9)
     for parameter in (*model.unet.parameters(), *model.vae.decoder.parameters()):
         parameter.data.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
     model.fold()
-    arch, folders = replace(model.architecture(), size=(32, 32)), [tmp_path / name for name in ("built", "refitted")]
-    for folder in folders:
-        folder.mkdir()
-    OpenVinoBackend().build(model, arch, folders[0], precision, lambda stage: None)
-    OpenVinoBackend().refit(openvino_networks, folders[1], model, arch, precision, lambda stage: None)
+    arch, built, refitted = (
+        replace(model.architecture(), size=(32, 32)),
+        *map(tmp_path_factory.mktemp, ("built", "refitted")),
+    )
+    OpenVinoBackend().build(model, arch, built, "int8", lambda stage: None)
+    OpenVinoBackend().refit(openvino_networks, refitted, model, arch, "int8", lambda stage: None)
+    return model, built, refitted
+
+
+@pytest.mark.parametrize(("precision", "networks"), [("int8", ("unet", "vae_decoder")), ("fp16", ("unet",))])
+def test_other_weights_give_what_a_build_with_them_gives(
+    others: tuple[PoseModel, Path, Path], openvino_networks: Path, tmp_path: Path, byte_operation: None,
+    precision: Precision, networks: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Swapped into an engine or refitted: weights are rounded as those that it is built with."""
+    model, *folders = others
     kept = [load(model, folder, tmp_path / "compiled", precision) for folder in (openvino_networks, *folders)]
     for name in networks:
         source, built, refitted = (engines[name] for engines in kept)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import subprocess
 from hashlib import sha256
@@ -167,6 +169,22 @@ def test_where_the_cache_cannot_be_searched_all_is_openvinos(
         assert reason is not None
     assert OpenVinoBackend().unsupported_reason("fp32") is None
     assert operations.operations() is None and operations.extend(openvino.Core()) is None
+
+
+def test_they_are_kept_where_a_file_in_use_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS a folder with what was loaded from it cannot be removed."""
+
+    def refuse(path: str, **place: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(operations, "_ask", lambda vectors: None)
+    monkeypatch.setattr(operations, "_try", lambda library, vectors: None)
+    monkeypatch.setattr(operations, "_compile", lambda sources, vectors, home, library: library.write_bytes(b"built"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        library = operations._compiled(operations.VECTORS[0])
+    assert library.read_bytes() == b"built"
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not installed")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,69 @@ def test_it_loads_without_the_base_in_its_precision(
             is_narrow = out.dtype == "kept" and multiplies(precision, torch_device())
             kept = TORCH_DTYPES[precision] if is_narrow else torch.float32
             assert result.dtype == kept and relative_error(result.cpu(), tensor) < tolerance
+
+
+@pytest.fixture
+def pose_embedding(make_tiny_model: Callable[..., PoseModel]) -> TorchEngine:
+    """The network of that name, in float32, on the processor."""
+    model = make_tiny_model()
+    spec = network_specs(model.architecture())["pose_embedding"]
+    return TorchEngine(model.networks()["pose_embedding"], spec, is_exact=True)
+
+
+@pytest.fixture
+def change() -> Iterator[Callable[[Any, str, Any], None]]:
+    """change(holder, name, value): torch's settings are no attributes that `monkeypatch` could put back."""
+    before: list[tuple[Any, str, Any]] = []
+
+    def change(holder: Any, name: str, value: Any) -> None:
+        before.append((holder, name, getattr(holder, name)))
+        setattr(holder, name, value)
+
+    yield change
+    for changed in reversed(before):
+        setattr(*changed)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has no such setting")
+@pytest.mark.parametrize("value", ["ieee", "tf32"])
+@pytest.mark.parametrize("names", [[], ["cudnn"], ["cudnn", "conv"]])
+def test_a_programs_setting_of_precision_stays_and_disturbs_nothing(
+    pose_embedding: TorchEngine, change: Callable[[Any, str, Any], None], names: list[str], value: str
+) -> None:
+    inputs = random_inputs(pose_embedding.spec, SIZES)
+    expected = pose_embedding(**inputs)["pose_embeddings"].clone()
+    holders = [torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv]
+    change(holders[len(names)], "fp32_precision", value)
+    before = [holder.fp32_precision for holder in holders]
+    assert torch.equal(pose_embedding(**inputs)["pose_embeddings"], expected)
+    assert [holder.fp32_precision for holder in holders] == before
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+@pytest.mark.parametrize("value", ["ieee", "tf32"])
+def test_on_a_gpu_an_engine_sets_how_exact_its_convolutions_are_for_a_while_and_nothing_else(
+    change: Callable[[Any, str, Any], None], value: str, is_exact: bool
+) -> None:
+    cudnn = torch.backends.cudnn
+    holder, name = (cudnn.conv, "fp32_precision") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32")
+    values = {"ieee": "ieee", "tf32": "tf32"} if hasattr(cudnn, "conv") else {"ieee": False, "tf32": True}
+    change(holder, name, values[value])
+    change(cudnn, "benchmark", True)
+    change(cudnn, "deterministic", True)
+    with pytest.raises(KeyboardInterrupt), engines_torch._convolutions(is_exact):
+        assert getattr(holder, name) == values["ieee" if is_exact else "tf32"]
+        assert cudnn.benchmark and cudnn.deterministic
+        raise KeyboardInterrupt
+    assert getattr(holder, name) == values[value] and cudnn.benchmark and cudnn.deterministic
+
+
+def test_under_autocast_it_computes_in_its_own_precision(pose_embedding: TorchEngine) -> None:
+    inputs = random_inputs(pose_embedding.spec, SIZES)
+    expected = pose_embedding(**inputs)["pose_embeddings"].clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pose_embedding(**inputs)["pose_embeddings"], expected)
+        assert torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

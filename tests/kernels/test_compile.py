@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ if find_spec("posecrafter_rt.kernels") is None:
     pytest.skip("the package is not installed", allow_module_level=True)
 
 from bench.kernel_fits import DTYPES, REPRESENTATIVES, TARGETS
-from posecrafter_rt.kernels import keyframe_attention, temporal_attention
+from posecrafter_rt.kernels import group_norm, keyframe_attention, temporal_attention
 from posecrafter_rt.kernels.compile import Compiled, compile_group_norm, compile_keyframe, compile_temporal, cuobjdump
 from posecrafter_rt.kernels.configs import TABLE, TemporalConfig, TileConfig, norm_config
 
@@ -29,12 +31,12 @@ KEYS = ("capability", "element_bytes", "max_head_size", "max_frames")
 
 
 def rows(op: str) -> list[Any]:
-    """The table's rows for each target."""
+    """The table's rows for each target. sm_89 has the rows and the limits of sm_86."""
     found = []
     for row in json.loads(TABLE.read_text())[op]:
         for target in TARGETS[row["capability"]]:
             name = f"sm_{target}-{'-'.join(str(row[key]) for key in KEYS[1:] if key in row)}"
-            found.append(pytest.param(target, row, id=name))
+            found.append(pytest.param(target, row, id=name, marks=[pytest.mark.slow] if target == 89 else []))
     return found
 
 
@@ -106,7 +108,7 @@ def assert_temporal_fits(target: int, row: dict[str, Any], mask: Literal["none",
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtypes in DTYPES.values() for dtype in dtypes], ids=str)
-@pytest.mark.parametrize("target", SHARED_LIMITS)
+@pytest.mark.parametrize("target", [86, pytest.param(89, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("num_rows", [64, 4096])
 def test_group_norm_compiles(num_rows: int, target: int, dtype: torch.dtype) -> None:
     for built in compile_group_norm(target, dtype, norm_config(num_rows), silu=True):
@@ -120,6 +122,35 @@ def test_group_norm_compiles(num_rows: int, target: int, dtype: torch.dtype) -> 
 def test_the_ptx_version_can_be_capped() -> None:
     built = compile_keyframe(90, torch.float16, 40, TileConfig(64, 32, 4, 2), ptx_version=86)
     assert ".version 8.6" in built.ptx
+
+
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the thread's current one, where Triton launches."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    current, launched_on = [torch.device("cuda:0")], []
+
+    class Launches:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **options: launched_on.append(current[-1])
+
+    @contextmanager
+    def made_current(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", made_current)
+    for module in (keyframe_attention, temporal_attention, group_norm):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Launches())
+    with FakeTensorMode():
+        q, clip, weight = (torch.empty(shape, device="cuda:1") for shape in ((2, 8, 80), (1, 2, 8, 80), (80,)))
+        x = torch.empty(1, 80, 4, 4, device="cuda:1", memory_format=torch.channels_last)
+        keyframe_attention.launch(q, q, q, 2, config=TileConfig(64, 64, 4, 3))
+        temporal_attention.launch(clip, clip, clip, 2, None, config=TemporalConfig(4, 16, 16, 4, 1))
+        group_norm.launch(x, 8, weight, weight, 1e-5, silu=True)
+    assert launched_on == [torch.device("cuda:1")] * 5
 
 
 def test_traced_launches_are_graph_nodes_on_a_device_that_is_not_there() -> None:

@@ -134,6 +134,20 @@ def test_group_norm_in_compiled_code_is_left_to_the_compiler() -> None:
     torch.testing.assert_close(torch.compile(normalise, fullgraph=True)(x), normalise(x))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_kernels_run_on_the_gpu_of_their_tensors_whichever_is_current() -> None:
+    q, x = (normal(2, 64, *rest, seed=5, dtype=torch.float16).to("cuda:1") for rest in ((80,), (8, 8)))
+    x, weight = x.to(memory_format=torch.channels_last), torch.ones(64, device="cuda:1", dtype=torch.float16)
+    with torch.cuda.device(0):
+        assert_close(keyframe_attention(q, q, q, 2, backend="triton"), *(
+            keyframe_attention_ref(given, given, given, 2) for given in (q.double(), q)))  # fmt: skip
+        assert_close(temporal_attention(q[None], q[None], q[None], 2, backend="triton"), *(
+            temporal_attention_ref(given[None], given[None], given[None], 2) for given in (q.double(), q)))  # fmt: skip
+        assert_close(group_norm(x, 8, weight, weight, 1e-5, backend="triton"), *(
+            group_norm_ref(given, 8, scale, scale, 1e-5, False)
+            for given, scale in ((x.double(), weight.double()), (x, weight))))  # fmt: skip
+
+
 @pytest.mark.parametrize("op", ["keyframe", "temporal"])
 def test_compiled_code_launches_the_kernel(op: str) -> None:
     q, k = (normal(frames, 64, 80, seed=4, dtype=torch.float16) for frames in (4, 1))

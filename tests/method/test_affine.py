@@ -105,6 +105,11 @@ NONE_CASES = {
     "reference in one place": (SQUARE * 0 + 5, SQUARE, "reference landmarks lie in one place"),
     "target on a line": (SQUARE, LINE[[0, 1, 2, 3]], "singular"),
     "target almost on a line": (SQUARE, LINE + SQUARE[::-1] * 1e-4, "singular"),
+    "no likeness at all": (
+        np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [-1.0, 1.0]]),
+        np.array([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]),
+        "singular",
+    ),
     "target in one place": (SQUARE, SQUARE * 0 - 3, "target landmarks lie in one place"),
 }
 

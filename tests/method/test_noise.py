@@ -6,6 +6,16 @@ from posecrafter_rt.method.noise import shared_noise
 LATENTS = torch.empty(64, 4, 4, 16, 16)
 
 
+def test_it_is_the_same_whatever_type_a_program_has_made_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = shared_noise(LATENTS[:2], 0.5, torch.Generator().manual_seed(1))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        noise = shared_noise(LATENTS[:2], 0.5, torch.Generator().manual_seed(1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert noise.dtype == torch.float32 and torch.equal(noise, expected)
+
+
 def correlation(noise: torch.Tensor) -> torch.Tensor:
     """Of the first two frames of every clip, (G,)."""
     return (noise[:, 0] * noise[:, 1]).flatten(1).mean(1)

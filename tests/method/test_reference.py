@@ -8,7 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from posecrafter_rt.errors import PoseError
-from posecrafter_rt.method import medoid_reference, pose_distances, select_reference, video_sim
+from posecrafter_rt.method import (
+    check_shared_keypoints,
+    medoid_reference,
+    pose_distances,
+    select_reference,
+    video_sim,
+)
 from posecrafter_rt.poses.keypoints import PoseSequence
 
 seeds = st.integers(0, 2**32 - 1)
@@ -111,6 +117,8 @@ def test_names_the_target_frame_that_shares_no_keypoint(make_poses):
         with pytest.raises(PoseError, match="target frame 2 shares no keypoint with any of the 3") as caught:
             function(train, poses)
         assert caught.value.hint
+    with pytest.raises(PoseError, match="target frame 102 shares no keypoint with any of the 3"):
+        check_shared_keypoints(train, poses, first=100)
 
 
 def test_an_empty_training_pose_is_never_taken(make_poses):

@@ -225,6 +225,8 @@ def test_a_vae_on_another_scale_is_refused(tiny_base: Path, base_copy: Path, tmp
     with pytest.raises(ModelError, match=r"scaling_factor is 0\.13025 but the base's own has 0\.18215") as raised:
         load_base(str(tiny_base), vae=sdxl)
     assert "stabilityai/sd-vae-ft-mse" in raised.value.hint
+    with pytest.raises(ModelError, match=r"scaling_factor is 0\.13025"):  # its file has the folder's configuration
+        load_base(str(tiny_base), vae=f"{sdxl}/diffusion_pytorch_model.safetensors")
     scaled(base_copy / "vae", 0.13025)  # the base's own is on that scale, too
     assert load_base(str(base_copy), vae=sdxl).vae.config["scaling_factor"] == 0.13025
     shutil.rmtree(base_copy / "vae")  # nothing but Stable Diffusion 1.5's to hold it against

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from posecrafter_rt.errors import DiskFull, ModelError
 from posecrafter_rt.models.loading import load_base
 from posecrafter_rt.models.small_decoder import load_small_decoder
-from posecrafter_rt.models.sources import locate_base, locate_component
+from posecrafter_rt.models.sources import SD15_FOLDER, locate_base, locate_component
 
 
 @pytest.fixture
@@ -227,6 +227,17 @@ def test_half_precision_and_sharded_files_are_found(tiny_base: Path, tmp_path: P
     assert [path.name[-26:-12] for path in part.files] == ["00001-of-00002", "00002-of-00002"]
     found = load_base(str(tiny_base), vae=str(folder)).vae.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_file_of_a_diffusers_folder_has_the_configuration_beside_it(tiny_base: Path, tmp_path: Path) -> None:
+    """And it may be in the original layout; a file of another name need not belong to that configuration."""
+    file = Path(shutil.copytree(tiny_base / "vae", tmp_path / "vae")) / "diffusion_pytorch_model.safetensors"
+    part = locate_component(str(file), "vae")
+    assert part.config_folder == file.parent and part.is_single_file
+    assert not locate_component(str(file.parent), "vae").is_single_file
+    assert load_base(str(tiny_base), vae=str(file)).base_hash == load_base(str(tiny_base)).base_hash
+    other = file.rename(file.with_name("sd.safetensors"))
+    assert locate_component(str(other), "vae").config_folder == SD15_FOLDER / "vae"
 
 
 def test_a_folder_without_the_part(tmp_path: Path, tiny_base: Path) -> None:

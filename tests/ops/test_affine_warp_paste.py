@@ -176,6 +176,18 @@ def test_gradient_comes_from_the_reference() -> None:
             affine_warp_paste(latent, affines, rects, backend="native")
 
 
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_it_has_a_gradient_with_respect_to_the_maps_too(is_in_place: bool) -> None:
+    latents = torch.randn(7, 1, 5, 5, generator=torch.Generator().manual_seed(7))
+    affines, rects = make_edits(6, 1, 5, seed=8)
+    affines.requires_grad_()
+    edited = (
+        affine_warp_paste_(latents, affines, rects) if is_in_place else affine_warp_paste(latents[0], affines, rects)
+    )
+    edited.sum().backward()
+    assert affines.grad is not None and affines.grad[5].abs().max() > 1
+
+
 @pytest.mark.parametrize(
     ("latent", "affines", "rects", "mode"),
     [

@@ -194,6 +194,35 @@ def test_compilers_see_through() -> None:
     assert any("attention" in name or "softmax" in name for name in seen)
 
 
+def test_under_autocast_the_dtype_is_still_that_of_q() -> None:
+    q, k = normal(4, 3, 16, seed=21), normal(2, 5, 16, seed=22)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert keyframe_attention(q, k, k, 2).dtype == temporal_attention(q[None], q[None], q[None], 2).dtype == q.dtype
+
+
+@pytest.mark.parametrize("k_shape", [(4, 16), (1, 2, 4, 16), (0, 4, 16), (16,), ()])
+def test_key_frames_of_other_dimensions_or_of_no_group_are_refused(k_shape: tuple[int, ...]) -> None:
+    q, k = normal(8, 4, 16, seed=23), torch.zeros(k_shape)
+    with pytest.raises(ShapeError, match="do not fit"):
+        keyframe_attention(q, k, k, 2)
+
+
+@pytest.mark.parametrize("k_shape", [(1, 4, 16), (1, 2, 2, 4, 16), (16,), ()])
+def test_frames_to_attend_to_of_other_dimensions_are_refused(k_shape: tuple[int, ...]) -> None:
+    q, k = normal(1, 8, 4, 16, seed=23), torch.zeros(k_shape)
+    with pytest.raises(ShapeError, match="do not fit"):
+        temporal_attention(q, k, k, 2)
+
+
+@pytest.mark.parametrize("heads", [0, -2])
+def test_less_than_one_head_is_refused(heads: int) -> None:
+    q = normal(8, 4, 16, seed=24)
+    with pytest.raises(ShapeError, match=f"into {heads} heads"):
+        keyframe_attention(q, q, q, heads)
+    with pytest.raises(ShapeError, match=f"into {heads} heads"):
+        temporal_attention(q[None], q[None], q[None], heads)
+
+
 def test_refusals() -> None:
     q, k = normal(3, 4, 16, seed=19), normal(2, 4, 16, seed=20)
     with pytest.raises(ShapeError, match="do not fit"):

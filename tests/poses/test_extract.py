@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from posecrafter_rt.errors import BackendUnavailable, PoseError, VideoError
+from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError, PoseError, VideoError
 from posecrafter_rt.poses.extract import _feed, extract_poses
 from posecrafter_rt.poses.keypoints import BODY, FACE, FEET, LEFT_HAND, RIGHT_HAND, PoseSequence
 from posecrafter_rt.video_io import write_video
@@ -71,16 +71,16 @@ def interpreter(folder: Path, modules: dict[str, str]) -> Path:
 
 def test_mediapipe_in_another_environment(video: list, tmp_path: Path) -> None:
     video += [RED] * 3
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, str]] = []
     poses = extract_poses(
         "clip.mp4",
         detector="mediapipe",
         python=interpreter(tmp_path, {"mediapipe": MEDIAPIPE}),
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda *told: seen.append(told),
     )
     assert isinstance(poses, PoseSequence)
     assert (len(poses), poses.canvas, poses.fps) == (3, (48, 64), 25.0)
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(1, 3, "mediapipe"), (2, 3, "mediapipe"), (3, 3, "mediapipe")]
     # Right shoulder: landmark 12 at 0.012 of 64 pixels, the middle of 48, pixel centres at integers, visibility 0.12.
     assert np.allclose(poses.keypoints[:, 2], [0.012 * 64 - 0.5, 23.5, 0.12], atol=1e-4)
     assert np.allclose(poses.keypoints[:, FACE.start + 8], [0.152 * 64 - 0.5, 23.5, 1], atol=1e-4)
@@ -137,6 +137,25 @@ def test_auto_takes_the_detector_that_can_run(video: list, tmp_path: Path) -> No
     assert poses.keypoints[0, 2].any()
 
 
+def test_weights_are_of_dwpose_and_no_other_detector_passes_over_them(video: list, tmp_path: Path) -> None:
+    """Not even where DWPose cannot run, and MediaPipe can."""
+    video += [RED]
+    python = interpreter(tmp_path, {"mediapipe": MEDIAPIPE, "rtmlib": "raise ImportError('no good')"})
+    with pytest.raises(BackendUnavailable, match="no pose detector: the Python package rtmlib does not import"):
+        extract_poses("clip.mp4", weights=tmp_path, python=python)
+    with pytest.raises(PoseCrafterError, match=f"mediapipe takes no weights, and {tmp_path} was given"):
+        extract_poses("clip.mp4", detector="mediapipe", weights=tmp_path, python=python)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "auto", ""])
+def test_an_unknown_device_is_refused_before_a_video_is_opened(device: str) -> None:
+    with pytest.raises(PoseCrafterError, match=f"unknown device '{device}'") as caught:
+        extract_poses("none.mp4", device=device)
+    assert caught.value.hint == "choose cpu or cuda"
+    with pytest.raises(VideoError):
+        extract_poses("none.mp4", device="cuda:1")
+
+
 def test_a_failing_detector_is_reported(video: list, tmp_path: Path) -> None:
     # Far more frames than a pipe holds, so that the parent is still writing when the detector dies.
     video += [(0, 0, 255)] * 50
@@ -158,7 +177,7 @@ def test_what_progress_raises_is_raised_and_ends_the_detector(
             num_sent = number
             yield np.full((48, 64, 3), RED, np.uint8)
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, detector: str) -> None:
         calls.append(done)
         raise BrokenPipeError("the terminal is gone")
 

@@ -37,9 +37,21 @@ def test_points_without_confidence_are_zero() -> None:
     assert PoseSequence(keypoints, (4, 5)).keypoints[0, 7].tolist() == [0, 0, 0]
 
 
-def test_slices_ints_and_iteration() -> None:
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_points_with_a_masked_number_are_missing(column: int) -> None:
+    keypoints = np.ma.ones((2, NUM_KEYPOINTS, 3))
+    keypoints.data[1, 7, column] = np.nan
+    keypoints[1, 7, column] = np.ma.masked
+    poses = PoseSequence(keypoints, (4, 5))
+    assert poses.keypoints[1, 7].tolist() == [0, 0, 0] and poses.keypoints.sum() == 3 * (2 * NUM_KEYPOINTS - 1)
+    assert type(poses.keypoints) is np.ndarray
+
+
+def test_slices_arrays_lists_ints_and_iteration() -> None:
     poses = sequence(5)
     assert np.array_equal(poses[1:4].keypoints, poses.keypoints[1:4])
+    assert np.array_equal(poses[[3, 1]].keypoints, poses.keypoints[[3, 1]])
+    assert np.array_equal(poses[np.array([3, 1])].keypoints, poses.keypoints[[3, 1]])
     assert poses[1:4].canvas == (128, 160)
     assert poses[1:4].fps == 25.0
     assert len(poses[-1]) == 1

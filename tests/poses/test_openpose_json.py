@@ -88,6 +88,15 @@ def test_the_files_of_a_folder_may_be_lists(person: np.ndarray, tmp_path: Path) 
         read_openpose(tmp_path)
 
 
+def test_an_empty_list_in_a_folder_is_a_frame_without_people(person: np.ndarray, tmp_path: Path) -> None:
+    for number, content in ((1, [frame(person)]), (2, []), (3, [frame(person)])):
+        (tmp_path / f"pose_{number}.json").write_text(json.dumps(content))
+    poses = read_openpose(tmp_path, allow_missing=True)
+    assert np.allclose(poses.keypoints, [person, 0 * person, person])
+    with pytest.raises(PoseError, match="frame 1 does not show the person"):
+        read_openpose(tmp_path)
+
+
 def test_what_is_no_pose_in_a_folder_is_named(person: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "a_1.json").write_text(json.dumps(frame(person)))
     (tmp_path / "package.json").write_text('{"name": "mine"}')

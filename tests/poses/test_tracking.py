@@ -67,6 +67,23 @@ def test_somebody_beside_the_person_is_not_taken_for_them(person: np.ndarray) ->
             follow(frames)
 
 
+@pytest.mark.parametrize("first", [0, 3])
+def test_one_person_who_is_found_twice_is_not_lost(person: np.ndarray, first: int) -> None:
+    """The second time without legs. Then the person walks on towards where they were found that time."""
+    walk = [at(person, 3.0 * index) for index in range(20)]
+    again = at(walk[first], 4)
+    again[8:14] = 0
+    frames = [[one, again] if index == first else [one] for index, one in enumerate(walk)]
+    assert np.allclose(follow(frames), walk)
+
+
+def test_who_comes_to_where_the_missing_person_was_is_not_taken_for_them(person: np.ndarray) -> None:
+    own, beside = at(person, 300), at(person, 500)
+    frames = [[own, beside]] * 3 + [[at(person, x)] for x in (450, 400, 380, 380)]  # 99 px are the same place
+    tracked = follow(frames, person=0, allow_missing=True)
+    assert np.allclose(tracked, [own] * 3 + [0 * own] * 4)
+
+
 def test_who_stays_in_the_picture_does_not_become_the_person_that_left(person: np.ndarray) -> None:
     own, other = at(person, 0), at(person, 2000)
     frames = [[own, other]] * 3 + [[other]] * 12 + [[other, own]] * 5

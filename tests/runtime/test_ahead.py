@@ -51,15 +51,12 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def overlapped(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def overlapped(avatar: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inversion is cached, too."""
     if torch.cuda.is_available():
         pytest.skip("on a GPU networks of the torch backend share the memory of their recordings")
     avatar.render(POSES, **CHANGES)
     monkeypatch.setattr("posecrafter_rt.avatar.SAMPLED_AHEAD", ("torch",))
-    allow_tf32 = torch.backends.cudnn.allow_tf32
-    yield
-    torch.backends.cudnn.allow_tf32 = allow_tf32  # each call sets it for a while, and two at a time may not put it back
 
 
 @pytest.fixture

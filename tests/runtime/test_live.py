@@ -53,6 +53,16 @@ def test_a_lost_person_is_held_then_eased_to_the_reference(nobody: np.ndarray | 
     assert not found.held and np.array_equal(found.pose, pose_at(11))
 
 
+def test_masked_keypoints_are_not_seen() -> None:
+    masked = np.ma.array(pose_at(10))
+    masked[5:] = np.ma.masked
+    poses = follower()
+    live = poses.next(masked)
+    assert not live.held and np.array_equal(live.pose[:5], pose_at(10)[:5]) and not live.pose[5:].any()
+    masked[:] = np.ma.masked
+    assert poses.next(masked).held
+
+
 def test_nobody_ever_seen_is_the_reference() -> None:
     live = follower().next(None)
     assert live.held and not live.jumped and np.array_equal(live.pose, pose_at(20))

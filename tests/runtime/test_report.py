@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from posecrafter_rt.machine import return_freed_memory
+from posecrafter_rt.runtime import memory
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.report import RenderReport, SegmentReport
 from posecrafter_rt.runtime.segments import Segment
@@ -54,11 +55,13 @@ def test_a_stage_that_comes_again_adds_its_time_and_keeps_the_larger_peak(monkey
 
 def test_a_stage_of_a_gpu_counts_what_is_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replays allocate nothing, so torch counts none of the memory that they write to."""
+    memory._recorded_bytes.cache_clear()
     segments = [
         {"device": 0, "segment_pool_id": pool, "total_size": 9 * MB, "allocated_size": MB} for pool in ((0, 0), (0, 7))
     ]
     for name, told in (("is_initialized", True), ("reset_peak_memory_stats", None), ("max_memory_allocated", 3 * MB),
-                       ("memory_snapshot", segments), ("current_device", 0)):  # fmt: skip
+                       ("memory_snapshot", segments), ("memory_reserved", 18 * MB), ("memory_allocated", 2 * MB),
+                       ("current_device", 0)):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda told=told: told)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
     report = SegmentReport()

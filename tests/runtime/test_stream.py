@@ -17,7 +17,7 @@ from torch import Tensor
 
 from posecrafter_rt.engines import get_backend
 from posecrafter_rt.engines.base import Engine, Precision
-from posecrafter_rt.errors import PoseCrafterError, PoseError
+from posecrafter_rt.errors import OutOfMemory, PoseCrafterError, PoseError
 from posecrafter_rt.method import DPMSchedule, dpmpp_sample
 from posecrafter_rt.method.dpmpp import dpmpp_terms
 from posecrafter_rt.models.loading import PoseModel
@@ -291,8 +291,9 @@ def test_after_an_error_a_stream_begins_anew(
             remember(*arguments)
 
         monkeypatch.setattr(stream._denoiser, "remember", fails_at_the_second_call)
-        with pytest.raises(MemoryError):
+        with pytest.raises(OutOfMemory) as caught:
             [stream.step(pose) for pose in poses[1:]]
+        assert caught.value.hint and "a smaller window" in caught.value.hint
         for pose, frame in zip(poses[2:], expected, strict=True):
             assert np.array_equal(stream.step(pose), frame) and not stream.last.is_repeat
     with pytest.raises(PoseCrafterError, match="this stream is closed"):

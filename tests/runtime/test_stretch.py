@@ -48,6 +48,10 @@ def test_all_but_the_stretch_are_the_videos_own_frames(clip: Path, window: slice
     np.testing.assert_array_equal(list(stretch.draw_to_neighbours(iter(asked))), own[start:stop])
 
 
+def test_a_video_may_be_named_by_a_string(clip: Path) -> None:
+    assert open_stretch(str(clip), slice(4, 7), SIZE, standing()).video == clip
+
+
 def test_frames_are_asked_for_when_their_turn_comes_and_to_the_end(clip: Path) -> None:
     """Whoever renders them may have work after the last one, and before the first."""
     told = []

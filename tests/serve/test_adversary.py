@@ -270,6 +270,7 @@ def test_who_never_ends_a_requests_head_loses_the_connection(serve: Serve, monke
     """From the begin, and after an answer; who has a WebSocket keeps it."""
     attacked = serve(token="a secret of some length")
     request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    monkeypatch.setattr(server, "_REST_S", 1.0)
     with connect(attacked.url("/ws?token=a+secret+of+some+length", "ws")) as client:
         monkeypatch.setattr(server, "_HEAD_S", 1.0)
         for is_second, begin in ((False, b""), (False, b"GET / HTT"), (True, b"GET / HTT")):
@@ -285,6 +286,40 @@ def test_who_never_ends_a_requests_head_loses_the_connection(serve: Serve, monke
         while isinstance(message := client.recv(timeout=30), str):
             pass
         assert decode_frame(message)[0].sequence == 1
+
+
+def upload(num_bytes: int) -> bytes:
+    """The head of a request with a pose file."""
+    return (f"POST /api/poses HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {num_bytes}\r\n\r\n").encode()  # fmt: skip
+
+
+def test_a_body_that_says_that_it_is_too_large_is_refused_before_it_comes(attacked: Running) -> None:
+    with socket.create_connection(("127.0.0.1", attacked.port), timeout=20) as line:
+        line.sendall(upload(2**30))
+        assert line.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+def test_who_reads_an_answer_only_after_sending_the_body_gets_it(
+    attacked: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As browsers do; then the next request has its own time. A body that never ends does lose the connection."""
+    monkeypatch.setattr(poses_api, "MAX_POSE_FILE_BYTES", 1000)
+    with socket.create_connection(("127.0.0.1", attacked.port), timeout=20) as line:
+        line.sendall(upload(2000))
+        line.recv(1, socket.MSG_PEEK)
+        monkeypatch.setattr(server, "_HEAD_S", 0.3)
+        for _ in range(10):
+            line.sendall(b" " * 100)
+            time.sleep(0.05)
+        monkeypatch.setattr(server, "_HEAD_S", 300.0)  # the machine may be slow
+        line.sendall(b" " * 1000)
+        assert line.recv(65536).startswith(b"HTTP/1.1 413")
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        while b"200 OK" not in (data := line.recv(65536)):  # the first answer's body may come apart
+            assert data
+    monkeypatch.setattr(server, "_REST_S", 0.3)
+    assert raw(attacked, upload(2000), b" ").startswith(b"HTTP/1.1 413")
 
 
 def never_reading_answers(server: Running, request: bytes) -> socket.socket:

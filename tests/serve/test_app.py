@@ -10,7 +10,7 @@ import resource
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -40,7 +40,9 @@ def decoded(track: dict) -> np.ndarray:
     return np.frombuffer(base64.b64decode(track["keypoints"]), "<f4").reshape(track["num_frames"], 134, 3)
 
 
-def post(server: Running, content: bytes, kind: str = "application/json", **options: object) -> httpx.Response:
+def post(
+    server: Running, content: bytes | Iterator[bytes], kind: str = "application/json", **options: object
+) -> httpx.Response:
     return httpx.post(server.url("/api/poses"), content=content, headers={"content-type": kind}, timeout=300, **options)
 
 
@@ -215,6 +217,7 @@ def test_too_much_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(poses_api, "MAX_POSE_FILE_BYTES", 1000)
     server = serve()
     assert post(server, b" " * 3000).status_code == 413
+    assert post(server, iter([b" " * 600] * 5)).status_code == 413  # of a size that was not told before
     assert httpx.post(server.url("/api/offer"), content=b" " * 100_000).status_code == 413
 
 

@@ -97,10 +97,3 @@ def test_termination_is_an_end_too_even_with_a_client(tiny_engine: Path) -> None
             assert json.loads(client.recv(timeout=30))["type"] == "ready"
             code, _, stderr = end(process, signal.SIGTERM)
     assert (code, stderr) == (0, "")
-
-
-def test_what_cannot_be_streamed_is_one_line(tiny_engine: Path) -> None:
-    with command(str(tiny_engine), "--steps", "99") as process:
-        stdout, stderr = process.communicate(timeout=240)
-    assert (process.returncode, stdout) == (1, "")
-    assert stderr.startswith("error: ") and "99" in stderr and "hint: " in stderr and "Traceback" not in stderr

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,12 +157,24 @@ def test_a_client_records_and_downloads(serve: Callable[..., Running]) -> None:
             time.sleep(0.05)
         client.send('{"type": "record", "on": false}')
         message = told(client)
-        assert message["on"] is False
+        assert message["on"] is False and message["reason"] is None
         answer = httpx.get(server.url(message["url"]))
         assert answer.headers["content-type"] == "video/mp4" and b"ftyp" in answer.content[:16]
         client.send('{"type": "record", "on": false}')
         client.send('{"type": "record", "on": true}')
         assert told(client)["on"]
+
+
+def test_who_has_recorded_for_as_long_as_one_may_is_told_so(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "Recording", partial(Recording, max_seconds=0.2))
+    with connect(serve().url("/ws", "ws")) as client:
+        client.send('{"type": "record", "on": true}')
+        assert told(client)["on"]
+        message = told(client)
+        assert message["on"] is False and message["url"] and "at most ten minutes" in message["reason"]
+        assert recording.MAX_SECONDS == 10 * 60
 
 
 def test_one_that_ends_while_another_runs_says_that_one_is_on(

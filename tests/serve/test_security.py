@@ -34,7 +34,7 @@ def test_this_machine_by_any_of_its_names(host: str) -> None:
 def test_a_name_that_was_bent_to_this_machine_is_refused(host: str) -> None:
     with pytest.raises(Refusal) as refused:
         check_request(request(host=host), LOCAL)
-    assert refused.value.status == 421
+    assert refused.value.status == 421 and "--token" in refused.value.hint
 
 
 def test_behind_a_proxy_the_token_stands_for_the_name() -> None:
@@ -62,6 +62,15 @@ def test_pages_that_are_named_may() -> None:
     check_request(request(origin="https://a.example"), allowed)
     with pytest.raises(Refusal):
         check_request(request(origin="http://a.example"), allowed)
+
+
+@pytest.mark.parametrize(("given", "sent"), [
+    ("https://Example.org", "https://example.org"), ("HTTPS://example.org:443", "https://example.org"),
+    ("http://example.org:80", "http://example.org"), ("http://[::1]:80", "http://[::1]"),
+    ("http://example.org:443", "http://example.org:443"), ("https://example.org:8443", "https://example.org:8443"),
+])  # fmt: skip
+def test_an_origin_is_compared_as_browsers_send_it(given: str, sent: str) -> None:
+    check_request(request(origin=sent), ServeOptions(allow_origins=("https://other.example", given)))
 
 
 @pytest.mark.parametrize("path", ["/ws", "/api/info", "/metrics", "/healthy", "/trackers/x", "//"])
@@ -119,6 +128,14 @@ def test_impossible_options_are_refused_with_a_hint(wrong: dict[str, Any]) -> No
     with pytest.raises(PoseCrafterError) as refused:
         ServeOptions(**wrong)
     assert refused.value.hint
+
+
+@pytest.mark.parametrize("token", ["secret\n", "secret\r", "secret ", " secret", "sec\tret", "secrét", "secret\udcff"])
+def test_a_token_that_clients_cannot_send_is_refused_and_not_shown(token: str) -> None:
+    """As from a file that ends with a line break; every request would get 401, or 500."""
+    with pytest.raises(PoseCrafterError, match="characters that clients cannot send") as refused:
+        ServeOptions(token=token)
+    assert refused.value.hint and token.strip() not in f"{refused.value} {refused.value.hint}"
 
 
 @pytest.mark.parametrize(("host", "is_local"), [

@@ -212,9 +212,33 @@ async def test_a_failing_step_is_told_once_a_second_and_resets(client: Client) -
     await client.render(make_pose(-1000))
     assert await client.text() == message
     assert client.count("posecrafter_step_errors_total") == 3
+    assert client.session.num_dropped == client.count("posecrafter_poses_dropped_total", reason="failed") == 3
     await client.render(make_pose())
     await client.frame()
     assert client.avatar.num_resets == 3  # before each step but the first
+
+
+@pipelined
+async def test_a_step_that_fails_drops_its_pose_and_those_on_their_way_once(client: Client) -> None:
+    """In a step of the next pose, and in one that repeats the pose itself."""
+
+    def fail() -> None:
+        raise RuntimeError
+
+    first = client.waiting(make_pose())
+    assert await client.turn(first)
+    client.stream.in_step = fail
+    await client.render(make_pose(1))
+    assert client.session.num_dropped == 2
+    client.stream.in_step = lambda: None
+    second = client.waiting(make_pose(2))
+    assert await client.turn(second)
+    client.stream.in_step = fail
+    assert not await client.turn(second) and client.session.num_dropped == 3
+    client.stream.in_step = lambda: None
+    third = client.waiting(make_pose(3))
+    assert await client.turn(third) and not await client.turn(third)
+    assert (await client.frame()).header.dropped == 3
 
 
 @on_loop

@@ -59,7 +59,7 @@ def openvino_engine(checkpoint: Path, folder: Path) -> Path:
     return build_engine(checkpoint, folder / "openvino.engine", options).folder.path
 
 
-@pytest.mark.parametrize("seconds", [10, pytest.param(1800, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [6, pytest.param(1800, marks=pytest.mark.slow)])
 def test_clients_come_and_go(
     tiny_engine: Path,
     tiny_checkpoint: Path,
@@ -71,7 +71,7 @@ def test_clients_come_and_go(
     engine = openvino_engine(tiny_checkpoint, tmp_path) if is_long else tiny_engine
     options = ServeOptions(stream={"steps": 1, "window": 2}, max_sessions=NUM_CLIENTS)
     with Avatar.load(engine) as avatar, running(avatar, options) as server:
-        serve_clients(server, max(4.0, seconds / 10))  # what is allocated once
+        serve_clients(server, max(2.0, seconds / 10))  # what is allocated once
         before = memory_bytes()
         seen = serve_clients(server, seconds)
         growth = memory_bytes() - before

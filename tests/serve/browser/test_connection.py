@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,34 @@ def test_a_server_that_stands_still_is_noticed_and_so_is_that_it_goes_on(serve: 
     assert not page.page.is_visible("#notice")
 
 
+def test_a_connection_that_is_dead_while_requests_are_answered_is_noticed(serve: Serve, open_page: OpenPage) -> None:
+    """As when a phone changes its network: nothing comes over the old connection any more, not even its end."""
+    sockets: list[WebSocketRoute] = []
+    dead: list[WebSocketRoute] = []
+
+    def pass_on(socket: WebSocketRoute) -> None:
+        sockets.append(socket)
+        socket.connect_to_server().on_message(lambda message: None if socket in dead else socket.send(message))
+
+    page = open_page(serve().url(), **STILL)
+    page.page.route_web_socket("**/ws*", pass_on)
+    page.page.reload()
+    page.wait_for_link("Live")
+    assert len(sockets) == 1
+    dead.append(sockets[0])
+    page.wait_until(lambda: len(sockets) > 1)
+    page.wait_for_link("Live")
+
+
+def test_a_proxy_that_does_not_pass_on_the_websocket_is_told_of(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url(), is_lost=True, **STILL)  # browsers complain of handshakes that fail
+    page.page.add_init_script(
+        "WebSocket = class extends WebSocket { constructor() { super(`ws://${location.host}/api/info`); } };"
+    )
+    page.page.reload()
+    page.wait_for_text("#notice-text", "A proxy in between must pass on Upgrade and Connection.")
+
+
 def test_a_wrong_token_can_be_corrected(open_page: OpenPage, avatar: DrawnAvatar) -> None:
     with running(avatar, ServeOptions(token="open sesame")) as server:
         page = open_page(server.url(), is_lost=True, **STILL)  # browsers complain of answers that refuse
@@ -162,6 +191,23 @@ def test_why_a_stream_has_closed_itself_is_told_until_there_is_another(
         page.wait_for_text("#notice-text", "The networks cannot be loaded in float32. Free some memory.")
     page.wait_for_link("Live")
     assert not page.page.is_visible("#notice")
+
+
+def test_a_stream_that_closes_itself_each_time_is_opened_less_and_less_often(
+    serve: Serve, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each one costs the server the loading of networks."""
+    closed_s: list[float] = []
+
+    def close_itself(stream: DrawnStream, pose: np.ndarray | None) -> np.ndarray:
+        closed_s.append(time.monotonic())
+        return stream.close_itself(pose)
+
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    monkeypatch.setattr(DrawnStream, "step", close_itself)
+    page.wait_until(lambda: len(closed_s) > 4)
+    assert closed_s[4] - closed_s[3] > 0.9 * 0.4 * 1.6**3  # no page comes sooner than backoff.ts says
 
 
 def test_a_page_that_did_not_answer_in_time_does_not_say_that_the_avatar_cannot_be_shown(

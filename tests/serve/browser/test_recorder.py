@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
 
+from posecrafter_rt.serve import recording
 from tests.serve.browser.pages import OpenPage, Serve
 from tests.serve.browser.walker import walking_avatar
 from tests.serve.drawn import SIZE, DrawnAvatar
@@ -83,3 +85,15 @@ def test_word_of_an_older_recording_leaves_the_time_of_the_running_one(serve: Se
     page.page.locator("#record").click()
     page.wait_for_text("#record-label", re.compile(r"Stop 0:0[3-9]"), seconds=20)
     assert "/old.mp4" in (page.page.get_attribute("#recording", "href") or "")
+
+
+def test_a_recording_that_ends_at_its_greatest_length_is_told_of(
+    serve: Serve, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "Recording", partial(recording.Recording, max_seconds=0.5))
+    page = open_page(serve().url())
+    page.wait_for_link("Live")
+    page.page.locator("#record").click()
+    page.wait_for_text("#note", "ten minutes")
+    page.wait_for_text("#record-label", "Record")
+    assert page.page.is_visible("#recording")

@@ -11,6 +11,7 @@ import pytest
 
 from posecrafter_rt.poses import draw, layouts
 from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD, NUM_KEYPOINTS, keypoint_name
+from posecrafter_rt.serve.options import MAX_POSE_FILE_BYTES, MAX_VIDEO_BYTES
 
 SOURCES = Path(__file__).parents[3] / "posecrafter_rt/serve/web/src"
 
@@ -48,3 +49,5 @@ def test_names_and_numbers() -> None:
     assert names == [keypoint_name(index) for index in range(24)]
     assert number("layout.ts", "NUM_KEYPOINTS") == NUM_KEYPOINTS
     assert number("layout.ts", "CONFIDENCE_THRESHOLD") == CONFIDENCE_THRESHOLD
+    assert number("api.ts", "MAX_POSE_FILE_MIB") * 2**20 == MAX_POSE_FILE_BYTES
+    assert number("api.ts", "MAX_VIDEO_MIB") * 2**20 == MAX_VIDEO_BYTES

@@ -257,6 +257,9 @@ var Playback = class {
 var BUSY_MS = 1e3;
 /** Shorter than the interval between two checks of the server (INFO_EVERY_MS), so that checks never overlap. */
 var INFO_TIMEOUT_MS = 4e3;
+/** The most MiB that the server takes (options.py). It refuses more, but a browser may see that only after the upload. */
+var MAX_POSE_FILE_MIB = 32;
+var MAX_VIDEO_MIB = 256;
 /** A request that the server refused, with the server's message and hint. */
 var Refusal = class extends Error {
 	hint;
@@ -291,6 +294,8 @@ async function fetchReference() {
 }
 /** Return the poses in a pose file or in a video of any kind. The server takes a while to find them in a video. */
 async function readPoses(file, type, signal) {
+	const limit = type === "video/mp4" ? MAX_VIDEO_MIB : MAX_POSE_FILE_MIB;
+	if (file.size > limit * 2 ** 20) throw new Error(`${file.name} has more than ${limit} MiB, the most that can be sent. Choose a shorter one`);
 	const send = () => request("api/poses", {
 		body: file,
 		type,
@@ -343,8 +348,6 @@ var FRAME = 2;
 var POSE_HEADER_BYTES = 24;
 var FRAME_HEADER_BYTES = 32;
 var HELD = 1;
-var REPEAT = 2;
-var RESET = 4;
 /** Encode a pose, little-endian: a header of 24 bytes, then 12 bytes per keypoint. */
 function encodePose(pose, sequence, sentMs) {
 	const count = pose.points === null ? 0 : 134;
@@ -373,8 +376,6 @@ function decodeFrame(bytes) {
 	return {
 		format: view.getUint8(2),
 		isHeld: (flags & HELD) !== 0,
-		isRepeat: (flags & REPEAT) !== 0,
-		isReset: (flags & RESET) !== 0,
 		sequence: view.getUint32(4, true),
 		sentMs: view.getFloat64(8, true),
 		size: {
@@ -402,6 +403,7 @@ function parseServerMessage(text) {
 /** Codes with which the server closes a connection; all others come from the network. */
 var BAD_REQUEST = 1008;
 var FULL = 1013;
+/** Not opened, or ended without a word. */
 var ABNORMAL = 1006;
 /** If gathering addresses or opening a connection works at all, it takes no longer than this. */
 var GATHERING_MS = 1500;
@@ -509,6 +511,10 @@ function closeCode(error) {
 // src/connection.ts
 /** The wait when the server is full: long enough for someone to leave, short enough to wait for. */
 var FULL_RETRY_MS = 8e3;
+var NO_WEBSOCKET = {
+	message: "it answers, but its WebSocket cannot be reached",
+	hint: "a proxy in between must pass on Upgrade and Connection"
+};
 var Connection = class {
 	events;
 	way;
@@ -535,7 +541,10 @@ var Connection = class {
 		this.events.onState({ kind: "connecting" });
 		const isCurrent = () => this.transport === transport;
 		const transport = openTransport(way, {
-			onBytes: (bytes) => this.events.onFrame(decodeFrame(bytes)),
+			onBytes: (bytes) => {
+				this.attempt = 0;
+				this.events.onFrame(decodeFrame(bytes));
+			},
 			onText: (text) => this.onText(text),
 			onVideo: (stream) => this.events.onVideo(stream),
 			onClose: (code, reason) => void this.onClose(code, reason, isCurrent)
@@ -563,7 +572,6 @@ var Connection = class {
 		const message = parseServerMessage(text);
 		if (message === null) return;
 		if (message.type === "ready") {
-			this.attempt = 0;
 			this.isLive = true;
 			this.events.onState({
 				kind: "live",
@@ -600,6 +608,11 @@ var Connection = class {
 			this.events.onFallback(message);
 			return this.open("websocket");
 		}
+		if (code === 1006 && this.way === "websocket" && answer === "here") return this.retry({
+			kind: "broken",
+			...NO_WEBSOCKET,
+			retryInMs: retryDelayMs(this.attempt++)
+		});
 		if (code !== 1008 && !(answer instanceof Refusal)) return this.retry({
 			kind: "gone",
 			retryInMs: retryDelayMs(this.attempt++)
@@ -668,24 +681,27 @@ function setText(element, text) {
 	if (element.textContent !== text) element.textContent = text;
 }
 // src/pulse.ts
-/** A single request may fail for other reasons. */
-var MOST_MISSED = 2;
+/** After one silence, messages may still be on their way: the line was slow, or the machine slept. */
+var MOST_SILENCES = 2;
 var Pulse = class {
 	onLost;
-	missed = 0;
-	/** onLost: called when MOST_MISSED requests in a row had no answer and nothing else came meanwhile. */
+	isSilent = false;
+	silences = 0;
+	/** onLost: called when nothing came between looks MOST_SILENCES times in a row. */
 	constructor(onLost) {
 		this.onLost = onLost;
 	}
 	/** Something came from the server. */
 	beat() {
-		this.missed = 0;
+		this.isSilent = false;
+		this.silences = 0;
 	}
-	/** A request had no answer. */
-	miss() {
-		this.missed++;
-		if (this.missed < MOST_MISSED) return;
-		this.missed = 0;
+	/** Look whether anything has come since the last look. Called at intervals. */
+	look() {
+		if (this.isSilent) this.silences++;
+		this.isSilent = true;
+		if (this.silences < MOST_SILENCES) return;
+		this.beat();
 		this.onLost();
 	}
 };
@@ -712,9 +728,10 @@ var Recorder = class {
 		this.setOn(false);
 	}
 	/** Show whether a recording runs. The url is that of a finished recording, even while the next one runs. */
-	onState({ on, url }) {
+	onState({ on, url, reason }) {
 		setEnabled(this.button, true);
 		this.setOn(on);
+		if (reason) this.note(`The recording has ended and can be saved: ${reason}`);
 		if (url === null) return;
 		this.link.href = address(url).href;
 		this.link.hidden = false;
@@ -2416,6 +2433,7 @@ var isLive = false;
 var avatar = null;
 function showState(state) {
 	status.show(state);
+	pulse.beat();
 	isLive = state.kind === "live";
 	recorder.setLive(isLive);
 	if (state.kind === "live") {
@@ -2468,14 +2486,18 @@ function showInfo(info) {
 	byId("sessions", HTMLElement).textContent = `${info.sessions} of ${info.max_sessions}`;
 }
 async function lookAtServer() {
+	pulse.look();
 	try {
 		showInfo(await fetchInfo());
-		pulse.beat();
+		onAnswer();
 		if (avatar === null) loadAvatar();
 	} catch (error) {
-		if (error instanceof Refusal) pulse.beat();
-		else pulse.miss();
+		if (error instanceof Refusal) onAnswer();
 	}
+}
+/** Note an answer over HTTP. It says nothing of a live connection, over which the server sends a message each second. */
+function onAnswer() {
+	if (!isLive) pulse.beat();
 }
 /** Draw the pose over the avatar if people want it and the page knows where it lies. */
 function showOverlay() {

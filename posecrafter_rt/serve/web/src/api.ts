@@ -5,15 +5,15 @@ import { decodeTrack, type Track } from "./track.ts";
 const BUSY_MS = 1000;
 /** Shorter than the interval between two checks of the server (INFO_EVERY_MS), so that checks never overlap. */
 const INFO_TIMEOUT_MS = 4000;
+/** The most MiB that the server takes (options.py). It refuses more, but a browser may see that only after the upload. */
+const MAX_POSE_FILE_MIB = 32;
+const MAX_VIDEO_MIB = 256;
 
 export interface Info {
   name: string;
   size: [number, number];
   backend: string;
   precision: string;
-  device: string;
-  steps: number;
-  window: number;
   sessions: number;
   max_sessions: number;
   has_pose_extraction: boolean;
@@ -61,6 +61,10 @@ export async function fetchReference(): Promise<ImageBitmap> {
 export async function readPoses(
   file: File, type: "application/json" | "video/mp4", signal: AbortSignal,
 ): Promise<Track> {
+  const limit = type === "video/mp4" ? MAX_VIDEO_MIB : MAX_POSE_FILE_MIB;
+  if (file.size > limit * 2 ** 20) {
+    throw new Error(`${file.name} has more than ${limit} MiB, the most that can be sent. Choose a shorter one`);
+  }
   const send = () => request("api/poses", { body: file, type, signal });
   const response = await send().catch(async (error: unknown) => {
     if (!(error instanceof Refusal && error.status === 429)) throw error;

@@ -2,10 +2,14 @@
 import { fetchInfo, Refusal } from "./api.ts";
 import { retryDelayMs } from "./backoff.ts";
 import { decodeFrame, parseServerMessage, type Command, type Frame, type Ready, type ServerMessage } from "./protocol.ts";
-import { BAD_REQUEST, BROKEN, FULL, openTransport, type Transport, type Way } from "./transport.ts";
+import { ABNORMAL, BAD_REQUEST, BROKEN, FULL, openTransport, type Transport, type Way } from "./transport.ts";
 
 /** The wait when the server is full: long enough for someone to leave, short enough to wait for. */
 const FULL_RETRY_MS = 8000;
+const NO_WEBSOCKET = {
+  message: "it answers, but its WebSocket cannot be reached",
+  hint: "a proxy in between must pass on Upgrade and Connection",
+};
 
 export type LinkState =
   | { kind: "connecting" }
@@ -51,7 +55,10 @@ export class Connection {
     // askServer may still be checking the end of an earlier transport; the result is not about this one.
     const isCurrent = () => this.transport === transport;
     const transport = openTransport(way, {
-      onBytes: (bytes) => this.events.onFrame(decodeFrame(bytes)),
+      onBytes: (bytes) => {
+        this.attempt = 0; // not on `ready`: a stream may close itself at its first pose, each time
+        this.events.onFrame(decodeFrame(bytes));
+      },
       onText: (text) => this.onText(text),
       onVideo: (stream) => this.events.onVideo(stream),
       onClose: (code, reason) => void this.onClose(code, reason, isCurrent),
@@ -80,7 +87,6 @@ export class Connection {
     const message = parseServerMessage(text);
     if (message === null) return;
     if (message.type === "ready") {
-      this.attempt = 0;
       this.isLive = true;
       this.events.onState({ kind: "live", ready: message, way: this.way });
     } else if (message.type === "error") {
@@ -105,6 +111,9 @@ export class Connection {
     if (this.way === "webrtc" && !wasLive && answer === "here" && code !== BAD_REQUEST) {
       this.events.onFallback(message);
       return this.open("websocket");
+    }
+    if (code === ABNORMAL && this.way === "websocket" && answer === "here") {
+      return this.retry({ kind: "broken", ...NO_WEBSOCKET, retryInMs: retryDelayMs(this.attempt++) });
     }
     if (code !== BAD_REQUEST && !(answer instanceof Refusal)) {
       return this.retry({ kind: "gone", retryInMs: retryDelayMs(this.attempt++) });

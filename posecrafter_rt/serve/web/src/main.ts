@@ -71,6 +71,7 @@ let avatar: string | null = null;
 
 function showState(state: LinkState): void {
   status.show(state);
+  pulse.beat(); // a silence before is not held against a new connection
   isLive = state.kind === "live";
   recorder.setLive(isLive);
   if (state.kind === "live") {
@@ -123,14 +124,19 @@ function showInfo(info: Pick<Info, "backend" | "precision" | "sessions" | "max_s
 }
 
 async function lookAtServer(): Promise<void> {
+  pulse.look();
   try {
     showInfo(await fetchInfo());
-    pulse.beat();
+    onAnswer();
     if (avatar === null) void loadAvatar();
   } catch (error) {
-    if (error instanceof Refusal) pulse.beat(); // a refusal is an answer too
-    else pulse.miss();
+    if (error instanceof Refusal) onAnswer(); // a refusal is an answer too
   }
+}
+
+/** Note an answer over HTTP. It says nothing of a live connection, over which the server sends a message each second. */
+function onAnswer(): void {
+  if (!isLive) pulse.beat();
 }
 
 /** Draw the pose over the avatar if people want it and the page knows where it lies. */

@@ -6,19 +6,14 @@ const POSE = 1;
 const FRAME = 2;
 const POSE_HEADER_BYTES = 24;
 const FRAME_HEADER_BYTES = 32;
-/** Formats of a frame. If it has no picture, the picture comes over the video track. */
+/** The format of a frame whose picture comes over the video track. */
 export const NO_PICTURE = 0;
-export const JPEG = 1;
 const HELD = 1;
-const REPEAT = 2;
-const RESET = 4;
 
 /** A frame, or the notice that it comes over the video track. `sequence` and `sentMs` are those of its pose. */
 export interface Frame {
   format: number;
   isHeld: boolean;
-  isRepeat: boolean;
-  isReset: boolean;
   sequence: number;
   sentMs: number;
   size: Size;
@@ -30,28 +25,23 @@ export interface Frame {
 
 export interface Ready {
   type: "ready";
-  session: string;
-  size: [number, number];
   backend: string;
   precision: string;
-  steps: number;
-  window: number;
   /** How many poses the server works on at once; more than one if it is pipelined. */
   in_flight: number;
   sessions: number;
   max_sessions: number;
 }
+/** Comes each second, and so shows that the connection lives. */
 export interface ServerStats {
   type: "stats";
-  fps: number;
-  render_ms_p50: number;
-  render_ms_p95: number;
-  dropped: number;
 }
 export interface RecordingState {
   type: "recording";
   on: boolean;
   url: string | null;
+  /** Why a recording has ended by itself, else null or missing. */
+  reason?: string | null;
 }
 export interface ServerError {
   type: "error";
@@ -90,8 +80,6 @@ export function decodeFrame(bytes: ArrayBuffer): Frame {
   return {
     format: view.getUint8(2),
     isHeld: (flags & HELD) !== 0,
-    isRepeat: (flags & REPEAT) !== 0,
-    isReset: (flags & RESET) !== 0,
     sequence: view.getUint32(4, true),
     sentMs: view.getFloat64(8, true),
     size: { height: view.getUint16(16, true), width: view.getUint16(18, true) },

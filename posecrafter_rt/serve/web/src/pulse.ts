@@ -1,24 +1,27 @@
-// Notices a dead server. If the network vanishes or the server hangs, the connection does not end by itself.
+// Notices a dead connection. If the network vanishes or the server hangs, the connection does not end by itself.
 
-/** A single request may fail for other reasons. */
-const MOST_MISSED = 2;
+/** After one silence, messages may still be on their way: the line was slow, or the machine slept. */
+const MOST_SILENCES = 2;
 
 export class Pulse {
-  private missed = 0;
+  private isSilent = false;
+  private silences = 0;
 
-  /** onLost: called when MOST_MISSED requests in a row had no answer and nothing else came meanwhile. */
+  /** onLost: called when nothing came between looks MOST_SILENCES times in a row. */
   constructor(private readonly onLost: () => void) {}
 
   /** Something came from the server. */
   beat(): void {
-    this.missed = 0;
+    this.isSilent = false;
+    this.silences = 0;
   }
 
-  /** A request had no answer. */
-  miss(): void {
-    this.missed++;
-    if (this.missed < MOST_MISSED) return;
-    this.missed = 0;
+  /** Look whether anything has come since the last look. Called at intervals. */
+  look(): void {
+    if (this.isSilent) this.silences++;
+    this.isSilent = true;
+    if (this.silences < MOST_SILENCES) return;
+    this.beat(); // the next connection begins anew
     this.onLost();
   }
 }

@@ -29,9 +29,10 @@ export class Recorder {
   }
 
   /** Show whether a recording runs. The url is that of a finished recording, even while the next one runs. */
-  onState({ on, url }: RecordingState): void {
+  onState({ on, url, reason }: RecordingState): void {
     setEnabled(this.button, true);
     this.setOn(on);
+    if (reason) this.note(`The recording has ended and can be saved: ${reason}`);
     if (url === null) return;
     this.link.href = address(url).href;
     this.link.hidden = false;

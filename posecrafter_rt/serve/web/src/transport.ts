@@ -7,7 +7,8 @@ export type Way = "websocket" | "webrtc";
 export const BAD_REQUEST = 1008;
 export const FULL = 1013;
 export const BROKEN = 1011;
-const ABNORMAL = 1006;
+/** Not opened, or ended without a word. */
+export const ABNORMAL = 1006;
 
 export interface TransportEvents {
   onBytes(bytes: ArrayBuffer): void;

@@ -38,7 +38,7 @@ function frameBytes(picture: number[]): ArrayBuffer {
 test("a frame is read from its bytes", () => {
   const frame = decodeFrame(frameBytes([5, 6]));
   assert.deepEqual({ ...frame, picture: [...frame.picture] }, {
-    format: 1, isHeld: true, isRepeat: false, isReset: true, sequence: 9, sentMs: 77.25,
+    format: 1, isHeld: true, sequence: 9, sentMs: 77.25,
     size: { height: 128, width: 160 }, dropped: 3, waitMs: 1.5, renderMs: 20.5, picture: [5, 6],
   });
 });
