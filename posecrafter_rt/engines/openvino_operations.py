@@ -148,7 +148,7 @@ def extend(core: openvino.Core) -> str | None:
     library = _built(_fitting()).library
     if library is None:
         return None
-    core.add_extension(library)
+    core.add_extension(str(library))
     return library.stem
 
 
@@ -354,7 +354,7 @@ def _try(library: Path, vectors: Vectors) -> None:
     trials = [trial for trial in all_trials(factory, parameter) if trial.suits(vectors)]
     try:
         core = openvino.Core()
-        core.add_extension(library)
+        core.add_extension(str(library))
         model = openvino.Model([node for trial in trials for node in (trial.own(), trial.ours())], [parameter])
         compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         outputs = list(compiled([np.random.default_rng(0).normal(size=shape).astype(np.float32)]).values())
