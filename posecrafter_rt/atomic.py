@@ -131,6 +131,11 @@ def _kind_of_special(path: Path) -> str | None:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
+def partial_path(path: Path) -> Path:
+    """Return the file or folder that holds the state of an interrupted run whose result will be at `path`."""
+    return path.with_name(f"{path.name}.partial")
+
+
 def refuse_existing(path: str | os.PathLike[str]) -> None:
     """Raise OutputExists if something is at `path`: a file, a folder or a link."""
     if os.path.lexists(path):

@@ -21,6 +21,7 @@ from posecrafter_rt.atomic import (
     atomic_path,
     disk_full,
     means_full,
+    partial_path,
     refuse_among,
     refuse_in_engine,
     refuse_overwrite,
@@ -42,11 +43,6 @@ from posecrafter_rt.video_io import VideoWriter, write_png
 def output_paths(video: Path) -> tuple[Path, Path, Path]:
     """Return the paths of the video, its contact sheet and its report."""
     return video, video.with_suffix(".png"), video.with_name(f"{video.stem}.report.json")
-
-
-def partial_path(video: Path) -> Path:
-    """Return the folder that holds the finished part of an interrupted render."""
-    return video.with_name(f"{video.name}.partial")
 
 
 def refuse_outputs(video: Path, force: bool, fingerprint: str | None = None) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posecrafter_rt.atomic import refuse_overwrite, sha256_json
+from posecrafter_rt.atomic import partial_path, refuse_overwrite, sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.errors import (
     BackendUnavailable,
@@ -207,11 +207,6 @@ def tune(
         checkpoint.save(output, force=force)
         partial.unlink(missing_ok=True)
     return checkpoint
-
-
-def partial_path(output: Path) -> Path:
-    """Return the file that holds the state of an interrupted run."""
-    return output.with_name(output.name + ".partial")
 
 
 def step_counts(options: TuneOptions, settings: BaseSettings, num_frames: int) -> dict[str, int]:

@@ -8,6 +8,7 @@ person. The encoder is not tuned, so that latents keep their meaning.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +99,8 @@ def decoder_loss(vae: AutoencoderKL, data: TrainingSet, generator: torch.Generat
     It takes a whole frame, not crops of several, because the decoder's norms take their statistics over the picture.
     """
     chosen = torch.randint(len(data.latents), (1,), generator=generator)
-    amount = LATENT_NOISE * torch.rand(1, generator=generator)
-    noise = torch.randn(1, *data.latents.shape[1:], generator=generator)
+    amount = LATENT_NOISE * torch.rand(1, generator=generator, dtype=torch.float32)
+    noise = torch.randn(1, *data.latents.shape[1:], generator=generator, dtype=torch.float32)
     disturbed = data.latents[chosen] + (amount * noise).to(data.latents.device)
     decoded = vae.decode(disturbed / vae.config["scaling_factor"]).sample.float()
     return pixel_loss(decoded, data.pixels[chosen])
@@ -133,13 +134,13 @@ def teach(vae: AutoencoderKL, data: TrainingSet, generator: torch.Generator) -> 
 
 def _lesson(latents: Tensor, number: int, generator: torch.Generator) -> Tensor:
     first, second = latents[torch.randint(len(latents), (2,), generator=generator)]
-    share = 0.5 * torch.rand(1, generator=generator) if number % 2 else torch.zeros(1)
+    drawing: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    share = 0.5 * torch.rand(1, **drawing) if number % 2 else torch.zeros(1, dtype=torch.float32)
     lesson = torch.lerp(first, second, share)
     if number % 3 == 0:
         shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,), generator=generator)
         lesson = lesson.roll((int(shift[0]), int(shift[1])), (1, 2))
-    amount = LATENT_NOISE * torch.rand(1, generator=generator)
-    return lesson + amount * torch.randn(lesson.shape, generator=generator)
+    return lesson + LATENT_NOISE * torch.rand(1, **drawing) * torch.randn(lesson.shape, **drawing)
 
 
 def small_decoder_loss(small_decoder: nn.Module, lessons: Lessons, generator: torch.Generator) -> Tensor:

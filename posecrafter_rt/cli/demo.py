@@ -32,15 +32,19 @@ def demo(  # noqa: PLR0913 - one argument for each option
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
 ) -> None:
     """Tune on 8 frames of a man speaking in a car, render frames that tuning never saw, and compare."""
+    from posecrafter_rt.atomic import partial_path
     from posecrafter_rt.demo.run import Demo
     from posecrafter_rt.tuning import TuneOptions
 
     tuning = TuneOptions(
         steps=tuning_steps, decoder_steps=decoder_steps, small_decoder_steps=small_decoder_steps)  # fmt: skip
     run = Demo(output, steps, tuning, force)
-    ctx.meta[GOES_ON] = True
-    with step_progress("tuning") as on_step:
-        run.tune(on_step)
+    try:
+        with step_progress("tuning") as on_step:
+            run.tune(on_step)
+    except KeyboardInterrupt:
+        ctx.meta[GOES_ON] = partial_path(run.checkpoint).exists()
+        raise
     ctx.meta[GOES_ON] = not force
     with stages("building") as on_stage:
         run.build(on_stage)

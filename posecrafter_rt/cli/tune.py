@@ -74,14 +74,14 @@ def tune(  # noqa: PLR0913 - one argument for each option
 ) -> None:
     """Tune the base on a few frames of one person."""
     window, picture_size = parse_range(frame_range), parse_size(size)
-    from posecrafter_rt.atomic import refuse_overwrite, refuse_sources
+    from posecrafter_rt.atomic import partial_path, refuse_overwrite, refuse_sources
     from posecrafter_rt.framing import check_canvas, check_one_pose_a_frame
     from posecrafter_rt.models.loading import locate_parts
     from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD
     from posecrafter_rt.poses.openpose_json import read_openpose
     from posecrafter_rt.poses.shown import shown_poses
     from posecrafter_rt.spec import check_multiple
-    from posecrafter_rt.tuning import TuneOptions, load_clip, partial_path, resolve_precision, tune
+    from posecrafter_rt.tuning import TuneOptions, load_clip, resolve_precision, tune
     from posecrafter_rt.video_io import count_frames, video_size
 
     refuse_overwrite(output, force)  # before minutes of work, not after them
@@ -92,18 +92,18 @@ def tune(  # noqa: PLR0913 - one argument for each option
         base=base, controlnet=controlnet, vae=vae, frames=frames, steps=steps, decoder_steps=decoder_steps,
         small_decoder_steps=small_decoder_steps, learning_rate=learning_rate, prompt=prompt, norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]
         gradient_checkpointing=gradient_checkpointing, controlvideo_weights=controlvideo_weights)  # fmt: skip
-    frame_size = video_size(video)
-    all_poses = read_openpose(poses, allow_missing=True, canvas=frame_size)
-    # load_clip checks these again; this is before a base is downloaded.
-    shown_poses(all_poses, window, poses, least=CONFIDENCE_THRESHOLD)
-    check_canvas(video, frame_size, all_poses.canvas)
-    if video.is_dir():  # of a video file only decoding tells how many frames it has
-        check_one_pose_a_frame(video, count_frames(video), len(all_poses))
-    found = locate_parts(base, controlnet, vae)  # refuses an unsupported one before the whole video is decoded
-    picture_size = picture_size or found.base.settings().size
-    check_multiple(picture_size, found.size_multiple)
-    clip, clip_poses = load_clip(video, all_poses, picture_size, window, frames)
     try:
+        frame_size = video_size(video)
+        all_poses = read_openpose(poses, allow_missing=True, canvas=frame_size)
+        # load_clip checks these again; this is before a base is downloaded.
+        shown_poses(all_poses, window, poses, least=CONFIDENCE_THRESHOLD)
+        check_canvas(video, frame_size, all_poses.canvas)
+        if video.is_dir():  # of a video file only decoding tells how many frames it has
+            check_one_pose_a_frame(video, count_frames(video), len(all_poses))
+        found = locate_parts(base, controlnet, vae)  # refuses an unsupported one before the whole video is decoded
+        picture_size = picture_size or found.base.settings().size
+        check_multiple(picture_size, found.size_multiple)
+        clip, clip_poses = load_clip(video, all_poses, picture_size, window, frames)
         with step_progress("tuning") as on_step:
             checkpoint = tune(clip, clip_poses, output, options, force=force, resume=resume,
                               on_step=lambda status: on_step(status.step, status.steps, f"{status.part} loss {status.loss:.4f}"))  # fmt: skip

@@ -35,6 +35,7 @@ from posecrafter_rt.engines.base import (
 )
 from posecrafter_rt.engines.device import describe_compiled_device, torch_device
 from posecrafter_rt.engines.folder import rebuild_networks_hint
+from posecrafter_rt.engines.own_settings import own_settings
 from posecrafter_rt.engines.refit import (
     WIDER,
     Graphs,
@@ -93,7 +94,8 @@ class InductorEngine:
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """See `Engine`."""
         tensors = cast(self._checked(inputs), self.dtype)
-        outputs = self._compiled(*(tensor.contiguous() for tensor in tensors))
+        with own_settings(self.device, is_exact=self.dtype == torch.float32):
+            outputs = self._compiled(*(tensor.contiguous() for tensor in tensors))
         tensors = to_boundary(self.spec, outputs)
         return {out.name: tensor for out, tensor in zip(self.spec.outputs, tensors, strict=True)}
 

@@ -6,10 +6,8 @@ Layer 4.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from posecrafter_rt.engines.base import (
 )
 from posecrafter_rt.engines.cuda_graphs import Recorder
 from posecrafter_rt.engines.device import describe_device, multiplies, torch_device
+from posecrafter_rt.engines.own_settings import own_settings
 from posecrafter_rt.engines.refit import WIDER, WITHOUT, changed_weights, in_stored_type
 from posecrafter_rt.errors import CheckpointError, EngineFolderError
 from posecrafter_rt.models.blocks import channels_last, do_in_parts
@@ -55,42 +54,6 @@ RECORDED = {**dict.fromkeys(("controlnet", "unet", SHALLOW_UNET, *STREAM_NETWORK
             "vae_decoder": 1 << 12, SMALL_DECODER: 1 << 12, "pose_embedding": 1 << 19}  # fmt: skip
 # Their results are used or copied before another network runs: only these recordings may share their memory.
 SHARING = ("unet_stream", SHALLOW_STREAM, "vae_decoder", SMALL_DECODER, "pose_embedding")
-# Held while a network is launched on a GPU: how exact convolutions are is a setting of the whole process.
-_launching = Lock()
-
-
-@contextmanager
-def _own_settings(device: torch.device, is_exact: bool) -> Iterator[None]:
-    """In the block, keep settings of the caller's away that change what a network computes or where.
-
-    Autocast is off. On a GPU, that one is current, and float32 convolutions are exact or in TF32 as `is_exact` says.
-    """
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        with _launching, torch.cuda.device(device), _convolutions(is_exact):
-            yield
-
-
-@contextmanager
-def _convolutions(is_exact: bool) -> Iterator[None]:
-    """Set how exact a GPU's float32 convolutions are, and nothing else, for the block."""
-    # torch 2.9 has the second setting, and may refuse to read the first once the second was set.
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    holder, name, wanted = (
-        (torch.backends.cudnn, "allow_tf32", not is_exact) if conv is None
-        else (conv, "fp32_precision", "ieee" if is_exact else "tf32")
-    )  # fmt: skip
-    before = getattr(holder, name)
-    if before == wanted:  # setting torch's default would pin it: it would no longer follow `torch.backends`
-        yield
-        return
-    setattr(holder, name, wanted)
-    try:
-        yield
-    finally:
-        setattr(holder, name, before)
 
 
 class TorchEngine:
@@ -112,7 +75,7 @@ class TorchEngine:
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """See `Engine`."""
-        with _own_settings(self.device, self.is_exact):
+        with own_settings(self.device, self.is_exact):
             outputs = self._network(self._checked(inputs))
         return {out.name: tensor for out, tensor in zip(self.spec.outputs, outputs, strict=True)}
 

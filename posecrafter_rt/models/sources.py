@@ -155,7 +155,8 @@ def reading(source: object) -> Iterator[None]:
 def lasting_id(source: str) -> str:
     """Return an id that works from any working directory: a path made absolute, or any other name unchanged."""
     path = _path(source)
-    return str(path.resolve()) if source != "embedded" and path.exists() else source
+    # Not what it links to: a file of the hub's cache links to one without a suffix, and without a configuration beside it.
+    return str(path.absolute()) if source != "embedded" and path.exists() else source
 
 
 def _path(source: str) -> Path:

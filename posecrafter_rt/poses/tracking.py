@@ -16,6 +16,8 @@ from posecrafter_rt.poses.keypoints import BODY, CONFIDENCE_THRESHOLD, FACE, NUM
 _FARTHEST_STEP = 0.75
 # Where somebody else was last seen is forgotten once anyone stands this close to it, relative to the same side.
 _SAME_PLACE = 0.25
+# A detector may find one person twice, the second time this close to the first; people side by side are farther apart.
+_FOUND_TWICE = 0.05
 
 
 def follow_person(
@@ -26,7 +28,7 @@ def follow_person(
     In each following frame, the nearest person is the same one; nearness is the mean distance over the body and face
     points that both have. If any frame shows several people, somebody farther away than 0.75 of the person's own size
     (more after frames without them) is somebody else, and so is whoever stands where another was last seen while
-    somebody is missing: the track ends rather than jumps. Whoever stands in the person's own place is nobody else.
+    somebody is missing: the track ends rather than jumps. Somebody whom the detector has found twice is one person.
     Args:
         frames: per frame the people in it, (P, 134, 3) with P >= 0: x, y in pixels of one canvas, confidence.
         source: what the frames come from, for messages.
@@ -74,9 +76,9 @@ def _pick(people: np.ndarray, person: int | None, source: str, frame: int) -> in
 
 
 def _same(people: np.ndarray, person: int) -> list[int]:
-    """Return the person and whoever stands in the same place: a detector may find one person twice."""
-    there = people[person][np.newaxis]
-    return [index for index, one in enumerate(people) if _is_taken(one, there)]
+    """Return the person by every index under which the detector has found them."""
+    closest = _FOUND_TWICE * max(_extent(people[person]))
+    return [index for index, one in enumerate(people) if _distance(one, people[person]) <= closest]
 
 
 def _without(people: np.ndarray, left_out: Sequence[int]) -> list[np.ndarray]:

@@ -54,9 +54,9 @@ class ServeOptions:
             )
         object.__setattr__(self, "allow_origins", tuple(_as_browsers_send(origin) for origin in self.allow_origins))
         for origin in self.allow_origins:
-            if "{0.scheme}://{0.netloc}".format(urlsplit(origin)) != origin:
+            if not _is_origin(origin):
                 raise PoseCrafterError(
-                    f"{origin!r} is no origin", "give scheme and host alone, such as https://example.org"
+                    f"{origin!r} is no origin", "give scheme and host alone, as browsers send them: https://example.org"
                 )
         if not self.is_loopback and self.token is None:
             raise PoseCrafterError(
@@ -68,6 +68,17 @@ class ServeOptions:
 def _can_be_sent(token: str) -> bool:
     """Whether a header brings a token unchanged: its ends are stripped, and clients encode other text differently."""
     return token.isascii() and token.isprintable() and token == token.strip()
+
+
+def _is_origin(text: str) -> bool:
+    """Whether a browser may send this as a page's origin: scheme, host and port alone, names of other letters as xn--."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return False
+    host = parts.netloc if port is None else parts.netloc.removesuffix(f":{port}")
+    return text.isascii() and f"{parts.scheme}://{parts.netloc}" == text and not host.endswith(":") and "@" not in host
 
 
 def _as_browsers_send(origin: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
 
 from bench import report
-from bench.report import add_output_arguments, publish
+from bench.report import new_parser, publish
 
 BENCH = Path(report.__file__).parent
 TOOLS = {
@@ -24,7 +23,7 @@ def test_every_benchmark_has_both_options() -> None:
         path.stem: text for path in BENCH.glob("*.py") if 'if __name__ == "__main__"' in (text := path.read_text())
     }
     assert len(scripts) > 18 and scripts.keys() >= TOOLS.keys()
-    assert {name for name, text in scripts.items() if "add_output_arguments(parser" not in text} == TOOLS.keys()
+    assert {name for name, text in scripts.items() if "new_parser(__doc__" not in text} == TOOLS.keys()
     assert all("publish(" in text for name, text in scripts.items() if name not in TOOLS)
 
 
@@ -41,9 +40,7 @@ def test_a_quick_run_writes_only_where_it_is_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "RESULTS", Path("bench/results"))
-    parser = argparse.ArgumentParser()
-    add_output_arguments(parser, "less")
-    options = parser.parse_args(words)
+    options = new_parser(None, "less").parse_args(words)
     publish("a", {"one": 1}, "# one", options.json, options.quick, "<svg/>")
     files = {path.as_posix() for path in Path().rglob("*") if path.is_file()}
     expected = set() if written is None else {written.replace(".json", suffix) for suffix in (".json", ".md", ".svg")}

@@ -45,6 +45,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as first:
+            first.setattr("posecrafter_rt.tuning.load_base", interrupted)
+            result = invoke("demo", "-o", folder, *SHORT)
+            assert result.exit_code == 130 and "run the same command again to start over" in result.stderr
+        with pytest.MonkeyPatch.context() as first:
             first.setattr(demo, "build_engine", interrupted)
             result = invoke("demo", "-o", folder, *SHORT)
             assert result.exit_code == 130 and "run the same command again to go on" in result.stderr

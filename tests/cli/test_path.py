@@ -319,7 +319,7 @@ def test_whether_a_tuning_goes_on_is_told_by_what_is_saved(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for moment, is_saved in (("load_base", False), ("_step", True), ("load_base", True)):
+    for moment, is_saved in (("load_base", False), ("_step", True), ("load_base", True), ("load_clip", True)):
         with monkeypatch.context() as patch:
             patch.setattr(f"posecrafter_rt.tuning.{moment}", interrupted)
             result = run(*arguments_of("tune", workshop, output), *options)

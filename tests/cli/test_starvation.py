@@ -26,7 +26,7 @@ OUTPUTS = {VIDEO := "out.mp4", SHEET := "out.png", REPORT := "out.report.json"}
 # Of a process whose memory is gone, which some libraries do not bear; Python itself may then wait for a thread for ever. Such a
 # run has said nothing, and still nothing may be lost.
 DEATHS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGALRM)
-ROUNDS = pytest.mark.parametrize("rounds", [2, pytest.param(50, marks=pytest.mark.slow)])
+ROUNDS = pytest.mark.parametrize("rounds", [3, pytest.param(50, marks=pytest.mark.slow)])
 
 
 @dataclass

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from posecrafter_rt.engines import own_settings
 from posecrafter_rt.engines import torch as engines_torch
 from posecrafter_rt.engines.base import TORCH_DTYPES, Precision, inner_precision
 from posecrafter_rt.engines.description import COMPONENTS
@@ -85,6 +86,21 @@ def test_a_programs_setting_of_precision_stays_and_disturbs_nothing(
     assert [holder.fp32_precision for holder in holders] == before
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has no such setting")
+def test_float32_is_float32_whatever_a_program_asks_of_products(
+    make_tiny_model: Callable[..., PoseModel], change: Callable[[Any, str, Any], None]
+) -> None:
+    model = make_tiny_model()
+    spec, matmul = network_specs(model.architecture())["vae_decoder"], torch.backends.mkldnn.matmul
+    engine, inputs = TorchEngine(model.networks()["vae_decoder"], spec, is_exact=True), random_inputs(spec, SIZES)
+    expected = engine(**inputs)["pixels"].clone()
+    change(matmul, "fp32_precision", "bf16")
+    assert torch.equal(engine(**inputs)["pixels"], expected) and matmul.fp32_precision == "bf16"
+    with torch.no_grad():
+        if torch.equal(engine.module(*inputs.values())[0], expected):
+            pytest.skip("this processor computes in float32 even then")
+
+
 @pytest.mark.parametrize("is_exact", [True, False])
 @pytest.mark.parametrize("value", ["ieee", "tf32"])
 def test_on_a_gpu_an_engine_sets_how_exact_its_convolutions_are_for_a_while_and_nothing_else(
@@ -96,9 +112,10 @@ def test_on_a_gpu_an_engine_sets_how_exact_its_convolutions_are_for_a_while_and_
     change(holder, name, values[value])
     change(cudnn, "benchmark", True)
     change(cudnn, "deterministic", True)
-    with pytest.raises(KeyboardInterrupt), engines_torch._convolutions(is_exact):
+    settings = own_settings.own_values("cuda", is_exact)
+    with pytest.raises(KeyboardInterrupt), own_settings.changed(settings):
         assert getattr(holder, name) == values["ieee" if is_exact else "tf32"]
-        assert cudnn.benchmark and cudnn.deterministic
+        assert cudnn.deterministic and not cudnn.benchmark
         raise KeyboardInterrupt
     assert getattr(holder, name) == values[value] and cudnn.benchmark and cudnn.deterministic
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from posecrafter_rt.errors import DiskFull, ModelError
 from posecrafter_rt.models.loading import load_base
 from posecrafter_rt.models.small_decoder import load_small_decoder
-from posecrafter_rt.models.sources import SD15_FOLDER, locate_base, locate_component
+from posecrafter_rt.models.sources import SD15_FOLDER, lasting_id, locate_base, locate_component
 
 
 @pytest.fixture
@@ -238,6 +238,16 @@ def test_the_file_of_a_diffusers_folder_has_the_configuration_beside_it(tiny_bas
     assert load_base(str(tiny_base), vae=str(file)).base_hash == load_base(str(tiny_base)).base_hash
     other = file.rename(file.with_name("sd.safetensors"))
     assert locate_component(str(other), "vae").config_folder == SD15_FOLDER / "vae"
+
+
+def test_a_link_into_the_hubs_cache_is_remembered_as_it_is(tiny_base: Path, tmp_path: Path) -> None:
+    """What it leads to has no suffix, and no configuration beside it."""
+    snapshot = Path(shutil.copytree(tiny_base / "vae", tmp_path / "snapshots" / "vae"))
+    file, blob = snapshot / "diffusion_pytorch_model.safetensors", tmp_path / "0123456789abcdef"
+    file.rename(blob)
+    file.symlink_to(blob)
+    assert lasting_id(str(file)) == str(file)
+    assert locate_component(lasting_id(str(file)), "vae").config_folder == snapshot
 
 
 def test_a_folder_without_the_part(tmp_path: Path, tiny_base: Path) -> None:

@@ -77,6 +77,14 @@ def test_one_person_who_is_found_twice_is_not_lost(person: np.ndarray, first: in
     assert np.allclose(follow(frames), walk)
 
 
+@pytest.mark.parametrize("step", [60, 90])
+def test_who_stands_shoulder_to_shoulder_with_the_person_is_somebody_else(person: np.ndarray, step: float) -> None:
+    own, beside = at(person, 300), at(person, 300 + step)
+    frames = [[own, beside]] * 3 + [[beside]] + [[own, beside]] * 3
+    tracked = follow(frames, person=0, allow_missing=True)
+    assert np.allclose(tracked, [own] * 3 + [0 * own] + [own] * 3)
+
+
 def test_who_comes_to_where_the_missing_person_was_is_not_taken_for_them(person: np.ndarray) -> None:
     own, beside = at(person, 300), at(person, 500)
     frames = [[own, beside]] * 3 + [[at(person, x)] for x in (450, 400, 380, 380)]  # 99 px are the same place

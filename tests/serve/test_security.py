@@ -73,6 +73,14 @@ def test_an_origin_is_compared_as_browsers_send_it(given: str, sent: str) -> Non
     check_request(request(origin=sent), ServeOptions(allow_origins=("https://other.example", given)))
 
 
+@pytest.mark.parametrize("given", ["http://[::1", "https://bücher.example", "https://example.org:", "https://user@example.org",
+                                   "https://example.org/", "example.org", "https://example.org:port", "*"])  # fmt: skip
+def test_what_no_browser_sends_as_an_origin_is_refused(given: str) -> None:
+    with pytest.raises(PoseCrafterError, match="is no origin") as caught:
+        ServeOptions(allow_origins=(given,))
+    assert caught.value.hint
+
+
 @pytest.mark.parametrize("path", ["/ws", "/api/info", "/metrics", "/healthy", "/trackers/x", "//"])
 def test_the_token_is_needed(path: str) -> None:
     wrong = ({}, {"query": "token=wrong"}, {"query": "token="}, {"query": "token=%C3%A9"}, {"authorization": "Bearer "},

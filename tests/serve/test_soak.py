@@ -1,6 +1,6 @@
 """Four clients that join and leave: memory stays flat, no frame comes that is older than a second, places become free.
 
-Ten seconds by default, on `torch`; half an hour with `-m slow`, on `openvino` where it is installed. `-rP` shows the line
+Six seconds by default, on `torch`; half an hour with `-m slow`, on `openvino` where it is installed. `-rP` shows the line
 that each prints, and `--junitxml` has it as a property (not with xdist).
 """
 

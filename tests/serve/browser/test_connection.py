@@ -148,6 +148,10 @@ def test_a_proxy_that_does_not_pass_on_the_websocket_is_told_of(serve: Serve, op
     )
     page.page.reload()
     page.wait_for_text("#notice-text", "A proxy in between must pass on Upgrade and Connection.")
+    page.page.route(
+        "**/api/info", lambda route: route.fulfill(status=502)
+    )  # as a proxy answers for a server that is gone
+    page.wait_for_text("#notice-title", "The server does not answer")
 
 
 def test_a_wrong_token_can_be_corrected(open_page: OpenPage, avatar: DrawnAvatar) -> None:

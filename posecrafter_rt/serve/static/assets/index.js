@@ -403,7 +403,6 @@ function parseServerMessage(text) {
 /** Codes with which the server closes a connection; all others come from the network. */
 var BAD_REQUEST = 1008;
 var FULL = 1013;
-/** Not opened, or ended without a word. */
 var ABNORMAL = 1006;
 /** If gathering addresses or opening a connection works at all, it takes no longer than this. */
 var GATHERING_MS = 1500;
@@ -429,9 +428,10 @@ function openWebSocket(events) {
 	const socket = new WebSocket(url);
 	socket.binaryType = "arraybuffer";
 	socket.onmessage = ({ data }) => typeof data === "string" ? events.onText(data) : events.onBytes(data);
+	let hasOpened = false;
 	socket.onclose = ({ code, reason }) => {
 		clearTimeout(timer);
-		events.onClose(code, reason);
+		events.onClose(code === ABNORMAL && !hasOpened ? 0 : code, reason);
 	};
 	const close = () => {
 		clearTimeout(timer);
@@ -442,7 +442,10 @@ function openWebSocket(events) {
 		close();
 		events.onClose(ABNORMAL, "");
 	}, OPENING_MS);
-	socket.onopen = () => clearTimeout(timer);
+	socket.onopen = () => {
+		hasOpened = true;
+		clearTimeout(timer);
+	};
 	return {
 		send: (data) => {
 			if (socket.readyState === WebSocket.OPEN) socket.send(data);
@@ -608,7 +611,7 @@ var Connection = class {
 			this.events.onFallback(message);
 			return this.open("websocket");
 		}
-		if (code === 1006 && this.way === "websocket" && answer === "here") return this.retry({
+		if (code === 0 && answer === "here") return this.retry({
 			kind: "broken",
 			...NO_WEBSOCKET,
 			retryInMs: retryDelayMs(this.attempt++)
@@ -636,7 +639,7 @@ async function askServer() {
 		await fetchInfo();
 		return "here";
 	} catch (error) {
-		if (!(error instanceof Refusal)) return "gone";
+		if (!(error instanceof Refusal) || error.status >= 500) return "gone";
 		return error.isAboutToken ? error : "here";
 	}
 }

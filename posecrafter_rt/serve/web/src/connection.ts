@@ -2,7 +2,7 @@
 import { fetchInfo, Refusal } from "./api.ts";
 import { retryDelayMs } from "./backoff.ts";
 import { decodeFrame, parseServerMessage, type Command, type Frame, type Ready, type ServerMessage } from "./protocol.ts";
-import { ABNORMAL, BAD_REQUEST, BROKEN, FULL, openTransport, type Transport, type Way } from "./transport.ts";
+import { BAD_REQUEST, BROKEN, FULL, openTransport, UNOPENED, type Transport, type Way } from "./transport.ts";
 
 /** The wait when the server is full: long enough for someone to leave, short enough to wait for. */
 const FULL_RETRY_MS = 8000;
@@ -112,7 +112,7 @@ export class Connection {
       this.events.onFallback(message);
       return this.open("websocket");
     }
-    if (code === ABNORMAL && this.way === "websocket" && answer === "here") {
+    if (code === UNOPENED && answer === "here") {
       return this.retry({ kind: "broken", ...NO_WEBSOCKET, retryInMs: retryDelayMs(this.attempt++) });
     }
     if (code !== BAD_REQUEST && !(answer instanceof Refusal)) {
@@ -139,7 +139,7 @@ async function askServer(): Promise<"here" | "gone" | Refusal> {
     await fetchInfo();
     return "here";
   } catch (error) {
-    if (!(error instanceof Refusal)) return "gone";
+    if (!(error instanceof Refusal) || error.status >= 500) return "gone"; // a proxy answers so for a server that is gone
     return error.isAboutToken ? error : "here";
   }
 }

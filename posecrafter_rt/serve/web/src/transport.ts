@@ -7,8 +7,9 @@ export type Way = "websocket" | "webrtc";
 export const BAD_REQUEST = 1008;
 export const FULL = 1013;
 export const BROKEN = 1011;
-/** Not opened, or ended without a word. */
-export const ABNORMAL = 1006;
+const ABNORMAL = 1006;
+/** Ours: a WebSocket that the other side did not open. It says nothing of why: nobody was there, or a proxy refused. */
+export const UNOPENED = 0;
 
 export interface TransportEvents {
   onBytes(bytes: ArrayBuffer): void;
@@ -46,9 +47,10 @@ function openWebSocket(events: TransportEvents): Transport {
   const socket = new WebSocket(url);
   socket.binaryType = "arraybuffer";
   socket.onmessage = ({ data }) => (typeof data === "string" ? events.onText(data) : events.onBytes(data));
+  let hasOpened = false;
   socket.onclose = ({ code, reason }) => {
     clearTimeout(timer);
-    events.onClose(code, reason);
+    events.onClose(code === ABNORMAL && !hasOpened ? UNOPENED : code, reason);
   };
   const close = () => {
     clearTimeout(timer);
@@ -60,7 +62,10 @@ function openWebSocket(events: TransportEvents): Transport {
     close();
     events.onClose(ABNORMAL, "");
   }, OPENING_MS);
-  socket.onopen = () => clearTimeout(timer);
+  socket.onopen = () => {
+    hasOpened = true;
+    clearTimeout(timer);
+  };
   return {
     send: (data) => {
       if (socket.readyState === WebSocket.OPEN) socket.send(data);
