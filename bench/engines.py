@@ -30,7 +30,7 @@ from bench.runs import wait_for_gpu
 from bench.timing import machine, time_call
 from bench.untrained import write_random_base
 from posecrafter_rt.engines import ONLY_OF, PRECISIONS, get_backend, names
-from posecrafter_rt.errors import OUT_OF_MEMORY
+from posecrafter_rt.errors import is_out_of_memory
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.machine import peak_rss_bytes, watched_peak
 from posecrafter_rt.models.loading import PoseModel, load_base
@@ -189,7 +189,7 @@ def run(jobs: list[Job], frame_counts: list[int], budget_s: float, rounds: int) 
 def cell_of(reason: str) -> str:
     """Describe a failure in a cell: lack of memory, or the exception's name. The full line is below the table."""
     kind, is_exception, _ = reason.partition(":")
-    if OUT_OF_MEMORY.search(reason) or "Memory" in kind:
+    if is_out_of_memory(reason) or "Memory" in kind:
         return "out of memory"
     return kind if is_exception else "process died"
 

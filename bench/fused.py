@@ -19,8 +19,9 @@ from posecrafter_rt.engines.base import beside
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.method import DDIMSchedule, ddim_sample
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.denoiser import Denoiser
 from posecrafter_rt.runtime.options import RenderOptions
-from posecrafter_rt.runtime.prepare import Denoiser, prepare_clip
+from posecrafter_rt.runtime.prepare import prepare_clip
 from posecrafter_rt.runtime.progress import ignore
 from posecrafter_rt.runtime.render import decode
 from posecrafter_rt.runtime.report import RenderReport

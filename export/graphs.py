@@ -13,11 +13,18 @@ import onnx
 import onnx_ir as ir
 from torch import nn
 
+from posecrafter_rt.blob_cache import BlobCache
+from posecrafter_rt.config import cache_dir
 from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
 SOURCES = ("models", "ops", "export")  # their code determines the graphs
+
+
+def graph_cache() -> BlobCache:
+    """Return the cache of the networks that this user has traced, for any engine."""
+    return BlobCache(cache_dir() / "graphs")
 
 
 def graph_key(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> dict[str, Any]:

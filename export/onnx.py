@@ -16,8 +16,8 @@ from onnxscript import optimizer
 from torch import nn
 from torch.export import ExportedProgram
 
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.errors import first_line
-from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.functions import OPSET, add_functions, translation_table
 from posecrafter_rt.export.graphs import attach_weights, detach_weights, from_bytes, graph_key, to_bytes
 from posecrafter_rt.export.trace import quiet, trace

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.export.graphs import graph_key
 from posecrafter_rt.export.onnx import export_graph
 from posecrafter_rt.machine import available_bytes, usable_cores

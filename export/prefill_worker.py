@@ -36,7 +36,7 @@ def end_with(parent: int) -> None:
 def _trace_all(task: dict[str, Any]) -> None:
     from pathlib import Path
 
-    from posecrafter_rt.export.blob_cache import BlobCache
+    from posecrafter_rt.blob_cache import BlobCache
     from posecrafter_rt.export.onnx import export_graph
     from posecrafter_rt.export.prefill import take_name
     from posecrafter_rt.spec import Architecture, network_specs

@@ -1,59 +1,42 @@
 """`Avatar`: an engine folder ready to render.
 
-Layer 6: the Python API; `cli` and `serve` are thin around it.
+Layer 6: the Python API; `cli` and `serve` are thin around it. The render loop is in `avatar_render`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from posecrafter_rt.avatar_networks import Networks, check_runs_here
 from posecrafter_rt.avatar_once import KEPT, ComputedOnce
+from posecrafter_rt.avatar_render import RenderedSegment, RenderSetup, SegmentRender
 from posecrafter_rt.engine_training import read_training
 from posecrafter_rt.engines import SAMPLED_AHEAD, Engine, Precision
 from posecrafter_rt.engines.folder import EngineFolder, open_folder
-from posecrafter_rt.errors import NotFinite, OutOfMemory, PoseCrafterError
+from posecrafter_rt.errors import NotFinite, PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
-from posecrafter_rt.machine import return_freed_memory
 from posecrafter_rt.method import DDIMSchedule, DPMSchedule, medoid_reference, select_reference
 from posecrafter_rt.method.dpmpp import dpmpp_terms
 from posecrafter_rt.poses.keypoints import PoseSequence
-from posecrafter_rt.runtime.ahead import Ahead, Sampled
+from posecrafter_rt.runtime.ahead import Ahead
 from posecrafter_rt.runtime.memory import LOAD_ADVICE, STREAM_ADVICE, choose_segment, explained, warn_unless_fits
 from posecrafter_rt.runtime.options import RenderOptions
-from posecrafter_rt.runtime.prepare import prepare_clip
 from posecrafter_rt.runtime.presets import STREAM_PRESETS, bundle
-from posecrafter_rt.runtime.progress import OnStep, ignore, naming_segment
+from posecrafter_rt.runtime.progress import OnStep, ignore
 from posecrafter_rt.runtime.recent import Recent
-from posecrafter_rt.runtime.render import blend, decode, render_clip
 from posecrafter_rt.runtime.report import RenderReport, SegmentReport
-from posecrafter_rt.runtime.segments import Adjustment, Segment, SegmentChoice, Split
+from posecrafter_rt.runtime.segments import SegmentChoice, Split
 from posecrafter_rt.runtime.stream import AvatarStream, StreamReference, sample_reference
 from posecrafter_rt.runtime.stream_denoiser import Sampling
 from posecrafter_rt.runtime.stream_options import StreamOptions
-
-
-@dataclass(frozen=True)
-class RenderedSegment:
-    """One segment of a render.
-
-    frames: those it completes, (H, W, 3) uint8 RGB, decoded as they are taken; take all before the next segment.
-    carried: (o, 4, h, w), the latents of the frames shared with the next segment, which blends them with its own.
-    report: the report of this segment, complete once all frames are taken.
-    """
-
-    frames: Iterator[np.ndarray]
-    carried: Tensor
-    report: SegmentReport
 
 
 class Avatar:
@@ -173,20 +156,10 @@ class Avatar:
             report.add(part, split.settle(part.adjustments))
         with explained(options):
             inverted = self._prepare(target, options, report, on_step)
+        setup = self._setup(target, report, inverted)
         is_ahead = look_ahead and self.folder.manifest["backend"] in SAMPLED_AHEAD
         with closing(Ahead(inverted.device if is_ahead else None)) as ahead:
-            while split.num_left():
-                latents, part = self._denoise_adjusting(target, split, inverted, carried, report, ahead, on_step)
-                part.threads, self.networks.has_run = self.networks.threads, True
-                segment = split.settle()
-                num_settled = segment.settled - segment.start
-                carried = latents[num_settled:].clone()
-                if split.num_left():
-                    ahead.start(partial(self._denoise_ahead, target, split.upcoming(), inverted, report))
-                frames = self._decode(latents[:num_settled], split, report, part, ahead, on_step)
-                yield RenderedSegment(frames, carried, part)
-                return_freed_memory()
-                report.add(part, segment)
+            yield from SegmentRender(self.networks, setup, split, report, ahead, on_step).segments(carried)
         self.last_report = report
 
     @explained(STREAM_ADVICE)
@@ -272,110 +245,12 @@ class Avatar:
         with report.stage("invert"):
             return self._inverted_latents(report, told)
 
-    def _denoise_adjusting(
-        self, target: PoseSequence, split: Split, inverted: Tensor, carried: Tensor | None,
-        report: RenderReport, ahead: Ahead, on_step: OnStep,
-    ) -> Sampled:  # fmt: skip
-        """Return clean latents (F, 4, h, w) of the next segment, blended with the one before, and its report.
-
-        If memory runs out, the segment is computed in smaller parts, which is exact to rounding. If that is not enough,
-        it is shortened, which is an approximation. If its numbers overflow 16 or 8 bits, it is computed again in
-        float32. Each change also holds for all segments that follow.
-        Raises: OutOfMemory if no shorter segment is possible; PoseCrafterError if there is no wider type.
-        """
-        adjustments: list[Adjustment] = []
-        networks, options = self.networks, report.options
-        while True:
-            segment, part = split.upcoming(), SegmentReport(adjustments=adjustments)
-            told = naming_segment(on_step, len(report.segments), split.num_left())
-            precision, at_once = networks.needed(report, part)
-            try:
-                with explained(options):
-                    networks.use(precision, at_once)
-                    sampled = ahead.take(told)
-                    latents, done = sampled or (self._denoise(target, segment, inverted, report, part, told), part)
-                    if torch.isfinite(latents).all():  # once per segment only, because it waits for the GPU
-                        # A shortened segment may settle fewer frames than the one before it has carried over.
-                        shared = None if carried is None else carried[: segment.settled - segment.start]
-                        return blend(shared, latents), done
-            except OutOfMemory as error:
-                num_frames = options.groups * (segment.stop - segment.start + options.inserts)
-                mended = networks.dividing(num_frames, at_once, segment.start, str(error))
-                if mended is None and options.inserts:
-                    mended = split.shorten(str(error))
-                if mended is None:
-                    raise
-                part.adjust(mended)
-            else:
-                what = f"the segment of frames {segment.start} to {segment.stop - 1}"
-                part.adjust(networks.widening(what, segment.start, precision))
-            networks.close()  # not in the handler: the exception's traceback keeps tensors alive
-
-    def _denoise(
-        self, target: PoseSequence, segment: Segment, inverted: Tensor, report: RenderReport, part: SegmentReport,
-        told: OnStep,
-    ) -> Tensor:  # fmt: skip
-        """Return clean latents (F, 4, h, w) of a segment's target frames; pose embeddings and edits are freed."""
+    def _setup(self, target: PoseSequence, report: RenderReport, inverted: Tensor) -> RenderSetup:
+        """Return what `_prepare` has left for the segments. inverted: the reference's latents."""
         options, schedule = report.options, self.schedules[report.options.sampler]
-        with part.stage("prepare"):
-            timesteps = schedule.timesteps(options.num_inference_steps)
-            prepared = self._once.prepared(report.reference_index, inverted, timesteps, self._prompts(options))
-            clip = prepare_clip(self.engines, prepared, target[segment.start : segment.stop], options)
-            if clip.plan is not None:
-                part.count_edits(clip.plan, segment)
-        num_steps = options.num_inference_steps - options.start_step
-        with part.stage("denoise"):
-            latents = render_clip(self.engines, schedule, prepared.tables, clip, options,
-                                  lambda step: told("denoising", step - options.start_step, num_steps))  # fmt: skip
-        return latents[1:] if options.inserts else latents  # the inserted reference is never decoded
-
-    def _denoise_ahead(
-        self, target: PoseSequence, segment: Segment, inverted: Tensor, report: RenderReport, told: OnStep
-    ) -> Sampled:
-        """Run `_denoise` in a thread, with a report of its own; nothing is adjusted here."""
-        part = SegmentReport()
-        with explained(report.options):
-            return self._denoise(target, segment, inverted, report, part, told), part
-
-    def _decode(
-        self, latents: Tensor, split: Split, report: RenderReport, part: SegmentReport, ahead: Ahead, on_step: OnStep
-    ) -> Iterator[np.ndarray]:
-        told = naming_segment(on_step, len(report.segments), 1 + split.num_left())
-        for index in range(len(latents)):
-            with part.stage("decode"):
-                number = split.start - len(latents) + index  # in the clip; split.start is past the settled segment
-                frame = self._decode_adjusting(latents[index : index + 1], number, split, report, part, ahead)
-            told("decoding", index + 1, len(latents))
-            yield frame
-
-    def _decode_adjusting(
-        self, latents: Tensor, number: int, split: Split, report: RenderReport, part: SegmentReport, ahead: Ahead
-    ) -> np.ndarray:
-        """Decode latents (1, 4, h, w) to frame `number` of the clip, (H, W, 3) uint8.
-
-        Decoding needs the same memory in every segment. If memory runs out, the networks are unloaded, which frees what
-        they hold for the segment's length; the frame is decoded again, and the remaining segments become shorter. If
-        the numbers overflow 16 or 8 bits, this frame and all that follows are computed in float32. In both cases a
-        segment sampled ahead is dropped first; after running out of memory, that alone is tried before any change.
-        """
-        networks, has_run_out = self.networks, False
-        while True:
-            precision, at_once = networks.needed(report, part)
-            try:
-                with explained(report.options):
-                    networks.use(precision, at_once)
-                    return next(decode(self.engines, latents, report.options.decoder))
-            except OutOfMemory as error:
-                if not ahead.give_up():
-                    if has_run_out:
-                        raise
-                    has_run_out, shorter = True, split.shorten(str(error))
-                    if shorter is not None:
-                        part.adjust(shorter)
-            except NotFinite:
-                ahead.give_up()
-                part.adjust(networks.widening(f"frame {number}", number, precision))
-            networks.close()  # not in the handlers: see `_denoise_adjusting`
+        prepared = partial(self._once.prepared, report.reference_index, inverted,
+                           schedule.timesteps(options.num_inference_steps), self._prompts(options))  # fmt: skip
+        return RenderSetup(options, schedule, target, prepared)
 
     def _prompts(self, options: RenderOptions) -> list[str]:
         prompt = self.prompt if options.prompt is None else options.prompt

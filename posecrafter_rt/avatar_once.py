@@ -17,9 +17,9 @@ from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.models.tokenizer import PromptTokenizer
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime.cache import InversionCache, inversion_key
+from posecrafter_rt.runtime.denoiser import Tables
 from posecrafter_rt.runtime.prepare import (
     Prepared,
-    Tables,
     embed_poses,
     frame_latents,
     invert_reference,

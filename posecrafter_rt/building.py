@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,22 +32,14 @@ from posecrafter_rt.engines import (
 from posecrafter_rt.engines.folder import PASSED_OVER, EngineFolder, building, in_use, open_folder
 from posecrafter_rt.engines.refit import check_source
 from posecrafter_rt.engines.stage_log import StageLog
-from posecrafter_rt.errors import (
-    OUT_OF_MEMORY,
-    DiskFull,
-    EngineFolderError,
-    OutOfMemory,
-    PoseCrafterError,
-    ShapeError,
-    last_line,
-)
+from posecrafter_rt.errors import DiskFull, EngineFolderError, PoseCrafterError, ShapeError, is_out_of_memory, last_line
 from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
-from posecrafter_rt.models.sources import Base, locate_base
+from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.models.weights import read_scheduler_config
 from posecrafter_rt.plain_numbers import is_whole, make_numbers_plain
-from posecrafter_rt.spec import NETWORK_NAMES
+from posecrafter_rt.spec import NETWORK_NAMES, Architecture
 
 if TYPE_CHECKING:
     from posecrafter_rt.models.loading import PoseModel
@@ -212,8 +204,7 @@ def _passing_over(backend: Backend, fingerprint: str, is_auto: bool) -> Iterator
     except Exception as error:
         if not is_auto or backend.name == LAST_RESORT or isinstance(error, OF_THE_MACHINE):
             raise
-        has_no_memory = isinstance(error, (OutOfMemory, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error))
-        is_lasting = not has_no_memory  # other processes may have held the memory
+        is_lasting = not is_out_of_memory(error)  # other processes may have held the memory
         raise _PassedOver(backend.name, fingerprint, last_line(error), is_lasting) from error
 
 
@@ -221,57 +212,57 @@ def _build(
     checkpoint: Path, output: Path, options: BuildOptions, force: bool, progress: BuildProgress, failures: _Failures
 ) -> BuildResult:
     """Build an engine as `build_engine` does, with one backend; raise _PassedOver if `auto` is to try the next."""
-    source = open_folder(options.refit) if options.refit is not None else None
-    is_auto = options.backend == "auto" and options.precision not in ONLY_OF and source is None
-    backend, precision, why = _choose(options, source, failures.why)
-    tuned = Checkpoint.load(checkpoint)
-    loras = [read_lora(lora) for lora in options.loras]
-    size = options.size or tuned.frames.shape[1:3]
-    max_frames = choose_max_frames(options, backend, size, source)
-    manifest = _describe(tuned, locate_base(options.base or tuned.metadata["base"]), backend, precision, size, loras)
-    if options.small_decoder is not None:
-        manifest["small_decoder"] = hash_small_decoder(options.small_decoder)
-    usual = True if source is None else source.manifest.get("feature_reuse", False)
-    manifest["feature_reuse"] = usual if options.feature_reuse is None else options.feature_reuse
-    if max_frames is not None:
-        manifest["max_frames"] = max_frames
-    fingerprint = manifest["fingerprint"] = sha256_json({**manifest, "sources": source_digest(*SOURCES)})
-    if is_auto and fingerprint in failures.before:
-        raise _PassedOver(backend.name, fingerprint, failures.before[fingerprint])
-    if source is not None:
-        check_source(source, manifest)
+    plan = _choose(checkpoint, options, failures.why)
+    manifest = _describe(plan, options)
+    fingerprint = manifest["fingerprint"]
+    if plan.is_auto and fingerprint in failures.before:
+        raise _PassedOver(plan.backend.name, fingerprint, failures.before[fingerprint])
+    if plan.source is not None:
+        check_source(plan.source, manifest)
     current = _current(output, fingerprint)
     if current is not None:
-        return BuildResult(current, True, why)
-    refuse_sources(output, checkpoint, *_read_beside(options, tuned, output))
-    stages = StageLog(_kind_of_build(manifest, tuned, source is not None))
+        return BuildResult(current, True, plan.why)
+    refuse_sources(output, checkpoint, *_read_beside(options, plan.tuned, output))
+    stages = StageLog(_kind_of_build(manifest, plan))
 
     def on_stage(stage: str) -> None:
         progress(stage, stages.begin(stage))
 
     on_stage("loading the base")
-    model = _load(tuned, options, loras, manifest["feature_reuse"])
-    arch = replace(model.architecture(), size=(size[0], size[1]), max_frames=max_frames)
-    arch.check_size(size)
+    model, arch = _load(plan, options)
     manifest["architecture"] = arch.to_json()
-    if source is not None:
-        check_source(source, {"architecture": manifest["architecture"]})  # known only once the base is loaded
+    if plan.source is not None:
+        check_source(plan.source, {"architecture": manifest["architecture"]})  # known only once the base is loaded
     with building(output, manifest, force) as staging:
         on_stage("writing the reference frames")
-        write_training(staging, tuned.frames, tuned.poses, size)
+        write_training(staging, plan.tuned.frames, plan.tuned.poses, plan.size)
         model.tokenizer.save_pretrained(staging / "tokenizer")
         networks = staging / "networks"
         networks.mkdir()
-        if source is None:
-            with _passing_over(backend, fingerprint, is_auto):
-                stages.set_missing(backend.num_missing(model, arch, precision))
-                backend.build(model, arch, networks, precision, on_stage)
-        else:
-            with in_use(source):
-                backend.refit(source.networks, networks, model, arch, precision, on_stage)
+        with _passing_over(plan.backend, fingerprint, plan.is_auto):
+            _write_networks(plan, model, arch, networks, stages, on_stage)
     folder = open_folder(output)
     stages.save()
-    return BuildResult(folder, False, why)
+    return BuildResult(folder, False, plan.why)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be built, as far as it is known before the base is loaded.
+
+    source: the engine to refit. is_auto: whether another backend may be tried if this one fails. why: why this one.
+    """
+
+    source: EngineFolder | None
+    is_auto: bool
+    backend: Backend
+    why: str
+    precision: Precision
+    tuned: Checkpoint
+    loras: list[LoraFile]
+    size: tuple[int, int]
+    max_frames: int | None
+    feature_reuse: bool
 
 
 def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list[Path]:
@@ -288,23 +279,40 @@ def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list
     return [path for path in given if path.exists()]
 
 
-def _load(tuned: Checkpoint, options: BuildOptions, loras: list[LoraFile], feature_reuse: bool) -> PoseModel:
-    """Load the tuned networks as they are built: with LoRAs fused, and folded."""
-    model = tuned.load_model(base=options.base, controlnet=options.controlnet, vae=options.vae)
+def _load(plan: _Plan, options: BuildOptions) -> tuple[PoseModel, Architecture]:
+    """Load the tuned networks as they are built: with LoRAs fused, and folded. Raises: see `build_engine`."""
+    model = plan.tuned.load_model(base=options.base, controlnet=options.controlnet, vae=options.vae)
     if options.small_decoder is not None:
         arch = model.architecture()
         model.small_decoder = load_small_decoder(options.small_decoder, arch.latent_channels, arch.vae_scale_factor,
                                                  torch.float32)  # fmt: skip
-    fuse_loras(model, loras)
-    model.unet.gives_deep_features = feature_reuse
+    fuse_loras(model, plan.loras)
+    model.unet.gives_deep_features = plan.feature_reuse
     model.fold()
-    return model
+    arch = replace(model.architecture(), size=plan.size, max_frames=plan.max_frames)
+    arch.check_size(plan.size)
+    return model, arch
 
 
-def _choose(
-    options: BuildOptions, source: EngineFolder | None, failed: Mapping[str, str]
-) -> tuple[Backend, Precision, str]:
-    """Choose the backend and the precision, and say why this backend; `auto` takes them from the engine to refit."""
+def _write_networks(
+    plan: _Plan, model: PoseModel, arch: Architecture, folder: Path, stages: StageLog, progress: Callable[[str], None]
+) -> None:
+    """Build the networks, or refit those of the engine to refit."""
+    if plan.source is None:
+        stages.set_missing(plan.backend.num_missing(model, arch, plan.precision))
+        plan.backend.build(model, arch, folder, plan.precision, progress)
+    else:
+        with in_use(plan.source):
+            plan.backend.refit(plan.source.networks, folder, model, arch, plan.precision, progress)
+
+
+def _choose(checkpoint: Path, options: BuildOptions, failed: Mapping[str, str]) -> _Plan:
+    """Choose what `auto` and None stand for in the options. An engine to refit has the backend, precision and the rest.
+
+    failed: by name, why `auto` must pass over a backend.
+    """
+    source = open_folder(options.refit) if options.refit is not None else None
+    is_auto = options.backend == "auto" and options.precision not in ONLY_OF and source is None
     name, precision = options.backend, options.precision
     if source is not None:
         name = source.manifest["backend"] if name == "auto" else name
@@ -312,7 +320,16 @@ def _choose(
         check_source(source, {"backend": name, "precision": precision})
     chosen = choose_precision(precision, name)
     backend, why = choose_backend(name, chosen, failed)
-    return backend, chosen, why if source is None else f"that of {source.path}"
+    tuned = Checkpoint.load(checkpoint)
+    height, width = options.size or tuned.frames.shape[1:3]
+    usual = True if source is None else source.manifest.get("feature_reuse", False)
+    return _Plan(
+        source=source, is_auto=is_auto,
+        backend=backend, why=why if source is None else f"that of {source.path}", precision=chosen,
+        tuned=tuned, loras=[read_lora(lora) for lora in options.loras],
+        size=(height, width), max_frames=choose_max_frames(options, backend, (height, width), source),
+        feature_reuse=usual if options.feature_reuse is None else options.feature_reuse,
+    )  # fmt: skip
 
 
 def choose_max_frames(
@@ -341,33 +358,36 @@ def libraries_of(backend: Backend) -> list[str]:
     return sorted({*LIBRARIES, *BUILT_WITH.get(backend.name, ()), *backend.libraries})
 
 
-def _describe(
-    tuned: Checkpoint, base: Base, backend: Backend, precision: Precision, size: Sequence[int], loras: list[LoraFile]
-) -> dict[str, Any]:
+def _describe(plan: _Plan, options: BuildOptions) -> dict[str, Any]:
     """Return the part of the manifest that is known before the weights are loaded.
 
-    Its hash, together with that of the code in SOURCES, is the engine's fingerprint, whether refitted or not.
+    `fingerprint` is the hash of the rest of it, together with that of the code in SOURCES, whether refitted or not.
     """
-    return {
-        "package": __version__, "backend": backend.name, "precision": precision, "size": list(size),
+    tuned, backend, base = plan.tuned, plan.backend, locate_base(options.base or plan.tuned.metadata["base"])
+    manifest = {
+        "package": __version__, "backend": backend.name, "precision": plan.precision, "size": list(plan.size),
         "checkpoint": tuned.digest(), "device": backend.device(),
         "networks": list(NETWORK_NAMES), "scheduler": read_scheduler_config(base), "recommended": base.settings().recommended,
         "libraries": {"python": platform.python_version(), **library_versions(libraries_of(backend))},
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
-        **({"loras": [lora.describe() for lora in loras]} if loras else {}),
+        **({"loras": [lora.describe() for lora in plan.loras]} if plan.loras else {}),
+        **({} if options.small_decoder is None else {"small_decoder": hash_small_decoder(options.small_decoder)}),
+        "feature_reuse": plan.feature_reuse,
+        **({} if plan.max_frames is None else {"max_frames": plan.max_frames}),
     }  # fmt: skip
+    return {**manifest, "fingerprint": sha256_json({**manifest, "sources": source_digest(*SOURCES)})}
 
 
-def _kind_of_build(manifest: Mapping[str, Any], tuned: Checkpoint, is_refit: bool) -> dict[str, Any]:
+def _kind_of_build(manifest: Mapping[str, Any], plan: _Plan) -> dict[str, Any]:
     """Return what decides how long a build takes, as far as it is known before the base is loaded.
 
     That is everything that decides what is built, except whose avatar it is. Names and shapes of the tuned tensors
     stand for the base's architecture.
     """
     decisive = {name: value for name, value in manifest.items() if name not in OF_A_PERSON}
-    shapes = {name: list(tensor.shape) for name, tensor in tuned.tensors.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in plan.tuned.tensors.items()}
     return {
-        **decisive, "sources": source_digest(*SOURCES), "is_refit": is_refit, "tuned": shapes,
+        **decisive, "sources": source_digest(*SOURCES), "is_refit": plan.source is not None, "tuned": shapes,
         "other_decoder": "small_decoder" in manifest,
     }  # fmt: skip
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 
-# What libraries say when memory ran out but they raise no error type for it: torch, OpenVINO, OpenCV, the CUDA driver,
-# cuBLAS, cuDNN. Three do not name memory as the reason: oneDNN, when it has no memory for its code or its scratchpad;
-# torch, when cuDNN finds no convolution algorithm, because each may need more memory than there is; and Python, when
-# there is no room for a thread's stack.
-OUT_OF_MEMORY = re.compile(
-    r"can'?t allocate memory|cannot allocate memory(?! in static TLS)|(not enough|insufficient|out of) memory|bad.alloc"
-    r"|could not (create|execute) a primitive$|CU\w+_STATUS_\w*ALLOC\w*_FAILED"
+# What libraries say when memory ran out but they raise no error type for it: torch, OpenVINO, OpenCV, TensorRT, the
+# CUDA driver, cuBLAS, cuDNN. Three do not name memory as the reason: oneDNN, when it has no memory for its code or its
+# scratchpad; torch, when cuDNN finds no convolution algorithm, because each may need more memory than there is; and
+# Python, when there is no room for a thread's stack.
+_OUT_OF_MEMORY = re.compile(
+    r"can'?t allocate memory|cannot allocate memory(?! in static TLS)|(not enough|insufficient) memory|out ?of ?memory"
+    r"|bad.?alloc|could not (create|execute) a primitive$|CU\w+_STATUS_\w*ALLOC\w*_FAILED|cudaErrorMemoryAllocation"
     r"|unable to find (an engine to execute|a valid cudnn algorithm)|^can't start new thread$",
     re.I | re.M,
 )
@@ -86,9 +86,14 @@ def last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
+def is_out_of_memory(error: BaseException | str) -> bool:
+    """Return whether an error, or what a library says of one, means that memory ran out."""
+    return isinstance(error, (MemoryError, OutOfMemory)) or bool(_OUT_OF_MEMORY.search(str(error)))
+
+
 def out_of_memory(error: Exception, hint: str) -> OutOfMemory | None:
     """Return an OutOfMemory with the first line of an error that means "out of memory"; None for any other error."""
-    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+    if not is_out_of_memory(error):
         return None
     reason = (str(error).splitlines() or [""])[0]
     return OutOfMemory(f"memory ran out{reason and ': '}{reason}", hint)

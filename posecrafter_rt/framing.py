@@ -38,7 +38,9 @@ def cover_transform(src_size: tuple[int, int], dst_size: tuple[int, int]) -> Cov
     Raises: ShapeError if a side is not positive.
     """
     if min(*src_size, *dst_size) < 1:
-        raise ShapeError(f"a picture of {size_text(src_size)} cannot be fitted to {size_text(dst_size)}")
+        raise ShapeError(
+            f"a picture of {size_text(src_size)} cannot be fitted to {size_text(dst_size)}", "give sides of 1 or more"
+        )
     scale = max(dst_size[0] / src_size[0], dst_size[1] / src_size[1])
     kept = [min(src, max(1, round(dst / scale))) for src, dst in zip(src_size, dst_size, strict=True)]
     return CoverTransform(
@@ -125,7 +127,9 @@ def contact_sheet(rows: Sequence[tuple[str, Frames] | np.ndarray]) -> np.ndarray
     """
     named = [row if isinstance(row, tuple) else ("", row) for row in rows]
     if not named or not all(len(frames) for _, frames in named):
-        raise ShapeError("a contact sheet needs rows, and each row at least one frame")
+        raise ShapeError(
+            "a contact sheet needs rows, and each row at least one frame", "leave out clips without frames"
+        )
     tallest = max(frame.shape[0] for _, frames in named for frame in frames)
     height = _tile_height(tallest)
     strips = []

@@ -60,7 +60,8 @@ def read_video(
     source, fps = stream_video(path, size=size, start=start, stop=stop)
     frames = _gather(source)
     if not len(frames):
-        raise VideoError(f"{path} has no frame" + (f" from frame {start} on" if start else ""))
+        where = f" from frame {start} on" if start else ""
+        raise VideoError(f"{path} has no frame{where}", hint="start earlier, or check that the file is whole")
     return Video(frames, fps)
 
 
@@ -162,7 +163,8 @@ class VideoWriter:
                 self._size = frame.shape[:2]
                 self._guarded(self._open)
             if frame.shape[:2] != self._size:
-                raise ShapeError(f"a frame of {size_text(frame.shape)} follows frames of {size_text(self._size)}")
+                raise ShapeError(f"a frame of {size_text(frame.shape)} follows frames of {size_text(self._size)}",
+                                 hint="give frames of one size: framing.resize_to fits them")  # fmt: skip
             self._guarded(partial(self._encode, frame))
 
     def __exit__(
@@ -171,7 +173,7 @@ class VideoWriter:
         try:
             if kind is None:
                 if self._container is None:
-                    raise VideoError(f"no frame was written to {self.path}")
+                    raise VideoError(f"no frame was written to {self.path}", hint="write at least one")
                 self._guarded(self._finish)
         except BaseException as failure:
             self._abandon()
@@ -260,7 +262,7 @@ def decode_png(data: np.ndarray) -> np.ndarray:
     """Decode the bytes of `encode_png` into the picture. Raises: VideoError for bytes that are not a picture."""
     image = cv2.imdecode(data, cv2.IMREAD_COLOR)
     if image is None:
-        raise VideoError(f"{len(data)} bytes are not a PNG picture")
+        raise VideoError(f"{len(data)} bytes are not a PNG picture", hint="give what encode_png returned")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 

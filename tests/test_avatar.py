@@ -304,7 +304,7 @@ def test_no_denoising_step_waits_for_the_gpu(avatar: Avatar, monkeypatch: pytest
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr("posecrafter_rt.avatar.render_clip", strict)
+    monkeypatch.setattr("posecrafter_rt.avatar_render.render_clip", strict)
     assert np.array_equal(avatar.render(some_poses(2), **options), expected) and watched
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -18,13 +18,13 @@ FOLDERS = {"posecrafter_rt": ROOT / "posecrafter_rt"} | {
 
 # A unit is a file or folder directly below the package.
 LAYERS = {
-    0: ("errors", "config", "spec", "locks", "atomic", "machine", "plain_numbers", "tensor_file"),
+    0: ("errors", "config", "spec", "locks", "atomic", "blob_cache", "machine", "plain_numbers", "tensor_file"),
     1: ("poses", "method", "framing", "video_decoding", "video_io"),
     2: ("ops", "kernels", "_native"),
     3: ("models", "checkpoint"),
     4: ("engines", "export", "tuning", "tuning_losses", "tuning_run", "embedded"),
     5: ("runtime",),
-    6: ("avatar", "avatar_networks", "avatar_once", "building", "engine_training"),
+    6: ("avatar", "avatar_networks", "avatar_once", "avatar_render", "building", "engine_training"),
     7: ("serve", "evaluate", "rendering", "demo"),
     8: ("cli", "__main__"),
 }
@@ -51,6 +51,8 @@ ALLOWED = {
     ("avatar", "avatar_networks"): "the networks that it has loaded",
     ("avatar", "avatar_once"): "what it computes once",
     ("avatar_once", "avatar_networks"): "it computes with them",
+    ("avatar", "avatar_render"): "the render loop",
+    ("avatar_render", "avatar_networks"): "it renders with them",
     ("avatar", "engine_training"): "what it was tuned on",
     ("building", "engine_training"): "what the checkpoint was tuned on",
     ("__main__", "cli"): "the same command",

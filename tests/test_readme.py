@@ -53,13 +53,15 @@ def times_faster(name: str, contender: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "title"), [
-    ("embedded-zen5", "embedded, 128×160 | Zen 5"),
+    ("embedded-zen5", "embedded, 128×160 | Zen 5, by earlier code"),
     ("embedded-zen4", " | Zen 4"),
     ("embedded-avx512", " | Xeon with AVX-512, shared, by earlier code"),
-    ("random-sd15-zen5", "Stable Diffusion 1.5's size, 256×256 | Zen 5"),
+    ("random-sd15-zen5", "Stable Diffusion 1.5's size, 256×256 | Zen 5, by earlier code"),
     ("random-sd15-zen4", " | Zen 4"),
     ("random-sd15-avx512", " | Xeon with AVX-512, shared, by earlier code"),
     ("random-sd15-amx", " | Xeon with AMX, by earlier code"),
+    ("embedded", " | EPYC with AVX2, by earlier code"),
+    ("random-sd15", " | EPYC with AVX2, by earlier code"),
 ])  # fmt: skip
 def test_how_much_faster_it_is_than_both_algorithms_is_what_was_measured(name: str, title: str) -> None:
     cells = [
@@ -76,7 +78,9 @@ def test_frames_a_second_are_what_was_measured() -> None:
 
     names = ("latency-avx512-cpu", "latency-int8-avx512-cpu")
     whole, kept = ([fps(name, every) for name in names] for every in (1, 4))
-    expected = f"a Xeon with AVX-512: {whole[0]}, in int8 {whole[1]}; with features kept over all four {kept[0]} and {kept[1]}."
+    served = [fps(name, 4, "serve", 1) for name in names]
+    expected = (f"a Xeon with AVX-512: {whole[0]}, in int8 {whole[1]}; with features kept over all four {kept[0]} and {kept[1]}, "
+                f"through the server {served[0]} and {served[1]}.")  # fmt: skip
     assert expected in readme()
     older = [fps("latency-int8-zen4-cpu", every, way, 1) for every in (1, 2) for way in ("stream", "serve")]
     expected = "a Zen 4 in int8: {}, through the server {}; with features kept over two of them {} and {};"

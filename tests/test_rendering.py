@@ -117,7 +117,7 @@ def finish(engine: Path, unbroken: Path, video: Path, num_finished: int) -> None
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's memory is Linux's")
 @pytest.mark.parametrize(("target", "moment", "error", "num_finished"), [
-    ("posecrafter_rt.avatar.render_clip", 2, "OutOfMemory: memory ran out", 1),
+    ("posecrafter_rt.avatar_render.render_clip", 2, "OutOfMemory: memory ran out", 1),
     ("posecrafter_rt.video_io.VideoWriter._encode", 1, "VideoError: encoding", 2),
 ])  # fmt: skip
 def test_nothing_is_lost_when_memory_runs_out(
@@ -134,7 +134,7 @@ def test_with_too_little_memory_for_a_segment_a_render_ends_in_shorter_ones(engi
     """60 MB are too little for 100 frames jointly, and enough for half as many."""
     moving_person(100, SIZE).save(tmp_path / "poses.json")
     options = json.dumps({**CHANGES, "segment": 100})
-    report = run_script(STARVED, "posecrafter_rt.avatar.render_clip", 1, 60_000_000, engine, tmp_path / "poses.json",
+    report = run_script(STARVED, "posecrafter_rt.avatar_render.render_clip", 1, 60_000_000, engine, tmp_path / "poses.json",
                         tmp_path / "out.mp4", options, environment=FAITHFUL)  # fmt: skip
     assert isinstance(report, dict), report
     assert max(report["segments"]) <= 50 and not report["claims_byte_equality"]
@@ -249,7 +249,7 @@ def test_another_full_disk_is_told_by_its_own_name(
     def full(*arguments: Any, **named: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/cache")
 
-    monkeypatch.setattr("posecrafter_rt.avatar.render_clip", full)
+    monkeypatch.setattr("posecrafter_rt.avatar_render.render_clip", full)
     with pytest.raises(OSError, match="/elsewhere/cache"):
         render_to_files(avatar, some_poses(9), tmp_path / "out.mp4", options)
     assert not list(tmp_path.iterdir())
@@ -279,7 +279,7 @@ def test_what_a_killed_render_had_moved_is_finished_by_itself_alone(
         if other != options:
             with pytest.raises(OutputExists, match=r"out\.mp4 exists already"):
                 render_to_files(avatar, poses, video, other)
-    monkeypatch.setattr("posecrafter_rt.avatar.render_clip", killed)
+    monkeypatch.setattr("posecrafter_rt.avatar_render.render_clip", killed)
     report = render_to_files(avatar, poses, video, options)
     assert report == json.loads(before["out.report.json"]) and files_in(tmp_path) == before
     assert len(list(tmp_path.iterdir())) == 3
@@ -309,7 +309,7 @@ def test_what_was_made_in_an_outputs_place_meanwhile_is_kept(
     with pytest.raises(OutputExists, match=r"out\.png exists already"):
         render_to_files(avatar, poses, video, JOINTLY, on_step=told)
     assert files_in(tmp_path) == {"out.png": b"mine"}
-    monkeypatch.setattr("posecrafter_rt.avatar.render_clip", None)
+    monkeypatch.setattr("posecrafter_rt.avatar_render.render_clip", None)
     with pytest.raises(OutputExists, match=r"out\.png exists already"):
         render_to_files(avatar, poses, video, JOINTLY)
     render_to_files(avatar, poses, video, JOINTLY, force=True)

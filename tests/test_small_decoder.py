@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines import get_backend
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
-from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.onnx import export_network, save_model
 from posecrafter_rt.export.verify import default_cases, verify_network
 from posecrafter_rt.models.small_decoder import describe_config, new_small_decoder

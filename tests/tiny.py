@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.avatar_render import SegmentRender
 from posecrafter_rt.building import BuildOptions
 from posecrafter_rt.engines import Engine
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.rendering import render_to_files
 from posecrafter_rt.runtime.options import RenderOptions
-from posecrafter_rt.runtime.report import RenderReport
-from posecrafter_rt.runtime.segments import Split
 from posecrafter_rt.spec import NETWORK_NAMES, SHALLOW_STREAM, SHALLOW_UNET
 
 SIZE = (32, 32)
@@ -37,15 +36,15 @@ def some_poses(count: int, seed: int = 3, size: tuple[int, int] = SIZE) -> PoseS
 
 def break_off(avatar: Avatar, poses: PoseSequence, video: Path, options: RenderOptions, after: int) -> None:
     """Render to files, and be interrupted once so many segments are done."""
-    decode = avatar._decode
+    decode = SegmentRender._decode
 
-    def interrupted(latents: Tensor, split: Split, report: RenderReport, *others: Any) -> Iterator[np.ndarray]:
-        if len(report.segments) == after:
+    def interrupted(render: SegmentRender, *others: Any) -> Iterator[np.ndarray]:
+        if len(render.report.segments) == after:
             raise KeyboardInterrupt
-        return decode(latents, split, report, *others)
+        return decode(render, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(avatar, "_decode", interrupted)
+        patch.setattr(SegmentRender, "_decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             render_to_files(avatar, poses, video, options)
 

@@ -145,20 +145,29 @@ def check_inputs(spec: NetworkSpec, inputs: Mapping[str, Tensor]) -> None:
     """
     names = [tensor.name for tensor in spec.inputs]
     if set(names) != set(inputs):
-        raise ShapeError(f"{spec.name} takes {', '.join(names)}; it was given {', '.join(inputs)}")
+        raise ShapeError(
+            f"{spec.name} takes {', '.join(names)}; it was given {', '.join(inputs)}", "give each of them by its name"
+        )
     sizes: dict[str, int] = {}
     for expected in spec.inputs:
         given = inputs[expected.name]
         is_kept = expected.dtype == "kept"
         if not (given.is_floating_point() if is_kept else given.dtype == DTYPES[expected.dtype]):
             raise ShapeError(
-                f"{spec.name}: {expected.name} is {given.dtype}, not {'floats' if is_kept else DTYPES[expected.dtype]}"
+                f"{spec.name}: {expected.name} is {given.dtype}, not {'floats' if is_kept else DTYPES[expected.dtype]}",
+                "convert it before: tensor.to(dtype)",
             )
         if not _fits(expected.dims, given.shape, sizes):
             known = f" with {', '.join(f'{name} {size}' for name, size in sizes.items())}" if sizes else ""
-            raise ShapeError(f"{spec.name}: {expected.name} is {tuple(given.shape)}, not {expected.dims}{known}")
+            raise ShapeError(
+                f"{spec.name}: {expected.name} is {tuple(given.shape)}, not {expected.dims}{known}",
+                "give 1 or more in every dimension, and the same number wherever a name is the same",
+            )
     if sizes.get("frames", 0) % sizes.get("groups", 1):
-        raise ShapeError(f"{spec.name}: {sizes['frames']} frames do not divide into {sizes['groups']} groups")
+        raise ShapeError(
+            f"{spec.name}: {sizes['frames']} frames do not divide into {sizes['groups']} groups",
+            "give every group as many frames",
+        )
 
 
 def cast(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:

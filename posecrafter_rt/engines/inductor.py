@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from posecrafter_rt.atomic import sha256_json
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import (
     TORCH_DTYPES,
@@ -37,7 +38,7 @@ from posecrafter_rt.engines.device import describe_compiled_device, torch_device
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.own_settings import own_settings
 from posecrafter_rt.engines.refit import (
-    WIDER,
+    HINT_BF16,
     Graphs,
     changed_weights,
     check_graph,
@@ -47,7 +48,6 @@ from posecrafter_rt.engines.refit import (
     write_graphs,
 )
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, EngineFolderError
-from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.machine import cpu_features, library_versions
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
 from posecrafter_rt.tensor_file import save_tensors
@@ -102,7 +102,7 @@ class InductorEngine:
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """See `Engine.swap_weights`. The weights are changed in place, so they need not be bound anew."""
         fitting = fitting_weights({name: tuple(tensor.shape) for name, tensor in self._weights.items()}, tensors)
-        swapped = {name: in_stored_type(name, tensor, self._weights[name].dtype, CheckpointError, WIDER)
+        swapped = {name: in_stored_type(name, tensor, self._weights[name].dtype, CheckpointError, HINT_BF16)
                    for name, tensor in fitting.items()}  # fmt: skip
         for name, tensor in swapped.items():
             self._weights[name].copy_(tensor)

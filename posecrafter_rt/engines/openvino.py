@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.atomic import sha256_file
+from posecrafter_rt.blob_cache import BlobCache, MappedBlob
 from posecrafter_rt.engines.base import (
     FULL_PRECISION,
     Engine,
@@ -47,7 +48,6 @@ from posecrafter_rt.engines.openvino_request import Request
 from posecrafter_rt.engines.openvino_streams import following, leave_out_reference
 from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, in_stored_type, read_graphs, write_graphs
 from posecrafter_rt.errors import CheckpointError, EngineFolderError, last_line
-from posecrafter_rt.export.blob_cache import BlobCache, MappedBlob, graph_cache
 from posecrafter_rt.machine import (
     available_bytes,
     core_quota,
@@ -271,6 +271,7 @@ class OpenVinoBackend:
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
         """Count the networks that are still to be traced."""
+        from posecrafter_rt.export.graphs import graph_cache
         from posecrafter_rt.export.prefill import missing_graphs
 
         return len(missing_graphs(model, arch, graph_cache()))
@@ -285,6 +286,7 @@ class OpenVinoBackend:
         """
         import openvino
 
+        from posecrafter_rt.export.graphs import graph_cache
         from posecrafter_rt.export.onnx import export_network, save_model
         from posecrafter_rt.export.prefill import prefill
 

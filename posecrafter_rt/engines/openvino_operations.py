@@ -24,10 +24,10 @@ import numpy as np
 
 from posecrafter_rt import config
 from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
+from posecrafter_rt.blob_cache import MappedBlob
 from posecrafter_rt.engines.base import BEYOND_FP16, Precision, inner_precision
 from posecrafter_rt.engines.openvino_trials import Trial, all_trials
 from posecrafter_rt.errors import PoseCrafterError, last_line
-from posecrafter_rt.export.blob_cache import MappedBlob
 from posecrafter_rt.machine import cpu_features, usable_cores
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posecrafter_rt.blob_cache import MappedBlob
 from posecrafter_rt.engines.openvino_operations import packing_from
-from posecrafter_rt.export.blob_cache import MappedBlob
 from posecrafter_rt.spec import NetworkSpec, TensorSpec
 
 

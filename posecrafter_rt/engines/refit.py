@@ -20,10 +20,10 @@ from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
 GRAPHS_FILE = "graphs.json"  # in a networks folder: the hash of each network's graph, without weights
-WITHOUT = "build without --refit"
-WIDER = "build the engine with --precision bf16"
-WIDER_THAN_ALL = "no precision holds it: tune again, perhaps with a lower --learning-rate"
-ANEW_AND_WIDER = f"{WITHOUT}, with --precision bf16"
+HINT_NO_REFIT = "build without --refit"
+HINT_BF16 = "build the engine with --precision bf16"
+HINT_TUNE_AGAIN = "no precision holds it: tune again, perhaps with a lower --learning-rate"
+HINT_NO_REFIT_BF16 = f"{HINT_NO_REFIT}, with --precision bf16"
 
 Graphs = dict[str, str | None]
 
@@ -73,7 +73,7 @@ def check_source(source: EngineFolder, wanted: Mapping[str, Any]) -> None:
     built, here = source.manifest.get("libraries", {}), wanted.get("libraries", {})
     for name in sorted(here):
         if name != "python" and built.get(name) != here[name]:  # no network depends on Python's version
-            raise _refusal(source.path, f"its {name} is {built.get(name)}, not {here[name]}", WITHOUT)
+            raise _refusal(source.path, f"its {name} is {built.get(name)}, not {here[name]}", HINT_NO_REFIT)
 
 
 def _differing(theirs: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -85,11 +85,11 @@ def _differing(theirs: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 def _hint(name: str, theirs: str) -> str:
     if name in ("backend", "precision", "size", "max_frames"):
-        return f"give --{name.replace('_', '-')} {theirs}, or {WITHOUT}"
-    return WITHOUT
+        return f"give --{name.replace('_', '-')} {theirs}, or {HINT_NO_REFIT}"
+    return HINT_NO_REFIT
 
 
-def _refusal(path: Path, difference: str, hint: str = WITHOUT) -> EngineFolderError:
+def _refusal(path: Path, difference: str, hint: str = HINT_NO_REFIT) -> EngineFolderError:
     return EngineFolderError(f"{path} cannot be refitted to this checkpoint: {difference}", hint)
 
 
@@ -124,7 +124,7 @@ def check_graph(folder: Path, graphs: Graphs, name: str, digest: str) -> None:
 
 def in_stored_type(
     name: str, tensor: Tensor, dtype: torch.dtype, error: type[PoseCrafterError] = EngineFolderError,
-    hint: str = ANEW_AND_WIDER,
+    hint: str = HINT_NO_REFIT_BF16,
 ) -> Tensor:  # fmt: skip
     """Return a weight in the type that an engine stores it in, contiguous.
 
@@ -132,7 +132,7 @@ def in_stored_type(
     """
     stored = tensor.detach().to(dtype).contiguous()
     if not torch.isfinite(stored).all():
-        raise error(f"{name} does not fit {dtype}", hint if dtype == torch.float16 else WIDER_THAN_ALL)
+        raise error(f"{name} does not fit {dtype}", hint if dtype == torch.float16 else HINT_TUNE_AGAIN)
     return stored
 
 
@@ -142,7 +142,7 @@ def changed_weights(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor])
     weights: in the types that they are to be stored in.
     Raises: EngineFolderError if one of them is beyond its type's range; those that are stored already are not checked.
     """
-    hint = ANEW_AND_WIDER if stored else WIDER
+    hint = HINT_NO_REFIT_BF16 if stored else HINT_BF16
     return {name: in_stored_type(name, tensor, tensor.dtype, hint=hint) for name, tensor in weights.items()
             if name not in stored or not same_bits(stored[name], tensor)}  # fmt: skip
 

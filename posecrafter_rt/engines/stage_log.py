@@ -9,8 +9,8 @@ import json
 import time
 from typing import Any
 
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.config import cache_dir
-from posecrafter_rt.export.blob_cache import BlobCache
 
 
 class StageLog:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import (
     BEYOND_FP16,
@@ -32,9 +33,9 @@ from posecrafter_rt.engines.description import read_description, write_descripti
 from posecrafter_rt.engines.device import DRIVER, cuda_driver, describe_compiled_device, gpu_name, is_driver_older
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.refit import (
-    ANEW_AND_WIDER,
     GRAPHS_FILE,
-    WITHOUT,
+    HINT_NO_REFIT,
+    HINT_NO_REFIT_BF16,
     Graphs,
     changed_weights,
     check_graph,
@@ -47,7 +48,6 @@ from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_l
 from posecrafter_rt.engines.tensorrt_plugins import PLUGIN_OPS, register_plugins
 from posecrafter_rt.engines.tensorrt_runtime import TensorRTEngine, Workspace, refit
 from posecrafter_rt.errors import EngineFolderError, first_line
-from posecrafter_rt.export.blob_cache import BlobCache, graph_cache
 from posecrafter_rt.export.shapes import random_inputs, split_dim
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.machine import library_versions
@@ -73,12 +73,12 @@ TOLERANCES = {"fp32": 4e-4, "fp16": 0.02, "bf16": 0.12}
 # What to do about a plan that misses them; the second if it is in fp16. Unlike PyTorch, TensorRT may add up products of
 # float16 in float16 (its issue 2942), which neither the range nor the precision of a network need allow.
 IF_BUILT = ("--backend torch", "--precision bf16 or --backend torch")
-IF_REFITTED = (WITHOUT, ANEW_AND_WIDER)
+IF_REFITTED = (HINT_NO_REFIT, HINT_NO_REFIT_BF16)
 
 log = logging.getLogger(__name__)
 
 
-def network_precision(name: str, precision: Precision) -> tuple[Precision, bool]:
+def plan_precision(name: str, precision: Precision) -> tuple[Precision, bool]:
     """Return a network's precision inside an engine of this precision, and whether its float32 products may be TF32."""
     inner = inner_precision(name, precision)
     # TF32 has float16's mantissa but a wider range. In bf16 it is for operators that TensorRT does not have in bf16.
@@ -121,6 +121,7 @@ class TensorRTBackend:
 
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
         """Count the networks that are still to be traced, and one more if nothing was timed on this GPU yet."""
+        from posecrafter_rt.export.graphs import graph_cache
         from posecrafter_rt.export.prefill import missing_graphs
 
         is_timed = _timings().holds(_timings_key())
@@ -134,6 +135,7 @@ class TensorRTBackend:
         Traced graphs and the timing cache are kept in the user's cache. The timing cache is saved after each network,
         so the next build has it even if this one fails; a copy of it lies in the folder.
         """
+        from posecrafter_rt.export.graphs import graph_cache
         from posecrafter_rt.export.onnx import export_network
         from posecrafter_rt.export.prefill import prefill
 
@@ -208,7 +210,7 @@ class TensorRTBackend:
         with torch.inference_mode():
             expected = network(*inputs.values())
         given = {name: tensor.to(device) for name, tensor in inputs.items()}  # at one address, else nothing is replayed
-        inner, allow_tf32 = network_precision(spec.name, precision)
+        inner, allow_tf32 = plan_precision(spec.name, precision)
         tolerance, worst = max(TOLERANCES[inner], TOLERANCES["fp16"] if allow_tf32 else 0), 0.0
         for _ in range(3):
             outputs = engine(**given)
@@ -255,7 +257,7 @@ def _build_network(
     """Write a network's plan and weights; return what `write_description` takes, and `build_plan`'s timings."""
     from posecrafter_rt.export.onnx import save_model
 
-    inner, allow_tf32 = network_precision(spec.name, precision)
+    inner, allow_tf32 = plan_precision(spec.name, precision)
     plugins, attentions = prepare_graph(graph, spec, arch, inner, torch.cuda.get_device_capability())
     save_tensors(initialisers(graph), folder / f"{spec.name}.safetensors")
     path = folder / f"{spec.name}.onnx"
@@ -359,7 +361,7 @@ def _refit_plan(
 ) -> None:
     """Write a network's plan with changed weights; the GPU holds it only meanwhile."""
     plan = _deserialize(source, name, rebuild_networks_hint(source))
-    refit(plan, changed, weights, weights.__getitem__, WITHOUT)
+    refit(plan, changed, weights, weights.__getitem__, HINT_NO_REFIT)
     (folder / f"{name}.plan").write_bytes(_serialize(plan))
 
 
@@ -371,7 +373,7 @@ def _serialize(plan: trt.ICudaEngine) -> bytes:
     config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
     blob = plan.serialize_with_config(config)
     if blob is None:
-        raise failure("TensorRT cannot write the refitted plan", WITHOUT)
+        raise failure("TensorRT cannot write the refitted plan", HINT_NO_REFIT)
     return bytes(blob)
 
 

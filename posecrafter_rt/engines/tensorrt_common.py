@@ -6,7 +6,6 @@ Layer 4.
 from __future__ import annotations
 
 import logging
-import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -14,12 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
+from posecrafter_rt.errors import OutOfMemory, PoseCrafterError, is_out_of_memory
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad.?alloc|cudaErrorMemoryAllocation", re.I)
 FREE_MEMORY = "free some of the GPU's memory, or build the engine with a smaller --max-frames or --size"
 DEBUG = "run again with --debug"
 CHECK_DRIVER = "update the NVIDIA driver if it is older than this TensorRT, or use --backend torch"
@@ -102,7 +100,7 @@ def take_errors() -> list[str]:
 def explain(what: str, errors: Sequence[str], hint: str, kind: type[PoseCrafterError]) -> PoseCrafterError:
     """Return `failure`'s error with one of these reasons: a lack of memory if there is one, else the last."""
     for error in errors:
-        if OUT_OF_MEMORY.search(error):
+        if is_out_of_memory(error):
             return OutOfMemory(f"{what}: {_first_line(error)}", FREE_MEMORY)
     return kind(f"{what}: {_first_line(errors[-1])}" if errors else what, hint)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from posecrafter_rt.engines.base import InputChecker, fitting_weights
 from posecrafter_rt.engines.cuda_graphs import recording
 from posecrafter_rt.engines.folder import rebuild_networks_hint
-from posecrafter_rt.engines.refit import WIDER, in_stored_type
+from posecrafter_rt.engines.refit import HINT_BF16, in_stored_type
 from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_logger, start, torch_dtype, trt_dtype
 from posecrafter_rt.errors import CheckpointError, PoseCrafterError, ShapeError, first_line
 from posecrafter_rt.export.shapes import resolve_shape, split_dim
@@ -302,7 +302,7 @@ def refit(
     if missing:
         raise CheckpointError(f"the engine cannot replace {min(missing)}", hint)
     for name, tensor in changed.items():
-        give(name, in_stored_type(name, tensor, stored(name).dtype, CheckpointError, WIDER))
+        give(name, in_stored_type(name, tensor, stored(name).dtype, CheckpointError, HINT_BF16))
     for name in refitter.get_missing_weights():
         if name not in names:
             raise CheckpointError(f"the engine merged {name or 'a constant'} with a weight", hint)

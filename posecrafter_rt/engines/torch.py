@@ -29,7 +29,7 @@ from posecrafter_rt.engines.base import (
 from posecrafter_rt.engines.cuda_graphs import Recorder
 from posecrafter_rt.engines.device import describe_device, multiplies, torch_device
 from posecrafter_rt.engines.own_settings import own_settings
-from posecrafter_rt.engines.refit import WIDER, WITHOUT, changed_weights, in_stored_type
+from posecrafter_rt.engines.refit import HINT_BF16, HINT_NO_REFIT, changed_weights, in_stored_type
 from posecrafter_rt.errors import CheckpointError, EngineFolderError
 from posecrafter_rt.models.blocks import channels_last, do_in_parts
 from posecrafter_rt.models.empty import describe_modules, empty_modules
@@ -86,7 +86,7 @@ class TorchEngine:
         """See `Engine.swap_weights`. Networks that share a module share the swap."""
         parameters = dict(self.module.named_parameters())
         fitting = fitting_weights({name: tuple(p.shape) for name, p in parameters.items()}, tensors)
-        swapped = {name: in_stored_type(name, tensor, parameters[name].dtype, CheckpointError, WIDER)
+        swapped = {name: in_stored_type(name, tensor, parameters[name].dtype, CheckpointError, HINT_BF16)
                    for name, tensor in fitting.items()}  # fmt: skip
         with torch.no_grad():
             for name, tensor in swapped.items():
@@ -142,7 +142,7 @@ class TorchBackend:
         description = describe_modules(model)
         if (source / COMPONENTS_FILE).read_text(encoding="utf-8") != description:
             raise EngineFolderError(f"{source.parent} cannot be refitted to this checkpoint: its configuration differs",
-                                    WITHOUT)  # fmt: skip
+                                    HINT_NO_REFIT)  # fmt: skip
         for name, module in model.modules().items():
             progress(name)
             file, weights = f"{name}.safetensors", _weights(name, module, precision)
@@ -162,7 +162,7 @@ class TorchBackend:
         for name, module in modules.items():
             stored = load_file(networks_folder / f"{name}.safetensors", device=str(device))
             inner = inner_precision(name, precision)
-            weights = _cast_weights(_in_use(stored), TORCH_DTYPES[inner])
+            weights = _cast_weights(_channels_first(stored), TORCH_DTYPES[inner])
             if not multiplies(inner, device):
                 weights = keep_narrow(module, weights)
             module.load_state_dict(weights, assign=True)
@@ -192,7 +192,7 @@ def _named(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{component}.{key}": tensor for key, tensor in weights.items()}
 
 
-def _in_use(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _channels_first(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what `_weights` stored with its dimensions in the order of modules, as views."""
     return {key: tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor for key, tensor in stored.items()}
 

@@ -20,7 +20,7 @@ from posecrafter_rt.errors import ModelError, PoseCrafterError, ShapeError
 Denoise = Callable[[Tensor, int, int], Tensor]
 """(latents, index into `timesteps(num_inference_steps)`, timestep) -> noise prediction, the shape of latents."""
 
-OnStep = Callable[[int, Tensor], Tensor]
+BeforeStep = Callable[[int, Tensor], Tensor]
 """(index, latents before that step) -> the latents to denoise: the given ones, or others of their shape in memory of
 their own. Later steps overwrite the given ones."""
 
@@ -261,7 +261,7 @@ def ddim_sample(
     num_inference_steps: int,
     *,
     start_step: int = 0,
-    on_step: OnStep | None = None,
+    before_step: BeforeStep | None = None,
 ) -> Tensor:
     """Denoise latents deterministically (DDIM, eta = 0).
 
@@ -272,7 +272,7 @@ def ddim_sample(
         schedule: noise levels and timesteps.
         num_inference_steps: steps of the whole schedule.
         start_step: the first step to do, 0..num_inference_steps; steps before it count as done.
-        on_step: called before step i (counted from 0) with (i, latents in the arithmetic's dtype). It returns the
+        before_step: called before step i (counted from 0) with (i, latents in the arithmetic's dtype). It returns the
             latents to denoise, and may edit the given ones in place; later steps overwrite those. This hook does the
             latent edit at step tau, at i = start_step + tau - 1.
     Returns: clean latents, dtype and shape of latents, new tensor.
@@ -287,7 +287,7 @@ def ddim_sample(
         return state
 
     timesteps = schedule.timesteps(num_inference_steps).tolist()
-    return walk(denoise, latents, timesteps, step, start_step=start_step, on_step=on_step)
+    return walk(denoise, latents, timesteps, step, start_step=start_step, before_step=before_step)
 
 
 def walk(
@@ -297,7 +297,7 @@ def walk(
     step: Callable[[int, Tensor, Tensor], Tensor],
     *,
     start_step: int = 0,
-    on_step: OnStep | None = None,
+    before_step: BeforeStep | None = None,
 ) -> Tensor:
     """Run the loop of every sampler; see `ddim_sample`. Between calls of `denoise` it neither allocates nor waits.
 
@@ -310,7 +310,7 @@ def walk(
         )
     denoise, state = _in_full_precision(denoise, latents)
     for index in range(start_step, len(timesteps)):
-        edited = state if on_step is None else on_step(index, state)
+        edited = state if before_step is None else before_step(index, state)
         if edited is not state:  # it is the caller's, so no step may overwrite it
             state.copy_(edited)
         state = step(index, state, denoise(state, index, timesteps[index]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.errors import PoseCrafterError
-from posecrafter_rt.method.ddim import Coefficients, DDIMSchedule, Denoise, OnStep, buffers, ddim_step, walk
+from posecrafter_rt.method.ddim import BeforeStep, Coefficients, DDIMSchedule, Denoise, buffers, ddim_step, walk
 
 Terms = tuple[Coefficients, tuple[float, float, float]]
 """The terms of one step: x_0's `DDIMSchedule.clean_coefficients`; the weights of latents, x_0 and the previous x_0.
@@ -81,16 +81,19 @@ def _extrapolation(schedule: DPMSchedule, *timesteps: int) -> float:
     return (after - here) / (2 * (here - before))
 
 
-def dpmpp_step_(latents: Tensor, noise_pred: Tensor, before: Tensor, clean: Tensor, terms: Terms) -> Tensor:
+def dpmpp_step_(
+    latents: Tensor, noise_pred: Tensor, before: Tensor, pred_original_sample: Tensor, terms: Terms
+) -> Tensor:
     """Do one step in place.
 
-    Args: latents: **modified in place**; before: the `clean` of the previous step, not read if its weight is 0; clean:
-        **overwritten** by the x_0 of this step. All have one shape and dtype, and each has memory of its own.
+    Args: latents: **modified in place**; before: the `pred_original_sample` of the previous step, not read if its
+        weight is 0; pred_original_sample: **overwritten** by the x_0 of this step. All have one shape and dtype, and
+        each has memory of its own.
     Returns: latents.
     """
-    to_clean, (of_latents, of_clean, of_before) = terms
-    ddim_step(latents, noise_pred, to_clean, out=clean)
-    latents.mul_(of_latents).add_(clean, alpha=of_clean)
+    to_clean, (of_latents, of_sample, of_before) = terms
+    ddim_step(latents, noise_pred, to_clean, out=pred_original_sample)
+    latents.mul_(of_latents).add_(pred_original_sample, alpha=of_sample)
     return latents.add_(before, alpha=of_before) if of_before else latents
 
 
@@ -103,21 +106,21 @@ def dpmpp_sample(
     *,
     start_step: int = 0,
     restart_step: int | None = None,
-    on_step: OnStep | None = None,
+    before_step: BeforeStep | None = None,
 ) -> Tensor:
     """Denoise latents deterministically, as diffusers' `DPMSolverMultistepScheduler` does with `euler_at_final`.
 
-    Args: as `ddim_sample`. restart_step: a step before which `on_step` changes the latents, so that the previous x_0 is
-        no longer theirs. That step is of first order, like the first one that is done.
+    Args: as `ddim_sample`. restart_step: a step before which `before_step` changes the latents, so that the previous
+        x_0 is no longer theirs. That step is of first order, like the first one that is done.
     Returns, raises: as `ddim_sample`.
     """
     terms = dpmpp_terms(schedule, num_inference_steps, start_step=start_step, restart_step=restart_step)
-    before, clean = buffers(latents, 2)
+    before, pred_original_sample = buffers(latents, 2)
 
     def step(index: int, state: Tensor, noise_pred: Tensor) -> Tensor:
-        nonlocal before, clean
-        before, clean = clean, before
-        return dpmpp_step_(state, noise_pred, before, clean, terms[index])
+        nonlocal before, pred_original_sample
+        before, pred_original_sample = pred_original_sample, before
+        return dpmpp_step_(state, noise_pred, before, pred_original_sample, terms[index])
 
     timesteps = schedule.timesteps(num_inference_steps).tolist()
-    return walk(denoise, latents, timesteps, step, start_step=start_step, on_step=on_step)
+    return walk(denoise, latents, timesteps, step, start_step=start_step, before_step=before_step)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from posecrafter_rt.method.ddim import Coefficients, Denoise, OnStep, buffers, ddim_step, walk
+from posecrafter_rt.method.ddim import BeforeStep, Coefficients, Denoise, buffers, ddim_step, walk
 from posecrafter_rt.method.dpmpp import DPMSchedule
 
 Weights = tuple[float, float, float, float]
@@ -90,38 +90,38 @@ def unipc_sample(
     *,
     start_step: int = 0,
     restart_step: int | None = None,
-    on_step: OnStep | None = None,
+    before_step: BeforeStep | None = None,
 ) -> Tensor:
     """Denoise latents deterministically, as diffusers' `UniPCMultistepScheduler` does with order 2 and `bh2`.
 
     Its timesteps are those of DPM-Solver++. One prediction, made before the latents are corrected, serves both the
     correction and the next step.
-    Args: as `ddim_sample`. restart_step: a step before which `on_step` changes the latents. Nothing computed before is
-        theirs any longer, so it starts afresh like the first step.
+    Args: as `ddim_sample`. restart_step: a step before which `before_step` changes the latents. Nothing computed before
+        is theirs any longer, so it starts afresh like the first step.
     Returns, raises: as `ddim_sample`.
     """
     terms = unipc_terms(schedule, num_inference_steps, start_step=start_step, restart_step=restart_step)
-    # Of the previous step: the latents it began with; x_0 at its start, one step earlier, and at its end.
-    origin, clean, before, predicted = buffers(latents, 4)
+    # Of the previous step: the latents it began with; the x_0 predicted at its start, one step earlier, and at its end.
+    origin, at_start, before, at_end = buffers(latents, 4)
 
     def step(index: int, state: Tensor, noise_pred: Tensor) -> Tensor:
-        nonlocal origin, clean, before, predicted
+        nonlocal origin, at_start, before, at_end
         to_clean, corrector, predictor = terms[index]
-        ddim_step(state, noise_pred, to_clean, out=predicted)
+        ddim_step(state, noise_pred, to_clean, out=at_end)
         if corrector is not None:
-            state, origin = _combine(corrector, origin, (clean, before, predicted), out=origin), state
-        clean, before, predicted = predicted, clean, before
-        state, origin = _combine(predictor, state, (clean, before), out=origin), state
+            state, origin = _combine(corrector, origin, (at_start, before, at_end), out=origin), state
+        at_start, before, at_end = at_end, at_start, before
+        state, origin = _combine(predictor, state, (at_start, before), out=origin), state
         return state
 
     timesteps = schedule.timesteps(num_inference_steps).tolist()
-    return walk(denoise, latents, timesteps, step, start_step=start_step, on_step=on_step)
+    return walk(denoise, latents, timesteps, step, start_step=start_step, before_step=before_step)
 
 
-def _combine(weights: Weights, latents: Tensor, cleans: tuple[Tensor, ...], *, out: Tensor) -> Tensor:
+def _combine(weights: Weights, latents: Tensor, pred_original_samples: tuple[Tensor, ...], *, out: Tensor) -> Tensor:
     """Return the weighted sum in `out`, which may be `latents`. Tensors of weight 0 are not read."""
     combined = torch.mul(latents, weights[0], out=out)
-    for weight, clean in zip(weights[1:], cleans, strict=False):
+    for weight, pred_original_sample in zip(weights[1:], pred_original_samples, strict=False):
         if weight:
-            combined.add_(clean, alpha=weight)
+            combined.add_(pred_original_sample, alpha=weight)
     return combined

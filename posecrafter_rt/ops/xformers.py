@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posecrafter_rt.errors import OUT_OF_MEMORY, first_line
+from posecrafter_rt.errors import first_line, is_out_of_memory
 
 
 def keyframe_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -39,7 +39,7 @@ def failure(device: torch.device, dtype: torch.dtype, head_size: int) -> str | N
             q = torch.zeros(1, 16, head_size, device=device, dtype=dtype, requires_grad=True)
             keyframe_attention(q, q, q, heads=1).sum().backward()
     except (ImportError, RuntimeError) as error:  # xformers' own NotImplementedError is one of the latter
-        if OUT_OF_MEMORY.search(str(error)):
+        if is_out_of_memory(error):
             raise
         return f"xformers cannot run: {first_line(error)}"
     return None

@@ -1,6 +1,6 @@
 """Sample the next segment in a thread while the frames of the one before are decoded and taken.
 
-Layer 5: `avatar` decides what is sampled, and whether it may be.
+Layer 5: `avatar_render` decides what is sampled, `avatar` whether it may be.
 """
 
 from __future__ import annotations

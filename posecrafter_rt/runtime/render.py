@@ -1,6 +1,7 @@
-"""The render loop: edited latents in, frames out. Read this file first.
+"""The render loop of one segment: edited latents in, frames out. Read this file first.
 
-Layer 5.
+Layer 5. Beside it, `prepare` is everything that is computed once, `denoiser` what every step calls, and `method.ddim`
+has the walk over the steps. `avatar_render` is the loop over the segments of a clip.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from posecrafter_rt.engines.base import Engine, beside
 from posecrafter_rt.errors import NotFinite
 from posecrafter_rt.method import DDIMSchedule, DPMSchedule, ddim_sample, dpmpp_sample, unipc_sample
 from posecrafter_rt.ops import affine_warp_paste_
+from posecrafter_rt.runtime.denoiser import Denoiser, Every, Tables
 from posecrafter_rt.runtime.options import Decoder, RenderOptions
-from posecrafter_rt.runtime.prepare import Clip, Denoiser, Every, Tables
+from posecrafter_rt.runtime.prepare import Clip
 from posecrafter_rt.runtime.segments import ramp
 from posecrafter_rt.spec import SMALL_DECODER
 
@@ -59,8 +61,10 @@ def render_clip(
         if isinstance(schedule, DPMSchedule):
             sample = unipc_sample if options.sampler == "unipc" else dpmpp_sample
             return sample(denoise, clip.latents, schedule, steps, start_step=options.start_step,
-                          restart_step=edit_step, on_step=before_step)  # fmt: skip
-        return ddim_sample(denoise, clip.latents, schedule, steps, start_step=options.start_step, on_step=before_step)
+                          restart_step=edit_step, before_step=before_step)  # fmt: skip
+        return ddim_sample(
+            denoise, clip.latents, schedule, steps, start_step=options.start_step, before_step=before_step
+        )
 
 
 def blend(carried: Tensor | None, latents: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Layer 5: integers only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from posecrafter_rt.errors import PoseCrafterError
 
@@ -22,9 +22,20 @@ class Segment(NamedTuple):
     settled: int
 
 
-# What had to change during a render, for its report: `frame`, the first one for which it holds; `reason`; and `segment`
-# with `overlap`, or `precision`, or `tokens_at_once`. `inversion`: true if the inversion was done in that precision, too.
-Adjustment = dict[str, Any]
+class Adjustment(TypedDict, total=False):
+    """What had to change during a render, for its report, as JSON values.
+
+    frame: the first one for which it holds. Beside it and `reason` there is what holds from then on: `segment` with
+    `overlap`, or `precision`, or `tokens_at_once`. inversion: true if the inversion was done in that precision, too.
+    """
+
+    frame: int
+    reason: str
+    segment: int
+    overlap: int
+    precision: str
+    tokens_at_once: int
+    inversion: bool
 
 
 class SegmentChoice(NamedTuple):

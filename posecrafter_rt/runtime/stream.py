@@ -83,28 +83,32 @@ def sample_reference(
     """
     denoise = StreamDenoiser(engines, sampling, 0)
     embedding = embed_poses(engines, PoseSequence(pose[None], size), size)
-    latents, cleans, parts = inverted_latents[None].clone(), _cleans(inverted_latents, sampling), []
+    latents, parts = inverted_latents[None].clone(), []
+    pred_original_samples = _room_for_samples(inverted_latents, sampling)
     for index in range(len(sampling.terms)):
         predicted = denoise(latents, embedding, slice(index, index + 1))
         parts.append({name: {key: kept.clone() for key, kept in tensors.items()}
                       for name, tensors in predicted.memory.items()})  # fmt: skip
-        _step_(latents, predicted.noise_pred, cleans, index, sampling)
+        _step_(latents, predicted.noise_pred, pred_original_samples, index, sampling)
     memory = {name: {key: torch.cat([part[name][key] for part in parts]) for key in tensors}
               for name, tensors in parts[0].items()}  # fmt: skip
     frame = next(decode(engines, latents, decoder))
     return StreamReference(pose, inverted_latents, frame, sampling, memory, decoder)
 
 
-def _cleans(inverted_latents: Tensor, sampling: Sampling) -> Tensor:
-    """Make room for the x_0 of the last frame at each step: (S, 4, h, w)."""
+def _room_for_samples(inverted_latents: Tensor, sampling: Sampling) -> Tensor:
+    """Make room for the x_0 that is predicted for the last frame at each step: (S, 4, h, w)."""
     return inverted_latents.new_zeros(len(sampling.terms), *inverted_latents.shape)
 
 
 @torch.inference_mode()
-def _step_(latents: Tensor, noise_pred: Tensor, cleans: Tensor, step: int, sampling: Sampling) -> None:
-    """Take a frame (1, 4, h, w) through a step, in place. The first step has no x_0 before it, and reads none."""
-    before, clean = cleans[step - 1 : step], cleans[step : step + 1]
-    dpmpp_step_(latents, noise_pred, before, clean, sampling.terms[step])
+def _step_(latents: Tensor, noise_pred: Tensor, samples: Tensor, step: int, sampling: Sampling) -> None:
+    """Take a frame (1, 4, h, w) through a step, in place. The first step has no x_0 before it, and reads none.
+
+    samples: the x_0 that each step predicted; see `_room_for_samples`.
+    """
+    before, pred_original_sample = samples[step - 1 : step], samples[step : step + 1]
+    dpmpp_step_(latents, noise_pred, before, pred_original_sample, sampling.terms[step])
 
 
 class AvatarStream:
@@ -134,10 +138,10 @@ class AvatarStream:
         """Go on with these networks; the next frame attends to the reference only."""
         self._denoiser = StreamDenoiser(engines, reference.sampling, self.options.window, reference.memory)
         self.engines, self.reference, self._frame = engines, reference, reference.frame
-        self._flights: list[_Flight] = []
+        self._pending: list[_PendingFrame] = []
         # Everything that steps write to, made once; the first frame sizes the last three.
-        self._cleans = _cleans(reference.inverted_latents, reference.sampling)
-        self._latents, self._embeddings = (self._cleans.new_empty(0) for _ in range(2))
+        self._pred_original_samples = _room_for_samples(reference.inverted_latents, reference.sampling)
+        self._latents, self._embeddings = (self._pred_original_samples.new_empty(0) for _ in range(2))
         self._features: dict[str, Tensor] = {}  # of the last whole step, for the shallow steps after it
         self._is_closed = False
 
@@ -166,7 +170,7 @@ class AvatarStream:
         if os.getpid() != self._process:  # as for the avatar: see `Networks`
             raise PoseCrafterError("this stream was opened before a fork", "load its avatar in each worker")
         live = self._poses.next(pose)
-        self.last = StepInfo(live.held, live.is_repeat and not self._flights, live.jumped)
+        self.last = StepInfo(live.held, live.is_repeat and not self._pending, live.jumped)
         if not self.last.is_repeat:
             try:
                 self._render(live.pose, live.jumped)
@@ -194,44 +198,44 @@ class AvatarStream:
         return True
 
     def _render_once(self, pose: np.ndarray, jumped: bool) -> None:
-        flight = self._take_off(pose, jumped)
-        landed = self._fly_along(flight) if self.options.is_pipelined else self._fly(flight)
-        if landed is not None:
-            self._frame = next(decode(self.engines, landed.latents, self.reference.decoder))
+        frame = self._prepare_frame(pose, jumped)
+        finished = self._advance_pipeline(frame) if self.options.is_pipelined else self._denoise_frame(frame)
+        if finished is not None:
+            self._frame = next(decode(self.engines, finished.latents, self.reference.decoder))
 
-    def _take_off(self, pose: np.ndarray, starts_anew: bool) -> _Flight:
+    def _prepare_frame(self, pose: np.ndarray, starts_anew: bool) -> _PendingFrame:
         """Edit latents for a pose and embed it, which is all that its denoising needs (method step 4)."""
         target = PoseSequence(pose[None], self.size)
         latents, _ = edit_latents(self.reference.inverted_latents, self.reference.pose, target, self.options)
-        return _Flight(latents[1:], embed_poses(self.engines, target, self.size), starts_anew)
+        return _PendingFrame(latents[1:], embed_poses(self.engines, target, self.size), starts_anew)
 
-    def _fly(self, flight: _Flight) -> _Flight:
+    def _denoise_frame(self, frame: _PendingFrame) -> _PendingFrame:
         """Do all steps of one frame."""
-        if flight.starts_anew:
+        if frame.starts_anew:
             self._denoiser.forget(slice(None))
         for index in range(self.options.steps):
-            self._advance([flight], slice(index, index + 1), is_whole=index % self.options.unet_every == 0)
-        return flight
+            self._advance([frame], slice(index, index + 1), is_whole=index % self.options.unet_every == 0)
+        return frame
 
-    def _fly_along(self, flight: _Flight) -> _Flight | None:
+    def _advance_pipeline(self, frame: _PendingFrame) -> _PendingFrame | None:
         """Do one step of every frame on its way, the newest at step 0. Return the frame that is done, if one is."""
-        if not self._flights:  # fillers keep the batch's size constant; nobody sees or attends to them
-            self._flights = [replace(flight, latents=flight.latents.clone(), is_filler=True)
+        if not self._pending:  # fillers keep the batch's size constant; nobody sees or attends to them
+            self._pending = [replace(frame, latents=frame.latents.clone(), is_filler=True)
                              for _ in range(self.options.steps - 1)]  # fmt: skip
-        self._flights.insert(0, flight)
-        for step, other in enumerate(self._flights):
+        self._pending.insert(0, frame)
+        for step, other in enumerate(self._pending):
             if other.starts_anew:
                 self._denoiser.forget(slice(step, step + 1))
-        self._advance(self._flights, slice(0, len(self._flights)))
-        landed = self._flights.pop()
-        return None if landed.is_filler else landed
+        self._advance(self._pending, slice(0, len(self._pending)))
+        finished = self._pending.pop()
+        return None if finished.is_filler else finished
 
     @torch.inference_mode()
-    def _advance(self, flights: list[_Flight], steps: slice, is_whole: bool = True) -> None:
+    def _advance(self, frames: list[_PendingFrame], steps: slice, is_whole: bool = True) -> None:
         """Take frames, one at each of `steps`, through that step; one frame alone if the shallow U-Net does it."""
-        latents = _batch([flight.latents for flight in flights], self._latents)
+        latents = _batch([frame.latents for frame in frames], self._latents)
         if is_whole:
-            embeddings = _batch([flight.embedding for flight in flights], self._embeddings)
+            embeddings = _batch([frame.embedding for frame in frames], self._embeddings)
             predicted = self._denoiser(latents, embeddings, steps)
             if self.options.unet_every > 1:
                 _keep(predicted.features, self._features)
@@ -239,10 +243,11 @@ class AvatarStream:
             predicted = self._denoiser.shallow(latents, self._features, steps)
         at = list(enumerate(range(*steps.indices(self.options.steps))))
         self._denoiser.remember(
-            predicted.memory["temporal"], [(row, step) for row, step in at if not flights[row].is_filler])  # fmt: skip
+            predicted.memory["temporal"], [(row, step) for row, step in at if not frames[row].is_filler])  # fmt: skip
         sampling = self.reference.sampling
         for row, step in reversed(at):  # step s reads the x_0 that step s - 1 overwrites
-            _step_(flights[row].latents, predicted.noise_pred[row : row + 1], self._cleans, step, sampling)
+            noise_pred, samples = predicted.noise_pred[row : row + 1], self._pred_original_samples
+            _step_(frames[row].latents, noise_pred, samples, step, sampling)
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -250,16 +255,16 @@ class AvatarStream:
         if self._is_closed:
             return
         self._denoiser.wipe()
-        self._cleans.zero_()
+        self._pred_original_samples.zero_()
         self._poses.reset()
-        self._frame, self._flights, self.last = self.reference.frame, [], StepInfo()
+        self._frame, self._pending, self.last = self.reference.frame, [], StepInfo()
 
     def close(self) -> None:
         """Free the stream's memory."""
         if not self._is_closed:
             self._is_closed = True
-            del self._denoiser, self._cleans, self._latents, self._embeddings, self._features
-        self.engines, self._flights = {}, []
+            del self._denoiser, self._features, self._pred_original_samples, self._latents, self._embeddings
+        self.engines, self._pending = {}, []
 
     def __enter__(self) -> AvatarStream:
         return self
@@ -269,7 +274,7 @@ class AvatarStream:
 
 
 @dataclass
-class _Flight:
+class _PendingFrame:
     """A frame on its way: its latents (1, 4, h, w), which steps overwrite, and its pose's embedding.
 
     starts_anew: neither it nor a later frame attends to those before it. is_filler: it only fills the batch.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from posecrafter_rt.engines.base import Engine
 from posecrafter_rt.method.dpmpp import Terms
-from posecrafter_rt.runtime.prepare import Tables
+from posecrafter_rt.runtime.denoiser import Tables
 from posecrafter_rt.spec import IS_REFERENCE, SHALLOW_STREAM, TensorSpec, residual_names
 
 

@@ -14,6 +14,8 @@ from posecrafter_rt.errors import BackendUnavailable
 from posecrafter_rt.serve.protocol import ProtocolError
 from posecrafter_rt.serve.service import Service
 
+OFFER = 'send {"type": "offer", "sdp": ...}'
+
 
 class Peers:
     """All WebRTC clients of a service."""
@@ -62,7 +64,7 @@ def _parse_offer(body: bytes) -> str:
     try:
         value: Any = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"an offer is not JSON: {error}") from error
+        raise ProtocolError(f"an offer is not JSON: {error}", OFFER) from error
     if not isinstance(value, dict) or value.get("type") != "offer" or not isinstance(value.get("sdp"), str):
-        raise ProtocolError("this is no offer", 'send {"type": "offer", "sdp": ...}')
+        raise ProtocolError("this is no offer", OFFER)
     return str(value["sdp"])

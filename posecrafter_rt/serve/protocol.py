@@ -146,7 +146,8 @@ def decode_frame(data: bytes) -> tuple[FrameHeader, bytes]:
     kind, version, form, flags, sequence, sent_ms, height, width, dropped, wait, render = _FRAME.unpack_from(data)
     if kind != FRAME or version != VERSION or form not in (NO_PICTURE, *FORMATS.values()):
         raise ProtocolError(
-            f"a message of type {kind}, version {version}, format {form} is no frame that is known here"
+            f"a message of type {kind}, version {version}, format {form} is no frame that is known here",
+            f"frames are type {FRAME}, version {VERSION}; a client of the server's version knows all formats",
         )
     picture = data[_FRAME.size :]
     if form == RGB and len(picture) != height * width * 3:
@@ -159,7 +160,9 @@ def parse_command(text: str) -> Command:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"a text message is not JSON: {error}") from error
+        raise ProtocolError(
+            f"a text message is not JSON: {error}", 'send an object such as {"type": "reset"}'
+        ) from error
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "configure":
         return _configure(value)

@@ -59,14 +59,14 @@ class Recording:
                 writer.write(self._latest())
                 sample(self._count - 1, lambda: writer.write(self._latest()), self._stopped)
         except DiskFull:
-            error = DiskFull("the server has no space left for the recording")
+            error = DiskFull("the server has no space left for the recording", "free some space there and record again")
         except PoseCrafterError as failure:  # where the server keeps files is not for its clients
             error = PoseCrafterError(str(failure).replace(str(self.path), "the recording"), failure.hint)
         except OSError as failure:
-            error = PoseCrafterError(f"the recording failed: {failure.strerror}")
+            error = PoseCrafterError(f"the recording failed: {failure.strerror}", "check the server's disk")
         except Exception as failure:  # else the client would wait for its end forever
             log.exception("a recording failed")
-            error = PoseCrafterError(f"the recording failed: {type(failure).__name__}")
+            error = PoseCrafterError(f"the recording failed: {type(failure).__name__}", "the server's log says more")
         self._on_end(error)
 
 

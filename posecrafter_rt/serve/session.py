@@ -27,25 +27,13 @@ from posecrafter_rt.serve.protocol import HELD, JPEG, REPEAT, RESET, Configure, 
 from posecrafter_rt.serve.slots import Slots
 
 if TYPE_CHECKING:
+    from posecrafter_rt.runtime.stream import StepInfo
     from posecrafter_rt.runtime.stream_options import StreamOptions
 
 _KEPT_TIMES = 256
 _KEPT_TEXTS = 32
 _ERROR_EVERY_S = 1.0
 _log = logging.getLogger(__name__)
-
-
-class StepInfo(Protocol):
-    """What a stream tells of its last step."""
-
-    @property
-    def held(self) -> bool: ...
-    @property
-    def is_repeat(self) -> bool: ...
-    @property
-    def reset(self) -> bool: ...
-    @property
-    def lost(self) -> bool: ...
 
 
 class Stream(Protocol):
@@ -76,7 +64,7 @@ class Waiting:
     fitted: np.ndarray | None = None
 
 
-class Flight(NamedTuple):
+class PendingFrame(NamedTuple):
     """A step whose frame is still to come. flags, wait_ms: for its FrameHeader. is_again: the pose was given before."""
 
     waiting: Waiting
@@ -121,7 +109,7 @@ class Session:
         self._size: tuple[int, int] = reference.shape[:2]
         self._person = PersonFit(reference_pose)
         self._metrics = metrics
-        self._delay, self._flights = steps_in_flight(stream.options) - 1, deque[Flight]()
+        self._delay, self._pending = steps_in_flight(stream.options) - 1, deque[PendingFrame]()
         self._num_resets_done = self.num_resets = 0
         self._is_broken = self.is_closed = False
         self.num_dropped = self.num_shown = 0
@@ -210,12 +198,12 @@ class Session:
         if not is_again:
             self._count_step(last, render_ms)
         flags = HELD * last.held | REPEAT * last.is_repeat | RESET * last.reset
-        self._flights.append(Flight(waiting, flags, wait_s * 1000, is_again and not last.lost))
-        if len(self._flights) > self._delay:
-            landed = self._flights.popleft()
-            if not landed.is_again:
-                self._show(frame, landed, render_ms)
-        return any(not flight.is_again for flight in self._flights)
+        self._pending.append(PendingFrame(waiting, flags, wait_s * 1000, is_again and not last.lost))
+        if len(self._pending) > self._delay:
+            finished = self._pending.popleft()
+            if not finished.is_again:
+                self._show(frame, finished, render_ms)
+        return any(not pending.is_again for pending in self._pending)
 
     def _step(self, waiting: Waiting) -> np.ndarray:
         """Give a pose to the stream. Only a new pose resets it first, never one that was given before."""
@@ -223,13 +211,13 @@ class Session:
             self._num_resets_done, self._is_broken = waiting.num_resets, False
             self._stream.reset()
             self._person.reset()
-            self._forget_flights()
+            self._forget_pending()
         if not waiting.is_stepped:
             waiting.fitted = self._fit(waiting)
         frame = self._stream.step(waiting.fitted)
         waiting.is_stepped = True
         if self._stream.last.lost:
-            self._forget_flights(but=waiting)
+            self._forget_pending(but=waiting)
         return frame
 
     def _count_step(self, last: StepInfo, render_ms: float) -> None:
@@ -237,12 +225,12 @@ class Session:
         self._metrics.render.observe(render_ms / 1000)
         self._metrics.frames.labels("repeat" if last.is_repeat else "held" if last.held else "rendered").inc()
 
-    def _forget_flights(self, but: Waiting | None = None, why: str = "overtaken") -> None:
+    def _forget_pending(self, but: Waiting | None = None, why: str = "overtaken") -> None:
         """Drop the frames that are still to come. but: a pose that is being stepped again, so its frame comes later."""
-        for flight in self._flights:
-            if not flight.is_again and flight.waiting is not but:
+        for pending in self._pending:
+            if not pending.is_again and pending.waiting is not but:
                 self._count_dropped(why)
-        self._flights.clear()
+        self._pending.clear()
 
     def _fit(self, waiting: Waiting) -> np.ndarray | None:
         """Return the pose on the avatar's canvas, float32 (134, 3), or None."""
@@ -255,16 +243,16 @@ class Session:
                 return similarity.apply(pose.keypoints)
         return transform_keypoints(PoseSequence(pose.keypoints[np.newaxis], pose.canvas), self._size).keypoints[0]
 
-    def _show(self, frame: np.ndarray, flight: Flight, render_ms: float) -> None:
-        arrived_s, pose = flight.waiting.arrived_s, flight.waiting.pose
+    def _show(self, frame: np.ndarray, finished: PendingFrame, render_ms: float) -> None:
+        arrived_s, pose = finished.waiting.arrived_s, finished.waiting.pose
         age_s = time.perf_counter() - arrived_s
         if age_s > MAX_AGE_S:
             turns = f"{self._delay + 1} turns of " if self._delay else ""
             self._drop_stale(f"a frame took {turns}{render_ms / 1000:.1f} s and came {age_s:.1f} s after its pose")
             return
         self.latest = frame
-        header = FrameHeader(self.format, flight.flags, pose.sequence, pose.sent_ms, frame.shape[:2], self.num_dropped,
-                             flight.wait_ms, render_ms)  # fmt: skip
+        header = FrameHeader(self.format, finished.flags, pose.sequence, pose.sent_ms, frame.shape[:2],
+                             self.num_dropped, finished.wait_ms, render_ms)  # fmt: skip
         self._newest = Shown(frame, header, arrived_s)
         self.frames.put(self._newest)
 
@@ -278,7 +266,7 @@ class Session:
         self._is_broken = True  # a step that was broken off may have left the past frames half changed
         if not waiting.is_stepped:  # else its frame is among those that are still to come
             self._count_dropped("failed")
-        self._forget_flights(why="failed")
+        self._forget_pending(why="failed")
         if not isinstance(error, PoseCrafterError):
             _log.error("a step of session %s failed", self.id, exc_info=error)
             error = PoseCrafterError(f"the step failed: {type(error).__name__}", "the server's log says more")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bench import engines, onnx_engines
 from bench.engines import ARCHITECTURE, REFERENCE, Job, judged, parse, run, to_markdown, unsupported_reason
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.config import cache_dir
-from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.onnx import export_network
 from posecrafter_rt.models.loading import PoseModel, load_base
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import posecrafter_rt.avatar
+import posecrafter_rt.avatar_render
 from bench.plain import Baseline
 from bench.runs import moving_person, psnr
 from bench.untrained import untrained_checkpoint
@@ -52,14 +52,14 @@ def baseline(tuned: Checkpoint) -> Baseline:
 def render(avatar: Avatar, target: PoseSequence, mode: str) -> tuple[np.ndarray, Tensor]:
     """Frames, and the latents that they were decoded from."""
     kept: list[Tensor] = []
-    render_clip = posecrafter_rt.avatar.render_clip
+    render_clip = posecrafter_rt.avatar_render.render_clip
 
     def keep(*arguments, **options) -> Tensor:
         kept.append(render_clip(*arguments, **options))
         return kept[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(posecrafter_rt.avatar, "render_clip", keep)
+        patch.setattr(posecrafter_rt.avatar_render, "render_clip", keep)
         return avatar.render(target, mode=mode, num_inference_steps=STEPS, inversion_substeps=1, strength=1.0), kept[0]
 
 

@@ -32,7 +32,7 @@ from tests.render_scripts import run_lines
 SIZE, COUNT, SEGMENTS, SEED = (32, 32), 14, 3, 3
 # Where each dies, and then: how many segments are finished, and whether the video is in its place.
 MOMENTS = {
-    "in the second segment": ("posecrafter_rt.avatar.render_clip", 2, 1, False),
+    "in the second segment": ("posecrafter_rt.avatar_render.render_clip", 2, 1, False),
     "while it is written": (
         "posecrafter_rt.runtime.partial.sha256_file",
         2,
@@ -285,7 +285,7 @@ def test_whether_the_same_command_goes_on_is_told_by_what_is_finished(
     """Nothing is before the first segment is done, whatever was asked for; and then it is from the first moment on."""
     for moment, purpose in (
         ("posecrafter_rt.avatar.Avatar.load", "start over"),
-        ("posecrafter_rt.avatar.render_clip", "start over"),
+        ("posecrafter_rt.avatar_render.render_clip", "start over"),
         ("posecrafter_rt.video_io.VideoWriter.write", "go on"),
         ("posecrafter_rt.avatar.Avatar.load", "go on"),
     ):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from posecrafter_rt.blob_cache import MappedBlob
 from posecrafter_rt.engines import openvino as backend_module
 from posecrafter_rt.engines import openvino_ir
 from posecrafter_rt.engines import openvino_operations as operations
@@ -27,7 +28,6 @@ from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.openvino import KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
 from posecrafter_rt.errors import CheckpointError, EngineFolderError
-from posecrafter_rt.export.blob_cache import MappedBlob
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.machine import cpu_has_bf16

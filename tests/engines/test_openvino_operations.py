@@ -19,12 +19,12 @@ from openvino import opset13 as op
 from torch import Tensor
 from torch.nn import functional
 
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.engines import openvino_trials
 from posecrafter_rt.engines.openvino import NetworkFile, OpenVinoBackend, OpenVinoEngine
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
-from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.machine import cpu_features
 from posecrafter_rt.spec import NetworkSpec, TensorSpec

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.engines import choose_backend, choose_precision
 from posecrafter_rt.engines import tensorrt as backend_module
 from posecrafter_rt.engines import tensorrt_runtime as runtime_module
@@ -30,7 +31,7 @@ from posecrafter_rt.engines.tensorrt import (
     _deserialize,
     check_description,
     initialisers,
-    network_precision,
+    plan_precision,
 )
 from posecrafter_rt.engines.tensorrt_build import profile_sizes
 from posecrafter_rt.engines.tensorrt_plugins import register_plugins
@@ -43,7 +44,6 @@ from posecrafter_rt.engines.tensorrt_runtime import (
     output_shapes,
 )
 from posecrafter_rt.errors import BackendUnavailable, EngineFolderError, ShapeError
-from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.graphs import graph_key
 from posecrafter_rt.export.onnx import export_network
 from posecrafter_rt.export.shapes import random_inputs
@@ -119,11 +119,11 @@ def test_a_driver_that_torch_can_use_may_be_too_old_for_tensorrt(
 
 
 def test_only_what_16_bits_do_not_hold_is_kept_from_them() -> None:
-    assert network_precision("unet", "fp16") == ("fp16", False)
-    assert network_precision("time_tables", "bf16") == ("fp32", False)
-    assert network_precision("vae_decoder", "fp16") == ("fp32", True)  # float32's range, float16's mantissa
-    assert network_precision("vae_decoder", "bf16") == ("bf16", True)  # of which a transposed convolution is in float32
-    assert network_precision("unet", "fp32") == ("fp32", False)
+    assert plan_precision("unet", "fp16") == ("fp16", False)
+    assert plan_precision("time_tables", "bf16") == ("fp32", False)
+    assert plan_precision("vae_decoder", "fp16") == ("fp32", True)  # float32's range, float16's mantissa
+    assert plan_precision("vae_decoder", "bf16") == ("bf16", True)  # of which a transposed convolution is in float32
+    assert plan_precision("unet", "fp32") == ("fp32", False)
 
 
 def test_outputs_follow_the_inputs() -> None:

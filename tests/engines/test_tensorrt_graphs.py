@@ -12,12 +12,12 @@ import onnxruntime
 import pytest
 import torch
 
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.engines.base import Precision
 from posecrafter_rt.engines.tensorrt import prepare_graph
 from posecrafter_rt.engines.tensorrt_build import profile_sizes
 from posecrafter_rt.engines.tensorrt_plugins import typical_frames
-from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.functions import DOMAIN, add_functions
 from posecrafter_rt.export.onnx import export_network
 from posecrafter_rt.export.shapes import random_inputs

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.export import onnx as export_onnx
 from posecrafter_rt.export import verify
-from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.functions import DOMAIN
 from posecrafter_rt.export.graphs import graph_key
 from posecrafter_rt.export.onnx import export_network, save_model

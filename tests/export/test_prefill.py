@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.export import prefill as module
-from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.graphs import graph_key
 from posecrafter_rt.export.onnx import export_graph
 from posecrafter_rt.export.prefill import LONGEST_FIRST, count_workers, missing_graphs, prefill, start_workers

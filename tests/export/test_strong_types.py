@@ -14,9 +14,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.config import cache_dir
 from posecrafter_rt.errors import PoseCrafterError
-from posecrafter_rt.export.blob_cache import BlobCache
 from posecrafter_rt.export.onnx import export_network
 from posecrafter_rt.export.strong_types import kept_names, lower_precision
 from posecrafter_rt.models.loading import PoseModel

@@ -64,7 +64,7 @@ def test_what_a_hook_and_a_denoiser_return_is_left_alone(
 ) -> None:
     schedule = kind.from_config(SD15)
     prediction, given = latents_of(1), latents_of(2)
-    sample(lambda x, i, t: prediction, latents_of(0), schedule, 5, on_step=lambda i, x: given if i in (0, 2) else x)
+    sample(lambda x, i, t: prediction, latents_of(0), schedule, 5, before_step=lambda i, x: given if i in (0, 2) else x)
     assert torch.equal(prediction, latents_of(1)) and torch.equal(given, latents_of(2))
 
 

@@ -173,10 +173,10 @@ def test_the_hook_runs_before_each_step_and_replaces_the_latents():
         seen.append(step)
         return latents + 0.25 if step == 2 else latents
 
-    edited = ddim_sample(denoise, latents_of(0), schedule, 5, on_step=edit)
+    edited = ddim_sample(denoise, latents_of(0), schedule, 5, before_step=edit)
     assert seen == [0, 1, 2, 3, 4]
     states = []
-    ddim_sample(denoise, latents_of(0), schedule, 5, on_step=lambda i, x: states.append(x.clone()) or x)
+    ddim_sample(denoise, latents_of(0), schedule, 5, before_step=lambda i, x: states.append(x.clone()) or x)
     resumed = ddim_sample(denoise, states[2] + 0.25, schedule, 5, start_step=2)
     torch.testing.assert_close(edited, resumed, rtol=0, atol=0)
 
@@ -216,7 +216,7 @@ def test_the_callers_latents_are_left_alone():
     schedule = DDIMSchedule.from_config(SD15)
     latents = latents_of(0)
     ddim_invert(toy_denoiser(schedule), latents, schedule, 2)
-    ddim_sample(toy_denoiser(schedule), latents, schedule, 2, on_step=lambda i, x: x.add_(1))
+    ddim_sample(toy_denoiser(schedule), latents, schedule, 2, before_step=lambda i, x: x.add_(1))
     torch.testing.assert_close(latents, latents_of(0), rtol=0, atol=0)
 
 

@@ -49,15 +49,15 @@ def test_a_restart_forgets_what_was_predicted_before():
     def replace(index, latents):
         return new if index == 3 else latents
 
-    restarted = unipc_sample(denoise, latents_of(6), schedule, 8, restart_step=3, on_step=replace)
+    restarted = unipc_sample(denoise, latents_of(6), schedule, 8, restart_step=3, before_step=replace)
     afresh = unipc_sample(denoise, new, schedule, 8, start_step=3)
     torch.testing.assert_close(restarted, afresh)
-    assert not torch.allclose(unipc_sample(denoise, latents_of(6), schedule, 8, on_step=replace), afresh)
+    assert not torch.allclose(unipc_sample(denoise, latents_of(6), schedule, 8, before_step=replace), afresh)
 
 
 def test_the_latents_given_are_left_alone():
     schedule = DPMSchedule.from_config(EMBEDDED)
     latents = latents_of(0)
     kept = latents.clone()
-    unipc_sample(toy_denoiser(schedule), latents, schedule, 3, on_step=lambda i, x: x.add_(1))
+    unipc_sample(toy_denoiser(schedule), latents, schedule, 3, before_step=lambda i, x: x.add_(1))
     assert torch.equal(latents, kept)

@@ -22,8 +22,9 @@ from posecrafter_rt.method import DPMSchedule, dpmpp_sample
 from posecrafter_rt.method.dpmpp import dpmpp_terms
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.runtime.denoiser import Tables
 from posecrafter_rt.runtime.live import LiveOptions
-from posecrafter_rt.runtime.prepare import Tables, edit_latents, embed_poses, text_tables, time_tables
+from posecrafter_rt.runtime.prepare import edit_latents, embed_poses, text_tables, time_tables
 from posecrafter_rt.runtime.stream import AvatarStream, sample_reference
 from posecrafter_rt.runtime.stream_denoiser import Sampling
 from posecrafter_rt.runtime.stream_options import StreamOptions
@@ -200,9 +201,9 @@ def test_the_networks_run_whole_at_every_so_many_steps(setting: Setting, monkeyp
     called: list[str] = []
     original = AvatarStream._advance
 
-    def watched(stream: AvatarStream, flights: list, steps: slice, is_whole: bool = True) -> None:
+    def watched(stream: AvatarStream, frames: list, steps: slice, is_whole: bool = True) -> None:
         called.append("whole" if is_whole else "shallow")
-        original(stream, flights, steps, is_whole)
+        original(stream, frames, steps, is_whole)
 
     sampling = sampling_of(setting, 5)
     monkeypatch.setattr(AvatarStream, "_advance", watched)
@@ -276,7 +277,7 @@ def test_a_jump_travels_down_the_pipeline(setting: Setting) -> None:
 def test_after_an_error_a_stream_begins_anew(
     setting: Setting, is_pipelined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frames that half their steps remember, or that never landed, do not spoil those that come after."""
+    """Frames that half their steps remember, or that were never finished, do not spoil those that come after."""
     sampling, poses = sampling_of(setting, 2), some_poses(5)
     with open_stream(setting, sampling, window=2, is_pipelined=is_pipelined) as stream:
         expected = [stream.step(pose) for pose in poses[2:]]

@@ -51,7 +51,7 @@ class DrawnStream:
     last: Any = None
     is_closed: bool = False
     past: np.ndarray | None = None
-    flights: deque[np.ndarray] = field(default_factory=deque)
+    pending: deque[np.ndarray] = field(default_factory=deque)
 
     def step(self, pose: np.ndarray | None) -> np.ndarray:
         self.owner.steps.append((id(self), threading.get_ident()))
@@ -62,8 +62,8 @@ class DrawnStream:
         if pose is not None and pose[0, 0] < -500:
             raise RuntimeError("a step that fails")
         self.past = self.past if pose is None else pose
-        self.flights.append(np.zeros((*SIZE, 3), np.uint8) if pose is None else draw_pose(pose, SIZE))
-        return self.flights.popleft() if len(self.flights) > delay else self.owner.frames[0]
+        self.pending.append(np.zeros((*SIZE, 3), np.uint8) if pose is None else draw_pose(pose, SIZE))
+        return self.pending.popleft() if len(self.pending) > delay else self.owner.frames[0]
 
     def close_itself(self, pose: np.ndarray | None) -> np.ndarray:
         """What `step` is when float32 is needed, and cannot be had."""
@@ -72,7 +72,7 @@ class DrawnStream:
 
     def reset(self) -> None:
         self.past = None
-        self.flights.clear()
+        self.pending.clear()
         self.owner.num_resets += 1
 
 

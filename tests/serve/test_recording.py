@@ -85,7 +85,8 @@ def test_a_failure_does_not_say_where_the_file_is(tmp_path: Path) -> None:
 
         Recording(path, latest, ended.append).join()
     assert [(str(error), error.hint) for error in ended] == [
-        ("the server has no space left for the recording", None), ("encoding the recording failed: x264", None)]  # fmt: skip
+        ("the server has no space left for the recording", "free some space there and record again"),
+        ("encoding the recording failed: x264", None)]  # fmt: skip
 
 
 @pytest.fixture

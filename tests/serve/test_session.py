@@ -373,7 +373,7 @@ class LosingStream(LateStream):
 
     def step(self, pose: np.ndarray | None) -> np.ndarray:
         if self.is_losing:
-            self.flights.clear()
+            self.pending.clear()
         frame = super().step(pose)
         self.last.lost, self.is_losing = self.is_losing, False
         return frame

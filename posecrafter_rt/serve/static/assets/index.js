@@ -400,7 +400,7 @@ function parseServerMessage(text) {
 	].includes(value.type) ? value : null;
 }
 // src/transport.ts
-/** Codes with which the server closes a connection; all others come from the network. */
+/** The codes of the server's closes that are told apart here; docs/serve.md has them all. */
 var BAD_REQUEST = 1008;
 var FULL = 1013;
 var ABNORMAL = 1006;
@@ -1636,31 +1636,11 @@ var ARROWS = {
 var STEP = 1 / 100;
 var LEAP = 5;
 var BODY_GROUPS = [
-	[
-		"Body",
-		0,
-		18
-	],
-	[
-		"Feet",
-		18,
-		24
-	],
-	[
-		"Face",
-		24,
-		92
-	],
-	[
-		"Left hand",
-		92,
-		113
-	],
-	[
-		"Right hand",
-		113,
-		134
-	]
+	["Body", BODY],
+	["Feet", FEET],
+	["Face", FACE],
+	["Left hand", LEFT_HAND],
+	["Right hand", RIGHT_HAND]
 ];
 var JointEditor = class {
 	view;
@@ -1715,7 +1695,7 @@ var JointEditor = class {
 		if (this.start !== null) this.change(this.start.points.slice());
 	}
 	fillChoice(points) {
-		const groups = BODY_GROUPS.map(([label, start, stop]) => {
+		const groups = BODY_GROUPS.map(([label, { start, stop }]) => {
 			const group = document.createElement("optgroup");
 			group.label = label;
 			for (let index = start; index < stop; index++) if (points[index * 3 + 2] !== 0) group.append(new Option(keypointName(index), String(index)));

@@ -2,7 +2,7 @@
 import { byId } from "./dom.ts";
 import { toPicture } from "./geometry.ts";
 import { moveJoint, nearestJoint } from "./kinematics.ts";
-import { keypointName, NECK, NUM_KEYPOINTS, type Pose } from "./layout.ts";
+import { BODY, FACE, FEET, keypointName, LEFT_HAND, NECK, RIGHT_HAND, type Pose, type Range } from "./layout.ts";
 import type { PoseView } from "./stage.ts";
 
 /** How close a pointer must be to a joint, in CSS pixels. Fingers are broad. */
@@ -13,8 +13,8 @@ const ARROWS: Record<string, readonly [number, number]> = {
 /** An arrow key moves a joint by this fraction of the canvas's short side; with Shift, five times as far. */
 const STEP = 1 / 100;
 const LEAP = 5;
-const BODY_GROUPS: readonly (readonly [string, number, number])[] = [
-  ["Body", 0, 18], ["Feet", 18, 24], ["Face", 24, 92], ["Left hand", 92, 113], ["Right hand", 113, NUM_KEYPOINTS],
+const BODY_GROUPS: readonly (readonly [string, Range])[] = [
+  ["Body", BODY], ["Feet", FEET], ["Face", FACE], ["Left hand", LEFT_HAND], ["Right hand", RIGHT_HAND],
 ];
 
 export class JointEditor {
@@ -77,7 +77,7 @@ export class JointEditor {
   }
 
   private fillChoice(points: Float32Array): void {
-    const groups = BODY_GROUPS.map(([label, start, stop]) => {
+    const groups = BODY_GROUPS.map(([label, { start, stop }]) => {
       const group = document.createElement("optgroup");
       group.label = label;
       for (let index = start; index < stop; index++) {

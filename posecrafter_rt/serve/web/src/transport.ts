@@ -3,7 +3,7 @@ import { address, exchangeOffer, Refusal } from "./api.ts";
 
 export type Way = "websocket" | "webrtc";
 
-/** Codes with which the server closes a connection; all others come from the network. */
+/** The codes of the server's closes that are told apart here; docs/serve.md has them all. */
 export const BAD_REQUEST = 1008;
 export const FULL = 1013;
 export const BROKEN = 1011;

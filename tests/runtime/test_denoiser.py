@@ -1,4 +1,4 @@
-"""What is prepared for denoising: the two groups of guidance, and how they are combined."""
+"""The denoiser of a render: the two groups of guidance, and how they are combined."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.avatar import Avatar
+from posecrafter_rt.runtime.denoiser import Denoiser
 from posecrafter_rt.runtime.options import RenderOptions
-from posecrafter_rt.runtime.prepare import Denoiser, embed_poses
+from posecrafter_rt.runtime.prepare import embed_poses
 from tests.tiny import SIZE, some_poses
 
 PROMPT, SCALE, FRAMES = "a woman in a red coat, dancing", 3.0, 2

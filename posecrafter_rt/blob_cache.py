@@ -1,7 +1,7 @@
 """A cache on disk for bytes that are costly to make: one file each, named by a hash of all that they depend on.
 
-Layer 4: it holds exported graphs and compiled networks. It may be emptied at any time, and no failure to read or write
-it stops anything.
+Layer 0: imports `atomic` and the errors only. It holds exported graphs, compiled networks, timings and how long
+stages of builds take. It may be emptied at any time, and no failure to read or write it stops anything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from posecrafter_rt.atomic import atomic_path, sha256_json
-from posecrafter_rt.config import cache_dir
 from posecrafter_rt.errors import PoseCrafterError
 
 log = logging.getLogger(__name__)
@@ -105,11 +104,6 @@ class BlobCache:
             is_too_much = self.max_bytes is not None and num_bytes > self.max_bytes
             if count >= MAX_FILES or (count and is_too_much):  # the newest stays, whatever its size
                 path.unlink(missing_ok=True)
-
-
-def graph_cache() -> BlobCache:
-    """Return the cache of the networks that this user has traced, for any engine."""
-    return BlobCache(cache_dir() / "graphs")
 
 
 def _stat(path: Path) -> os.stat_result | None:

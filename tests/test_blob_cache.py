@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from posecrafter_rt.export import blob_cache
-from posecrafter_rt.export.blob_cache import BlobCache
+from posecrafter_rt import blob_cache
+from posecrafter_rt.blob_cache import BlobCache
 
 
 def test_what_was_saved_is_loaded_by_another_cache(tmp_path: Path) -> None:
