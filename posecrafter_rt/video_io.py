@@ -61,7 +61,8 @@ def read_video(
     frames = _gather(source)
     if not len(frames):
         where = f" from frame {start} on" if start else ""
-        raise VideoError(f"{path} has no frame{where}", hint="start earlier, or check that the file is whole")
+        hint = "start earlier" if start else "check that the file is whole"
+        raise VideoError(f"{path} has no frame{where}", hint=hint)
     return Video(frames, fps)
 
 

@@ -39,6 +39,17 @@ def clip(tmp_path: Path) -> Path:
     return tmp_path / "clip.mp4"
 
 
+def test_a_file_without_frames_is_not_said_to_begin_later(tmp_path):
+    """As a recording that was cut at once."""
+    with av.open(str(tmp_path / "empty.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height = 64, 48
+        container.start_encoding()
+    with pytest.raises(VideoError, match="has no frame") as caught:
+        video_size(tmp_path / "empty.avi")
+    assert caught.value.hint == "check that the file is whole"
+
+
 def test_a_range_of_frames(clip):
     everything = read_video(clip).frames
     np.testing.assert_array_equal(read_video(clip, start=5, stop=9).frames, everything[5:9])
