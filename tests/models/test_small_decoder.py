@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ def tiny_taesd(seed: int = 0) -> AutoencoderTiny:
 
 def drawn(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_it_is_float32_whatever_the_default_type_is_and_nothing_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers warns of models that are cast by `to`."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        decoder = new_small_decoder(4, 2, drawn(0))
+    finally:
+        torch.set_default_dtype(before)
+    assert {parameter.dtype for parameter in decoder.parameters()} == {torch.float32}
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
