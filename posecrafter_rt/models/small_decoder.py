@@ -73,9 +73,8 @@ def new_small_decoder(latent_channels: int, vae_scale_factor: int, generator: to
     if not 1 <= levels <= len(CHANNELS):
         raise ModelError(f"there is no small decoder for a VAE that shrinks pictures {vae_scale_factor} times",
                          hint="tune with --small-decoder-steps 0")  # fmt: skip
-    decoder = SmallDecoder(
-        latent_channels, CHANNELS[-levels:], BLOCKS[-levels:]
-    ).float()  # whatever the default type is
+    decoder = SmallDecoder(latent_channels, CHANNELS[-levels:], BLOCKS[-levels:])
+    decoder.float()  # whatever torch's default type is
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             # torch's default range, but from this generator. An output of a doubling sees a quarter of the 16 taps.
