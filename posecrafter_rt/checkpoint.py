@@ -173,7 +173,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with path.open("rb") as file:
         start = file.read(2)
     # safetensors begin with the length of their header, whose first two bytes can be any of these, too
-    if not is_safetensors(path) and start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and not is_safetensors(path):
         raise CheckpointError(f"{path} is a PyTorch pickle, which could run code, not a checkpoint of this package",
                               hint="make one: posecrafter-rt tune")  # fmt: skip
     try:

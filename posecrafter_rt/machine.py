@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import resource
 import sys
 import threading
@@ -18,6 +19,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+
+from posecrafter_rt.errors import PoseCrafterError
 
 
 @cache
@@ -37,6 +40,12 @@ def cpu_name(root: Path = Path("/")) -> str:
     if "model name" not in told and "CPU part" in told:
         return f"Arm {told.get('CPU implementer')} {told['CPU part']}"
     return told.get("model name") or platform.processor() or platform.machine()
+
+
+def check_device(device: str, choices: str) -> None:
+    """Raise PoseCrafterError unless a device is `cpu`, `cuda` or `cuda:1`. choices: what to choose of, for the hint."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise PoseCrafterError(f"unknown device {device!r}", f"choose {choices}")
 
 
 def cpu_device() -> dict[str, str]:

@@ -28,7 +28,7 @@ from posecrafter_rt.errors import (
     out_of_memory,
 )
 from posecrafter_rt.framing import check_canvas, check_one_pose_a_frame, resize_to, transform_keypoints
-from posecrafter_rt.machine import cpu_gains_by_bf16
+from posecrafter_rt.machine import check_device, cpu_gains_by_bf16
 from posecrafter_rt.method import DDIMSchedule, tuning_steps
 from posecrafter_rt.models.blocks import NormScope, channels_last, check_norm_scope
 from posecrafter_rt.models.loading import (
@@ -351,8 +351,7 @@ def resolve_precision(device: str, precision: str) -> tuple[str, str]:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise PoseCrafterError(f"unknown device {device!r}", "choose auto, cpu or cuda")
+    check_device(device, "auto, cpu or cuda")
     if device != "cpu" and not torch.cuda.is_available():
         raise BackendUnavailable(f"device {device!r} was asked for, but no NVIDIA GPU answers", "use --device cpu")
     if device != "cpu" and int(device[len("cuda:") :] or 0) >= (num_gpus := torch.cuda.device_count()):

@@ -5,7 +5,6 @@ Layer 1: numpy and `video_io`. The process is needed because the detectors' pack
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError, PoseError
+from posecrafter_rt.machine import check_device
 from posecrafter_rt.poses import _extract_worker as worker
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
 from posecrafter_rt.poses.layouts import NUM_WHOLEBODY_POINTS, from_mediapipe, from_wholebody
@@ -64,8 +64,7 @@ def extract_poses(
     """
     if detector not in ("auto", *worker.DETECTORS):
         raise BackendUnavailable(f"there is no detector {detector!r}", hint="take auto, dwpose or mediapipe")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise PoseCrafterError(f"unknown device {device!r}", "choose cpu or cuda")
+    check_device(device, "cpu or cuda")
     if weights is not None:
         if detector == "mediapipe":
             raise PoseCrafterError(f"mediapipe takes no weights, and {weights} was given", "leave one of the two out")
