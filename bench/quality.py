@@ -4,8 +4,9 @@ Bench: `python -m bench.quality [--stride N] [--checkpoint demo/tuned.ckpt] [--j
 demonstration's eight frames, renders frames 46-119, or every N-th of them, in every variant, and writes
 results/quality.json and .md, or FILE and its .md. It takes about an hour on two cores. With --presets it renders only
 with the presets, in turns, and writes results/presets.json and .md: how close each comes to the truth and to the exact
-render, and how much faster it is. `--people N` adds N drawn people, each tuned anew. With --reuse it does the same with
-the whole U-Net run at every step, every second step and so on, and writes results/reuse.json and .md.
+render, and how much faster it is. `--people N` adds N drawn people, each tuned anew. With --reuse it does the same for
+single approximations: the strength, the ControlNet's residuals kept, and the whole U-Net run at every step, every
+second step and so on; it writes results/reuse.json and .md.
 """
 
 from __future__ import annotations
@@ -82,12 +83,13 @@ def measure(
 
 
 def timed_variants(is_reuse: bool) -> dict[str, RenderOptions]:
-    """Return what is compared in quality and time, the exact render first: presets, or renders that keep features."""
+    """Return what is compared in quality and time, the exact render first: presets, or single approximations."""
     variants = {name: preset_options(name) for name in PRESETS}
     for preset, changed in CHANGED.items():
         variants |= {f"{preset}, {name}": preset_options(preset, **changes) for name, changes in changed.items()}
     if is_reuse:
-        variants = {"exact": variants["exact"]}
+        variants = {"exact": variants["exact"], "the whole noise": preset_options("exact", strength=1.0),
+                    "ControlNet every 2": preset_options("exact", controlnet_every=2)}  # fmt: skip
         for steps, all_every in REUSED.items():
             preset = "exact" if steps == RenderOptions.num_inference_steps else "fast"
             for every in all_every:
@@ -142,7 +144,7 @@ def make_checkpoints(folder: Path, given: Path | None, is_quick: bool) -> Iterat
 def run_timed(
     subject: Subject, given: Path | None, rounds: int, is_reuse: bool, is_quick: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Render a person with every preset, or with features kept over steps. Returns: the engine, and the variants."""
+    """Render a person with every preset, or with single approximations. Returns: the engine, and the variants."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = tune_person(Path(folder) / "tuned.ckpt", given, subject=subject, is_quick=is_quick)
         built = build_engine(checkpoint, Path(folder) / "tuned.engine", engine_options(is_quick)).folder
@@ -217,7 +219,7 @@ def main() -> None:
     what.add_argument(
         "--presets", action="store_true", help="the presets and what else may be left out: quality and time"
     )
-    what.add_argument("--reuse", action="store_true", help="features kept over steps: quality and time")
+    what.add_argument("--reuse", action="store_true", help="single approximations: quality and time")
     parser.add_argument("--people", type=int, default=0, help="of --presets: so many drawn people, too")
     parser.add_argument("--stride", type=int, default=1, help="every so many-th frame of the footage")
     parser.add_argument("--rounds", type=int, default=3, help="of --presets and --reuse, whose least time counts")
