@@ -1,4 +1,4 @@
-# Everything a fresh machine needs: Python >= 3.10, a C++ compiler and make. Each target makes the environment it lacks.
+# A fresh machine needs 64-bit Linux, Python >= 3.11, a C++ compiler and make. Each target makes the environment it lacks.
 PYTHON ?= python3
 VENV ?= .venv
 # The build of torch is chosen here, not in the package. TORCH_INDEX: another index to take it from, such as one of
@@ -41,8 +41,8 @@ install: $(STAMPS)/demo
 test: $(STAMPS)/dev
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
-# AMX's products, too, in software where the processor has none.
-test-slow: $(STAMPS)/dev
+# AMX's products, too, in software where the processor has none; and where npm is, the page with its own tracking.
+test-slow: $(STAMPS)/dev $(if $(shell command -v npm),web)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -n auto -p tests.emulated_amx $(AMX_TESTS)
 
@@ -104,8 +104,13 @@ clean:
 
 $(BIN)/python:
 	$(call say,environment in $(VENV))
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "error: $(PYTHON) is older than Python 3.10" >&2; echo "hint: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11" >&2; echo "hint: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import platform, sys; libc, version = platform.libc_ver(); is_new = libc == "glibc" and \
+	  tuple(map(int, version.split(".")[:2])) >= (2, 28); \
+	  sys.exit(sys.platform == "linux" and not (is_new and sys.maxsize > 2**32))' || \
+	  { echo "error: torch has no build for this system: it needs 64-bit Linux with glibc 2.28 or newer" >&2; \
+	  echo "hint: such as Debian 12 or Ubuntu 24.04, in a container if need be" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make environments" >&2; \
 	  echo "hint: on Debian and Ubuntu: apt install python3-venv python3-dev" >&2; exit 1; }
 

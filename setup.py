@@ -12,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if sys.platform == "win32":  # the package would install, and then miss file locks and memory limits in every command
+    sys.exit("error: posecrafter-rt does not run on Windows; use WSL 2")
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -98,10 +101,9 @@ class BuildNative(build_ext):
         import pybind11
 
         ext.include_dirs.append(pybind11.get_include())
-        is_unix = self.compiler.compiler_type == "unix"
-        ext.extra_compile_args = [*CXX_FLAGS, *self.openmp()] if is_unix else ["/std:c++17", "/O2", "/fp:precise"]
-        ext.extra_link_args = self.openmp() if is_unix else []
-        nvcc = find_nvcc() if is_unix else None
+        ext.extra_compile_args = [*CXX_FLAGS, *self.openmp()]
+        ext.extra_link_args = self.openmp()
+        nvcc = find_nvcc()
         if nvcc is not None:
             try:
                 self.add_cuda(ext, nvcc)

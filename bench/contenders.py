@@ -32,9 +32,9 @@ METHODS = {
     "compile": "plain, torch.compile",
 }
 """The name of each method on the command line, and its name in the tables."""
-WARM_UP_STEPS = {"cpu": 1, "cuda": 3}
-"""Steps of the warm-up render, by device type. On a GPU the second step may still be compiled for, and a recorded graph
-replays only from the third step on."""
+WARM_UP_STEPS = {"cpu": 2, "cuda": 3}
+"""Steps of the warm-up render, by device type. A single one would do nothing and is refused. On a GPU the second step may
+still be compiled for, and a recorded graph replays only from the third step on."""
 
 
 @dataclass(frozen=True)

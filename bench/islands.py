@@ -5,7 +5,7 @@ unseen frames and writes results/islands.json and .md, or FILE and its .md. Ever
 result is rounded, like units that multiply in 16 bits and sum in float32; no such hardware is needed. Weights are
 rounded once. There are small differences from the graphs of `export/strong_types.py`: here a norm includes its scale
 and bias, LayerNorm's scale and bias are rounded, and attention's scores and weights are not rounded unless they are
-named. --quick renders two frames in two steps after 10 steps of tuning, and only prints unless --json is given.
+named. --quick renders two frames in three steps after 10 steps of tuning, and only prints unless --json is given.
 """
 
 from __future__ import annotations
@@ -234,10 +234,10 @@ def run(steps: int, stride: int, given: Path | None, is_quick: bool) -> Row:
 
 def main() -> None:
     """Parse the arguments, measure, print, write both files."""
-    parser = new_parser(__doc__, "two frames and steps, hardly tuned")
+    parser = new_parser(__doc__, "two frames and few steps, hardly tuned")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint of `make demo`, instead of tuning anew")
     arguments = parser.parse_args()
-    steps, stride = (2, 40) if arguments.quick else (10, 15)
+    steps, stride = (3, 40) if arguments.quick else (10, 15)
     document = run(steps, stride, arguments.checkpoint, arguments.quick)
     publish("islands", document, markdown(document), arguments.json, arguments.quick)
 

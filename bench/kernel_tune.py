@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from bench.report import name_by_device, new_parser, publish
 from bench.timing import machine
 from bench.workloads import HEADS, LEVELS, Attention
 from posecrafter_rt.kernels.configs import TABLE, table_capability
+from posecrafter_rt.machine import usable_cores
 
 KEYFRAME_FRAMES = 16
 TEXT_TOKENS = 77
@@ -245,7 +245,7 @@ def say(what: str, deadline: float) -> None:
 def measure_here(budget_s: float) -> Record:
     """Run `measure` on this machine's GPU, with one process per core."""
     deadline = time.monotonic() + budget_s
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+    with multiprocessing.get_context("spawn").Pool(usable_cores()) as pool:
         return measure(pool, torch.cuda.get_device_capability(), "cuda", deadline)
 
 

@@ -45,7 +45,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "exact, inversion cached": {"preset": "exact"},
 }
 QUICK_WAYS = ("fast", "exact")
-# Goals in seconds for 100 frames of Stable Diffusion 1.5 at 512 × 512, by card.
+# Goals for 100 frames of Stable Diffusion 1.5 at 512 × 512: in seconds by card, and in the memory of any GPU.
+GPU_BYTES = {"exact": 8e9}
 TARGETS = {"RTX 3090": {"exact": 115, "balanced": 40, "fast": 12}, "H100": {"exact": 12, "balanced": 4, "fast": 1.5}}
 
 
@@ -122,14 +123,30 @@ def find_peak(precision: str, device: str) -> Row:
     return {"peak_flops_per_s": peak, "peak_of": f"the card's specification (not measured: {measured['error']})"}
 
 
+def goals_of(setup: Row, facts: Row) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the goals in seconds and in bytes of GPU memory, by way; empty for anything but what they are goals for."""
+    gpu = facts.get("gpu")
+    if gpu is None or setup["size"] != [512, 512] or setup["frames"] != 100 or not is_sd15(setup):
+        return {}, {}
+    return next((goals for card, goals in TARGETS.items() if card in gpu), {}), GPU_BYTES
+
+
+def judged(rows: dict[str, Row], goals: dict[str, float], goals_bytes: dict[str, float]) -> list[str]:
+    """Compare the goals with what was measured."""
+    cells = [(way, f"{goal:g} s", f"{row['total_s']:.2f} s", row["total_s"] <= goal)
+             for way, row in rows.items() if (goal := goals.get(way)) is not None]  # fmt: skip
+    cells += [(way, f"{goal / 1e9:g} GB of GPU memory", f"{row['peak_gpu_bytes'] / 1e9:.1f} GB", row["peak_gpu_bytes"] <= goal)
+              for way, row in rows.items() if (goal := goals_bytes.get(way)) is not None]  # fmt: skip
+    verdicts = [(way, goal, f"{found}: {'met' if is_met else 'missed'}") for way, goal, found, is_met in cells]
+    return ["## Goals", "", *table(("preset", "at most", "measured"), verdicts)] if verdicts else []
+
+
 def markdown(document: Row) -> str:
-    """Format the results as a table."""
+    """Format the results as a table, and the verdicts on what has a goal."""
     setup, facts = document["setup"], document["machine"]
     rows = {way: row for way, row in document["rows"].items() if "error" not in row}
     size = "×".join(map(str, setup["size"]))
-    goals = next((goals for card, goals in TARGETS.items() if card in str(facts.get("gpu", ""))), {})
-    if setup["size"] != [512, 512] or setup["frames"] != 100 or not is_sd15(setup):
-        goals = {}
+    goals, goals_bytes = goals_of(setup, facts)
     lines = [f"# Presets: {setup['frames']} frames at {size}, {setup['base']}, {setup['backend']} {setup['precision']}", "",
              f"Machine: {', '.join(f'{key} {value}' for key, value in facts.items())}.", "",
              "Seconds of one render after a shorter one, engine loaded; the inversion is in it unless it says cached. FLOPs are the",
@@ -147,7 +164,7 @@ def markdown(document: Row) -> str:
             (way, f"{row['total_s']:.2f}", goal, f"{setup['frames'] / row['total_s']:.1f}", *stages, *speed, *memory)
         )
     cells += [(way, f"failed: {row['error']}") for way, row in document["rows"].items() if "error" in row]
-    return "\n".join([*lines, *table(header, cells)])
+    return "\n".join([*lines, *table(header, cells), *judged(rows, goals, goals_bytes)])
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -54,7 +54,7 @@ def jumps(frames: np.ndarray, truth: np.ndarray, at: list[int]) -> float:
 
 def render(avatar: Avatar, target: PoseSequence, options: RenderOptions, merged: str) -> tuple[np.ndarray, float]:
     """Return frames, and the seconds that they take once all network shapes are ready and the inversion is cached."""
-    few_steps = replace(options, num_inference_steps=1)
+    few_steps = replace(options, num_inference_steps=2, strength=1.0)  # fewer would do nothing and are refused
     for now in (few_steps, options) if avatar.last_report else (few_steps, options, options):  # the first one inverts
         start = time.perf_counter()
         if merged == ONCE:

@@ -5,7 +5,7 @@ Layer 4: tracing takes most of a build's time, and it depends on no weight, beca
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,8 @@ from posecrafter_rt.config import cache_dir
 from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.spec import Architecture, NetworkSpec
 
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+TRACED_BY = ("torch", "diffusers", "transformers")
+LIBRARIES = (*TRACED_BY, "onnx", "onnx-ir", "onnxscript")
 SOURCES = ("models", "ops", "export")  # their code determines the graphs
 
 
@@ -27,15 +28,20 @@ def graph_cache() -> BlobCache:
     return BlobCache(cache_dir() / "graphs")
 
 
-def graph_key(module: nn.Module, spec: NetworkSpec, arch: Architecture) -> dict[str, Any]:
-    """Return all that a network's graph depends on: structure, configurations, code and versions, but no weight."""
+def graph_key(
+    module: nn.Module, spec: NetworkSpec, arch: Architecture, libraries: Sequence[str] = LIBRARIES
+) -> dict[str, Any]:
+    """Return all that a network's graph depends on: structure, configurations, code and versions, but no weight.
+
+    libraries: what it is made by; TRACED_BY for one that is not exported to ONNX.
+    """
     return {
         "network": asdict(spec),
         "size_multiple": arch.size_multiple,
         "modules": str(module),
         "parameters": {name: list(parameter.shape) for name, parameter in module.named_parameters()},
         "configurations": {name: _configuration(child) for name, child in module.named_children()},
-        "libraries": library_versions(LIBRARIES),
+        "libraries": library_versions(libraries),
         "sources": source_digest(*SOURCES),
     }
 

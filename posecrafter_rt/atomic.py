@@ -13,7 +13,8 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -150,11 +151,18 @@ def refuse_sources(path: str | os.PathLike[str], *sources: str | os.PathLike[str
     place = Path(path).resolve()
     for source in sources:
         given = Path(source).resolve()
-        if given.is_relative_to(place):
-            what = (
-                "is itself what it would be made from" if given == place else f"holds {source}, from which it is made"
-            )
+        is_itself = given == place or _is_same(given, place)
+        if is_itself or given.is_relative_to(place):
+            what = "is itself what it would be made from" if is_itself else f"holds {source}, from which it is made"
             raise OutputExists(f"{path} {what}", hint="give the output another name")
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two names are of one file: of a hard link, or in other letters where a file system does not tell apart."""
+    try:
+        return path.samefile(other)
+    except OSError:  # one of them does not exist
+        return False
 
 
 def refuse_among(path: Path, sources: Path, what: str) -> None:
@@ -188,6 +196,13 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def sha256_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the SHA-256 of each file, see `sha256_file`; several are hashed at a time."""
+    paths = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(sha256_file, paths), strict=True))
 
 
 def sha256_json(value: Any) -> str:

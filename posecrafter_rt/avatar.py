@@ -86,11 +86,14 @@ class Avatar:
     def resolve(self, options: RenderOptions | None = None, *, preset: str = "exact", **changes: Any) -> RenderOptions:
         """Return `options`, overridden by the preset, then by `changes`; the base's recommendations replace None.
 
-        Raises: PoseCrafterError for bad options, and for options that need a network that the engine lacks.
+        Raises: PoseCrafterError for bad options, for options that need a network that the engine lacks, and for steps
+            that would do nothing.
         """
         options = replace(options or RenderOptions(), **{**bundle(preset), **changes})
         self.networks.check(options)
-        return options.with_recommended(self.folder.manifest["recommended"])
+        options = options.with_recommended(self.folder.manifest["recommended"])
+        options.check_start(self.schedules[options.sampler])
+        return options
 
     def render(self, poses: PoseSequence, options: RenderOptions | None = None, **changes: Any) -> np.ndarray:
         """Render the person in every pose.
@@ -141,6 +144,7 @@ class Avatar:
             changes no byte and no order. Until the iterator has ended or is closed, nothing else may use the avatar.
         """
         options, on_step = self.resolve(options, **changes), on_step or ignore
+        self.schedules[options.sampler].warn_of_less_noise(options.num_inference_steps)
         target = transform_keypoints(poses, self.size)  # as the training frames were fitted
         if options.segment is None:
             warn_unless_fits(self.networks.room(options), len(target), options)
@@ -240,9 +244,9 @@ class Avatar:
 
     def _prepare(self, target: PoseSequence, options: RenderOptions, report: RenderReport, told: OnStep) -> Tensor:
         """Choose and invert the reference, which all segments share; return its latents (4, h, w)."""
-        with report.stage("prepare"):
+        with self.networks.on_device(), report.stage("prepare"):
             report.reference_index = select_reference(self.poses, target) if options.selects else 0
-        with report.stage("invert"):
+        with self.networks.on_device(), report.stage("invert"):
             return self._inverted_latents(report, told)
 
     def _setup(self, target: PoseSequence, report: RenderReport, inverted: Tensor) -> RenderSetup:

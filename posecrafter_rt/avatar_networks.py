@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 
 from posecrafter_rt import __version__
 from posecrafter_rt.engines import IN_PARTS, LOADED_WIDER, ROUNDED_BY_THREADS, Backend, Engine, Precision, get_backend
-from posecrafter_rt.engines.base import TORCH_DTYPES
-from posecrafter_rt.engines.device import DRIVER, is_driver_older
+from posecrafter_rt.engines.base import CACHE_HINT, TORCH_DTYPES
+from posecrafter_rt.engines.device import DRIVER, is_driver_older, torch_device
 from posecrafter_rt.engines.folder import EngineFolder, in_use, rebuild_command, rebuild_hint
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.machine import library_versions
@@ -58,7 +58,7 @@ class Networks:
 
     engines: the loaded networks by name; empty before `use` and after `close`. precision, tokens_at_once: those that
     `engines` were loaded with, see `use`. has_run: whether `engines` have denoised, so that memory for their weights
-    is already taken.
+    is already taken. device: that of the first load, on which they stay; None: not loaded yet, or no GPU's engine.
     """
 
     def __init__(self, folder: EngineFolder) -> None:
@@ -67,6 +67,7 @@ class Networks:
         self.precision: Precision | None = None
         self.tokens_at_once: int | None = None
         self.has_run = False
+        self.device: torch.device | None = None
         self._hold: ExitStack | None = None
         self._process = os.getpid()
 
@@ -88,6 +89,13 @@ class Networks:
         is_rounded = manifest["device"]["type"] == "cpu" and manifest["backend"] in ROUNDED_BY_THREADS
         return [torch.get_num_threads()] if is_rounded else []
 
+    def on_device(self) -> AbstractContextManager[None]:
+        """Make the GPU of the first load current in the block: the program may have made another one current since."""
+        if self.device is None and self.folder.manifest["device"]["type"] == "cuda":
+            self.device = torch_device()
+        is_gpu = self.device is not None and self.device.type == "cuda"
+        return torch.cuda.device(self.device) if is_gpu else nullcontext()
+
     def use(self, precision: Precision, tokens_at_once: int | None = None) -> None:
         """Load the networks in this precision, unless they are. Until `release` no build can replace their folder.
 
@@ -106,7 +114,8 @@ class Networks:
                 self._hold = hold
             settings = {} if tokens_at_once is None else {"tokens_at_once": tokens_at_once}
             backend = get_backend(self.folder.manifest["backend"], **settings)
-            self.engines = backend.load(self.folder.networks, self.architecture, precision, self.folder.compiled)
+            with self.on_device():
+                self.engines = backend.load(self.folder.networks, self.architecture, precision, self.folder.compiled)
             self.precision, self.tokens_at_once = precision, tokens_at_once
 
     def needed(self, *reports: SegmentReport) -> tuple[Precision, int | None]:
@@ -159,7 +168,8 @@ class Networks:
             frames_at_once = -(-LEAST_TOKENS // self._frame_tokens())  # rounded up
             in_parts = InParts(LEAST_TOKENS, frame_bytes(arch, size, options.groups, element_bytes, COPIES_IN_PARTS),
                                frames_at_once * per_frame)  # fmt: skip
-        free = free_bytes(manifest["device"]["type"])
+        with self.on_device():
+            free = free_bytes(manifest["device"]["type"])
         free = None if free is None else free + self._activation_bytes()
         return Room(free, reserved, per_frame, arch.max_frames, lighter, in_parts)
 
@@ -258,9 +268,11 @@ def check_runs_here(folder: EngineFolder) -> None:
     backend, rebuild = get_backend(manifest["backend"]), rebuild_hint(path, manifest)
     reason = backend.unsupported_reason(manifest["precision"])
     if reason is not None:
+        reason, cache_hint, _ = reason.partition(CACHE_HINT)  # with a cache this engine runs: no other is needed
         # The hint keeps the other settings, and leaves the choice of a backend that runs here to the build.
         others = {name: value for name, value in manifest.items() if name not in ("backend", "precision", "max_frames")}
-        raise EngineFolderError(f"{path} needs backend {backend.name}: {reason}", rebuild_hint(path, others))
+        hint = cache_hint or rebuild_hint(path, others)
+        raise EngineFolderError(f"{path} needs backend {backend.name}: {reason.removesuffix('; ')}", hint)
     for built, here in _provenance(manifest, backend):
         if built != here:
             raise EngineFolderError(f"{path} was built on {built}, this is {here}", rebuild)

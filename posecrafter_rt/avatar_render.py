@@ -123,13 +123,13 @@ class SegmentRender:
     def _denoise(self, segment: Segment, part: SegmentReport, told: OnStep) -> Tensor:
         """Return clean latents (F, 4, h, w) of a segment's target frames; pose embeddings and edits are freed."""
         setup, options, engines = self.setup, self.setup.options, self.networks.engines
-        with part.stage("prepare"):
+        with self.networks.on_device(), part.stage("prepare"):
             prepared = setup.prepared()
             clip = prepare_clip(engines, prepared, setup.target[segment.start : segment.stop], options)
             if clip.plan is not None:
                 part.count_edits(clip.plan, segment)
         num_steps = options.num_inference_steps - options.start_step
-        with part.stage("denoise"):
+        with self.networks.on_device(), part.stage("denoise"):
             latents = render_clip(engines, setup.schedule, prepared.tables, clip, options,
                                   lambda step: told("denoising", step - options.start_step, num_steps))  # fmt: skip
         return latents[1:] if options.inserts else latents  # the inserted reference is never decoded
@@ -144,7 +144,7 @@ class SegmentRender:
         """Yield the frames (H, W, 3) uint8 of the segment that was settled last, from its latents (N, 4, h, w)."""
         told = naming_segment(self.on_step, len(self.report.segments), 1 + self.split.num_left())
         for index in range(len(latents)):
-            with part.stage("decode"):
+            with self.networks.on_device(), part.stage("decode"):
                 number = self.split.start - len(latents) + index  # in the clip; split.start is past the settled segment
                 frame = self._decode_adjusting(latents[index : index + 1], number, part)
             told("decoding", index + 1, len(latents))

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import mmap
 import os
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from posecrafter_rt.errors import PoseCrafterError
 
 log = logging.getLogger(__name__)
 DIGEST_BYTES = 32
-MAX_FILES = 64  # every new frame count of a clip adds some; the oldest are removed first
+MAX_FILES = 64  # every new frame count of a clip adds some; those not used for the longest time go first
 
 
 class MappedBlob:
@@ -50,7 +51,8 @@ class MappedBlob:
 class BlobCache:
     """Blobs in a folder, which the first write creates. max_bytes: in all, but the newest stays; None: no limit.
 
-    Each file ends with the SHA-256 of its blob: OpenVINO runs a blob with altered bytes without noticing.
+    Each file ends with the SHA-256 of its blob: OpenVINO runs a blob with altered bytes without noticing. Its time is
+    that of its last use.
     """
 
     def __init__(self, folder: Path, max_bytes: int | None = None) -> None:
@@ -71,7 +73,10 @@ class BlobCache:
         except OSError:
             return None
         blob, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-        return blob if hashlib.sha256(blob).digest() == digest else None
+        if hashlib.sha256(blob).digest() != digest:
+            return None
+        self._use(key)
+        return blob
 
     def map(self, key: dict[str, Any]) -> MappedBlob | None:
         """As `load`, but memory-mapped. The file may be removed or replaced meanwhile, but not written to."""
@@ -79,7 +84,10 @@ class BlobCache:
             blob = MappedBlob(self.path(key))
         except (OSError, ValueError):  # absent, or empty, which cannot be mapped
             return None
-        return blob if blob.is_whole() else None
+        if not blob.is_whole():
+            return None
+        self._use(key)
+        return blob
 
     def save(self, key: dict[str, Any], blob: bytes | memoryview) -> bool:
         """Write a blob atomically and return whether that worked. If not, a later process makes the blob again."""
@@ -96,11 +104,15 @@ class BlobCache:
             log.warning("old files are not removed: %s", error)
         return True
 
+    def _use(self, key: dict[str, Any]) -> None:
+        with suppress(OSError):  # another user's, or removed by another process
+            os.utime(self.path(key))
+
     def _prune(self) -> None:
         facts = [(stat, path) for path in self.folder.glob("*.blob") if (stat := _stat(path)) is not None]
-        by_age = sorted(facts, key=lambda fact: fact[0].st_mtime_ns, reverse=True)
-        until = accumulate(stat.st_size for stat, _ in by_age)
-        for count, ((_, path), num_bytes) in enumerate(zip(by_age, until, strict=True)):
+        by_use = sorted(facts, key=lambda fact: fact[0].st_mtime_ns, reverse=True)
+        until = accumulate(stat.st_size for stat, _ in by_use)
+        for count, ((_, path), num_bytes) in enumerate(zip(by_use, until, strict=True)):
             is_too_much = self.max_bytes is not None and num_bytes > self.max_bytes
             if count >= MAX_FILES or (count and is_too_much):  # the newest stays, whatever its size
                 path.unlink(missing_ok=True)

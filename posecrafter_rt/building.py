@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import torch
 from posecrafter_rt import __version__
 from posecrafter_rt.atomic import refuse_sources, sha256_json
 from posecrafter_rt.checkpoint import Checkpoint
-from posecrafter_rt.engine_training import write_training
+from posecrafter_rt.engine_training import choose_size, write_training
 from posecrafter_rt.engines import (
     LAST_RESORT,
     ONLY_OF,
@@ -36,7 +37,7 @@ from posecrafter_rt.errors import DiskFull, EngineFolderError, PoseCrafterError,
 from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
-from posecrafter_rt.models.sources import locate_base
+from posecrafter_rt.models.sources import hash_configs, locate_base
 from posecrafter_rt.models.weights import read_scheduler_config
 from posecrafter_rt.plain_numbers import is_whole, make_numbers_plain
 from posecrafter_rt.spec import NETWORK_NAMES, Architecture
@@ -65,7 +66,7 @@ class BuildOptions:
 
     backend: `auto` or a name of `engines.names()`. precision: `auto`, `fp32`, `bf16`, `fp16`, or `int8` (`openvino`
         only).
-    size: (height, width) in pixels of the rendered frames; None: that of tuning.
+    size: (height, width) in pixels of the rendered frames, of tuning's shape; None: that of tuning.
     base, controlnet, vae: where they are, if they moved since tuning.
     refit: an engine folder of another checkpoint of the same base. Its networks are copied, and weights that differ
         are replaced. `auto` then means its backend and its precision.
@@ -125,18 +126,20 @@ def build_engine(
     says why. The next build of the same engine skips it without trying, unless `force` is set.
 
     Args:
-        checkpoint: what `tune` wrote. output: the folder; None: the checkpoint's name with `.engine`.
+        checkpoint: what `tune` wrote. output: the folder; None: the former's name, `.engine` for `.ckpt` or `.safetensors`.
         force: do two things. Replace what is at `output` even if it is not an engine, or an engine folder that holds
             other files; without `force` only an engine is replaced, once the new one is complete. And try again what
             `auto` passed over the last time. An engine of the same checkpoint and options is kept even so: remove it
             to build it again.
         progress: called with each stage as it begins, and the seconds left if there was such a build before.
     Raises: CheckpointError (also for a LoRA), ModelError, BackendUnavailable, ShapeError (a size that the network
-        cannot halve), OutputExists; PoseCrafterError if `max_frames` is too small, or is given for a backend that takes
-        any number; EngineFolderError if the engine to refit is damaged, or differs in more than weights.
+        cannot halve, or of another shape than tuning's), OutputExists; PoseCrafterError if `max_frames` is too small,
+        or is given for a backend that takes any number; EngineFolderError if the engine to refit is damaged, or
+        differs in more than weights.
     """
     checkpoint = Path(checkpoint)
-    output = Path(output) if output is not None else checkpoint.parent / f"{checkpoint.stem}.engine"
+    name = re.sub(r"\.(ckpt|safetensors)$", "", checkpoint.name, flags=re.IGNORECASE)  # jane.doe is a name
+    output = Path(output) if output is not None else checkpoint.parent / f"{name}.engine"
     failures = _Failures({} if force else _read_passed_over(output))
     while True:
         try:
@@ -181,7 +184,7 @@ class _Failures:
     def save(self, folder: EngineFolder) -> None:
         """Store the reasons in the engine that was built instead, for `_read_passed_over`; failing to is harmless."""
         held = _read_passed_over(folder.path)  # empty in a new folder
-        kept = {key: reason for key, reason in {**held, **self._reasons}.items() if reason is not None}
+        kept = {key: reason for key, reason in {**self.before, **held, **self._reasons}.items() if reason is not None}
         if kept != held:
             with suppress(OSError):  # no temporary name: left behind, it would be no part of an engine
                 (folder.path / PASSED_OVER).write_text(json.dumps(kept, indent=1), encoding="utf-8")
@@ -241,9 +244,8 @@ def _build(
         networks.mkdir()
         with _passing_over(plan.backend, fingerprint, plan.is_auto):
             _write_networks(plan, model, arch, networks, stages, on_stage)
-    folder = open_folder(output)
     stages.save()
-    return BuildResult(folder, False, plan.why)
+    return BuildResult(EngineFolder(output.resolve(), manifest, output), False, plan.why)
 
 
 @dataclass(frozen=True)
@@ -318,16 +320,15 @@ def _choose(checkpoint: Path, options: BuildOptions, failed: Mapping[str, str]) 
         name = source.manifest["backend"] if name == "auto" else name
         precision = source.manifest["precision"] if precision == "auto" else precision
         check_source(source, {"backend": name, "precision": precision})
-    chosen = choose_precision(precision, name)
+    chosen = choose_precision(precision, LAST_RESORT if name == "auto" and failed else name)
     backend, why = choose_backend(name, chosen, failed)
     tuned = Checkpoint.load(checkpoint)
-    height, width = options.size or tuned.frames.shape[1:3]
+    size = choose_size(options.size, tuned.frames.shape[1:3])
     usual = True if source is None else source.manifest.get("feature_reuse", False)
     return _Plan(
-        source=source, is_auto=is_auto,
-        backend=backend, why=why if source is None else f"that of {source.path}", precision=chosen,
-        tuned=tuned, loras=[read_lora(lora) for lora in options.loras],
-        size=(height, width), max_frames=choose_max_frames(options, backend, (height, width), source),
+        source=source, is_auto=is_auto, backend=backend, why=why if source is None else f"that of {source.path}",
+        precision=chosen, tuned=tuned, loras=[read_lora(lora) for lora in options.loras], size=size,
+        max_frames=choose_max_frames(options, backend, size, source),
         feature_reuse=usual if options.feature_reuse is None else options.feature_reuse,
     )  # fmt: skip
 
@@ -343,13 +344,11 @@ def choose_max_frames(
     if wanted is None:
         return usual if source is None else source.manifest.get("max_frames", usual)
     if usual is None:
-        raise PoseCrafterError(
-            f"an engine of backend {backend.name} takes any number of frames", "leave out --max-frames"
-        )
+        raise PoseCrafterError(f"an engine of backend {backend.name} takes any number of frames",
+                               "leave out --max-frames")  # fmt: skip
     if wanted < 2:
-        raise PoseCrafterError(
-            f"an engine for {wanted} frames at once", "give 2 or more: the inserted reference is one"
-        )
+        raise PoseCrafterError(f"an engine for {wanted} frames at once",
+                               "give 2 or more: the inserted reference is one")  # fmt: skip
     return wanted
 
 
@@ -361,9 +360,10 @@ def libraries_of(backend: Backend) -> list[str]:
 def _describe(plan: _Plan, options: BuildOptions) -> dict[str, Any]:
     """Return the part of the manifest that is known before the weights are loaded.
 
-    `fingerprint` is the hash of the rest of it, together with that of the code in SOURCES, whether refitted or not.
+    `fingerprint` is the hash of the rest, of the base's configurations and of the code in SOURCES, refitted or not.
     """
     tuned, backend, base = plan.tuned, plan.backend, locate_base(options.base or plan.tuned.metadata["base"])
+    configs = hash_configs(base, {key: getattr(options, key) or tuned.metadata[key] for key in ("vae", "controlnet")})
     manifest = {
         "package": __version__, "backend": backend.name, "precision": plan.precision, "size": list(plan.size),
         "checkpoint": tuned.digest(), "device": backend.device(),
@@ -375,7 +375,7 @@ def _describe(plan: _Plan, options: BuildOptions) -> dict[str, Any]:
         "feature_reuse": plan.feature_reuse,
         **({} if plan.max_frames is None else {"max_frames": plan.max_frames}),
     }  # fmt: skip
-    return {**manifest, "fingerprint": sha256_json({**manifest, "sources": source_digest(*SOURCES)})}
+    return {**manifest, "fingerprint": sha256_json({**manifest, "sources": [configs, source_digest(*SOURCES)]})}
 
 
 def _kind_of_build(manifest: Mapping[str, Any], plan: _Plan) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from posecrafter_rt.errors import CheckpointError, PoseError, first_line
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.models.loading import PoseModel, apply_tensors, load_base
 from posecrafter_rt.models.small_decoder import empty_small_decoder
-from posecrafter_rt.models.weights import is_safetensors
+from posecrafter_rt.models.weights import begins_as_safetensors
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.tensor_file import save_tensors
 
@@ -43,8 +43,9 @@ class Checkpoint:
     frames: (n, H, W, 3) uint8 RGB. poses: n poses on a canvas of H × W pixels.
     metadata: JSON values, among them those of REQUIRED_METADATA: base, controlnet, vae as `load_base` takes them (or
         None); base_hash; prompt; size [height, width]; norm_scope; seed; steps. If a small decoder was distilled,
-        small_decoder is its configuration. `tune` also writes schedule, the base's `DDIMSchedule.learned`; older
-        checkpoints lack it. A loaded checkpoint also has "versions" and "format_version".
+        small_decoder is its configuration. `tune` also writes schedule, the base's `DDIMSchedule.learned`, and
+        configurations, its `PoseModel.configs`; older checkpoints lack them. A loaded checkpoint also has "versions"
+        and "format_version".
     Raises: CheckpointError if frames, poses and metadata do not fit together.
     """
 
@@ -68,6 +69,8 @@ class Checkpoint:
             raise CheckpointError(message, hint="bring the poses to the frames' size")
         if not isinstance(self.metadata.get("schedule", {}), dict):
             raise CheckpointError("the noise schedule that it was tuned with is not a table", hint="tune again")
+        if not isinstance(self.metadata.get("configurations", {}), dict):
+            raise CheckpointError("the hashes of its base's configurations are not a table", hint="tune again")
         foreign = [name for name in self.tensors if not name.startswith(_PREFIXES)]
         if foreign:
             raise CheckpointError(
@@ -122,6 +125,11 @@ class Checkpoint:
                 message = f"the checkpoint was tuned with {name} {tuned}, but {model.base_id} has {schedule[name]}"
                 hint = "undo the change in the base's scheduler_config.json, or in the .yaml beside its file, or tune again"
                 raise CheckpointError(message, hint=hint)
+        for name, digest in self.metadata.get("configurations", {}).items():
+            if model.configs.get(name, digest) != digest:
+                message = f"the checkpoint was tuned with another configuration of the {name.replace('_', ' ')}"
+                hint = f"undo the change in {name}/, give the parts that it was tuned with (--base, --controlnet, --vae), or "
+                raise CheckpointError(message, hint=f"{hint}tune again")
 
     def load_model(
         self,
@@ -173,7 +181,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with path.open("rb") as file:
         start = file.read(2)
     # safetensors begin with the length of their header, whose first two bytes can be any of these, too
-    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and not is_safetensors(path):
+    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and not begins_as_safetensors(path):
         raise CheckpointError(f"{path} is a PyTorch pickle, which could run code, not a checkpoint of this package",
                               hint="make one: posecrafter-rt tune")  # fmt: skip
     try:

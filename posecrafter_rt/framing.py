@@ -73,15 +73,19 @@ def check_one_pose_a_frame(video: Path | str, num_frames: int, num_poses: int) -
                         "extract the poses from this very video")  # fmt: skip
 
 
+def have_one_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two sizes have one aspect ratio, to 2 % or one pixel of the smaller one."""
+    across, down = size[1] * other[0], size[0] * other[1]  # equal if the aspect ratios are
+    return abs(across - down) <= max(*size, *other, 0.02 * max(across, down))
+
+
 def check_canvas(video: Path | str, size: tuple[int, int], canvas: tuple[int, int]) -> None:
-    """Raise PoseError unless a canvas has the aspect ratio of a video's frames, to 2 % or one pixel of the smaller one.
+    """Raise PoseError unless a canvas has the shape of a video's frames (see `have_one_shape`).
 
     It differs, for example, if the video was rotated after its poses were extracted.
     Args: size, canvas: (height, width) in pixels.
     """
-    across, down = size[1] * canvas[0], size[0] * canvas[1]  # equal if the aspect ratios are
-    rounded = max(*size, *canvas)
-    if abs(across - down) > max(rounded, 0.02 * max(across, down)):
+    if not have_one_shape(size, canvas):
         raise PoseError(f"the frames of {video} are {size_text(size)}, of another shape than their poses' canvas of {size_text(canvas)}",
                         "extract the poses from this very video; `poses preview --video` shows both")  # fmt: skip
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posecrafter_rt.atomic import partial_path, refuse_overwrite, sha256_json
-from posecrafter_rt.checkpoint import Checkpoint
+from posecrafter_rt.atomic import partial_path, refuse_overwrite
+from posecrafter_rt.checkpoint import REQUIRED_METADATA, Checkpoint
 from posecrafter_rt.errors import (
     BackendUnavailable,
     CheckpointError,
@@ -49,6 +49,7 @@ from posecrafter_rt.tuning_losses import (
     decoder_loss,
     decoder_parameters,
     denoiser_loss,
+    drawing_on_cpu,
     encode,
     small_decoder_loss,
     teach,
@@ -58,7 +59,7 @@ from posecrafter_rt.video_io import stream_video, video_size
 
 SAVE_EVERY_SECONDS = 30.0
 LOSS_SMOOTHING = 0.05
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class TuneOptions:
     frames: number of training frames, taken uniformly from the video.
     steps: tuning steps of the denoiser. decoder_steps: those of the autoencoder's decoder, which follow.
         small_decoder_steps: those that then distill that decoder into a small one, for streams; 0: there is none.
-    precision: of the activations (autocast); the trained weights stay float32.
+    precision: of the activations (autocast); the trained weights stay float32. `auto`: that of `resolve_precision`, or
+        the one in which the interrupted run began that this one continues.
     controlvideo_weights: the U-Net's and the ControlNet's file of a ControlVideo training, to start from instead of the
         base's own weights; with 0 steps they are used unchanged. norm_scope then defaults to `clip`, as they were
         trained.
@@ -87,7 +89,7 @@ class TuneOptions:
     learning_rate: float | None = None
     prompt: str | None = None
     norm_scope: NormScope | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "bf16"
     device: str = "cpu"
     seed: int = 0
     gradient_checkpointing: bool = False
@@ -146,6 +148,7 @@ def trainable_parameters(model: PoseModel, patterns: tuple[str, ...]) -> dict[st
     return chosen
 
 
+@drawing_on_cpu()
 def tune(
     frames: np.ndarray,
     poses: PoseSequence,
@@ -182,6 +185,7 @@ def tune(
     settings = model.settings
     chosen = choose_frames(len(frames), options.frames)
     steps = step_counts(options, settings, len(chosen))
+    precision = options.precision if options.precision != "auto" else resolve_precision(options.device, "auto")[1]
     if steps["small_decoder_steps"]:
         arch, generator = model.architecture(), torch.Generator().manual_seed(options.seed)
         model.small_decoder = new_small_decoder(arch.latent_channels, arch.vae_scale_factor, generator)
@@ -192,7 +196,7 @@ def tune(
         metadata={
             **model.identity(),
             "prompt": settings.prompt if options.prompt is None else options.prompt, "size": list(frames.shape[1:3]),
-            "norm_scope": model.unet.norm_scope, "seed": options.seed, "precision": options.precision,
+            "norm_scope": model.unet.norm_scope, "seed": options.seed, "precision": precision,
             **steps,
             "small_decoder": None if model.small_decoder is None else describe_config(model.small_decoder),
             "learning_rate": options.learning_rate or settings.learning_rate,
@@ -219,6 +223,13 @@ def step_counts(options: TuneOptions, settings: BaseSettings, num_frames: int) -
     return recommended | {name: steps for name, steps in given.items() if steps is not None}
 
 
+def _start(checkpoint: Checkpoint, settings: BaseSettings) -> dict[str, Any]:
+    """Return what a run starts from but its precision, for `TuningRun.restore`; `base_hash` is of the base's weights."""
+    metadata = {name: value for name, value in checkpoint.metadata.items() if name != "precision"}
+    content = replace(checkpoint, metadata=dict.fromkeys(REQUIRED_METADATA)).digest()
+    return {**metadata, "the base's settings": settings.to_json(), "frames, poses or weights": content}
+
+
 def _optimise(
     model: PoseModel,
     checkpoint: Checkpoint,
@@ -231,10 +242,9 @@ def _optimise(
     data = encode(model, checkpoint, options.device)
     run = _begin(model, checkpoint.metadata, options)
     schedule = DDIMSchedule.from_config(model.scheduler_config)
-    # The fingerprint covers what a run starts from: untuned weights, frames and poses, options, the base's settings.
-    start = replace(checkpoint, tensors={**checkpoint.tensors, **run.parameters})
-    fingerprint = sha256_json([start.digest(), model.settings.to_json()])
-    run.restore(partial, fingerprint, force)
+    start = _start(checkpoint, model.settings)
+    run.restore(partial, start, options.precision == "auto", force)
+    checkpoint.metadata["precision"] = run.precision
     saved_at = time.monotonic()
     try:
         while run.step < run.steps:
@@ -243,10 +253,10 @@ def _optimise(
             if on_step is not None:
                 on_step(TuneStatus(run.step, run.steps, run.loss, part))
             if time.monotonic() - saved_at > SAVE_EVERY_SECONDS:
-                run.save(partial, fingerprint)
+                run.save(partial, start)
                 saved_at = time.monotonic()
     except KeyboardInterrupt:
-        run.save(partial, fingerprint)
+        run.save(partial, start)
         raise
     except Exception as error:  # torch and Python have a type each for memory that ran out
         known = out_of_memory(error, _less_memory(options, run))
@@ -289,14 +299,13 @@ def _begin(model: PoseModel, metadata: dict[str, Any], options: TuneOptions) -> 
          "small decoder": metadata["small_decoder_steps"]},
         trained,
         torch.optim.AdamW(groups, weight_decay=settings.weight_decay),
-        torch.amp.GradScaler(options.device, enabled=options.precision == "fp16"),
-        torch.Generator().manual_seed(options.seed),
+        torch.Generator().manual_seed(options.seed), options.device, metadata["precision"],
     )  # fmt: skip
 
 
 def _step(model: PoseModel, data: TrainingSet, run: TuningRun, options: TuneOptions, schedule: DDIMSchedule) -> None:
     part, step = run.position
-    with _autocast(options, keep_range=part != "denoiser"):
+    with _autocast(run, keep_range=part != "denoiser"):
         if part == "denoiser":
             loss = denoiser_loss(model, data, run.generator, schedule)
         elif part == "decoder":
@@ -333,12 +342,12 @@ def learning_rate_at(step: int, steps: int, decay: bool) -> float:
     return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * float(np.cos(np.pi * step / steps)))
 
 
-def _autocast(options: TuneOptions, keep_range: bool = False) -> AbstractContextManager[None]:
+def _autocast(run: TuningRun, keep_range: bool) -> AbstractContextManager[None]:
     """Return the autocast context. keep_range: do not use float16, because a VAE's activations can overflow it."""
     dtypes = {"bf16": torch.bfloat16} | ({} if keep_range else {"fp16": torch.float16})
-    if options.precision not in dtypes:
+    if run.precision not in dtypes:
         return nullcontext()
-    return torch.autocast(options.device, dtypes[options.precision])
+    return torch.autocast(run.device, dtypes[run.precision])
 
 
 def resolve_precision(device: str, precision: str) -> tuple[str, str]:
@@ -362,7 +371,7 @@ def resolve_precision(device: str, precision: str) -> tuple[str, str]:
         native = torch.cuda.get_device_capability(device) >= (8, 0) if device != "cpu" else cpu_gains_by_bf16()
         precision = "bf16" if native else "fp16" if device != "cpu" else "fp32"
     if precision not in PRECISIONS:
-        raise PoseCrafterError(f"unknown precision {precision!r}", f"choose one of auto, {', '.join(PRECISIONS)}")
+        raise PoseCrafterError(f"unknown precision {precision!r}", f"choose one of {', '.join(PRECISIONS)}")
     return device, precision
 
 

@@ -23,9 +23,10 @@ from av.error import ExternalError, FFmpegError
 from posecrafter_rt.atomic import atomic_path, natural_key, refuse_overwrite
 from posecrafter_rt.errors import ShapeError, VideoError
 from posecrafter_rt.framing import check_frame, resize_to, size_text
-from posecrafter_rt.video_decoding import DEFAULT_FPS, decode, ffmpeg_name, frame_rate, reason
+from posecrafter_rt.video_decoding import DEFAULT_FPS, decode, ffmpeg_name, frame_rate, open_video, reason
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+_UNREAD_SUFFIXES = (".heic", ".heif", ".avif")  # what phones write beside JPEG, which OpenCV cannot read everywhere
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv")
 H264_CRF = "17"  # x264's constant quality; at about this value and below no loss is visible
 
@@ -47,7 +48,7 @@ class Video:
 def read_video(
     path: str | PathLike[str], *, size: tuple[int, int] | None = None, start: int = 0, stop: int | None = None
 ) -> Video:
-    """Read a video, a GIF, an image, or a folder of images in the natural order of their names.
+    """Read a video, a GIF, an animated PNG, an image, or a folder of images in the natural order of their names.
 
     Args:
         path: file or folder.
@@ -56,6 +57,7 @@ def read_video(
     Returns: the clip, rotated upright if the file says how; images have 25 frames per second.
     Raises: VideoError if the path is missing, cannot be read, breaks off (naming the frame reached), holds no frame in
         that range, has frames or images of different sizes, is HDR (PQ or HLG), or has pixels that are not square.
+        Of MKV, WebM, MPEG-TS and FLV nothing tells that they break off: what is there is read.
     """
     source, fps = stream_video(path, size=size, start=start, stop=stop)
     frames = _gather(source)
@@ -92,8 +94,7 @@ def count_frames(path: str | PathLike[str]) -> int:
         return len(_image_paths(path))
     count = 0
     # Errors are suppressed here; decoding reports them.
-    with suppress(FFmpegError), av.open(ffmpeg_name(path), metadata_errors="replace") as container:
-        stream = container.streams.video[0]
+    with suppress(FFmpegError, VideoError), open_video(path) as (container, stream):
         if stream.frames:  # most files state it, and need not be read through
             return stream.frames
         for packet in container.demux(stream):
@@ -268,22 +269,36 @@ def decode_png(data: np.ndarray) -> np.ndarray:
 
 
 def _holds_images(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
+    return path.is_dir() or (path.suffix.lower() in IMAGE_SUFFIXES and not _is_animated_png(path))
+
+
+def _is_animated_png(path: Path) -> bool:
+    """Return whether a PNG announces an animation, which it does before its first picture."""
+    return path.suffix.lower() == ".png" and path.is_file() and b"acTL" in path.read_bytes().partition(b"IDAT")[0]
 
 
 def _image_paths(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    images = [entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.name[0] != "."]
+    entries = sorted((entry for entry in path.iterdir() if entry.name[0] != "."), key=natural_key)
+    for entry in entries:
+        if entry.suffix.lower() in _UNREAD_SUFFIXES:  # without it the clip would have a gap
+            raise VideoError(f"{entry} is an image of a format that cannot be read",
+                             hint="convert such images to JPEG (magick FILE FILE.jpg) and move them away")  # fmt: skip
+    images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise VideoError(f"the folder {path} holds no image", hint=f"images end in {', '.join(IMAGE_SUFFIXES)}")
-    return sorted(images, key=natural_key)
+    return images
 
 
 def _read_images(paths: Sequence[Path]) -> Iterator[np.ndarray]:
     size: tuple[int, int] | None = None
     for path in paths:
-        image = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", dtype=np.uint8), cv2.IMREAD_COLOR)
+        data = path.read_bytes() or b"\0"
+        if data[8:16] == b"WEBPVP8X" and data.count(b"ANMF") > 1:  # of these OpenCV would give the first
+            raise VideoError(f"{path} is an animated WebP, which cannot be read",
+                             hint="write its frames into a folder: magick FILE -coalesce FOLDER/%04d.png")  # fmt: skip
+        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
         if image is None:
             raise VideoError(f"{path} cannot be read as an image", hint="check that the file is whole")
         size = size or image.shape[:2]

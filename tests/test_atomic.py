@@ -288,9 +288,10 @@ def test_nothing_replaces_what_it_is_made_from(tmp_path):
     (folder / "b").touch()
     source.touch()
     (tmp_path / "link").symlink_to(source)
+    (tmp_path / "hard link").hardlink_to(source)  # as `A` is, where a file system does not tell letters' cases apart
     refuse_sources(tmp_path / "new", source, folder / "b", tmp_path / "none")
     refuse_sources(folder / "c", folder / "b", folder)  # into a folder that is read
-    for path in (source, tmp_path / "link", folder / ".." / "a"):
+    for path in (source, tmp_path / "link", tmp_path / "hard link", folder / ".." / "a"):
         with pytest.raises(OutputExists, match="is itself what it would be made from"):
             refuse_sources(path, source)
     with pytest.raises(OutputExists, match=r"folder holds .*/folder/b, from which it is made"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.runtime import render as render_module
 from posecrafter_rt.runtime.options import MODES
 from posecrafter_rt.runtime.presets import PRESETS
+from posecrafter_rt.runtime.report import SegmentReport
 from tests.tiny import SIZE, Watched, some_poses
 
 
@@ -101,7 +103,7 @@ def test_an_avatar_and_its_streams_are_refused_in_a_forked_process_and_go_on_in_
         message = "this stream was opened before a fork"
         assert calls_in_a_fork(lambda: stream.step(pose.keypoints[0])) == (message, "load its avatar in each worker")
         stream.step(pose.keypoints[0])
-    avatar.render(pose, num_inference_steps=1)
+    avatar.render(pose, num_inference_steps=2)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_a_damaged_cached_inversion_is_computed_anew(avatar: Avatar, damage: Cal
 
 def test_options_change_what_they_should(avatar: Avatar) -> None:
     poses = some_poses(2)
-    plain = avatar.render(poses, num_inference_steps=2)
+    plain = avatar.render(poses, num_inference_steps=3)
     for change in (
         {"guidance_scale": 3.0, "prompt": "a woman"},
         {"conditioning_scale": 0.2},
@@ -154,7 +156,7 @@ def test_options_change_what_they_should(avatar: Avatar) -> None:
         {"controlnet_every": 2},
         {"mode": "+insertion"},
     ):
-        assert not np.array_equal(avatar.render(poses, **{"num_inference_steps": 2, **change}), plain), change
+        assert not np.array_equal(avatar.render(poses, **{"num_inference_steps": 3, **change}), plain), change
 
 
 def test_a_partial_inversion_asks_the_networks_only_below_its_start(
@@ -240,6 +242,34 @@ def test_guidance_with_equal_prompts_changes_nothing_but_rounding(avatar: Avatar
     assert abs(plain - guided).max() <= 1
 
 
+def test_every_stage_of_a_render_is_done_and_measured_on_the_gpu_of_the_networks(
+    avatar: Avatar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And between two frames the program has its own. No GPU is needed: it is only asked for."""
+    current, stage = list[str](), SegmentReport.stage
+    stages: list[tuple[str, list[str]]] = []
+
+    @contextmanager
+    def made_current() -> Iterator[None]:
+        current.append("theirs")
+        yield
+        current.pop()
+
+    @contextmanager
+    def noted(report: SegmentReport, name: str) -> Iterator[None]:
+        stages.append((name, [*current]))
+        with stage(report, name):
+            yield
+        stages.append((name, [*current]))
+
+    monkeypatch.setattr(avatar.networks, "on_device", made_current)
+    monkeypatch.setattr(SegmentReport, "stage", noted)
+    for _ in avatar.iter_render(some_poses(2), num_inference_steps=2):
+        assert current == []
+    assert {name for name, _ in stages} == {"prepare", "invert", "denoise", "decode"}
+    assert all(at == ["theirs"] for _, at in stages)
+
+
 def test_iter_render_yields_the_same_frames_one_by_one(avatar: Avatar) -> None:
     whole = avatar.render(some_poses(3), num_inference_steps=2)
     frames = list(avatar.iter_render(some_poses(3), num_inference_steps=2))
@@ -281,9 +311,32 @@ def test_what_are_no_poses_is_said_plainly(avatar: Avatar) -> None:
 
 
 def test_an_engine_of_another_size_renders_at_that_size(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    build_engine(tiny_checkpoint, tmp_path / "e", BuildOptions("torch", "fp32", size=(48, 32)))
+    build_engine(tiny_checkpoint, tmp_path / "e", BuildOptions("torch", "fp32", size=(48, 48)))
     with Avatar.load(tmp_path / "e") as avatar:
-        assert avatar.render(some_poses(2), num_inference_steps=1).shape == (2, 48, 32, 3)
+        assert avatar.render(some_poses(2), num_inference_steps=2).shape == (2, 48, 48, 3)
+
+
+@pytest.mark.parametrize("change", [
+    {"num_inference_steps": 1}, {"num_inference_steps": 2, "strength": 0.6}, {"num_inference_steps": 50, "strength": 0.01}])  # fmt: skip
+def test_steps_that_would_do_nothing_are_refused(avatar: Avatar, change: dict[str, Any]) -> None:
+    """The last step of leading spacing is at timestep 1: begun there, every frame would be the reference."""
+    with pytest.raises(PoseCrafterError, match="start where no noise is left to remove") as caught:
+        avatar.render(some_poses(2), **change)
+    assert caught.value.hint == "give more steps, or the sampler dpmpp"
+    avatar.resolve(**change, sampler="dpmpp")
+    with pytest.raises(PoseCrafterError, match="2 denoising steps at strength 0.5 start where no noise is left"):
+        avatar.folder.manifest["recommended"] = {"inversion_substeps": 1, "strength": 0.5}
+        avatar.resolve(num_inference_steps=2)
+
+
+def test_steps_that_start_at_much_less_noise_are_warned_of(avatar: Avatar, caplog: pytest.LogCaptureFixture) -> None:
+    few = {"strength": 0.004, "inversion_substeps": 1}
+    avatar.render(some_poses(1), num_inference_steps=500, **few)
+    assert not caplog.records
+    avatar.render(some_poses(1), num_inference_steps=501, **few)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a schedule of 501 steps starts at timestep 501 of 1000, because timesteps are whole: fewer steps start at more noise"
+    ]
 
 
 @pytest.mark.gpu

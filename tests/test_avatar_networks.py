@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from bench.untrained import untrained_checkpoint
 from posecrafter_rt.avatar_networks import Networks
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.engines import Precision, openvino_operations
+from posecrafter_rt.engines.torch import TorchBackend
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.runtime.memory import USED_SHARE
 from posecrafter_rt.runtime.options import RenderOptions
@@ -147,6 +151,43 @@ def test_plans_that_are_read_when_they_are_first_run_are_set_aside_until_then(
     assert networks.room(RenderOptions()).reserved == 730
     networks.has_run = True
     assert networks.room(RenderOptions()).reserved == 0
+
+
+def test_networks_stay_on_the_gpu_that_was_current_when_they_were_first_loaded(
+    networks: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever the program has made current since. No GPU is needed: torch is only asked to make one current."""
+    asked, now = list[str](), iter(("cuda:1", "cuda:0"))
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        asked.append(f"on {device}")
+        yield
+        asked.append("done")
+
+    def load(*arguments: Any) -> dict[str, Any]:
+        asked.append("load")
+        return {"unet": SimpleNamespace()}
+
+    def free_bytes(device_type: str) -> int:
+        asked.append("free")
+        return 10**9
+
+    monkeypatch.setattr("posecrafter_rt.avatar_networks.torch_device", lambda: torch.device(next(now)))
+    monkeypatch.setattr("posecrafter_rt.avatar_networks.free_bytes", free_bytes)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(TorchBackend, "load", load)
+    networks.use("fp16")
+    assert asked == ["load"] and networks.device is None  # a processor's engine, beside a GPU
+    networks.close()
+    asked.clear()
+    networks.folder.manifest["device"] = {**networks.folder.manifest["device"], "type": "cuda"}
+    networks.use("fp16")
+    networks.room(RenderOptions())
+    networks.release()
+    networks.use("fp32")
+    assert asked == [word for what in ("load", "free", "load") for word in ("on cuda:1", what, "done")]
+    assert networks.device == torch.device("cuda:1")
 
 
 def test_memory_that_networks_keep_for_their_activations_is_free_for_the_next_render(

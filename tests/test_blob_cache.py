@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +62,33 @@ def test_the_oldest_files_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         cache.save({"n": number}, b"x")
         os.utime(cache.path({"n": number}), (number, number))
     assert [number for number in range(5) if cache.load({"n": number})] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("read", [BlobCache.load, BlobCache.map])
+def test_what_is_used_counts_as_new(
+    read: Callable[[BlobCache, Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What every build needs is not lost to what came later and was needed once."""
+    monkeypatch.setattr(blob_cache, "MAX_FILES", 3)
+    cache = BlobCache(tmp_path)
+    for number in range(5):
+        cache.save({"n": number}, b"x")
+        os.utime(cache.path({"n": number}), (number, number))
+        assert read(cache, {"n": 0}) is not None
+    assert [number for number in range(5) if cache.holds({"n": number})] == [0, 3, 4]
+
+
+def test_what_may_not_be_marked_as_used_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in another user's cache."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    cache = BlobCache(tmp_path)
+    cache.save({}, b"x")
+    monkeypatch.setattr(os, "utime", refuse)
+    blob = cache.map({})
+    assert cache.load({}) == b"x" and blob is not None and blob.array.tobytes() == b"x"
 
 
 def test_no_more_bytes_than_allowed_but_for_the_newest(tmp_path: Path) -> None:

@@ -18,14 +18,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from posecrafter_rt import atomic
+from posecrafter_rt.atomic import sha256_file
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine, choose_max_frames, libraries_of
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.main import app
+from posecrafter_rt.engine_training import choose_size
 from posecrafter_rt.engines import LAST_RESORT, choose_backend, get_backend
 from posecrafter_rt.engines.folder import PASSED_OVER, EngineFolder, open_folder, read_manifest, write_manifest
 from posecrafter_rt.errors import (
     BackendUnavailable,
+    CheckpointError,
     DiskFull,
     EngineFolderError,
     ModelError,
@@ -34,6 +38,7 @@ from posecrafter_rt.errors import (
     PoseCrafterError,
     ShapeError,
 )
+from posecrafter_rt.framing import resize_to, transform_keypoints
 from posecrafter_rt.locks import locked
 from posecrafter_rt.models.lora import Lora
 from posecrafter_rt.tuning import TuneOptions, tune
@@ -111,6 +116,29 @@ def test_what_one_backend_alone_has_fails_with_it(
     assert "passed over" not in caplog.text and not (tmp_path / "e").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and is taken")
+def test_what_auto_takes_next_has_a_precision_of_its_own(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp16, which `openvino` gains by on some processors, `torch` is slower than in float32."""
+    from posecrafter_rt.engines import openvino_operations
+    from posecrafter_rt.engines.openvino import OpenVinoBackend
+
+    precisions: list[str] = []
+
+    def fails(*arguments: Any) -> None:
+        precisions.append(arguments[4])
+        raise AttributeError("no such method")
+
+    monkeypatch.setattr(openvino_operations, "has_tiles", lambda: True)
+    monkeypatch.setattr(OpenVinoBackend, "unsupported_reason", lambda self, precision: None)
+    monkeypatch.setattr(OpenVinoBackend, "build", fails)
+    built = build_engine(tiny_checkpoint, tmp_path / "e", BuildOptions()).folder.manifest
+    assert precisions == ["fp16"] and (built["backend"], built["precision"]) == (LAST_RESORT, "fp32")
+    again = build_engine(tiny_checkpoint, tmp_path / "e", BuildOptions())
+    assert again.was_current and precisions == ["fp16"]
+
+
 def test_what_auto_passed_over_is_not_tried_again_until_something_changes(
     tiny_checkpoint: Path,
     tmp_path: Path,
@@ -142,7 +170,7 @@ def test_what_auto_passed_over_is_not_tried_again_until_something_changes(
             tries.clear()
             assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 1
     tries.clear()
-    assert not build_engine(tiny_checkpoint, path, BuildOptions(precision="fp32", size=(48, 32))).was_current and tries
+    assert not build_engine(tiny_checkpoint, path, BuildOptions(precision="fp32", size=(48, 48))).was_current and tries
     open_folder(path)
 
 
@@ -167,6 +195,24 @@ def test_what_was_passed_over_stays_so_when_what_was_built_instead_is_built_agai
     assert build_engine(tiny_checkpoint, folder.path, auto).was_current and len(tries) == 1
     assert build_engine(tiny_checkpoint, folder.path, BuildOptions(LAST_RESORT, "fp32")).was_current
     assert build_engine(tiny_checkpoint, folder.path, auto).was_current and len(tries) == 1
+
+
+def test_what_was_passed_over_stays_so_when_another_checkpoint_was_built_in_its_place(
+    tiny_checkpoint: Path, tmp_path: Path, fail_first_choice: FailFirstChoice
+) -> None:
+    auto, tries, path = (
+        BuildOptions(precision="fp32"),
+        fail_first_choice(AttributeError("no such method")),
+        tmp_path / "e",
+    )
+    tuned = Checkpoint.load(tiny_checkpoint)
+    replace(tuned, metadata={**tuned.metadata, "prompt": "another"}).save(tmp_path / "other.ckpt")
+    for checkpoint, count in ((tiny_checkpoint, 1), (tmp_path / "other.ckpt", 2), (tiny_checkpoint, 2)):
+        assert not build_engine(checkpoint, path, auto).was_current and len(tries) == count
+    assert build_engine(tiny_checkpoint, path, auto, force=True).was_current and len(tries) == 3
+    shutil.rmtree(path / "networks")
+    assert not build_engine(tiny_checkpoint, path, auto, force=True).was_current and len(tries) == 4
+    assert len(json.loads((path / PASSED_OVER).read_text())) == 1  # the other's is forgotten
 
 
 def test_a_reason_that_force_has_found_gone_is_not_given_again(
@@ -233,6 +279,55 @@ def test_what_the_base_recommends_anew_reaches_an_engine_that_was_built_before(t
     assert not again.was_current and again.folder.manifest["recommended"]["strength"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [("vae/config.json", {"scaling_factor": 0.5}), ("tokenizer/tokenizer_config.json", {"do_lower_case": False})],
+)
+def test_how_a_base_is_configured_anew_reaches_an_engine_that_was_built_before(
+    file: str, change: dict[str, Any], tiny_base: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of a checkpoint that does not know what it was tuned with; any other is refused."""
+    base, tuned = shutil.copytree(tiny_base, tmp_path / "base"), Checkpoint.load(tiny_checkpoint)
+    older = {name: value for name, value in tuned.metadata.items() if name != "configurations"}
+    replace(tuned, metadata=older).save(tmp_path / "older.ckpt")
+    options = replace(TORCH, base=str(base))
+    before = build_engine(tmp_path / "older.ckpt", options=options).folder.manifest
+    config = json.loads((base / file).read_text())
+    (base / file).write_text(json.dumps({**config, "_diffusers_version": "0.0"} if "vae" in file else config))
+    if "vae" in file:
+        assert build_engine(tmp_path / "older.ckpt", options=options).was_current
+    (base / file).write_text(json.dumps({**config, **change}))
+    again = build_engine(tmp_path / "older.ckpt", options=options)
+    assert not again.was_current and again.folder.manifest["base_hash"] == before["base_hash"]
+    with pytest.raises(CheckpointError, match=f"another configuration of the {Path(file).parent}$"):
+        build_engine(tiny_checkpoint, tmp_path / "newer.engine", options)
+
+
+def test_an_engine_is_not_read_again_once_it_is_in_its_place(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another build may have replaced it by then. What is returned is what was written all the same."""
+    hashed = []
+
+    def noted(path: Path) -> str:
+        hashed.append(path)
+        return sha256_file(path)
+
+    monkeypatch.setattr(atomic, "sha256_file", noted)
+    (tmp_path / "link").symlink_to(tmp_path)
+    folder = build_engine(tiny_checkpoint, tmp_path / "link" / "e", TORCH).folder
+    assert hashed and not [path for path in hashed if path.parent.resolve().is_relative_to(folder.path)]
+    assert folder == open_folder(tmp_path / "link" / "e")
+
+
+@pytest.mark.parametrize(("name", "engine"), [("jane.doe", "jane.doe.engine"), ("a.b.ckpt", "a.b.engine"),
+                                              ("A.SafeTensors", "A.engine"), ("jane", "jane.engine")])  # fmt: skip
+def test_a_name_with_a_dot_is_a_name(name: str, engine: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Else jane.smith would replace jane.doe."""
+    shutil.copy(tiny_checkpoint, tmp_path / name)
+    assert build_engine(tmp_path / name, options=TORCH).folder.path == tmp_path / engine
+
+
 def test_one_byte_changed_is_refused_by_name(tiny_checkpoint: Path, copied: Path) -> None:
     file = copied / "networks" / "unet.safetensors"
     content = bytearray(file.read_bytes())
@@ -273,7 +368,9 @@ def test_other_damage_is_refused_with_the_reason(copied: Path, damage: str, name
 def test_the_hint_is_the_command_that_builds_this_engine(
     tiny_checkpoint: Path, tiny_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copy(tiny_checkpoint, tmp_path / "tuned.ckpt")
+    tuned = Checkpoint.load(tiny_checkpoint)
+    frames, poses = resize_to(tuned.frames, (64, 96)), transform_keypoints(tuned.poses, (64, 96))
+    replace(tuned, frames=frames, poses=poses).save(tmp_path / "tuned.ckpt")
     shutil.copy(tiny_lora, tmp_path / "a style.safetensors")
     monkeypatch.chdir(tmp_path)
     options = BuildOptions(
@@ -363,10 +460,27 @@ def test_a_build_that_fails_leaves_nothing_and_the_old_engine_works(tiny_checkpo
 def test_sizes_and_backends_that_cannot_be_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match="33x32"):
         build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("torch", "fp32", size=(33, 32)))
+    with pytest.raises(ShapeError, match="of 32x48 has another shape than the frames of tuning, 32x32") as caught:
+        build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("torch", "fp32", size=(32, 48)))
+    assert caught.value.hint == "tune with --size 32x48, or build for a size of tuning's shape"
     with pytest.raises(BackendUnavailable, match="magic"):
         build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("magic"))
     with pytest.raises(BackendUnavailable, match="fp8"):
         build_engine(tiny_checkpoint, tmp_path / "a", BuildOptions("torch", "fp8"))
+
+
+@pytest.mark.parametrize(("size", "is_fine"), [
+    (None, True), ((256, 320), True), ((96, 128), False), ((128, 224), False), ((160, 128), False), ((64, 81), True)])  # fmt: skip
+def test_an_engine_has_the_shape_of_tuning(size: tuple[int, int] | None, is_fine: bool) -> None:
+    """Then a training frame's pose, fitted twice, lies where the same pose does as a target, which is fitted once."""
+    tuned, filmed = (128, 160), some_poses(1, size=(720, 1280))
+    if not is_fine:
+        with pytest.raises(ShapeError, match="another shape than the frames of tuning, 128x160"):
+            choose_size(size, tuned)
+        return
+    chosen = choose_size(size, tuned)
+    twice, once = transform_keypoints(transform_keypoints(filmed, tuned), chosen), transform_keypoints(filmed, chosen)
+    assert np.abs(twice.keypoints - once.keypoints).max() < 0.02 * max(chosen)
 
 
 def test_an_engine_that_is_loaded_is_not_replaced(tiny_checkpoint: Path, copied: Path) -> None:
@@ -379,7 +493,7 @@ def test_an_engine_that_is_loaded_is_not_replaced(tiny_checkpoint: Path, copied:
         assert build_engine(tiny_checkpoint, copied, TORCH).was_current
     assert not build_engine(tiny_checkpoint, copied, other).was_current
     with pytest.raises(EngineFolderError, match="built anew after it had been opened"):
-        avatar.render(some_poses(2), num_inference_steps=1)
+        avatar.render(some_poses(2), num_inference_steps=2)
 
 
 def test_the_engine_to_refit_is_in_use_as_long_as_it_is_read(

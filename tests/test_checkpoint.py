@@ -135,10 +135,11 @@ def test_a_pickle_does_not_run(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple:
             return (os.mkdir, (str(tmp_path / "trace"),))
 
-    torch.save({"weights": Harm()}, tmp_path / "zip.ckpt")
+    for name in ("zip.ckpt", "zip.safetensors"):
+        torch.save({"weights": Harm()}, tmp_path / name)
     torch.save({"weights": Harm()}, tmp_path / "legacy.ckpt", _use_new_zipfile_serialization=False)
     (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Harm()))
-    for name in ("zip.ckpt", "legacy.ckpt", "plain.ckpt"):
+    for name in ("zip.ckpt", "zip.safetensors", "legacy.ckpt", "plain.ckpt"):
         _refused(tmp_path / name, "pickle, which could run code")
     assert not (tmp_path / "trace").exists()
 
@@ -268,6 +269,31 @@ def test_what_a_later_version_says_of_the_schedule_is_no_difference(
     make_checkpoint(schedule={**model.identity()["schedule"], "rescales": True}).require_base(model)
     with pytest.raises(CheckpointError, match="beta_end 2"):
         make_checkpoint(schedule={"rescales": True, "beta_end": 2}).require_base(model)
+
+
+@pytest.mark.parametrize(("file", "change"), [("vae/config.json", {"scaling_factor": 0.5}),
+                                              ("text_encoder/config.json", {"hidden_act": "gelu"})])  # fmt: skip
+def test_a_base_of_the_same_weights_in_another_configuration_is_refused(
+    file: str, change: dict[str, Any], tiny_base: Path, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    tuned = make_checkpoint(configurations={**load_base(str(tiny_base)).configs, "of a later version": "0"})
+    base = shutil.copytree(tiny_base, tmp_path / "edited")
+    (base / file).write_text(json.dumps({**json.loads((base / file).read_text()), **change}))
+    model = load_base(str(base))
+    make_checkpoint().require_base(model)  # an older one does not know
+    part = Path(file).parent.name
+    with pytest.raises(CheckpointError, match=f"another configuration of the {part.replace('_', ' ')}$") as raised:
+        tuned.require_base(model)
+    assert raised.value.hint and f"undo the change in {part}/" in raised.value.hint
+    tuned.require_base(load_base(str(tiny_base)))
+
+
+@pytest.mark.parametrize("table", [None, [], "0"])
+def test_hashes_of_configurations_that_are_none_are_damage(
+    table: Any, make_checkpoint: Callable[..., Checkpoint]
+) -> None:
+    with pytest.raises(CheckpointError, match="configurations are not a table"):
+        make_checkpoint(configurations=table)
 
 
 @pytest.mark.parametrize("schedule", [None, [], ["epsilon"], "epsilon"])

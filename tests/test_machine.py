@@ -256,7 +256,7 @@ def test_where_no_peak_can_be_counted_anew_it_says_so(tmp_path: Path, monkeypatc
     ({"avx2", "fma"}, False, False),
     ({"avx512f", "avx512_bf16"}, True, False),  # as fast as float32 at best
     ({"avx512f", "avx512_bf16", "amx_bf16"}, True, True),
-    ({"asimd", "bf16"}, True, True),
+    ({"asimd", "bf16"}, False, False),  # OpenVINO does not use Arm's, and what it gains elsewhere is not known
 ])  # fmt: skip
 def test_to_multiply_bf16_is_not_to_gain_by_it(
     features: set[str], has_it: bool, gains: bool, monkeypatch: pytest.MonkeyPatch

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,6 @@ import pytest
 from posecrafter_rt import __version__
 from posecrafter_rt.cli import checks
 from posecrafter_rt.cli.main import COMMANDS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[1]
 MAX_EMBEDDED_BYTES = 30_000_000
@@ -137,6 +134,11 @@ def test_doctor_knows_every_dependency(pyproject: dict[str, Any]) -> None:
     assert run_time <= set(checks.OPTIONAL) | set(checks.CORE)
 
 
+def test_the_extra_for_gpus_leaves_out_what_has_no_build_for_arm(pyproject: dict[str, Any]) -> None:
+    """It would fail as a whole; doctor's condition is the same."""
+    assert "xformers; platform_machine == 'x86_64'" in pyproject["project"]["optional-dependencies"]["cuda"]
+
+
 def test_doctor_installs_mediapipe_in_an_environment_of_its_own(pyproject: dict[str, Any]) -> None:
     (pinned,) = pyproject["project"]["optional-dependencies"]["mediapipe"]
     environment, install, use = re.split(" && |; then ", checks.MENDS["mediapipe"])
@@ -155,6 +157,18 @@ def test_every_import_is_declared(pyproject: dict[str, Any]) -> None:
                 names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 foreign = {name.split(".")[0] for name in names} - {"posecrafter_rt", *sys.stdlib_module_names}
                 assert foreign <= modules, f"{path.relative_to(ROOT)} imports {foreign - modules}"
+
+
+def test_the_least_python_is_the_same_everywhere(pyproject: dict[str, Any]) -> None:
+    least = pyproject["project"]["requires-python"].removeprefix(">=")
+    minor = least.removeprefix("3.")
+    assert [pyproject["tool"][tool][setting] for tool, setting in (("mypy", "python_version"), ("ruff", "target-version"))] == [
+        least, f"py3{minor}"]  # fmt: skip
+    listed = [line.rpartition(" ")[2] for line in pyproject["project"]["classifiers"] if ":: Python :: 3." in line]
+    assert listed[0] == least
+    assert f"Python ≥ {least}," in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Python {least} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"sys.version_info < (3, {minor})" in (ROOT / "Makefile").read_text()
 
 
 def test_torch_is_a_range_in_the_metadata_and_a_choice_in_the_makefile(pyproject: dict[str, Any]) -> None:
@@ -197,6 +211,29 @@ def test_make_clean_has_what_it_removes_made_again_and_keeps_the_demonstration(t
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"demo/tuned.ckpt", ".venv/.stamps/torch"} and not (tmp_path / "build").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make on the PATH")
+@pytest.mark.parametrize(("other", "refusal"), [
+    ("", "cannot make environments"),  # what comes next: there is a file in their place
+    ("sys.version_info = (3, 10, 14)", "is older than Python 3.11"),
+    ("sys.maxsize = 2**31 - 1", "it needs 64-bit Linux with glibc 2.28 or newer"),
+    ("platform.libc_ver = lambda: ('', '')", "it needs 64-bit Linux with glibc 2.28 or newer"),  # Alpine
+    ("platform.libc_ver = lambda: ('glibc', '2.17')", "it needs 64-bit Linux with glibc 2.28 or newer"),
+    ("sys.platform, platform.libc_ver = 'darwin', lambda: ('', '')", "cannot make environments"),  # untried, not refused
+])  # fmt: skip
+def test_a_system_that_torch_has_no_build_for_is_told_so_before_anything_is_installed(
+    tmp_path: Path, other: str, refusal: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import platform, sys\n{other}\n")
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "venv"
+    command = ["make", "--silent", "CUDA=", f"PYTHON={sys.executable}", f"VENV={folder}", f"{folder}/bin/python"]
+    said = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    errors = [line for line in said.stderr.splitlines() if line.startswith("error: ")]
+    assert said.returncode != 0 and len(errors) == 1 and errors[0].endswith(refusal) and "\nhint: " in said.stderr
 
 
 def test_the_changelog_knows_this_version() -> None:

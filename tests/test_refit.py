@@ -248,7 +248,7 @@ def refused(checkpoint: Path, output: Path, options: BuildOptions, match: str) -
     [
         ({"backend": "openvino"}, "its backend is torch, not openvino"),
         ({"precision": "bf16"}, "its precision is fp32, not bf16"),
-        ({"size": (48, 32)}, "its size is 32x32, not 48x32"),
+        ({"size": (48, 48)}, "its size is 32x32, not 48x48"),
     ],
 )
 def test_other_options_are_refused(

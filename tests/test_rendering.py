@@ -27,7 +27,8 @@ from tests.render_scripts import ALONE, FAITHFUL, FULL, NOTED, STARVED, refused_
 from tests.tiny import some_poses
 
 SIZE = (32, 32)
-CHANGES = {"num_inference_steps": 1, "strength": 1.0, "inversion_substeps": 1, "segment": 26, "overlap": 2}
+CHANGES = {"num_inference_steps": 1, "sampler": "dpmpp", "strength": 1.0, "inversion_substeps": 1, "segment": 26,
+           "overlap": 2}  # fmt: skip
 OPTIONS = json.dumps(CHANGES)
 TOLERANCE = 0.03
 
@@ -172,7 +173,8 @@ def test_nothing_is_lost_when_a_real_file_system_is_full(engine: Path, unbroken:
     copied.mkdir()
     if (reason := refused_mount(folder)) is not None:
         pytest.skip(reason)
-    options = ("--steps", "1", "--strength", "1", "--inversion-substeps", "1", "--segment", "26", "--overlap", "2")
+    options = ("--steps", "1", "--sampler", "dpmpp", "--strength", "1", "--inversion-substeps", "1", "--segment", "26",
+               "--overlap", "2")  # fmt: skip
     printed, _ = run_lines([*ALONE, sys.executable, "-c", FULL], folder, copied, json.dumps([*limits]), "render", engine,
                         "--poses", unbroken / "poses.json", *options)  # fmt: skip
     for (num_kb, num_finished), full, again in zip(limits.items(), printed[::2], printed[1::2], strict=True):
@@ -230,7 +232,7 @@ def test_the_report_names_eight_bits_as_an_approximation_and_loras_with_the_engi
     avatar: Avatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = render_to_files(avatar, some_poses(2), tmp_path / "plain.mp4", JOINTLY)
-    assert plain["approximations"] == {"num_inference_steps": 1}
+    assert plain["approximations"] == {"num_inference_steps": 1, "sampler": "dpmpp"}
     assert (plain["engine"]["precision"], plain["engine"]["loras"]) == ("fp32", [])
     loras = [{"file": "style.safetensors", "sha256": "0" * 64, "scale": 0.5}]
     monkeypatch.setitem(avatar.folder.manifest, "precision", "int8")
@@ -238,7 +240,7 @@ def test_the_report_names_eight_bits_as_an_approximation_and_loras_with_the_engi
     monkeypatch.setattr(avatar.networks, "precision", "int8")  # not loaded anew: torch has none
     render_to_files(avatar, some_poses(2), tmp_path / "out.mp4", JOINTLY)
     report = json.loads((tmp_path / "out.report.json").read_text(encoding="utf-8"))
-    assert report["approximations"] == {"num_inference_steps": 1, "precision": "int8"}
+    assert report["approximations"] == {**plain["approximations"], "precision": "int8"}
     assert report["engine"] == {**plain["engine"], "precision": "int8", "loras": loras}
 
 

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,10 +283,13 @@ def test_a_run_interrupted_in_either_part_resumes(clip, options, tmp_path: Path,
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"some text\n", b"hello world, a longer text"])
-def test_a_torn_or_foreign_partial_state_is_passed_over(clip, options, tmp_path: Path, content: bytes) -> None:
+def test_a_torn_or_foreign_partial_state_is_passed_over_with_a_warning(
+    clip, options, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     unbroken = tune(*clip, tmp_path / "a.ckpt", options)
     (tmp_path / "b.ckpt.partial").write_bytes(content)
     assert same_tensors(unbroken, tune(*clip, tmp_path / "b.ckpt", options))
+    assert len(caplog.messages) == 1 and "b.ckpt.partial is damaged, so tuning starts over: " in caplog.text
 
 
 @pytest.mark.parametrize("anew", [{"force": True}, {"resume": False}])
@@ -298,6 +302,91 @@ def test_another_runs_state_is_kept_until_it_is_given_up(clip, options, tmp_path
         tune(*clip, tmp_path / "c.ckpt", options)
     assert "--force" in (caught.value.hint or "") and (tmp_path / "c.ckpt.partial").read_bytes() == kept
     assert same_tensors(unbroken, tune(*clip, tmp_path / "c.ckpt", options, **anew))
+
+
+@pytest.mark.parametrize("began", ["bf16", "fp16"])
+def test_a_run_that_may_choose_continues_in_the_precision_that_it_began_in(
+    clip, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began: str
+) -> None:
+    """As after a cluster has moved it to another kind of machine, which would choose another."""
+    options = replace(options, steps=2, precision=began)
+    unbroken = tune(*clip, tmp_path / "a.ckpt", options)
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "b.ckpt", options, on_step=interrupt_at(1))
+    monkeypatch.setattr(tuning, "cpu_gains_by_bf16", lambda: False)
+    steps: list[int] = []
+    auto = replace(options, precision="auto")
+    resumed = tune(*clip, tmp_path / "b.ckpt", auto, on_step=lambda status: steps.append(status.step))
+    assert steps == [2] and same_tensors(unbroken, resumed)
+    assert Checkpoint.load(tmp_path / "b.ckpt").metadata["precision"] == resumed.metadata["precision"] == began
+
+
+def test_the_precision_of_another_run_that_is_given_up_is_no_matter(
+    clip, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "a.ckpt", replace(options, precision="bf16", seed=7), on_step=interrupt_at(1))
+    monkeypatch.setattr(tuning, "cpu_gains_by_bf16", lambda: False)
+    tuned = tune(*clip, tmp_path / "a.ckpt", replace(options, precision="auto"), force=True)
+    assert tuned.metadata["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("change", "differing", "given"),
+    [({"precision": "bf16"}, "precision", "--precision bf16"), ({"seed": 7, "steps": 5}, "seed, steps", "--seed 7 --steps 5"),
+     ({"prompt": "a man"}, "prompt", "--prompt 'a man'"), ({"frames": 2}, "frames, poses or weights", "the same"),
+     ({"steps": 5, "frames": 2}, "steps, frames, poses or weights", "the same"),
+     ({"decoder_steps": 1}, "decoder steps", "--decoder-steps 1")],
+)  # fmt: skip
+def test_what_differs_from_an_unfinished_run_is_named_with_the_options_that_finish_it(
+    clip, options, tmp_path: Path, change: dict[str, Any], differing: str, given: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "a.ckpt", replace(options, **change), on_step=interrupt_at(1))
+    with pytest.raises(OutputExists, match=f"holds an unfinished tuning that differs in {differing}$") as caught:
+        tune(*clip, tmp_path / "a.ckpt", options)
+    assert caught.value.hint == f"give {given} to finish it, or --force to throw it away"
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that the system cannot read")
+def test_a_state_that_cannot_be_read_is_neither_passed_over_nor_replaced(
+    clip, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system may answer again later, and hours of tuning may be in it."""
+    partial = tmp_path / "a.ckpt.partial"
+    partial.symlink_to("/proc/self/mem")
+    monkeypatch.setattr("posecrafter_rt.tuning.SAVE_EVERY_SECONDS", -1.0)
+    with pytest.raises(CheckpointError, match=r"a\.ckpt\.partial, an unfinished tuning, cannot be read: Input"):
+        tune(*clip, tmp_path / "a.ckpt", options)
+    assert partial.is_symlink()
+    tune(*clip, tmp_path / "a.ckpt", options, resume=False)
+
+
+def test_a_state_that_memory_does_not_hold_is_kept(
+    clip, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tune(*clip, tmp_path / "a.ckpt", options, on_step=interrupt_at(2))
+    kept = (tmp_path / "a.ckpt.partial").read_bytes()
+    monkeypatch.setattr("posecrafter_rt.tuning.SAVE_EVERY_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
+        with pytest.raises(OutOfMemory, match="^memory ran out: "):
+            tune(*clip, tmp_path / "a.ckpt", options)
+    assert (tmp_path / "a.ckpt.partial").read_bytes() == kept
+
+
+def test_it_is_the_same_whatever_device_a_program_has_made_the_default(clip, options, tmp_path: Path) -> None:
+    options = replace(options, steps=1, decoder_steps=1, small_decoder_steps=1)
+    expected = tune(*clip, tmp_path / "a.ckpt", options)
+    torch.set_default_device("meta")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tune(*clip, tmp_path / "b.ckpt", options, on_step=interrupt_at(2))
+        tuned = tune(*clip, tmp_path / "b.ckpt", options)
+    finally:
+        torch.set_default_device(None)
+    assert same_tensors(tuned, expected)
 
 
 def test_a_run_on_other_frames_is_not_resumed(clip, options, tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from posecrafter_rt.errors import VideoError
 from posecrafter_rt.framing import resize_to
@@ -103,6 +105,54 @@ def test_a_change_of_size_within_a_video_is_named(tmp_path, size):
     assert "scale=96:64" in caught.value.hint
 
 
+def test_the_command_that_mends_a_change_of_size_names_even_sides(tmp_path):
+    """H.264 has no other."""
+    pictures = [cv2.imencode(".jpg", smooth(1, size)[0])[1].tobytes() for size in ((33, 47), (32, 64))]
+    (tmp_path / "call.mjpeg").write_bytes(b"".join(pictures))
+    with pytest.raises(VideoError, match=r"call\.mjpeg is 33x47, but 32x64") as caught:
+        read_video(tmp_path / "call.mjpeg")
+    assert "scale=46:32 " in caught.value.hint
+
+
+def write_encoded(
+    path: Path, codec: str, frames: list[av.VideoFrame], rate: int = 25, matrix: int | None = None
+) -> None:
+    """Write frames as they are, with a colour matrix stated or not."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, frames[0].format.name
+        if matrix is not None:
+            stream.codec_context.colorspace = matrix
+        for frame in frames:
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(("name", "codec", "size", "stated", "matrix"), [
+    ("a.mp4", "libx264", (16, 1280), None, "ITU709"), ("a.mp4", "libx264", (592, 16), None, "ITU709"),
+    ("a.mp4", "libx264", (576, 1264), None, "ITU601"), ("a.mp4", "libx264", (16, 1280), 6, "ITU601"),
+    ("a.mp4", "libx264", (16, 64), 1, "ITU709"), ("a.webm", "libvpx", (16, 1280), None, "ITU601"),
+    ("a.webm", "libvpx-vp9", (16, 1280), 3, "ITU709"), ("a.webm", "libvpx-vp9", (16, 64), 3, "ITU601"),
+])  # fmt: skip
+def test_colours_that_are_not_stated_are_those_of_players(tmp_path, name, codec, size, stated, matrix):
+    """HD by BT.709, smaller videos by BT.601; VP8 has no other than that, and 3 is reserved."""
+    colour = np.tile(np.uint8([200, 60, 40]), (*size, 1))
+    frame = av.VideoFrame.from_ndarray(colour, format="rgb24").reformat(format="yuv420p", dst_colorspace=matrix)
+    frame.colorspace = 2  # unstated, as then the file's, unless the encoder is told
+    write_encoded(tmp_path / name, codec, [frame], matrix=stated)
+    assert np.abs(read_video(tmp_path / name).frames[0].astype(int) - colour).max() <= 6
+
+
+@pytest.mark.parametrize("matrix", [8, 14])
+def test_colours_of_which_nothing_is_known_are_refused_as_such(tmp_path, matrix):
+    """YCgCo and ICtCp: read by another matrix, people would be green."""
+    frame = av.VideoFrame.from_ndarray(smooth(1, (32, 32))[0], format="rgb24").reformat(format="yuv420p")
+    write_encoded(tmp_path / "a.mp4", "libx264", [frame], matrix=matrix)
+    with pytest.raises(VideoError, match=rf"a\.mp4 has colours that cannot be read: .* matrix {matrix} ") as caught:
+        stream_video(tmp_path / "a.mp4")
+    assert_one_line(caught)
+
+
 @pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
 def test_hdr_is_refused_with_the_command_that_converts_it(tmp_path, transfer, name):
     with av.open(str(tmp_path / "phone.mp4"), "w") as container:
@@ -159,6 +209,29 @@ def test_videos_that_are_to_be_shown_mirrored_are(tmp_path, a, b, c, d, shown):
     (tmp_path / "front.mp4").write_bytes(content[:place] + turned + content[place + matrix.size :])
     read, expected = read_video(tmp_path / "front.mp4").frames[0], shown(frame)
     assert read.shape == expected.shape and np.abs(read.astype(int) - expected).mean() < 8
+
+
+@pytest.mark.parametrize("name", ["cam.avi", "cam.mov", "cam.mkv"])
+def test_a_video_of_photographs_that_say_how_they_were_held_is_upright(tmp_path, name):
+    """As cameras write Motion JPEG, every picture with its EXIF."""
+    frame = np.zeros((32, 48, 3), np.uint8)
+    frame[:16, :24] = 255  # a bright quarter, top left
+    orientation = struct.pack(">HHIHH", 0x112, 3, 1, 6, 0)  # 6: to be shown a quarter turn clockwise
+    exif = b"Exif\0\0" + struct.pack(">2sHIH", b"MM", 42, 8, 1) + orientation + bytes(4)
+    jpeg = cv2.imencode(".jpg", frame)[1].tobytes()
+    jpeg = jpeg[:2] + struct.pack(">HH", 0xFFE1, len(exif) + 2) + exif + jpeg[2:]
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj420p"
+        container.start_encoding()
+        for number in range(3):
+            packet = av.Packet(jpeg)
+            packet.stream, packet.time_base = stream, Fraction(1, 25)
+            packet.pts = packet.dts = number
+            packet.is_keyframe = True
+            container.mux(packet)
+    read = read_video(tmp_path / name).frames
+    assert read.shape == (3, 48, 32, 3) and np.abs(read[2].astype(int) - np.rot90(frame, -1)).mean() < 4
 
 
 @pytest.mark.parametrize(("pixel", "is_read"), [(Fraction(128, 117), True), (Fraction(10, 11), True), (Fraction(2), False),
@@ -238,7 +311,8 @@ def state_no_rate(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "codec", "is_stated"), [("a.webm", "libvpx", False), ("a.webm", "libvpx-vp9", False),
-                                                          ("a.webm", "libvpx", True), ("a.mkv", "libx264", True)])  # fmt: skip
+                                                          ("a.webm", "libvpx", True), ("a.mkv", "libx264", True),
+                                                          ("a.flv", "libx264", True)])  # fmt: skip
 def test_frames_that_come_unevenly_have_their_mean_rate(tmp_path, name, codec, is_stated):
     times = np.cumsum([0, *[20, 60] * 10]).tolist()
     write_timed(tmp_path / name, codec, times)
@@ -277,6 +351,48 @@ def test_a_gif(tmp_path):
     assert psnr(video.frames, smooth(5, (24, 32))) > 15  # 256 colours
 
 
+def test_how_long_the_last_picture_of_a_gif_is_held_does_not_count(tmp_path):
+    frames = [
+        av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="rgb8") for frame in smooth(5, (24, 32))
+    ]
+    write_encoded(tmp_path / "a.gif", "gif", frames, rate=10)
+    content = (tmp_path / "a.gif").read_bytes()
+    place = content.rindex(b"\x21\xf9\x04") + 4  # the delay of the last picture, in hundredths of a second
+    (tmp_path / "a.gif").write_bytes(content[:place] + struct.pack("<H", 200) + content[place + 2 :])
+    assert stream_video(tmp_path / "a.gif")[1] == pytest.approx(10)
+
+
+def test_an_animated_png_is_read_whole_under_either_name(tmp_path):
+    frames = smooth(4, (24, 32))
+    write_encoded(
+        tmp_path / "a.apng", "apng", [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames], 10
+    )
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.apng").read_bytes())
+    for name in ("a.apng", "a.png"):
+        video = read_video(tmp_path / name)
+        np.testing.assert_array_equal(video.frames, frames)
+        assert video.fps == pytest.approx(10) and count_frames(tmp_path / name) == 4
+
+
+def test_an_animated_webp_is_refused_rather_than_read_as_one_picture(tmp_path):
+    frames = [
+        av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p") for frame in smooth(3, (24, 32))
+    ]
+    write_encoded(tmp_path / "a.webp", "libwebp_anim", frames)
+    with pytest.raises(VideoError, match=r"a\.webp is an animated WebP") as caught:
+        read_video(tmp_path / "a.webp")
+    assert_one_line(caught)
+    (tmp_path / "b.webp").write_bytes(cv2.imencode(".webp", smooth(1, (24, 32))[0])[1].tobytes())
+    assert len(read_video(tmp_path / "b.webp")) == 1
+
+
+def test_recordings_that_were_joined_keep_their_rate(tmp_path):
+    """Each part of such an MPEG-TS has times of its own, so the mean over all would be another."""
+    write_timed(tmp_path / "a.ts", "libx264", [40 * number for number in range(25)])
+    (tmp_path / "a.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
+    assert stream_video(tmp_path / "a.ts")[1] == 25
+
+
 def test_a_folder_of_images_in_natural_order(tmp_path):
     frames = smooth(12, (20, 30))
     for number, frame in enumerate(frames):
@@ -308,6 +424,17 @@ def test_images_of_different_sizes_are_named_with_their_sizes(tmp_path):
         read_video(tmp_path, size=(10, 10))
 
 
+@pytest.mark.parametrize("suffix", [".HEIC", ".avif"])
+def test_an_image_of_a_folder_that_cannot_be_read_is_named(tmp_path, suffix):
+    """A phone writes one kind or the other; the clip would have a gap."""
+    write_png(tmp_path / "IMG_10.png", smooth(1, (20, 30))[0])
+    for number in (2, 11):
+        (tmp_path / f"IMG_{number}{suffix}").write_bytes(b"")
+    with pytest.raises(VideoError, match=rf"IMG_2\{suffix} is an image of a format that cannot be read") as caught:
+        read_video(tmp_path)
+    assert_one_line(caught)
+
+
 def test_missing_files_and_empty_folders(tmp_path):
     with pytest.raises(VideoError, match=r"no file or folder .*none\.mp4") as caught:
         read_video(tmp_path / "none.mp4")
@@ -337,6 +464,48 @@ def test_a_file_without_pictures(tmp_path):
         read_video(tmp_path / "sound.wav")
 
 
+def test_a_song_with_a_cover_is_no_video(tmp_path):
+    jpeg = av.Packet(cv2.imencode(".jpg", smooth(1, (32, 32))[0])[1].tobytes())
+    with av.open(str(tmp_path / "song.m4a"), "w", format="mp4") as container:
+        sound = container.add_stream("aac", rate=44100, layout="mono")
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        container.start_encoding()
+        jpeg.stream, jpeg.time_base, jpeg.pts, jpeg.dts = cover, Fraction(1), 0, 0
+        container.mux(jpeg)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 44100
+        container.mux([*sound.encode(silence), *sound.encode()])
+    with pytest.raises(VideoError, match=r"song\.m4a has no video stream"):
+        read_video(tmp_path / "song.m4a")
+
+
+def test_of_several_video_streams_the_one_that_players_show_is_read(tmp_path):
+    with av.open(str(tmp_path / "two.mkv"), "w") as container:
+        streams = [container.add_stream("libx264", rate=25) for _ in range(2)]
+        for stream, (height, width) in zip(streams, ((32, 32), (64, 96)), strict=True):
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        streams[0].disposition, streams[1].disposition = Disposition(0), Disposition.default
+        container.start_encoding()
+        for stream in streams:
+            frames = smooth(3, (stream.height, stream.width))
+            packets = [stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")) for frame in frames]
+            container.mux([packet for some in [*packets, stream.encode()] for packet in some])
+    assert read_video(tmp_path / "two.mkv").frames.shape == (3, 64, 96, 3)
+    assert count_frames(tmp_path / "two.mkv") == 3
+
+
+def test_a_format_without_a_decoder_is_said_to_be_one(clip):
+    content = clip.read_bytes()
+    place = content.index(b"avc1", content.index(b"stsd"))
+    clip.write_bytes(content[:place] + b"braw" + content[place + 4 :])
+    with pytest.raises(VideoError, match=r"clip\.mp4 is in a format that cannot be decoded") as caught:
+        read_video(clip)
+    assert_one_line(caught)
+    assert count_frames(clip) == 0
+
+
 @pytest.mark.parametrize("share", [0.4, 0.9])
 def test_a_video_that_breaks_off_names_the_frame_reached(tmp_path, share):
     noise = np.random.default_rng(0).integers(0, 256, (20, 64, 96, 3), dtype=np.uint8)
@@ -348,7 +517,7 @@ def test_a_video_that_breaks_off_names_the_frame_reached(tmp_path, share):
     assert_one_line(caught)
     frame = int(str(caught.value).split("at frame ")[1].split(":")[0])
     assert 0 < frame < 20
-    assert f"read only the frames before {frame}" in caught.value.hint
+    assert caught.value.hint.endswith(f", or keep what is whole: ffmpeg -i FILE -frames:v {frame} out.mp4")
     assert len(read_video(tmp_path / "a.mp4", stop=frame)) == frame
 
 

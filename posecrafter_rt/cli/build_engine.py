@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from posecrafter_rt.cli.arguments import AsJson, parse_lora, parse_size
+from posecrafter_rt.cli.main import heed_quota
 from posecrafter_rt.cli.output import print_json, print_table, size_of, stages
 
 app = typer.Typer()
@@ -22,13 +23,18 @@ app = typer.Typer()
 def build_engine(  # noqa: PLR0913 - one argument for each option
     checkpoint: Annotated[Path, typer.Argument(help="What `posecrafter-rt tune` wrote.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The folder; else the checkpoint's name with .engine.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The folder; else the checkpoint's name with .engine for .ckpt or .safetensors."
+        ),
     ] = None,
     backend: Annotated[
         str, typer.Option(help="auto (the first choice here), tensorrt, openvino, torch or inductor.")
     ] = "auto",
     precision: Annotated[str, typer.Option(help="auto (what is fast here), fp32, bf16, fp16 or int8.")] = "auto",
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Picture size; else that of tuning.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Picture size, of tuning's shape; else that of tuning.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Where the base is, if it moved since tuning.")] = None,
     controlnet: Annotated[str | None, typer.Option(help="Where its ControlNet is, if that moved.")] = None,
     vae: Annotated[str | None, typer.Option(help="Where its VAE is, if that moved.")] = None,
@@ -78,6 +84,7 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     from posecrafter_rt.machine import watched_peak
     from posecrafter_rt.models.lora import Lora
 
+    heed_quota()
     start = time.monotonic()
     with watched_peak() as peak_bytes, stages("building") as on_stage:
         options = BuildOptions(backend, precision, picture_size, base, refit, tuple(Lora(*one) for one in given),

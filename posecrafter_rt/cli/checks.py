@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, get_args
 
-from posecrafter_rt.errors import first_line
+from posecrafter_rt.errors import PoseCrafterError, first_line
 
 Status = Literal["ok", "absent", "failed"]
 
@@ -108,18 +108,21 @@ def run_checks() -> dict[str, list[Finding]]:
 
 def check_machine() -> list[Finding]:
     """Check Python, processor and memory."""
-    from posecrafter_rt.machine import cpu_features, cpu_gains_by_bf16, cpu_name, usable_cores
+    from posecrafter_rt.machine import available_bytes, cpu_features, cpu_gains_by_bf16, cpu_name, usable_cores
 
     num_cores = usable_cores()
     flags = [flag for flag in ISA_FLAGS if flag in cpu_features()]
-    bf16 = "bf16 is the fast precision" if cpu_gains_by_bf16() else "fp32 is the fast precision"
+    fast = f"tuning is fast in {'bf16' if cpu_gains_by_bf16() else 'fp32'}"
     findings = [
         Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Finding("processor", "ok", ", ".join(filter(None, (cpu_name(), f"{num_cores} cores", " ".join(flags), bf16)))),
+        Finding("processor", "ok", ", ".join(filter(None, (cpu_name(), f"{num_cores} cores", " ".join(flags), fast)))),
     ]
     if "SC_PHYS_PAGES" in os.sysconf_names:
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        findings.append(Finding("memory", "ok", f"{memory_bytes / 2**30:.1f} GiB"))
+        detail, room = f"{memory_bytes / 2**30:.1f} GiB", available_bytes()
+        if room is not None:  # in a container often far less than the machine has
+            detail += f", {room / 2**30:.1f} GiB may still be taken"
+        findings.append(Finding("memory", "ok", detail))
     return findings
 
 
@@ -127,6 +130,10 @@ def check_devices() -> list[Finding]:
     """Check torch, and the GPUs that it can use."""
     import torch
 
+    from posecrafter_rt.cli.main import heed_quota
+    from posecrafter_rt.engines.device import cuda_driver
+
+    heed_quota()
     cuda = torch.version.cuda
     build = f"CUDA {cuda}" if cuda else "no CUDA"
     findings = [Finding("torch", "ok", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads")]
@@ -136,8 +143,9 @@ def check_devices() -> list[Finding]:
         findings.append(Finding(f"cuda:{index}", "ok", detail))
     if torch.cuda.is_available():
         return findings
-    driver = Path("/proc/driver/nvidia/version")
-    if not driver.exists():
+    try:
+        cuda_driver()
+    except OSError:
         return [*findings, Finding("cuda", "absent", "no NVIDIA driver; the CPU is used")]
     if cuda is None:
         mend = "install torch from the CUDA index that pytorch.org names for this driver"
@@ -212,9 +220,11 @@ def check_packages() -> list[Finding]:
         mend = None if found else f"pip install {name}"
         findings.append(Finding(name, "ok" if found else "failed", found or f"missing: {purpose}", mend))
     for name, (extra, purpose) in OPTIONAL.items():
-        found = installed(name)
+        found, missing = installed(name), f"not installed: {purpose}"
         mend = None if found else MENDS.get(name, f"pip install 'posecrafter-rt[{extra}]'")
-        findings.append(Finding(name, "ok" if found else "absent", found or f"not installed: {purpose}", mend))
+        if name == "xformers" and (machine := platform.machine()) != "x86_64":  # as in pyproject.toml
+            missing, mend = f"it has no build for {machine}: {purpose}", None
+        findings.append(Finding(name, "ok" if found else "absent", found or missing, mend))
     return findings
 
 
@@ -240,12 +250,12 @@ def check_storage() -> list[Finding]:
     else:
         mend = f"python -m posecrafter_rt.embedded.train {base}"
         findings = [Finding("embedded base", "failed", "not part of this installation", mend)]
-    cache = cache_dir()
     mend = "make it writable, or name another folder in POSECRAFTER_CACHE"
     try:
+        cache = cache_dir()
         with suppress(FileNotFoundError, NotADirectoryError):
             cache.stat()
-    except OSError as error:  # a folder above it may not be searched
+    except (OSError, PoseCrafterError) as error:  # a folder above it may not be searched, or this user has no home
         return [*findings, Finding("cache", "failed", first_line(error), mend)]
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free_bytes = shutil.disk_usage(place).free

@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from posecrafter_rt.cli.main import GOES_ON
+from posecrafter_rt.cli.main import GOES_ON, heed_quota
 from posecrafter_rt.cli.output import print_json, print_table, size_of, stages, step_progress
+from posecrafter_rt.errors import OutputExists
 
 app = typer.Typer()
 
@@ -38,12 +39,16 @@ def demo(  # noqa: PLR0913 - one argument for each option
 
     tuning = TuneOptions(
         steps=tuning_steps, decoder_steps=decoder_steps, small_decoder_steps=small_decoder_steps)  # fmt: skip
+    heed_quota()
     run = Demo(output, steps, tuning, force)
     try:
         with step_progress("tuning") as on_step:
             run.tune(on_step)
     except KeyboardInterrupt:
         ctx.meta[GOES_ON] = partial_path(run.checkpoint).exists()
+        raise
+    except OutputExists as error:
+        error.hint = (error.hint or "").replace("--steps", "--tuning-steps")  # which has that name in `tune`
         raise
     ctx.meta[GOES_ON] = not force
     with stages("building") as on_stage:

@@ -81,7 +81,7 @@ def load_command(name: str) -> Any:
 def explain(error: Exception) -> PoseCrafterError | None:
     """Return the error to show if memory ran out or the file system failed; None for any other, which is our bug.
 
-    A file-system error counts only if it names a file, or if the disk is full.
+    A file-system error counts only if it names a file, if the disk is full, or if there is no place for temporary files.
     """
     free_some = "free some memory and run the same command again"
     if not isinstance(error, OSError):
@@ -91,9 +91,26 @@ def explain(error: Exception) -> PoseCrafterError | None:
         return OutOfMemory(f"memory ran out{place}", free_some)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"no space left on the disk{place}", hint="free some space and run the same command again")
-    if error.filename is None or error.strerror is None:
+    if error.strerror is None:
         return None
-    return PoseCrafterError(f"{error.strerror[:1].lower()}{error.strerror[1:]}{place}")
+    said = f"{error.strerror[:1].lower()}{error.strerror[1:]}"
+    if said.startswith("no usable temporary directory"):  # `tempfile` says which ones it has tried
+        return PoseCrafterError(said, "free some space, or set TMPDIR to a folder that can be written")
+    return None if error.filename is None else PoseCrafterError(f"{said}{place}")
+
+
+def heed_quota() -> None:
+    """Let torch start no more threads than a quota of cores pays for, which it does not know; this imports torch.
+
+    Commands that compute with torch call it. A library must leave a program's threads alone.
+    """
+    import torch
+
+    from posecrafter_rt.machine import core_quota
+
+    quota = core_quota()
+    if quota is not None and quota < torch.get_num_threads():
+        torch.set_num_threads(quota)
 
 
 def fail(message: str, hint: str | None = None, *, label: str | None = "error", code: int = 1) -> NoReturn:
@@ -145,6 +162,8 @@ for _name, _help in COMMANDS.items():
 
 def main() -> None:
     """Run the command line; ends with SystemExit: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    if sys.platform == "win32":  # where commands would end at the first module that Windows lacks
+        sys.exit("error: posecrafter-rt does not run on Windows; use WSL 2")
     try:
         try:
             app(prog_name="posecrafter-rt")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from posecrafter_rt.cli.arguments import parse_range, parse_segment
-from posecrafter_rt.cli.main import GOES_ON
+from posecrafter_rt.cli.main import GOES_ON, heed_quota
 from posecrafter_rt.cli.output import print_json, print_table, size_of, step_progress
 
 app = typer.Typer()
@@ -119,6 +119,7 @@ def render(  # noqa: PLR0913 - one argument for each option
         resample=resample, strength=strength, segment=parse_segment(segment), overlap=overlap,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
+    heed_quota()
     least = CONFIDENCE_THRESHOLD if options.selects else 0.0  # what the reference is selected by
     try:
         target = read_openpose(poses, person=person, allow_missing=True)

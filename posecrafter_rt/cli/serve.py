@@ -9,6 +9,7 @@ import gc
 import json
 import signal
 import socket
+import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from urllib.parse import urlencode
 
 import typer
 
+from posecrafter_rt.cli.main import heed_quota
 from posecrafter_rt.errors import BackendUnavailable, PoseError
 
 if TYPE_CHECKING:
@@ -94,6 +96,8 @@ def serve(  # noqa: PLR0913 - one argument for each option
     with listen(host, port) as listener:
         from posecrafter_rt.avatar import Avatar
 
+        heed_quota()
+
         with Avatar.load(engine) as avatar:
             application = make_app(avatar, options)
             url = _url(host, listener.getsockname()[1], options.token)
@@ -103,8 +107,8 @@ def serve(  # noqa: PLR0913 - one argument for each option
                     print(json.dumps({"url": url, **application.state.service.info()}), flush=True)
                 else:
                     print(f"serving {engine} at {url} (Ctrl-C ends it)", flush=True)
-                if open_page:
-                    webbrowser.open(url)
+                if open_page:  # in a thread, for some browsers keep it until they end, and this one has to serve them
+                    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
             _run(application, listener, on_ready)
 
@@ -114,6 +118,8 @@ def _read_calibration(path: Path) -> PoseSequence:
 
     Raises: PoseError if none does, so that Eq. 5 could compare it.
     """
+    import numpy as np
+
     from posecrafter_rt.poses.keypoints import CONFIDENCE_THRESHOLD
     from posecrafter_rt.poses.openpose_json import read_openpose
 
@@ -122,7 +128,7 @@ def _read_calibration(path: Path) -> PoseSequence:
     if not shown.any():
         raise PoseError(f"{path}: no frame has a keypoint of confidence {CONFIDENCE_THRESHOLD} or more",
                         "extract the poses again, or check the confidences in the file")  # fmt: skip
-    return poses[shown.nonzero()[0]]
+    return poses[np.flatnonzero(shown)]
 
 
 def _app_maker() -> Callable[..., FastAPI]:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from posecrafter_rt.cli.arguments import AsJson, Force, parse_range, parse_size
-from posecrafter_rt.cli.main import GOES_ON
+from posecrafter_rt.cli.main import GOES_ON, heed_quota
 from posecrafter_rt.cli.output import print_json, print_table, step_progress
 
 app = typer.Typer()
@@ -58,7 +58,9 @@ def tune(  # noqa: PLR0913 - one argument for each option
     norm_scope: Annotated[str | None, typer.Option(help="GroupNorm over each `frame`, or the whole `clip`.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Random seed; on a CPU the same seed gives the same checkpoint.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Random seed; on the same CPU, in as many threads, it gives the same checkpoint.")
+    ] = 0,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Use less memory and more time.")
     ] = False,
@@ -87,7 +89,8 @@ def tune(  # noqa: PLR0913 - one argument for each option
     refuse_overwrite(output, force)  # before minutes of work, not after them
     weights = (base, controlnet, vae, *(controlvideo_weights or ()))  # hub ids among them
     refuse_sources(output, video, poses, *(given for given in weights if given and Path(given).exists()))
-    device, precision = resolve_precision(device, precision)
+    heed_quota()
+    device, _ = resolve_precision(device, precision)  # an interrupted run continues in the precision that it began in
     options = TuneOptions(
         base=base, controlnet=controlnet, vae=vae, frames=frames, steps=steps, decoder_steps=decoder_steps,
         small_decoder_steps=small_decoder_steps, learning_rate=learning_rate, prompt=prompt, norm_scope=norm_scope, precision=precision, device=device, seed=seed,  # type: ignore[arg-type]

@@ -38,7 +38,6 @@ from posecrafter_rt.tuning import (
     base_size,
     choose_frames,
     load_clip,
-    resolve_precision,
     step_counts,
     tune,
 )
@@ -59,7 +58,8 @@ class Demo:
 
     Without `force`, files of an interrupted demonstration in `output` are reused, but neither those of a complete one
     nor the user's are overwritten.
-    Raises: OutputExists; BackendUnavailable without the footage; PoseCrafterError for more steps than there can be.
+    Raises: OutputExists; BackendUnavailable without the footage; PoseCrafterError for more steps than there can be,
+        or so few that they would do nothing.
     """
 
     def __init__(self, output: Path, num_inference_steps: int, tuning: TuneOptions, force: bool) -> None:
@@ -70,12 +70,13 @@ class Demo:
         if not force and not self.checkpoint.exists():  # nothing is made before it, so all that is there is the user's
             for path in (self.engine, *output_paths(output / "out.mp4"), *(output / name for name in FURTHER_FILES)):
                 refuse_existing(path)
-        device, precision = resolve_precision("cpu", "auto")
-        self.tuning = replace(tuning, frames=FRAMES, precision=precision, device=device)  # type: ignore[arg-type]
+        self.tuning = replace(tuning, frames=FRAMES, precision="auto", device="cpu")
         self.output, self.num_inference_steps, self.force = output, num_inference_steps, force
         self.seconds: dict[str, float] = {}
         # The render would refuse a number of steps only after minutes of tuning and building.
-        DDIMSchedule.from_config(read_scheduler_config(locate_base("embedded"))).timesteps(num_inference_steps)
+        base = locate_base("embedded")
+        options = RenderOptions(num_inference_steps=num_inference_steps).with_recommended(base.settings().recommended)
+        options.check_start(DDIMSchedule.from_config(read_scheduler_config(base)))
         self.size = base_size("embedded")
         self.frames, self.poses = load_clip(video_path(), load_poses(), self.size, slice(None))
         if not force and self.checkpoint.exists() and not self._is_tuned():

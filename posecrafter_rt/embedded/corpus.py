@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.embedded.people import sample_clip
+from posecrafter_rt.machine import usable_cores
 
 PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
     "skimage": (
@@ -72,7 +73,7 @@ def draw_clips(num_clips: int, clip_length: int, size: tuple[int, int], seed: in
     draw = partial(_draw_clip, seed, clip_length, size)
     # Started anew, not forked: the fork of a process with threads can wait forever for a lock that one of them held.
     fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(mp_context=fresh, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(usable_cores(), mp_context=fresh, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
         for index, clip in enumerate(pool.map(draw, range(num_clips), chunksize=16)):
             frames[index], keypoints[index], caption = clip
             captions.append(caption)

@@ -129,7 +129,7 @@ def _nose(image: np.ndarray, marks: np.ndarray, shape: HeadShape, scale: float, 
     for a, b in ((31, 32), (35, 34)):
         spot = 0.40 * marks[a] + 0.60 * marks[b]
         axis = marks[35] - marks[31]
-        size = max(np.linalg.norm(axis) * 0.12, 0.18 * scale)
+        size = max(float(np.linalg.norm(axis) * 0.12), 0.18 * scale)
         box = smooth(np.stack([spot + [-size, 0], spot + [0, -0.2 * scale], spot + [size, 0], spot + [0, 0.2 * scale]]))
         fill(image, box, skin * np.array([0.32, 0.24, 0.22]), 0.75)
     for a, away in ((31, -1.0), (35, 1.0)):

@@ -6,6 +6,7 @@ Layer 4, training only. It draws people, trains the autoencoder, then the denois
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from posecrafter_rt.embedded.corpus import Clips, draw_clips, load_photographs
 from posecrafter_rt.embedded.text import build_text_encoder, write_tokenizer
 from posecrafter_rt.embedded.train_denoiser import Corpus, Denoiser, encode_corpus, train_denoiser
 from posecrafter_rt.embedded.train_vae import train_vae
+from posecrafter_rt.errors import OutputExists, PoseCrafterError
 from posecrafter_rt.models.blocks import channels_last
 from posecrafter_rt.models.loading import PoseModel, load_base
 from posecrafter_rt.models.settings import SETTINGS_FILE, BaseSettings
@@ -106,7 +108,13 @@ def main(
         str | None, typer.Option(help="a base to go on with: its denoiser, and its autoencoder as it is")
     ] = None,
 ) -> None:
-    """Train the embedded base. Finished stages are kept in OUTPUT and not repeated."""
+    """Train the embedded base. Finished stages are kept in OUTPUT and not repeated, but for the denoiser's.
+
+    With --start-from OUTPUT the denoiser is trained further.
+    """
+    if start_from is None and (output / "unet").exists():
+        raise OutputExists(f"{output} holds a trained denoiser, which one that is trained anew would replace",
+                           f"train it further: --start-from {shlex.quote(str(output))}, or give another folder")  # fmt: skip
     settings = replace(SETTINGS, norm_scope=norm_scope)  # type: ignore[arg-type]  # checked there
     torch.set_flush_denormal(True)
     base = None if start_from is None else load_base(start_from)
@@ -125,4 +133,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except PoseCrafterError as error:
+        sys.exit(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))

@@ -8,18 +8,18 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import os
 import secrets
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_existing, sha256_file, sha256_json
-from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists
+from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_existing, sha256_files, sha256_json
+from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists, first_line
 from posecrafter_rt.locks import locked
 
 # Older ones: 2 has the channels of convolutions second in `torch` engines; 3 has no `unet_stream_shallow`; 4 may lack
@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 MUTABLE = ("inversions", "compiled")  # caches: not hashed, may be emptied at any time
 # Not hashed either: why `auto` passed over other backends, by the fingerprints that their engines would have had.
 PASSED_OVER = "passed_over.json"
+MAX_REPLACED = 3  # how often an engine that is replaced while it is opened is opened anew
 # The hint if it is not known which engine it is.
 REBUILD = "build it again: posecrafter-rt build-engine ... --force"
 
@@ -37,10 +38,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineFolder:
-    """An engine folder in which every file was verified to be the one that was built."""
+    """An engine folder in which every file was verified to be the one that was built.
+
+    path: without links. given: the path that the user gave; None: the same.
+    """
 
     path: Path
     manifest: dict[str, Any]
+    given: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder's name as the user knows it: of a link to it, the link's."""
+        return Path(os.path.abspath(self.given or self.path)).name
 
     @property
     def networks(self) -> Path:
@@ -64,7 +74,8 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
 
     Only then is an engine folder at `path` replaced; anything else there, or in it, is refused unless `force`. What a
     killed build left beside `path` is removed first. If several builds write one `path`, the last to end wins; each
-    waits while another puts its folder in place, and logs that it waits.
+    waits while another puts its folder in place, and logs that it waits. At the end `manifest` holds all that was
+    written: what is at `path` may be another build's by then.
     Raises: OutputExists; EngineFolderError while the engine at `path` is in use; DiskFull; whatever the block raises.
         None of them leaves anything behind.
     """
@@ -88,7 +99,8 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
             while not _begin(staging, held):
                 staging = _staging(path)
             yield staging
-            write_manifest(staging, {"schema": SCHEMA, **manifest, "files": _hash_files(staging, _file_names(staging))})
+            files = _hash_files(staging, _file_names(staging))
+            manifest |= write_manifest(staging, {"schema": SCHEMA, **manifest, "files": files})
             for written in staging.rglob("*"):
                 flush_to_disk(written)
             alone.enter_context(_placing(path))
@@ -173,11 +185,13 @@ def _unused(path: Path) -> Iterator[None]:
         yield
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest with a seal, the hash of everything else in it."""
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest with a seal, the hash of everything else in it; return it as it will be read."""
     unsealed = {name: value for name, value in manifest.items() if name != "seal"}
     text = json.dumps({**unsealed, "seal": sha256_json(unsealed)}, indent=2)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
+    sealed: dict[str, Any] = json.loads(text)
+    return sealed
 
 
 def _replace(path: Path, staging: Path) -> None:
@@ -231,10 +245,9 @@ def _abandoned(leftover: Path) -> Iterator[bool]:
 
 
 def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 of each file; several are hashed at a time."""
-    names = list(names)
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names), strict=True))
+    """Return the SHA-256 of each file."""
+    return {path.relative_to(folder).as_posix(): digest
+            for path, digest in sha256_files(folder / name for name in names).items()}  # fmt: skip
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -251,18 +264,26 @@ def _parse_manifest(file: Path) -> Any:
     return manifest
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest, unverified. Raises: EngineFolderError if it is absent, not JSON, or of another schema."""
-    file = path / MANIFEST
-    # Web applications have a manifest.json, too.
-    if not file.is_file() or not ((path / "networks").is_dir() or _sealed_manifest(path)):
-        raise EngineFolderError(f"{path} is not an engine folder", _engine_hint(path))
+def read_manifest(path: Path, given: Path | None = None) -> dict[str, Any]:
+    """Return the manifest, unverified. given: the path to show in messages; None: `path`.
+
+    Raises: EngineFolderError if it is absent, cannot be read, is not JSON, or of another schema.
+    """
+    shown = given or path
+    file = shown / MANIFEST
     try:
-        manifest = _parse_manifest(file)
-    except (OSError, ValueError) as error:
-        raise EngineFolderError(f"{file} is damaged", rebuild_hint(path, {})) from error
+        # Web applications have a manifest.json, too.
+        if not (path / MANIFEST).is_file() or not ((path / "networks").is_dir() or _sealed_manifest(path)):
+            raise EngineFolderError(f"{shown} is not an engine folder", _engine_hint(shown))
+        manifest = _parse_manifest(path / MANIFEST)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        told = f"{file} cannot be read: {reason[:1].lower()}{reason[1:]}"
+        raise EngineFolderError(told, "check its permissions and its disk") from error
+    except ValueError as error:
+        raise EngineFolderError(f"{file} is damaged", rebuild_hint(shown, {})) from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        hint = rebuild_hint(path, _sealed_manifest(path) or {})
+        hint = rebuild_hint(shown, _sealed_manifest(path) or {})
         raise EngineFolderError(f"{file} is of another version of this package", hint)
     return manifest
 
@@ -322,24 +343,40 @@ def rebuild_networks_hint(networks: Path) -> str:
 def open_folder(path: str | Path) -> EngineFolder:
     """Open an engine folder: verify the manifest's seal, and every file against the manifest.
 
+    If a build replaces the engine meanwhile, the new one is opened.
     Raises: EngineFolderError, which names the first file that is missing, altered or too many.
     """
-    path = Path(path)
-    manifest = read_manifest(path)
+    # Resolved before anything is read: a link may lead to another engine while files are hashed. And networks are read
+    # when they are first called, perhaps from another working directory.
+    given, path = Path(path), Path(os.path.realpath(path))
+    for _ in range(MAX_REPLACED):
+        before = _seal(path)
+        try:
+            return _open(path, given)
+        except (EngineFolderError, OSError):  # while one folder takes the other's place, nothing is there
+            if _seal(path) == before:
+                raise
+    return _open(path, given)
+
+
+def _seal(path: Path) -> str | None:
+    return (_sealed_manifest(path) or {}).get("seal")
+
+
+def _open(path: Path, given: Path) -> EngineFolder:
+    manifest = read_manifest(path, given)
     if not is_sealed(manifest):
         raise EngineFolderError(
-            f"{path} was altered: {MANIFEST} is not the file that was built", rebuild_hint(path, {})
+            f"{given} was altered: {MANIFEST} is not the file that was built", rebuild_hint(given, {})
         )
     files: dict[str, str] = manifest["files"]
-    present, rebuild = _file_names(path), rebuild_hint(path, manifest)
+    present, rebuild = _file_names(path), rebuild_hint(given, manifest)
     for name in sorted({*files} ^ {*present}):
         if name in files:
-            raise EngineFolderError(f"{path} is incomplete: {name} is missing", rebuild)
-        raise EngineFolderError(f"{path} holds {name}, which was not built with it",
-                                f"remove {path / name}, or {rebuild}")  # fmt: skip
+            raise EngineFolderError(f"{given} is incomplete: {name} is missing", rebuild)
+        raise EngineFolderError(f"{given} holds {name}, which was not built with it",
+                                f"remove {given / name}, or {rebuild}")  # fmt: skip
     for name, digest in _hash_files(path, present).items():
         if digest != files[name]:
-            raise EngineFolderError(f"{path} was altered: {name} is not the file that was built", rebuild)
-    # Resolved: networks are read when they are first called, perhaps from another working directory, or when a link
-    # that was followed here leads to another engine.
-    return EngineFolder(path.resolve(), manifest)
+            raise EngineFolderError(f"{given} was altered: {name} is not the file that was built", rebuild)
+    return EngineFolder(path, manifest, given)

@@ -58,6 +58,10 @@ if TYPE_CHECKING:
 OPTIONS = {
     "always_keep_tensor_constants": True,  # else small ones become part of the code, and a swap would miss them
     "aot_inductor.package_constants_in_so": False,  # the same code for every checkpoint
+    # The same code for any number of threads, too: it takes those that there are when it runs. The second number says
+    # only how finely loops are divided, which would otherwise depend on the threads that there are when it is compiled.
+    "cpp.dynamic_threads": True,
+    "cpp.threads": 16,
 }
 # What compiled code may use of a processor. Virtual machines with the same processor name can differ in them.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
@@ -79,14 +83,19 @@ class InductorEngine:
 
     has_own_threads = False
 
-    def __init__(self, spec: NetworkSpec, package: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Bind the weights. Raises: EngineFolderError if they are not those that the code reads."""
+    def __init__(
+        self, spec: NetworkSpec, package: Path, weights: dict[str, Tensor], dtype: torch.dtype, is_exact: bool
+    ) -> None:
+        """Bind the weights. is_exact: whether a GPU's float32 convolutions must be exact, not TF32.
+
+        Raises: EngineFolderError if they are not those that the code reads.
+        """
         compiled = _open(package)
         if set(compiled.get_constant_fqns()) != set(weights):
             raise EngineFolderError(f"{package} and the weights beside it do not fit together",
                                     rebuild_networks_hint(package.parent))  # fmt: skip
         compiled.load_constants(weights, check_full_update=True, user_managed=True)
-        self.spec, self.dtype, self._compiled, self._weights = spec, dtype, compiled, weights
+        self.spec, self.dtype, self.is_exact, self._compiled, self._weights = spec, dtype, is_exact, compiled, weights
         self.device = next(iter(weights.values())).device
         self._checked = InputChecker(spec, self.device)
 
@@ -94,7 +103,7 @@ class InductorEngine:
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """See `Engine`."""
         tensors = cast(self._checked(inputs), self.dtype)
-        with own_settings(self.device, is_exact=self.dtype == torch.float32):
+        with own_settings(self.device, self.is_exact):
             outputs = self._compiled(*(tensor.contiguous() for tensor in tensors))
         tensors = to_boundary(self.spec, outputs)
         return {out.name: tensor for out, tensor in zip(self.spec.outputs, tensors, strict=True)}
@@ -139,7 +148,7 @@ class InductorBackend:
     def num_missing(self, model: PoseModel, arch: Architecture, precision: Precision) -> int:
         """Count the networks that are still to be compiled."""
         specs, codes = network_specs(arch), _codes()
-        keys = (self._key(graph_digest(network, specs[name], arch), name, precision)
+        keys = (self._key(_graph(network, specs[name], arch), name, precision)
                 for name, network in model.networks().items())  # fmt: skip
         return sum(not codes.holds(key) for key in keys)
 
@@ -166,7 +175,7 @@ class InductorBackend:
         built in seconds.
         """
         package, dtype = _package(folder, spec), TORCH_DTYPES[inner_precision(spec.name, precision)]
-        graph, cache = graph_digest(network, spec, arch), _codes()
+        graph, cache = _graph(network, spec, arch), _codes()
         key = self._key(graph, spec.name, precision)
         code = cache.load(key)
         if code is None:
@@ -202,7 +211,7 @@ class InductorBackend:
         """See `Backend.refit`. The code is copied, and the weights of `model` are written; no compiler is needed."""
         specs, graphs = network_specs(arch), read_graphs(source)
         for name, network in model.to(torch.float32).networks().items():
-            check_graph(source, graphs, name, graph_digest(network, specs[name], arch))
+            check_graph(source, graphs, name, _graph(network, specs[name], arch))
             progress(f"refitting {name}")
             package = _package(folder, specs[name])
             shutil.copyfile(source / package.name, package)
@@ -225,7 +234,8 @@ class InductorBackend:
             raise EngineFolderError(f"{networks_folder} holds no {spec.name} of this backend",
                                     rebuild_networks_hint(networks_folder))  # fmt: skip
         weights = load_file(weights_file, device=str(torch_device()))
-        return InductorEngine(spec, package, _laid_out(weights), TORCH_DTYPES[inner_precision(spec.name, precision)])
+        dtype = TORCH_DTYPES[inner_precision(spec.name, precision)]
+        return InductorEngine(spec, package, _laid_out(weights), dtype, is_exact=precision == "fp32")
 
 
 def _check_compiler() -> None:
@@ -257,6 +267,11 @@ def _shares_cxx_library(compiler: str) -> bool:
         return done.returncode != 0 or any(
             name in library.read_bytes() for name in (b"libstdc++.so", b"libc++.so", b"libc++.1.dylib")
         )
+
+
+def _graph(network: nn.Module, spec: NetworkSpec, arch: Architecture) -> str:
+    """Return the hash of the graph that a network's code is compiled from, in which ONNX has no part."""
+    return graph_digest(network, spec, arch, is_onnx=False)
 
 
 def _package(folder: Path, spec: NetworkSpec) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posecrafter_rt.atomic import sha256_file
+from posecrafter_rt.atomic import sha256_files
 from posecrafter_rt.blob_cache import BlobCache, MappedBlob
 from posecrafter_rt.engines.base import (
     FULL_PRECISION,
@@ -262,7 +262,7 @@ class OpenVinoBackend:
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed: pip install {package}"
         if precision == "bf16" and not cpu_has_bf16():
-            return "this processor has no bf16; use fp32"
+            return "it has no bf16 on this processor; use fp32"
         if precision == "fp16":
             return missing_halves_reason()
         if precision == "int8":
@@ -371,5 +371,7 @@ class OpenVinoBackend:
 def _write_digests(folder: Path, graphs: Graphs) -> None:
     """Write the hashes of graphs and files that `refit` and `load` need from a folder of networks."""
     write_graphs(folder, graphs)
-    digests = {name: [sha256_file(folder / f"{name}{suffix}") for suffix in (".xml", ".bin")] for name in graphs}
+    files = {name: [folder / f"{name}{suffix}" for suffix in (".xml", ".bin")] for name in graphs}
+    known = sha256_files(file for pair in files.values() for file in pair)
+    digests = {name: [known[file] for file in pair] for name, pair in files.items()}
     (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=1), encoding="utf-8")

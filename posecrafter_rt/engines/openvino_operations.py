@@ -25,7 +25,7 @@ import numpy as np
 from posecrafter_rt import config
 from posecrafter_rt.atomic import atomic_path, sha256_file, sha256_json
 from posecrafter_rt.blob_cache import MappedBlob
-from posecrafter_rt.engines.base import BEYOND_FP16, Precision, inner_precision
+from posecrafter_rt.engines.base import BEYOND_FP16, CACHE_HINT, Precision, inner_precision
 from posecrafter_rt.engines.openvino_trials import Trial, all_trials
 from posecrafter_rt.errors import PoseCrafterError, last_line
 from posecrafter_rt.machine import cpu_features, usable_cores
@@ -128,6 +128,13 @@ def missing_bytes_reason() -> str | None:
 def missing_halves_reason() -> str | None:
     """Return why weights in 16 bits are not available here, or None; may compile, as `missing_reason` does."""
     return _missing_for("fp16")
+
+
+def has_tiles() -> bool:
+    """Return whether products are done in tiles (AMX) here; may compile, but not for a processor without them."""
+    fitting = _fitting()
+    vectors = _built(fitting).vectors if any(one.has_tiles for one in fitting) else None
+    return vectors is not None and vectors.has_tiles
 
 
 def left_out() -> str | None:
@@ -235,7 +242,8 @@ def _built(fitting: tuple[Vectors, ...]) -> Built:
         except OperationsError as error:
             reason = str(error)
             break
-    log.info("convolutions, linear maps and attention are OpenVINO's own: %s", reason)
+    level = logging.WARNING if CACHE_HINT in reason else logging.INFO  # a processor or an installation is as it is
+    log.log(level, "convolutions, linear maps and attention are OpenVINO's own, which are slower: %s", reason)
     return Built(reason=reason)
 
 
@@ -250,18 +258,21 @@ def _compiled(vectors: Vectors) -> Path:
     sources = sorted(SOURCES.glob("*.*"))
     key = {"openvino": openvino.get_version(), "home": str(home), "flags": (*FLAGS, *vectors.flags),
            "sources": [path.read_text(encoding="utf-8") for path in sources]}  # fmt: skip
-    folder, name = config.cache_dir() / "openvino_operations", sha256_json(key)
+    name = sha256_json(key)
     try:
-        unsound: dict[Path, str] = {}
-        for kept in folder.glob(f"{name}-*.so"):  # one for each system that shares the cache
+        cache, unsound = config.cache_dir(), dict[Path, str]()
+        for kept in cache.glob(f"openvino_operations*/{name}-*.so"):  # one for each system that shares the cache
             reason = _unsound_reason(kept)
             if reason is None:
                 return kept
             unsound[kept] = reason
-        _ask(vectors)
         for kept, reason in unsound.items():
-            log.warning("%s is compiled again: %s", kept, reason)
-        folder.mkdir(parents=True, exist_ok=True)
+            log.warning("%s is compiled again if possible: %s", kept, reason)
+        _ask(vectors)
+        folder = cache / f"openvino_operations-{os.getuid()}"
+        folder.mkdir(0o755, parents=True, exist_ok=True)
+        if _is_others(folder):
+            raise PermissionError(f"other users may write to {folder}")
         # It was loaded below, for good, and NFS keeps the name of a file in use, so the folder may not become empty.
         with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as building:
             built = Path(building) / "built.so"
@@ -270,17 +281,29 @@ def _compiled(vectors: Vectors) -> Path:
             library = folder / f"{name}-{sha256_file(built)}.so"
             with atomic_path(library) as temporary:
                 shutil.copyfile(built, temporary)
+                temporary.chmod(0o644)  # whatever the umask: see `_is_others`
     except (PoseCrafterError, OSError) as error:
-        raise OperationsError(f"they cannot be kept: {error}") from error
+        raise OperationsError(f"they cannot be kept: {error}; {CACHE_HINT}") from error
     return library
 
 
+def _is_others(path: Path) -> bool:
+    """Whether a file or folder belongs to another user (not to root), or others may write to it, or it is a link.
+
+    The name of a library is no secret: whoever can write to a shared cache could have everybody load code of his own.
+    """
+    status = path.lstat()
+    return status.st_uid not in (0, os.getuid()) or bool(status.st_mode & 0o022)
+
+
 def _unsound_reason(library: Path) -> str | None:
-    """Return None if a library compiled earlier has the hash in its name and loads, else why not.
+    """Return None if a library compiled earlier is this user's, has the hash in its name and loads, else why not.
 
     The cache may be another system's. Loading a damaged library would end the process.
     """
     try:
+        if _is_others(library.parent) or _is_others(library):
+            return "other users may write to it or to its folder"
         if not library.stem.endswith(sha256_file(library)):
             return "it was altered"
         _factory(library)

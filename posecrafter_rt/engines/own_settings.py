@@ -22,7 +22,7 @@ def own_settings(device: torch.device, is_exact: bool) -> Iterator[None]:
     """In the block, compute on a device as if the program had set nothing.
 
     Autocast is off. Float32 is multiplied exactly, but for a GPU's convolutions, which are in TF32 unless `is_exact`. A GPU
-    is current, and cuDNN does not choose its algorithms by timing them.
+    is current, and cuDNN is used, but does not choose its algorithms by timing them.
     """
     settings, is_gpu = own_values(device.type, is_exact), device.type == "cuda"
     with torch.autocast(device.type, enabled=False):
@@ -39,10 +39,10 @@ def own_values(device_type: str, is_exact: bool) -> list[Setting]:
     """Return the settings that `own_settings` looks after."""
     backends: Any = torch.backends  # what there is depends on torch's version
     cudnn, cuda, mkldnn = backends.cudnn, backends.cuda, backends.mkldnn
-    gpu: list[Setting] = [(cudnn, "benchmark", (False,))]
+    gpu: list[Setting] = [(cudnn, "enabled", (True,)), (cudnn, "benchmark", (False,))]
     if not hasattr(cudnn, "conv"):  # torch before 2.9; a later one may refuse to read these settings
-        gpu += [(cudnn, "allow_tf32", (not is_exact,)), (cuda.matmul, "allow_tf32", (False,))]
-        return gpu if device_type == "cuda" else []
+        matmul: Setting = (_Products(), "precision", ("highest",))
+        return [*gpu, (cudnn, "allow_tf32", (not is_exact,)), matmul] if device_type == "cuda" else [matmul]
     exact = ("ieee", "none")  # none: that of `torch.backends`, which then has none either
     if device_type != "cuda":
         return [(holder, "fp32_precision", exact) for holder in (mkldnn.conv, mkldnn.matmul)]
@@ -51,6 +51,18 @@ def own_values(device_type: str, is_exact: bool) -> list[Setting]:
         (cudnn.conv, "fp32_precision", exact if is_exact else ("tf32",)),
         (cuda.matmul, "fp32_precision", exact),
     ]
+
+
+class _Products:
+    """How exactly torch before 2.9 multiplies float32, on any device. `allow_tf32` cannot tell two of its values apart."""
+
+    @property
+    def precision(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        torch.set_float32_matmul_precision(value)
 
 
 @contextmanager

@@ -93,11 +93,14 @@ def _refusal(path: Path, difference: str, hint: str = HINT_NO_REFIT) -> EngineFo
     return EngineFolderError(f"{path} cannot be refitted to this checkpoint: {difference}", hint)
 
 
-def graph_digest(network: nn.Module, spec: NetworkSpec, arch: Architecture) -> str:
-    """Return the SHA-256 of what a network's exported graph depends on: configuration, code, versions; no weights."""
-    from posecrafter_rt.export.graphs import graph_key
+def graph_digest(network: nn.Module, spec: NetworkSpec, arch: Architecture, *, is_onnx: bool = True) -> str:
+    """Return the SHA-256 of what a network's exported graph depends on: configuration, code, versions; no weights.
 
-    return sha256_json(graph_key(network, spec, arch))
+    is_onnx: whether it is exported to ONNX, by further libraries.
+    """
+    from posecrafter_rt.export.graphs import LIBRARIES, TRACED_BY, graph_key
+
+    return sha256_json(graph_key(network, spec, arch, LIBRARIES if is_onnx else TRACED_BY))
 
 
 def write_graphs(folder: Path, graphs: Graphs) -> None:
@@ -131,7 +134,7 @@ def in_stored_type(
     Raises: `error` if it is beyond that type's range, with `hint` if that is float16; an infinity would go unnoticed.
     """
     stored = tensor.detach().to(dtype).contiguous()
-    if not torch.isfinite(stored).all():
+    if stored.is_floating_point() and stored.numel() and not all(map(torch.isfinite, stored.aminmax())):  # NaN is both
         raise error(f"{name} does not fit {dtype}", hint if dtype == torch.float16 else HINT_TUNE_AGAIN)
     return stored
 
@@ -149,5 +152,6 @@ def changed_weights(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor])
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors of one element type are equal in every bit: 0.0 is not -0.0, a NaN equals itself."""
-    ours, theirs = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second))
-    return first.shape == second.shape and torch.equal(ours, theirs)
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[first.element_size()]
+    ours, theirs = (tensor.contiguous().view(integers) for tensor in (first, second))
+    return torch.equal(ours, theirs)

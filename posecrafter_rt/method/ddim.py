@@ -5,6 +5,7 @@ Layer 1: torch, no networks; the denoiser is a callable, so that eager modules a
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from posecrafter_rt.errors import ModelError, PoseCrafterError, ShapeError
+
+log = logging.getLogger(__name__)
 
 Denoise = Callable[[Tensor, int, int], Tensor]
 """(latents, index into `timesteps(num_inference_steps)`, timestep) -> noise prediction, the shape of latents."""
@@ -132,6 +135,16 @@ class DDIMSchedule:
                 hint="use fewer denoising steps",
             )
         return table
+
+    def warn_of_less_noise(self, num_inference_steps: int) -> None:
+        """Log a warning if the first timestep lies more than a tenth below what so many steps would suggest.
+
+        Leading spacing rounds the distance between timesteps down, as in diffusers, so 501 steps of 1000 start at 501.
+        """
+        first, total = int(self.timesteps(num_inference_steps)[0]), self.num_train_timesteps
+        if first < 0.9 * (total - total / num_inference_steps):
+            log.warning("a schedule of %d steps starts at timestep %d of %d, because timesteps are whole: fewer steps "
+                        "start at more noise", num_inference_steps, first, total)  # fmt: skip
 
     def sampling_pairs(self, num_inference_steps: int) -> np.ndarray:
         """Return timesteps (from, to) of each sampling step: int64 (num_inference_steps, 2); `to` < 0 is clean."""

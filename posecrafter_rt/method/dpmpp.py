@@ -31,10 +31,12 @@ class DPMSchedule(DDIMSchedule):
     """
 
     def timesteps(self, num_inference_steps: int) -> np.ndarray:
-        """As `DDIMSchedule.timesteps`; with leading and linspace spacing at most num_train_timesteps - 1 steps."""
+        """As `DDIMSchedule.timesteps`; with linspace spacing at most num_train_timesteps - 1 steps, with leading spacing
+        steps_offset fewer.
+        """
         if self.timestep_spacing == "trailing":
             return super().timesteps(num_inference_steps)
-        last = self.num_train_timesteps - 1
+        last = self.num_train_timesteps - 1 - (self.steps_offset if self.timestep_spacing == "leading" else 0)
         if not 1 <= num_inference_steps <= last:
             raise PoseCrafterError(f"{num_inference_steps} denoising steps were asked for", hint=f"give 1 to {last}")
         return super().timesteps(num_inference_steps + 1)[:-1]

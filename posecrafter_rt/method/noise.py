@@ -19,7 +19,7 @@ def shared_noise(latents: Tensor, probability: float, generator: torch.Generator
     Returns: (G, F, C, h, w) float32 on that device, drawn on the CPU so that a seed gives the same noise everywhere.
     """
     groups, frames = latents.shape[:2]
-    drawing: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    drawing: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     own = torch.randn(latents.shape, **drawing)
     common = torch.randn(groups, 1, *latents.shape[2:], **drawing).expand(-1, frames, -1, -1, -1)
     drawn, proportion = torch.rand(2, groups, 1, 1, 1, 1, **drawing)

@@ -29,6 +29,7 @@ from posecrafter_rt.models.sources import (
     PARTS,
     Base,
     Component,
+    hash_configs,
     hash_files,
     lasting_id,
     locate_base,
@@ -52,8 +53,8 @@ class PoseModel:
     """All networks of a base as torch modules, in evaluation mode and without gradients.
 
     base_id, controlnet_id, vae_id: with these, `load_base` finds them again from any working directory; None: the
-    base's own is used. base_hash: SHA-256 over the weights of all four networks. small_decoder: that of a tuned person,
-    or one that the user gave; a base has none.
+    base's own is used. base_hash: SHA-256 over the weights of all four networks. configs: see `hash_configs`.
+    small_decoder: that of a tuned person, or one that the user gave; a base has none.
     """
 
     unet: VideoUNet
@@ -64,6 +65,7 @@ class PoseModel:
     scheduler_config: dict[str, Any]
     base_id: str
     base_hash: str
+    configs: dict[str, str]
     settings: BaseSettings
     controlnet_id: str | None = None
     vae_id: str | None = None
@@ -72,6 +74,7 @@ class PoseModel:
     def identity(self) -> dict[str, Any]:
         """Return the entries of a checkpoint's metadata that name its base; `schedule` is `DDIMSchedule.learned`."""
         return {"base": self.base_id, "controlnet": self.controlnet_id, "vae": self.vae_id, "base_hash": self.base_hash,
+                "configurations": self.configs,
                 "schedule": DDIMSchedule.from_config(self.scheduler_config).learned}  # fmt: skip
 
     def modules(self) -> dict[str, nn.Module]:
@@ -148,6 +151,7 @@ def load_base(
         scheduler_config=scheduler_config,
         base_id=found.base_id,
         base_hash=hash_files({role: part.files for role, part in parts.items()}),
+        configs=hash_configs(found, {role: str(part.config_folder) for role, part in parts.items()}),
         settings=settings,
         controlnet_id=controlnet and lasting_id(controlnet),
         vae_id=vae and lasting_id(vae),

@@ -5,6 +5,7 @@ Layer 3: finds files. It opens them only to hash them and to recognise our own.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
-from posecrafter_rt.atomic import means_full, sha256_file, sha256_json
+from posecrafter_rt.atomic import means_full, sha256_files, sha256_json
 from posecrafter_rt.errors import DiskFull, ModelError, first_line
 from posecrafter_rt.models.settings import SETTINGS_FILE, BaseSettings
 
@@ -122,23 +123,54 @@ def locate_component(source: str, role: str) -> Component:
     A file that bears a diffusers folder's name has the configuration beside it, and any other Stable Diffusion 1.5's.
     Raises: as `locate_base`.
     """
+    path, config_folder = _path(source), _config_folder(source, role)
+    return Component(role, (path,), path, config_folder) if path.is_file() else _folder_component(role, config_folder)
+
+
+def _config_folder(source: str, role: str, *, with_weights: bool = True) -> Path:
+    """Return the folder with the config.json of a single network; see `locate_component` and `_download`."""
     path = _path(source)
     if path.is_file():
         _check_suffix(path)
         is_of_folder = path.name.startswith("diffusion_pytorch_model") and (path.parent / "config.json").is_file()
-        return Component(role, (path,), path, path.parent if is_of_folder else SD15_FOLDER / role)
-    folder = path if path.is_dir() else _download(source, {"": role, role: role}, role)
+        return path.parent if is_of_folder else SD15_FOLDER / role
+    roles = {"": role, role: role}
+    folder = path if path.is_dir() else _download(source, roles, role, with_weights=with_weights)
     candidates = [candidate for candidate in (folder, folder / role) if (candidate / "config.json").is_file()]
     if not candidates:
         message = f"{source} has no config.json, so it is no {role}"
         raise ModelError(message, hint=f"give the folder that holds the {role}")
-    return _folder_component(role, candidates[0])
+    return candidates[0]
 
 
 def hash_files(parts: Mapping[str, tuple[Path, ...]]) -> str:
     """Return the SHA-256 over the contents of every network's weight files, whatever their names."""
-    known = {path: sha256_file(path) for path in {path for paths in parts.values() for path in paths}}
+    known = sha256_files(path for paths in parts.values() for path in paths)
     return sha256_json({role: [known[path] for path in paths] for role, paths in parts.items()})
+
+
+def hash_configs(base: Base, given: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the SHA-256 over each network's config.json, and over the tokenizer's files; the hub's weights stay there.
+
+    given: by role, the source of a network that is used instead of the base's own.
+    Raises: as `locate_base`.
+    """
+    folders = {role: _config_folder(source, role, with_weights=False) for role, source in given.items() if source}
+    hashes = {}
+    for role in PARTS:
+        folder = folders.get(role) or base.config_folder(role)
+        with reading(folder):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            hashes[role] = sha256_json({name: value for name, value in config.items() if not _is_of_writer(name)})
+    tokenizer = base.configs / "tokenizer"
+    with reading(tokenizer):
+        known = sha256_files(path for path in tokenizer.glob("*") if path.suffix in (".json", ".txt"))
+    return {**hashes, "tokenizer": sha256_json({path.name: digest for path, digest in known.items()})}
+
+
+def _is_of_writer(name: str) -> bool:
+    """Whether an entry of a config.json says only who wrote it, such as the version of diffusers."""
+    return name.startswith("_") or name == "transformers_version"
 
 
 @contextmanager

@@ -94,12 +94,12 @@ def read_weights(path: Path, error_type: type[ModelError] | type[CheckpointError
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file is called .safetensors, or begins as they do, with the length of a JSON object.
+    """Return whether a file is called .safetensors, or begins as they do: our .ckpt files, and those that were renamed."""
+    return path.suffix.lower() == ".safetensors" or begins_as_safetensors(path)
 
-    Our .ckpt files do, and so do files that were renamed.
-    """
-    if path.suffix.lower() == ".safetensors":
-        return True
+
+def begins_as_safetensors(path: Path) -> bool:
+    """Return whether a file begins as safetensors do, with the length of a JSON object."""
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from posecrafter_rt.config import onnxruntime_threads
 from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError, PoseError
-from posecrafter_rt.machine import check_device
+from posecrafter_rt.machine import check_device, core_quota
 from posecrafter_rt.poses import _extract_worker as worker
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
 from posecrafter_rt.poses.layouts import NUM_WHOLEBODY_POINTS, from_mediapipe, from_wholebody
@@ -94,8 +95,9 @@ def _detect(
         command = [python, str(Path(worker.__file__)), *arguments, "--output", str(output)]
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                env=onnxruntime_threads(core_quota()),  # which ONNX Runtime does not know, and rtmlib takes no number
+            )  # fmt: skip
         except OSError as error:
             raise BackendUnavailable(f"the interpreter {python} cannot be started: {error.strerror}",
                                      "name the interpreter of an environment that has the detector") from error  # fmt: skip

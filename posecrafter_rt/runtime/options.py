@@ -6,12 +6,15 @@ Layer 5.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.method.editing import DEFAULT_REGIONS, checked_regions
 from posecrafter_rt.plain_numbers import is_whole, make_numbers_plain
 from posecrafter_rt.runtime.segments import check_split, least_segment
+
+if TYPE_CHECKING:
+    from posecrafter_rt.method import DDIMSchedule
 
 MODES = ("controlvideo", "+selection", "+insertion", "+editing")
 Resample = Literal["bilinear", "nearest", "unit_variance"]
@@ -121,6 +124,19 @@ class RenderOptions:
         """The first sampling step that is done, counted from 0; `strength` must be set."""
         assert self.strength is not None
         return self.num_inference_steps - max(1, round(self.num_inference_steps * self.strength))
+
+    def check_start(self, schedule: DDIMSchedule) -> None:
+        """Raise PoseCrafterError if sampling would start at the schedule's last timestep, at which no noise is left.
+
+        With leading and linspace spacing that is what a single step of DDIM does: every frame would be the reference.
+        Args: schedule: that of the sampler; `strength` must be set.
+        """
+        steps, timesteps = self.num_inference_steps, schedule.timesteps(self.num_inference_steps)
+        if timesteps[self.start_step] <= schedule.steps_offset:
+            raise PoseCrafterError(
+                f"{steps} denoising steps at strength {self.strength:g} start where no noise is left to remove",
+                "give more steps, or the sampler dpmpp",
+            )
 
     @property
     def groups(self) -> int:

@@ -72,6 +72,6 @@ class StreamOptions:
                 inversion_substeps=self.inversion_substeps, conditioning_scale=self.conditioning_scale,
                 resample=self.resample, regions=self.regions, decoder=decoder,
             )  # fmt: skip
-            if total - options.start_step == self.steps:
+            if round(total * strength) == self.steps:  # `start_step` leaves one step of few, whatever the strength
                 return options
         raise PoseCrafterError(f"no schedule has {self.steps} steps at strength {strength}", "give a larger strength")

@@ -16,7 +16,8 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.requests import ClientDisconnect
 
-from posecrafter_rt.errors import BackendUnavailable, PoseCrafterError
+from posecrafter_rt.errors import BackendUnavailable, OutOfMemory, PoseCrafterError
+from posecrafter_rt.serve.faults import ServerFault
 from posecrafter_rt.serve.metrics import CONTENT_TYPE
 from posecrafter_rt.serve.options import MAX_OFFER_BYTES, ServeOptions
 from posecrafter_rt.serve.peers import Peers
@@ -36,7 +37,8 @@ NOT_BUILT = (
     "<code>make web</code> and start again. Programs can use <code>/ws</code> as it is.</html>"
 )
 _STATUS: dict[type[PoseCrafterError], int] = {
-    SessionsFull: 503, Busy: 429, TooLarge: 413, BackendUnavailable: 501, NotSaved: 507}  # fmt: skip
+    SessionsFull: 503, OutOfMemory: 503, ServerFault: 500, Busy: 429, TooLarge: 413, BackendUnavailable: 501,
+    NotSaved: 507}  # fmt: skip
 
 
 def create_app(avatar: Avatar, options: ServeOptions) -> FastAPI:
@@ -85,7 +87,7 @@ def _add_page(app: FastAPI) -> None:
 def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
-        is_ok = service.is_running
+        is_ok = service.is_healthy
         facts = {"status": "ok" if is_ok else "failed", "sessions": service.num_sessions,
                  "max_sessions": service.options.max_sessions}  # fmt: skip
         return JSONResponse(facts, 200 if is_ok else 503)

@@ -78,6 +78,8 @@ def _is_origin(text: str) -> bool:
     except ValueError:
         return False
     host = parts.netloc if port is None else parts.netloc.removesuffix(f":{port}")
+    if "*" in host or (not host and parts.scheme != "file"):  # of files, some browsers send "file://"
+        return False
     return text.isascii() and f"{parts.scheme}://{parts.netloc}" == text and not host.endswith(":") and "@" not in host
 
 

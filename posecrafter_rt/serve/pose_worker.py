@@ -1,6 +1,6 @@
 """The process that reads a client's pose file or video: a path in, a pose track or an error as JSON out.
 
-Layer 7: run as a module by `poses_api`.
+Layer 7: `main` is run by `poses_api`.
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ def _bounded_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def main(path: Path) -> int:
-    """Read the file, print the answer and return the exit status."""
+def main() -> int:
+    """Read the file that the first argument names, print the answer and return the exit status."""
+    path = Path(sys.argv[1])
     with suppress(AttributeError, OSError):
         os.nice(10)  # rendering goes first
     try:
@@ -110,7 +111,3 @@ def main(path: Path) -> int:
         )
     sys.stdout.write(json.dumps(answer))
     return status
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(Path(sys.argv[1])))

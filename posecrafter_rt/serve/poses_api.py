@@ -10,11 +10,12 @@ import base64
 import importlib.util
 import json
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anyio
 
@@ -28,6 +29,8 @@ from posecrafter_rt.serve.options import MAX_POSE_FILE_BYTES, MAX_VIDEO_BYTES
 NO_DETECTOR = 3  # exit status of the worker; 1 means that something is wrong with the file
 _TIMEOUT_S = 600.0
 _UPLOAD_TIMEOUT_S = 300.0  # no other file is read during an upload
+_LOGGED_BYTES = 4096  # of what a worker says that fails
+_WORKER = "import sys; sys.path[:] = {path!r}; from posecrafter_rt.serve.pose_worker import main; sys.exit(main())"
 _log = logging.getLogger(__name__)
 
 
@@ -127,27 +130,38 @@ def _check_size(num_bytes: int, limit: int) -> None:
 async def _work(path: Path, leave: Callable[[], Awaitable[None]]) -> bytes:
     """Run the worker and return its answer. Raises: PoseError or BackendUnavailable as it reports; Left."""
     environment = temporary_files_in(path.parent)  # deleted with the request, even if the process is killed
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "posecrafter_rt.serve.pose_worker", str(path), stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, env=environment)  # fmt: skip
-    working, leaving = asyncio.create_task(process.communicate()), asyncio.ensure_future(leave())
-    try:
-        await asyncio.wait((working, leaving), timeout=_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        if leaving.done():
-            raise Left
-        if not working.done():
-            raise PoseError(f"reading it took more than {_TIMEOUT_S:g} s", "send a shorter one")
-        answer, _ = working.result()
-    finally:
-        leaving.cancel()
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode == 0:
-        return answer
+    with tempfile.TemporaryFile(dir=path.parent) as complaints:  # a pipe's reader would keep all of them in memory
+        # Not -m: that would take modules from the server's working directory first.
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _WORKER.format(path=sys.path), str(path), stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=complaints, env=environment)  # fmt: skip
+        working, leaving = asyncio.create_task(process.communicate()), asyncio.ensure_future(leave())
+        try:
+            await asyncio.wait((working, leaving), timeout=_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                raise Left
+            if not working.done():
+                raise PoseError(f"reading it took more than {_TIMEOUT_S:g} s", "send a shorter one")
+            answer, _ = working.result()
+        finally:
+            leaving.cancel()
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        status = await process.wait()
+        if status == 0:
+            return answer
+        raise _reported(answer, status, complaints)
+
+
+def _reported(answer: bytes, status: int, complaints: IO[bytes]) -> PoseCrafterError:
+    """Return the error that a worker reports. If it reports none, the end of its complaints is logged."""
     try:
         report = json.loads(answer)
-    except ValueError as error:
-        raise PoseError(f"reading it failed with status {process.returncode}", "send a smaller one") from error
-    kind = BackendUnavailable if process.returncode == NO_DETECTOR else PoseError
-    raise kind(report["message"], report["hint"])
+    except ValueError:
+        complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - _LOGGED_BYTES))
+        said = complaints.read().decode(errors="replace").strip()
+        _log.error("reading a client's file failed with status %d: %s", status, said or "it said nothing")
+        return PoseError(f"reading it failed with status {status}", "the server's log says more; try a smaller one")
+    kind = BackendUnavailable if status == NO_DETECTOR else PoseError
+    return kind(report["message"], report["hint"])

@@ -6,10 +6,14 @@ Layer 7: a thread for each recording.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
+import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +21,14 @@ from typing import NamedTuple
 import numpy as np
 
 from posecrafter_rt.errors import DiskFull, PoseCrafterError
+from posecrafter_rt.locks import locked
 from posecrafter_rt.serve.sampling import SAMPLES_PER_SECOND, sample
 from posecrafter_rt.video_io import VideoWriter
 
 MAX_SECONDS = 600
 AT_ITS_LIMIT = "a recording has at most ten minutes"  # MAX_SECONDS
 MAX_OF_CLIENT = 4  # finished ones; then the client's oldest is deleted
+_PREFIX = "posecrafter-recordings-"
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +84,17 @@ class Finished(NamedTuple):
 
 
 class Recordings:
-    """All recordings of a server, in a temporary folder that is deleted with it. Begun and ended on one thread.
+    """All recordings of a server, in a temporary folder that is deleted with it, or by the next server if it is killed.
 
-    Four finished ones are kept for each connected client, whatever the others do. Those of clients who have left stay
-    until there are more than four times `max_clients` in all; then their oldest are deleted. max_clients: at a time.
+    Begun and ended on one thread. Four finished ones are kept for each connected client, whatever the others do.
+    Those of clients who have left stay until there are more than four times `max_clients` in all; then their oldest are
+    deleted. max_clients: at a time.
     """
 
     def __init__(self, max_clients: int) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="posecrafter-recordings-")
+        _clear_leftovers()
+        self._folder: Path | None = None  # made with the first recording
+        self._held = ExitStack()  # the folder, and a lock on it
         self._max_finished = MAX_OF_CLIENT * max_clients
         self._clients: set[str] = set()  # connected clients that have recorded
         self._running: dict[str, Recording] = {}
@@ -97,7 +106,12 @@ class Recordings:
     ) -> str:
         """Record what `latest` returns. Returns a name that only this client gets; `on_end` is called with it, too."""
         name = secrets.token_urlsafe(16)
-        path = Path(self._folder.name) / f"{name}.mp4"
+        try:
+            path = self._make_folder() / f"{name}.mp4"
+        except OSError as error:
+            log.warning("no folder for recordings can be made: %s", error)
+            on_end(name, PoseCrafterError("the server has no folder for the recording", "the server's log says why"))
+            return name
         with self._lock:
             self._clients.add(client)
             self._running[name] = Recording(path, latest, partial(self._ended, name, client, on_end))
@@ -119,7 +133,7 @@ class Recordings:
         """Return a finished recording's file, or None."""
         with self._lock:
             finished = self._finished.get(name)
-        return None if finished is None else finished.path
+        return None if finished is None or not finished.path.is_file() else finished.path
 
     def close(self) -> None:
         """End all recordings and delete the files."""
@@ -129,7 +143,19 @@ class Recordings:
             recording.stop()
         for recording in running:
             recording.join()
-        self._folder.cleanup()
+        self._held.close()
+
+    def _make_folder(self) -> Path:
+        """Return the folder, which only this user can read. It is made anew if it was removed: systems clean up /tmp.
+
+        Raises: OSError.
+        """
+        while self._folder is None or not self._folder.exists():
+            self._held.close()
+            self._folder = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX)))
+            with suppress(FileNotFoundError):  # another server has just taken it for a leftover
+                self._held.enter_context(locked(self._folder, shared=True))
+        return self._folder
 
     def _ended(
         self, name: str, client: str, on_end: Callable[[str, PoseCrafterError | None], None],
@@ -153,3 +179,15 @@ class Recordings:
     def _delete(self, names: list[str]) -> None:
         for name in names:
             self._finished.pop(name).path.unlink(missing_ok=True)
+
+
+def _clear_leftovers() -> None:
+    """Remove the folders that killed servers of this user left. A server that lives holds its own."""
+    with suppress(OSError):  # there may be no temporary folder at all
+        for leftover in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+            with suppress(OSError):
+                found = leftover.lstat()
+                is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+                with locked(leftover) if is_own else nullcontext(False) as is_held:
+                    if is_held:
+                        shutil.rmtree(leftover, ignore_errors=True)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
 from posecrafter_rt.machine import return_freed_memory
 from posecrafter_rt.poses.fit import median_pose
+from posecrafter_rt.serve.faults import MANY, Faults
 from posecrafter_rt.serve.loop_watch import LoopWatch
 from posecrafter_rt.serve.metrics import Metrics
 from posecrafter_rt.serve.options import MAX_AGE_S, ServeOptions
@@ -51,6 +52,7 @@ class Service:
         self.avatar, self.options = avatar, options
         self.metrics = Metrics(lambda: self.num_sessions)
         self.watch = LoopWatch()
+        self._faults = Faults()
         self.reference: np.ndarray = avatar.frames[0]
         self.stream_options: StreamOptions | None = None  # known once there was a stream
         self._reference_pose = median_pose(avatar.poses.keypoints)
@@ -69,6 +71,11 @@ class Service:
     def is_running(self) -> bool:
         """Whether the engine's thread is alive."""
         return self._scheduler.is_running
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether that thread is alive, and does not fail at everything it does."""
+        return self.is_running and self._faults.num_in_a_row < MANY
 
     def start(self) -> None:
         """Start the engine's thread and do a first step; does nothing if it runs. Raises: PoseCrafterError."""
@@ -116,7 +123,7 @@ class Service:
             stream, resources = await asyncio.wrap_future(self._scheduler.call(self._open_stream))
         finally:
             self._num_opening -= 1
-        session = Session(stream, self.reference, self._reference_pose, self.metrics)
+        session = Session(stream, self.reference, self._reference_pose, self.metrics, self._faults)
         self._sessions[session.id] = session
         session.texts.put(self._ready(session))
         stats = asyncio.create_task(_tell_stats(session))
@@ -149,7 +156,7 @@ class Service:
         """Return what is served, as `/api/info` tells it."""
         manifest = self.avatar.folder.manifest
         return {
-            "name": self.avatar.folder.path.name, "size": list(self.avatar.size), "prompt": self.avatar.prompt,
+            "name": self.avatar.folder.name, "size": list(self.avatar.size), "prompt": self.avatar.prompt,
             "device": manifest["device"]["name"], "has_pose_extraction": has_pose_extraction(),
             "preset": self.options.stream.get("preset", "balanced"), **self._state(),
         }  # fmt: skip
@@ -178,10 +185,18 @@ class Service:
         return is_more
 
     def _open_stream(self) -> tuple[Stream, ExitStack]:
-        """Open a stream, and return it with what frees it. On the engine's thread."""
+        """Open a stream, and return it with what frees it. On the engine's thread. Raises: PoseCrafterError."""
         resources = ExitStack()
         resources.callback(return_freed_memory)  # runs last; else freed memory adds up as clients come and go
-        return resources.enter_context(self.avatar.stream(**self.options.stream)), resources
+        try:
+            return resources.enter_context(self.avatar.stream(**self.options.stream)), resources
+        except Exception as error:
+            # Without memory for one more client, those who are here may be served well.
+            is_counted = not isinstance(error, OutOfMemory)
+            told = self._faults.note("opening the stream", error, is_counted=is_counted)
+            if told is error:
+                raise
+            raise told from error
 
     def _warm_up(self) -> None:
         """Do a first step, so that what it sets up is ready before the first client. On the engine's thread."""
@@ -201,9 +216,11 @@ class Service:
                          num_steps * step_s, step_s, MAX_AGE_S, faster_hint(options))  # fmt: skip
 
     def _first_frame(self) -> np.ndarray:
-        """Return what the camera shows."""
+        """Return what the camera shows: a client that has vanished stays for a while, and must not hide the next one."""
         sessions = list(self._sessions.values())
-        return sessions[0].latest if sessions else self.reference
+        if not sessions:
+            return self.reference
+        return next((session for session in sessions if session.is_moving), sessions[0]).latest
 
     def _forget(self, session: Session) -> None:
         self._sessions.pop(session.id, None)

@@ -5,7 +5,6 @@ Layer 7: `render` runs on the engine's thread, everything else on the event loop
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 import time
@@ -21,6 +20,7 @@ from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.poses.fit import PersonFit
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve.faults import Faults
 from posecrafter_rt.serve.metrics import Metrics
 from posecrafter_rt.serve.options import MAX_AGE_S
 from posecrafter_rt.serve.protocol import HELD, JPEG, REPEAT, RESET, Configure, FrameHeader, PoseMessage, error_message
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _KEPT_TIMES = 256
 _KEPT_TEXTS = 32
 _ERROR_EVERY_S = 1.0
-_log = logging.getLogger(__name__)
+STALLED_S = 5.0
 
 
 class Stream(Protocol):
@@ -97,7 +97,9 @@ class Session:
     num_resets: how many the client asked for. num_dropped: poses so far that no frame was shown for.
     """
 
-    def __init__(self, stream: Stream, reference: np.ndarray, reference_pose: np.ndarray, metrics: Metrics) -> None:
+    def __init__(
+        self, stream: Stream, reference: np.ndarray, reference_pose: np.ndarray, metrics: Metrics, faults: Faults
+    ) -> None:
         self.id = secrets.token_urlsafe(9)
         self.latest = reference
         self.format, self.quality = JPEG, 85
@@ -108,7 +110,7 @@ class Session:
         self._stream = stream
         self._size: tuple[int, int] = reference.shape[:2]
         self._person = PersonFit(reference_pose)
-        self._metrics = metrics
+        self._metrics, self._faults = metrics, faults
         self._delay, self._pending = steps_in_flight(stream.options) - 1, deque[PendingFrame]()
         self._num_resets_done = self.num_resets = 0
         self._is_broken = self.is_closed = False
@@ -117,6 +119,12 @@ class Session:
         self._count_lock = threading.Lock()
         self._render_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
         self._last_error_s = float("-inf")
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether frames come: the pose of the newest one came less than five seconds ago."""
+        newest = self._newest
+        return newest is not None and newest.age_s < STALLED_S
 
     def count_overtaken(self) -> None:
         """A pose was overtaken by a newer one or by a reset, or its stream went on in float32, before its frame was sent."""
@@ -221,6 +229,8 @@ class Session:
         return frame
 
     def _count_step(self, last: StepInfo, render_ms: float) -> None:
+        if not last.is_repeat:
+            self._faults.num_in_a_row = 0
         self._render_ms.append(render_ms)
         self._metrics.render.observe(render_ms / 1000)
         self._metrics.frames.labels("repeat" if last.is_repeat else "held" if last.held else "rendered").inc()
@@ -267,14 +277,12 @@ class Session:
         if not waiting.is_stepped:  # else its frame is among those that are still to come
             self._count_dropped("failed")
         self._forget_pending(why="failed")
-        if not isinstance(error, PoseCrafterError):
-            _log.error("a step of session %s failed", self.id, exc_info=error)
-            error = PoseCrafterError(f"the step failed: {type(error).__name__}", "the server's log says more")
+        told = self._faults.note("the step", error)
         if self._stream.is_closed:
             self.is_closed = True
-            self.failures.put(error)
+            self.failures.put(told)
         else:
-            self._tell(error)
+            self._tell(told)
 
     def _tell(self, error: PoseCrafterError) -> None:
         """Tell the client, at most once per second: a fault tends to come with every pose."""

@@ -146,7 +146,7 @@ class _Link:
             self._channel.set_result(None)
 
     def _on_state(self) -> None:
-        if self._peer.connectionState in ("failed", "closed", "disconnected"):
+        if self._peer.connectionState in ("failed", "closed"):
             self._end()
 
     def _on_channel(self, channel: RTCDataChannel) -> None:

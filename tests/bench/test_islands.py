@@ -104,7 +104,7 @@ def test_what_16_bits_do_not_hold_is_told(tiny_base: Path, tmp_path: Path, monke
     checkpoint = untrained_checkpoint(str(tiny_base), num_frames=3)
     name = next(name for name in checkpoint.tensors if name.endswith("conv_temp.weight"))
     checkpoint.tensors[name].mul_(1e6)
-    exact, *rows = compare(build(checkpoint, tmp_path), TARGET, TRUTH, 1)
+    exact, *rows = compare(build(checkpoint, tmp_path), TARGET, TRUTH, 2)
     assert "error" not in exact
     assert {row["precision"] for row in rows if row.get("error") == "not finite"} == {"fp16"}
     assert all("error" in row for row in rows if row["precision"] == "fp16")
@@ -119,11 +119,11 @@ def test_another_error_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(islands, "render", fail)
     with pytest.raises(PoseCrafterError, match="memory ran out"):
-        compare(tmp_path, TARGET, TRUTH, 1)
+        compare(tmp_path, TARGET, TRUTH, 2)
 
 
 def test_every_variant_renders_and_differs_from_what_is_built(tiny_base: Path, tmp_path: Path) -> None:
-    exact, *rows = compare(build(untrained_checkpoint(str(tiny_base), num_frames=3), tmp_path), TARGET, TRUTH, 1)
+    exact, *rows = compare(build(untrained_checkpoint(str(tiny_base), num_frames=3), tmp_path), TARGET, TRUTH, 2)
     assert "psnr_to_exact" not in exact
     assert [(row["precision"], row["variant"]) for row in rows] == [
         (precision, name) for precision in DTYPES for name in variants(precision)]  # fmt: skip

@@ -80,6 +80,14 @@ def test_a_process_that_dies_takes_one_job_with_it(
     assert "TypeError" in capsys.readouterr().err
 
 
+def test_no_more_processes_compile_than_a_quota_of_cores_pays_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posecrafter_rt.machine.core_quota", lambda root: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(kernel_tune, "measure", lambda *others: {"processes": len(multiprocessing.active_children())})
+    before = len(multiprocessing.active_children())
+    assert kernel_tune.measure_here(1.0) == {"processes": before + 1}
+
+
 @pytest.mark.parametrize("problem", [Attention("keyframe_attention", 3, 160, 320, 77),
                                      Attention("temporal_attention", 9, 160, 320, 9)], ids=lambda p: p.op)  # fmt: skip
 def test_a_wrong_result_has_a_fault(problem: Attention, monkeypatch: pytest.MonkeyPatch) -> None:

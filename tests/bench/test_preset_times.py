@@ -57,6 +57,21 @@ def test_goals_are_a_cards_for_one_base_size_and_length() -> None:
     assert "| fast | failed: memory ran out" in markdown(document("NVIDIA H200"))
 
 
+def test_what_has_a_goal_is_said_to_meet_or_to_miss_it() -> None:
+    heading, memory = "## Goals", "| exact | 8 GB of GPU memory | 2.0 GB: met |"
+    text = markdown(document("NVIDIA H100 80GB HBM3"))
+    assert heading in text and "| exact | 12 s | 20.00 s: missed |" in text and memory in text
+    assert "| exact | 115 s | 20.00 s: met |" in markdown(document("NVIDIA GeForce RTX 3090"))
+    of_another_card = document("NVIDIA H200")  # which has no goal in seconds
+    assert memory in markdown(of_another_card) and " s: m" not in markdown(of_another_card)
+    of_another_card["rows"]["exact"]["peak_gpu_bytes"] = 15.5e9
+    assert "| exact | 8 GB of GPU memory | 15.5 GB: missed |" in markdown(of_another_card)
+    on_a_processor = document("NVIDIA H200")
+    del on_a_processor["machine"]["gpu"]
+    for other in (document("NVIDIA H100 80GB HBM3", frames=16), on_a_processor):
+        assert heading not in markdown(other)
+
+
 def test_every_row_is_in_the_result_before_the_next_begins(
     tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

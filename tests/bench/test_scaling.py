@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import scaling
-from bench.scaling import Plan, judged, markdown, measure_axes, slope, summarise
+from bench.scaling import Plan, judged, judged_slope, markdown, measure_axes, slope, summarise
 from bench.untrained import untrained_checkpoint
 from posecrafter_rt.building import BuildOptions, build_engine
 
@@ -27,6 +27,16 @@ def test_what_is_paid_once_weighs_least_between_the_last_two_points() -> None:
     assert found["slope"] < found["last_slope"] < 1 and found["memory_slope"] == pytest.approx(0)
 
 
+@pytest.mark.parametrize(("axis", "found", "told"), [
+    ("frames", 0.7827, "0.783: met"), ("frames, in segments", 1.004, "1.004: missed"), ("frames", 1.0, "1.000: met"),
+    ("pixels", 1.0530, "1.05"), ("steps", None, "")])  # fmt: skip
+def test_a_slope_in_frames_meets_or_misses_its_target(axis: str, found: float | None, told: str) -> None:
+    assert judged_slope(axis, found) == told
+    slopes = {axis: {"slope": found, "last_slope": 1.1, "memory_slope": 0.4}}
+    machine = {"processor": "one", "torch_threads": 1}
+    assert f"| {axis} | {told} | 1.10 | 0.40 |" in markdown({"machine": machine, "slopes": slopes, "axes": {}})
+
+
 def test_every_point_is_rendered(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     untrained_checkpoint(str(tiny_base), num_frames=3).save(tmp_path / "tuned.ckpt")
 
@@ -41,10 +51,10 @@ def test_every_point_is_rendered(tiny_base: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(scaling, "build", build)
     monkeypatch.setattr(scaling, "in_own_process", lambda function, *arguments: function(*arguments))
-    plan = Plan((1, 2), (5, 8), (0.5, 1.0), (1, 2), num_frames=2, steps=1, segment=4, repeats=1)
+    plan = Plan((1, 2), (5, 8), (0.5, 1.0), (2, 3), num_frames=2, steps=2, segment=4, repeats=1)
     axes = measure_axes(plan, tmp_path, "torch")
     assert {axis: [row["at"] for row in rows] for axis, rows in axes.items()} == {
-        "frames": [1, 2], "frames, in segments": [5, 8], "pixels": [256, 1024], "steps": [1, 2]}  # fmt: skip
+        "frames": [1, 2], "frames, in segments": [5, 8], "pixels": [256, 1024], "steps": [2, 3]}  # fmt: skip
     assert sorted(built) == [0.5, 1.0]  # each engine once
     assert list(measure_axes(plan, tmp_path, "torch", ["steps", "segments"])) == ["frames, in segments", "steps"]
     for rows in axes.values():

@@ -27,7 +27,7 @@ from posecrafter_rt.video_io import read_video
 from tests.test_lean_import import modules_after
 
 NUM_FRAMES = 3
-SHORT = ("--tuning-steps", "1", "--decoder-steps", "1", "--small-decoder-steps", "1", "--steps", "2")
+SHORT = ("--tuning-steps", "1", "--decoder-steps", "1", "--small-decoder-steps", "1", "--steps", "3")
 
 
 def invoke(*arguments: object) -> Result:
@@ -88,7 +88,7 @@ def test_a_complete_one_is_not_overwritten_unasked(finished: tuple[Path, dict[st
 def test_files_of_the_user_are_not_replaced_unasked(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(OutputExists, match=f"/{name} ") as caught:
-        demo.Demo(tmp_path, 2, TuneOptions(), force=False)
+        demo.Demo(tmp_path, 3, TuneOptions(), force=False)
     assert "--force" in (caught.value.hint or "")
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
 
@@ -100,17 +100,26 @@ def test_more_steps_than_the_noise_schedule_has_are_refused_before_anything_is_t
     demo.Demo(tmp_path / "out", 999, TuneOptions(), force=False)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_steps_that_would_do_nothing_are_refused_before_anything_is_tuned(tmp_path: Path, steps: int) -> None:
+    with pytest.raises(
+        PoseCrafterError, match=f"^{steps} denoising steps at strength 0.6 start where no noise is left"
+    ):
+        demo.Demo(tmp_path / "out", steps, TuneOptions(), force=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_its_own_checkpoint_is_rendered_unasked(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     short = TuneOptions(steps=1, decoder_steps=1, small_decoder_steps=1)
     shutil.copy(finished[0] / "tuned.ckpt", tmp_path)
-    demo.Demo(tmp_path, 2, short, force=False)
+    demo.Demo(tmp_path, 3, short, force=False)
     with pytest.raises(OutputExists, match=r"tuned\.ckpt was not tuned by this demonstration, or with other numbers"):
-        demo.Demo(tmp_path, 2, replace(short, decoder_steps=2), force=False)
+        demo.Demo(tmp_path, 3, replace(short, decoder_steps=2), force=False)
     other = Checkpoint.load(tmp_path / "tuned.ckpt")
     other.frames[0] = 0
     other.save(tmp_path / "tuned.ckpt", force=True)
     with pytest.raises(OutputExists, match="was not tuned by this demonstration"):
-        demo.Demo(tmp_path, 2, short, force=False)
+        demo.Demo(tmp_path, 3, short, force=False)
 
 
 def test_a_tuning_that_was_interrupted_is_thrown_away_only_if_asked(tmp_path: Path) -> None:
@@ -119,12 +128,16 @@ def test_a_tuning_that_was_interrupted_is_thrown_away_only_if_asked(tmp_path: Pa
 
     options = TuneOptions(steps=2, decoder_steps=0, small_decoder_steps=0)
     with pytest.raises(KeyboardInterrupt):
-        demo.Demo(tmp_path, 2, options, force=False).tune(interrupted)
+        demo.Demo(tmp_path, 3, options, force=False).tune(interrupted)
     steps: list[int] = []
     other = replace(options, steps=1)
     with pytest.raises(OutputExists, match="unfinished tuning"):
-        demo.Demo(tmp_path, 2, other, force=False).tune(lambda step, of, label: steps.append(step))
-    demo.Demo(tmp_path, 2, options, force=False).tune(lambda step, of, label: steps.append(step))
+        demo.Demo(tmp_path, 3, other, force=False).tune(lambda step, of, label: steps.append(step))
+    told = invoke(
+        "demo", "-o", tmp_path, "--tuning-steps", 1, "--decoder-steps", 0, "--small-decoder-steps", 0, "--steps", 3
+    )
+    assert told.exit_code == 1 and "give --tuning-steps 2 to finish it" in told.stderr
+    demo.Demo(tmp_path, 3, options, force=False).tune(lambda step, of, label: steps.append(step))
     assert steps == [2]
 
 
@@ -133,7 +146,7 @@ def test_one_that_is_done_anew_does_not_try_again_what_auto_has_passed_over(
 ) -> None:
     forced: list[bool] = []
     monkeypatch.setattr(demo, "build_engine", lambda *arguments, force, progress: forced.append(force))
-    run = demo.Demo(tmp_path, 2, TuneOptions(), force=True)
+    run = demo.Demo(tmp_path, 3, TuneOptions(), force=True)
     run.build(lambda stage, seconds_left: None)
     run.engine.mkdir()
     (run.engine / PASSED_OVER).write_text("{}")
@@ -147,14 +160,14 @@ def test_a_second_render_inverts_and_compiles_nothing(
     engine, poses = finished[0] / "tuned.engine", load_poses()[46 : 46 + NUM_FRAMES]
     with Avatar.load(engine) as avatar:
         assert avatar.folder.manifest["backend"] == "openvino"
-        first = avatar.render(poses, num_inference_steps=2)
+        first = avatar.render(poses, num_inference_steps=3)
         assert avatar.last_report is not None and avatar.last_report.inversion_cached  # by the demonstration
     kept = sorted((engine / "compiled").iterdir())
     assert kept
     with Avatar.load(engine) as avatar:
         engine_class: Any = type(avatar.engines["unet"])
         monkeypatch.setattr(engine_class, "_read", None)  # what is compiled is read there first
-        again = avatar.render(poses, num_inference_steps=2)
+        again = avatar.render(poses, num_inference_steps=3)
         assert avatar.last_report is not None and avatar.last_report.inversion_cached
     assert np.array_equal(first, again) and sorted((engine / "compiled").iterdir()) == kept
 
@@ -165,7 +178,7 @@ from posecrafter_rt import Avatar
 from posecrafter_rt.demo.footage import load_poses
 import posecrafter_rt.serve.app
 with Avatar.load({str(finished[0] / "tuned.engine")!r}) as avatar:
-    avatar.render(load_poses()[46:{46 + NUM_FRAMES}], num_inference_steps=2)
+    avatar.render(load_poses()[46:{46 + NUM_FRAMES}], num_inference_steps=3)
 """)
     assert not modules & {"diffusers", "transformers", "onnx", "torch._dynamo", "torch._inductor", "sympy"}
     assert {"openvino", "tokenizers"} <= modules

@@ -6,6 +6,7 @@ Tests; what the machine has is replaced where the answer would depend on it.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,32 @@ def test_every_backend_is_listed_with_the_precisions_that_it_has(monkeypatch: py
 def test_the_processor_is_shown_with_what_decides_on_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posecrafter_rt.machine.cpu_features", lambda: {"fma", "avx2", "avx_vnni", "avx512_vnni"})
     processor = next(finding for finding in checks.check_machine() if finding.name == "processor")
-    assert "avx2 avx_vnni avx512_vnni, fp32 is the fast precision" in processor.detail
+    assert "avx2 avx_vnni avx512_vnni, tuning is fast in fp32" in processor.detail
+
+
+@pytest.mark.parametrize(("room", "told"), [(int(1.9 * 2**30), ", 1.9 GiB may still be taken"), (None, "")])
+def test_memory_is_shown_with_what_a_container_leaves_of_it(
+    monkeypatch: pytest.MonkeyPatch, room: int | None, told: str
+) -> None:
+    monkeypatch.setattr("posecrafter_rt.machine.available_bytes", lambda: room)
+    memory = next(finding for finding in checks.check_machine() if finding.name == "memory")
+    assert re.fullmatch(r"\d+\.\d GiB" + told, memory.detail)
+
+
+@pytest.mark.parametrize(("driver", "told"), [
+    ("13.0", "an NVIDIA driver is here, but "),  # also on WSL 2, which has nothing of it in /proc
+    (None, "no NVIDIA driver; the CPU is used"),
+])  # fmt: skip
+def test_a_driver_is_there_where_its_library_is(monkeypatch: pytest.MonkeyPatch, driver: str | None, told: str) -> None:
+    def cuda_driver() -> str:
+        if driver is None:
+            raise OSError("libcuda.so.1: cannot open shared object file: No such file or directory")
+        return driver
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("posecrafter_rt.engines.device.cuda_driver", cuda_driver)
+    finding = checks.check_devices()[-1]
+    assert (finding.name, finding.status) == ("cuda", "absent") and finding.detail.startswith(told)
 
 
 def test_the_table_shows_marks_and_mends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +117,7 @@ def test_a_broken_package_is_a_finding(monkeypatch: pytest.MonkeyPatch, error: E
 
 def test_missing_packages_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "installed", lambda name: None)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     found = {finding.name: finding for finding in checks.check_packages()}
     assert (found["torch"].status, found["torch"].mend) == ("failed", "pip install torch")
     assert (found["rtmlib"].status, found["rtmlib"].mend) == ("absent", "pip install --no-deps rtmlib")
@@ -100,6 +127,14 @@ def test_missing_packages_name_the_command(monkeypatch: pytest.MonkeyPatch) -> N
     )  # no TensorRT with it
     assert (found["triton"].status, found["triton"].mend) == ("absent", "pip install triton")
     assert (found["aiortc"].status, found["aiortc"].mend) == ("absent", "pip install 'posecrafter-rt[serve]'")
+
+
+def test_what_has_no_build_for_this_processor_is_not_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "installed", lambda name: None)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    xformers = next(finding for finding in checks.check_packages() if finding.name == "xformers")
+    told = ("absent", "it has no build for aarch64: tuning in less GPU memory", None)
+    assert (xformers.status, xformers.detail, xformers.mend) == told
 
 
 @pytest.mark.parametrize(
@@ -144,18 +179,20 @@ def test_what_is_not_built_names_the_command_that_builds_it(monkeypatch: pytest.
     assert extension.mend == "install a C++ compiler and Python's headers, then in the checkout: pip install -e ."
 
 
+@pytest.mark.parametrize("place", [f"{{}}/{'x' * 300}", "~nobody of this name/cache"], ids=["too long", "no home"])
 def test_a_cache_that_cannot_be_reached_is_said_to_be_what_fails(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
 ) -> None:
     """The system refuses a name of this length to root, too, to whom it permits any folder."""
     from posecrafter_rt.engines import openvino_operations
 
-    name = "x" * 300
-    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / name))
+    place = place.format(tmp_path)
+    monkeypatch.setenv("POSECRAFTER_CACHE", place)
     monkeypatch.setattr(openvino_operations, "_built", openvino_operations._built.__wrapped__)  # found out anew
     base, cache = checks.check_storage()
     assert (base.name, base.status) == ("embedded base", "ok")
-    assert cache.status == "failed" and str(tmp_path) in cache.detail and "POSECRAFTER_CACHE" in str(cache.mend)
+    assert cache.status == "failed" and "POSECRAFTER_CACHE" in str(cache.mend)
+    assert place.rsplit("/", 1)[0] in cache.detail
     engines = {finding.name: finding for finding in checks.check_engines()}
     assert engines["openvino"].status == engines["auto"].status == "ok"
     if openvino_operations._fitting():

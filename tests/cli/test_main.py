@@ -10,12 +10,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -115,6 +118,17 @@ def test_a_file_that_cannot_be_opened_is_one_line(run: Callable[..., Result]) ->
     assert (result.exit_code, result.stderr) == (1, "error: no such file or directory: /no/such/file\n")
 
 
+def test_no_place_for_temporary_files_is_one_line(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/no/such/place"])
+    result = run("inspect", action=lambda: tempfile.TemporaryFile().close())
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: no usable temporary directory found in ['/no/such/place']\n"
+        "hint: free some space, or set TMPDIR to a folder that can be written\n"
+    )
+
+
 @pytest.mark.parametrize("error", [
     MemoryError(), RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "Cannot allocate memory"),
     Exception("OpenCV: (-4:Insufficient memory) Failed to allocate")])  # fmt: skip
@@ -166,6 +180,29 @@ def test_what_only_sounds_like_it_is_not_taken_for_it(run: Callable[..., Result]
 @pytest.mark.parametrize("error", [OSError("odd"), RuntimeError("a bug"), ValueError("a bug")])
 def test_a_bug_keeps_its_traceback(run: Callable[..., Result], error: Exception) -> None:
     assert run("inspect", action=raising(error)).exception is error
+
+
+@pytest.mark.parametrize("command", [
+    "tune none.mp4 --poses none.json", "build-engine none.ckpt", "render none.engine --poses none.json",
+    "serve none.engine --port 0", "demo -o a_file"])  # fmt: skip
+def test_no_command_starts_more_threads_than_a_quota_of_cores_pays_for(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, two_threads: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    monkeypatch.setattr("posecrafter_rt.machine.core_quota", lambda: 3)
+    assert CliRunner().invoke(app, command.split()).exit_code == 1 and torch.get_num_threads() == 2
+    monkeypatch.setattr("posecrafter_rt.machine.core_quota", lambda: 1)
+    assert CliRunner().invoke(app, command.split()).exit_code == 1 and torch.get_num_threads() == 1
+
+
+def test_on_windows_the_command_says_what_to_do_and_misses_no_module() -> None:
+    """It has neither `fcntl` nor `resource`."""
+    code = ("import sys; sys.modules |= {'fcntl': None, 'resource': None}; from posecrafter_rt.cli.main import main;"
+            "sys.platform = 'win32'; main()")  # fmt: skip
+    ran = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True)
+    expected = (1, "", "error: posecrafter-rt does not run on Windows; use WSL 2\n")
+    assert (ran.returncode, ran.stdout, ran.stderr) == expected
 
 
 def test_a_reader_that_leaves_early_causes_no_noise() -> None:

@@ -103,7 +103,7 @@ def test_a_single_target_pose_renders(workshop: Path, tmp_path: Path) -> None:
         "-o",
         tmp_path / "o.mp4",
         "--steps",
-        1,
+        2,
     )
     assert len(read_video(tmp_path / "o.mp4").frames) == 1
 
@@ -118,7 +118,7 @@ def test_frames_that_a_range_leaves_out_need_not_show_the_person(
     poses[:3].save(tmp_path / "found.json")
     given = ["--poses", tmp_path / "gap.json"]
     for command in (
-        ["render", workshop / "tuned.engine", *given, "-o", tmp_path / "o.mp4", "--steps", 1],
+        ["render", workshop / "tuned.engine", *given, "-o", tmp_path / "o.mp4", "--steps", 2],
         ["tune", workshop / "video.mp4", *given, "-o", tmp_path / "o.ckpt", "--base", tiny_base, "--frames", 2,
          "--steps", 1, "--precision", "fp32"],
         ["eval", tmp_path / "o.mp4", workshop / "video.mp4", *given, "--rendered-poses", tmp_path / "found.json"],
@@ -180,6 +180,7 @@ BAD = [
     (["render", "video.mp4", "--poses", "poses.json", "-o", "new.mp4"], 1, "not an engine folder"),
     (["render", "tuned.engine", "--poses", "empty.json", "-o", "new.mp4"], 1, "empty.json"),
     (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.mp4", "--mode", "magic"], 1, "magic"),
+    (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.mp4", "--steps", "1"], 1, "no noise is left to remove"),
     (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.txt"], 1, "new.txt"),
     (["render", "tuned.engine", "--poses", "poses.json", "-o", "new.mp4", "--range", "50:60"], 1,
      "poses.json has 4 poses, and 50:60 is not within them"),
@@ -307,6 +308,27 @@ def test_ctrl_c_leaves_nothing_half_done_and_the_same_command_finishes(
     assert [path.name for path in tmp_path.iterdir()] == (["a.ckpt.partial"] if command == "tune" else [])
     ok(*arguments_of(command, workshop, output))
     assert output.exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_tuning_that_chose_its_precision_goes_on_in_it_where_another_would_be_chosen(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, step = tmp_path / "a.ckpt", pkgutil.resolve_name("posecrafter_rt.tuning._step")
+    command = ["tune", workshop / "video.mp4", "--poses", workshop / "poses.json", "-o", output, "--base", workshop / "base",
+               "--frames", 3, "--steps", 2, "--device", "cpu"]  # fmt: skip
+
+    def interrupted(*arguments: object) -> None:
+        step(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("posecrafter_rt.tuning.cpu_gains_by_bf16", lambda: True)
+        patch.setattr("posecrafter_rt.tuning._step", interrupted)
+        assert run(*command).exit_code == 130
+    monkeypatch.setattr("posecrafter_rt.tuning.cpu_gains_by_bf16", lambda: False)
+    refused = run(*command, "--precision", "fp32")
+    assert refused.exit_code == 1 and "give --precision bf16 to finish it" in refused.stderr
+    assert json.loads(ok(*command, "--json").stdout)["precision"] == "bf16"
 
 
 @pytest.mark.parametrize("options", [[], ["--no-resume"]])

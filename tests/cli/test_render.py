@@ -241,7 +241,7 @@ def test_a_joint_render_that_will_hardly_fit_is_announced(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     give_memory(monkeypatch, workshop, 3)
-    joint = ["render", workshop / "tuned.engine", "--poses", workshop / "poses.json", "--steps", 1]
+    joint = ["render", workshop / "tuned.engine", "--poses", workshop / "poses.json", "--steps", 2]
     result = run(*joint, "-o", tmp_path / "a.mp4")
     assert result.exit_code == 0 and len(caplog.records) == 1 and "--segment auto" in caplog.text
     caplog.clear()
@@ -334,7 +334,7 @@ def test_a_frame_without_a_usable_point_goes_by_its_number_in_the_file(workshop:
     assert "poses.json does not show the person in 1 of 4 frames: 5" in " ".join(result.stderr.split())
     assert "keypoints count from confidence 0.3 on" in result.stderr
     result = run("render", workshop / "tuned.engine", "--poses", tmp_path / "poses.json", "--range", "4:8",
-                 "--steps", 1, "--mode", "controlvideo", "-o", tmp_path / "out.mp4")  # fmt: skip
+                 "--steps", 2, "--mode", "controlvideo", "-o", tmp_path / "out.mp4")  # fmt: skip
     assert result.exit_code == 0, result.output
 
 

@@ -89,7 +89,7 @@ def test_the_stretch_is_rendered_and_the_rest_is_untouched(
 
 
 def test_a_render_of_poses_alone_replaces_nothing(workshop: Path, tmp_path: Path) -> None:
-    result = run("render", workshop / "me.engine", "--poses", workshop / "stretch.json", "--steps", 1,
+    result = run("render", workshop / "me.engine", "--poses", workshop / "stretch.json", "--steps", 2,
                  "-o", tmp_path / "out.mp4", "--json")  # fmt: skip
     assert result.exit_code == 0 and json.loads(result.stdout)["replaced"] is None
     assert read_video(tmp_path / "out.mp4").fps == pytest.approx(25)
@@ -102,8 +102,8 @@ def test_a_folder_of_images_has_the_rate_of_the_poses(
     for number, frame in enumerate(read_video(workshop / "me.mp4").frames):
         write_png(tmp_path / "images" / f"{number:04}.png", frame)
     replace(PoseSequence.load(workshop / "me.json"), fps=fps).save(tmp_path / "me.json")
-    result = run(*command(workshop, tmp_path / "mended.mp4", "--poses", tmp_path / "me.json", "--video", tmp_path / "images",
-                          "--steps", 1))  # fmt: skip
+    result = run(*command(workshop, tmp_path / "mended.mp4", "--poses", tmp_path / "me.json",
+                          "--video", tmp_path / "images"))  # fmt: skip
     assert result.exit_code == 0, result.output
     assert read_video(tmp_path / "mended.mp4").fps == pytest.approx(expected)
 
@@ -161,7 +161,7 @@ def test_only_frames_that_are_rendered_have_to_show_the_person(
     keypoints = poses.keypoints.copy()
     keypoints[list(missing)] = 0
     PoseSequence(keypoints, poses.canvas).save(tmp_path / "gaps.json")
-    result = run(*command(workshop, tmp_path / "mended.mp4", "--poses", tmp_path / "gaps.json", "--steps", 1))
+    result = run(*command(workshop, tmp_path / "mended.mp4", "--poses", tmp_path / "gaps.json"))
     if named is None:
         assert result.exit_code == 0, result.output
         assert len(read_video(tmp_path / "mended.mp4")) == COUNT
@@ -189,7 +189,7 @@ def test_a_frame_that_shares_no_keypoint_with_training_goes_by_its_number_in_the
     poses = PoseSequence.load("me.json")
     poses.keypoints[5, :18] = 0
     poses.save(tmp_path / "me.json")
-    result = run("render", bust, "--poses", tmp_path / "me.json", "-o", tmp_path / "out.mp4", "--steps", 1, *given)
+    result = run("render", bust, "--poses", tmp_path / "me.json", "-o", tmp_path / "out.mp4", "--steps", 2, *given)
     assert result.exit_code == 1 and "target frame 5 shares no keypoint with any of the 3" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["me.json"]
 
@@ -213,7 +213,7 @@ def test_a_picture_is_not_replaced_by_the_contact_sheet_of_its_render(workshop: 
     PoseSequence.load(workshop / "me.json")[:1].save(tmp_path / "photo.json")
     before = photo.read_bytes()
     result = run("render", workshop / "me.engine", "--poses", tmp_path / "photo.json", "--video", photo,
-                 "--replace", "0:1", "--steps", 1, "-o", tmp_path / "photo.mp4", "--force")  # fmt: skip
+                 "--replace", "0:1", "--steps", 2, "-o", tmp_path / "photo.mp4", "--force")  # fmt: skip
     assert result.exit_code == 1 and "photo.png is itself what it would be made from" in " ".join(result.output.split())
     assert photo.read_bytes() == before and not (tmp_path / "photo.mp4").exists()
 

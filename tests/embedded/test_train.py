@@ -5,8 +5,12 @@ Tests of posecrafter_rt/embedded/train.py and what it calls.
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from posecrafter_rt.embedded import corpus, train, train_denoiser, train_vae
 from posecrafter_rt.embedded.architecture import SETTINGS, SIZE
 from posecrafter_rt.embedded.corpus import Clips, draw_clips
 from posecrafter_rt.embedded.text import write_tokenizer
-from posecrafter_rt.errors import ModelError
+from posecrafter_rt.errors import ModelError, OutputExists
 from posecrafter_rt.models.loading import load_base, named_parameters
 from posecrafter_rt.models.sources import EMBEDDED_FOLDER
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS
@@ -37,6 +41,18 @@ def test_clips_come_back_from_a_file(tmp_path: Path) -> None:
     again = Clips.from_tensors(train.kept(tmp_path / "clips.safetensors", clips.to_tensors))
     assert np.array_equal(again.frames, clips.frames) and np.array_equal(again.keypoints, clips.keypoints)
     assert again.captions == clips.captions
+
+
+def test_people_are_drawn_by_no_more_processes_than_a_quota_of_cores_pays_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool(ProcessPoolExecutor):
+        def __init__(self, max_workers: int | None = None, **options: Any) -> None:
+            started.append(max_workers)
+            super().__init__(max_workers, **options)
+
+    started: list[int | None] = []
+    monkeypatch.setattr("posecrafter_rt.machine.core_quota", lambda root: 3)
+    monkeypatch.setattr(corpus, "ProcessPoolExecutor", Pool)
+    assert len(draw_clips(0, 2, (32, 40), seed=1).frames) == 0 and started == [3]
 
 
 def test_the_demonstrations_footage_is_no_source() -> None:
@@ -75,6 +91,30 @@ def test_a_new_run_that_goes_on_from_a_base_trains_on_the_latents_of_its_autoenc
     train.main(tmp_path, start_from="embedded")
     embedded, further = load_base("embedded").vae.state_dict(), load_base(str(tmp_path)).vae.state_dict()
     assert all(torch.equal(further[name], tensor) for name, tensor in embedded.items())
+
+
+def test_a_denoiser_that_was_trained_is_not_replaced_by_one_that_is_trained_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command again trains no further: without a base to start from, weights are random."""
+    monkeypatch.setattr(train, "draw_clips", None)
+    trained = tmp_path / "a base"
+    (trained / "unet").mkdir(parents=True)
+    with pytest.raises(OutputExists, match="holds a trained denoiser") as caught:
+        train.main(trained)
+    assert caught.value.hint == f"train it further: --start-from '{trained}', or give another folder"
+    assert [path.name for path in trained.iterdir()] == ["unet"]
+    monkeypatch.setattr(train, "train_denoiser", lambda corpus, denoiser, *arguments: denoiser)  # it would take long
+    train.kept(trained / "clips.safetensors", BLANK.to_tensors)
+    train.main(trained, start_from="embedded")
+    load_base(str(trained))
+
+
+def test_the_commands_refusal_is_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unet").mkdir()
+    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^error: .* holds a trained denoiser, .*\nhint: .*--start-from .*$"):
+        runpy.run_path(train.__file__, run_name="__main__")
 
 
 def test_a_base_does_not_say_in_which_folder_it_was_made(tmp_path: Path) -> None:

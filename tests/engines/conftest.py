@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.engines.inductor import InductorBackend
@@ -39,13 +40,16 @@ def openvino_networks(plain_model: PoseModel, tmp_path_factory: pytest.TempPathF
 def inductor_decoder(plain_model: PoseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `InductorBackend.build` writes of the decoder for 32 × 32 pixels; do not write to it.
 
-    The cheapest network that is worth it: to compile all takes minutes.
+    The cheapest network that is worth it: to compile all takes minutes. It is compiled where there is one thread.
     """
     folder = tmp_path_factory.mktemp("inductor") / "networks"
     folder.mkdir()
     arch = replace(plain_model.architecture(), size=(32, 32))
     network, spec = plain_model.networks()["vae_decoder"], network_specs(arch)["vae_decoder"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     InductorBackend().build_network(network, spec, arch, folder, "fp32")
+    torch.set_num_threads(threads)
     return folder
 
 

@@ -13,6 +13,7 @@ import torch
 
 from posecrafter_rt.avatar_networks import check_runs_here
 from posecrafter_rt.engines import device
+from posecrafter_rt.engines.base import CACHE_HINT
 from posecrafter_rt.engines.device import cuda_driver, is_driver_older
 from posecrafter_rt.engines.folder import open_folder
 from posecrafter_rt.engines.torch import TorchBackend
@@ -75,6 +76,16 @@ def test_an_engine_whose_backend_cannot_run_here_is_built_again_for_one_that_can
     with pytest.raises(EngineFolderError, match="needs backend torch: no fp32 here") as caught:
         check_runs_here(folder)
     assert caught.value.hint and caught.value.hint.endswith(f"tuned.ckpt -o {tiny_engine} --size 32x32 --force")
+
+
+def test_an_engine_that_lacks_a_cache_only_is_not_built_again(
+    tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "int8 needs operations that cannot be had here: they cannot be kept: permission denied"
+    monkeypatch.setattr(TorchBackend, "unsupported_reason", lambda self, precision: f"{reason}; {CACHE_HINT}")
+    with pytest.raises(EngineFolderError, match=f"needs backend torch: {reason}$") as caught:
+        check_runs_here(open_folder(tiny_engine))
+    assert caught.value.hint == CACHE_HINT
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])

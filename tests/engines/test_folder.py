@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from posecrafter_rt import atomic
+from posecrafter_rt.atomic import sha256_file
+from posecrafter_rt.engines import folder as folder_module
 from posecrafter_rt.engines.folder import (
     building,
     open_folder,
@@ -57,6 +61,76 @@ def test_its_places_stay_in_the_engine_that_was_opened_wherever_a_link_to_it_lea
     assert (folder.networks / "unet.bin").read_text() == "first"
     with pytest.raises(EngineFolderError, match=f"^{link}/none is not an engine folder$"):
         open_folder(link / "none")  # messages show the path that was given
+
+
+def test_a_link_that_leads_elsewhere_while_files_are_hashed_gives_the_engine_that_it_led_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, link = build(tmp_path / "v1", "first"), build(tmp_path / "v2", "second"), tmp_path / "current"
+    link.symlink_to(first)
+    (tmp_path / "next").symlink_to(second)
+
+    def deployed(path: Path) -> str:
+        with suppress(FileNotFoundError):  # done for another file
+            (tmp_path / "next").replace(link)
+        return sha256_file(path)
+
+    for module in (folder_module, atomic):
+        monkeypatch.setattr(module, "sha256_file", deployed, raising=False)
+    folder = open_folder(link)
+    assert link.samefile(second) and folder.path.samefile(first)
+    assert folder.manifest == read_manifest(first) and (folder.networks / "unet.bin").read_text() == "first"
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_engine_that_is_replaced_while_it_is_opened_is_opened_anew(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two builds of one folder, or a server that starts while a build ends."""
+    engine, contents = build(tmp_path / "e", "0"), iter(range(1, times + 1))
+
+    def replaced(path: Path) -> str:
+        if path == engine / "networks" / "unet.bin" and (content := next(contents, None)) is not None:
+            build(engine, str(content))
+        return sha256_file(path)
+
+    monkeypatch.setattr(atomic, "sha256_file", replaced)
+    folder = open_folder(engine)
+    assert folder.manifest == read_manifest(engine) and (engine / "networks" / "unet.bin").read_text() == str(times)
+
+
+def test_an_engine_that_is_replaced_again_and_again_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, contents = build(tmp_path / "e", "0"), iter(range(1, 100))
+
+    def replaced(path: Path) -> str:
+        if path == engine / "networks" / "unet.bin":
+            build(engine, str(next(contents)))
+        return sha256_file(path)
+
+    monkeypatch.setattr(atomic, "sha256_file", replaced)
+    with pytest.raises(EngineFolderError, match="was altered: networks/unet.bin"):
+        open_folder(engine)
+    assert next(contents) < 10
+
+
+def test_a_build_learns_what_it_has_written(tmp_path: Path) -> None:
+    manifest = {"backend": "torch", "size": (32, 48)}
+    with building(tmp_path / "e", manifest) as staging:
+        (staging / "networks").mkdir()
+    assert manifest == read_manifest(tmp_path / "e") and manifest["seal"]
+
+
+def test_an_engine_has_the_name_that_the_user_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "me").symlink_to(build(tmp_path / "3f2a9c"))
+    monkeypatch.chdir(tmp_path / "3f2a9c")
+    names = [open_folder(path).name for path in (tmp_path / "me", "../me", tmp_path / "3f2a9c", ".")]
+    assert names == ["me", "me", "3f2a9c", "3f2a9c"]
+    (tmp_path / "me" / "more").touch()
+    with pytest.raises(EngineFolderError, match=f"^{tmp_path}/me holds more") as caught:
+        open_folder(tmp_path / "me")
+    assert caught.value.hint and f"remove {tmp_path}/me/more" in caught.value.hint
 
 
 def test_it_is_built_where_folders_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +191,17 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str) -> Non
     (build(tmp_path / "e") / "manifest.json").write_text(content)
     with pytest.raises(EngineFolderError):
         open_folder(tmp_path / "e")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="there is no file that root cannot read")
+def test_a_manifest_that_cannot_be_read_is_not_said_to_be_damaged(tmp_path: Path) -> None:
+    """As is the first byte of a process's memory, where nothing is."""
+    manifest = build(tmp_path / "e") / "manifest.json"
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")
+    with pytest.raises(EngineFolderError, match=r"e/manifest\.json cannot be read: input/output error$") as caught:
+        open_folder(tmp_path / "e")
+    assert caught.value.hint and "build" not in caught.value.hint
 
 
 def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posecrafter_rt.engines import inductor as backend_module
-from posecrafter_rt.engines.base import FULL_PRECISION, Engine
+from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision
 from posecrafter_rt.engines.folder import REBUILD
 from posecrafter_rt.engines.inductor import InductorBackend
+from posecrafter_rt.engines.own_settings import own_settings
+from posecrafter_rt.engines.refit import write_graphs
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, EngineFolderError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
@@ -28,6 +33,7 @@ from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, network_specs
 
 DECODER = "vae_decoder"
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")  # the decoder's code and weights are the same in both
 OPTIONS = dict(backend_module.OPTIONS)  # as another process finds them
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and is taken")
 
@@ -68,6 +74,41 @@ def test_one_code_serves_any_number_of_frames(plain_model: PoseModel, inductor_d
     """Between 63 and 64 diffusers would take another path."""
     engine = load_decoder(plain_model, inductor_decoder)
     assert all(decoding_error(engine, plain_model, frames) < 1e-4 for frames in (1, 16, 1, 7, 65))
+
+
+@on_cpu
+def test_code_that_was_compiled_in_one_thread_runs_in_as_many_as_there_are(
+    plain_model: PoseModel, inductor_decoder: Path
+) -> None:
+    """Else the first build in a container of one core would make every later checkpoint slow."""
+    with zipfile.ZipFile(inductor_decoder / f"{DECODER}.pt2") as package:
+        code = "".join(package.read(name).decode() for name in package.namelist() if name.endswith(".cpp"))
+    assert "#pragma omp parallel" in code and "num_threads(" not in code
+    assert "collapse(" in code  # over more than the frames, which may be one
+    engine, threads = load_decoder(plain_model, inductor_decoder), torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert decoding_error(engine, plain_model, 3) < 1e-4
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_only_in_float32_throughout_are_a_gpus_convolutions_exact(
+    plain_model: PoseModel, inductor_decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The autoencoder is in float32 in an engine in fp16, too, as `torch` engines have it."""
+    spec, asked = network_specs(sized(plain_model))[DECODER], list[bool]()
+
+    def noted(device: torch.device, is_exact: bool) -> AbstractContextManager[None]:
+        asked.append(is_exact)
+        return own_settings(device, is_exact)
+
+    monkeypatch.setattr(backend_module, "own_settings", noted)
+    for precision in PRECISIONS:
+        engine = InductorBackend().load_network(spec, inductor_decoder, precision)
+        assert decoding_error(engine, plain_model, 1) < 1e-4
+    assert asked == [True, False]
 
 
 def test_what_is_compiled_already_is_not_counted(
@@ -158,6 +199,29 @@ def test_code_is_kept_for_other_checkpoints(
     build_decoder(model, tmp_path)
     assert (tmp_path / f"{DECODER}.pt2").read_bytes() == (inductor_decoder / f"{DECODER}.pt2").read_bytes()
     assert decoding_error(load_decoder(model, tmp_path), model, 2) < 1e-4
+
+
+def test_another_version_of_the_onnx_exporter_changes_nothing(
+    plain_model: PoseModel, inductor_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for code that is kept nor for an engine that is refitted: no ONNX is exported for this backend."""
+    monkeypatch.setattr(InductorBackend, "_compile", refuse_to_compile)
+    monkeypatch.setattr(plain_model, "networks", lambda: {DECODER: PoseModel.networks(plain_model)[DECODER]})
+    arch, backend = sized(plain_model), InductorBackend()
+    spec = network_specs(arch)[DECODER]
+    network = plain_model.networks()[DECODER]
+    source, refitted = tmp_path / "source", tmp_path / "refitted"
+    source.mkdir()
+    refitted.mkdir()
+    write_graphs(source, {DECODER: backend.build_network(network, spec, arch, source, "fp32")})
+    others = ("onnx", "onnx-ir", "onnxscript")
+    monkeypatch.setattr("posecrafter_rt.machine.version", lambda name: "99" if name in others else version(name))
+    assert backend.num_missing(plain_model, arch, "fp32") == 0
+    backend.refit(source, refitted, plain_model, arch, "fp32", lambda stage: None)
+    assert decoding_error(load_decoder(plain_model, refitted), plain_model, 2) < 1e-4
+    monkeypatch.setattr("posecrafter_rt.machine.version", lambda name: "99" if name == "diffusers" else version(name))
+    with pytest.raises(EngineFolderError, match="exported from another configuration or by other code"):
+        backend.refit(source, refitted, plain_model, arch, "fp32", lambda stage: None)
 
 
 @on_cpu

@@ -86,7 +86,12 @@ def over_frame_counts(
         yield found, expected(model, name, inputs)
 
 
-@pytest.mark.parametrize("name", ["unet", "controlnet_stream", "vae_decoder", "prompt_kv"])
+def often(*names: str) -> list[Any]:
+    """Every network; those that are not named here are slow tests."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+
+
+@pytest.mark.parametrize("name", often("unet", "controlnet_stream", "vae_decoder", "prompt_kv"))
 def test_fp16_over_changing_frame_counts(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, name: str, operation: None
 ) -> None:
@@ -99,7 +104,7 @@ def test_fp16_over_changing_frame_counts(
         assert error < 1e-5 if name in exact else 1e-5 < error < 2e-3
 
 
-@pytest.mark.parametrize("name", ["unet", "controlnet_stream", "vae_decoder", "pose_embedding", "prompt_kv"])
+@pytest.mark.parametrize("name", often("unet", "controlnet_stream", "vae_decoder", "pose_embedding", "prompt_kv"))
 def test_int8_over_changing_frame_counts(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, name: str, byte_operation: None
 ) -> None:
@@ -418,6 +423,11 @@ def test_operations_are_not_compiled_to_say_what_other_precisions_can_do(monkeyp
         "unet": "fp16",
         "vae_decoder": "fp32",
     }
+
+
+def test_bf16_is_refused_on_arm_where_openvino_would_compute_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posecrafter_rt.machine.cpu_features", lambda: {"asimd", "bf16"})
+    assert OpenVinoBackend().unsupported_reason("bf16") == "it has no bf16 on this processor; use fp32"
 
 
 @pytest.mark.parametrize(("free", "number"), [(10, errno.ENOSPC), (10**12, None)])

@@ -22,9 +22,11 @@ from torch.nn import functional
 from posecrafter_rt.blob_cache import BlobCache
 from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.engines import openvino_trials
+from posecrafter_rt.engines.base import CACHE_HINT
 from posecrafter_rt.engines.openvino import NetworkFile, OpenVinoBackend, OpenVinoEngine
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_linear import use_linear
+from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.machine import cpu_features
 from posecrafter_rt.spec import NetworkSpec, TensorSpec
@@ -160,27 +162,86 @@ def test_without_a_compiler_all_is_openvinos(
 
 @pytest.mark.skipif(not operations._fitting() or shutil.which("g++") is None, reason="they cannot be compiled here")
 def test_where_the_cache_cannot_be_searched_all_is_openvinos(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The system refuses a name of this length to root, too, to whom it permits any folder."""
     monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path / ("x" * 300)))
     assert str(operations.missing_reason()).startswith("they cannot be kept: ")
     for reason in (operations.missing_halves_reason(), operations.missing_bytes_reason()):
         assert reason is not None
+    assert str(operations.missing_halves_reason()).endswith(f"; {CACHE_HINT}")
+    (record,) = caplog.records  # once: an engine in float32 runs without a word of it else
+    assert record.levelname == "WARNING" and CACHE_HINT in record.getMessage()
     assert OpenVinoBackend().unsupported_reason("fp32") is None
     assert operations.operations() is None and operations.extend(openvino.Core()) is None
 
 
-def test_they_are_kept_where_a_file_in_use_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_place_for_a_cache_all_is_openvinos(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+    def homeless() -> Path:
+        raise PoseCrafterError("this user has no home folder", "set POSECRAFTER_CACHE")
+
+    monkeypatch.setattr("posecrafter_rt.config.cache_dir", homeless)
+    monkeypatch.setattr(operations, "_fitting", lambda: operations.VECTORS[:1])
+    assert operations.missing_reason() == f"they cannot be kept: this user has no home folder; {CACHE_HINT}"
+    assert operations.operations() is None
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The libraries that are loaded, of which none is compiled: each is five bytes."""
+    loaded: list[Path] = []
+    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(operations, "_ask", lambda vectors: None)
+    monkeypatch.setattr(operations, "_try", lambda library, vectors: None)
+    monkeypatch.setattr(operations, "_compile", lambda sources, vectors, home, library: library.write_bytes(b"built"))
+    monkeypatch.setattr(operations, "_factory", loaded.append)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "whose", ["any user's file", "any user's folder", "another user's file", "another user's folder"]
+)
+def test_what_other_users_may_have_written_is_not_loaded(
+    whose: str, tmp_path: Path, loaded: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    own = operations._compiled(operations.VECTORS[0])
+    assert operations._compiled(operations.VECTORS[0]) == own and loaded == [own]
+    folder = own.parent.rename(tmp_path / "openvino_operations-of-another-system")
+    assert operations._compiled(operations.VECTORS[0]) == folder / own.name == loaded.pop()
+    place = folder / own.name if whose.endswith("file") else folder
+    if whose.startswith("any"):
+        place.chmod(0o777)
+    elif os.getuid():
+        pytest.skip("only root can give a file to another user")
+    else:
+        os.chown(place, 12345, -1)
+    loaded.clear()
+    assert operations._compiled(operations.VECTORS[0]) == own and loaded == []  # compiled again
+    assert f"{folder / own.name} is compiled again if possible: other users may write" in caplog.text
+    own.parent.chmod(0o777)
+    with pytest.raises(
+        operations.OperationsError, match=f"they cannot be kept: other users may write to {own.parent};"
+    ):
+        operations._compiled(operations.VECTORS[0])
+    assert loaded == []
+
+
+def test_they_are_found_again_whatever_permissions_files_usually_get(loaded: list[Path]) -> None:
+    before = os.umask(0)
+    try:
+        library = operations._compiled(operations.VECTORS[0])
+    finally:
+        os.umask(before)
+    assert not (library.stat().st_mode | library.parent.stat().st_mode) & 0o022
+    assert operations._compiled(operations.VECTORS[0]) == library and loaded == [library]
+
+
+def test_they_are_kept_where_a_file_in_use_keeps_its_name(monkeypatch: pytest.MonkeyPatch, loaded: list[Path]) -> None:
     """On NFS a folder with what was loaded from it cannot be removed."""
 
     def refuse(path: str, **place: Any) -> None:
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
 
-    monkeypatch.setenv("POSECRAFTER_CACHE", str(tmp_path))
-    monkeypatch.setattr(operations, "_ask", lambda vectors: None)
-    monkeypatch.setattr(operations, "_try", lambda library, vectors: None)
-    monkeypatch.setattr(operations, "_compile", lambda sources, vectors, home, library: library.write_bytes(b"built"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", refuse)
         library = operations._compiled(operations.VECTORS[0])

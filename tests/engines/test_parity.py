@@ -147,7 +147,7 @@ def test_auto_takes_the_first_that_can_run_and_says_why() -> None:
     backend, why = choose_backend("auto", "fp32")
     assert backend.name == "openvino" and "tensorrt: " in why
     assert choose_backend("torch", "fp32")[1] == "as asked"
-    assert choose_precision("auto") in ("fp32", "bf16")
+    assert choose_precision("auto") in ("fp32", "fp16")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and is taken")
@@ -160,6 +160,27 @@ def test_on_a_processor_fp16_is_of_openvino_where_its_operations_are(monkeypatch
     assert backend.name == "torch" and reason in why
     with pytest.raises(BackendUnavailable, match="backend openvino: fp16 needs operations"):
         choose_backend("openvino", "fp16")
+
+
+@pytest.mark.parametrize(("features", "vectors", "reason", "expected"), [
+    (openvino_operations.AVX512 | openvino_operations.TILES, 0, None, "fp16"),
+    (openvino_operations.AVX512 | openvino_operations.TILES, 1, None, "fp32"),  # an older compiler
+    (openvino_operations.AVX512 | openvino_operations.TILES, None, "no C++ compiler was found", "fp32"),
+    (openvino_operations.AVX512, 1, None, "fp32"),
+    ({"asimd", "bf16"}, None, "which this processor lacks", "fp32"),
+])  # fmt: skip
+def test_on_a_processor_auto_is_fp16_where_openvino_gains_by_it_and_can_do_it(
+    monkeypatch: pytest.MonkeyPatch, features: set[str], vectors: int | None, reason: str | None, expected: str
+) -> None:
+    built = openvino_operations.Built(None if vectors is None else openvino_operations.VECTORS[vectors], reason=reason)
+    monkeypatch.setattr("posecrafter_rt.engines.torch_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(openvino_operations, "cpu_features", lambda: features)
+    monkeypatch.setattr(openvino_operations, "_built", lambda fitting: built)  # this processor may not run it
+    assert choose_precision("auto") == choose_precision("auto", "openvino") == expected
+    assert choose_precision("auto", "torch") == choose_precision("auto", "inductor") == "fp32"
+    assert choose_backend("auto", choose_precision("auto"))[0].name == "openvino"
+    monkeypatch.setattr("posecrafter_rt.engines.torch_device", lambda: torch.device("cuda"))
+    assert choose_precision("auto") == "fp16" and choose_precision("auto", "openvino") == expected
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,48 @@ def test_float32_is_float32_whatever_a_program_asks_of_products(
             pytest.skip("this processor computes in float32 even then")
 
 
+@pytest.fixture(params=["read as torch has it", "read as before torch 2.9"])
+def ask_for_bf16(
+    request: pytest.FixtureRequest, change: Callable[[Any, str, Any], None], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], None]]:
+    """A program asks for the fastest products of float32, by the setting that every torch has."""
+    if hasattr(torch.backends.cudnn, "conv"):
+        for holder in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            change(holder, "fp32_precision", "none")  # it changes them, too
+    if request.param == "read as before torch 2.9":
+        monkeypatch.delattr(type(torch.backends.cudnn), "conv", raising=False)
+    before = torch.get_float32_matmul_precision()
+    yield partial(torch.set_float32_matmul_precision, "medium")
+    torch.set_float32_matmul_precision(before)
+
+
+def test_float32_is_float32_whatever_a_program_has_set_for_products_of_any_kind(
+    make_tiny_model: Callable[..., PoseModel], ask_for_bf16: Callable[[], None]
+) -> None:
+    model = make_tiny_model()
+    spec = network_specs(model.architecture())["vae_decoder"]
+    engine, inputs = TorchEngine(model.networks()["vae_decoder"], spec, is_exact=True), random_inputs(spec, SIZES)
+    expected = engine(**inputs)["pixels"].clone()
+    ask_for_bf16()
+    assert torch.equal(engine(**inputs)["pixels"], expected)
+    assert torch.get_float32_matmul_precision() == "medium"
+    with torch.no_grad():
+        if torch.equal(engine.module(*inputs.values())[0], expected):
+            pytest.skip("this processor computes in float32 even then")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_of_float32_are_exact_and_a_programs_setting_of_them_comes_back(
+    ask_for_bf16: Callable[[], None], device: str
+) -> None:
+    ask_for_bf16()
+    settings = own_settings.own_values(device, is_exact=True)
+    with own_settings.changed(settings):
+        assert all(getattr(holder, name) in values for holder, name, values in settings)
+        assert torch.get_float32_matmul_precision() == "highest" or hasattr(torch.backends.cudnn, "conv")
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
 @pytest.mark.parametrize("is_exact", [True, False])
 @pytest.mark.parametrize("value", ["ieee", "tf32"])
 def test_on_a_gpu_an_engine_sets_how_exact_its_convolutions_are_for_a_while_and_nothing_else(
@@ -110,14 +153,15 @@ def test_on_a_gpu_an_engine_sets_how_exact_its_convolutions_are_for_a_while_and_
     holder, name = (cudnn.conv, "fp32_precision") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32")
     values = {"ieee": "ieee", "tf32": "tf32"} if hasattr(cudnn, "conv") else {"ieee": False, "tf32": True}
     change(holder, name, values[value])
+    change(cudnn, "enabled", False)
     change(cudnn, "benchmark", True)
     change(cudnn, "deterministic", True)
     settings = own_settings.own_values("cuda", is_exact)
     with pytest.raises(KeyboardInterrupt), own_settings.changed(settings):
         assert getattr(holder, name) == values["ieee" if is_exact else "tf32"]
-        assert cudnn.deterministic and not cudnn.benchmark
+        assert cudnn.enabled and cudnn.deterministic and not cudnn.benchmark
         raise KeyboardInterrupt
-    assert getattr(holder, name) == values[value] and cudnn.benchmark and cudnn.deterministic
+    assert getattr(holder, name) == values[value] and cudnn.benchmark and cudnn.deterministic and not cudnn.enabled
 
 
 def test_under_autocast_it_computes_in_its_own_precision(pose_embedding: TorchEngine) -> None:

@@ -227,6 +227,21 @@ def test_trailing_spacing_has_as_many_steps_as_asked():
         assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5, 25, 50, 100, 200, 250, 333, 500, 999])
+def test_a_schedule_that_starts_at_nearly_all_of_the_noise_is_not_warned_of(steps, caplog):
+    for spacing in SPACINGS:
+        DDIMSchedule.from_config({**SD15, "timestep_spacing": spacing}).warn_of_less_noise(steps)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("steps", "first"), [(143, 853), (334, 667), (501, 501)])
+def test_a_schedule_that_starts_at_much_less_noise_than_one_of_fewer_steps_is_warned_of(steps, first, caplog):
+    schedule = DDIMSchedule.from_config(SD15)
+    schedule.warn_of_less_noise(steps)
+    assert f"a schedule of {steps} steps starts at timestep {first} of 1000" in caplog.text
+    assert schedule.timesteps(steps)[0] == first < schedule.timesteps(steps - 1)[0]
+
+
 def test_absent_keys_take_the_usual_defaults():
     schedule = DDIMSchedule.from_config({})
     assert schedule == DDIMSchedule() and schedule.set_alpha_to_one and schedule.timestep_spacing == "leading"

@@ -98,3 +98,13 @@ def test_the_latents_given_are_left_alone():
 def test_impossible_step_counts_are_refused(steps):
     with pytest.raises(PoseCrafterError, match="denoising steps"):
         DPMSchedule.from_config(SD15).timesteps(steps)
+
+
+@pytest.mark.parametrize(("change", "last"), [
+    ({}, 998), ({"steps_offset": 0}, 999), ({"steps_offset": 2}, 997), ({"timestep_spacing": "linspace"}, 999)])  # fmt: skip
+def test_the_most_steps_that_a_refusal_names_can_be_taken(change, last):
+    schedule = DPMSchedule.from_config({**SD15, **change})
+    assert len(schedule.timesteps(last)) == last and schedule.timesteps(last)[0] == 999
+    with pytest.raises(PoseCrafterError, match=f"{last + 1} denoising steps were asked for") as caught:
+        schedule.timesteps(last + 1)
+    assert caught.value.hint == f"give 1 to {last}"

@@ -16,6 +16,17 @@ def test_it_is_the_same_whatever_type_a_program_has_made_the_default(monkeypatch
     assert noise.dtype == torch.float32 and torch.equal(noise, expected)
 
 
+def test_it_is_the_same_whatever_device_a_program_has_made_the_default() -> None:
+    latents = LATENTS[:2]
+    expected = shared_noise(latents, 0.5, torch.Generator().manual_seed(1))
+    torch.set_default_device("meta")
+    try:
+        noise = shared_noise(latents, 0.5, torch.Generator().manual_seed(1))
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(noise, expected)
+
+
 def correlation(noise: torch.Tensor) -> torch.Tensor:
     """Of the first two frames of every clip, (G,)."""
     return (noise[:, 0] * noise[:, 1]).flatten(1).mean(1)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from posecrafter_rt.errors import DiskFull, ModelError
 from posecrafter_rt.models.loading import load_base
 from posecrafter_rt.models.small_decoder import load_small_decoder
-from posecrafter_rt.models.sources import SD15_FOLDER, lasting_id, locate_base, locate_component
+from posecrafter_rt.models.sources import PARTS, SD15_FOLDER, hash_configs, lasting_id, locate_base, locate_component
 
 
 @pytest.fixture
@@ -101,6 +101,44 @@ def test_each_network_is_fetched_in_the_form_it_has(hub: dict[str, Any], tmp_pat
     base = locate_base("owner/model")
     assert {role: [path.name for path in base.component(role).files] for role in held} == held
     assert base.folder is not None and not (base.folder / "unet" / "diffusion_pytorch_model.bin").exists()
+
+
+def test_configurations_are_hashed_without_fetching_weights(
+    hub: dict[str, Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    hub["folder"] = tiny_base
+    hashes = hash_configs(locate_base("owner/model"), {"vae": "owner/vae", "controlnet": None})
+    assert not list(hub["snapshot"].rglob("*.safetensors"))
+    assert hashes == load_base(str(tiny_base)).configs and set(hashes) == {*PARTS, "tokenizer"}
+
+
+def test_a_configuration_is_known_by_what_it_says(tiny_base: Path, tmp_path: Path) -> None:
+    """Not by how it is written, nor by whom."""
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    base, before = locate_base(str(folder)), load_base(str(folder)).configs
+    for part in PARTS:
+        path = folder / part / "config.json"
+        config = {**json.loads(path.read_text()), "_diffusers_version": "9", "transformers_version": "9"}
+        path.write_text(json.dumps(dict(reversed(config.items()))))
+    (folder / "tokenizer" / "README.md").write_text("read me")
+    assert hash_configs(base, {}) == before
+    for part in PARTS:
+        path = folder / part / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "more": 1}))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    after = hash_configs(base, {})
+    assert not [part for part in before if after[part] == before[part]]
+    (folder / "vae" / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=f"{folder}/vae cannot be loaded"):
+        hash_configs(base, {})
+
+
+def test_a_single_file_has_the_configurations_of_the_package(tmp_path: Path) -> None:
+    files = [tmp_path / "a.safetensors", tmp_path / "b.ckpt"]
+    for file in files:
+        file.write_bytes(b"")
+    first, second = (hash_configs(locate_base(str(file)), {"vae": str(file)}) for file in files)
+    assert first == second == hash_configs(locate_base(str(SD15_FOLDER)), {})
 
 
 def test_a_repository_without_weights_is_told_so(hub: dict[str, Any], tmp_path: Path) -> None:

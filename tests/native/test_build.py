@@ -41,6 +41,14 @@ def test_posecrafter_cuda_forces_the_cuda_part(setup_module: ModuleType, monkeyp
         setup_module.find_nvcc()
 
 
+def test_on_windows_an_installation_ends_in_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    code = "import runpy, sys; sys.platform = 'win32'; runpy.run_path('setup.py', run_name='__main__')"
+    command = [sys.executable, "-c", code, "-q", "egg_info", "--egg-base", str(tmp_path)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    expected = (1, "error: posecrafter-rt does not run on Windows; use WSL 2\n")
+    assert (ran.returncode, ran.stderr) == expected and not list(tmp_path.iterdir())
+
+
 def test_without_a_compiler_the_build_succeeds_and_says_so_in_one_line(tmp_path: Path) -> None:
     pytest.importorskip("pybind11")
     environment = os.environ | {"CC": "no-such-cc", "CXX": "no-such-cxx", "POSECRAFTER_CUDA": "0"}

@@ -88,6 +88,17 @@ def test_mediapipe_in_another_environment(video: list, tmp_path: Path) -> None:
     assert not poses.keypoints[:, RIGHT_HAND].any()
 
 
+def test_a_detector_is_told_of_a_quota_of_cores(video: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime would start a thread for each of the machine's."""
+    monkeypatch.setattr("posecrafter_rt.poses.extract.core_quota", lambda: 3)
+    monkeypatch.delenv("ORT_INTRA_OP_NUM_THREADS", raising=False)
+    told = tmp_path / "told"
+    tells = f"import os, pathlib\npathlib.Path({str(told)!r}).write_text(os.environ['ORT_INTRA_OP_NUM_THREADS'])\n"
+    video += [RED]
+    extract_poses("clip.mp4", detector="mediapipe", python=interpreter(tmp_path, {"mediapipe": tells + MEDIAPIPE}))
+    assert told.read_text() == "3"
+
+
 def test_frames_are_let_go_once_they_are_sent(video: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[np.ndarray]] = []
     most_alive = 0

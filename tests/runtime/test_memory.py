@@ -24,7 +24,7 @@ from posecrafter_rt.models.blocks import do_in_parts
 from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.folding import fold_denoiser
 from posecrafter_rt.models.networks import build_networks, describe_architecture
-from posecrafter_rt.models.sources import SD15_FOLDER
+from posecrafter_rt.models.sources import SD15_FOLDER, locate_base
 from posecrafter_rt.models.unet import VideoUNet
 from posecrafter_rt.runtime import memory
 from posecrafter_rt.runtime.memory import (
@@ -65,11 +65,14 @@ class PeakBytes(TorchDispatchMode):
         return made
 
 
-@pytest.fixture(params=["tiny 32x32", "Stable Diffusion 1.5 512x512"])
+@pytest.fixture(
+    params=["tiny 32x32", pytest.param("embedded 128x160", marks=pytest.mark.slow), "Stable Diffusion 1.5 512x512"]
+)
 def network(request: pytest.FixtureRequest, tiny_base: Path) -> tuple[Any, Any, tuple[int, int]]:
     """A U-Net without weights, as an engine runs it; its architecture; a size."""
     name, _, size = request.param.rpartition(" ")
-    models = shapes_only(tiny_base if name == "tiny" else SD15_FOLDER)
+    folders = {"tiny": tiny_base, "embedded": locate_base("embedded").configs}
+    models = shapes_only(folders.get(name, SD15_FOLDER))
     with torch.device("meta"):
         unet, controlnet = VideoUNet(models["unet"]), VideoControlNet(models["controlnet"])
         fold_denoiser(unet)

@@ -159,13 +159,14 @@ def test_streaming_is_one_forward_with_a_causal_window(setting: Setting, steps: 
 
 
 @pytest.mark.parametrize(("engine_kind", "precision", "kept"), [
-    ("torch", "bf16", torch.bfloat16), ("openvino", "int8", torch.float32),
+    ("torch", "bf16", torch.bfloat16), ("openvino", "fp16", torch.float32), ("openvino", "int8", torch.float32),
+    pytest.param("openvino", "bf16", torch.float32, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_in_8_bits_it_is_near_to_that_forward(
+def test_in_16_and_8_bits_it_is_near_to_that_forward(
     model: PoseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine_kind: str, precision: Precision,
     kept: torch.dtype,
 ) -> None:  # fmt: skip
-    """As near as 8 bits of a number allow."""
+    """As near as their bits allow."""
     reason = get_backend(engine_kind).unsupported_reason(precision)
     if reason is not None:
         pytest.skip(reason)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.method import DPMSchedule
 from posecrafter_rt.runtime.live import LiveOptions
 from posecrafter_rt.runtime.options import RenderOptions
 from posecrafter_rt.runtime.stream_options import StreamOptions
+from tests.conftest import SCHEDULER
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 9}, {"window": -1}, {"window": 31}])
@@ -28,6 +30,17 @@ def test_steps_are_those_that_a_partial_inversion_leaves(steps: int, total: int)
     assert options.num_inference_steps - options.start_step == steps
     own = StreamOptions(steps=steps, strength=1.0).as_render(0.6, has_small_decoder=False)
     assert (own.num_inference_steps, own.start_step) == (steps, 0)
+
+
+def test_the_steps_of_one_stream_start_at_the_noise_that_its_strength_asks_for() -> None:
+    schedule, starts = DPMSchedule.from_config(SCHEDULER), []
+    for steps in (1, 2, 4, 8):
+        options = StreamOptions(steps=steps, strength=0.2).as_render(1.0, has_small_decoder=False)
+        assert options.num_inference_steps - options.start_step == steps
+        starts.append(int(schedule.timesteps(options.num_inference_steps)[options.start_step]))
+    assert max(starts) < 300, starts
+    with pytest.raises(PoseCrafterError, match="no schedule has 1 steps at strength 0.0005"):
+        StreamOptions(strength=0.0005, steps=1).as_render(1.0, has_small_decoder=False)
 
 
 def test_a_strength_that_leaves_too_few_steps_is_refused() -> None:

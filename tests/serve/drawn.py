@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,7 +86,7 @@ class DrawnAvatar:
     num_resets: int = 0
     steps: list[tuple[int, int]] = field(default_factory=list)
     folder: Any = field(default_factory=lambda: SimpleNamespace(
-        path=Path("drawn.engine"), manifest={"backend": "torch", "precision": "fp32", "device": {"type": "cpu", "name": "pencil"}}))  # fmt: skip
+        name="drawn.engine", manifest={"backend": "torch", "precision": "fp32", "device": {"type": "cpu", "name": "pencil"}}))  # fmt: skip
 
     def __post_init__(self) -> None:
         self.poses = PoseSequence(np.stack([make_pose(), make_pose(2)]), SIZE, 25.0)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import av
@@ -25,7 +26,7 @@ from posecrafter_rt.errors import PoseCrafterError, PoseError, VideoError
 from posecrafter_rt.poses import extract as extract_module
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.serve import app as app_module
-from posecrafter_rt.serve import pose_worker, poses_api
+from posecrafter_rt.serve import faults, pose_worker, poses_api
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import MAX_CANVAS_PX, MAX_COORDINATE, PoseMessage, decode_pose, encode_pose
 from posecrafter_rt.serve.service import Service
@@ -66,6 +67,24 @@ def test_health_and_info(serve: Serve) -> None:
     assert set(info) == {"name", "size", "preset", "backend", "precision", "device", "steps", "window", "in_flight", "max_sessions",
                          "sessions", "prompt", "has_pose_extraction"}  # fmt: skip
     assert httpx.get(server.url("/docs")).status_code == httpx.get(server.url("/openapi.json")).status_code == 404
+
+
+def test_a_server_that_fails_at_every_step_is_not_healthy_until_it_renders_again(serve: Serve) -> None:
+    server = serve()
+    value_of = server.app.state.service.metrics.registry.get_sample_value
+
+    def has_status(status: int) -> bool:
+        return httpx.get(server.url("/health")).status_code == status
+
+    with connect(server.url("/ws", "ws")) as client:
+        client.send('{"type": "configure", "fit": "canvas"}')
+        for number in range(faults.MANY):
+            assert has_status(200)
+            client.send(pose_bytes(number, shift=-1000))
+            wait_until(partial(lambda count: value_of("posecrafter_step_errors_total") == count, number + 1))
+        wait_until(lambda: has_status(503))
+        client.send(pose_bytes(100))
+        wait_until(lambda: has_status(200))
 
 
 def test_a_dead_engine_thread_is_not_healthy(serve: Serve) -> None:
@@ -300,6 +319,28 @@ def test_reading_goes_on_beside_rendering(serve: Serve, monkeypatch: pytest.Monk
         may_end.touch()
         reading.join()
     assert answers[0].status_code == 200
+
+
+def test_what_reads_a_file_takes_no_modules_from_the_servers_working_directory(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "json.py").write_text("raise ImportError('anybody may put this into /tmp')")
+    PoseSequence(make_pose()[np.newaxis], SIZE).save(tmp_path / "poses.json")
+    monkeypatch.chdir(tmp_path)
+    answer = post(serve(), (tmp_path / "poses.json").read_bytes())
+    assert answer.status_code == 200, answer.text
+
+
+def test_the_log_tells_why_reading_a_file_failed(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\nseq 10000 >&2\necho 'KeyError: 7' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(failing))
+    answer = post(serve(), b"{}")
+    assert answer.status_code == 400 and "with status 1" in answer.json()["message"] and "log" in answer.json()["hint"]
+    assert "9999\n10000\nKeyError: 7" in caplog.text and len(caplog.text) < 5000
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"type": "answer", "sdp": ""}', b'{"type": "offer", "sdp": 3}',

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import cv2
 import httpx
+import pytest
 
 from posecrafter_rt.avatar import Avatar
 
@@ -81,6 +82,28 @@ def test_it_serves_the_documented_client_until_ctrl_c(tiny_engine: Path, tmp_pat
         assert httpx.get(said["url"] + "health").json()["status"] == "ok"
         code, stdout, stderr = end(process, signal.SIGINT)
     assert (code, stdout, stderr) == (0, "", "")
+
+
+# A browser that takes a page, and then ends the server that started it.
+BROWSER = """
+import os, signal, sys, urllib.request
+try:
+    with urllib.request.urlopen(sys.argv[1], timeout=20) as page: print(page.status, flush=True)
+finally:
+    os.kill(os.getppid(), signal.SIGTERM)
+"""
+
+
+def test_a_browser_that_is_waited_for_gets_its_page(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one in a terminal is: `webbrowser` returns when it has ended."""
+    (tmp_path / "browser.py").write_text(BROWSER)
+    monkeypatch.setitem(ENVIRONMENT, "BROWSER", f"{sys.executable} {tmp_path / 'browser.py'} %s")
+    with command(str(tiny_engine), "--steps", "1", "--open") as process:
+        stdout, stderr = process.communicate(timeout=240)
+    assert re.fullmatch(r"serving \S+ at http://\S+ \(Ctrl-C ends it\)\n200\n", stdout), stderr
+    assert process.returncode == 0
 
 
 def test_termination_is_an_end_too_even_with_a_client(tiny_engine: Path) -> None:

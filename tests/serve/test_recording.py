@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -113,7 +115,8 @@ def record(recordings: Recordings, client: str, *, leaves: bool = False) -> str:
 def kept(recordings: Recordings, *names: str) -> list[bool]:
     """Which of these can be downloaded; there are no other files."""
     paths = [recordings.path(name) for name in names]
-    assert {path for path in paths if path is not None} == set(Path(recordings._folder.name).iterdir())
+    assert recordings._folder is not None
+    assert {path for path in paths if path is not None} == set(recordings._folder.iterdir())
     return [path is not None for path in paths]
 
 
@@ -145,6 +148,54 @@ def test_all_go_in_the_end(recordings: Recordings) -> None:
     recordings.end("not there")
     recordings.close()
     assert not path.parent.exists() and running not in recordings._running
+
+
+def test_a_folder_that_was_cleaned_up_is_made_anew_for_this_user_alone(recordings: Recordings) -> None:
+    first = record(recordings, "a")
+    before = recordings.path(first)
+    assert before is not None
+    shutil.rmtree(before.parent)
+    assert recordings.path(first) is None
+    again = recordings.path(record(recordings, "a"))
+    assert again is not None and again.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_start_removes_what_killed_servers_left_and_nothing_that_is_in_use(
+    recordings: Recordings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    in_use = recordings.path(record(recordings, "a"))
+    for name in ("posecrafter-recordings-left", "something-else"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.mp4").touch()
+    (tmp_path / "posecrafter-recordings-link").symlink_to(tmp_path / "something-else")
+    Recordings(max_clients=2).close()
+    assert in_use is not None and in_use.is_file() and (tmp_path / "something-else" / "a.mp4").exists()
+    assert not (tmp_path / "posecrafter-recordings-left").exists()
+
+
+def test_without_a_temporary_folder_the_server_starts_and_refuses_recordings(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with connect(serve().url("/ws", "ws")) as client:
+        client.send('{"type": "record", "on": true}')
+        said = [told(client), told(client), told(client, "error")]
+        assert [message.get("on") for message in said] == [True, False, None]
+        assert said[2]["message"] == "the server has no folder for the recording" and said[2]["hint"]
+
+
+def test_a_recording_that_was_cleaned_up_is_not_found(serve: Callable[..., Running]) -> None:
+    server = serve()
+    with connect(server.url("/ws", "ws")) as client:
+        for on in ("true", "false"):
+            client.send(f'{{"type": "record", "on": {on}}}')
+        told(client)
+        url = server.url(told(client)["url"])
+        assert httpx.get(url).status_code == 200
+        (finished,) = server.app.state.service._recordings._finished.values()
+        finished.path.unlink()
+        assert httpx.get(url).status_code == 404
 
 
 def test_a_client_records_and_downloads(serve: Callable[..., Running]) -> None:

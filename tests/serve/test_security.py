@@ -67,6 +67,7 @@ def test_pages_that_are_named_may() -> None:
 @pytest.mark.parametrize(("given", "sent"), [
     ("https://Example.org", "https://example.org"), ("HTTPS://example.org:443", "https://example.org"),
     ("http://example.org:80", "http://example.org"), ("http://[::1]:80", "http://[::1]"),
+    ("file://", "file://"),
     ("http://example.org:443", "http://example.org:443"), ("https://example.org:8443", "https://example.org:8443"),
 ])  # fmt: skip
 def test_an_origin_is_compared_as_browsers_send_it(given: str, sent: str) -> None:
@@ -74,7 +75,8 @@ def test_an_origin_is_compared_as_browsers_send_it(given: str, sent: str) -> Non
 
 
 @pytest.mark.parametrize("given", ["http://[::1", "https://bücher.example", "https://example.org:", "https://user@example.org",
-                                   "https://example.org/", "example.org", "https://example.org:port", "*"])  # fmt: skip
+                                   "https://example.org/", "example.org", "https://example.org:port", "*", "https://",
+                                   "https://:8443", "https://*.example.org", "https://*"])  # fmt: skip
 def test_what_no_browser_sends_as_an_origin_is_refused(given: str) -> None:
     with pytest.raises(PoseCrafterError, match="is no origin") as caught:
         ServeOptions(allow_origins=(given,))

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from posecrafter_rt.errors import PoseError
+from posecrafter_rt.errors import OutOfMemory, PoseError
 from posecrafter_rt.framing import transform_keypoints
 from posecrafter_rt.poses.draw import draw_pose
 from posecrafter_rt.poses.fit import median_pose
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve import faults as faults_module
 from posecrafter_rt.serve import service as service_module
 from posecrafter_rt.serve import session as session_module
+from posecrafter_rt.serve.faults import Faults
 from posecrafter_rt.serve.metrics import Metrics
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import HELD, REPEAT, RGB, Configure, PoseMessage
@@ -53,6 +55,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Of sessions and avatars: nothing takes time but a step, so on no machine does a pose grow old by itself."""
     clock = Clock()
     monkeypatch.setattr(session_module, "time", clock)
+    monkeypatch.setattr(faults_module, "time", clock)
     monkeypatch.setattr(drawn, "time", clock)
     return clock
 
@@ -76,9 +79,9 @@ class Client:
     def __init__(self, stream: Callable[[DrawnAvatar], DrawnStream] = DrawnStream) -> None:
         self.avatar = DrawnAvatar()
         self.stream = stream(self.avatar)
-        self.metrics = Metrics(lambda: 1)
+        self.metrics, self.faults = Metrics(lambda: 1), Faults()
         reference_pose = median_pose(self.avatar.poses.keypoints)
-        self.session = Session(self.stream, self.avatar.frames[0], reference_pose, self.metrics)
+        self.session = Session(self.stream, self.avatar.frames[0], reference_pose, self.metrics, self.faults)
 
     async def render(self, pose: np.ndarray | None, age_s: float = 0.0, canvas: tuple[int, int] = SIZE) -> None:
         """A turn of a pose that has just come."""
@@ -249,6 +252,57 @@ async def test_an_error_of_ours_keeps_its_words(client: Client) -> None:
     client.stream.step = step  # type: ignore[method-assign]
     await client.render(make_pose())
     assert await client.text() == {"type": "error", "message": "a bad pose", "hint": "a better one"}
+    assert client.faults.num_in_a_row == 0
+
+
+def test_a_step_that_fails_each_time_is_logged_once_in_ten_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    async def check() -> None:
+        client = Client()
+        client.session.configure(Configure(fit="canvas"))
+        for _ in range(30):
+            await client.render(make_pose(-1000))
+        session_module.time.sleep(10.0)
+        await client.render(make_pose(-1000))
+
+    asyncio.run(check())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the step failed: RuntimeError; failures in a row: {number}" for number in (1, 31)]  # fmt: skip
+    assert caplog.text.count("RuntimeError: a step that fails") == 2
+
+
+def test_memory_that_runs_out_is_told_in_general_words_and_logged_in_full(caplog: pytest.LogCaptureFixture) -> None:
+    def step(pose: np.ndarray | None) -> np.ndarray:
+        raise OutOfMemory("memory ran out: process 4711 has 80 GiB", "open the stream with fewer steps")
+
+    async def check() -> None:
+        client = Client()
+        client.stream.step = step  # type: ignore[method-assign]
+        await client.render(make_pose())
+        said = {"message": "the step failed: OutOfMemory", "hint": "the server's log says more"}
+        assert await client.text() == {"type": "error", **said} and client.faults.num_in_a_row == 1
+
+    asyncio.run(check())
+    assert "process 4711 has 80 GiB" in caplog.text
+
+
+@on_loop
+async def test_only_a_frame_that_is_computed_ends_a_row_of_failures(client: Client) -> None:
+    await client.render(make_pose())
+    client.faults.num_in_a_row = 3
+    await client.render(make_pose())  # a repeat, for which the engine does nothing
+    assert client.faults.num_in_a_row == 3
+    await client.render(make_pose(1))
+    assert client.faults.num_in_a_row == 0
+
+
+@on_loop
+async def test_frames_that_stop_are_noticed_after_five_seconds(client: Client) -> None:
+    assert not client.session.is_moving
+    await client.render(make_pose())
+    session_module.time.sleep(4.9)
+    assert client.session.is_moving
+    session_module.time.sleep(0.2)
+    assert not client.session.is_moving
 
 
 @on_loop

@@ -12,14 +12,16 @@ from functools import partial
 from typing import Any
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 from fastapi import WebSocket
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from posecrafter_rt.errors import OutOfMemory
 from posecrafter_rt.poses.draw import draw_pose
-from posecrafter_rt.serve import conversation
+from posecrafter_rt.serve import conversation, faults
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import RGB, FrameHeader, decode_frame
 from posecrafter_rt.serve.websocket import Gone, _send
@@ -112,6 +114,28 @@ def test_a_stream_that_closes_itself_ends_the_connection_and_the_next_client_get
     with speak(server) as client:
         client.send(pose_bytes(3))
         assert next_frame(client)[0].sequence == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("the GPU is lost"), 503), (OutOfMemory("process 4711 has all"), 200)]
+)
+def test_a_stream_that_cannot_be_opened_is_told_and_logged(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, status: int
+) -> None:
+    """A server that never opens one is not healthy, but one without memory for more clients may serve those it has."""
+    server = serve()
+
+    def fail(avatar: DrawnAvatar, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(DrawnAvatar, "stream", fail)
+    for _ in range(faults.MANY):
+        assert httpx.get(server.url("/health")).status_code == 200
+        with speak(server) as client:
+            code, (said,) = closing(client)
+        assert code == 1011 and said["message"] == f"opening the stream failed: {type(error).__name__}" and said["hint"]
+    assert httpx.get(server.url("/health")).status_code == status
+    assert caplog.text.count("opening the stream failed") == 1 and str(error) in caplog.text
 
 
 def test_sessions_take_turns(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.serve import app, webrtc
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.protocol import decode_pose
 from tests.serve.browser.pages import LivePage, OpenPage, Serve
@@ -21,9 +23,20 @@ from tests.serve.browser.walker import STILL
 from tests.serve.drawn import DrawnAvatar, DrawnStream, make_pose, running
 
 if TYPE_CHECKING:
-    from playwright.sync_api import WebSocket, WebSocketRoute
+    from playwright.sync_api import Route, WebSocket, WebSocketRoute
 
 pytestmark = pytest.mark.browser
+# A peer that never connects.
+UNCONNECTED = """window.RTCPeerConnection = class extends EventTarget {
+  iceGatheringState = "complete";
+  localDescription = { type: "offer", sdp: "" };
+  createDataChannel() { return { readyState: "connecting" }; }
+  addTransceiver() {}
+  async createOffer() {}
+  async setLocalDescription() {}
+  async setRemoteDescription() {}
+  close() {}
+};"""
 # As often as a key that is held for two seconds.
 IN_TURNS = """for (let n = 0; n < 60; n++) {
   document.querySelector(`[name=source][value=${n % 2 ? "joints" : "file"}]`).click();
@@ -154,6 +167,23 @@ def test_a_proxy_that_does_not_pass_on_the_websocket_is_told_of(serve: Serve, op
     page.wait_for_text("#notice-title", "The server does not answer")
 
 
+def test_a_proxy_that_takes_the_handshake_and_keeps_silent_is_told_of(
+    serve: Serve, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+
+    async def keep_silent(service: Any, socket: Any) -> None:
+        while not goes_on.is_set():
+            await asyncio.sleep(0.05)
+
+    with monkeypatch.context() as patch, ExitStack() as stack:
+        stack.callback(goes_on.set)
+        patch.setattr(app, "serve_socket", keep_silent)
+        page = open_page(serve().url(), is_lost=True, **STILL)
+        page.wait_for_text("#notice-text", "A proxy in between must pass on Upgrade and Connection.")
+    page.wait_for_link("Live")
+
+
 def test_a_wrong_token_can_be_corrected(open_page: OpenPage, avatar: DrawnAvatar) -> None:
     with running(avatar, ServeOptions(token="open sesame")) as server:
         page = open_page(server.url(), is_lost=True, **STILL)  # browsers complain of answers that refuse
@@ -241,3 +271,23 @@ def test_a_browser_without_webrtc_uses_the_websocket_and_says_why(serve: Serve, 
     page.wait_for_text("#note", "uses the WebSocket: this browser has none")
     page.wait_for_link("Live")
     assert page.page.get_by_label("Connection").input_value() == "websocket"
+
+
+def test_webrtc_that_does_not_come_about_is_given_up_after_the_server_has_given_it_up(
+    serve: Serve, open_page: OpenPage
+) -> None:
+    """The server begins to wait with its answer, which may take a while. Its place is then free for the WebSocket."""
+    page = open_page(serve().url(), **STILL)
+    page.page.add_init_script(UNCONNECTED)
+    page.page.reload()
+    page.wait_for_link("Live")
+    held: list[Route] = []
+    page.page.route("**/api/offer", lambda route: held.append(route))
+    page.page.get_by_label("Connection").select_option("WebRTC")
+    page.wait_until(lambda: held)
+    page.page.wait_for_timeout(3000)
+    answered_s = time.monotonic()
+    held[0].fulfill(json={"type": "answer", "sdp": ""})
+    page.wait_until(lambda: page.page.get_by_label("Connection").input_value() == "websocket")
+    assert time.monotonic() - answered_s > webrtc._CONNECT_TIMEOUT_S
+    page.wait_for_link("Live")

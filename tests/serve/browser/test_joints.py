@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from posecrafter_rt.poses.keypoints import PoseSequence
+from posecrafter_rt.poses.keypoints import FEET, PoseSequence, keypoint_name
 from tests.serve.browser.pages import LivePage, OpenPage, Serve
 from tests.serve.browser.walker import PHONE, STILL, assert_shows, person
 from tests.serve.drawn import SIZE, DrawnAvatar
 
 pytestmark = pytest.mark.browser
-NOSE, NECK = 0, 1
+NOSE, NECK, LEFT_WRIST = 0, 1, 7
 START = person(-4)
 
 
@@ -128,3 +128,30 @@ def test_only_the_first_finger_and_the_main_button_hold_a_joint(serve: Serve, op
     page.page.wait_for_timeout(300)
     assert page.page.text_content("#joint-place") == place
     assert_shows(page, START)
+
+
+def test_joints_that_are_not_drawn_are_not_offered(serve: Serve, open_page: OpenPage, avatar: DrawnAvatar) -> None:
+    start = START.copy()
+    start[LEFT_WRIST, 2] = 0.15
+    start[FEET] = (24, 60, 1)
+    avatar.poses = PoseSequence(start[np.newaxis], SIZE)
+    page = open_page(serve().url(), **STILL)
+    page.wait_for_link("Live")
+    page.choose("Joints")
+    offered = page.page.locator("#joint option").all_text_contents()
+    drawn = np.flatnonzero(start[:, 2] == 1)
+    assert offered == [keypoint_name(index) for index in drawn if index not in range(FEET.start, FEET.stop)]
+
+
+def test_a_shortcut_of_the_browser_moves_no_joint(serve: Serve, open_page: OpenPage) -> None:
+    page = open_page(serve().url(), **STILL)
+    page.wait_for_link("Live")
+    page.choose("Joints")
+    place = page.page.text_content("#joint-place")
+    for key in ("altKey", "ctrlKey", "metaKey"):
+        is_passed_on = page.page.evaluate(
+            """(key) => document.getElementById("pose").dispatchEvent(
+              new KeyboardEvent("keydown", { key: "ArrowLeft", [key]: true, cancelable: true }))""",
+            key,
+        )
+        assert is_passed_on and page.page.text_content("#joint-place") == place

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +42,7 @@ def test_another_avatar_behind_the_same_address_is_taken_up(open_page: OpenPage,
         page = open_page(server.url(), is_lost=True)
         page.wait_for_text("#name", "drawn")
         page.wait_for_link("Live")
-    avatar.folder.path = Path("painted.engine")
+    avatar.folder.name = "painted.engine"
     with running(avatar, ServeOptions(), port=server.port):
         page.wait_for_text("#name", "painted")
         page.wait_for_link("Live")

@@ -30,6 +30,21 @@ from tests.serve.drawn import SIZE
 pytestmark = pytest.mark.browser
 LOADING_S = 400
 
+# As on an iPhone, which loads no picture before it is told to. `video` is the one that plays.
+PHONE_VIDEO = """
+{ const { load, play, addEventListener } = HTMLVideoElement.prototype;
+  Object.assign(HTMLVideoElement.prototype, {
+    load() { this.isTold = true; load.call(this); },
+    play() { window.video = this; return play.call(this); },
+    addEventListener(name, ...given) { if (name !== "loadeddata" || this.isTold) addEventListener.call(this, name, ...given); },
+  }); }
+"""
+# The page is no longer seen, or seen again.
+SEEN = """(isSeen) => {
+  Object.defineProperty(document, "hidden", { value: !isSeen, configurable: true });
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
 
 @pytest.fixture(scope="module")
 def footage() -> Path:
@@ -112,13 +127,36 @@ def test_without_a_tracker_what_to_do_is_told(serve: Serve, open_page: OpenPage,
     assert page.bodies == []
 
 
+def follow(page: LivePage, footage: Path) -> None:
+    """Open the footage on a page whose tracker finds one pose at once."""
+    page.page.route("**/tracker/holistic.js", lambda route: route.fulfill(body=TRACKER, content_type="text/javascript"))
+    open_file(page, footage)
+    page.wait_for_text("#file-status", "carphone_pristine.mp4: following the person")
+
+
+def test_a_video_plays_on_a_phone_and_only_while_the_page_is_seen(
+    serve: Serve, open_page: OpenPage, footage: Path
+) -> None:
+    page = open_page(serve().url(), **STILL)
+    page.page.add_init_script(PHONE_VIDEO)
+    page.page.reload()
+    follow(page, footage)
+    assert page.page.locator("#repeat option[value=swing]").is_disabled()  # no video plays back and forth
+    page.page.evaluate(SEEN, False)
+    page.page.wait_for_timeout(1000)
+    place = page.page.evaluate("video.currentTime")
+    page.page.wait_for_timeout(300)
+    assert page.page.evaluate("[video.paused, video.currentTime]") == [True, place]
+    assert page.page.get_by_role("button", name="Pause").is_visible()
+    page.page.evaluate(SEEN, True)
+    page.wait_until(lambda: page.page.evaluate("video.currentTime") != place)
+
+
 def test_an_error_about_a_video_that_was_left_does_not_end_what_is_shown_now(
     serve: Serve, open_page: OpenPage, footage: Path
 ) -> None:
     page = open_page(serve().url(), **STILL)
-    page.page.route("**/tracker/holistic.js", lambda route: route.fulfill(body=TRACKER, content_type="text/javascript"))
-    open_file(page, footage)
-    page.wait_for_text("#file-status", "carphone_pristine.mp4: following the person")
+    follow(page, footage)
     page.page.evaluate(HELD_UP)
     page.wait_until(lambda: page.page.evaluate("'fail' in window"))
     page.choose("Demo")

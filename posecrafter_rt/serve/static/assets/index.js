@@ -307,6 +307,15 @@ async function readPoses(file, type, signal) {
 		return send();
 	})).json());
 }
+/** Return whether the server has a finished recording. Where it cannot be asked, it may have. */
+async function hasRecording(path) {
+	try {
+		await (await request(path)).body?.cancel();
+		return true;
+	} catch (error) {
+		return !(error instanceof Refusal && error.status === 404);
+	}
+}
 /** Send the offer of a WebRTC connection and return the answer. */
 async function exchangeOffer(offer) {
 	return (await request("api/offer", {
@@ -404,7 +413,7 @@ function parseServerMessage(text) {
 var BAD_REQUEST = 1008;
 var FULL = 1013;
 var ABNORMAL = 1006;
-/** If gathering addresses or opening a connection works at all, it takes no longer than this. */
+/** If gathering addresses works at all, or opening a connection once an offer is answered, it takes no longer than this. */
 var GATHERING_MS = 1500;
 var OPENING_MS = 6e3;
 /** How much may still wait to be sent when a pose comes: commands, but no other pose. */
@@ -440,7 +449,7 @@ function openWebSocket(events) {
 	};
 	const timer = setTimeout(() => {
 		close();
-		events.onClose(ABNORMAL, "");
+		events.onClose(0, "");
 	}, OPENING_MS);
 	socket.onopen = () => {
 		hasOpened = true;
@@ -468,7 +477,12 @@ function openWebRtc(events) {
 		end();
 		events.onClose(code, reason);
 	};
-	const timer = setTimeout(() => fail(ABNORMAL, "the server was not reached that way"), OPENING_MS);
+	let timer;
+	const limit = () => {
+		clearTimeout(timer);
+		if (!isOver) timer = setTimeout(() => fail(ABNORMAL, "the server was not reached that way"), OPENING_MS);
+	};
+	limit();
 	channel.onopen = () => clearTimeout(timer);
 	channel.onclose = () => fail(ABNORMAL, "the data channel closed");
 	channel.onmessage = ({ data }) => typeof data === "string" ? events.onText(data) : events.onBytes(data);
@@ -476,7 +490,7 @@ function openWebRtc(events) {
 	peer.onconnectionstatechange = () => {
 		if (peer.connectionState === "failed") fail(ABNORMAL, "the WebRTC connection was lost");
 	};
-	negotiate(peer).catch((error) => fail(closeCode(error), error instanceof Error ? error.message : ""));
+	negotiate(peer, limit).catch((error) => fail(closeCode(error), error instanceof Error ? error.message : ""));
 	return {
 		send: (data) => {
 			if (channel.readyState !== "open" || typeof data !== "string" && channel.bufferedAmount > MOST_WAITING_BYTES) return;
@@ -485,15 +499,17 @@ function openWebRtc(events) {
 		close: end
 	};
 }
-async function negotiate(peer) {
+async function negotiate(peer, onAnswer) {
 	peer.addTransceiver("video", { direction: "recvonly" });
 	await peer.setLocalDescription(await peer.createOffer());
 	await gathered(peer);
 	const offer = peer.localDescription;
-	await peer.setRemoteDescription(await exchangeOffer({
+	const answer = await exchangeOffer({
 		type: offer.type,
 		sdp: offer.sdp
-	}));
+	});
+	onAnswer();
+	await peer.setRemoteDescription(answer);
 }
 /** Wait until the peer knows its own addresses, which the offer carries, but at most GATHERING_MS. */
 function gathered(peer) {
@@ -709,16 +725,19 @@ var Pulse = class {
 	}
 };
 // src/recorder.ts
+/** The server keeps this many finished recordings of a client. */
+var MOST_KEPT = 4;
 var Recorder = class {
-	note;
 	button = byId("record", HTMLButtonElement);
 	label = byId("record-label", HTMLSpanElement);
-	link = byId("recording", HTMLAnchorElement);
+	note = byId("recording-note", HTMLParagraphElement);
+	list = byId("recordings", HTMLSpanElement);
+	links = /* @__PURE__ */ new Map();
+	numFinished = 0;
 	isOn = false;
 	startedMs = 0;
 	timer;
-	constructor(ask, note) {
-		this.note = note;
+	constructor(ask) {
 		onClick(this.button, () => {
 			setEnabled(this.button, false);
 			ask(!this.isOn);
@@ -727,17 +746,36 @@ var Recorder = class {
 	/** Note whether there is a connection. A recording ends with it and is lost. */
 	setLive(isLive) {
 		setEnabled(this.button, isLive);
-		if (this.isOn) this.note("The recording is lost because the connection ended");
+		if (this.isOn) this.note.textContent = "The recording is lost because the connection ended.";
 		this.setOn(false);
+		if (!isLive) return;
+		for (const url of this.links.keys()) this.withdrawIfGone(url);
 	}
 	/** Show whether a recording runs. The url is that of a finished recording, even while the next one runs. */
 	onState({ on, url, reason }) {
 		setEnabled(this.button, true);
 		this.setOn(on);
-		if (reason) this.note(`The recording has ended and can be saved: ${reason}`);
-		if (url === null) return;
-		this.link.href = address(url).href;
-		this.link.hidden = false;
+		if (reason) this.note.textContent = `The recording has ended and can be saved: ${reason}.`;
+		if (url !== null && !this.links.has(url)) this.offer(url);
+	}
+	/** Offer to save a finished recording. Earlier ones that were not saved are still offered, if the server keeps them. */
+	offer(url) {
+		for (const [earlier, { dataset }] of this.links) if (dataset["saved"] === "true" || this.links.size >= MOST_KEPT) this.withdraw(earlier);
+		const link = document.createElement("a");
+		link.href = address(url).href;
+		link.download = "";
+		link.textContent = ++this.numFinished === 1 ? "Save recording" : `Save recording ${this.numFinished}`;
+		link.onclick = () => link.dataset["saved"] = "true";
+		this.links.set(url, link);
+		this.list.append(link);
+	}
+	withdraw(url) {
+		this.links.get(url)?.remove();
+		this.links.delete(url);
+	}
+	/** After a break, the server may have been started anew, which deletes its recordings. */
+	async withdrawIfGone(url) {
+		if (!await hasRecording(url)) this.withdraw(url);
 	}
 	setOn(isOn) {
 		if (isOn === this.isOn) return;
@@ -746,6 +784,7 @@ var Recorder = class {
 		this.button.ariaPressed = String(isOn);
 		this.label.textContent = isOn ? "Stop 0:00" : "Record";
 		if (!isOn) return;
+		this.note.textContent = "";
 		this.startedMs = performance.now();
 		this.timer = setInterval(() => {
 			const seconds = Math.floor((performance.now() - this.startedMs) / 1e3);
@@ -1260,12 +1299,16 @@ var TrackedVideo = class {
 		this.tracker = tracker;
 		this.events = events;
 		this.video.muted = this.video.playsInline = true;
+		this.video.preload = "auto";
 		this.video.onended = () => this.isWanted = false;
 		this.video.onerror = () => {
 			if (!this.isOpen) return;
 			this.close();
 			this.events.onProblem(new Unplayable("The video is broken from here on"));
 		};
+		document.addEventListener("visibilitychange", () => {
+			if (document.hidden) this.video.pause();
+		});
 		this.watch();
 	}
 	/** Show a file's first picture and load the tracker. Throws Unplayable, NoTracker, or the reason of an abort. */
@@ -1273,6 +1316,7 @@ var TrackedVideo = class {
 		this.close();
 		URL.revokeObjectURL(this.video.src);
 		this.video.src = URL.createObjectURL(file);
+		this.video.load();
 		this.video.loop = true;
 		await this.event("loadeddata", signal, `This browser cannot play ${file.name}`);
 		if (this.video.videoWidth === 0) throw new Unplayable(`There are no pictures in ${file.name}`);
@@ -1343,6 +1387,7 @@ var TrackedVideo = class {
 		else this.video.pause();
 	}
 	async play() {
+		if (document.hidden) return;
 		try {
 			await this.video.play();
 		} catch (error) {
@@ -1605,15 +1650,15 @@ function boneTurn(points, joint, x, y) {
 	if (Math.min(Math.hypot(ax, ay), Math.hypot(bx, by)) < SHORTEST_BONE_PX) return 0;
 	return Math.atan2(ax * by - ay * bx, ax * bx + ay * by);
 }
-/** Return the keypoint nearest to (x, y) within `reach` pixels, or null. The body's joints win over other points. */
+/** Return the drawn keypoint nearest to (x, y) within `reach` pixels, or null. The body's joints win over other points. */
 function nearestJoint(points, x, y, reach) {
-	return nearestWithin(points, x, y, reach, 0, FEET.start) ?? nearestWithin(points, x, y, reach, FEET.start, 134);
+	return nearestWithin(points, x, y, reach, 0, FEET.start) ?? nearestWithin(points, x, y, reach, FEET.stop, 134);
 }
 function nearestWithin(points, x, y, reach, start, stop) {
 	let nearest = null;
 	let distance = reach;
 	for (let index = start; index < stop; index++) {
-		if (points[index * 3 + 2] === 0) continue;
+		if (!isVisible(points, index)) continue;
 		const candidate = Math.hypot(points[index * 3] - x, points[index * 3 + 1] - y);
 		if (candidate <= distance) [nearest, distance] = [index, candidate];
 	}
@@ -1635,9 +1680,9 @@ var ARROWS = {
 /** An arrow key moves a joint by this fraction of the canvas's short side; with Shift, five times as far. */
 var STEP = 1 / 100;
 var LEAP = 5;
+/** Without the feet, which are not drawn. */
 var BODY_GROUPS = [
 	["Body", BODY],
-	["Feet", FEET],
 	["Face", FACE],
 	["Left hand", LEFT_HAND],
 	["Right hand", RIGHT_HAND]
@@ -1698,11 +1743,11 @@ var JointEditor = class {
 		const groups = BODY_GROUPS.map(([label, { start, stop }]) => {
 			const group = document.createElement("optgroup");
 			group.label = label;
-			for (let index = start; index < stop; index++) if (points[index * 3 + 2] !== 0) group.append(new Option(keypointName(index), String(index)));
+			for (let index = start; index < stop; index++) if (isVisible(points, index)) group.append(new Option(keypointName(index), String(index)));
 			return group;
 		});
 		this.choice.replaceChildren(...groups.filter((group) => group.childElementCount > 0));
-		if (points[5] !== 0) this.choice.value = String(1);
+		if (isVisible(points, 1)) this.choice.value = String(1);
 	}
 	select(joint) {
 		this.choice.value = String(joint);
@@ -1728,7 +1773,8 @@ var JointEditor = class {
 	}
 	onKey(event) {
 		const arrow = ARROWS[event.key];
-		if (!this.isActive || this.pose === null || arrow === void 0 || event.ctrlKey || event.metaKey) return;
+		if (!this.isActive || this.pose === null || arrow === void 0) return;
+		if (event.ctrlKey || event.metaKey || event.altKey) return;
 		event.preventDefault();
 		const { canvas, points } = this.pose;
 		const step = Math.min(canvas.height, canvas.width) * STEP * (event.shiftKey ? LEAP : 1);
@@ -1781,7 +1827,7 @@ var Player = class {
 		this.clip = clip;
 		this.show = show;
 		this.setSpeed();
-		for (const option of this.repeatChoice.options) option.hidden = !clip.repeats.includes(option.value);
+		for (const option of this.repeatChoice.options) option.hidden = option.disabled = !clip.repeats.includes(option.value);
 		this.repeatChoice.value = clip.repeat;
 		this.scrubber.max = String(clip.numFrames - 1);
 		this.bar.hidden = false;
@@ -2394,7 +2440,7 @@ var pulse = new Pulse(() => connection.giveUp());
 var recorder = new Recorder((on) => connection.command({
 	type: "record",
 	on
-}), (text) => status.note(text));
+}));
 var tellOfChange = whenSettled(() => {
 	connection.command({
 		type: "configure",

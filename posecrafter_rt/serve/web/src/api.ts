@@ -74,6 +74,16 @@ export async function readPoses(
   return decodeTrack(await response.json());
 }
 
+/** Return whether the server has a finished recording. Where it cannot be asked, it may have. */
+export async function hasRecording(path: string): Promise<boolean> {
+  try {
+    await (await request(path)).body?.cancel();
+    return true;
+  } catch (error) {
+    return !(error instanceof Refusal && error.status === 404);
+  }
+}
+
 /** Send the offer of a WebRTC connection and return the answer. */
 export async function exchangeOffer(offer: RTCSessionDescriptionInit): Promise<RTCSessionDescriptionInit> {
   return (await request("api/offer", { body: JSON.stringify(offer), type: "application/json" })).json();

@@ -2,7 +2,7 @@
 import { byId } from "./dom.ts";
 import { toPicture } from "./geometry.ts";
 import { moveJoint, nearestJoint } from "./kinematics.ts";
-import { BODY, FACE, FEET, keypointName, LEFT_HAND, NECK, RIGHT_HAND, type Pose, type Range } from "./layout.ts";
+import { BODY, FACE, isVisible, keypointName, LEFT_HAND, NECK, RIGHT_HAND, type Pose, type Range } from "./layout.ts";
 import type { PoseView } from "./stage.ts";
 
 /** How close a pointer must be to a joint, in CSS pixels. Fingers are broad. */
@@ -13,8 +13,9 @@ const ARROWS: Record<string, readonly [number, number]> = {
 /** An arrow key moves a joint by this fraction of the canvas's short side; with Shift, five times as far. */
 const STEP = 1 / 100;
 const LEAP = 5;
+/** Without the feet, which are not drawn. */
 const BODY_GROUPS: readonly (readonly [string, Range])[] = [
-  ["Body", BODY], ["Feet", FEET], ["Face", FACE], ["Left hand", LEFT_HAND], ["Right hand", RIGHT_HAND],
+  ["Body", BODY], ["Face", FACE], ["Left hand", LEFT_HAND], ["Right hand", RIGHT_HAND],
 ];
 
 export class JointEditor {
@@ -81,12 +82,12 @@ export class JointEditor {
       const group = document.createElement("optgroup");
       group.label = label;
       for (let index = start; index < stop; index++) {
-        if (points[index * 3 + 2] !== 0) group.append(new Option(keypointName(index), String(index)));
+        if (isVisible(points, index)) group.append(new Option(keypointName(index), String(index)));
       }
       return group;
     });
     this.choice.replaceChildren(...groups.filter((group) => group.childElementCount > 0));
-    if (points[NECK * 3 + 2] !== 0) this.choice.value = String(NECK);
+    if (isVisible(points, NECK)) this.choice.value = String(NECK);
   }
 
   private select(joint: number): void {
@@ -116,7 +117,8 @@ export class JointEditor {
 
   private onKey(event: KeyboardEvent): void {
     const arrow = ARROWS[event.key];
-    if (!this.isActive || this.pose === null || arrow === undefined || event.ctrlKey || event.metaKey) return;
+    if (!this.isActive || this.pose === null || arrow === undefined) return;
+    if (event.ctrlKey || event.metaKey || event.altKey) return; // a shortcut of the browser, such as Back
     event.preventDefault();
     const { canvas, points } = this.pose;
     const step = Math.min(canvas.height, canvas.width) * STEP * (event.shiftKey ? LEAP : 1);

@@ -1,6 +1,6 @@
 // The tree of joints, and moving a joint together with its descendants.
 import {
-  FACE, FEET, LEFT_ANKLE, LEFT_HAND, LEFT_WRIST, NOSE, NUM_KEYPOINTS, RIGHT_ANKLE, RIGHT_HAND, RIGHT_WRIST,
+  FACE, FEET, isVisible, LEFT_ANKLE, LEFT_HAND, LEFT_WRIST, NOSE, NUM_KEYPOINTS, RIGHT_ANKLE, RIGHT_HAND, RIGHT_WRIST,
 } from "./layout.ts";
 
 /** A bone shorter than this has no usable direction. */
@@ -66,9 +66,9 @@ function boneTurn(points: Float32Array, joint: number, x: number, y: number): nu
   return Math.atan2(ax * by - ay * bx, ax * bx + ay * by);
 }
 
-/** Return the keypoint nearest to (x, y) within `reach` pixels, or null. The body's joints win over other points. */
+/** Return the drawn keypoint nearest to (x, y) within `reach` pixels, or null. The body's joints win over other points. */
 export function nearestJoint(points: Float32Array, x: number, y: number, reach: number): number | null {
-  return nearestWithin(points, x, y, reach, 0, FEET.start) ?? nearestWithin(points, x, y, reach, FEET.start, NUM_KEYPOINTS);
+  return nearestWithin(points, x, y, reach, 0, FEET.start) ?? nearestWithin(points, x, y, reach, FEET.stop, NUM_KEYPOINTS);
 }
 
 function nearestWithin(
@@ -77,7 +77,7 @@ function nearestWithin(
   let nearest: number | null = null;
   let distance = reach;
   for (let index = start; index < stop; index++) {
-    if (points[index * 3 + 2] === 0) continue;
+    if (!isVisible(points, index)) continue;
     const candidate = Math.hypot((points[index * 3] as number) - x, (points[index * 3 + 1] as number) - y);
     if (candidate <= distance) [nearest, distance] = [index, candidate];
   }

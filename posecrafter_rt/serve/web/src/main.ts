@@ -47,7 +47,7 @@ const screen = new Screen(avatarView, (bytes) => connection.sendBytes(bytes), ()
 });
 const status = new Status(() => connection.open());
 const pulse = new Pulse(() => connection.giveUp());
-const recorder = new Recorder((on) => connection.command({ type: "record", on }), (text) => status.note(text));
+const recorder = new Recorder((on) => connection.command({ type: "record", on }));
 const tellOfChange = whenSettled(() => {
   connection.command({ type: "configure", fit: sources.fit });
   connection.command({ type: "reset" }); // the next pose is of another person, or in another place

@@ -30,7 +30,9 @@ export class Player {
     this.clip = clip;
     this.show = show;
     this.setSpeed();
-    for (const option of this.repeatChoice.options) option.hidden = !clip.repeats.includes(option.value as Repeat);
+    for (const option of this.repeatChoice.options) {
+      option.hidden = option.disabled = !clip.repeats.includes(option.value as Repeat); // Safari lists hidden ones
+    }
     this.repeatChoice.value = clip.repeat;
     this.scrubber.max = String(clip.numFrames - 1);
     this.bar.hidden = false;

@@ -8,7 +8,7 @@ export const BAD_REQUEST = 1008;
 export const FULL = 1013;
 export const BROKEN = 1011;
 const ABNORMAL = 1006;
-/** Ours: a WebSocket that the other side did not open. It says nothing of why: nobody was there, or a proxy refused. */
+/** Ours: a WebSocket that the other side did not open. It says nothing of why: nobody was there, or a proxy refused or kept silent. */
 export const UNOPENED = 0;
 
 export interface TransportEvents {
@@ -24,7 +24,7 @@ export interface Transport {
   close(): void;
 }
 
-/** If gathering addresses or opening a connection works at all, it takes no longer than this. */
+/** If gathering addresses works at all, or opening a connection once an offer is answered, it takes no longer than this. */
 const GATHERING_MS = 1500;
 const OPENING_MS = 6000;
 /** How much may still wait to be sent when a pose comes: commands, but no other pose. */
@@ -57,10 +57,10 @@ function openWebSocket(events: TransportEvents): Transport {
     socket.onmessage = socket.onclose = null;
     socket.close();
   };
-  // A server that hangs accepts a connection but never answers; browsers wait for minutes.
+  // A server that hangs, or a proxy, accepts a connection but never answers; browsers wait for minutes.
   const timer = setTimeout(() => {
     close();
-    events.onClose(ABNORMAL, "");
+    events.onClose(UNOPENED, "");
   }, OPENING_MS);
   socket.onopen = () => {
     hasOpened = true;
@@ -89,7 +89,12 @@ function openWebRtc(events: TransportEvents): Transport {
     end();
     events.onClose(code, reason);
   };
-  const timer = setTimeout(() => fail(ABNORMAL, "the server was not reached that way"), OPENING_MS);
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const limit = () => {
+    clearTimeout(timer);
+    if (!isOver) timer = setTimeout(() => fail(ABNORMAL, "the server was not reached that way"), OPENING_MS);
+  };
+  limit();
   channel.onopen = () => clearTimeout(timer);
   channel.onclose = () => fail(ABNORMAL, "the data channel closed");
   channel.onmessage = ({ data }) => (typeof data === "string" ? events.onText(data) : events.onBytes(data));
@@ -97,7 +102,8 @@ function openWebRtc(events: TransportEvents): Transport {
   peer.onconnectionstatechange = () => {
     if (peer.connectionState === "failed") fail(ABNORMAL, "the WebRTC connection was lost");
   };
-  negotiate(peer).catch((error: unknown) => fail(closeCode(error), error instanceof Error ? error.message : ""));
+  // The server keeps the client's place for some seconds from its answer. Only then may the page want another place.
+  negotiate(peer, limit).catch((error: unknown) => fail(closeCode(error), error instanceof Error ? error.message : ""));
   return {
     send: (data) => {
       // Poses that the network cannot take yet would only be late.
@@ -108,12 +114,14 @@ function openWebRtc(events: TransportEvents): Transport {
   };
 }
 
-async function negotiate(peer: RTCPeerConnection): Promise<void> {
+async function negotiate(peer: RTCPeerConnection, onAnswer: () => void): Promise<void> {
   peer.addTransceiver("video", { direction: "recvonly" });
   await peer.setLocalDescription(await peer.createOffer());
   await gathered(peer);
   const offer = peer.localDescription as RTCSessionDescription;
-  await peer.setRemoteDescription(await exchangeOffer({ type: offer.type, sdp: offer.sdp }));
+  const answer = await exchangeOffer({ type: offer.type, sdp: offer.sdp });
+  onAnswer();
+  await peer.setRemoteDescription(answer);
 }
 
 /** Wait until the peer knows its own addresses, which the offer carries, but at most GATHERING_MS. */

@@ -30,12 +30,16 @@ export class TrackedVideo implements Clip {
     private readonly events: VideoEvents,
   ) {
     this.video.muted = this.video.playsInline = true;
+    this.video.preload = "auto";
     this.video.onended = () => (this.isWanted = false);
     this.video.onerror = () => {
       if (!this.isOpen) return; // load() throws this error
       this.close();
       this.events.onProblem(new Unplayable("The video is broken from here on"));
     };
+    document.addEventListener("visibilitychange", () => {
+      if (document.hidden) this.video.pause(); // else it plays on although nothing is tracked then
+    });
     this.watch();
   }
 
@@ -44,6 +48,7 @@ export class TrackedVideo implements Clip {
     this.close();
     URL.revokeObjectURL(this.video.src);
     this.video.src = URL.createObjectURL(file);
+    this.video.load(); // else iPhones load no picture before the video plays
     this.video.loop = true;
     await this.event("loadeddata", signal, `This browser cannot play ${file.name}`);
     if (this.video.videoWidth === 0) throw new Unplayable(`There are no pictures in ${file.name}`);
@@ -123,6 +128,7 @@ export class TrackedVideo implements Clip {
   }
 
   private async play(): Promise<void> {
+    if (document.hidden) return; // advance() plays it once the page is seen
     try {
       await this.video.play();
     } catch (error) {

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { moveJoint, nearestJoint, PARENTS, subtree } from "../src/kinematics.ts";
-import { LEFT_HAND, LEFT_SHOULDER, LEFT_WRIST, NECK, NOSE, NUM_KEYPOINTS, RIGHT_HAND, RIGHT_WRIST } from "../src/layout.ts";
+import { FEET, LEFT_HAND, LEFT_SHOULDER, LEFT_WRIST, NECK, NOSE, NUM_KEYPOINTS, RIGHT_HAND, RIGHT_WRIST } from "../src/layout.ts";
 
 const LEFT_ELBOW = 6;
 
@@ -72,4 +72,14 @@ test("the nearest joint is found within reach, the body's first", () => {
   assert.equal(nearestJoint(points, 13, 10, 5), NOSE);
   assert.equal(nearestJoint(points, 13, 10, 2), 40);
   assert.equal(nearestJoint(points, 30, 30, 5), null);
+});
+
+test("what is not drawn cannot be grabbed: faint points and feet", () => {
+  const points = new Float32Array(NUM_KEYPOINTS * 3);
+  points.set([10, 10, 0.29], LEFT_WRIST * 3);
+  points.set([10, 10, 1], FEET.start * 3);
+  points.set([10, 10, 1], (FEET.stop - 1) * 3);
+  assert.equal(nearestJoint(points, 10, 10, 5), null);
+  points.set([13, 10, 0.3], LEFT_HAND.start * 3);
+  assert.equal(nearestJoint(points, 10, 10, 5), LEFT_HAND.start);
 });
