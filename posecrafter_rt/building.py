@@ -45,8 +45,8 @@ from posecrafter_rt.spec import NETWORK_NAMES, Architecture
 if TYPE_CHECKING:
     from posecrafter_rt.models.loading import PoseModel
 
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx")
-EXPORTING = ("onnx-ir", "onnxscript")
+LIBRARIES = ("torch", "diffusers", "transformers")
+EXPORTING = ("onnx", "onnx-ir", "onnxscript")
 # Libraries needed only to build an engine; those that it also needs to be loaded are in `Backend.libraries`.
 BUILT_WITH = {"openvino": EXPORTING, "tensorrt": (*EXPORTING, "triton")}
 SOURCES = ("models", "ops", "kernels", "export", "engines")  # subpackages whose code decides what an engine holds
@@ -245,7 +245,7 @@ def _build(
         with _passing_over(plan.backend, fingerprint, plan.is_auto):
             _write_networks(plan, model, arch, networks, stages, on_stage)
     stages.save()
-    return BuildResult(EngineFolder(output.resolve(), manifest, output), False, plan.why)
+    return BuildResult(EngineFolder(output.resolve(), manifest, output.absolute()), False, plan.why)
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,6 @@ def _describe(plan: _Plan, options: BuildOptions) -> dict[str, Any]:
     `fingerprint` is the hash of the rest, of the base's configurations and of the code in SOURCES, refitted or not.
     """
     tuned, backend, base = plan.tuned, plan.backend, locate_base(options.base or plan.tuned.metadata["base"])
-    configs = hash_configs(base, {key: getattr(options, key) or tuned.metadata[key] for key in ("vae", "controlnet")})
     manifest = {
         "package": __version__, "backend": backend.name, "precision": plan.precision, "size": list(plan.size),
         "checkpoint": tuned.digest(), "device": backend.device(),
@@ -375,6 +374,7 @@ def _describe(plan: _Plan, options: BuildOptions) -> dict[str, Any]:
         "feature_reuse": plan.feature_reuse,
         **({} if plan.max_frames is None else {"max_frames": plan.max_frames}),
     }  # fmt: skip
+    configs = hash_configs(base, {key: getattr(options, key) or tuned.metadata[key] for key in ("vae", "controlnet")})
     return {**manifest, "fingerprint": sha256_json({**manifest, "sources": [configs, source_digest(*SOURCES)]})}
 
 

@@ -44,8 +44,8 @@ class Checkpoint:
     metadata: JSON values, among them those of REQUIRED_METADATA: base, controlnet, vae as `load_base` takes them (or
         None); base_hash; prompt; size [height, width]; norm_scope; seed; steps. If a small decoder was distilled,
         small_decoder is its configuration. `tune` also writes schedule, the base's `DDIMSchedule.learned`, and
-        configurations, its `PoseModel.configs`; older checkpoints lack them. A loaded checkpoint also has "versions"
-        and "format_version".
+        configurations, its `PoseModel.configurations`; older checkpoints lack them. A loaded checkpoint also has
+        "versions" and "format_version".
     Raises: CheckpointError if frames, poses and metadata do not fit together.
     """
 
@@ -70,7 +70,7 @@ class Checkpoint:
         if not isinstance(self.metadata.get("schedule", {}), dict):
             raise CheckpointError("the noise schedule that it was tuned with is not a table", hint="tune again")
         if not isinstance(self.metadata.get("configurations", {}), dict):
-            raise CheckpointError("the hashes of its base's configurations are not a table", hint="tune again")
+            raise CheckpointError("its base's configurations are not a table", hint="tune again")
         foreign = [name for name in self.tensors if not name.startswith(_PREFIXES)]
         if foreign:
             raise CheckpointError(
@@ -125,11 +125,13 @@ class Checkpoint:
                 message = f"the checkpoint was tuned with {name} {tuned}, but {model.base_id} has {schedule[name]}"
                 hint = "undo the change in the base's scheduler_config.json, or in the .yaml beside its file, or tune again"
                 raise CheckpointError(message, hint=hint)
-        for name, digest in self.metadata.get("configurations", {}).items():
-            if model.configs.get(name, digest) != digest:
-                message = f"the checkpoint was tuned with another configuration of the {name.replace('_', ' ')}"
-                hint = f"undo the change in {name}/, give the parts that it was tuned with (--base, --controlnet, --vae), or "
-                raise CheckpointError(message, hint=f"{hint}tune again")
+        configurations = model.configurations()
+        for name, tuned in self.metadata.get("configurations", {}).items():
+            if configurations.get(name, tuned) != tuned:  # another version may say more or less
+                part, _, entry = name.partition(".")
+                message = f"the checkpoint was tuned with another configuration of the {part.replace('_', ' ')}"
+                hint = f"undo the change in {part}/config.json ({entry}), give the parts that it was tuned with "
+                raise CheckpointError(message, hint=f"{hint}(--base, --controlnet, --vae), or tune again")
 
     def load_model(
         self,

@@ -96,11 +96,14 @@ class TuningRun:
         if state is None:
             return
         kept = state["start"]
-        start = {**start, "precision": kept["precision"] if any_precision else self.precision}
+        start = {**start, "precision": kept.get("precision", self.precision) if any_precision else self.precision}
         if kept != start:
             if force:
                 return
             raise _of_another_run(path, kept, start)
+        if kept["precision"] != self.precision:
+            log.warning("%s began in %s, so it goes on in that; --no-resume begins anew in %s",
+                        path, kept["precision"], self.precision)  # fmt: skip
         self._take(kept["precision"])
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -116,7 +119,9 @@ def _load(path: Path) -> dict[str, Any] | None:
     """Return the state in a file; None if there is none, or if it is damaged. Raises: see `TuningRun.restore`."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        _ = state["start"]["precision"]  # a file of anything else has none
+        if "fingerprint" in state:
+            state["start"] = {}  # an earlier version wrote it, and can finish it
+        _ = state["start"]  # a file of anything else has none
         return state
     except FileNotFoundError:
         return None
@@ -134,8 +139,13 @@ def _load(path: Path) -> dict[str, Any] | None:
 def _of_another_run(path: Path, kept: dict[str, Any], start: dict[str, Any]) -> OutputExists:
     """Return the error that says in what the run in `path` differs and, if options tell it all, which finish it."""
     names = [name for name, value in start.items() if kept.get(name, value) != value]
+    if "small_decoder_steps" in names and "small_decoder" in names:
+        names.remove("small_decoder")  # it follows from them
     given = [f"--{name.replace('_', '-')} {shlex.quote(str(kept[name]))}" for name in names if name in _OPTIONS]
-    differing = ", ".join(name.replace("_", " ") for name in names) or "the version of this package"
+    if not names:
+        return OutputExists(f"{path} holds an unfinished tuning of another version of this package",
+                            "finish it with that version, or give --force to throw it away")  # fmt: skip
+    differing = ", ".join(name.replace("_", " ") for name in names)
     same = " ".join(given) if given and len(given) == len(names) else "the same"
     return OutputExists(f"{path} holds an unfinished tuning that differs in {differing}",
                         f"give {same} to finish it, or --force to throw it away")  # fmt: skip

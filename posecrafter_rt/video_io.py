@@ -26,6 +26,7 @@ from posecrafter_rt.framing import check_frame, resize_to, size_text
 from posecrafter_rt.video_decoding import DEFAULT_FPS, decode, ffmpeg_name, frame_rate, open_video, reason
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+_HEAD_BYTES = 1 << 16  # of a PNG, in which an animation is announced
 _UNREAD_SUFFIXES = (".heic", ".heif", ".avif")  # what phones write beside JPEG, which OpenCV cannot read everywhere
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv")
 H264_CRF = "17"  # x264's constant quality; at about this value and below no loss is visible
@@ -60,7 +61,7 @@ def read_video(
         Of MKV, WebM, MPEG-TS and FLV nothing tells that they break off: what is there is read.
     """
     source, fps = stream_video(path, size=size, start=start, stop=stop)
-    frames = _gather(source)
+    frames = _gather(source, len(range(count_frames(path))[start:stop]))
     if not len(frames):
         where = f" from frame {start} on" if start else ""
         hint = "start earlier" if start else "check that the file is whole"
@@ -68,17 +69,19 @@ def read_video(
     return Video(frames, fps)
 
 
-def _gather(source: Iterable[np.ndarray]) -> np.ndarray:
-    """Gather frames into one growing array; stacking a list of them would hold every frame twice."""
+def _gather(source: Iterable[np.ndarray], expected: int) -> np.ndarray:
+    """Gather frames into one array; stacking a list of them would hold every frame twice.
+
+    expected: how many may come. Memory for more of them than do come is never touched, and so not taken.
+    """
     frames, count = np.empty(0, np.uint8), 0
     for frame in source:
         if count == len(frames):
-            # Linux grows a large block by remapping its pages, without copying them.
-            frames.resize((count + count // 8 + 8, *frame.shape), refcheck=False)
+            larger = np.empty((max(expected, count + count // 8 + 8), *frame.shape), np.uint8)
+            larger[:count], frames = frames.reshape(count, *frame.shape), larger
         frames[count] = frame
         count += 1
-    frames.resize((count, *frames.shape[1:]), refcheck=False)
-    return frames
+    return frames[:count]
 
 
 def video_size(path: str | PathLike[str]) -> tuple[int, int]:
@@ -274,18 +277,22 @@ def _holds_images(path: Path) -> bool:
 
 def _is_animated_png(path: Path) -> bool:
     """Return whether a PNG announces an animation, which it does before its first picture."""
-    return path.suffix.lower() == ".png" and path.is_file() and b"acTL" in path.read_bytes().partition(b"IDAT")[0]
+    if path.suffix.lower() != ".png" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"acTL" in file.read(_HEAD_BYTES).partition(b"IDAT")[0]
 
 
 def _image_paths(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     entries = sorted((entry for entry in path.iterdir() if entry.name[0] != "."), key=natural_key)
-    for entry in entries:
-        if entry.suffix.lower() in _UNREAD_SUFFIXES:  # without it the clip would have a gap
-            raise VideoError(f"{entry} is an image of a format that cannot be read",
-                             hint="convert such images to JPEG (magick FILE FILE.jpg) and move them away")  # fmt: skip
     images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
+    readable = {entry.stem for entry in images}
+    for entry in entries:
+        if entry.suffix.lower() in _UNREAD_SUFFIXES and entry.stem not in readable:  # the clip would have a gap
+            raise VideoError(f"{entry} is an image of a format that cannot be read",
+                             hint="convert such images to JPEG: magick NAME.heic NAME.jpg")  # fmt: skip
     if not images:
         raise VideoError(f"the folder {path} holds no image", hint=f"images end in {', '.join(IMAGE_SUFFIXES)}")
     return images

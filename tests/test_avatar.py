@@ -322,7 +322,7 @@ def test_steps_that_would_do_nothing_are_refused(avatar: Avatar, change: dict[st
     """The last step of leading spacing is at timestep 1: begun there, every frame would be the reference."""
     with pytest.raises(PoseCrafterError, match="start where no noise is left to remove") as caught:
         avatar.render(some_poses(2), **change)
-    assert caught.value.hint == "give more steps, or the sampler dpmpp"
+    assert caught.value.hint == "give more steps, a larger strength, or the sampler dpmpp"
     avatar.resolve(**change, sampler="dpmpp")
     with pytest.raises(PoseCrafterError, match="2 denoising steps at strength 0.5 start where no noise is left"):
         avatar.folder.manifest["recommended"] = {"inversion_substeps": 1, "strength": 0.5}

@@ -226,19 +226,19 @@ def test_a_reason_that_force_has_found_gone_is_not_given_again(
     assert build_engine(tiny_checkpoint, path, auto).was_current and len(tries) == 3
 
 
-@pytest.mark.parametrize(("name", "libraries"), [("torch", set()), ("openvino", {"onnx-ir", "onnxscript"}),
-                                                 ("tensorrt", {"triton", "onnx-ir", "onnxscript"}),
+@pytest.mark.parametrize(("name", "libraries"), [("torch", set()), ("openvino", {"onnx", "onnx-ir", "onnxscript"}),
+                                                 ("tensorrt", {"triton", "onnx", "onnx-ir", "onnxscript"}),
                                                  ("inductor", {"triton"})])  # fmt: skip
 def test_an_engine_depends_on_the_libraries_that_its_backend_builds_with(name: str, libraries: set[str]) -> None:
     found = {*libraries_of(get_backend(name))}
-    assert found & {"triton", "onnx-ir", "onnxscript"} == libraries
-    assert {"torch", "diffusers", "transformers", "onnx", *get_backend(name).libraries} <= found
+    assert found & {"triton", "onnx", "onnx-ir", "onnxscript"} == libraries
+    assert {"torch", "diffusers", "transformers", *get_backend(name).libraries} <= found
 
 
 def test_other_libraries_may_change(
     tiny_checkpoint: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others = ("triton", "onnx-ir", "onnxscript")
+    others = ("triton", "onnx", "onnx-ir", "onnxscript")
     monkeypatch.setattr("posecrafter_rt.machine.version", lambda name: "99" if name in others else version(name))
     assert build_engine(tiny_checkpoint, copied, TORCH).was_current
     build_engine(tiny_checkpoint, tmp_path / "refitted", BuildOptions(refit=copied))
@@ -286,7 +286,7 @@ def test_what_the_base_recommends_anew_reaches_an_engine_that_was_built_before(t
 def test_how_a_base_is_configured_anew_reaches_an_engine_that_was_built_before(
     file: str, change: dict[str, Any], tiny_base: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Of a checkpoint that does not know what it was tuned with; any other is refused."""
+    """Of a checkpoint that does not know what its networks were; any other is refused."""
     base, tuned = shutil.copytree(tiny_base, tmp_path / "base"), Checkpoint.load(tiny_checkpoint)
     older = {name: value for name, value in tuned.metadata.items() if name != "configurations"}
     replace(tuned, metadata=older).save(tmp_path / "older.ckpt")
@@ -299,8 +299,9 @@ def test_how_a_base_is_configured_anew_reaches_an_engine_that_was_built_before(
     (base / file).write_text(json.dumps({**config, **change}))
     again = build_engine(tmp_path / "older.ckpt", options=options)
     assert not again.was_current and again.folder.manifest["base_hash"] == before["base_hash"]
-    with pytest.raises(CheckpointError, match=f"another configuration of the {Path(file).parent}$"):
-        build_engine(tiny_checkpoint, tmp_path / "newer.engine", options)
+    if "vae" in file:  # tokenizers that are saved again are in other files
+        with pytest.raises(CheckpointError, match="another configuration of the vae$"):
+            build_engine(tiny_checkpoint, tmp_path / "newer.engine", options)
 
 
 def test_an_engine_is_not_read_again_once_it_is_in_its_place(
@@ -484,15 +485,16 @@ def test_an_engine_has_the_shape_of_tuning(size: tuple[int, int] | None, is_fine
 
 
 def test_an_engine_that_is_loaded_is_not_replaced(tiny_checkpoint: Path, copied: Path) -> None:
-    other = BuildOptions("torch", "bf16")
-    with Avatar.load(copied) as avatar:
+    other, link = BuildOptions("torch", "bf16"), copied.with_name("link")
+    link.symlink_to(copied)
+    with Avatar.load(link) as avatar:
         for _ in range(2):
             with pytest.raises(EngineFolderError, match="is in use"):
                 build_engine(tiny_checkpoint, copied, other)
             avatar.networks.close()  # as a render does when it comes to another precision
         assert build_engine(tiny_checkpoint, copied, TORCH).was_current
     assert not build_engine(tiny_checkpoint, copied, other).was_current
-    with pytest.raises(EngineFolderError, match="built anew after it had been opened"):
+    with pytest.raises(EngineFolderError, match=f"^{link} was built anew after it had been opened"):
         avatar.render(some_poses(2), num_inference_steps=2)
 
 

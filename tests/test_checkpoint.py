@@ -276,16 +276,41 @@ def test_what_a_later_version_says_of_the_schedule_is_no_difference(
 def test_a_base_of_the_same_weights_in_another_configuration_is_refused(
     file: str, change: dict[str, Any], tiny_base: Path, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
 ) -> None:
-    tuned = make_checkpoint(configurations={**load_base(str(tiny_base)).configs, "of a later version": "0"})
+    tuned = make_checkpoint(configurations={**load_base(str(tiny_base)).configurations(), "of a later version": "0"})
     base = shutil.copytree(tiny_base, tmp_path / "edited")
     (base / file).write_text(json.dumps({**json.loads((base / file).read_text()), **change}))
     model = load_base(str(base))
     make_checkpoint().require_base(model)  # an older one does not know
-    part = Path(file).parent.name
+    part, (entry,) = Path(file).parent.name, change
     with pytest.raises(CheckpointError, match=f"another configuration of the {part.replace('_', ' ')}$") as raised:
         tuned.require_base(model)
-    assert raised.value.hint and f"undo the change in {part}/" in raised.value.hint
+    assert raised.value.hint and f"undo the change in {part}/config.json ({entry})" in raised.value.hint
     tuned.require_base(load_base(str(tiny_base)))
+
+
+def test_a_base_that_was_saved_again_is_the_same(
+    tiny_base: Path, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    """With every default written out, or with none; of a checkpoint that knows only hashes, too."""
+    for base, change in (
+        (tmp_path / "first", {}),
+        (tmp_path / "again", {"_name_or_path": "a", "architectures": ["A"]}),
+    ):
+        shutil.copytree(tiny_base, base)
+        for part, default in (
+            ("unet", "upcast_attention"),
+            ("vae", "force_upcast"),
+            ("text_encoder", "attention_dropout"),
+        ):
+            path = base / part / "config.json"
+            config = json.loads(path.read_text())
+            del config[default]
+            path.write_text(json.dumps(config if base.name == "first" else {**json.loads(path.read_text()), **change}))
+    first, again = (load_base(str(tmp_path / name)) for name in ("first", "again"))
+    again.tokenizer.save_pretrained(tmp_path / "again" / "tokenizer")
+    make_checkpoint(configurations=first.configurations()).require_base(load_base(str(tmp_path / "again")))
+    make_checkpoint(configurations=again.configurations()).require_base(first)
+    make_checkpoint(configurations={"vae": "a hash"}).require_base(first)
 
 
 @pytest.mark.parametrize("table", [None, [], "0"])

@@ -336,7 +336,8 @@ def test_the_precision_of_another_run_that_is_given_up_is_no_matter(
     [({"precision": "bf16"}, "precision", "--precision bf16"), ({"seed": 7, "steps": 5}, "seed, steps", "--seed 7 --steps 5"),
      ({"prompt": "a man"}, "prompt", "--prompt 'a man'"), ({"frames": 2}, "frames, poses or weights", "the same"),
      ({"steps": 5, "frames": 2}, "steps, frames, poses or weights", "the same"),
-     ({"decoder_steps": 1}, "decoder steps", "--decoder-steps 1")],
+     ({"decoder_steps": 1}, "decoder steps", "--decoder-steps 1"),
+     ({"small_decoder_steps": 1}, "small decoder steps", "--small-decoder-steps 1")],
 )  # fmt: skip
 def test_what_differs_from_an_unfinished_run_is_named_with_the_options_that_finish_it(
     clip, options, tmp_path: Path, change: dict[str, Any], differing: str, given: str
@@ -346,6 +347,14 @@ def test_what_differs_from_an_unfinished_run_is_named_with_the_options_that_fini
     with pytest.raises(OutputExists, match=f"holds an unfinished tuning that differs in {differing}$") as caught:
         tune(*clip, tmp_path / "a.ckpt", options)
     assert caught.value.hint == f"give {given} to finish it, or --force to throw it away"
+
+
+def test_an_unfinished_run_of_an_earlier_version_is_kept(clip, options, tmp_path: Path) -> None:
+    torch.save({"fingerprint": "0", "step": 1}, tmp_path / "a.ckpt.partial")
+    with pytest.raises(OutputExists, match="unfinished tuning of another version") as caught:
+        tune(*clip, tmp_path / "a.ckpt", options)
+    assert "--force" in (caught.value.hint or "")
+    tune(*clip, tmp_path / "a.ckpt", options, force=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that the system cannot read")

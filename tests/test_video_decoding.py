@@ -433,6 +433,9 @@ def test_an_image_of_a_folder_that_cannot_be_read_is_named(tmp_path, suffix):
     with pytest.raises(VideoError, match=rf"IMG_2\{suffix} is an image of a format that cannot be read") as caught:
         read_video(tmp_path)
     assert_one_line(caught)
+    for number in (2, 11):
+        write_png(tmp_path / f"IMG_{number}.png", smooth(1, (20, 30))[0])
+    assert len(read_video(tmp_path)) == 3
 
 
 def test_missing_files_and_empty_folders(tmp_path):

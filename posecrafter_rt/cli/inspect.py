@@ -19,7 +19,7 @@ from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 app = typer.Typer()
 
 # Not shown, or shown in tables of their own; --json has them.
-_LONG = ("files", "architecture", "scheduler", "networks", "network_details")
+_LONG = ("files", "architecture", "configurations", "scheduler", "networks", "network_details")
 
 
 @app.command()

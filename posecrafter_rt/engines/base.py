@@ -33,7 +33,8 @@ BEYOND_FP16 = ("vae", "vae_encoder", "vae_decoder")  # the component, and its ne
 KEPT_KINDS = 64  # combinations of input types and shapes that each network remembers as valid
 # The types that `spec` names, at the boundary; "kept" tensors may be in another type if the engine has them in it.
 DTYPES = {"float": torch.float32, "kept": torch.float32, "int64": torch.int64, "bool": torch.bool}
-CACHE_HINT = "set POSECRAFTER_CACHE to a folder that can be written"  # ends reasons that only a cache would remove
+# Ends reasons that only a cache would remove.
+CACHE_HINT = "set POSECRAFTER_CACHE to a folder that this user can write to and others cannot"
 Progress = Callable[[str], None]  # called with the name of each stage as it begins
 
 

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class EngineFolder:
     """An engine folder in which every file was verified to be the one that was built.
 
-    path: without links. given: the path that the user gave; None: the same.
+    path: without links. given: the path that the user gave, absolute; None: the same.
     """
 
     path: Path
@@ -167,7 +167,9 @@ def in_use(folder: EngineFolder) -> Iterator[None]:
     """
     with locked(folder.path / MANIFEST, shared=True):
         if read_manifest(folder.path).get("seal") != folder.manifest["seal"]:
-            raise EngineFolderError(f"{folder.path} was built anew after it had been opened", "load it again")
+            raise EngineFolderError(
+                f"{folder.given or folder.path} was built anew after it had been opened", "load it again"
+            )
         yield
 
 
@@ -379,4 +381,4 @@ def _open(path: Path, given: Path) -> EngineFolder:
     for name, digest in _hash_files(path, present).items():
         if digest != files[name]:
             raise EngineFolderError(f"{given} was altered: {name} is not the file that was built", rebuild)
-    return EngineFolder(path, manifest, given)
+    return EngineFolder(path, manifest, given.absolute())

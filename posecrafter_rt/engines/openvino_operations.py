@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -265,12 +265,16 @@ def _compiled(vectors: Vectors) -> Path:
             reason = _unsound_reason(kept)
             if reason is None:
                 return kept
-            unsound[kept] = reason
+            if reason:
+                unsound[kept] = reason
         for kept, reason in unsound.items():
             log.warning("%s is compiled again if possible: %s", kept, reason)
         _ask(vectors)
         folder = cache / f"openvino_operations-{os.getuid()}"
         folder.mkdir(0o755, parents=True, exist_ok=True)
+        if not folder.is_symlink():  # some mounts open every folder to a group; each library in it is verified
+            with suppress(PermissionError):
+                folder.chmod(folder.stat().st_mode & 0o7755)
         if _is_others(folder):
             raise PermissionError(f"other users may write to {folder}")
         # It was loaded below, for good, and NFS keeps the name of a file in use, so the folder may not become empty.
@@ -287,21 +291,27 @@ def _compiled(vectors: Vectors) -> Path:
     return library
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether a file or folder belongs to another user (not to root)."""
+    return path.lstat().st_uid not in (0, os.getuid())
+
+
 def _is_others(path: Path) -> bool:
     """Whether a file or folder belongs to another user (not to root), or others may write to it, or it is a link.
 
     The name of a library is no secret: whoever can write to a shared cache could have everybody load code of his own.
     """
-    status = path.lstat()
-    return status.st_uid not in (0, os.getuid()) or bool(status.st_mode & 0o022)
+    return _is_foreign(path) or bool(path.lstat().st_mode & 0o022)
 
 
 def _unsound_reason(library: Path) -> str | None:
     """Return None if a library compiled earlier is this user's, has the hash in its name and loads, else why not.
 
-    The cache may be another system's. Loading a damaged library would end the process.
+    "" for another user's. The cache may be another system's. Loading a damaged library would end the process.
     """
     try:
+        if _is_foreign(library.parent) or _is_foreign(library):
+            return ""
         if _is_others(library.parent) or _is_others(library):
             return "other users may write to it or to its folder"
         if not library.stem.endswith(sha256_file(library)):

@@ -5,6 +5,7 @@ Layer 3: also loads tuned tensors into a model, and reads ControlVideo's weight 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,13 +25,13 @@ from posecrafter_rt.models.controlnet import VideoControlNet
 from posecrafter_rt.models.folding import fold_denoiser, fold_vae
 from posecrafter_rt.models.networks import build_networks, describe_architecture
 from posecrafter_rt.models.settings import BaseSettings
-from posecrafter_rt.models.small_decoder import fold_small_decoder
+from posecrafter_rt.models.small_decoder import describe_config, fold_small_decoder
 from posecrafter_rt.models.sources import (
     PARTS,
     Base,
     Component,
-    hash_configs,
     hash_files,
+    is_of_writer,
     lasting_id,
     locate_base,
     locate_component,
@@ -53,7 +54,7 @@ class PoseModel:
     """All networks of a base as torch modules, in evaluation mode and without gradients.
 
     base_id, controlnet_id, vae_id: with these, `load_base` finds them again from any working directory; None: the
-    base's own is used. base_hash: SHA-256 over the weights of all four networks. configs: see `hash_configs`.
+    base's own is used. base_hash: SHA-256 over the weights of all four networks.
     small_decoder: that of a tuned person, or one that the user gave; a base has none.
     """
 
@@ -65,7 +66,6 @@ class PoseModel:
     scheduler_config: dict[str, Any]
     base_id: str
     base_hash: str
-    configs: dict[str, str]
     settings: BaseSettings
     controlnet_id: str | None = None
     vae_id: str | None = None
@@ -74,8 +74,20 @@ class PoseModel:
     def identity(self) -> dict[str, Any]:
         """Return the entries of a checkpoint's metadata that name its base; `schedule` is `DDIMSchedule.learned`."""
         return {"base": self.base_id, "controlnet": self.controlnet_id, "vae": self.vae_id, "base_hash": self.base_hash,
-                "configurations": self.configs,
+                "configurations": self.configurations(),
                 "schedule": DDIMSchedule.from_config(self.scheduler_config).learned}  # fmt: skip
+
+    def configurations(self) -> dict[str, Any]:
+        """Return what the networks' configurations say, in JSON's types, by names such as `vae.scaling_factor`.
+
+        Defaults are included: whether a file gives them depends on what wrote it.
+        """
+        configs = {role: describe_config(getattr(self, role)) for role in _CLASSES}
+        configs["text_encoder"] = self.text_encoder.config.to_dict()
+        entries = ((f"{role}.{name}", value) for role, config in configs.items()
+                   for name, value in config.items() if not is_of_writer(name))  # fmt: skip
+        said: dict[str, Any] = json.loads(json.dumps(dict(entries)))
+        return said
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the modules by the prefixes of their parameters' names."""
@@ -151,7 +163,6 @@ def load_base(
         scheduler_config=scheduler_config,
         base_id=found.base_id,
         base_hash=hash_files({role: part.files for role, part in parts.items()}),
-        configs=hash_configs(found, {role: str(part.config_folder) for role, part in parts.items()}),
         settings=settings,
         controlnet_id=controlnet and lasting_id(controlnet),
         vae_id=vae and lasting_id(vae),

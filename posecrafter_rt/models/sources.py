@@ -161,16 +161,16 @@ def hash_configs(base: Base, given: Mapping[str, str | None]) -> dict[str, str]:
         folder = folders.get(role) or base.config_folder(role)
         with reading(folder):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            hashes[role] = sha256_json({name: value for name, value in config.items() if not _is_of_writer(name)})
+            hashes[role] = sha256_json({name: value for name, value in config.items() if not is_of_writer(name)})
     tokenizer = base.configs / "tokenizer"
     with reading(tokenizer):
         known = sha256_files(path for path in tokenizer.glob("*") if path.suffix in (".json", ".txt"))
     return {**hashes, "tokenizer": sha256_json({path.name: digest for path, digest in known.items()})}
 
 
-def _is_of_writer(name: str) -> bool:
-    """Whether an entry of a config.json says only who wrote it, such as the version of diffusers."""
-    return name.startswith("_") or name == "transformers_version"
+def is_of_writer(name: str) -> bool:
+    """Whether an entry of a config.json says only who wrote it, such as the version of diffusers, and from what."""
+    return name.startswith("_") or name in ("transformers_version", "architectures", "dtype", "torch_dtype")
 
 
 @contextmanager

@@ -135,7 +135,7 @@ class RenderOptions:
         if timesteps[self.start_step] <= schedule.steps_offset:
             raise PoseCrafterError(
                 f"{steps} denoising steps at strength {self.strength:g} start where no noise is left to remove",
-                "give more steps, or the sampler dpmpp",
+                "give more steps, a larger strength, or the sampler dpmpp",
             )
 
     @property

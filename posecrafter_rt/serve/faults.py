@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import time
 
-from posecrafter_rt.errors import OutOfMemory, PoseCrafterError
+from posecrafter_rt.errors import EngineFolderError, NotFinite, OutOfMemory, PoseCrafterError
 
+# Of ours, those that name the server's files or other processes, and advise what only its owner can do.
+_OWN = (OutOfMemory, NotFinite, EngineFolderError)
 MANY = 10  # faults in a row with which a server does not count as healthy
 _LOG_EVERY_S = 10.0
 _log = logging.getLogger(__name__)
@@ -31,12 +33,13 @@ class Faults:
 
         What is logged already is logged again after ten seconds at the earliest: a fault tends to come with every pose.
         """
-        if isinstance(error, PoseCrafterError) and not isinstance(error, OutOfMemory):
+        if isinstance(error, PoseCrafterError) and not isinstance(error, _OWN):
             return error
         self.num_in_a_row += is_counted
         said, now_s = f"{what} failed: {type(error).__name__}", time.perf_counter()
         if now_s - self._logged_s.get(said, float("-inf")) >= _LOG_EVERY_S:
             self._logged_s[said] = now_s
-            _log.error("%s; failures in a row: %d", said, self.num_in_a_row, exc_info=error)
+            count = f"; failures in a row: {self.num_in_a_row}" if is_counted else ""
+            _log.error("%s%s", said, count, exc_info=error)
         kind = OutOfMemory if isinstance(error, OutOfMemory) else ServerFault
         return kind(said, "the server's log says more")

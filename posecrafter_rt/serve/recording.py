@@ -13,7 +13,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -187,7 +187,8 @@ def _clear_leftovers() -> None:
         for leftover in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
             with suppress(OSError):
                 found = leftover.lstat()
-                is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-                with locked(leftover) if is_own else nullcontext(False) as is_held:
+                if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+                    continue
+                with locked(leftover) as is_held:
                     if is_held:
                         shutil.rmtree(leftover, ignore_errors=True)

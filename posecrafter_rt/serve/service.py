@@ -194,9 +194,7 @@ class Service:
             # Without memory for one more client, those who are here may be served well.
             is_counted = not isinstance(error, OutOfMemory)
             told = self._faults.note("opening the stream", error, is_counted=is_counted)
-            if told is error:
-                raise
-            raise told from error
+            raise told from None if told is error else error
 
     def _warm_up(self) -> None:
         """Do a first step, so that what it sets up is ready before the first client. On the engine's thread."""
@@ -216,11 +214,9 @@ class Service:
                          num_steps * step_s, step_s, MAX_AGE_S, faster_hint(options))  # fmt: skip
 
     def _first_frame(self) -> np.ndarray:
-        """Return what the camera shows: a client that has vanished stays for a while, and must not hide the next one."""
+        """Return what the camera shows: never another visitor, because the first one holds still."""
         sessions = list(self._sessions.values())
-        if not sessions:
-            return self.reference
-        return next((session for session in sessions if session.is_moving), sessions[0]).latest
+        return sessions[0].latest if sessions else self.reference
 
     def _forget(self, session: Session) -> None:
         self._sessions.pop(session.id, None)

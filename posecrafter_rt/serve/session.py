@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 _KEPT_TIMES = 256
 _KEPT_TEXTS = 32
 _ERROR_EVERY_S = 1.0
-STALLED_S = 5.0
 
 
 class Stream(Protocol):
@@ -119,12 +118,6 @@ class Session:
         self._count_lock = threading.Lock()
         self._render_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
         self._last_error_s = float("-inf")
-
-    @property
-    def is_moving(self) -> bool:
-        """Whether frames come: the pose of the newest one came less than five seconds ago."""
-        newest = self._newest
-        return newest is not None and newest.age_s < STALLED_S
 
     def count_overtaken(self) -> None:
         """A pose was overtaken by a newer one or by a reset, or its stream went on in float32, before its frame was sent."""

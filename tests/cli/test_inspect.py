@@ -138,6 +138,15 @@ def test_a_checkpoint(checkpoint: Path) -> None:
     assert "a person" in run(checkpoint).stdout
 
 
+def test_what_a_checkpoints_networks_were_is_only_in_json(checkpoint: Path) -> None:
+    """It is more than a hundred entries."""
+    tuned = Checkpoint.load(checkpoint)
+    tuned.metadata["configurations"] = {"vae.scaling_factor": 0.18215}
+    tuned.save(checkpoint, force=True)
+    assert "scaling" not in run(checkpoint).stdout
+    assert json.loads(run(checkpoint, "--json").stdout)["configurations"] == {"vae.scaling_factor": 0.18215}
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps({"a": 1})])
 def test_what_is_no_checkpoint_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "odd.ckpt").write_bytes(content)

@@ -48,8 +48,10 @@ def inductor_decoder(plain_model: PoseModel, tmp_path_factory: pytest.TempPathFa
     network, spec = plain_model.networks()["vae_decoder"], network_specs(arch)["vae_decoder"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    InductorBackend().build_network(network, spec, arch, folder, "fp32")
-    torch.set_num_threads(threads)
+    try:
+        InductorBackend().build_network(network, spec, arch, folder, "fp32")
+    finally:
+        torch.set_num_threads(threads)
     return folder
 
 

@@ -88,6 +88,17 @@ def test_an_engine_that_lacks_a_cache_only_is_not_built_again(
     assert caught.value.hint == CACHE_HINT
 
 
+def test_an_engine_that_does_not_run_here_has_the_name_that_the_user_gave(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(tiny_engine)
+    monkeypatch.setattr(TorchBackend, "unsupported_reason", lambda self, precision: f"no {precision} here")
+    with pytest.raises(EngineFolderError, match=f"^{link} needs backend torch") as caught:
+        check_runs_here(open_folder(link))
+    assert caught.value.hint and f" -o {link} " in caught.value.hint
+
+
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_a_processor_multiplies_bf16_or_does_not_and_never_fp16(
     monkeypatch: pytest.MonkeyPatch, has_bf16: bool

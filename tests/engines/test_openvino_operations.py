@@ -217,13 +217,28 @@ def test_what_other_users_may_have_written_is_not_loaded(
         os.chown(place, 12345, -1)
     loaded.clear()
     assert operations._compiled(operations.VECTORS[0]) == own and loaded == []  # compiled again
-    assert f"{folder / own.name} is compiled again if possible: other users may write" in caplog.text
-    own.parent.chmod(0o777)
+    told = f"{folder / own.name} is compiled again if possible: other users may write"
+    assert (told in caplog.text) == whose.startswith("any")  # another user's is for that user
+    shutil.rmtree(own.parent)
+    own.parent.symlink_to(folder)
+    caplog.clear()
     with pytest.raises(
         operations.OperationsError, match=f"they cannot be kept: other users may write to {own.parent};"
     ):
         operations._compiled(operations.VECTORS[0])
     assert loaded == []
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o777, 0o2770])
+def test_a_folder_of_this_users_that_was_opened_to_others_is_closed_to_them(
+    mode: int, loaded: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As volumes are when they are mounted for a group."""
+    own = operations._compiled(operations.VECTORS[0])
+    own.parent.chmod(mode)
+    assert operations._compiled(operations.VECTORS[0]) == own and loaded == []
+    assert not own.parent.stat().st_mode & 0o022
+    assert operations._compiled(operations.VECTORS[0]) == own and loaded == [own]
 
 
 def test_they_are_found_again_whatever_permissions_files_usually_get(loaded: list[Path]) -> None:

@@ -42,7 +42,10 @@ def test_posecrafter_cuda_forces_the_cuda_part(setup_module: ModuleType, monkeyp
 
 
 def test_on_windows_an_installation_ends_in_one_line_that_says_what_to_do(tmp_path: Path) -> None:
-    code = "import runpy, sys; sys.platform = 'win32'; runpy.run_path('setup.py', run_name='__main__')"
+    # What setup.py imports is there before: under that name it would look for Windows' own modules.
+    code = (
+        "import runpy, shutil, subprocess, sys; sys.platform = 'win32'; runpy.run_path('setup.py', run_name='__main__')"
+    )
     command = [sys.executable, "-c", code, "-q", "egg_info", "--egg-base", str(tmp_path)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     expected = (1, "error: posecrafter-rt does not run on Windows; use WSL 2\n")

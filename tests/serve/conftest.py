@@ -25,7 +25,6 @@ def shows_old_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for module in (session, websocket):
         monkeypatch.setattr(module, "MAX_AGE_S", 60.0)
-    monkeypatch.setattr(session, "STALLED_S", 60.0)
 
 
 @pytest.fixture

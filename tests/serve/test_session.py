@@ -296,16 +296,6 @@ async def test_only_a_frame_that_is_computed_ends_a_row_of_failures(client: Clie
 
 
 @on_loop
-async def test_frames_that_stop_are_noticed_after_five_seconds(client: Client) -> None:
-    assert not client.session.is_moving
-    await client.render(make_pose())
-    session_module.time.sleep(4.9)
-    assert client.session.is_moving
-    session_module.time.sleep(0.2)
-    assert not client.session.is_moving
-
-
-@on_loop
 async def test_a_closed_session_renders_nothing(client: Client) -> None:
     client.session.is_closed = True
     await client.render(make_pose())

@@ -18,7 +18,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from posecrafter_rt.errors import BackendUnavailable
 from posecrafter_rt.poses.draw import draw_pose
-from posecrafter_rt.serve import sampling, session
+from posecrafter_rt.serve import sampling
 from posecrafter_rt.serve.options import ServeOptions
 from posecrafter_rt.serve.service import Service
 from posecrafter_rt.serve.virtual_camera import VirtualCamera
@@ -137,26 +137,6 @@ def test_it_shows_the_first_clients_newest_frame(cameras: list[RecordingCamera])
             wait_until(lambda: camera.shows(other))
         assert not camera.was_closed.is_set()
     assert camera.was_closed.is_set()
-
-
-def test_a_client_whose_frames_stop_gives_way_to_the_next(
-    cameras: list[RecordingCamera], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with running(DrawnAvatar(), ServeOptions(has_virtual_camera=True)) as server:
-        (camera,) = cameras
-        with connect(server.url("/ws", "ws")) as first, connect(server.url("/ws", "ws")) as second:
-            frames = show(first, 2), show(second, 6)
-            wait_until(lambda: camera.shows(frames[0]))
-            monkeypatch.setattr(session, "STALLED_S", 0.2)
-
-            def goes_on(client: ClientConnection, shift: float) -> bool:
-                client.send(pose_bytes(1, shift))
-                while isinstance(client.recv(timeout=30), str):
-                    pass
-                return camera.shows(draw_pose(make_pose(shift), SIZE))
-
-            wait_until(lambda: goes_on(second, 6))
-            wait_until(lambda: goes_on(first, 2))
 
 
 def test_a_frame_that_is_a_view_is_sent_as_the_device_needs_it(cameras: list[RecordingCamera]) -> None:

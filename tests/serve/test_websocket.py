@@ -19,7 +19,7 @@ from fastapi import WebSocket
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from posecrafter_rt.errors import OutOfMemory
+from posecrafter_rt.errors import NotFinite, OutOfMemory
 from posecrafter_rt.poses.draw import draw_pose
 from posecrafter_rt.serve import conversation, faults
 from posecrafter_rt.serve.options import ServeOptions
@@ -117,12 +117,16 @@ def test_a_stream_that_closes_itself_ends_the_connection_and_the_next_client_get
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(RuntimeError("the GPU is lost"), 503), (OutOfMemory("process 4711 has all"), 200)]
-)
+    ("error", "status"), [
+        (RuntimeError("the GPU is lost"), 503), (NotFinite("no numbers", "build /srv/me.engine again"), 503),
+        (OutOfMemory("process 4711 has all"), 200),
+    ],
+)  # fmt: skip
 def test_a_stream_that_cannot_be_opened_is_told_and_logged(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, status: int
 ) -> None:
     """A server that never opens one is not healthy, but one without memory for more clients may serve those it has."""
+    monkeypatch.setattr(faults, "_LOG_EVERY_S", float("inf"))
     server = serve()
 
     def fail(avatar: DrawnAvatar, **options: object) -> None:
