@@ -263,7 +263,7 @@ def test_other_options_are_refused(
         (lambda said: {"package": "0.0"}, "its posecrafter-rt is 0.0, not"),
         (lambda said: {"device": {"type": "cpu", "name": "another"}}, "its device is another, not"),
         (lambda said: {"device": {**said["device"], "cuda_driver": "13.1"}}, " with CUDA 13.1, not "),
-        (lambda said: {"libraries": {**said["libraries"], "onnx": "1.0"}}, "its onnx is 1.0, not"),
+        (lambda said: {"libraries": {**said["libraries"], "diffusers": "1.0"}}, "its diffusers is 1.0, not"),
         (lambda said: {"libraries": {}}, "its diffusers is None, not"),
         (
             lambda said: {"architecture": {**said["architecture"], "text_tokens": 9, "more": 1}},

@@ -92,10 +92,8 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         result = build_engine(checkpoint, output, options, force=force, progress=on_stage)
         peak = peak_bytes()
     folder = result.folder
-    built = [folder.path / name for name in folder.manifest["files"]]
-    num_bytes = sum(
-        path.stat().st_size for path in built if path.is_file()
-    )  # another build may have replaced it by now
+    built = (folder.path / name for name in folder.manifest["files"])
+    num_bytes = sum(path.stat().st_size for path in built if path.is_file())  # another build may have replaced it
     summary = {
         "engine": str(folder.path), "was_current": result.was_current, "backend": folder.manifest["backend"],
         "backend_reason": result.backend_reason, "precision": folder.manifest["precision"],
