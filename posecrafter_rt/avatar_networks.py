@@ -128,9 +128,7 @@ class Networks:
     def _refuse_fork(self) -> None:
         """Raise PoseCrafterError in a forked process: it has no threads of the libraries, which would wait for them."""
         if os.getpid() != self._process:
-            raise PoseCrafterError(
-                f"{self.folder.given or self.folder.path} was loaded before a fork", "load it in each worker"
-            )
+            raise PoseCrafterError(f"{self.folder.shown} was loaded before a fork", "load it in each worker")
 
     def check(self, options: RenderOptions) -> None:
         """Raise PoseCrafterError if the options need a network that the engine was built without, or after a fork."""
@@ -249,7 +247,7 @@ class Networks:
 
     def _rebuild(self, **changes: Any) -> str:
         """Return the command that builds this engine with these entries of its manifest changed."""
-        return rebuild_command(self.folder.given or self.folder.path, {**self.folder.manifest, **changes})
+        return rebuild_command(self.folder.shown, {**self.folder.manifest, **changes})
 
     def close(self) -> None:
         """Unload the networks and free all memory that they hold for the shapes that they have run at."""
@@ -266,7 +264,7 @@ class Networks:
 
 def check_runs_here(folder: EngineFolder) -> None:
     """Raise EngineFolderError if the backend cannot run here, or if device or versions are not those of the build."""
-    manifest, path = folder.manifest, folder.given or folder.path
+    manifest, path = folder.manifest, folder.shown
     backend, rebuild = get_backend(manifest["backend"]), rebuild_hint(path, manifest)
     reason = backend.unsupported_reason(manifest["precision"])
     if reason is not None:

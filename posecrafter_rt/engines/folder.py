@@ -48,9 +48,14 @@ class EngineFolder:
     given: Path | None = None
 
     @property
+    def shown(self) -> Path:
+        """The path for messages: the one that the user knows."""
+        return self.given or self.path
+
+    @property
     def name(self) -> str:
         """The folder's name as the user knows it: of a link to it, the link's."""
-        return Path(os.path.abspath(self.given or self.path)).name
+        return Path(os.path.abspath(self.shown)).name
 
     @property
     def networks(self) -> Path:
@@ -167,9 +172,7 @@ def in_use(folder: EngineFolder) -> Iterator[None]:
     """
     with locked(folder.path / MANIFEST, shared=True):
         if read_manifest(folder.path).get("seal") != folder.manifest["seal"]:
-            raise EngineFolderError(
-                f"{folder.given or folder.path} was built anew after it had been opened", "load it again"
-            )
+            raise EngineFolderError(f"{folder.shown} was built anew after it had been opened", "load it again")
         yield
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from tests.serve.drawn import Running
 
 if TYPE_CHECKING:
-    from playwright.sync_api import ConsoleMessage, Page, Request, WebSocket
+    from playwright.sync_api import ConsoleMessage, Page, Request, Route, WebSocket
 
 TIMEOUT_S = 90  # a busy machine without a GPU is slow to draw
 _HAS_SIZE = "id => document.getElementById(id).width * document.getElementById(id).height > 0"
@@ -93,6 +93,14 @@ class LivePage:
             seen.add(hashlib.sha256(self.pixels().tobytes()).digest())
             self.page.wait_for_timeout(30 + 9 * number)
         return len(seen)
+
+    def hold_offer(self) -> Route:
+        """Choose WebRTC, and return the page's offer, which the server gets or not as the caller wishes."""
+        held: list[Route] = []
+        self.page.route("**/api/offer", lambda route: held.append(route))
+        self.page.get_by_label("Connection").select_option("WebRTC")
+        self.wait_until(lambda: held)
+        return held[0]
 
     def choose(self, source: str) -> None:
         """Drive the avatar with `Demo`, `File`, `Webcam` or `Joints`."""

@@ -23,7 +23,7 @@ from tests.serve.browser.walker import STILL
 from tests.serve.drawn import DrawnAvatar, DrawnStream, make_pose, running
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Route, WebSocket, WebSocketRoute
+    from playwright.sync_api import WebSocket, WebSocketRoute
 
 pytestmark = pytest.mark.browser
 # A peer that never connects.
@@ -281,13 +281,10 @@ def test_webrtc_that_does_not_come_about_is_given_up_after_the_server_has_given_
     page.page.add_init_script(UNCONNECTED)
     page.page.reload()
     page.wait_for_link("Live")
-    held: list[Route] = []
-    page.page.route("**/api/offer", lambda route: held.append(route))
-    page.page.get_by_label("Connection").select_option("WebRTC")
-    page.wait_until(lambda: held)
+    offer = page.hold_offer()
     page.page.wait_for_timeout(3000)
     answered_s = time.monotonic()
-    held[0].fulfill(json={"type": "answer", "sdp": ""})
+    offer.fulfill(json={"type": "answer", "sdp": ""})
     page.wait_until(lambda: page.page.get_by_label("Connection").input_value() == "websocket")
     assert time.monotonic() - answered_s > webrtc._CONNECT_TIMEOUT_S
     page.wait_for_link("Live")
