@@ -5,12 +5,10 @@ Layer 6: combines the layers below.
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,15 +28,16 @@ from posecrafter_rt.engines import (
     choose_precision,
     usual_max_frames,
 )
-from posecrafter_rt.engines.folder import PASSED_OVER, EngineFolder, building, in_use, open_folder
-from posecrafter_rt.engines.refit import check_source
+from posecrafter_rt.engines.folder import EngineFolder, building, in_use, open_folder
+from posecrafter_rt.engines.refit import check_source, needs_base
 from posecrafter_rt.engines.stage_log import StageLog
-from posecrafter_rt.errors import DiskFull, EngineFolderError, PoseCrafterError, ShapeError, is_out_of_memory, last_line
+from posecrafter_rt.errors import EngineFolderError, PoseCrafterError, ShapeError
 from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
 from posecrafter_rt.models.small_decoder import hash_small_decoder, load_small_decoder
 from posecrafter_rt.models.sources import hash_configs, locate_base
 from posecrafter_rt.models.weights import read_scheduler_config
+from posecrafter_rt.passed_over import Failures, PassedOver, passing_over, read_passed_over
 from posecrafter_rt.plain_numbers import is_whole, make_numbers_plain
 from posecrafter_rt.spec import NETWORK_NAMES, Architecture
 
@@ -52,7 +51,6 @@ BUILT_WITH = {"openvino": EXPORTING, "tensorrt": (*EXPORTING, "triton")}
 SOURCES = ("models", "ops", "kernels", "export", "engines")  # subpackages whose code decides what an engine holds
 # Manifest entries that differ between persons and do not affect how long a build takes.
 OF_A_PERSON = ("fingerprint", "checkpoint", "base", "base_hash", "prompt", "steps", "seed", "loras", "small_decoder")
-OF_THE_MACHINE = (OSError, MemoryError, DiskFull)  # errors that would end any backend's build
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +66,9 @@ class BuildOptions:
         only).
     size: (height, width) in pixels of the rendered frames, of tuning's shape; None: that of tuning.
     base, controlnet, vae: where they are, if they moved since tuning.
-    refit: an engine folder of another checkpoint of the same base. Its networks are copied, and weights that differ
-        are replaced. `auto` then means its backend and its precision.
+    refit: an engine folder of another checkpoint of the same base. Its files are linked (copied to another file
+        system) but for what tuning changes, so the base's weights are not needed. `auto` then means its backend and
+        its precision.
     loras: fused into the tuned weights, in this order; see `fuse_loras`.
     small_decoder: used instead of the checkpoint's; see `load_small_decoder`.
     feature_reuse: build the network that `RenderOptions.unet_every`, and so the preset `balanced`, needs; None: yes, or
@@ -140,86 +139,26 @@ def build_engine(
     checkpoint = Path(checkpoint)
     name = re.sub(r"\.(ckpt|safetensors)$", "", checkpoint.name, flags=re.IGNORECASE)  # jane.doe is a name
     output = Path(output) if output is not None else checkpoint.parent / f"{name}.engine"
-    failures = _Failures({} if force else _read_passed_over(output))
+    failures = Failures({} if force else read_passed_over(output))
     while True:
         try:
             result = _build(checkpoint, output, options, force, progress, failures)
-        except _PassedOver as error:
+        except PassedOver as error:
             failures.add(error)
         else:
             failures.save(result.folder)
             return result
 
 
-class _PassedOver(Exception):
-    """The reason, in one line, why a backend that `auto` chose did not build an engine.
-
-    fingerprint: the engine's. is_lasting: whether the backend would fail the next time, too.
-    """
-
-    def __init__(self, backend: str, fingerprint: str, reason: str, is_lasting: bool = True) -> None:
-        super().__init__(reason)
-        self.backend, self.fingerprint, self.is_lasting = backend, fingerprint, is_lasting
-
-
-class _Failures:
-    """The backends that `auto` has passed over.
-
-    why: reasons by backend. before: reasons by fingerprint from an earlier build; these are not tried again.
-    """
-
-    def __init__(self, before: Mapping[str, str]) -> None:
-        self.before, self.why = before, dict[str, str]()
-        self._reasons: dict[str, str | None] = {}  # by fingerprint; None: the failure may not happen the next time
-
-    def add(self, error: _PassedOver) -> None:
-        if error.fingerprint in self.before:
-            again = f"build-engine with --backend {error.backend} or --force tries it again"
-            self.why[error.backend] = f"it failed at this engine before: {error}; {again}"
-        else:
-            self.why[error.backend] = f"it failed at this engine: {error}"
-        self._reasons[error.fingerprint] = str(error) if error.is_lasting else None
-        log.warning("%s is passed over, %s", error.backend, self.why[error.backend])
-
-    def save(self, folder: EngineFolder) -> None:
-        """Store the reasons in the engine that was built instead, for `_read_passed_over`; failing to is harmless."""
-        held = _read_passed_over(folder.path)  # empty in a new folder
-        kept = {key: reason for key, reason in {**self.before, **held, **self._reasons}.items() if reason is not None}
-        if kept != held:
-            with suppress(OSError):  # no temporary name: left behind, it would be no part of an engine
-                (folder.path / PASSED_OVER).write_text(json.dumps(kept, indent=1), encoding="utf-8")
-
-
-def _read_passed_over(engine: Path) -> dict[str, str]:
-    """Return what `_Failures.save` stored in an engine folder; empty if there is nothing or it is damaged."""
-    try:
-        reasons = json.loads((engine / PASSED_OVER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return reasons if isinstance(reasons, dict) else {}
-
-
-@contextmanager
-def _passing_over(backend: Backend, fingerprint: str, is_auto: bool) -> Iterator[None]:
-    """Turn a failure of a backend that `auto` chose into _PassedOver, if there is another backend to try."""
-    try:
-        yield
-    except Exception as error:
-        if not is_auto or backend.name == LAST_RESORT or isinstance(error, OF_THE_MACHINE):
-            raise
-        is_lasting = not is_out_of_memory(error)  # other processes may have held the memory
-        raise _PassedOver(backend.name, fingerprint, last_line(error), is_lasting) from error
-
-
 def _build(
-    checkpoint: Path, output: Path, options: BuildOptions, force: bool, progress: BuildProgress, failures: _Failures
+    checkpoint: Path, output: Path, options: BuildOptions, force: bool, progress: BuildProgress, failures: Failures
 ) -> BuildResult:
-    """Build an engine as `build_engine` does, with one backend; raise _PassedOver if `auto` is to try the next."""
+    """Build an engine as `build_engine` does, with one backend; raise PassedOver if `auto` is to try the next."""
     plan = _choose(checkpoint, options, failures.why)
     manifest = _describe(plan, options)
     fingerprint = manifest["fingerprint"]
     if plan.is_auto and fingerprint in failures.before:
-        raise _PassedOver(plan.backend.name, fingerprint, failures.before[fingerprint])
+        raise PassedOver(plan.backend.name, fingerprint, failures.before[fingerprint])
     if plan.source is not None:
         check_source(plan.source, manifest)
     current = _current(output, fingerprint)
@@ -232,17 +171,17 @@ def _build(
         progress(stage, stages.begin(stage))
 
     on_stage("loading the base")
-    model, arch = _load(plan, options)
+    model, arch = _load(plan, options, manifest)
     manifest["architecture"] = arch.to_json()
     if plan.source is not None:
         check_source(plan.source, {"architecture": manifest["architecture"]})  # known only once the base is loaded
-    with building(output, manifest, force) as staging:
+    with building(output, manifest, force, plan.source) as staging:
         on_stage("writing the reference frames")
         write_training(staging, plan.tuned.frames, plan.tuned.poses, plan.size)
         model.tokenizer.save_pretrained(staging / "tokenizer")
         networks = staging / "networks"
         networks.mkdir()
-        with _passing_over(plan.backend, fingerprint, plan.is_auto):
+        with passing_over(plan.backend, fingerprint, plan.is_auto):
             _write_networks(plan, model, arch, networks, stages, on_stage)
     stages.save()
     return BuildResult(EngineFolder(output.resolve(), manifest, output.absolute()), False, plan.why)
@@ -281,9 +220,20 @@ def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list
     return [path for path in given if path.exists()]
 
 
-def _load(plan: _Plan, options: BuildOptions) -> tuple[PoseModel, Architecture]:
-    """Load the tuned networks as they are built: with LoRAs fused, and folded. Raises: see `build_engine`."""
-    model = plan.tuned.load_model(base=options.base, controlnet=options.controlnet, vae=options.vae)
+def _load(plan: _Plan, options: BuildOptions, manifest: Mapping[str, Any]) -> tuple[PoseModel, Architecture]:
+    """Load the tuned networks as they are built: with LoRAs fused, and folded. Raises: see `build_engine`.
+
+    For a refit without the base's weights, if they are the same and lie apart in the engine.
+    """
+    model, tuned = None, plan.tuned
+    if plan.source is not None and plan.backend.holds_tuned_apart:
+        outline = tuned.load_outline(base=options.base, controlnet=options.controlnet, vae=options.vae)
+        reason = needs_base(plan.source, manifest, outline)
+        if reason is None:
+            model = outline
+        else:
+            log.warning("the engine to refit %s: all of this one is written anew", reason)
+    model = model or tuned.load_model(base=options.base, controlnet=options.controlnet, vae=options.vae)
     if options.small_decoder is not None:
         arch = model.architecture()
         model.small_decoder = load_small_decoder(options.small_decoder, arch.latent_channels, arch.vae_scale_factor,
@@ -299,8 +249,8 @@ def _load(plan: _Plan, options: BuildOptions) -> tuple[PoseModel, Architecture]:
 def _write_networks(
     plan: _Plan, model: PoseModel, arch: Architecture, folder: Path, stages: StageLog, progress: Callable[[str], None]
 ) -> None:
-    """Build the networks, or refit those of the engine to refit."""
-    if plan.source is None:
+    """Build the networks, or refit those of the engine to refit if its other weights are the same."""
+    if plan.source is None or (plan.backend.holds_tuned_apart and not model.is_partial):
         stages.set_missing(plan.backend.num_missing(model, arch, plan.precision))
         plan.backend.build(model, arch, folder, plan.precision, progress)
     else:
@@ -365,7 +315,7 @@ def _describe(plan: _Plan, options: BuildOptions) -> dict[str, Any]:
     tuned, backend, base = plan.tuned, plan.backend, locate_base(options.base or plan.tuned.metadata["base"])
     manifest = {
         "package": __version__, "backend": backend.name, "precision": plan.precision, "size": list(plan.size),
-        "checkpoint": tuned.digest(), "device": backend.device(),
+        "checkpoint": tuned.digest(), "tuned": sha256_json(sorted(tuned.tensors)), "device": backend.device(),
         "networks": list(NETWORK_NAMES), "scheduler": read_scheduler_config(base), "recommended": base.settings().recommended,
         "libraries": {"python": platform.python_version(), **library_versions(libraries_of(backend))},
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from posecrafter_rt.atomic import atomic_path, refuse_overwrite, sha256_json
 from posecrafter_rt.errors import CheckpointError, PoseError, first_line
 from posecrafter_rt.machine import library_versions
-from posecrafter_rt.models.loading import PoseModel, apply_tensors, load_base
+from posecrafter_rt.models.loading import PoseModel, apply_tensors, load_base, load_outline
 from posecrafter_rt.models.small_decoder import empty_small_decoder
 from posecrafter_rt.models.weights import begins_as_safetensors
 from posecrafter_rt.poses.keypoints import PoseSequence
@@ -149,8 +149,24 @@ class Checkpoint:
         metadata = self.metadata
         model = load_base(base or metadata["base"], controlnet=controlnet or metadata["controlnet"],
                           vae=vae or metadata["vae"], norm_scope=metadata["norm_scope"], dtype=dtype)  # fmt: skip
+        return self._tune(model, dtype)
+
+    def load_outline(
+        self, *, base: str | None = None, controlnet: str | None = None, vae: str | None = None
+    ) -> PoseModel:
+        """As `load_model`, but only the tuned tensors have values: `PoseModel.is_partial`.
+
+        The base's weights are not read, so that they are those of `base_hash` is taken for granted.
+        """
+        metadata = self.metadata
+        model = load_outline(base or metadata["base"], metadata["base_hash"], metadata["norm_scope"],
+                             controlnet=controlnet or metadata["controlnet"], vae=vae or metadata["vae"])  # fmt: skip
+        return self._tune(model, torch.float32)
+
+    def _tune(self, model: PoseModel, dtype: torch.dtype) -> PoseModel:
+        """Put the tuned tensors into the base."""
         self.require_base(model)
-        if metadata.get("small_decoder") is not None:
+        if self.metadata.get("small_decoder") is not None:
             model.small_decoder = self._small_decoder(dtype)
         apply_tensors(model, self.tensors)
         return model

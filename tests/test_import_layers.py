@@ -24,7 +24,7 @@ LAYERS = {
     3: ("models", "checkpoint"),
     4: ("engines", "export", "tuning", "tuning_losses", "tuning_run", "embedded"),
     5: ("runtime",),
-    6: ("avatar", "avatar_networks", "avatar_once", "avatar_render", "building", "engine_training"),
+    6: ("avatar", "avatar_networks", "avatar_once", "avatar_render", "building", "engine_training", "passed_over"),
     7: ("serve", "evaluate", "rendering", "demo"),
     8: ("cli", "__main__"),
 }
@@ -55,6 +55,7 @@ ALLOWED = {
     ("avatar_render", "avatar_networks"): "it renders with them",
     ("avatar", "engine_training"): "what it was tuned on",
     ("building", "engine_training"): "what the checkpoint was tuned on",
+    ("building", "passed_over"): "what failed before",
     ("__main__", "cli"): "the same command",
 }
 # The only circle: a class whose convenience methods call the file that is written in terms of the class.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from posecrafter_rt.cli.main import app
 from posecrafter_rt.engines import get_backend
 from posecrafter_rt.engines.folder import open_folder, read_manifest, write_manifest
 from posecrafter_rt.engines.refit import GRAPHS_FILE
-from posecrafter_rt.engines.torch import TorchBackend
-from posecrafter_rt.errors import EngineFolderError
+from posecrafter_rt.engines.tuned_file import TUNED_FILE
+from posecrafter_rt.errors import EngineFolderError, ModelError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.models.loading import load_base, named_parameters
 from posecrafter_rt.models.lora import Lora
@@ -67,10 +68,10 @@ def write_checkpoint(path: Path, base: Path, seed: int, decoder: str, **metadata
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A and B; each has tuned a part of the decoder that the other has not."""
+    """A and B, tuned in the same weights."""
     folder = tmp_path_factory.mktemp("checkpoints")
     return (write_checkpoint(folder / "a.ckpt", tiny_base, 1, "conv_out"),
-            write_checkpoint(folder / "b.ckpt", tiny_base, 2, "conv1"))  # fmt: skip
+            write_checkpoint(folder / "b.ckpt", tiny_base, 2, "conv_out"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,18 @@ def contents(engine: Path) -> dict[str, bytes]:
     """Every file but the manifest and hashes of others; OpenVINO's nodes are numbered through the whole process."""
     files = {name: (engine / name).read_bytes() for name in read_manifest(engine)["files"]}
     return {name: re.sub(rb'name="(\w+)_\d+"', rb'name="\1"', content) if name.endswith(".xml") else content
-            for name, content in files.items() if Path(name).name != "digests.json"}  # fmt: skip
+            for name, content in files.items() if Path(name).name != "files.json"}  # fmt: skip
+
+
+def backend_of(engine: Path) -> str:
+    return str(read_manifest(engine)["backend"])
+
+
+def is_linked(engine: Path, source: Path, stem: str) -> bool:
+    """Whether both have the same file, not only an equal one; it is there in each."""
+    files = list((source / "networks").glob(f"{stem}.*"))
+    assert files
+    return all(file.samefile(engine / "networks" / file.name) for file in files)
 
 
 def differing_files(first: Path, second: Path) -> set[str]:
@@ -128,10 +140,11 @@ def differing_files(first: Path, second: Path) -> set[str]:
 
 
 def test_every_file_is_what_building_writes(engines: Engines) -> None:
-    if read_manifest(engines.source)["backend"] == "tensorrt":
+    if backend_of(engines.source) == "tensorrt":
         pytest.skip("a plan that was built anew may hold other kernels")
     assert differing_files(engines.refitted, engines.built) == set()
-    assert {"unet", "controlnet"} <= differing_files(engines.source, engines.built)  # so that equality means something
+    changed = differing_files(engines.source, engines.built)  # so that equality means something
+    assert "tuned" in changed and changed <= {"tuned", "reference", "tokenizer_config"}
     manifests = [read_manifest(engine) for engine in (engines.refitted, engines.built)]
     for manifest in manifests:
         assert manifest.pop("seal") and manifest.pop("files")
@@ -163,7 +176,7 @@ def test_rendered_frames_are_those_of_a_built_engine(engines: Engines) -> None:
             return avatar.render(poses(2, 7), num_inference_steps=2)  # three frames with the reference
 
     got, expected = render(engines.refitted), render(engines.built)
-    if read_manifest(engines.source)["backend"] == "tensorrt":
+    if backend_of(engines.source) == "tensorrt":
         assert np.abs(got.astype(int) - expected).max() <= 2
     else:
         assert np.array_equal(got, expected)
@@ -172,7 +185,7 @@ def test_rendered_frames_are_those_of_a_built_engine(engines: Engines) -> None:
 def test_a_lora_is_fused_by_refitting_as_by_building(
     engines: Engines, checkpoints: tuple[Path, Path], tiny_lora: Path, tmp_path: Path
 ) -> None:
-    loras, name = (Lora(tiny_lora, 0.5),), read_manifest(engines.source)["backend"]
+    loras, name = (Lora(tiny_lora, 0.5),), backend_of(engines.source)
     built = build_engine(checkpoints[1], tmp_path / "built.engine", BuildOptions(name, "fp32", loras=loras)).folder.path
     options = BuildOptions(refit=engines.source, loras=loras)
     refitted = build_engine(checkpoints[1], tmp_path / "refitted.engine", options).folder.path
@@ -181,6 +194,22 @@ def test_a_lora_is_fused_by_refitting_as_by_building(
     if name != "tensorrt":  # a plan that was built anew may hold other kernels
         assert differing_files(refitted, built) == set() and differing_files(back, engines.built) == set()
         assert {"unet", "text_encoder"} <= differing_files(built, engines.built)
+        again = build_engine(checkpoints[0], tmp_path / "again.engine", replace(options, refit=refitted)).folder.path
+        assert is_linked(again, refitted, "unet")  # with the same LoRA only what is tuned differs
+        a = build_engine(checkpoints[0], tmp_path / "a.engine", BuildOptions(name, "fp32", loras=loras)).folder.path
+        assert differing_files(again, a) == set()
+
+
+@pytest.mark.parametrize("decoder", ["conv1", "conv_out.weight"], ids=["others", "parts of modules"])
+def test_what_else_was_tuned_is_replaced_as_by_building(
+    engines: Engines, tiny_base: Path, tmp_path: Path, decoder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint, name = write_checkpoint(tmp_path / "c.ckpt", tiny_base, 3, decoder), backend_of(engines.source)
+    refitted = build_engine(checkpoint, tmp_path / "r.engine", BuildOptions(refit=engines.source)).folder.path
+    built = build_engine(checkpoint, tmp_path / "c.engine", BuildOptions(name, "fp32")).folder.path
+    if name != "tensorrt":  # a plan that was built anew may hold other kernels
+        assert differing_files(refitted, built) == set() and "vae" in "".join(differing_files(built, engines.built))
+        assert "the engine to refit was tuned in other weights: all of this one is written anew" in caplog.text
 
 
 def test_the_source_stays_as_it_is(engines: Engines, checkpoints: tuple[Path, Path]) -> None:
@@ -189,7 +218,7 @@ def test_the_source_stays_as_it_is(engines: Engines, checkpoints: tuple[Path, Pa
 
 def test_to_refit_back_gives_the_source(engines: Engines, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     back = build_engine(checkpoints[0], tmp_path / "a.engine", BuildOptions(refit=engines.refitted)).folder.path
-    if read_manifest(engines.source)["backend"] != "tensorrt":
+    if backend_of(engines.source) != "tensorrt":
         assert differing_files(back, engines.source) == set()
 
 
@@ -220,7 +249,7 @@ def test_all_but_the_networks_is_the_checkpoints_own(torch_engine: Path, tiny_ba
     edit(base / "scheduler" / "scheduler_config.json", beta_end=0.02)
     edit(base / "posecrafter.json", strength=0.5)
     edit(base / "tokenizer" / "tokenizer_config.json", do_lower_case=False)
-    checkpoint = write_checkpoint(tmp_path / "b.ckpt", base, 2, "conv1")
+    checkpoint = write_checkpoint(tmp_path / "b.ckpt", base, 2, "conv_out")
     refitted = build_engine(checkpoint, tmp_path / "r.engine", BuildOptions(refit=torch_engine)).folder
     assert refitted.manifest["scheduler"]["beta_end"] == 0.02 and refitted.manifest["prompt"] == "person 2"
     assert refitted.manifest["recommended"]["strength"] == 0.5
@@ -294,9 +323,9 @@ def test_pythons_version_does_not_matter(copied: Path, checkpoints: tuple[Path, 
 def test_another_base_or_norm_scope_of_the_checkpoint_is_refused(
     torch_engine: Path, tiny_base: Path, write_tiny_base: Callable[..., Path], tmp_path: Path
 ) -> None:
-    other = write_checkpoint(tmp_path / "o.ckpt", write_tiny_base(tmp_path / "other", seed=5), 2, "conv1")
+    other = write_checkpoint(tmp_path / "o.ckpt", write_tiny_base(tmp_path / "other", seed=5), 2, "conv_out")
     refused(other, tmp_path / "b.engine", BuildOptions(refit=torch_engine), "its base's hash is")
-    clip = write_checkpoint(tmp_path / "c.ckpt", tiny_base, 2, "conv1", norm_scope="clip")
+    clip = write_checkpoint(tmp_path / "c.ckpt", tiny_base, 2, "conv_out", norm_scope="clip")
     refused(clip, tmp_path / "b.engine", BuildOptions(refit=torch_engine), "its norm_scope is frame, not clip")
 
 
@@ -306,7 +335,7 @@ def test_the_same_weights_in_another_configuration_are_refused(
     """The hash of a base is over its weights; what is computed with them is in its configuration."""
     base = shutil.copytree(tiny_base, tmp_path / "base")
     edit(base / "unet" / "config.json", norm_eps=0.1)
-    checkpoint = write_checkpoint(tmp_path / "b.ckpt", base, 2, "conv1")
+    checkpoint = write_checkpoint(tmp_path / "b.ckpt", base, 2, "conv_out")
     refused(checkpoint, tmp_path / "b.engine", BuildOptions(refit=engines.source), "configuration")
 
 
@@ -323,7 +352,7 @@ def test_an_interrupted_refit_leaves_nothing(
     torch_engine: Path, checkpoints: tuple[Path, Path], tmp_path: Path
 ) -> None:
     def interrupt(stage: str, seconds_left: float | None) -> None:
-        if stage == "vae":
+        if stage == "writing the tuned weights":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -331,24 +360,39 @@ def test_an_interrupted_refit_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_only_components_with_another_weight_are_written(
-    torch_engine: Path, checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_all_but_the_tuned_weights_are_links(
+    engines: Engines, checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from posecrafter_rt.engines import torch as backend_module
+    if not get_backend(backend_of(engines.source)).holds_tuned_apart:
+        pytest.skip("its weights lie in its plans")
+    for file in (engines.source / "networks").iterdir():
+        assert is_linked(engines.refitted, engines.source, file.stem) == (file.name != TUNED_FILE), file
+    monkeypatch.setattr(os, "link", refuse)  # as between file systems
+    copied = build_engine(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=engines.source)).folder.path
+    assert differing_files(copied, engines.built) == set()
+    assert not is_linked(copied, engines.source, "graphs" if (copied / "networks" / GRAPHS_FILE).is_file() else "unet")
 
-    written, save = [], backend_module.save_tensors
-    monkeypatch.setattr(
-        backend_module, "save_tensors", lambda tensors, path: (written.append(path.stem), save(tensors, path))
-    )
-    model = Checkpoint.load(checkpoints[1]).load_model()
-    model.unet.gives_deep_features = True
-    model.fold()
-    TorchBackend().refit(torch_engine / "networks", tmp_path, model, model.architecture(), "fp32", lambda stage: None)
-    assert sorted(written) == ["controlnet", "unet", "vae"] and (tmp_path / "text_encoder.safetensors").is_file()
+
+def refuse(*arguments: object) -> None:
+    raise OSError("no links here")
+
+
+def test_the_bases_weights_need_not_be_there(
+    engines: Engines, checkpoints: tuple[Path, Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    for file in base.rglob("*.safetensors"):
+        file.unlink()
+    options = BuildOptions(refit=engines.source, base=str(base))
+    if get_backend(backend_of(engines.source)).holds_tuned_apart:
+        refitted = build_engine(checkpoints[1], tmp_path / "b.engine", options).folder.path
+        assert differing_files(refitted, engines.built) == set()
+    with pytest.raises(ModelError, match="has no .*safetensors"):
+        build_engine(checkpoints[1], tmp_path / "n.engine", BuildOptions("torch", "fp32", base=str(base)))
 
 
 class TestOpenVino:
-    """Without tracing, and refused where names of weights were lost."""
+    """Refused where names of weights were lost."""
 
     @pytest.fixture
     def source(self, build_source: Callable[[str], Path]) -> Path:
@@ -357,22 +401,6 @@ class TestOpenVino:
         if reason is not None:
             pytest.skip(reason)
         return build_source("openvino")
-
-    def test_nothing_is_exported_and_unchanged_networks_are_copied(
-        self, source: Path, checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from posecrafter_rt.export import onnx
-
-        def exported(*arguments: object, **options: object) -> None:
-            raise AssertionError("exported")
-
-        monkeypatch.setattr(onnx, "export_network", exported)
-        with pytest.raises(AssertionError, match="exported"):  # so a build would be noticed
-            build_engine(checkpoints[1], tmp_path / "b.engine", BuildOptions("openvino", "fp32"))
-        refitted = build_engine(checkpoints[1], tmp_path / "r.engine", BuildOptions(refit=source)).folder.path
-        ours, theirs = (json.loads((folder / "networks" / "digests.json").read_text()) for folder in (refitted, source))
-        changed = {name for name in ours if ours[name] != theirs[name]}
-        assert changed == {"unet", "controlnet", "vae_decoder", SHALLOW_UNET, *STREAM_NETWORKS, SHALLOW_STREAM}
 
     def test_merged_weights_and_missing_graphs_are_refused(
         self, source: Path, checkpoints: tuple[Path, Path], tmp_path: Path

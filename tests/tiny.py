@@ -15,6 +15,7 @@ from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.avatar_render import SegmentRender
 from posecrafter_rt.building import BuildOptions
 from posecrafter_rt.engines import Engine
+from posecrafter_rt.models.loading import PoseModel, named_parameters
 from posecrafter_rt.poses.keypoints import PoseSequence
 from posecrafter_rt.rendering import render_to_files
 from posecrafter_rt.runtime.options import RenderOptions
@@ -77,3 +78,10 @@ class CountingThreads:
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
         return self.engine.swap_weights(tensors)
+
+
+def some_tuned(model: PoseModel) -> frozenset[str]:
+    """Names of weights of each kind and component, which are to count as tuned; before folding."""
+    parts = (".resnets.", ".attn_temp.", ".conv_temp.", ".attn1.to_out.")
+    return frozenset(name for name, _ in named_parameters(model) if name.startswith("vae.decoder.")
+                     or (name.startswith(("unet.", "controlnet.")) and any(part in name for part in parts)))  # fmt: skip

@@ -77,10 +77,15 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
-    """A way to build and load engines. libraries: the distributions whose versions an engine is bound to."""
+    """A way to build and load engines.
+
+    libraries: the distributions whose versions an engine is bound to. holds_tuned_apart: whether what tuning changes
+    lies in a file of its own, so that `refit` needs nothing of the base.
+    """
 
     name: str
     libraries: tuple[str, ...]
+    holds_tuned_apart: bool
 
     def device(self) -> dict[str, str]:
         """Return what an engine is built for: `type`, cpu or cuda, and the `name` of the processor or GPU."""
@@ -105,8 +110,10 @@ class Backend(Protocol):
     ) -> None:
         """Write into `folder` what `build` would, from what it wrote into `source` for another checkpoint.
 
-        The base, the precision, the device and all versions are the same: `refit.check_source` has checked that. All
-        weights that differ are replaced, also those that only the other checkpoint had tuned. `source` is unchanged.
+        The base, the precision, the device and all versions are the same: `refit.check_source` has checked that.
+        `source` is unchanged.
+        Args: model: partial if `holds_tuned_apart`: then the same parameters are tuned in both. Else whole: all weights
+            that differ are replaced, also those that only the other checkpoint had tuned.
         Raises: EngineFolderError if more than weights differs; BackendUnavailable if it cannot be done here.
         """
         ...

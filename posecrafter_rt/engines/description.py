@@ -18,10 +18,13 @@ from safetensors import safe_open
 from posecrafter_rt.engines.base import inner_precision
 from posecrafter_rt.engines.folder import EngineFolder
 from posecrafter_rt.engines.openvino_operations import network_precision
+from posecrafter_rt.engines.openvino_weights import weights_path
+from posecrafter_rt.engines.tuned_file import TUNED_FILE, read_tuned
 from posecrafter_rt.spec import SHALLOW_STREAM, SHALLOW_UNET, SMALL_DECODER, Architecture, TensorSpec, network_specs
 
 DESCRIPTION_FILE = "description.json"  # in a networks folder; not every backend writes it
-# The components whose weights a network of the `torch` backend reads: it has one file per component.
+# The components whose weights a network reads. Backends of BY_COMPONENT have one file of weights for each.
+BY_COMPONENT = ("torch", "inductor")
 COMPONENTS = {
     "text_encoder": ("text_encoder",),
     "prompt_kv": ("unet", "controlnet"),
@@ -60,40 +63,60 @@ def describe_networks(folder: EngineFolder) -> dict[str, dict[str, Any]]:
     """Describe every network of an engine that this version of the package built, by name.
 
     Each has its precision; inputs and outputs, with the shape and type that `spec` gives each at the engine's size;
-    files, bytes and weights (several networks of `torch` read one file); and what `write_description` saved about it.
+    files, bytes and weights, of which several networks may read the same; and what `write_description` saved about it.
     """
     manifest, kept = folder.manifest, read_description(folder.networks)
     precision_of = network_precision if manifest["backend"] == "openvino" else inner_precision
     described = {}
     for name, spec in network_specs(Architecture.from_json(manifest["architecture"])).items():
-        stems = COMPONENTS[name] if manifest["backend"] == "torch" else (name,)
-        files = [file for stem in stems for file in sorted(folder.networks.glob(f"{stem}.*"))]
+        files, backend = _files_of(name, manifest["backend"], folder.networks), manifest["backend"]
+        # OpenVINO's graph has the tuned weights, too, without their values.
+        counted = [file for file in files if backend != "openvino" or file.suffix == ".xml"]
         described[name] = {
-            "precision": precision_of(stems[0], manifest["precision"]),
+            "precision": precision_of(COMPONENTS[name][0] if backend == "torch" else name, manifest["precision"]),
             "inputs": _describe_tensors(spec.inputs),
             "outputs": _describe_tensors(spec.outputs),
             "files": [file.name for file in files],
             "bytes": sum(file.stat().st_size for file in files),
-            "weights": sum(map(count_weights, files)),
+            "weights": sum(count_weights(file, COMPONENTS[name]) for file in counted),
             **kept.get(name, {}),
         }
     return described
+
+
+def _files_of(name: str, backend: str, networks_folder: Path) -> list[Path]:
+    """Return the files that a network is read from."""
+    own, tuned = sorted(networks_folder.glob(f"{name}.*")), networks_folder / TUNED_FILE
+    if backend in BY_COMPONENT:
+        code = [file for file in own if file.suffix == ".pt2"]
+        has_tuned = count_weights(tuned, COMPONENTS[name]) > 0
+        own = [*code, *(networks_folder / f"{component}.safetensors" for component in COMPONENTS[name])]
+    elif backend == "openvino":
+        graph = networks_folder / f"{name}.xml"
+        content = graph.read_bytes()
+        has_tuned = any(f'name="{key}"'.encode() in content for key in read_tuned(networks_folder))
+        own = [weights_path(graph), graph]
+    else:
+        has_tuned = False
+    return [*own, tuned] if has_tuned else own
 
 
 def _describe_tensors(tensors: tuple[TensorSpec, ...]) -> dict[str, dict[str, Any]]:
     return {tensor.name: {"shape": list(tensor.dims), "dtype": tensor.dtype} for tensor in tensors}
 
 
-def count_weights(file: Path) -> int:
-    """Count the numbers in the weights of a .safetensors file or OpenVINO's .xml, whose numbers lie beside it; else 0.
+def count_weights(file: Path, components: tuple[str, ...]) -> int:
+    """Count the numbers in the weights of a .safetensors file or OpenVINO's .xml, whose numbers lie elsewhere; else 0.
 
+    Args: components: of TUNED_FILE only their weights count.
     Constants of the graph that are not parameters do not count: only their names have no dot.
     """
+    counted = tuple(f"{component}." for component in components) if file.name == TUNED_FILE else ("",)
     if file.suffix == ".safetensors":
         with safe_open(file, framework="numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (it is no dictionary)
             return sum(prod(tensor.get_shape()) for name, tensor in slices.items()
-                       if "." in name and "F" in tensor.get_dtype())  # fmt: skip
+                       if "." in name and name.startswith(counted) and "F" in tensor.get_dtype())  # fmt: skip
     if file.suffix == ".xml":
         return sum(_count_constant(layer) for _, layer in ElementTree.iterparse(file) if layer.tag == "layer")
     return 0

@@ -23,8 +23,8 @@ from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists, fir
 from posecrafter_rt.locks import locked
 
 # Older ones: 2 has the channels of convolutions second in `torch` engines; 3 has no `unet_stream_shallow`; 4 may lack
-# tokenizer.json; in 5 `unet_stream_shallow` takes `is_reference`.
-SCHEMA = 6
+# tokenizer.json; in 5 `unet_stream_shallow` takes `is_reference`; 6 has the tuned weights among the others.
+SCHEMA = 7
 MANIFEST = "manifest.json"
 MUTABLE = ("inversions", "compiled")  # caches: not hashed, may be emptied at any time
 # Not hashed either: why `auto` passed over other backends, by the fingerprints that their engines would have had.
@@ -74,13 +74,16 @@ class EngineFolder:
 
 
 @contextmanager
-def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Iterator[Path]:
+def building(
+    path: Path, manifest: dict[str, Any], force: bool = False, source: EngineFolder | None = None
+) -> Iterator[Path]:
     """Yield a new folder beside `path`; if the block succeeds, the folder becomes `path`, with its manifest.
 
     Only then is an engine folder at `path` replaced; anything else there, or in it, is refused unless `force`. What a
     killed build left beside `path` is removed first. If several builds write one `path`, the last to end wins; each
     waits while another puts its folder in place, and logs that it waits. At the end `manifest` holds all that was
     written: what is at `path` may be another build's by then.
+    source: an engine in use. Files of the new folder that are links to its own are not read again to hash them.
     Raises: OutputExists; EngineFolderError while the engine at `path` is in use; DiskFull; whatever the block raises.
         None of them leaves anything behind.
     """
@@ -104,10 +107,12 @@ def building(path: Path, manifest: dict[str, Any], force: bool = False) -> Itera
             while not _begin(staging, held):
                 staging = _staging(path)
             yield staging
-            files = _hash_files(staging, _file_names(staging))
+            linked = _linked(staging, source)
+            written = [name for name in _file_names(staging) if name not in linked]
+            files = dict(sorted({**linked, **_hash_files(staging, written)}.items()))
             manifest |= write_manifest(staging, {"schema": SCHEMA, **manifest, "files": files})
-            for written in staging.rglob("*"):
-                flush_to_disk(written)
+            for file in staging.rglob("*"):
+                flush_to_disk(file)
             alone.enter_context(_placing(path))
             with _unused(path):
                 if not force:
@@ -253,6 +258,14 @@ def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return the SHA-256 of each file."""
     return {path.relative_to(folder).as_posix(): digest
             for path, digest in sha256_files(folder / name for name in names).items()}  # fmt: skip
+
+
+def _linked(folder: Path, source: EngineFolder | None) -> dict[str, str]:
+    """Return the names of those files that `source` has, too, as links to the same data, with the hashes that it knows."""
+    if source is None:
+        return {}
+    return {name: digest for name, digest in source.manifest["files"].items()
+            if (folder / name).is_file() and (folder / name).samefile(source.path / name)}  # fmt: skip
 
 
 def _file_names(folder: Path) -> list[str]:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,13 +39,13 @@ from posecrafter_rt.engines.own_settings import own_settings
 from posecrafter_rt.engines.refit import (
     HINT_BF16,
     Graphs,
-    changed_weights,
-    check_graph,
+    check_graphs,
+    check_weights,
     graph_digest,
     in_stored_type,
-    read_graphs,
     write_graphs,
 )
+from posecrafter_rt.engines.tuned_file import refit_tuned, write_tuned
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, EngineFolderError
 from posecrafter_rt.machine import cpu_features, library_versions
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
@@ -84,19 +83,22 @@ class InductorEngine:
     has_own_threads = False
 
     def __init__(
-        self, spec: NetworkSpec, package: Path, weights: dict[str, Tensor], dtype: torch.dtype, is_exact: bool
+        self, spec: NetworkSpec, package: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, is_exact: bool
     ) -> None:
-        """Bind the weights. is_exact: whether a GPU's float32 convolutions must be exact, not TF32.
+        """Bind the weights. weights: of all networks, which share them. is_exact: whether a GPU's float32 convolutions
+        must be exact, not TF32.
 
-        Raises: EngineFolderError if they are not those that the code reads.
+        Raises: EngineFolderError if the code reads others.
         """
         compiled = _open(package)
-        if set(compiled.get_constant_fqns()) != set(weights):
+        names = compiled.get_constant_fqns()
+        if not set(names) <= set(weights):
             raise EngineFolderError(f"{package} and the weights beside it do not fit together",
                                     rebuild_networks_hint(package.parent))  # fmt: skip
-        compiled.load_constants(weights, check_full_update=True, user_managed=True)
-        self.spec, self.dtype, self.is_exact, self._compiled, self._weights = spec, dtype, is_exact, compiled, weights
-        self.device = next(iter(weights.values())).device
+        own = dict(zip(names, cast((weights[name] for name in names), dtype), strict=True))
+        compiled.load_constants(own, check_full_update=True, user_managed=True)
+        self.spec, self.dtype, self.is_exact, self._compiled, self._weights = spec, dtype, is_exact, compiled, own
+        self.device = next(iter(own.values())).device
         self._checked = InputChecker(spec, self.device)
 
     @torch.inference_mode()
@@ -109,7 +111,7 @@ class InductorEngine:
         return {out.name: tensor for out, tensor in zip(self.spec.outputs, tensors, strict=True)}
 
     def swap_weights(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """See `Engine.swap_weights`. The weights are changed in place, so they need not be bound anew."""
+        """See `Engine.swap_weights`. Networks that share a weight share the swap."""
         fitting = fitting_weights({name: tuple(tensor.shape) for name, tensor in self._weights.items()}, tensors)
         swapped = {name: in_stored_type(name, tensor, self._weights[name].dtype, CheckpointError, HINT_BF16)
                    for name, tensor in fitting.items()}  # fmt: skip
@@ -123,6 +125,7 @@ class InductorBackend:
 
     name = "inductor"
     libraries = ("torch", "triton")
+    holds_tuned_apart = True
 
     def device(self) -> dict[str, str]:
         """Return the GPU with its compute capability and driver, or the processor with its instruction sets.
@@ -155,21 +158,26 @@ class InductorBackend:
     def build(
         self, model: PoseModel, arch: Architecture, folder: Path, precision: Precision, progress: Progress
     ) -> None:
-        """Write every network's code and, beside it, its weights in the precision that it runs in.
+        """Write every network's code and, beside it, the weights in the precision that they run in.
 
         Raises: BackendUnavailable if something must be compiled without a suitable C++ compiler; EngineFolderError if
             a weight is beyond the precision's range.
         """
         specs, graphs = network_specs(arch), Graphs()
+        weights: dict[str, Tensor] = {}
         for name, network in model.to(torch.float32).networks().items():
             progress(f"compiling {name}")
-            graphs[name] = self.build_network(network, specs[name], arch, folder, precision)
+            graphs[name], own = self.build_network(network, specs[name], arch, folder, precision)
+            for key, tensor in own.items():  # in the widest type, if networks differ
+                if key not in weights or tensor.element_size() > weights[key].element_size():
+                    weights[key] = tensor
+        write_weights(folder, weights, model.tuned)
         write_graphs(folder, graphs)
 
     def build_network(
         self, network: nn.Module, spec: NetworkSpec, arch: Architecture, folder: Path, precision: Precision
-    ) -> str:
-        """Write one network, which is in float32; return its graph's hash.
+    ) -> tuple[str, dict[str, Tensor]]:
+        """Write the code of one network, which is in float32; return its graph's hash, and its weights.
 
         The code holds no weights. It is kept in the user's cache, so another checkpoint of the same architecture is
         built in seconds.
@@ -182,8 +190,7 @@ class InductorBackend:
             code = self._compile(network, spec, arch, dtype)
             cache.save(key, code)
         package.write_bytes(code)
-        _write_weights(package, network, dtype, {})
-        return graph
+        return graph, _weights_of(package, network, dtype)
 
     def _key(self, graph: str, name: str, precision: Precision) -> dict[str, Any]:
         """Return all that a network's code depends on. graph: its hash."""
@@ -208,34 +215,30 @@ class InductorBackend:
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
     ) -> None:
-        """See `Backend.refit`. The code is copied, and the weights of `model` are written; no compiler is needed."""
-        specs, graphs = network_specs(arch), read_graphs(source)
-        for name, network in model.to(torch.float32).networks().items():
-            check_graph(source, graphs, name, _graph(network, specs[name], arch))
-            progress(f"refitting {name}")
-            package = _package(folder, specs[name])
-            shutil.copyfile(source / package.name, package)
-            stored = load_file((source / package.name).with_suffix(".safetensors"))
-            _write_weights(package, network, TORCH_DTYPES[inner_precision(name, precision)], stored)
-        write_graphs(folder, graphs)
+        """See `Backend.refit`. No compiler is needed."""
+        check_graphs(source, model, arch, is_onnx=False)
+        progress("writing the tuned weights")
+        refit_tuned(source, folder, model)
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
         """Load every network, with its weights on the device.
 
         Raises: EngineFolderError if the folder was not written by `build`.
         """
-        return {name: self.load_network(spec, networks_folder, precision) for name, spec in network_specs(arch).items()}
+        weights = read_weights(networks_folder)
+        return {name: self.load_network(spec, networks_folder, precision, weights)
+                for name, spec in network_specs(arch).items()}  # fmt: skip
 
-    def load_network(self, spec: NetworkSpec, networks_folder: Path, precision: Precision) -> Engine:
-        """Load one network; see `load`."""
+    def load_network(
+        self, spec: NetworkSpec, networks_folder: Path, precision: Precision, weights: Mapping[str, Tensor]
+    ) -> Engine:
+        """Load one network; see `load`. weights: what `read_weights` returned."""
         package = _package(networks_folder, spec)
-        weights_file = package.with_suffix(".safetensors")
-        if not (package.is_file() and weights_file.is_file()):
+        if not package.is_file():
             raise EngineFolderError(f"{networks_folder} holds no {spec.name} of this backend",
                                     rebuild_networks_hint(networks_folder))  # fmt: skip
-        weights = load_file(weights_file, device=str(torch_device()))
         dtype = TORCH_DTYPES[inner_precision(spec.name, precision)]
-        return InductorEngine(spec, package, _laid_out(weights), dtype, is_exact=precision == "fp32")
+        return InductorEngine(spec, package, weights, dtype, is_exact=precision == "fp32")
 
 
 def _check_compiler() -> None:
@@ -275,7 +278,7 @@ def _graph(network: nn.Module, spec: NetworkSpec, arch: Architecture) -> str:
 
 
 def _package(folder: Path, spec: NetworkSpec) -> Path:
-    """Return the path of a network's code; its weights lie beside it as safetensors."""
+    """Return the path of a network's code."""
     return folder / f"{spec.name}.pt2"
 
 
@@ -291,17 +294,35 @@ def _codes() -> BlobCache:
     return BlobCache(cache_dir() / "inductor")
 
 
-def _write_weights(package: Path, network: nn.Module, dtype: torch.dtype, stored: Mapping[str, Tensor]) -> None:
-    """Write those of a network's parameters and buffers that its code reads, floating-point ones as `dtype`.
+def _weights_of(package: Path, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return those of a network's parameters and buffers that its code reads, floating-point ones as `dtype`.
 
-    stored: those of the engine that is refitted; none in a build.
-    Raises: EngineFolderError if one that is not stored is beyond the type's range.
+    Raises: EngineFolderError if one is beyond the type's range.
     """
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     names = _open(package).get_constant_fqns()
     weights = dict(zip(names, cast((tensors[name].detach() for name in names), dtype), strict=True))
-    changed_weights(weights, stored)  # raises if one does not fit
-    save_tensors(weights, package.with_suffix(".safetensors"))
+    check_weights(weights)
+    return weights
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor], tuned: Container[str] = ()) -> None:
+    """Write the weights of all networks: each component's as one file, but for those that are `tuned`."""
+    components: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        if name not in tuned:
+            components.setdefault(name.partition(".")[0], {})[name] = tensor
+    for component, tensors in components.items():
+        save_tensors(tensors, folder / f"{component}.safetensors")
+    write_tuned(folder, {name: tensor for name, tensor in weights.items() if name in tuned})
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read what `write_weights` wrote to the device."""
+    weights: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file, device=str(torch_device()))
+    return _laid_out(weights)
 
 
 def _laid_out(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +30,7 @@ from posecrafter_rt.engines.base import (
 from posecrafter_rt.engines.folder import rebuild_networks_hint
 from posecrafter_rt.engines.openvino_attention import use_attention
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
-from posecrafter_rt.engines.openvino_ir import constants, replace_constants, same_bits, save_ir
+from posecrafter_rt.engines.openvino_ir import constants, replace_constants, save_ir
 from posecrafter_rt.engines.openvino_linear import use_linear
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
 from posecrafter_rt.engines.openvino_operations import (
@@ -46,7 +44,9 @@ from posecrafter_rt.engines.openvino_operations import (
 )
 from posecrafter_rt.engines.openvino_request import Request
 from posecrafter_rt.engines.openvino_streams import following, leave_out_reference
-from posecrafter_rt.engines.refit import Graphs, check_graph, graph_digest, in_stored_type, read_graphs, write_graphs
+from posecrafter_rt.engines.openvino_weights import SharedWeights, weights_path
+from posecrafter_rt.engines.refit import Graphs, check_graphs, graph_digest, in_stored_type, write_graphs
+from posecrafter_rt.engines.tuned_file import TUNED_FILE, refit_tuned, write_tuned
 from posecrafter_rt.errors import CheckpointError, EngineFolderError, last_line
 from posecrafter_rt.machine import (
     available_bytes,
@@ -57,6 +57,7 @@ from posecrafter_rt.machine import (
     return_freed_memory,
 )
 from posecrafter_rt.spec import IS_REFERENCE, RUN_ONCE, Architecture, NetworkSpec, network_specs
+from posecrafter_rt.tensor_file import MappedTensors
 
 if TYPE_CHECKING:
     import openvino
@@ -71,7 +72,7 @@ LARGE_BYTES = 3 << 26  # of weights: a network with more keeps other shapes only
 # Measured at Stable Diffusion 1.5's size.
 NEEDED_FOLD, NEEDED_FOLD_HELD = 3, {"fp32": 2, "fp16": 0.5, "int8": 0.5}
 KEPT_BYTES = 1 << 30  # the most for compiled networks in an engine's folder: some hold their weights
-DIGESTS_FILE = "digests.json"
+FACTS_FILE = "files.json"
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +80,11 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class NetworkFile(NamedTuple):
-    """A network's IR, with its weights beside it, and the hashes of both files."""
+    """A network's IR, the hashes of it and of its file of weights, and how large these are, with those in TUNED_FILE."""
 
     path: Path
     digest: list[str]
+    weight_bytes: int
 
 
 class OpenVinoEngine:
@@ -96,8 +98,8 @@ class OpenVinoEngine:
     has_own_threads = True
 
     def __init__(
-        self, spec: NetworkSpec, core: openvino.Core, file: NetworkFile, properties: dict[str, Any], cache: BlobCache,
-        precision: Precision,
+        self, spec: NetworkSpec, core: openvino.Core, file: NetworkFile, tuned: MappedTensors,
+        properties: dict[str, Any], cache: BlobCache, precision: Precision,
     ) -> None:  # fmt: skip
         self.spec, self._following, self.device = spec, following(spec), torch.device("cpu")
         self._checked = InputChecker(spec, self.device)
@@ -107,8 +109,7 @@ class OpenVinoEngine:
         self._cache, self._precision = cache, precision
         # For both contracts: they differ in their number of inputs, and so in their keys.
         self._requests: OrderedDict[Shapes, Request] = OrderedDict()
-        self._weights_path = self._path.with_suffix(".bin")
-        self._weight_bytes = self._weights_path.stat().st_size
+        self._weights_path, self._weight_bytes, self._tuned = weights_path(file.path), file.weight_bytes, tuned
         self._swapped: dict[str, np.ndarray] = {}
         is_full = HINTS[precision] == HINTS["fp32"]
         # Saves a fifth of the decoder's time in float32; nothing in denoisers, on small pictures. bf16: not measured.
@@ -143,10 +144,14 @@ class OpenVinoEngine:
                 self._requests.popitem(last=False)
             compiled, blob = self._compile(spec, shapes)
             self._requests[shapes] = Request(compiled, spec, blob)
-            release_mapped(self._weights_path)  # most weights are in another layout by now
+            self._release()  # most weights are in another layout by now
             return_freed_memory()  # compiling has freed as much memory as a small network holds
         self._requests.move_to_end(shapes)
         return self._requests[shapes]
+
+    def _release(self) -> None:
+        release_mapped(self._weights_path)
+        self._tuned.release()
 
     def _has_room(self) -> bool:
         """Whether one more may be compiled beside those that are kept: its layout of large weights takes gigabytes."""
@@ -171,7 +176,7 @@ class OpenVinoEngine:
         """
         if not self._is_kept():
             return self._compile_anew(spec, shapes), None
-        key = {"network": self._digest, "shapes": shapes, "properties": self._properties,
+        key = {"network": [*self._digest, self._tuned.digest], "shapes": shapes, "properties": self._properties,
                "by_channel": self._is_by_channel, "operations": self._operations, "precision": self._precision, "rewriting": REWRITING,
                **_runtime(self._core)}  # fmt: skip
         kept = self._cache.map(key)
@@ -206,8 +211,8 @@ class OpenVinoEngine:
             return None
 
     def _open(self) -> Any:
-        model = self._core.read_model(self._path)
-        replace_constants(model, self._swapped)
+        model = self._core.read_model(self._path, self._weights_path)
+        replace_constants(model, {**self._tuned.arrays, **self._swapped})
         return model
 
     def _read(self, spec: NetworkSpec, shapes: Shapes) -> Any:
@@ -220,7 +225,7 @@ class OpenVinoEngine:
             use_convolutions(model, self._precision)
             use_linear(model, self._precision)
             if not self._is_kept():
-                hold_weights(model, partial(release_mapped, self._weights_path))
+                hold_weights(model, self._release)
         if self._is_by_channel:
             normalise_by_channel(model)  # those that were not fused into a convolution
         return model
@@ -248,6 +253,7 @@ class OpenVinoBackend:
 
     name = "openvino"
     libraries = ("openvino",)
+    holds_tuned_apart = True
 
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = num_threads
@@ -292,6 +298,9 @@ class OpenVinoBackend:
 
         core, specs, cache = openvino.Core(), network_specs(arch), graph_cache()
         graphs: Graphs = {}
+        tuned: dict[str, Tensor] = {}
+        weight_bytes: dict[str, int] = {}
+        files: dict[Path, SharedWeights] = {}
         prefill(model.to(torch.float32), arch, cache, progress)
         for name, network in model.networks().items():
             progress(f"exporting {name}")
@@ -300,13 +309,18 @@ class OpenVinoBackend:
                       for key, parameter in network.named_parameters()}  # fmt: skip
             exported = export_network(network, specs[name], arch, inline=True, graphs=cache)
             save_model(exported, onnx_path)
-            written = constants(save_ir(core, onnx_path, path))
+            shared = files.setdefault(weights_path(path), SharedWeights(weights_path(path)))
+            written, num_bytes = save_ir(core, onnx_path, path, arrays, model.tuned, shared)
             for file in folder.glob(f"{name}.onnx*"):  # perhaps with weights beside it
                 file.unlink()
-            is_refittable = all(key in written and same_bits(written[key].data, arrays[key])
-                                for key in exported.graph.initializers if key in arrays)  # fmt: skip
+            is_refittable = all(key in written for key in exported.graph.initializers if key in arrays)
             graphs[name] = graph_digest(network, specs[name], arch) if is_refittable else None
-        _write_digests(folder, graphs)
+            apart = {key: torch.from_numpy(arrays[key]) for key in written if key in model.tuned}
+            tuned |= apart
+            weight_bytes[name] = num_bytes + sum(tensor.nbytes for tensor in apart.values())
+        write_tuned(folder, tuned)
+        write_graphs(folder, graphs)
+        _write_facts(folder, weight_bytes)
         if precision == "fp32":
             progress("compiling operations")  # once per machine; else the first render waits for it
             missing_reason()
@@ -314,27 +328,12 @@ class OpenVinoBackend:
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
     ) -> None:
-        """See `Backend.refit`. Weights are replaced by name in the IR; a network without a changed one is copied.
-
-        A new process writes exactly the bytes that `build` would. In one process OpenVINO goes on numbering its nodes.
+        """See `Backend.refit`. A new process writes exactly the bytes that `build` would; in one process OpenVINO goes on
+        numbering its nodes.
         """
-        import openvino
-
-        core, specs, graphs = openvino.Core(), network_specs(arch), read_graphs(source)
-        for name, network in model.to(torch.float32).networks().items():
-            check_graph(source, graphs, name, graph_digest(network, specs[name], arch))
-            progress(f"refitting {name}")
-            arrays = {key: parameter.detach().numpy() for key, parameter in network.named_parameters()}
-            ir_path = source / f"{name}.xml"
-            stored = {key: node.data for key, node in constants(core.read_model(ir_path)).items() if key in arrays}
-            changed = {key: in_stored_type(key, torch.from_numpy(arrays[key]), torch.float32).numpy()
-                       for key, data in stored.items() if not same_bits(data, arrays[key])}  # fmt: skip
-            if changed:
-                save_ir(core, ir_path, folder / ir_path.name, changed)
-            else:
-                for file in (ir_path, ir_path.with_suffix(".bin")):
-                    shutil.copyfile(file, folder / file.name)
-        _write_digests(folder, graphs)
+        check_graphs(source, model, arch)
+        progress("writing the tuned weights")
+        refit_tuned(source, folder, model)
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
         """Return all networks; each is compiled only when it is first called.
@@ -344,7 +343,8 @@ class OpenVinoBackend:
         import openvino
 
         try:
-            digests = json.loads((networks_folder / DIGESTS_FILE).read_text(encoding="utf-8"))
+            facts = json.loads((networks_folder / FACTS_FILE).read_text(encoding="utf-8"))
+            tuned = MappedTensors(networks_folder / TUNED_FILE)
         except (OSError, ValueError) as error:
             raise EngineFolderError(f"{networks_folder} holds no networks of this backend",
                                     rebuild_networks_hint(networks_folder)) from error  # fmt: skip
@@ -352,8 +352,8 @@ class OpenVinoBackend:
 
         def engine(spec: NetworkSpec) -> OpenVinoEngine:
             inner = network_precision(spec.name, precision)
-            file = NetworkFile(networks_folder / f"{spec.name}.xml", digests[spec.name])
-            return OpenVinoEngine(spec, core, file, self._properties(inner), compiled, inner)
+            file = NetworkFile(networks_folder / f"{spec.name}.xml", **facts[spec.name])
+            return OpenVinoEngine(spec, core, file, tuned, self._properties(inner), compiled, inner)
 
         return {name: engine(spec) for name, spec in network_specs(arch).items()}
 
@@ -368,10 +368,11 @@ class OpenVinoBackend:
         }
 
 
-def _write_digests(folder: Path, graphs: Graphs) -> None:
-    """Write the hashes of graphs and files that `refit` and `load` need from a folder of networks."""
-    write_graphs(folder, graphs)
-    files = {name: [folder / f"{name}{suffix}" for suffix in (".xml", ".bin")] for name in graphs}
+def _write_facts(folder: Path, weight_bytes: Mapping[str, int]) -> None:
+    """Write what `load` makes a `NetworkFile` of, by the networks' names."""
+    paths = {name: folder / f"{name}.xml" for name in weight_bytes}
+    files = {name: [path, weights_path(path)] for name, path in paths.items()}
     known = sha256_files(file for pair in files.values() for file in pair)
-    digests = {name: [known[file] for file in pair] for name, pair in files.items()}
-    (folder / DIGESTS_FILE).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    facts = {name: {"digest": [known[file] for file in pair], "weight_bytes": weight_bytes[name]}
+             for name, pair in files.items()}  # fmt: skip
+    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")

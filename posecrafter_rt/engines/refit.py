@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from posecrafter_rt.atomic import sha256_json
 from posecrafter_rt.engines.device import DRIVER
 from posecrafter_rt.engines.folder import EngineFolder
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
-from posecrafter_rt.spec import Architecture, NetworkSpec
+from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
+
+if TYPE_CHECKING:
+    from posecrafter_rt.models.loading import PoseModel
 
 GRAPHS_FILE = "graphs.json"  # in a networks folder: the hash of each network's graph, without weights
 HINT_NO_REFIT = "build without --refit"
@@ -76,6 +79,18 @@ def check_source(source: EngineFolder, wanted: Mapping[str, Any]) -> None:
             raise _refusal(source.path, f"its {name} is {built.get(name)}, not {here[name]}", HINT_NO_REFIT)
 
 
+def needs_base(source: EngineFolder, wanted: Mapping[str, Any], model: PoseModel) -> str | None:
+    """Return why more than tuned weights must be replaced in an engine, as the end of a sentence about it; else None.
+
+    Args: wanted: the manifest of the engine to be made. model: what is tuned of it, before it is folded.
+    """
+    if sha256_json(source.manifest.get("loras")) != sha256_json(wanted.get("loras")):
+        return "holds other LoRAs"
+    if source.manifest.get("tuned") != wanted["tuned"]:
+        return "was tuned in other weights"
+    return "was tuned in parts of modules" if model.splits_modules() else None
+
+
 def _differing(theirs: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Return the names of what differs, for a message."""
     return ", ".join(
@@ -125,6 +140,13 @@ def check_graph(folder: Path, graphs: Graphs, name: str, digest: str) -> None:
         raise _refusal(folder.parent, f"its {name} was exported from another configuration or by other code")
 
 
+def check_graphs(folder: Path, model: PoseModel, arch: Architecture, *, is_onnx: bool = True) -> None:
+    """`check_graph` for every network of a model. is_onnx: see `graph_digest`."""
+    graphs, specs = read_graphs(folder), network_specs(arch)
+    for name, network in model.networks().items():
+        check_graph(folder, graphs, name, graph_digest(network, specs[name], arch, is_onnx=is_onnx))
+
+
 def in_stored_type(
     name: str, tensor: Tensor, dtype: torch.dtype, error: type[PoseCrafterError] = EngineFolderError,
     hint: str = HINT_NO_REFIT_BF16,
@@ -139,14 +161,19 @@ def in_stored_type(
     return stored
 
 
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Raise EngineFolderError if one of a build's weights, which are in their stored types, is beyond its type's range."""
+    for name, tensor in weights.items():
+        in_stored_type(name, tensor, tensor.dtype, hint=HINT_BF16)
+
+
 def changed_weights(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return those of `weights` that differ from `stored` in any bit: all of them in a build, where nothing is stored.
+    """Return those of `weights` that differ from `stored` in any bit.
 
     weights: in the types that they are to be stored in.
     Raises: EngineFolderError if one of them is beyond its type's range; those that are stored already are not checked.
     """
-    hint = HINT_NO_REFIT_BF16 if stored else HINT_BF16
-    return {name: in_stored_type(name, tensor, tensor.dtype, hint=hint) for name, tensor in weights.items()
+    return {name: in_stored_type(name, tensor, tensor.dtype) for name, tensor in weights.items()
             if name not in stored or not same_bits(stored[name], tensor)}  # fmt: skip
 
 

@@ -90,6 +90,7 @@ class TensorRTBackend:
 
     name = "tensorrt"
     libraries = ("tensorrt-cu13", "tensorrt-cu13-bindings")
+    holds_tuned_apart = False
 
     def device(self) -> dict[str, str]:
         """Return the current GPU, with its compute capability and driver; a plan runs on no other."""

@@ -5,7 +5,6 @@ Layer 4.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from posecrafter_rt.engines.base import (
 from posecrafter_rt.engines.cuda_graphs import Recorder
 from posecrafter_rt.engines.device import describe_device, multiplies, torch_device
 from posecrafter_rt.engines.own_settings import own_settings
-from posecrafter_rt.engines.refit import HINT_BF16, HINT_NO_REFIT, changed_weights, in_stored_type
+from posecrafter_rt.engines.refit import HINT_BF16, HINT_NO_REFIT, check_weights, in_stored_type
+from posecrafter_rt.engines.tuned_file import read_tuned, refit_tuned, write_tuned
 from posecrafter_rt.errors import CheckpointError, EngineFolderError
 from posecrafter_rt.models.blocks import channels_last, do_in_parts
 from posecrafter_rt.models.empty import describe_modules, empty_modules
@@ -102,6 +102,7 @@ class TorchBackend:
 
     name = "torch"
     libraries = ("torch", "diffusers", "transformers")
+    holds_tuned_apart = True
 
     def __init__(self, tokens_at_once: int | None = None) -> None:
         self.tokens_at_once = tokens_at_once
@@ -125,32 +126,26 @@ class TorchBackend:
 
         Raises: EngineFolderError if a weight is beyond the precision's range.
         """
+        tuned: dict[str, Tensor] = {}
         for name, module in model.modules().items():
             progress(name)
             weights = _weights(name, module, precision)
-            changed_weights(_named(name, weights), {})  # raises if one does not fit
+            check_weights({f"{name}.{key}": tensor for key, tensor in weights.items()})
+            apart = {key: weights.pop(key) for key in list(weights) if f"{name}.{key}" in model.tuned}
+            tuned |= {f"{name}.{key}": tensor for key, tensor in apart.items()}
             save_tensors(weights, folder / f"{name}.safetensors")
+        write_tuned(folder, tuned)
         (folder / COMPONENTS_FILE).write_text(describe_modules(model), encoding="utf-8")
 
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
     ) -> None:
-        """See `Backend.refit`. A component with a changed weight is written anew, the file of any other is copied.
-
-        Nothing is compiled in this backend, so it takes no less time than `build`.
-        """
-        description = describe_modules(model)
-        if (source / COMPONENTS_FILE).read_text(encoding="utf-8") != description:
+        """See `Backend.refit`."""
+        if (source / COMPONENTS_FILE).read_text(encoding="utf-8") != describe_modules(model):
             raise EngineFolderError(f"{source.parent} cannot be refitted to this checkpoint: its configuration differs",
                                     HINT_NO_REFIT)  # fmt: skip
-        for name, module in model.modules().items():
-            progress(name)
-            file, weights = f"{name}.safetensors", _weights(name, module, precision)
-            if changed_weights(_named(name, weights), _named(name, load_file(source / file))):
-                save_tensors(weights, folder / file)
-            else:
-                shutil.copyfile(source / file, folder / file)
-        (folder / COMPONENTS_FILE).write_text(description, encoding="utf-8")
+        progress("writing the tuned weights")
+        refit_tuned(source, folder, model, _channels_last)
 
     def load(self, networks_folder: Path, arch: Architecture, precision: Precision, cache: Path) -> dict[str, Engine]:
         """Rebuild the modules without the base, in the precision asked for, which may be wider than that of the files.
@@ -159,8 +154,11 @@ class TorchBackend:
         """
         description = (networks_folder / COMPONENTS_FILE).read_text(encoding="utf-8")
         modules, device = empty_modules(description), torch_device()
+        tuned = read_tuned(networks_folder, device)
         for name, module in modules.items():
             stored = load_file(networks_folder / f"{name}.safetensors", device=str(device))
+            prefix = f"{name}."
+            stored |= {key.removeprefix(prefix): value for key, value in tuned.items() if key.startswith(prefix)}
             inner = inner_precision(name, precision)
             weights = _cast_weights(_channels_first(stored), TORCH_DTYPES[inner])
             if not multiplies(inner, device):
@@ -183,13 +181,11 @@ def _weights(name: str, module: nn.Module, precision: Precision) -> dict[str, Te
     is copied, and processes share what they have read.
     """
     weights = _cast_weights(module.state_dict(), TORCH_DTYPES[inner_precision(name, precision)])
-    return {key: (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
-            for key, tensor in weights.items()}  # fmt: skip
+    return {key: _channels_last(tensor).contiguous() for key, tensor in weights.items()}
 
 
-def _named(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a component's weights by their names in networks, which messages use."""
-    return {f"{component}.{key}": tensor for key, tensor in weights.items()}
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
 
 
 def _channels_first(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

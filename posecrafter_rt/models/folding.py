@@ -5,6 +5,8 @@ Layer 3: exact except for rounding. Training and baselines keep the model unfold
 
 from __future__ import annotations
 
+import re
+
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from posecrafter_rt import ops
 from posecrafter_rt.models.doubling import fold_doubling
 from posecrafter_rt.models.unet import VideoUNet
+
+_TEMPORAL_OUTPUT = re.compile(r"\.(conv_temp|attn_temp\.to_out\.0)\.")
 
 
 @torch.no_grad()
@@ -70,6 +74,11 @@ def fold_temporal_output(unet: VideoUNet) -> None:
         block.temporal_out.weight.copy_(weight)
         block.temporal_out.bias.copy_(bias)
         del block.conv_temp, block.attn_temp.to_out
+
+
+def folded_name(name: str) -> str:
+    """Return the name of the parameter that `fold_temporal_output` makes of the one of this name, or the name itself."""
+    return _TEMPORAL_OUTPUT.sub(".temporal_out.", name)
 
 
 def fold_pair(conv_weight: Tensor, conv_bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> tuple[Tensor, Tensor]:

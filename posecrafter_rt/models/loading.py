@@ -22,7 +22,7 @@ from posecrafter_rt.errors import CheckpointError, ModelError, first_line
 from posecrafter_rt.method import DDIMSchedule
 from posecrafter_rt.models.blocks import NormScope, check_norm_scope
 from posecrafter_rt.models.controlnet import VideoControlNet
-from posecrafter_rt.models.folding import fold_denoiser, fold_vae
+from posecrafter_rt.models.folding import fold_denoiser, fold_vae, folded_name
 from posecrafter_rt.models.networks import build_networks, describe_architecture
 from posecrafter_rt.models.settings import BaseSettings
 from posecrafter_rt.models.small_decoder import describe_config, fold_small_decoder
@@ -30,6 +30,7 @@ from posecrafter_rt.models.sources import (
     PARTS,
     Base,
     Component,
+    config_folders,
     hash_files,
     is_of_writer,
     lasting_id,
@@ -39,7 +40,13 @@ from posecrafter_rt.models.sources import (
 )
 from posecrafter_rt.models.tokenizer import warn_of_cuts
 from posecrafter_rt.models.unet import VideoUNet, check_options
-from posecrafter_rt.models.weights import load_network, load_text_encoder, read_scheduler_config, read_weights
+from posecrafter_rt.models.weights import (
+    empty_network,
+    load_network,
+    load_text_encoder,
+    read_scheduler_config,
+    read_weights,
+)
 from posecrafter_rt.spec import Architecture
 
 CONTROLNET_HINT = "give --controlnet lllyasviel/control_v11p_sd15_openpose, or a folder or file that holds it"
@@ -56,6 +63,8 @@ class PoseModel:
     base_id, controlnet_id, vae_id: with these, `load_base` finds them again from any working directory; None: the
     base's own is used. base_hash: SHA-256 over the weights of all four networks.
     small_decoder: that of a tuned person, or one that the user gave; a base has none.
+    tuned: the names of those parameters that differ between persons, as in `named_parameters`.
+    is_partial: whether only these have values, and all others are on the meta device; see `load_outline`.
     """
 
     unet: VideoUNet
@@ -70,6 +79,8 @@ class PoseModel:
     controlnet_id: str | None = None
     vae_id: str | None = None
     small_decoder: nn.Module | None = None
+    tuned: frozenset[str] = frozenset()
+    is_partial: bool = False
 
     def identity(self) -> dict[str, Any]:
         """Return the entries of a checkpoint's metadata that name its base; `schedule` is `DDIMSchedule.learned`."""
@@ -110,11 +121,28 @@ class PoseModel:
         return self
 
     def fold(self) -> None:
-        """Fold pairs of linear maps into one (see `folding`), in place; for inference only."""
+        """Fold pairs of linear maps into one (see `folding`), in place; for inference only.
+
+        `tuned` has the folded names then, and all of the small decoder's.
+        """
         fold_denoiser(self.unet)
         fold_vae(self.vae)
         if self.small_decoder is not None:
             fold_small_decoder(self.small_decoder)
+        tuned = {folded_name(name) for name in self.tuned}
+        self.tuned = frozenset(name for name, _ in named_parameters(self)
+                               if name in tuned or name.startswith("small_decoder."))  # fmt: skip
+
+    def splits_modules(self) -> bool:
+        """Whether a module, or a pair that `fold` makes one of, has weights that are tuned and others that are not.
+
+        Before folding only.
+        """
+        of_module: dict[str, set[bool]] = {}
+        for name, _ in named_parameters(self):
+            module = folded_name(name).rpartition(".")[0]
+            of_module.setdefault(module, set()).add(name in self.tuned or name.startswith("small_decoder."))
+        return any(len(kinds) > 1 for kinds in of_module.values())
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Return input_ids int64 (prompts, tokens), padded or cut to the text encoder's length; log what is cut."""
@@ -153,19 +181,43 @@ def load_base(
     settings = found.settings()  # before minutes of reading weights
     scope = norm_scope or settings.norm_scope
     check_norm_scope(scope)
+    networks = {role: load_network(cls, parts[role], dtype) for role, cls in _CLASSES.items()}
+    networks["text_encoder"] = load_text_encoder(parts["text_encoder"], dtype)
+    base_hash = hash_files({role: part.files for role, part in parts.items()})
+    ids = {"base_hash": base_hash, "controlnet_id": controlnet and lasting_id(controlnet),
+           "vae_id": vae and lasting_id(vae)}  # fmt: skip
+    model = _inflate(found, networks, scope, scheduler_config=scheduler_config, settings=settings, **ids)
+    model.unet.to(dtype)  # temporal attention is created in float32 as a copy of the loaded attn1
+    return model
+
+
+def load_outline(base: str, base_hash: str, norm_scope: NormScope, **parts: str | None) -> PoseModel:
+    """Return a base without its weights, which need not be there: all parameters are on the meta device.
+
+    Args: base_hash: that of the weights that it stands for. base, controlnet and vae (both in `parts`), norm_scope: as
+        of `load_base`.
+    Raises: ModelError if a configuration is not found or cannot be read, or if norm_scope is unknown; DiskFull.
+    """
+    check_norm_scope(norm_scope)
+    found = locate_base(base)
+    classes = {**_CLASSES, "text_encoder": CLIPTextModel}
+    networks = {role: empty_network(classes[role], folder) for role, folder in config_folders(found, parts).items()}
+    ids = {f"{role}_id": source and lasting_id(source) for role, source in parts.items()}
+    with torch.device("meta"):
+        return _inflate(found, networks, norm_scope, scheduler_config=read_scheduler_config(found),
+                        settings=found.settings(), base_hash=base_hash, is_partial=True, **ids)  # fmt: skip
+
+
+def _inflate(found: Base, networks: Mapping[str, Any], scope: NormScope, **facts: Any) -> PoseModel:
+    """Return the model of a base's networks. facts: what else a `PoseModel` takes."""
     model = PoseModel(
-        # Temporal attention is created in float32 as a copy of the loaded attn1: hence the second conversion.
-        unet=VideoUNet(load_network(UNet2DConditionModel, parts["unet"], dtype), scope).to(dtype),
-        controlnet=VideoControlNet(load_network(ControlNetModel, parts["controlnet"], dtype), scope),
-        vae=load_network(AutoencoderKL, parts["vae"], dtype),
-        text_encoder=load_text_encoder(parts["text_encoder"], dtype),
+        unet=VideoUNet(networks["unet"], scope),
+        controlnet=VideoControlNet(networks["controlnet"], scope),
+        vae=networks["vae"],
+        text_encoder=networks["text_encoder"],
         tokenizer=_load_tokenizer(found.configs / "tokenizer"),
-        scheduler_config=scheduler_config,
         base_id=found.base_id,
-        base_hash=hash_files({role: part.files for role, part in parts.items()}),
-        settings=settings,
-        controlnet_id=controlnet and lasting_id(controlnet),
-        vae_id=vae and lasting_id(vae),
+        **facts,
     )
     for module in model.modules().values():
         module.eval().requires_grad_(False)
@@ -283,7 +335,9 @@ def named_parameters(model: PoseModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def apply_tensors(model: PoseModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tuned tensors into a model in place, converted to its dtype. On an error nothing is copied.
+    """Copy tuned tensors into a model in place, converted to its dtype; they are its `tuned` then.
+
+    On an error nothing is copied. A parameter on the meta device is given memory.
 
     Args: tensors: by the names of `named_parameters`; a 1×1 convolution may have its trailing dimensions of 1 or not.
     Raises: CheckpointError if the model lacks a name or has it in another shape.
@@ -297,7 +351,13 @@ def apply_tensors(model: PoseModel, tensors: Mapping[str, Tensor]) -> None:
     fitted = {name: _fit_shape(name, tensor, parameters[name].shape) for name, tensor in tensors.items()}
     with torch.no_grad():
         for name, tensor in fitted.items():
+            if parameters[name].is_meta:
+                prefix, _, path = name.partition(".")
+                module, _, leaf = path.rpartition(".")
+                parameters[name] = nn.Parameter(torch.empty(tensor.shape, dtype=parameters[name].dtype), False)
+                setattr(model.modules()[prefix].get_submodule(module), leaf, parameters[name])
             parameters[name].copy_(tensor)
+    model.tuned |= set(fitted)
 
 
 def _fit_shape(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -141,7 +141,8 @@ def fuse_loras(model: PoseModel, files: Sequence[LoraFile]) -> None:
     with torch.no_grad():
         for file in files:
             for name, layer in file.layers.items():
-                weights[name].add_(layer.delta(file.lora.scale).reshape(weights[name].shape))
+                if not weights[name].is_meta:  # one that the engine to refit holds, with the same LoRA in it
+                    weights[name].add_(layer.delta(file.lora.scale).reshape(weights[name].shape))
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -149,16 +149,20 @@ def hash_files(parts: Mapping[str, tuple[Path, ...]]) -> str:
     return sha256_json({role: [known[path] for path in paths] for role, paths in parts.items()})
 
 
-def hash_configs(base: Base, given: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the SHA-256 over each network's config.json, and over the tokenizer's files; the hub's weights stay there.
+def config_folders(base: Base, given: Mapping[str, str | None]) -> dict[str, Path]:
+    """Return the folder with each network's config.json; the hub's weights stay there.
 
     given: by role, the source of a network that is used instead of the base's own.
     Raises: as `locate_base`.
     """
     folders = {role: _config_folder(source, role, with_weights=False) for role, source in given.items() if source}
+    return {role: folders.get(role) or base.config_folder(role) for role in PARTS}
+
+
+def hash_configs(base: Base, given: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the SHA-256 over each network's config.json, and over the tokenizer's files. As `config_folders`."""
     hashes = {}
-    for role in PARTS:
-        folder = folders.get(role) or base.config_folder(role)
+    for role, folder in config_folders(base, given).items():
         with reading(folder):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             hashes[role] = sha256_json({name: value for name, value in config.items() if not is_of_writer(name)})

@@ -130,17 +130,23 @@ def read_scheduler_config(base: Base) -> dict[str, Any]:
     return config
 
 
-def load_network(cls: type, part: Component, dtype: torch.dtype) -> Any:
+def load_network(cls: Any, part: Component, dtype: torch.dtype) -> Any:
     """Load a diffusers network from a folder or a single file, which must hold every tensor of it."""
     weights = {_LEGACY_ATTENTION.sub(_modern, name): tensor for name, tensor in _read_all(part).items()}
-    with reading(part.location):
-        config = cls.load_config(part.config_folder, local_files_only=True)  # type: ignore[attr-defined]
-        with torch.device("meta"):
-            model = cls.from_config(config)  # type: ignore[attr-defined]
-        if part.is_single_file and not set(model.state_dict()) <= set(weights):
-            weights = _convert(cls, weights, config, part)
+    model = empty_network(cls, part.config_folder)
+    if part.is_single_file and not set(model.state_dict()) <= set(weights):
+        with reading(part.location):
+            weights = _convert(cls, weights, cls.load_config(part.config_folder, local_files_only=True), part)
     fill(model, weights, part, dtype)
     return model
+
+
+def empty_network(cls: Any, config_folder: Path) -> Any:
+    """Make a network of diffusers, or transformers' text encoder, on the meta device."""
+    with reading(config_folder), torch.device("meta"):
+        if cls is CLIPTextModel:
+            return cls(CLIPTextConfig.from_pretrained(config_folder, local_files_only=True))
+        return cls.from_config(cls.load_config(config_folder, local_files_only=True))
 
 
 def _convert(cls: type, weights: Mapping[str, Tensor], config: Any, part: Component) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.inspect import print_networks
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.engines.folder import building
+from posecrafter_rt.engines.tuned_file import TUNED_FILE
 from posecrafter_rt.poses.keypoints import NUM_KEYPOINTS, PoseSequence
 from tests.tiny import NETWORKS
 
@@ -92,7 +93,8 @@ def test_an_engines_networks_take_a_line_each(tiny_engine: Path) -> None:
 def test_an_engines_networks_as_json(tiny_engine: Path) -> None:
     details = json.loads(run(tiny_engine, "--json").stdout)["network_details"]
     assert list(details) == list(NETWORKS)
-    assert details["prompt_kv"]["files"] == ["unet.safetensors", "controlnet.safetensors"]
+    assert details["prompt_kv"]["files"] == ["unet.safetensors", "controlnet.safetensors", TUNED_FILE]
+    assert details["text_encoder"]["files"] == ["text_encoder.safetensors"]
     outputs = details["unet"]["outputs"]
     assert outputs["noise_pred"] == {"shape": ["frames", 4, 16, 16], "dtype": "float"} and len(outputs) == 2
 

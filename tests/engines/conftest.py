@@ -10,17 +10,19 @@ import pytest
 import torch
 
 from posecrafter_rt.engines import openvino_operations as operations
-from posecrafter_rt.engines.inductor import InductorBackend
+from posecrafter_rt.engines.inductor import InductorBackend, write_weights
 from posecrafter_rt.engines.openvino import OpenVinoBackend
 from posecrafter_rt.machine import cpu_features
 from posecrafter_rt.models.loading import PoseModel, load_base
 from posecrafter_rt.spec import network_specs
+from tests.tiny import some_tuned
 
 
 @pytest.fixture(scope="session")
 def plain_model(tiny_base: Path) -> PoseModel:
-    """The tiny base, folded, in float32; do not change it."""
+    """The tiny base, folded, in float32; do not change it. Some of each kind of weights count as tuned."""
     model = load_base(str(tiny_base))
+    model.tuned = some_tuned(model)
     model.unet.gives_deep_features = True  # as in engines, whose graphs are then the same
     model.fold()
     return model
@@ -49,7 +51,7 @@ def inductor_decoder(plain_model: PoseModel, tmp_path_factory: pytest.TempPathFa
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        InductorBackend().build_network(network, spec, arch, folder, "fp32")
+        write_weights(folder, InductorBackend().build_network(network, spec, arch, folder, "fp32")[1])
     finally:
         torch.set_num_threads(threads)
     return folder

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from posecrafter_rt.engines import openvino_operations as operations
+from posecrafter_rt.engines.openvino_weights import weights_path
 
 PIXELS = ("pixels to pixels", "pixels to tokens", "tokens to pixels", "tokens to tokens")  # by convolutions
 LAYOUTS = (*PIXELS, "product", "gated", "feed-forward")
@@ -178,7 +179,8 @@ def layers(
 
 def of_three_frames(folder: Path, network: str) -> openvino.Model:
     """An exported network, with one prompt and where it has a window one of two."""
-    model = openvino.Core().read_model(folder / f"{network}.xml")
+    graph = folder / f"{network}.xml"
+    model = openvino.Core().read_model(graph, weights_path(graph))
     sizes = {"temporal_kv": [3, 2], "window_mask": [3, 2], "text_kv": [1, 77], "conditioning_scale": [1]}
 
     def first(value: Any) -> list[int]:

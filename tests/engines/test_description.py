@@ -14,7 +14,9 @@ from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.engines.base import TORCH_DTYPES
 from posecrafter_rt.engines.description import COMPONENTS, count_weights, describe_networks, write_description
 from posecrafter_rt.engines.folder import EngineFolder
+from posecrafter_rt.engines.openvino_weights import HOLDERS, weights_path
 from posecrafter_rt.engines.torch import TorchBackend, TorchEngine
+from posecrafter_rt.engines.tuned_file import TUNED_FILE, read_tuned
 from posecrafter_rt.models import narrow
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import ALL_NETWORKS, Architecture, network_specs
@@ -33,7 +35,8 @@ def test_an_engine_of_torch_is_what_it_loads(half: EngineFolder, monkeypatch: py
     arch = Architecture.from_json(half.manifest["architecture"])
     engines = TorchBackend().load(half.networks, arch, "fp16", half.compiled)
     described, specs = describe_networks(half), network_specs(arch)
-    assert list(described) == list(engines) and set(NETWORKS) == set(described)
+    tuned = read_tuned(half.networks).keys()
+    assert tuned and list(described) == list(engines) and set(NETWORKS) == set(described)
     assert {network["precision"] for network in described.values()} == {"fp16", "fp32"}
     for name, network in described.items():
         engine = engines[name]
@@ -41,12 +44,15 @@ def test_an_engine_of_torch_is_what_it_loads(half: EngineFolder, monkeypatch: py
         largest = max(engine.module.parameters(), key=torch.Tensor.numel)
         assert largest.dtype == TORCH_DTYPES[network["precision"]], name
         assert network["weights"] == sum(parameter.numel() for parameter in engine.module.parameters()), name
-        assert network["files"] == [f"{child}.safetensors" for child, _ in engine.module.named_children()], name
+        children = [f"{child}.safetensors" for child, _ in engine.module.named_children()]
+        assert [file for file in network["files"] if file != TUNED_FILE] == children, name
+        assert (TUNED_FILE in network["files"]) == bool(tuned & dict(engine.module.named_parameters()).keys()), name
         for kind, tensors in (("inputs", specs[name].inputs), ("outputs", specs[name].outputs)):
             shapes = {key: tuple(tensor["shape"]) for key, tensor in network[kind].items()}
             assert list(shapes) == [tensor.name for tensor in tensors]
             assert shapes == {tensor.name: tensor.dims for tensor in tensors}
-    assert described["unet"]["bytes"] == (half.networks / "unet.safetensors").stat().st_size
+    sizes = [(half.networks / name).stat().st_size for name in ("unet.safetensors", TUNED_FILE)]
+    assert described["unet"]["bytes"] == sum(sizes)
     assert described["unet"]["inputs"]["latents"] == {"shape": ["frames", 4, 16, 16], "dtype": "float"}
     assert set(COMPONENTS) == set(ALL_NETWORKS)
 
@@ -61,11 +67,12 @@ def test_an_engine_of_openvino_is_what_openvino_reads(
     described, core = describe_networks(EngineFolder(openvino_networks.parent, manifest)), openvino.Core()
     assert list(described) == list(NETWORKS)
     for name, network in plain_model.networks().items():
-        parameters = {key for key, _ in network.named_parameters()}
-        ops = core.read_model(openvino_networks / f"{name}.xml").get_ops()
+        parameters, graph = {key for key, _ in network.named_parameters()}, openvino_networks / f"{name}.xml"
+        ops = core.read_model(graph, weights_path(graph)).get_ops()
         held = [op for op in ops if op.get_type_name() == "Constant" and op.get_friendly_name() in parameters]
         assert held and described[name]["weights"] == sum(op.data.size for op in held), name
-        assert described[name]["files"] == [f"{name}.bin", f"{name}.xml"]
+        tuned = [TUNED_FILE] if any(op.get_friendly_name() in plain_model.tuned for op in held) else []
+        assert described[name]["files"] == [f"{HOLDERS.get(name, name)}.bin", f"{name}.xml", *tuned]
         assert described[name]["bytes"] > 4 * described[name]["weights"] * 0.9
     in_full = {name for name, network in described.items() if network["precision"] == "fp32"}
     assert in_full == {"text_encoder", "prompt_kv", "time_tables"}
@@ -81,7 +88,8 @@ def test_only_floating_point_weights_count(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "unet.safetensors")
     (tmp_path / "unet.plan").write_bytes(b"plan")
-    assert count_weights(tmp_path / "unet.safetensors") == 16 and count_weights(tmp_path / "unet.plan") == 0
+    assert count_weights(tmp_path / "unet.safetensors", ("unet",)) == 16
+    assert count_weights(tmp_path / "unet.plan", ("unet",)) == 0
 
 
 def test_what_building_kept_is_told(half: EngineFolder, tmp_path: Path) -> None:

@@ -27,13 +27,14 @@ from posecrafter_rt.engines.base import BEYOND_FP16, FULL_PRECISION, Precision
 from posecrafter_rt.engines.folder import write_manifest
 from posecrafter_rt.engines.openvino import KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
+from posecrafter_rt.engines.openvino_weights import SharedWeights
 from posecrafter_rt.errors import CheckpointError, EngineFolderError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.machine import cpu_has_bf16
-from posecrafter_rt.models.loading import PoseModel
+from posecrafter_rt.models.loading import PoseModel, named_parameters
 from posecrafter_rt.spec import RUN_ONCE, network_specs
-from tests.tiny import NETWORKS
+from tests.tiny import NETWORKS, some_tuned
 
 needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this processor has no bf16")
 
@@ -135,10 +136,12 @@ def test_what_is_kept_is_of_one_precision(
 def others(
     make_tiny_model: Callable[..., PoseModel], openvino_networks: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PoseModel, Path, Path]:
-    """A model with other weights, and its networks as built and as refitted: float32, whatever they are compiled for."""
+    """A model tuned in other ways, and its networks as built and as refitted: float32, whatever they are compiled for."""
     model, generator = make_tiny_model(), torch.Generator().manual_seed(9)
-    for parameter in (*model.unet.parameters(), *model.vae.decoder.parameters()):
-        parameter.data.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+    model.tuned = some_tuned(model)
+    for name, parameter in named_parameters(model):
+        if name in model.tuned:
+            parameter.data.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
     model.fold()
     arch, built, refitted = (
         replace(model.architecture(), size=(32, 32)),
@@ -305,18 +308,21 @@ def test_weights_that_float32_does_not_hold_are_refused(
     make_tiny_model: Callable[..., PoseModel], plain_model: PoseModel, openvino_networks: Path, tmp_path: Path
 ) -> None:
     """Where they are swapped, built or refitted; a swap that is refused changes nothing."""
-    name, inputs = "controlnet.conv_in.bias", draw(plain_model, "controlnet", 2)
+    name, inputs = "controlnet.mid_block.resnets.0.conv1.bias", draw(plain_model, "controlnet", 2)
     engine = load(plain_model, openvino_networks, tmp_path / "compiled")["controlnet"]
     before = first(engine(**inputs)).clone()
     weights = dict(plain_model.networks()["controlnet"].named_parameters())
-    others = {"controlnet.conv_in.weight": torch.zeros_like(weights["controlnet.conv_in.weight"])}
+    other = "controlnet.mid_block.resnets.0.conv1.weight"
+    others = {other: torch.zeros_like(weights[other])}
     with pytest.raises(CheckpointError, match=rf"^{name} does not fit torch\.float32$"):
         engine.swap_weights({**others, name: torch.full_like(weights[name], 1e39, dtype=torch.float64)})
     assert torch.equal(first(engine(**inputs)), before)
 
     model = make_tiny_model()
+    model.tuned = some_tuned(model)
+    model.unet.gives_deep_features = True
     model.fold()
-    model.controlnet.conv_in.bias.data[0] = torch.nan
+    model.controlnet.get_parameter(name.partition(".")[2]).data[0] = torch.nan
     arch, backend = replace(model.architecture(), size=(32, 32)), OpenVinoBackend()
     for number, write in enumerate((backend.build, partial(backend.refit, openvino_networks))):
         folder = tmp_path / str(number)
@@ -440,7 +446,8 @@ def test_a_full_disk_is_told_from_other_failures(
     monkeypatch.setattr(openvino, "save_model", fails)
     monkeypatch.setattr(openvino_ir.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     with pytest.raises(OSError if number else RuntimeError) as caught:
-        openvino_ir.save_ir(openvino.Core(), openvino_networks / "unet.xml", tmp_path / "unet.xml")
+        source, path = openvino_networks / "unet.xml", tmp_path / "unet.xml"
+        openvino_ir.save_ir(openvino.Core(), source, path, {}, (), SharedWeights(tmp_path / "unet.bin"))
     assert getattr(caught.value, "errno", None) == number
 
 

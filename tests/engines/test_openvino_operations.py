@@ -30,6 +30,7 @@ from posecrafter_rt.errors import PoseCrafterError
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.machine import cpu_features
 from posecrafter_rt.spec import NetworkSpec, TensorSpec
+from posecrafter_rt.tensor_file import MappedTensors, save_tensors
 from tests.engines.openvino_models import constant, draw, kinds, parameter, run
 
 EXACT = 3e-5  # of the largest output: see test_openvino_convolutions.py
@@ -61,8 +62,10 @@ def test_an_engine_finds_them_again(
     kept, pixels, used = tmp_path / "compiled", draw(*PIXELS), {"FusedConvolution": 1, "Linear": 1, "Convolution": 0}
 
     def engine() -> OpenVinoEngine:
-        file, properties = NetworkFile(tmp_path / "network.xml", ["0"]), {"INFERENCE_PRECISION_HINT": "f32"}
-        return OpenVinoEngine(spec, openvino.Core(), file, properties, BlobCache(kept), "fp32")
+        file, properties = NetworkFile(tmp_path / "network.xml", ["0"], 1), {"INFERENCE_PRECISION_HINT": "f32"}
+        save_tensors({}, tmp_path / "tuned")
+        tuned = MappedTensors(tmp_path / "tuned")
+        return OpenVinoEngine(spec, openvino.Core(), file, tuned, properties, BlobCache(kept), "fp32")
 
     def run_anew() -> Tensor:
         return engine()(latents=pixels)["pixels"].clone()

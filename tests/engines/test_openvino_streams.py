@@ -12,6 +12,7 @@ from torch import Tensor
 
 from posecrafter_rt.engines.openvino import OpenVinoBackend
 from posecrafter_rt.engines.openvino_streams import REFERENCES_OWN, leave_out_reference
+from posecrafter_rt.engines.openvino_weights import weights_path
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.models.loading import PoseModel
@@ -68,7 +69,8 @@ def test_nothing_is_computed_for_a_reference_that_is_not_there(
     def constants(model: openvino.Model) -> set[str]:
         return {node.get_friendly_name() for node in model.get_ops() if node.get_type_name() == "Constant"}
 
-    whole, model = (openvino.Core().read_model(openvino_networks / f"{name}.xml") for _ in range(2))
+    graph = openvino_networks / f"{name}.xml"
+    whole, model = (openvino.Core().read_model(graph, weights_path(graph)) for _ in range(2))
     leave_out_reference(model)
     weights = {key for key in constants(whole) if key.endswith((".attn1.to_k.weight", ".attn1.to_v.weight"))}
     assert weights and constants(whole) & weights and not constants(model) & weights

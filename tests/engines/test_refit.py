@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from posecrafter_rt.engines.refit import (
     changed_weights,
     check_graph,
     check_source,
+    check_weights,
     graph_digest,
     in_stored_type,
     read_graphs,
@@ -130,9 +132,10 @@ def test_weights_that_are_not_stored_yet_are_those_that_are_judged() -> None:
     one, infinite = torch.ones(2).half(), torch.tensor([torch.inf]).half()
     assert set(changed_weights({"a": one, "n": torch.tensor([3])}, {})) == {"a", "n"}
     assert set(changed_weights({"a": one, "b": infinite}, {"a": one + 1, "b": infinite})) == {"a"}
-    for stored, hint in (({}, "build the engine with"), ({"b": torch.zeros(1).half()}, "build without --refit, with")):
+    for check, hint in ((check_weights, "build the engine with"),
+                        (partial(changed_weights, stored={"b": torch.zeros(1).half()}), "build without --refit, with")):  # fmt: skip
         with pytest.raises(EngineFolderError, match=r"^b does not fit torch\.float16$") as caught:
-            changed_weights({"b": infinite}, stored)
+            check({"b": infinite})
         assert caught.value.hint == f"{hint} --precision bf16"
 
 

@@ -18,6 +18,7 @@ from posecrafter_rt.engines.base import TORCH_DTYPES, Precision, inner_precision
 from posecrafter_rt.engines.description import COMPONENTS
 from posecrafter_rt.engines.device import multiplies, torch_device
 from posecrafter_rt.engines.torch import TorchBackend, TorchEngine
+from posecrafter_rt.engines.tuned_file import read_tuned
 from posecrafter_rt.errors import CheckpointError, EngineFolderError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
@@ -226,6 +227,7 @@ def test_builds_and_refits_refuse_a_weight_beyond_what_16_bits_hold(
     arch, (source, built, refitted, wide) = model.architecture(), (tmp_path / name for name in "sbrw")
     for folder in (source, built, refitted, wide):
         folder.mkdir()
+    model.tuned = other.tuned = frozenset({"unet.conv_in.weight"})
     backend.build(model, arch, source, "fp16", lambda stage: None)
     other.unet.conv_in.weight.data[0, 0, 0, 0] = 1e5
     with pytest.raises(EngineFolderError, match=r"^unet\.conv_in\.weight does not fit torch\.float16$") as caught:
@@ -233,9 +235,9 @@ def test_builds_and_refits_refuse_a_weight_beyond_what_16_bits_hold(
     assert caught.value.hint == "build the engine with --precision bf16" and not (built / "unet.safetensors").exists()
     with pytest.raises(EngineFolderError, match=r"^unet\.conv_in\.weight does not fit torch\.float16$") as caught:
         backend.refit(source, refitted, other, arch, "fp16", lambda stage: None)
-    assert caught.value.hint == "build without --refit, with --precision bf16"
+    assert caught.value.hint == "build without --refit, with --precision bf16" and not list(refitted.iterdir())
     backend.build(other, arch, wide, "bf16", lambda stage: None)
-    assert load_file(wide / "unet.safetensors")["conv_in.weight"].isfinite().all()
+    assert read_tuned(wide)["unet.conv_in.weight"].isfinite().all()
 
 
 def test_convolutions_lie_in_the_file_as_they_run(plain_model: PoseModel, tmp_path: Path) -> None:
