@@ -21,7 +21,7 @@ from bench.throughput import add_engine_arguments, find_engine, setup_of
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.engines import Engine
-from posecrafter_rt.engines.folder import read_manifest
+from posecrafter_rt.engines.manifest import read_manifest
 
 Row = dict[str, Any]
 TARGET_SHARE = 0.03  # of the denoising loop's time

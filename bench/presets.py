@@ -27,7 +27,7 @@ from bench.throughput import STAGES, add_engine_arguments, find_engine, is_sd15,
 from bench.timing import machine
 from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.engines.base import TORCH_DTYPES
-from posecrafter_rt.engines.folder import read_manifest
+from posecrafter_rt.engines.manifest import read_manifest
 from posecrafter_rt.machine import peak_rss_bytes
 from posecrafter_rt.models.small_decoder import new_small_decoder
 from posecrafter_rt.models.sources import locate_base

@@ -35,7 +35,7 @@ from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines import ONLY_OF, choose_backend, choose_precision
 from posecrafter_rt.engines.base import TORCH_DTYPES
 from posecrafter_rt.engines.device import torch_device
-from posecrafter_rt.engines.folder import read_manifest
+from posecrafter_rt.engines.manifest import read_manifest
 from posecrafter_rt.errors import BackendUnavailable
 from posecrafter_rt.models.sources import locate_base
 from posecrafter_rt.poses.keypoints import PoseSequence

@@ -17,7 +17,8 @@ from posecrafter_rt import __version__
 from posecrafter_rt.engines import IN_PARTS, LOADED_WIDER, ROUNDED_BY_THREADS, Backend, Engine, Precision, get_backend
 from posecrafter_rt.engines.base import CACHE_HINT, TORCH_DTYPES
 from posecrafter_rt.engines.device import DRIVER, is_driver_older, torch_device
-from posecrafter_rt.engines.folder import EngineFolder, in_use, rebuild_command, rebuild_hint
+from posecrafter_rt.engines.folder import EngineFolder, in_use
+from posecrafter_rt.engines.manifest import rebuild_command, rebuild_hint
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError
 from posecrafter_rt.machine import library_versions
 from posecrafter_rt.runtime.memory import (

@@ -28,9 +28,10 @@ from posecrafter_rt.engines import (
     choose_precision,
     usual_max_frames,
 )
-from posecrafter_rt.engines.folder import EngineFolder, building, in_use, open_folder
+from posecrafter_rt.engines.folder import EngineFolder, building, in_use, open_folder, take_networks, verify_files
 from posecrafter_rt.engines.refit import check_source, needs_base
 from posecrafter_rt.engines.stage_log import StageLog
+from posecrafter_rt.engines.tuned_file import TUNED_FILE
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError, ShapeError
 from posecrafter_rt.machine import library_versions, source_digest
 from posecrafter_rt.models.lora import Lora, LoraFile, fuse_loras, read_lora
@@ -161,6 +162,7 @@ def _build(
         raise PassedOver(plan.backend.name, fingerprint, failures.before[fingerprint])
     if plan.source is not None:
         check_source(plan.source, manifest)
+        plan = _without_needless_source(plan, manifest)
     current = _current(output, fingerprint)
     if current is not None:
         return BuildResult(current, True, plan.why)
@@ -172,7 +174,6 @@ def _build(
 
     on_stage("loading the base")
     model, arch = _load(plan, options, manifest)
-    manifest["architecture"] = arch.to_json()
     if plan.source is not None:
         check_source(plan.source, {"architecture": manifest["architecture"]})  # known only once the base is loaded
     with building(output, manifest, force, plan.source) as staging:
@@ -220,42 +221,55 @@ def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list
     return [path for path in given if path.exists()]
 
 
-def _load(plan: _Plan, options: BuildOptions, manifest: Mapping[str, Any]) -> tuple[PoseModel, Architecture]:
+def _without_needless_source(plan: _Plan, manifest: Mapping[str, Any]) -> _Plan:
+    """Verify what a refit reads of the engine to refit. Leave that out if more than tuned weights differs, and they are
+    all that a refit replaces.
+    """
+    assert plan.source is not None
+    if not plan.backend.holds_tuned_apart:
+        verify_files(plan.source)
+        return plan
+    if (reason := needs_base(plan.source, manifest)) is not None:
+        log.warning("the engine to refit %s: all of this one is written anew", reason)
+        return replace(plan, source=None)
+    verify_files(plan.source, ".json", TUNED_FILE)
+    return plan
+
+
+def _load(plan: _Plan, options: BuildOptions, manifest: dict[str, Any]) -> tuple[PoseModel, Architecture]:
     """Load the tuned networks as they are built: with LoRAs fused, and folded. Raises: see `build_engine`.
 
-    For a refit without the base's weights, if they are the same and lie apart in the engine.
+    For a refit without the base's weights, if they are not needed. The manifest is completed.
     """
-    model, tuned = None, plan.tuned
-    if plan.source is not None and plan.backend.holds_tuned_apart:
-        outline = tuned.load_outline(base=options.base, controlnet=options.controlnet, vae=options.vae)
-        reason = needs_base(plan.source, manifest, outline)
-        if reason is None:
-            model = outline
-        else:
-            log.warning("the engine to refit %s: all of this one is written anew", reason)
-    model = model or tuned.load_model(base=options.base, controlnet=options.controlnet, vae=options.vae)
+    is_partial = plan.source is not None and plan.backend.holds_tuned_apart
+    load = plan.tuned.load_outline if is_partial else plan.tuned.load_model
+    model = load(base=options.base, controlnet=options.controlnet, vae=options.vae)
     if options.small_decoder is not None:
         arch = model.architecture()
         model.small_decoder = load_small_decoder(options.small_decoder, arch.latent_channels, arch.vae_scale_factor,
                                                  torch.float32)  # fmt: skip
     fuse_loras(model, plan.loras)
     model.unet.gives_deep_features = plan.feature_reuse
+    if model.splits_modules():  # an outline could not be folded
+        manifest["tuned"] = None
     model.fold()
     arch = replace(model.architecture(), size=plan.size, max_frames=plan.max_frames)
     arch.check_size(plan.size)
+    manifest["architecture"] = arch.to_json()
     return model, arch
 
 
 def _write_networks(
     plan: _Plan, model: PoseModel, arch: Architecture, folder: Path, stages: StageLog, progress: Callable[[str], None]
 ) -> None:
-    """Build the networks, or refit those of the engine to refit if its other weights are the same."""
-    if plan.source is None or (plan.backend.holds_tuned_apart and not model.is_partial):
+    """Build the networks, or refit those of the engine to refit."""
+    if plan.source is None:
         stages.set_missing(plan.backend.num_missing(model, arch, plan.precision))
         plan.backend.build(model, arch, folder, plan.precision, progress)
     else:
         with in_use(plan.source):
             plan.backend.refit(plan.source.networks, folder, model, arch, plan.precision, progress)
+            take_networks(plan.source, folder.parent)
 
 
 def _choose(checkpoint: Path, options: BuildOptions, failed: Mapping[str, str]) -> _Plan:
@@ -263,7 +277,7 @@ def _choose(checkpoint: Path, options: BuildOptions, failed: Mapping[str, str]) 
 
     failed: by name, why `auto` must pass over a backend.
     """
-    source = open_folder(options.refit) if options.refit is not None else None
+    source = open_folder(options.refit, verify=False) if options.refit is not None else None
     is_auto = options.backend == "auto" and options.precision not in ONLY_OF and source is None
     name, precision = options.backend, options.precision
     if source is not None:

@@ -154,7 +154,7 @@ class Checkpoint:
     def load_outline(
         self, *, base: str | None = None, controlnet: str | None = None, vae: str | None = None
     ) -> PoseModel:
-        """As `load_model`, but only the tuned tensors have values: `PoseModel.is_partial`.
+        """As `load_model`, but only what was tuned has values: all else is on the meta device (see `load_outline`).
 
         The base's weights are not read, so that they are those of `base_hash` is taken for granted.
         """

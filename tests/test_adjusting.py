@@ -20,7 +20,7 @@ from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.engines import Engine
-from posecrafter_rt.engines.folder import write_manifest
+from posecrafter_rt.engines.manifest import write_manifest
 from posecrafter_rt.engines.openvino_operations import missing_bytes_reason
 from posecrafter_rt.engines.torch import TorchEngine
 from posecrafter_rt.errors import OutOfMemory, PoseCrafterError

@@ -26,7 +26,8 @@ from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.engine_training import choose_size
 from posecrafter_rt.engines import LAST_RESORT, choose_backend, get_backend
-from posecrafter_rt.engines.folder import PASSED_OVER, EngineFolder, open_folder, read_manifest, write_manifest
+from posecrafter_rt.engines.folder import PASSED_OVER, EngineFolder, open_folder
+from posecrafter_rt.engines.manifest import read_manifest, write_manifest
 from posecrafter_rt.errors import (
     BackendUnavailable,
     CheckpointError,

@@ -19,7 +19,8 @@ from posecrafter_rt.avatar import Avatar
 from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.main import app
-from posecrafter_rt.engines.folder import read_manifest
+from posecrafter_rt.engines.manifest import read_manifest
+from posecrafter_rt.engines.tuned_file import TUNED_FILE, read_tuned
 from posecrafter_rt.errors import CheckpointError
 from posecrafter_rt.models.loading import load_base
 from posecrafter_rt.models.lora import Lora
@@ -75,16 +76,17 @@ def networks(engine: Path) -> dict[str, bytes]:
 def test_what_was_tuned_stays_below_the_delta(
     build: Callable[..., Path], checkpoint: Path, tiny_lora: Path, tiny_factors: dict
 ) -> None:
-    weights = load_file(build(Lora(tiny_lora, 0.5)) / "networks" / "unet.safetensors")
+    weights = read_tuned(build(Lora(tiny_lora, 0.5)) / "networks")
     name = TUNED.removeprefix("unet.")
     down, up = tiny_factors["unet", name.removesuffix(".weight")]
-    assert torch.equal(weights[name], Checkpoint.load(checkpoint).tensors[TUNED] + 0.5 * (up @ down))
+    assert torch.equal(weights[TUNED], Checkpoint.load(checkpoint).tensors[TUNED] + 0.5 * (up @ down))
 
 
 def test_only_the_unet_and_the_text_encoder_change(build: Callable[..., Path], tiny_lora: Path) -> None:
     plain, fused = build(), build(Lora(tiny_lora))
     ours, theirs = networks(fused), networks(plain)
-    assert {name for name in ours if ours[name] != theirs[name]} == {"unet.safetensors", "text_encoder.safetensors"}
+    changed = {name for name in ours if ours[name] != theirs[name]}
+    assert changed == {"unet.safetensors", "text_encoder.safetensors", TUNED_FILE}
     before, after = (load_file(engine / "networks" / "unet.safetensors") for engine in (plain, fused))
     temporal = [name for name in before if "_temp." in name or ".temporal_out." in name]
     assert temporal and all(torch.equal(before[name], after[name]) for name in temporal)

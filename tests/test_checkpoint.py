@@ -212,6 +212,67 @@ def test_load_model_puts_the_tensors_into_the_base(make_checkpoint: Callable[...
     assert all(torch.equal(parameters[name], tensor.bfloat16()) for name, tensor in expected.items())
 
 
+def test_an_outline_has_what_was_tuned_and_nothing_of_the_base(
+    make_checkpoint: Callable[..., Checkpoint], tiny_base: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    for file in base.rglob("*.safetensors"):
+        file.unlink()
+    checkpoint = make_checkpoint()
+    outline, whole = checkpoint.load_outline(base=str(base)), checkpoint.load_model()
+    assert outline.tuned == whole.tuned == set(checkpoint.tensors)
+    assert outline.base_hash == whole.base_hash and outline.architecture() == whole.architecture()
+    parameters = dict(named_parameters(outline))
+    for name, parameter in named_parameters(whole):
+        assert parameters[name].shape == parameter.shape and parameters[name].dtype == parameter.dtype
+        assert parameters[name].is_meta == (name not in checkpoint.tensors)
+        assert parameters[name].is_meta or torch.equal(parameters[name], parameter)
+    assert all(parameter.is_meta for parameter in outline.text_encoder.parameters())
+
+
+def test_a_base_of_another_configuration_gives_no_outline(
+    make_checkpoint: Callable[..., Checkpoint], tiny_base: Path, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(configurations=load_base(str(tiny_base)).configurations())
+    config = shutil.copytree(tiny_base, tmp_path / "base") / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.5}))
+    with pytest.raises(CheckpointError, match="tuned with another configuration of the vae"):
+        checkpoint.load_outline(base=str(tmp_path / "base"))
+
+
+TEMPORAL = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+
+
+@pytest.mark.parametrize(
+    ("tuned", "is_split"),
+    [
+        (set(), False),
+        ({"unet.conv_in.weight"}, True),
+        ({"unet.conv_in.weight", "unet.conv_in.bias"}, False),
+        ({f"{TEMPORAL}.conv_temp.weight", f"{TEMPORAL}.conv_temp.bias"}, True),  # made one with attn_temp.to_out
+        (
+            {
+                f"{TEMPORAL}.{layer}.{kind}"
+                for layer in ("conv_temp", "attn_temp.to_out.0")
+                for kind in ("weight", "bias")
+            },
+            False,
+        ),
+    ],
+)
+def test_what_folding_would_make_of_tuned_and_other_weights_is_known(
+    tiny_base: Path, tuned: set[str], is_split: bool
+) -> None:
+    model = load_base(str(tiny_base))
+    model.tuned = frozenset(tuned)
+    assert model.splits_modules() == is_split
+    model.fold()
+    expected = {name for name in tuned if TEMPORAL not in name}
+    if any(TEMPORAL in name for name in tuned):
+        expected |= {f"{TEMPORAL}.temporal_out.{kind}" for kind in ("weight", "bias")}
+    assert model.tuned == expected and not model.tuned - dict(named_parameters(model)).keys()
+
+
 def test_another_base_is_refused_with_both_hashes(
     make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, write_tiny_base: Callable[..., Path]
 ) -> None:

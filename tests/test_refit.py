@@ -22,7 +22,8 @@ from posecrafter_rt.building import BuildOptions, build_engine
 from posecrafter_rt.checkpoint import Checkpoint
 from posecrafter_rt.cli.main import app
 from posecrafter_rt.engines import get_backend
-from posecrafter_rt.engines.folder import open_folder, read_manifest, write_manifest
+from posecrafter_rt.engines.folder import open_folder
+from posecrafter_rt.engines.manifest import read_manifest, write_manifest
 from posecrafter_rt.engines.refit import GRAPHS_FILE
 from posecrafter_rt.engines.tuned_file import TUNED_FILE
 from posecrafter_rt.errors import EngineFolderError, ModelError
@@ -209,7 +210,16 @@ def test_what_else_was_tuned_is_replaced_as_by_building(
     built = build_engine(checkpoint, tmp_path / "c.engine", BuildOptions(name, "fp32")).folder.path
     if name != "tensorrt":  # a plan that was built anew may hold other kernels
         assert differing_files(refitted, built) == set() and "vae" in "".join(differing_files(built, engines.built))
-        assert "the engine to refit was tuned in other weights: all of this one is written anew" in caplog.text
+        assert "the engine to refit was tuned in other weights" in caplog.text
+
+
+def test_an_engine_tuned_in_parts_of_layers_is_built_anew(tiny_base: Path, tmp_path: Path) -> None:
+    first, second = (write_checkpoint(tmp_path / f"{seed}.ckpt", tiny_base, seed, "conv_out.weight") for seed in (1, 2))
+    source = build_engine(first, tmp_path / "a.engine", BuildOptions("torch", "fp32")).folder.path
+    refitted = build_engine(second, tmp_path / "r.engine", BuildOptions(refit=source)).folder.path
+    built = build_engine(second, tmp_path / "b.engine", BuildOptions("torch", "fp32")).folder.path
+    assert differing_files(refitted, built) == set() and not is_linked(refitted, source, "unet")
+    assert read_manifest(refitted)["tuned"] is None
 
 
 def test_the_source_stays_as_it_is(engines: Engines, checkpoints: tuple[Path, Path]) -> None:
@@ -339,13 +349,48 @@ def test_the_same_weights_in_another_configuration_are_refused(
     refused(checkpoint, tmp_path / "b.engine", BuildOptions(refit=engines.source), "configuration")
 
 
-def test_a_damaged_or_missing_source_is_refused(copied: Path, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_source_that_is_missing_or_lacks_a_file_is_refused(
+    copied: Path, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
     refused(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=tmp_path / "no"), "is not an engine folder")
-    file = copied / "networks" / "unet.safetensors"
+    (copied / "networks" / "unet.safetensors").unlink()
+    refused(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=copied), "unet.safetensors is missing")
+
+
+def test_what_is_damaged_in_the_source_is_found_when_it_is_copied_or_loaded(
+    copied: Path, checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a refit links it does not read: that would take longer than all the rest."""
+    file, altered = copied / "networks" / "unet.safetensors", "was altered: networks/unet.safetensors is not the file"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    refused(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=copied), "networks/unet.safetensors")
+    refitted = build_engine(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=copied)).folder.path
+    with pytest.raises(EngineFolderError, match=f"{refitted} {altered}"):
+        Avatar.load(refitted)
+    monkeypatch.setattr(os, "link", refuse)
+    refused(checkpoints[1], tmp_path / "c.engine", BuildOptions(refit=copied), f"{copied} {altered}")
+
+
+@pytest.mark.parametrize("name", [TUNED_FILE, "components.json"])
+def test_what_a_refit_reads_is_verified(
+    copied: Path, checkpoints: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    file = copied / "networks" / name
+    file.write_bytes(file.read_bytes() + b" ")
+    refused(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=copied), f"was altered: networks/{name}")
+
+
+def test_symbolic_links_in_the_source_are_followed(
+    copied: Path, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    file = copied / "networks" / "unet.safetensors"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(Path("../../elsewhere"))
+    refitted = build_engine(checkpoints[1], tmp_path / "b.engine", BuildOptions(refit=copied)).folder
+    assert not (refitted.networks / file.name).is_symlink() and is_linked(refitted.path, copied, "unet")
+    file.unlink()
+    open_folder(refitted.path)
 
 
 def test_an_interrupted_refit_leaves_nothing(

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from posecrafter_rt.atomic import atomic_path
-from posecrafter_rt.tensor_file import DTYPES, save_tensors
+from posecrafter_rt.atomic import atomic_path, sha256_file
+from posecrafter_rt.tensor_file import DTYPES, MappedTensors, save_tensors
 
 
 def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
@@ -44,3 +44,23 @@ def test_the_file_is_the_one_that_was_there(tmp_path: Path) -> None:
         assert [path.stat().st_ino for path in tmp_path.iterdir()] == [inode]
     os.umask(umask := os.umask(0))
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_what_is_mapped_is_what_was_written_and_may_be_released(tmp_path: Path) -> None:
+    tensors = {"a": torch.rand(3, 700), "empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5)}
+    save_tensors(tensors, tmp_path / "a", {"said": "größer"})
+    mapped = MappedTensors(tmp_path / "a")
+    assert mapped.digest == sha256_file(tmp_path / "a")
+    for _ in range(2):
+        assert mapped.arrays.keys() == tensors.keys()
+        assert all(torch.equal(torch.from_numpy(mapped.arrays[name]), tensor) for name, tensor in tensors.items())
+        mapped.release()
+    save_tensors({}, tmp_path / "b")
+    assert MappedTensors(tmp_path / "b").arrays == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"torch", b"\0" * 8 + b"{}"])
+def test_what_is_no_such_file_is_not_mapped(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError):
+        MappedTensors(tmp_path / "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,10 @@ def some_tuned(model: PoseModel) -> frozenset[str]:
     parts = (".resnets.", ".attn_temp.", ".conv_temp.", ".attn1.to_out.")
     return frozenset(name for name, _ in named_parameters(model) if name.startswith("vae.decoder.")
                      or (name.startswith(("unet.", "controlnet.")) and any(part in name for part in parts)))  # fmt: skip
+
+
+def link_the_rest(source: Path, refitted: Path) -> None:
+    """Do for folders of networks what a build does after `Backend.refit`."""
+    for file in source.iterdir():
+        if not (refitted / file.name).exists():
+            os.link(file, refitted / file.name)

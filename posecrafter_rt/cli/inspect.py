@@ -47,7 +47,8 @@ def describe_engine(path: Path) -> dict[str, Any]:
     Raises: EngineFolderError if the manifest was altered, because then what it says is not to be shown.
     """
     from posecrafter_rt.engines.description import describe_networks
-    from posecrafter_rt.engines.folder import MUTABLE, is_sealed, open_folder, read_manifest
+    from posecrafter_rt.engines.folder import MUTABLE, open_folder
+    from posecrafter_rt.engines.manifest import is_sealed, read_manifest
 
     manifest = read_manifest(path)
     if not is_sealed(manifest):

@@ -280,7 +280,7 @@ def _poses_of(path: Path) -> PoseSequence:
 
 
 def _is_engine(path: Path) -> bool:
-    from posecrafter_rt.engines.folder import MANIFEST
+    from posecrafter_rt.engines.manifest import MANIFEST
 
     return (path / MANIFEST).is_file()
 

@@ -108,12 +108,12 @@ class Backend(Protocol):
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
     ) -> None:
-        """Write into `folder` what `build` would, from what it wrote into `source` for another checkpoint.
+        """Write into `folder` those files that `build` would write otherwise than it wrote them into `source`.
 
-        The base, the precision, the device and all versions are the same: `refit.check_source` has checked that.
+        All others are taken from there. `source` is of another checkpoint. The base, the precision, the device and all versions are the same: `refit.check_source` has checked that.
         `source` is unchanged.
-        Args: model: partial if `holds_tuned_apart`: then the same parameters are tuned in both. Else whole: all weights
-            that differ are replaced, also those that only the other checkpoint had tuned.
+        Args: model: if `holds_tuned_apart`, only `PoseModel.tuned` has values, and it is the same in both. Else all
+            weights have, and those that differ are replaced, also those that only the other checkpoint had tuned.
         Raises: EngineFolderError if more than weights differs; BackendUnavailable if it cannot be done here.
         """
         ...

@@ -90,7 +90,8 @@ def _files_of(name: str, backend: str, networks_folder: Path) -> list[Path]:
     if backend in BY_COMPONENT:
         code = [file for file in own if file.suffix == ".pt2"]
         has_tuned = count_weights(tuned, COMPONENTS[name]) > 0
-        own = [*code, *(networks_folder / f"{component}.safetensors" for component in COMPONENTS[name])]
+        parts = (networks_folder / f"{component}.safetensors" for component in COMPONENTS[name])
+        own = [*code, *filter(Path.is_file, parts)]  # of a small decoder all may count as tuned
     elif backend == "openvino":
         graph = networks_folder / f"{name}.xml"
         content = graph.read_bytes()

@@ -6,11 +6,9 @@ Layer 4: knows files and hashes, not what is in the files. The manifest has a se
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
 import secrets
-import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,20 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_existing, sha256_files, sha256_json
-from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists, first_line
+from posecrafter_rt.atomic import disk_full, flush_to_disk, means_full, refuse_existing, sha256_files
+from posecrafter_rt.engines.manifest import (
+    MANIFEST,
+    SCHEMA,
+    is_sealed,
+    read_manifest,
+    rebuild_hint,
+    sealed_manifest,
+    write_manifest,
+)
+from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists
 from posecrafter_rt.locks import locked
 
-# Older ones: 2 has the channels of convolutions second in `torch` engines; 3 has no `unet_stream_shallow`; 4 may lack
-# tokenizer.json; in 5 `unet_stream_shallow` takes `is_reference`; 6 has the tuned weights among the others.
-SCHEMA = 7
-MANIFEST = "manifest.json"
 MUTABLE = ("inversions", "compiled")  # caches: not hashed, may be emptied at any time
 # Not hashed either: why `auto` passed over other backends, by the fingerprints that their engines would have had.
 PASSED_OVER = "passed_over.json"
 MAX_REPLACED = 3  # how often an engine that is replaced while it is opened is opened anew
-# The hint if it is not known which engine it is.
-REBUILD = "build it again: posecrafter-rt build-engine ... --force"
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def building(
     killed build left beside `path` is removed first. If several builds write one `path`, the last to end wins; each
     waits while another puts its folder in place, and logs that it waits. At the end `manifest` holds all that was
     written: what is at `path` may be another build's by then.
-    source: an engine in use. Files of the new folder that are links to its own are not read again to hash them.
+    source: an engine whose files the new one may have links to. They keep their hashes, and are not read.
     Raises: OutputExists; EngineFolderError while the engine at `path` is in use; DiskFull; whatever the block raises.
         None of them leaves anything behind.
     """
@@ -93,7 +94,7 @@ def building(
         if not force:
             _refuse_what_is_not_ours(path)
         for outer in path.resolve().parents:
-            if _sealed_manifest(outer) is not None:
+            if sealed_manifest(outer) is not None:
                 raise OutputExists(
                     f"{path} would lie in the engine {outer}, which holds nothing else", "give another folder"
                 )
@@ -144,7 +145,7 @@ def _placing(path: Path) -> Iterator[None]:
 
 def _refuse_what_is_not_ours(path: Path) -> None:
     """Raise OutputExists unless `path` is free, or an engine folder (perhaps damaged) without files of the user's."""
-    manifest = _sealed_manifest(path)
+    manifest = sealed_manifest(path)
     if manifest is None:  # web applications have a manifest.json, too
         refuse_existing(path)
         return
@@ -193,15 +194,6 @@ def _unused(path: Path) -> Iterator[None]:
         except OSError:
             pass  # there is no engine that anybody could have loaded
         yield
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest with a seal, the hash of everything else in it; return it as it will be read."""
-    unsealed = {name: value for name, value in manifest.items() if name != "seal"}
-    text = json.dumps({**unsealed, "seal": sha256_json(unsealed)}, indent=2)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-    sealed: dict[str, Any] = json.loads(text)
-    return sealed
 
 
 def _replace(path: Path, staging: Path) -> None:
@@ -262,10 +254,16 @@ def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def _linked(folder: Path, source: EngineFolder | None) -> dict[str, str]:
     """Return the names of those files that `source` has, too, as links to the same data, with the hashes that it knows."""
-    if source is None:
-        return {}
-    return {name: digest for name, digest in source.manifest["files"].items()
-            if (folder / name).is_file() and (folder / name).samefile(source.path / name)}  # fmt: skip
+    known = {} if source is None else source.manifest["files"]
+
+    def is_link(name: str) -> bool:
+        assert source is not None
+        try:
+            return (folder / name).samefile(source.path / name)
+        except OSError:  # it is not in both
+            return False
+
+    return {name: digest for name, digest in known.items() if is_link(name)}
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -274,94 +272,11 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(name.as_posix() for name in names if name.parts[0] not in (*MUTABLE, PASSED_OVER, MANIFEST))
 
 
-def _parse_manifest(file: Path) -> Any:
-    """Return a file's JSON. Raises: OSError; ValueError, also for NaN and lone surrogates: no seal is over those."""
-    text = file.read_text(encoding="utf-8")
-    manifest = json.loads(text, parse_constant=int)
-    json.dumps(manifest, ensure_ascii=False).encode()
-    return manifest
-
-
-def read_manifest(path: Path, given: Path | None = None) -> dict[str, Any]:
-    """Return the manifest, unverified. given: the path to show in messages; None: `path`.
-
-    Raises: EngineFolderError if it is absent, cannot be read, is not JSON, or of another schema.
-    """
-    shown = given or path
-    file = shown / MANIFEST
-    try:
-        # Web applications have a manifest.json, too.
-        if not (path / MANIFEST).is_file() or not ((path / "networks").is_dir() or _sealed_manifest(path)):
-            raise EngineFolderError(f"{shown} is not an engine folder", _engine_hint(shown))
-        manifest = _parse_manifest(path / MANIFEST)
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        told = f"{file} cannot be read: {reason[:1].lower()}{reason[1:]}"
-        raise EngineFolderError(told, "check its permissions and its disk") from error
-    except ValueError as error:
-        raise EngineFolderError(f"{file} is damaged", rebuild_hint(shown, {})) from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        hint = rebuild_hint(shown, _sealed_manifest(path) or {})
-        raise EngineFolderError(f"{file} is of another version of this package", hint)
-    return manifest
-
-
-def _engine_hint(path: Path) -> str:
-    """Return a hint for a `path` that is no engine: how to build one without replacing what is there."""
-    if path.is_file():
-        return f"an engine is a folder, which is built of a tuned checkpoint: posecrafter-rt build-engine {shlex.quote(str(path))}"
-    output = "" if path.exists() else f" -o {shlex.quote(str(path))}"
-    return f"posecrafter-rt build-engine tuned.ckpt{output}"
-
-
-def is_sealed(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest is as `write_manifest` wrote it."""
-    return manifest.get("seal") == sha256_json({name: value for name, value in manifest.items() if name != "seal"})
-
-
-def _sealed_manifest(path: Path) -> dict[str, Any] | None:
-    """Return the manifest, of whatever schema, if `write_manifest` wrote it; else None."""
-    try:
-        manifest = _parse_manifest(path / MANIFEST)
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and is_sealed(manifest) else None
-
-
-def rebuild_command(path: Path, manifest: Mapping[str, Any]) -> str:
-    """Return the command that builds an engine as its manifest, or a part of it, describes it.
-
-    The user must fill in what the manifest lacks: the paths of the checkpoint, of LoRAs and of a given small decoder.
-    """
-    words = ["posecrafter-rt build-engine tuned.ckpt -o", shlex.quote(str(path))]
-    words += [f"--{name} {manifest[name]}" for name in ("backend", "precision") if name in manifest]
-    if "size" in manifest:
-        words.append(f"--size {'x'.join(map(str, manifest['size']))}")
-    if "max_frames" in manifest:
-        words.append(f"--max-frames {manifest['max_frames']}")
-    words += [f"--lora {shlex.quote(one['file'])}:{one['scale']}" for one in manifest.get("loras", ())]
-    if "small_decoder" in manifest:
-        words.append("--small-decoder FOLDER")
-    if manifest.get("feature_reuse") is False:
-        words.append("--no-feature-reuse")
-    return " ".join(words)
-
-
-def rebuild_hint(path: Path, manifest: Mapping[str, Any]) -> str:
-    """Return a hint that says how to rebuild an engine folder. manifest: see `rebuild_command`."""
-    return f"build it again: {rebuild_command(path, manifest)} --force"
-
-
-def rebuild_networks_hint(networks: Path) -> str:
-    """Return such a hint for an `EngineFolder.networks`; the command is complete if the manifest is beside it."""
-    manifest = _sealed_manifest(networks.parent)
-    return REBUILD if manifest is None else rebuild_hint(networks.parent, manifest)
-
-
-def open_folder(path: str | Path) -> EngineFolder:
+def open_folder(path: str | Path, *, verify: bool = True) -> EngineFolder:
     """Open an engine folder: verify the manifest's seal, and every file against the manifest.
 
     If a build replaces the engine meanwhile, the new one is opened.
+    verify: else files need only be there; `verify_files` reads them.
     Raises: EngineFolderError, which names the first file that is missing, altered or too many.
     """
     # Resolved before anything is read: a link may lead to another engine while files are hashed. And networks are read
@@ -370,18 +285,18 @@ def open_folder(path: str | Path) -> EngineFolder:
     for _ in range(MAX_REPLACED):
         before = _seal(path)
         try:
-            return _open(path, given)
+            return _open(path, given, verify)
         except (EngineFolderError, OSError):  # while one folder takes the other's place, nothing is there
             if _seal(path) == before:
                 raise
-    return _open(path, given)
+    return _open(path, given, verify)
 
 
 def _seal(path: Path) -> str | None:
-    return (_sealed_manifest(path) or {}).get("seal")
+    return (sealed_manifest(path) or {}).get("seal")
 
 
-def _open(path: Path, given: Path) -> EngineFolder:
+def _open(path: Path, given: Path, verify: bool) -> EngineFolder:
     manifest = read_manifest(path, given)
     if not is_sealed(manifest):
         raise EngineFolderError(
@@ -394,7 +309,42 @@ def _open(path: Path, given: Path) -> EngineFolder:
             raise EngineFolderError(f"{given} is incomplete: {name} is missing", rebuild)
         raise EngineFolderError(f"{given} holds {name}, which was not built with it",
                                 f"remove {given / name}, or {rebuild}")  # fmt: skip
-    for name, digest in _hash_files(path, present).items():
-        if digest != files[name]:
-            raise EngineFolderError(f"{given} was altered: {name} is not the file that was built", rebuild)
+    if verify:
+        _compare(path, present, manifest, given)
     return EngineFolder(path, manifest, given.absolute())
+
+
+def verify_files(folder: EngineFolder, *suffixes: str) -> None:
+    """Verify those files of an engine whose names end in one of these; without any, all.
+
+    Raises: EngineFolderError, which names the first file that is altered.
+    """
+    names = [name for name in folder.manifest["files"] if name.endswith(suffixes or "")]
+    _compare(folder.path, names, folder.manifest, folder.shown)
+
+
+def _compare(path: Path, names: Iterable[str], manifest: Mapping[str, Any], shown: Path) -> None:
+    """Raise EngineFolderError about the engine `shown` if one of these files, which lie in `path`, is not as built."""
+    for name, digest in _hash_files(path, names).items():
+        if digest != manifest["files"][name]:
+            raise EngineFolderError(f"{shown} was altered: {name} is not the file that was built",
+                                    rebuild_hint(shown, manifest))  # fmt: skip
+
+
+def take_networks(source: EngineFolder, folder: Path) -> None:
+    """Give those files of an engine's networks that `folder`, a new engine, lacks a second name there: none is read.
+
+    As nothing writes to an engine's files, the two are independent. Where files cannot be linked, such as on another
+    file system, they are copied and verified.
+    Raises: EngineFolderError if one that is copied was altered.
+    """
+    copied = []
+    for name in source.manifest["files"]:
+        if (source.path / name).parent != source.networks or (folder / name).exists():
+            continue
+        try:
+            os.link(os.path.realpath(source.path / name), folder / name)  # of a symbolic link, what it leads to
+        except OSError:
+            shutil.copyfile(source.path / name, folder / name)
+            copied.append(name)
+    _compare(folder, copied, source.manifest, source.shown)

@@ -34,7 +34,7 @@ from posecrafter_rt.engines.base import (
     untyped_reason,
 )
 from posecrafter_rt.engines.device import describe_compiled_device, torch_device
-from posecrafter_rt.engines.folder import rebuild_networks_hint
+from posecrafter_rt.engines.manifest import rebuild_networks_hint
 from posecrafter_rt.engines.own_settings import own_settings
 from posecrafter_rt.engines.refit import (
     HINT_BF16,

@@ -27,7 +27,7 @@ from posecrafter_rt.engines.base import (
     Progress,
     fitting_weights,
 )
-from posecrafter_rt.engines.folder import rebuild_networks_hint
+from posecrafter_rt.engines.manifest import rebuild_networks_hint
 from posecrafter_rt.engines.openvino_attention import use_attention
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
 from posecrafter_rt.engines.openvino_ir import constants, replace_constants, save_ir

@@ -32,12 +32,13 @@ class SharedWeights:
         self._places: dict[tuple[int, bytes], list[int]] = defaultdict(list)
 
     def add(self, network: Path) -> int:
-        """Move the constants of an IR from the .bin beside it into the file; return their number of bytes."""
+        """Move the constants of an IR from the .bin beside it into the file; return their number of bytes.
+
+        The first to be added is the network whose file it is.
+        """
         own, content = network.with_suffix(".bin"), network.read_bytes()
-        is_first = not self._places
-        if is_first:
-            own.replace(self.path)
-            own = self.path
+        is_first = own == self.path
+        assert is_first == (not self._places)
         found = {tuple(map(int, match.groups())) for match in _PLACE.finditer(content)}
         constants = np.memmap(own, np.uint8, "r").view(np.ndarray)
         places = {(offset, size): self._place(constants[offset : offset + size], offset if is_first else None)

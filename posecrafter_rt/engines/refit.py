@@ -79,16 +79,16 @@ def check_source(source: EngineFolder, wanted: Mapping[str, Any]) -> None:
             raise _refusal(source.path, f"its {name} is {built.get(name)}, not {here[name]}", HINT_NO_REFIT)
 
 
-def needs_base(source: EngineFolder, wanted: Mapping[str, Any], model: PoseModel) -> str | None:
+def needs_base(source: EngineFolder, wanted: Mapping[str, Any]) -> str | None:
     """Return why more than tuned weights must be replaced in an engine, as the end of a sentence about it; else None.
 
-    Args: wanted: the manifest of the engine to be made. model: what is tuned of it, before it is folded.
+    Args: wanted: the manifest of the engine to be made.
     """
     if sha256_json(source.manifest.get("loras")) != sha256_json(wanted.get("loras")):
         return "holds other LoRAs"
-    if source.manifest.get("tuned") != wanted["tuned"]:
-        return "was tuned in other weights"
-    return "was tuned in parts of modules" if model.splits_modules() else None
+    return (
+        None if source.manifest.get("tuned") == wanted["tuned"] else "was tuned in other weights, or in parts of layers"
+    )
 
 
 def _differing(theirs: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

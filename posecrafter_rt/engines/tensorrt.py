@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -31,9 +30,8 @@ from posecrafter_rt.engines.base import (
 )
 from posecrafter_rt.engines.description import read_description, write_description
 from posecrafter_rt.engines.device import DRIVER, cuda_driver, describe_compiled_device, gpu_name, is_driver_older
-from posecrafter_rt.engines.folder import rebuild_networks_hint
+from posecrafter_rt.engines.manifest import rebuild_networks_hint
 from posecrafter_rt.engines.refit import (
-    GRAPHS_FILE,
     HINT_NO_REFIT,
     HINT_NO_REFIT_BF16,
     Graphs,
@@ -169,10 +167,7 @@ class TensorRTBackend:
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
     ) -> None:
-        """See `Backend.refit`. A plan is refitted on the GPU and then compared with its module on the CPU.
-
-        A network without a changed weight is copied.
-        """
+        """See `Backend.refit`. A plan is refitted on the GPU and then compared with its module on the CPU."""
         check_description(source, {"tensorrt": _version(), "device": gpu_name()})
         specs, graphs = network_specs(arch), read_graphs(source)
         described = read_description(source)
@@ -182,16 +177,12 @@ class TensorRTBackend:
             stored = load_file(source / f"{name}.safetensors")
             changed = changed_weights(in_types_of(stored, network), stored)
             if not changed:
-                for suffix in (".plan", ".safetensors"):
-                    shutil.copyfile(source / f"{name}{suffix}", folder / f"{name}{suffix}")
                 continue
             weights = {**stored, **changed}
             save_tensors(weights, folder / f"{name}.safetensors")
             _refit_plan(source, folder, name, changed, weights)
             described[name]["error"] = self._compare(folder, network, specs[name], arch, precision, IF_REFITTED)
             leave_memory()
-        for file in (TIMING_CACHE, DESCRIPTION, GRAPHS_FILE):
-            shutil.copyfile(source / file, folder / file)
         write_description(folder, described)
 
     def _compare(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posecrafter_rt.engines.base import InputChecker, fitting_weights
 from posecrafter_rt.engines.cuda_graphs import recording
-from posecrafter_rt.engines.folder import rebuild_networks_hint
+from posecrafter_rt.engines.manifest import rebuild_networks_hint
 from posecrafter_rt.engines.refit import HINT_BF16, in_stored_type
 from posecrafter_rt.engines.tensorrt_common import failure, leave_memory, make_logger, start, torch_dtype, trt_dtype
 from posecrafter_rt.errors import CheckpointError, PoseCrafterError, ShapeError, first_line

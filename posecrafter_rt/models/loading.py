@@ -64,7 +64,6 @@ class PoseModel:
     base's own is used. base_hash: SHA-256 over the weights of all four networks.
     small_decoder: that of a tuned person, or one that the user gave; a base has none.
     tuned: the names of those parameters that differ between persons, as in `named_parameters`.
-    is_partial: whether only these have values, and all others are on the meta device; see `load_outline`.
     """
 
     unet: VideoUNet
@@ -80,7 +79,6 @@ class PoseModel:
     vae_id: str | None = None
     small_decoder: nn.Module | None = None
     tuned: frozenset[str] = frozenset()
-    is_partial: bool = False
 
     def identity(self) -> dict[str, Any]:
         """Return the entries of a checkpoint's metadata that name its base; `schedule` is `DDIMSchedule.learned`."""
@@ -205,7 +203,7 @@ def load_outline(base: str, base_hash: str, norm_scope: NormScope, **parts: str 
     ids = {f"{role}_id": source and lasting_id(source) for role, source in parts.items()}
     with torch.device("meta"):
         return _inflate(found, networks, norm_scope, scheduler_config=read_scheduler_config(found),
-                        settings=found.settings(), base_hash=base_hash, is_partial=True, **ids)  # fmt: skip
+                        settings=found.settings(), base_hash=base_hash, **ids)  # fmt: skip
 
 
 def _inflate(found: Base, networks: Mapping[str, Any], scope: NormScope, **facts: Any) -> PoseModel:

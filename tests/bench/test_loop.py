@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench.loop import markdown, measure, median_round
-from posecrafter_rt.engines.folder import read_manifest, write_manifest
+from posecrafter_rt.engines.manifest import read_manifest, write_manifest
 
 
 def test_the_rest_of_the_loop_is_what_its_networks_do_not_take(tiny_engine: Path) -> None:

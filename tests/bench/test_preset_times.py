@@ -12,7 +12,7 @@ from bench import presets
 from bench.flops import Counters, Setup
 from bench.presets import STAGES, WAYS, benchmark, count_flops_of, find_peak, markdown, measure, parse
 from posecrafter_rt.avatar import Avatar
-from posecrafter_rt.engines.folder import read_manifest
+from posecrafter_rt.engines.manifest import read_manifest
 from posecrafter_rt.runtime.presets import PRESETS, preset_options
 
 

@@ -11,14 +11,8 @@ import pytest
 
 from posecrafter_rt import atomic
 from posecrafter_rt.atomic import sha256_file
-from posecrafter_rt.engines.folder import (
-    building,
-    open_folder,
-    read_manifest,
-    rebuild_command,
-    rebuild_networks_hint,
-    write_manifest,
-)
+from posecrafter_rt.engines.folder import building, open_folder
+from posecrafter_rt.engines.manifest import read_manifest, rebuild_command, rebuild_networks_hint, write_manifest
 from posecrafter_rt.errors import EngineFolderError
 
 
@@ -118,6 +112,24 @@ def test_a_build_learns_what_it_has_written(tmp_path: Path) -> None:
     with building(tmp_path / "e", manifest) as staging:
         (staging / "networks").mkdir()
     assert manifest == read_manifest(tmp_path / "e") and manifest["seal"]
+
+
+def test_links_to_the_files_of_a_verified_engine_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_folder(build(tmp_path / "first.engine"))
+    read = []
+    monkeypatch.setattr(atomic, "sha256_file", lambda path: (read.append(path.name), sha256_file(path))[1])
+    with building(tmp_path / "second.engine", {"backend": "torch"}, source=source) as staging:
+        (staging / "networks").mkdir()
+        os.link(source.networks / "unet.bin", staging / "networks" / "unet.bin")
+        (staging / "reference.safetensors").write_text("other frames")
+        (staging / "further").write_text("more")
+    assert sorted(read) == ["further", "reference.safetensors"]
+    second = open_folder(tmp_path / "second.engine")
+    assert list(second.manifest["files"]) == ["further", "networks/unet.bin", "reference.safetensors"]
+    assert second.manifest["files"]["networks/unet.bin"] == source.manifest["files"]["networks/unet.bin"]
+    assert "unet.bin" in read  # it was read when that was opened
 
 
 def test_an_engine_has_the_name_that_the_user_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

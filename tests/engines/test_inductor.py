@@ -21,8 +21,8 @@ from torch import Tensor
 
 from posecrafter_rt.engines import inductor as backend_module
 from posecrafter_rt.engines.base import FULL_PRECISION, Engine, Precision
-from posecrafter_rt.engines.folder import REBUILD
 from posecrafter_rt.engines.inductor import InductorBackend, read_weights, write_weights
+from posecrafter_rt.engines.manifest import REBUILD
 from posecrafter_rt.engines.own_settings import own_settings
 from posecrafter_rt.engines.refit import write_graphs
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, EngineFolderError
@@ -31,6 +31,7 @@ from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.machine import cpu_features
 from posecrafter_rt.models.loading import PoseModel
 from posecrafter_rt.spec import Architecture, network_specs
+from tests.tiny import link_the_rest
 
 DECODER, WEIGHTS = "vae_decoder", "vae.safetensors"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")  # the decoder's code and weights are the same in both
@@ -215,6 +216,7 @@ def test_another_version_of_the_onnx_exporter_changes_nothing(
     monkeypatch.setattr("posecrafter_rt.machine.version", lambda name: "99" if name in others else version(name))
     assert backend.num_missing(plain_model, arch, "fp32") == 0
     backend.refit(source, refitted, plain_model, arch, "fp32", lambda stage: None)
+    link_the_rest(source, refitted)
     assert decoding_error(load_decoder(plain_model, refitted), plain_model, 2) < 1e-4
     monkeypatch.setattr("posecrafter_rt.machine.version", lambda name: "99" if name == "diffusers" else version(name))
     with pytest.raises(EngineFolderError, match="exported from another configuration or by other code"):

@@ -24,17 +24,18 @@ from posecrafter_rt.engines import openvino as backend_module
 from posecrafter_rt.engines import openvino_ir
 from posecrafter_rt.engines import openvino_operations as operations
 from posecrafter_rt.engines.base import BEYOND_FP16, FULL_PRECISION, Precision
-from posecrafter_rt.engines.folder import write_manifest
+from posecrafter_rt.engines.manifest import write_manifest
 from posecrafter_rt.engines.openvino import KEPT_SHAPES, OpenVinoBackend, OpenVinoEngine
 from posecrafter_rt.engines.openvino_norms import normalise_by_channel
 from posecrafter_rt.engines.openvino_weights import SharedWeights
+from posecrafter_rt.engines.tuned_file import TUNED_FILE
 from posecrafter_rt.errors import CheckpointError, EngineFolderError
 from posecrafter_rt.export.shapes import random_inputs
 from posecrafter_rt.export.verify import relative_error
 from posecrafter_rt.machine import cpu_has_bf16
 from posecrafter_rt.models.loading import PoseModel, named_parameters
 from posecrafter_rt.spec import RUN_ONCE, network_specs
-from tests.tiny import NETWORKS, some_tuned
+from tests.tiny import NETWORKS, link_the_rest, some_tuned
 
 needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this processor has no bf16")
 
@@ -149,6 +150,8 @@ def others(
     )
     OpenVinoBackend().build(model, arch, built, "int8", lambda stage: None)
     OpenVinoBackend().refit(openvino_networks, refitted, model, arch, "int8", lambda stage: None)
+    assert [file.name for file in refitted.iterdir()] == [TUNED_FILE]
+    link_the_rest(openvino_networks, refitted)
     return model, built, refitted
 
 

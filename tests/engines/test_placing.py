@@ -17,11 +17,7 @@ from typing import Any
 import pytest
 
 from posecrafter_rt.atomic import disk_full
-from posecrafter_rt.engines.folder import (
-    building,
-    in_use,
-    open_folder,
-)
+from posecrafter_rt.engines.folder import building, in_use, open_folder
 from posecrafter_rt.errors import DiskFull, EngineFolderError, OutputExists
 from posecrafter_rt.locks import locked
 from tests.engines.test_folder import build, names

@@ -22,7 +22,7 @@ from posecrafter_rt.engines import choose_backend, choose_precision
 from posecrafter_rt.engines import tensorrt as backend_module
 from posecrafter_rt.engines import tensorrt_runtime as runtime_module
 from posecrafter_rt.engines.base import Precision
-from posecrafter_rt.engines.folder import write_manifest
+from posecrafter_rt.engines.manifest import write_manifest
 from posecrafter_rt.engines.openvino import OpenVinoBackend
 from posecrafter_rt.engines.tensorrt import (
     DECODERS,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from posecrafter_rt.engines.folder import write_manifest
+from posecrafter_rt.engines.manifest import write_manifest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "posecrafter_rt" / "engines").glob("tensorrt*.py"))
