@@ -57,7 +57,7 @@ def make_identities(base: str, size: tuple[int, int] | None, paths: list[Path]) 
 
 
 def build(checkpoint: Path, engine: Path, options: BuildOptions, cache: Path) -> Row:
-    """Time one build, including loading the base, and its processes' peak memory. cache: folder for what it keeps."""
+    """Time one build, including what it loads, and its processes' peak memory. cache: folder for what it keeps."""
     os.environ.update(POSECRAFTER_CACHE=str(cache), TORCHINDUCTOR_CACHE_DIR=str(cache / "torch"))
     start = time.perf_counter()
     with watched_peak() as peak_bytes:
@@ -98,8 +98,8 @@ def markdown(document: Row) -> str:
     setup, facts = document["setup"], document["machine"]
     size, device = "×".join(map(str, setup["size"])), facts.get("gpu", facts["processor"])
     lines = [f"# A second identity's engine: {setup['base']}, {size}, {setup['tuned']:,} tuned numbers", "",
-             f"{device}, {facts['torch_threads']} threads, {facts['torch']}. Seconds of `build_engine`, the base's loading and",
-             f"the check of every file in them; the second's are medians of {setup['rounds']}, beside the graphs and code that the",
+             f"{device}, {facts['torch_threads']} threads, {facts['torch']}. Seconds of `build_engine`, all that it reads and",
+             f"flushes to the disk in them; the second's are medians of {setup['rounds']}, beside the graphs and code that the",
              f"first left. Target of a refit: {TARGET_S:g} s.", ""]  # fmt: skip
     cells = []
     for row in document["rows"]:

@@ -30,6 +30,8 @@ _TO_SDR = (
     "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
     "zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
 )
+# Of texts in a file that are not UTF-8. PyAV 19 replaces them by itself, and has no such option.
+_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 # Pixels whose sides differ by less than this factor pass for square: old formats declare a tenth, but only on paper.
 SQUARE = 1.15
 # In quotes, because zsh takes `*` for a pattern of files; an even width, because H.264 has no other.
@@ -47,7 +49,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
 
     Raises: VideoError if there is no such stream, or no decoder for it; FFmpegError if the file cannot be opened.
     """
-    with av.open(ffmpeg_name(path), metadata_errors="replace") as container:
+    with av.open(ffmpeg_name(path), **_OPTIONS) as container:
         stream = container.streams.best("video")
         if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a song
             raise VideoError(f"{path} has no video stream", hint="name a file with moving pictures")
@@ -130,7 +132,7 @@ def _mean_rate(container: Any, stream: Any) -> float:
     is decoded. MPEG-TS that states a rate is believed: its packets may hold single fields, and its times may start anew.
     """
     stated, times = stream.average_rate, list[int]()
-    if stated is None or container.format.name in _MEASURED:
+    if not stated or container.format.name in _MEASURED:  # None before PyAV 19, then 0
         with suppress(FFmpegError):  # decoding reports it
             times.extend(packet.pts for packet in container.demux(stream) if packet.pts is not None and _shows(packet))
     gaps = len(times) - 1

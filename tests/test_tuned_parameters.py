@@ -52,6 +52,7 @@ def tuned(base: Path, seed: int, with_decoder: bool) -> PoseModel:
         for name, parameter in named_parameters(model):
             if name in touched:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.tuned = frozenset(touched)
     model.fold()
     return model
 
@@ -65,3 +66,4 @@ def test_a_refit_replaces_them_and_what_was_tuned_of_the_decoder(tiny_base: Path
         replaced |= set(changed_weights(in_types_of(stored, network), stored))
     of_decoder = set(decoder_parameters(other.vae)) if with_decoder else set()
     assert replaced == {name for name, _ in named_parameters(other) if re.search(FOLDED, name)} | of_decoder
+    assert replaced == other.tuned  # which lies apart from the base's weights, where a backend does that
