@@ -29,7 +29,7 @@ from posecrafter_rt.engines import (
     usual_max_frames,
 )
 from posecrafter_rt.engines.folder import EngineFolder, building, in_use, open_folder, take_networks, verify_files
-from posecrafter_rt.engines.refit import check_source, needs_base
+from posecrafter_rt.engines.refit import check_source, other_weights
 from posecrafter_rt.engines.stage_log import StageLog
 from posecrafter_rt.engines.tuned_file import TUNED_FILE
 from posecrafter_rt.errors import EngineFolderError, PoseCrafterError, ShapeError
@@ -68,8 +68,7 @@ class BuildOptions:
     size: (height, width) in pixels of the rendered frames, of tuning's shape; None: that of tuning.
     base, controlnet, vae: where they are, if they moved since tuning.
     refit: an engine folder of another checkpoint of the same base. Its files are linked (copied to another file
-        system) but for what tuning changes, so the base's weights are not needed. `auto` then means its backend and
-        its precision.
+        system) but for what tuning changes; see docs/engines.md. `auto` then means its backend and its precision.
     loras: fused into the tuned weights, in this order; see `fuse_loras`.
     small_decoder: used instead of the checkpoint's; see `load_small_decoder`.
     feature_reuse: build the network that `RenderOptions.unet_every`, and so the preset `balanced`, needs; None: yes, or
@@ -162,28 +161,29 @@ def _build(
         raise PassedOver(plan.backend.name, fingerprint, failures.before[fingerprint])
     if plan.source is not None:
         check_source(plan.source, manifest)
-        plan = _without_needless_source(plan, manifest)
     current = _current(output, fingerprint)
     if current is not None:
         return BuildResult(current, True, plan.why)
+    plan = _refit_or_build(plan, manifest)
     refuse_sources(output, checkpoint, *_read_beside(options, plan.tuned, output))
     stages = StageLog(_kind_of_build(manifest, plan))
 
     def on_stage(stage: str) -> None:
         progress(stage, stages.begin(stage))
 
-    on_stage("loading the base")
+    on_stage("loading the tuned weights" if plan.is_partial else "loading the base")
     model, arch = _load(plan, options, manifest)
     if plan.source is not None:
         check_source(plan.source, {"architecture": manifest["architecture"]})  # known only once the base is loaded
-    with building(output, manifest, force, plan.source) as staging:
+    taken: dict[str, str] = {}
+    with building(output, manifest, force, taken) as staging:
         on_stage("writing the reference frames")
         write_training(staging, plan.tuned.frames, plan.tuned.poses, plan.size)
         model.tokenizer.save_pretrained(staging / "tokenizer")
         networks = staging / "networks"
         networks.mkdir()
         with passing_over(plan.backend, fingerprint, plan.is_auto):
-            _write_networks(plan, model, arch, networks, stages, on_stage)
+            taken |= _write_networks(plan, model, arch, networks, stages, on_stage)
     stages.save()
     return BuildResult(EngineFolder(output.resolve(), manifest, output.absolute()), False, plan.why)
 
@@ -206,6 +206,11 @@ class _Plan:
     max_frames: int | None
     feature_reuse: bool
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether nothing but what was tuned is replaced in the engine to refit."""
+        return self.source is not None and self.backend.holds_tuned_apart
+
 
 def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list[Path]:
     """Return the other files and folders that an engine is built from; names of bases or of hub models are left out.
@@ -221,28 +226,23 @@ def _read_beside(options: BuildOptions, tuned: Checkpoint, output: Path) -> list
     return [path for path in given if path.exists()]
 
 
-def _without_needless_source(plan: _Plan, manifest: Mapping[str, Any]) -> _Plan:
-    """Verify what a refit reads of the engine to refit. Leave that out if more than tuned weights differs, and they are
-    all that a refit replaces.
-    """
-    assert plan.source is not None
-    if not plan.backend.holds_tuned_apart:
-        verify_files(plan.source)
+def _refit_or_build(plan: _Plan, manifest: Mapping[str, Any]) -> _Plan:
+    """Return the plan without the engine to refit if more than a refit replaces differs; else verify what it reads."""
+    if plan.source is None:
         return plan
-    if (reason := needs_base(plan.source, manifest)) is not None:
-        log.warning("the engine to refit %s: all of this one is written anew", reason)
+    if plan.is_partial and (difference := other_weights(plan.source, manifest)) is not None:
+        log.warning("the engine to refit %s: all of this one is written anew", difference)
         return replace(plan, source=None)
-    verify_files(plan.source, ".json", TUNED_FILE)
+    verify_files(plan.source, *((".json", TUNED_FILE) if plan.is_partial else ()))
     return plan
 
 
 def _load(plan: _Plan, options: BuildOptions, manifest: dict[str, Any]) -> tuple[PoseModel, Architecture]:
     """Load the tuned networks as they are built: with LoRAs fused, and folded. Raises: see `build_engine`.
 
-    For a refit without the base's weights, if they are not needed. The manifest is completed.
+    The manifest is given what is known only now.
     """
-    is_partial = plan.source is not None and plan.backend.holds_tuned_apart
-    load = plan.tuned.load_outline if is_partial else plan.tuned.load_model
+    load = plan.tuned.load_outline if plan.is_partial else plan.tuned.load_model
     model = load(base=options.base, controlnet=options.controlnet, vae=options.vae)
     if options.small_decoder is not None:
         arch = model.architecture()
@@ -250,7 +250,7 @@ def _load(plan: _Plan, options: BuildOptions, manifest: dict[str, Any]) -> tuple
                                                  torch.float32)  # fmt: skip
     fuse_loras(model, plan.loras)
     model.unet.gives_deep_features = plan.feature_reuse
-    if model.splits_modules():  # an outline could not be folded
+    if model.splits_modules():  # an outline could not be folded, so the engine will not be refitted
         manifest["tuned"] = None
     model.fold()
     arch = replace(model.architecture(), size=plan.size, max_frames=plan.max_frames)
@@ -261,15 +261,15 @@ def _load(plan: _Plan, options: BuildOptions, manifest: dict[str, Any]) -> tuple
 
 def _write_networks(
     plan: _Plan, model: PoseModel, arch: Architecture, folder: Path, stages: StageLog, progress: Callable[[str], None]
-) -> None:
-    """Build the networks, or refit those of the engine to refit."""
+) -> dict[str, str]:
+    """Build the networks, or refit those of the engine to refit; return what `take_networks` took of it."""
     if plan.source is None:
         stages.set_missing(plan.backend.num_missing(model, arch, plan.precision))
         plan.backend.build(model, arch, folder, plan.precision, progress)
-    else:
-        with in_use(plan.source):
-            plan.backend.refit(plan.source.networks, folder, model, arch, plan.precision, progress)
-            take_networks(plan.source, folder.parent)
+        return {}
+    with in_use(plan.source):
+        plan.backend.refit(plan.source.networks, folder, model, arch, plan.precision, progress)
+        return take_networks(plan.source, folder.parent)
 
 
 def _choose(checkpoint: Path, options: BuildOptions, failed: Mapping[str, str]) -> _Plan:
@@ -329,7 +329,7 @@ def _describe(plan: _Plan, options: BuildOptions) -> dict[str, Any]:
     tuned, backend, base = plan.tuned, plan.backend, locate_base(options.base or plan.tuned.metadata["base"])
     manifest = {
         "package": __version__, "backend": backend.name, "precision": plan.precision, "size": list(plan.size),
-        "checkpoint": tuned.digest(), "tuned": sha256_json(sorted(tuned.tensors)), "device": backend.device(),
+        "checkpoint": tuned.digest(), "tuned": tuned.names_digest(), "device": backend.device(),
         "networks": list(NETWORK_NAMES), "scheduler": read_scheduler_config(base), "recommended": base.settings().recommended,
         "libraries": {"python": platform.python_version(), **library_versions(libraries_of(backend))},
         **{name: tuned.metadata[name] for name in ("base", "base_hash", "prompt", "norm_scope", "steps", "seed")},
@@ -358,7 +358,10 @@ def _kind_of_build(manifest: Mapping[str, Any], plan: _Plan) -> dict[str, Any]:
 
 def _current(output: Path, fingerprint: str) -> EngineFolder | None:
     try:
-        folder = open_folder(output)
+        folder = open_folder(output, verify=False)
+        if folder.manifest.get("fingerprint") != fingerprint:  # then its gigabytes need not be read
+            return None
+        verify_files(folder)
     except EngineFolderError:
         return None
-    return folder if folder.manifest.get("fingerprint") == fingerprint else None
+    return folder

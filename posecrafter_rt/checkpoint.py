@@ -184,6 +184,10 @@ class Checkpoint:
                                   hint="tune again") from error  # fmt: skip
         return module.eval().requires_grad_(False)
 
+    def names_digest(self) -> str:
+        """Return the SHA-256 of the names of what is tuned of the base."""
+        return sha256_json(sorted(name for name in self.tensors if not name.startswith("small_decoder.")))
+
     def digest(self) -> str:
         """Return the SHA-256 of the content. It is the same before saving and after loading, on every machine."""
         arrays = {"frames": torch.from_numpy(self.frames), "keypoints": torch.from_numpy(self.poses.keypoints)}

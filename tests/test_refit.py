@@ -119,7 +119,7 @@ def contents(engine: Path) -> dict[str, bytes]:
     """Every file but the manifest and hashes of others; OpenVINO's nodes are numbered through the whole process."""
     files = {name: (engine / name).read_bytes() for name in read_manifest(engine)["files"]}
     return {name: re.sub(rb'name="(\w+)_\d+"', rb'name="\1"', content) if name.endswith(".xml") else content
-            for name, content in files.items() if Path(name).name != "files.json"}  # fmt: skip
+            for name, content in files.items() if Path(name).name != "description.json"}  # fmt: skip
 
 
 def backend_of(engine: Path) -> str:
@@ -243,6 +243,18 @@ def test_an_engine_can_be_refitted_in_its_place(copied: Path, checkpoints: tuple
     build_engine(checkpoints[1], copied, BuildOptions(refit=copied))
     built = build_engine(checkpoints[1], tmp_path / "b.engine", BuildOptions("torch", "fp32")).folder.path
     assert differing_files(copied, built) == set() and read_manifest(copied) == read_manifest(built)
+
+
+def test_of_a_chain_of_refits_no_engine_needs_those_before(
+    engines: Engines, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, second = (shutil.copytree(engines.source, tmp_path / "a.engine"), tmp_path / "b.engine")
+    build_engine(checkpoints[1], second, BuildOptions(refit=first))
+    shutil.rmtree(first)
+    build_engine(checkpoints[0], second, BuildOptions(refit=second))  # in its own place
+    if backend_of(engines.source) != "tensorrt":
+        assert differing_files(second, engines.source) == set()
+    open_folder(second)
 
 
 def test_16_bit_weights_are_replaced_too(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:

@@ -100,8 +100,10 @@ def test_refitting_gives_what_building_gives(tiny_checkpoint: Path, engine: Path
     built = build_engine(other, tmp_path / "built.engine", TORCH).folder
     assert {name: digest for name, digest in refitted.manifest["files"].items() if name.startswith("networks/")} == {
         name: digest for name, digest in built.manifest["files"].items() if name.startswith("networks/")}  # fmt: skip
-    with pytest.raises(EngineFolderError, match="cannot be refitted"):  # it has one network less
-        build_engine(tiny_checkpoint, tmp_path / "less.engine", BuildOptions(refit=engine))
+    without = build_engine(tiny_checkpoint, tmp_path / "without.engine", TORCH).folder.path
+    for checkpoint, source in ((tiny_checkpoint, engine), (other, without)):  # it has one network less, or more
+        with pytest.raises(EngineFolderError, match="cannot be refitted"):
+            build_engine(checkpoint, tmp_path / "refused.engine", BuildOptions(refit=source))
 
 
 @torch.no_grad()

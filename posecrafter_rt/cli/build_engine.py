@@ -81,6 +81,7 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     """Build an engine from a checkpoint. Where the same engine was built already, nothing is done."""
     picture_size, given = parse_size(size), [parse_lora(text) for text in lora or ()]
     from posecrafter_rt.building import BuildOptions, build_engine
+    from posecrafter_rt.engines.folder import shared_bytes
     from posecrafter_rt.machine import watched_peak
     from posecrafter_rt.models.lora import Lora
 
@@ -94,11 +95,12 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
     folder = result.folder
     built = (folder.path / name for name in folder.manifest["files"])
     num_bytes = sum(path.stat().st_size for path in built if path.is_file())  # another build may have replaced it
+    shared = shared_bytes(folder.path, folder.manifest["files"])
     summary = {
         "engine": str(folder.path), "was_current": result.was_current, "backend": folder.manifest["backend"],
         "backend_reason": result.backend_reason, "precision": folder.manifest["precision"],
         "size": folder.manifest["size"], "loras": folder.manifest.get("loras", []), "bytes": num_bytes,
-        "seconds": round(time.monotonic() - start, 2), "peak_rss_bytes": peak,
+        "shared_bytes": shared, "seconds": round(time.monotonic() - start, 2), "peak_rss_bytes": peak,
     }  # fmt: skip
     if as_json:
         print_json(summary)
@@ -108,7 +110,7 @@ def build_engine(  # noqa: PLR0913 - one argument for each option
         ("backend", f"{summary['backend']} {summary['precision']} ({result.backend_reason})"),
         ("size", "x".join(map(str, folder.manifest["size"]))),
         *((f"LoRA {said['file']}", f"scale {said['scale']:g}") for said in summary["loras"]),
-        ("on disk", size_of(num_bytes)),
+        ("on disk", size_of(num_bytes) + (f", {size_of(shared)} of it shared with other engines" if shared else "")),
         ("took", f"{summary['seconds']} s, {size_of(peak)} of memory"),
     ])  # fmt: skip
     typer.echo(f"next: posecrafter-rt render {shlex.quote(str(folder.path))} --poses poses.json -o out.mp4", err=True)

@@ -47,7 +47,7 @@ def describe_engine(path: Path) -> dict[str, Any]:
     Raises: EngineFolderError if the manifest was altered, because then what it says is not to be shown.
     """
     from posecrafter_rt.engines.description import describe_networks
-    from posecrafter_rt.engines.folder import MUTABLE, open_folder
+    from posecrafter_rt.engines.folder import MUTABLE, open_folder, shared_bytes
     from posecrafter_rt.engines.manifest import is_sealed, read_manifest
 
     manifest = read_manifest(path)
@@ -58,6 +58,7 @@ def describe_engine(path: Path) -> dict[str, Any]:
         name: (path / name).stat().st_size if (path / name).is_file() else None for name in manifest["files"]
     }
     record["bytes"] = sum(size or 0 for size in record["files"].values())
+    record["shared_bytes"] = shared_bytes(path, manifest["files"])
     for name in MUTABLE:
         sizes = [file.stat().st_size for file in (path / name).rglob("*") if file.is_file()]
         record[name] = {"files": len(sizes), "bytes": sum(sizes)}
@@ -126,7 +127,7 @@ def flatten(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield from flatten(value, f"{title} ")
         elif name == "loras":
             yield from ((f"LoRA {one['file']}", f"scale {one['scale']:g}, SHA-256 {one['sha256']}") for one in value)
-        elif name == "bytes":
+        elif name in ("bytes", "shared_bytes"):
             yield title.replace("bytes", "on disk"), size_of(value)
         else:
             yield title, value if isinstance(value, str) else json.dumps(value)

@@ -110,8 +110,8 @@ class Backend(Protocol):
     ) -> None:
         """Write into `folder` those files that `build` would write otherwise than it wrote them into `source`.
 
-        All others are taken from there. `source` is of another checkpoint. The base, the precision, the device and all versions are the same: `refit.check_source` has checked that.
-        `source` is unchanged.
+        All others are taken from there. `source`, which stays as it is, is of another checkpoint. The base, the
+        precision, the device and all versions are the same: `refit.check_source` has checked that.
         Args: model: if `holds_tuned_apart`, only `PoseModel.tuned` has values, and it is the same in both. Else all
             weights have, and those that differ are replaced, also those that only the other checkpoint had tuned.
         Raises: EngineFolderError if more than weights differs; BackendUnavailable if it cannot be done here.

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineFolder:
-    """An engine folder in which every file was verified to be the one that was built.
+    """An engine folder; see `open_folder` for what is verified of it.
 
     path: without links. given: the path that the user gave, absolute; None: the same.
     """
@@ -76,7 +76,7 @@ class EngineFolder:
 
 @contextmanager
 def building(
-    path: Path, manifest: dict[str, Any], force: bool = False, source: EngineFolder | None = None
+    path: Path, manifest: dict[str, Any], force: bool = False, known: Mapping[str, str] = {}
 ) -> Iterator[Path]:
     """Yield a new folder beside `path`; if the block succeeds, the folder becomes `path`, with its manifest.
 
@@ -84,7 +84,7 @@ def building(
     killed build left beside `path` is removed first. If several builds write one `path`, the last to end wins; each
     waits while another puts its folder in place, and logs that it waits. At the end `manifest` holds all that was
     written: what is at `path` may be another build's by then.
-    source: an engine whose files the new one may have links to. They keep their hashes, and are not read.
+    known: hashes of files that need not be read for them; the block may add some: see `take_networks`.
     Raises: OutputExists; EngineFolderError while the engine at `path` is in use; DiskFull; whatever the block raises.
         None of them leaves anything behind.
     """
@@ -108,9 +108,8 @@ def building(
             while not _begin(staging, held):
                 staging = _staging(path)
             yield staging
-            linked = _linked(staging, source)
-            written = [name for name in _file_names(staging) if name not in linked]
-            files = dict(sorted({**linked, **_hash_files(staging, written)}.items()))
+            written = [name for name in _file_names(staging) if name not in known]
+            files = dict(sorted({**known, **_hash_files(staging, written)}.items()))
             manifest |= write_manifest(staging, {"schema": SCHEMA, **manifest, "files": files})
             for file in staging.rglob("*"):
                 flush_to_disk(file)
@@ -189,7 +188,7 @@ def _unused(path: Path) -> Iterator[None]:
         try:
             held.enter_context(locked(path / MANIFEST))
         except BlockingIOError as error:
-            raise EngineFolderError(f"{path} is in use by a render, a stream or a server",
+            raise EngineFolderError(f"{path} is in use by a render, a stream, a server or a refit",
                                     "wait until that has ended, or give another folder: -o FOLDER") from error  # fmt: skip
         except OSError:
             pass  # there is no engine that anybody could have loaded
@@ -250,20 +249,6 @@ def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return the SHA-256 of each file."""
     return {path.relative_to(folder).as_posix(): digest
             for path, digest in sha256_files(folder / name for name in names).items()}  # fmt: skip
-
-
-def _linked(folder: Path, source: EngineFolder | None) -> dict[str, str]:
-    """Return the names of those files that `source` has, too, as links to the same data, with the hashes that it knows."""
-    known = {} if source is None else source.manifest["files"]
-
-    def is_link(name: str) -> bool:
-        assert source is not None
-        try:
-            return (folder / name).samefile(source.path / name)
-        except OSError:  # it is not in both
-            return False
-
-    return {name: digest for name, digest in known.items() if is_link(name)}
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -327,24 +312,38 @@ def _compare(path: Path, names: Iterable[str], manifest: Mapping[str, Any], show
     """Raise EngineFolderError about the engine `shown` if one of these files, which lie in `path`, is not as built."""
     for name, digest in _hash_files(path, names).items():
         if digest != manifest["files"][name]:
+            is_shared = (path / name).stat().st_nlink > 1
+            sharing = "other engines share this file; with one built anew, --refit mends the others; " * is_shared
             raise EngineFolderError(f"{shown} was altered: {name} is not the file that was built",
-                                    rebuild_hint(shown, manifest))  # fmt: skip
+                                    sharing + rebuild_hint(shown, manifest))  # fmt: skip
 
 
-def take_networks(source: EngineFolder, folder: Path) -> None:
+def take_networks(source: EngineFolder, folder: Path) -> dict[str, str]:
     """Give those files of an engine's networks that `folder`, a new engine, lacks a second name there: none is read.
 
     As nothing writes to an engine's files, the two are independent. Where files cannot be linked, such as on another
-    file system, they are copied and verified.
+    file system, they are copied and verified, and the log says so.
+    Returns: the files' names and their hashes, as `source` has them.
     Raises: EngineFolderError if one that is copied was altered.
     """
-    copied = []
-    for name in source.manifest["files"]:
-        if (source.path / name).parent != source.networks or (folder / name).exists():
-            continue
+    taken = {name: digest for name, digest in source.manifest["files"].items()
+             if (source.path / name).parent == source.networks and not (folder / name).exists()}  # fmt: skip
+    copied: list[str] = []
+    for name in taken:
+        given, target = source.path / name, folder / name
         try:
-            os.link(os.path.realpath(source.path / name), folder / name)  # of a symbolic link, what it leads to
-        except OSError:
-            shutil.copyfile(source.path / name, folder / name)
+            os.link(os.path.realpath(given), target)  # of a symbolic link, what it leads to
+        except OSError as error:
+            if not copied:
+                log.warning("the networks of %s cannot be shared (%s): they are copied", source.shown, error.strerror)
+            target.unlink(missing_ok=True)  # a network's file system may have made the link that it says it has not
+            shutil.copyfile(given, target)
             copied.append(name)
     _compare(folder, copied, source.manifest, source.shown)
+    return taken
+
+
+def shared_bytes(path: Path, names: Iterable[str]) -> int:
+    """Return the bytes of those files of an engine that have further names: other engines share them."""
+    found = (file.stat() for name in names if (file := path / name).is_file())
+    return sum(status.st_size for status in found if status.st_nlink > 1)

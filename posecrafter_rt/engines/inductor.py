@@ -33,6 +33,7 @@ from posecrafter_rt.engines.base import (
     to_boundary,
     untyped_reason,
 )
+from posecrafter_rt.engines.description import write_description
 from posecrafter_rt.engines.device import describe_compiled_device, torch_device
 from posecrafter_rt.engines.manifest import rebuild_networks_hint
 from posecrafter_rt.engines.own_settings import own_settings
@@ -45,7 +46,7 @@ from posecrafter_rt.engines.refit import (
     in_stored_type,
     write_graphs,
 )
-from posecrafter_rt.engines.tuned_file import refit_tuned, write_tuned
+from posecrafter_rt.engines.tuned_file import TUNED_FILE, refit_tuned, write_tuned
 from posecrafter_rt.errors import BackendUnavailable, CheckpointError, EngineFolderError
 from posecrafter_rt.machine import cpu_features, library_versions
 from posecrafter_rt.spec import Architecture, NetworkSpec, network_specs
@@ -165,14 +166,26 @@ class InductorBackend:
         """
         specs, graphs = network_specs(arch), Graphs()
         weights: dict[str, Tensor] = {}
+        described: dict[str, dict[str, Any]] = {}
         for name, network in model.to(torch.float32).networks().items():
             progress(f"compiling {name}")
             graphs[name], own = self.build_network(network, specs[name], arch, folder, precision)
+            package, parts = (
+                _package(folder, specs[name]),
+                {key.partition(".")[0] for key in own if key not in model.tuned},
+            )
+            described[name] = {
+                "weights": sum(tensor.numel() for tensor in own.values() if tensor.is_floating_point()),
+                "bytes": package.stat().st_size + sum(tensor.nbytes for tensor in own.values()),
+                "files": [package.name, *(f"{part}.safetensors" for part in sorted(parts)),
+                          *([TUNED_FILE] if model.tuned & own.keys() else [])],
+            }  # fmt: skip
             for key, tensor in own.items():  # in the widest type, if networks differ
                 if key not in weights or tensor.element_size() > weights[key].element_size():
                     weights[key] = tensor
         write_weights(folder, weights, model.tuned)
         write_graphs(folder, graphs)
+        write_description(folder, described)
 
     def build_network(
         self, network: nn.Module, spec: NetworkSpec, arch: Architecture, folder: Path, precision: Precision

@@ -6,7 +6,6 @@ Layer 4.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from posecrafter_rt.engines.base import (
     Progress,
     fitting_weights,
 )
+from posecrafter_rt.engines.description import read_description, write_description
 from posecrafter_rt.engines.manifest import rebuild_networks_hint
 from posecrafter_rt.engines.openvino_attention import use_attention
 from posecrafter_rt.engines.openvino_convolutions import use_convolutions
@@ -72,7 +72,6 @@ LARGE_BYTES = 3 << 26  # of weights: a network with more keeps other shapes only
 # Measured at Stable Diffusion 1.5's size.
 NEEDED_FOLD, NEEDED_FOLD_HELD = 3, {"fp32": 2, "fp16": 0.5, "int8": 0.5}
 KEPT_BYTES = 1 << 30  # the most for compiled networks in an engine's folder: some hold their weights
-FACTS_FILE = "files.json"
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class NetworkFile(NamedTuple):
-    """A network's IR, the hashes of it and of its file of weights, and how large these are, with those in TUNED_FILE."""
+    """A network's IR, the hashes of it and of its file of weights, and the bytes that it reads, with those in TUNED_FILE."""
 
     path: Path
     digest: list[str]
@@ -162,9 +161,9 @@ class OpenVinoEngine:
         return available is None or available > needed * self._weight_bytes
 
     def _is_kept(self) -> bool:
-        """Whether compiled networks are kept for other processes.
+        """Whether compiled networks are kept for other processes: not with swapped weights, which their keys lack.
 
-        A blob apart from its weights fits only those in the file, not swapped ones. One with them may be gigabytes.
+        A blob that holds its weights may have gigabytes. One apart from them holds the tuned ones.
         """
         return not self._swapped and (self._is_apart or self._weight_bytes <= LARGE_BYTES)
 
@@ -299,7 +298,7 @@ class OpenVinoBackend:
         core, specs, cache = openvino.Core(), network_specs(arch), graph_cache()
         graphs: Graphs = {}
         tuned: dict[str, Tensor] = {}
-        weight_bytes: dict[str, int] = {}
+        described: dict[str, dict[str, Any]] = {}
         files: dict[Path, SharedWeights] = {}
         prefill(model.to(torch.float32), arch, cache, progress)
         for name, network in model.networks().items():
@@ -317,10 +316,17 @@ class OpenVinoBackend:
             graphs[name] = graph_digest(network, specs[name], arch) if is_refittable else None
             apart = {key: torch.from_numpy(arrays[key]) for key in written if key in model.tuned}
             tuned |= apart
-            weight_bytes[name] = num_bytes + sum(tensor.nbytes for tensor in apart.values())
+            described[name] = {
+                "weights": sum(arrays[key].size for key in written),
+                "bytes": path.stat().st_size + num_bytes + sum(tensor.nbytes for tensor in apart.values()),
+                "files": [path.name, shared.path.name, *([TUNED_FILE] if apart else [])],
+            }
         write_tuned(folder, tuned)
         write_graphs(folder, graphs)
-        _write_facts(folder, weight_bytes)
+        known = sha256_files([*folder.glob("*.xml"), *folder.glob("*.bin")])
+        for facts in described.values():
+            facts["digest"] = [known[folder / file] for file in facts["files"][:2]]
+        write_description(folder, described)
         if precision == "fp32":
             progress("compiling operations")  # once per machine; else the first render waits for it
             missing_reason()
@@ -328,9 +334,7 @@ class OpenVinoBackend:
     def refit(
         self, source: Path, folder: Path, model: PoseModel, arch: Architecture, precision: Precision, progress: Progress
     ) -> None:
-        """See `Backend.refit`. A new process writes exactly the bytes that `build` would; in one process OpenVINO goes on
-        numbering its nodes.
-        """
+        """See `Backend.refit`."""
         check_graphs(source, model, arch)
         progress("writing the tuned weights")
         refit_tuned(source, folder, model)
@@ -342,20 +346,21 @@ class OpenVinoBackend:
         """
         import openvino
 
+        specs, known = network_specs(arch), read_description(networks_folder)
         try:
-            facts = json.loads((networks_folder / FACTS_FILE).read_text(encoding="utf-8"))
+            files = {name: NetworkFile(networks_folder / f"{name}.xml", known[name]["digest"], known[name]["bytes"])
+                     for name in specs}  # fmt: skip
             tuned = MappedTensors(networks_folder / TUNED_FILE)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise EngineFolderError(f"{networks_folder} holds no networks of this backend",
                                     rebuild_networks_hint(networks_folder)) from error  # fmt: skip
         core, compiled = openvino.Core(), BlobCache(cache, KEPT_BYTES)
 
         def engine(spec: NetworkSpec) -> OpenVinoEngine:
             inner = network_precision(spec.name, precision)
-            file = NetworkFile(networks_folder / f"{spec.name}.xml", **facts[spec.name])
-            return OpenVinoEngine(spec, core, file, tuned, self._properties(inner), compiled, inner)
+            return OpenVinoEngine(spec, core, files[spec.name], tuned, self._properties(inner), compiled, inner)
 
-        return {name: engine(spec) for name, spec in network_specs(arch).items()}
+        return {name: engine(spec) for name, spec in specs.items()}
 
     def _properties(self, precision: Precision) -> dict[str, Any]:
         num_threads = self.num_threads or core_quota()  # OpenVINO heeds none
@@ -366,13 +371,3 @@ class OpenVinoBackend:
             "CPU_RUNTIME_CACHE_CAPACITY": 0,  # the second guard against the fault that OpenVinoEngine describes
             **threads,
         }
-
-
-def _write_facts(folder: Path, weight_bytes: Mapping[str, int]) -> None:
-    """Write what `load` makes a `NetworkFile` of, by the networks' names."""
-    paths = {name: folder / f"{name}.xml" for name in weight_bytes}
-    files = {name: [path, weights_path(path)] for name, path in paths.items()}
-    known = sha256_files(file for pair in files.values() for file in pair)
-    facts = {name: {"digest": [known[file] for file in pair], "weight_bytes": weight_bytes[name]}
-             for name, pair in files.items()}  # fmt: skip
-    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")

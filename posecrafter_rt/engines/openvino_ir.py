@@ -48,7 +48,7 @@ def save_ir(
 ) -> tuple[set[str], int]:  # fmt: skip
     """Write ONNX as IR with float32 weights, these in `shared`.
 
-    Those whose names are in `apart` are written as zeros, which takes no room: one constant of a shape is kept for all.
+    Those whose names are in `apart` are written as zeros, of which the file holds each shape once.
     A full disk may only show when a file is closed.
 
     Args: weights: by the names of their parameters, as they were exported.

@@ -79,8 +79,8 @@ def check_source(source: EngineFolder, wanted: Mapping[str, Any]) -> None:
             raise _refusal(source.path, f"its {name} is {built.get(name)}, not {here[name]}", HINT_NO_REFIT)
 
 
-def needs_base(source: EngineFolder, wanted: Mapping[str, Any]) -> str | None:
-    """Return why more than tuned weights must be replaced in an engine, as the end of a sentence about it; else None.
+def other_weights(source: EngineFolder, wanted: Mapping[str, Any]) -> str | None:
+    """Return which weights beside the tuned ones differ in an engine, as the end of a sentence about it; None: none.
 
     Args: wanted: the manifest of the engine to be made.
     """

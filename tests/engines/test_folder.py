@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from posecrafter_rt import atomic
 from posecrafter_rt.atomic import sha256_file
-from posecrafter_rt.engines.folder import building, open_folder
+from posecrafter_rt.engines.folder import building, open_folder, shared_bytes, take_networks
 from posecrafter_rt.engines.manifest import read_manifest, rebuild_command, rebuild_networks_hint, write_manifest
 from posecrafter_rt.errors import EngineFolderError
 
@@ -120,9 +121,10 @@ def test_links_to_the_files_of_a_verified_engine_are_not_read_again(
     source = open_folder(build(tmp_path / "first.engine"))
     read = []
     monkeypatch.setattr(atomic, "sha256_file", lambda path: (read.append(path.name), sha256_file(path))[1])
-    with building(tmp_path / "second.engine", {"backend": "torch"}, source=source) as staging:
+    known: dict[str, str] = {}
+    with building(tmp_path / "second.engine", {"backend": "torch"}, known=known) as staging:
         (staging / "networks").mkdir()
-        os.link(source.networks / "unet.bin", staging / "networks" / "unet.bin")
+        known |= take_networks(source, staging)
         (staging / "reference.safetensors").write_text("other frames")
         (staging / "further").write_text("more")
     assert sorted(read) == ["further", "reference.safetensors"]
@@ -130,6 +132,35 @@ def test_links_to_the_files_of_a_verified_engine_are_not_read_again(
     assert list(second.manifest["files"]) == ["further", "networks/unet.bin", "reference.safetensors"]
     assert second.manifest["files"]["networks/unet.bin"] == source.manifest["files"]["networks/unet.bin"]
     assert "unet.bin" in read  # it was read when that was opened
+    assert shared_bytes(second.path, second.manifest["files"]) == len("network")
+    assert shared_bytes(build(tmp_path / "third.engine"), second.manifest["files"]) == 0
+
+
+def test_where_files_cannot_be_linked_it_is_said_once_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, folder = open_folder(build(tmp_path / "first.engine")), tmp_path / "second"
+    shutil.copytree(source.networks, source.path / "more")
+
+    def fails(first: object, second: Path) -> None:
+        second.write_text("half a link")  # as a network's file system may leave behind
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", fails)
+    (folder / "networks").mkdir(parents=True)
+    assert take_networks(source, folder) == {"networks/unet.bin": source.manifest["files"]["networks/unet.bin"]}
+    assert (folder / "networks" / "unet.bin").read_text() == "network" and not (folder / "more").exists()
+    said = "cannot be shared (Invalid cross-device link): they are copied"
+    assert [record.getMessage() for record in caplog.records] == [f"the networks of {source.path} {said}"]
+
+
+def test_a_file_that_engines_share_is_altered_for_all_of_them(tmp_path: Path) -> None:
+    first = build(tmp_path / "first.engine")
+    os.link(first / "networks" / "unet.bin", tmp_path / "another")
+    (tmp_path / "another").write_text("altered")
+    with pytest.raises(EngineFolderError, match="unet.bin is not the file that was built") as caught:
+        open_folder(first)
+    assert str(caught.value.hint).startswith("other engines share this file") and "--force" in str(caught.value.hint)
 
 
 def test_an_engine_has_the_name_that_the_user_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,6 +173,17 @@ def test_other_weights_give_what_a_build_with_them_gives(
         assert torch.equal(first(source(**inputs)), wanted)
 
 
+@needs_bf16
+def test_code_apart_from_the_bases_weights_holds_the_tuned_ones(
+    plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bf16 has it: the file of weights has zeros in their place."""
+    inputs = draw(plain_model, "controlnet", 3)
+    before = first(load(plain_model, openvino_networks, tmp_path, "bf16")["controlnet"](**inputs)).clone()
+    monkeypatch.setattr(OpenVinoEngine, "_read", None)  # so that nothing can be compiled
+    assert torch.equal(first(load(plain_model, openvino_networks, tmp_path, "bf16")["controlnet"](**inputs)), before)
+
+
 def test_another_process_compiles_nothing(
     plain_model: PoseModel, openvino_networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

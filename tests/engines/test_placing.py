@@ -174,7 +174,7 @@ def test_an_engine_in_use_is_not_replaced(tmp_path: Path) -> None:
     path = build(tmp_path / "e", "old")
     begun = []
     with in_use(open_folder(path)), in_use(open_folder(path)):
-        refused = pytest.raises(EngineFolderError, match="e is in use by a render, a stream or a server")
+        refused = pytest.raises(EngineFolderError, match="e is in use by a render, a stream, a server or a refit")
         with refused as caught, building(path, {}):
             begun.append("before the work, not after it")
         assert caught.value.hint and "-o FOLDER" in caught.value.hint and not begun
