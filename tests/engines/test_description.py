@@ -77,7 +77,8 @@ def test_an_engine_of_openvino_is_what_openvino_reads(
         assert described[name]["files"] == [f"{name}.xml", f"{HOLDERS.get(name, name)}.bin", *tuned]
         rest = described[name]["bytes"] - 4 * described[name]["weights"] - graph.stat().st_size
         zeros = 4 * sum(op.data.size for op in held if op.get_friendly_name() in plain_model.tuned)
-        assert 0 <= rest < 10_000 + zeros, name  # other constants, and zeros in the tuned weights' place
+        # Equal constants are held once; there are other constants, and zeros in the tuned weights' place.
+        assert -5_000 < rest < 10_000 + zeros, name
     in_full = {name for name, network in described.items() if network["precision"] == "fp32"}
     assert in_full == {"text_encoder", "prompt_kv", "time_tables"}
     assert {network["precision"] for network in described.values()} == {"fp32", precision}
