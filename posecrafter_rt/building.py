@@ -164,8 +164,8 @@ def _build(
     current = _current(output, fingerprint)
     if current is not None:
         return BuildResult(current, True, plan.why)
-    plan = _refit_or_build(plan, manifest)
     refuse_sources(output, checkpoint, *_read_beside(options, plan.tuned, output))
+    plan = _refit_or_build(plan, manifest)
     stages = StageLog(_kind_of_build(manifest, plan))
 
     def on_stage(stage: str) -> None:

@@ -170,16 +170,7 @@ class InductorBackend:
         for name, network in model.to(torch.float32).networks().items():
             progress(f"compiling {name}")
             graphs[name], own = self.build_network(network, specs[name], arch, folder, precision)
-            package, parts = (
-                _package(folder, specs[name]),
-                {key.partition(".")[0] for key in own if key not in model.tuned},
-            )
-            described[name] = {
-                "weights": sum(tensor.numel() for tensor in own.values() if tensor.is_floating_point()),
-                "bytes": package.stat().st_size + sum(tensor.nbytes for tensor in own.values()),
-                "files": [package.name, *(f"{part}.safetensors" for part in sorted(parts)),
-                          *([TUNED_FILE] if model.tuned & own.keys() else [])],
-            }  # fmt: skip
+            described[name] = _describe(_package(folder, specs[name]), own, model.tuned)
             for key, tensor in own.items():  # in the widest type, if networks differ
                 if key not in weights or tensor.element_size() > weights[key].element_size():
                     weights[key] = tensor
@@ -295,6 +286,19 @@ def _package(folder: Path, spec: NetworkSpec) -> Path:
     return folder / f"{spec.name}.pt2"
 
 
+def _describe(package: Path, weights: Mapping[str, Tensor], tuned: Container[str]) -> dict[str, Any]:
+    """Return what `write_description` takes of a network. weights: those that its code reads."""
+    files = {TUNED_FILE if name in tuned else _component_file(name) for name in weights}
+    return {"weights": sum(tensor.numel() for tensor in weights.values() if tensor.is_floating_point()),
+            "bytes": package.stat().st_size + sum(tensor.nbytes for tensor in weights.values()),
+            "files": [package.name, *sorted(files)]}  # fmt: skip
+
+
+def _component_file(weight: str) -> str:
+    """Return the name of the file that holds a weight of this name, unless it is tuned."""
+    return f"{weight.partition('.')[0]}.safetensors"
+
+
 def _open(package: Path) -> Any:
     """Open compiled code, which has no weights yet: it can list their names and take them, but must not run."""
     from torch._inductor import aoti_load_package
@@ -324,9 +328,9 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], tuned: Container[
     components: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
         if name not in tuned:
-            components.setdefault(name.partition(".")[0], {})[name] = tensor
-    for component, tensors in components.items():
-        save_tensors(tensors, folder / f"{component}.safetensors")
+            components.setdefault(_component_file(name), {})[name] = tensor
+    for file, tensors in components.items():
+        save_tensors(tensors, folder / file)
     write_tuned(folder, {name: tensor for name, tensor in weights.items() if name in tuned})
 
 
