@@ -1,6 +1,6 @@
 """A cache on disk for bytes that are costly to make: one file each, named by a hash of all that they depend on.
 
-Layer 0: imports `atomic` and the errors only. It holds exported graphs, compiled networks, timings and how long
+Layer 0: imports `atomic`, `mapped_file` and the errors only. It holds exported graphs, compiled networks, timings and how long
 stages of builds take. It may be emptied at any time, and no failure to read or write it stops anything.
 """
 
@@ -8,44 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import mmap
 import os
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from posecrafter_rt.atomic import atomic_path, sha256_json
 from posecrafter_rt.errors import PoseCrafterError
+from posecrafter_rt.mapped_file import MappedFile
 
 log = logging.getLogger(__name__)
 DIGEST_BYTES = 32
 MAX_FILES = 64  # every new frame count of a clip adds some; those not used for the longest time go first
 
 
-class MappedBlob:
-    """A memory-mapped blob, whose pages are read when they are used. The map lives as long as its array.
-
-    array: uint8 (n,), page-aligned; writable, which OpenVINO requires, but the file never changes.
-    """
+class MappedBlob(MappedFile):
+    """A memory-mapped blob. array: uint8 (n,), of its `content`."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        content = np.frombuffer(self._map, np.uint8)
-        self.array, self._digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+        super().__init__(path)
+        self.array, self._digest = self.content[:-DIGEST_BYTES], self.content[-DIGEST_BYTES:]
 
     def is_whole(self) -> bool:
         """Return whether the file holds what was written. This reads all of it."""
         is_whole = hashlib.sha256(self.array.data).digest() == self._digest.tobytes()
         self.release()
         return is_whole
-
-    def release(self) -> None:
-        """Drop its pages, which count as this process's memory. Pages that are used later are read again."""
-        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class BlobCache:

@@ -1,6 +1,6 @@
 """Write safetensors files in place, and map them.
 
-Layer 0: imports nothing of the package. safetensors' own `save_file` writes a file beside the path and renames it. That
+Layer 0: imports `mapped_file` only. safetensors' own `save_file` writes a file beside the path and renames it. That
 file is readable by its owner only, whatever the umask, and is not the one that `atomic.atomic_path` locks and removes.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -17,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from posecrafter_rt.mapped_file import MappedFile
 
 # The format's names: https://github.com/huggingface/safetensors#format
 DTYPES = {
@@ -57,28 +58,22 @@ def save_tensors(
             file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-class MappedTensors:
-    """A file that `save_tensors` wrote of float32 tensors, mapped; its pages are read when they are used.
+class MappedTensors(MappedFile):
+    """A memory-mapped file that `save_tensors` wrote of float32 tensors. arrays: by the tensors' names.
 
-    arrays: by the tensors' names; writable, which OpenVINO requires, but the file never changes.
     Raises: OSError; ValueError for an empty file or another format.
     """
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = 8 + int.from_bytes(self._map[:8], "little")
-        header, data = json.loads(self._map[8:start]), np.frombuffer(self._map, np.uint8)[start:]
+        super().__init__(path)
+        start = 8 + int.from_bytes(self.content[:8].tobytes(), "little")
+        header, data = json.loads(self.content[8:start].tobytes()), self.content[start:]
         self.arrays = {name: data[slice(*said["data_offsets"])].view(np.float32).reshape(said["shape"])
                        for name, said in header.items() if name != "__metadata__"}  # fmt: skip
 
     @cached_property
     def digest(self) -> str:
         """The SHA-256 of the file."""
-        digest = hashlib.sha256(self._map).hexdigest()
+        digest = hashlib.sha256(self.content.data).hexdigest()
         self.release()
         return digest
-
-    def release(self) -> None:
-        """Drop its pages, which count as this process's memory. Pages that are used later are read again."""
-        self._map.madvise(mmap.MADV_DONTNEED)

@@ -18,7 +18,18 @@ FOLDERS = {"posecrafter_rt": ROOT / "posecrafter_rt"} | {
 
 # A unit is a file or folder directly below the package.
 LAYERS = {
-    0: ("errors", "config", "spec", "locks", "atomic", "blob_cache", "machine", "plain_numbers", "tensor_file"),
+    0: (
+        "errors",
+        "config",
+        "spec",
+        "locks",
+        "atomic",
+        "blob_cache",
+        "machine",
+        "plain_numbers",
+        "mapped_file",
+        "tensor_file",
+    ),
     1: ("poses", "method", "framing", "video_decoding", "video_io"),
     2: ("ops", "kernels", "_native"),
     3: ("models", "checkpoint"),

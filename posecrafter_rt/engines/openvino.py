@@ -308,7 +308,8 @@ class OpenVinoBackend:
                       for key, parameter in network.named_parameters()}  # fmt: skip
             exported = export_network(network, specs[name], arch, inline=True, graphs=cache)
             save_model(exported, onnx_path)
-            shared = files.setdefault(weights_path(path), SharedWeights(weights_path(path)))
+            place = weights_path(path)
+            shared = files.setdefault(place, SharedWeights(place))
             written, num_bytes = save_ir(core, onnx_path, path, arrays, model.tuned, shared)
             for file in folder.glob(f"{name}.onnx*"):  # perhaps with weights beside it
                 file.unlink()
